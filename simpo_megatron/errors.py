@@ -1,0 +1,37 @@
+"""The exceptions a user may see: what was wrong, where, what was found, what was expected, what to do."""
+
+
+class SimPOError(Exception):
+    """Base of every error that is the user's to fix; its `exit_code` is the exit code of the process."""
+
+    exit_code = 1
+
+
+class ConfigError(SimPOError):
+    """A key, a value or a combination of values that cannot be run."""
+
+    exit_code = 2
+
+
+class DataError(SimPOError):
+    """A preference file or record that cannot be used; the message starts with `file:line`."""
+
+    exit_code = 3
+
+
+class CheckpointError(SimPOError):
+    """A checkpoint or a Hugging Face folder that is missing, incomplete or not what it claims to be."""
+
+    exit_code = 4
+
+
+class NumericsError(SimPOError):
+    """A loss, gradient or weight that is not finite."""
+
+    exit_code = 5
+
+
+class ParallelError(SimPOError):
+    """Ranks that disagree, or a rank that did not arrive."""
+
+    exit_code = 6
