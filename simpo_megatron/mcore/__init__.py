@@ -1,0 +1,1 @@
+"""SimPO on real megatron-core: the model, its layout, the step's forward function."""

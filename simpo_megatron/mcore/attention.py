@@ -1,0 +1,151 @@
+"""Core attention over packs in which chosen and rejected share their prompt, and the layout that describes a pack.
+
+Shapes: S sequence, B batch, L queries of a segment, T keys of a segment, A attention heads, G key/value groups, D head size;
+heads and groups are this tensor-parallel rank's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.enums import AttnMaskType
+from torch import Tensor
+
+from simpo_megatron.loss import ResponseTokens
+
+
+class Segment(NamedTuple):
+    """Queries `[start, end)` see, causally from the bottom right, the keys `[prefix_start, prefix_end)` and `[start, end)`."""
+
+    start: int
+    end: int
+    prefix_start: int
+    prefix_end: int
+
+
+@dataclass
+class MicrobatchLayout(PackedSeqParams):
+    """Where everything lies in one microbatch; travels through megatron's layers as their `packed_seq_params`.
+
+    `qkv_format` stays "sbhd" and the `cu_seqlens` stay None, so that megatron's own rotary embedding takes its
+    plain path over frequencies that the model has already put in the order of `position_ids_S`.
+    """
+
+    position_ids_S: Tensor | None = None
+    """int64 [S], the position of each token in its own sequence; None for padded rows, where it is the index."""
+    segments: tuple[Segment, ...] | None = None
+    """Tile [0, S) of a pack; None for padded rows, each causal by itself."""
+    tokens: ResponseTokens | None = None
+    """What the last pipeline stage predicts."""
+    _masks: dict[Segment, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def of_padded_rows(cls, sequence_length: int, tokens: ResponseTokens) -> MicrobatchLayout:
+        """The layout of B rows padded on the right to `sequence_length`."""
+        return cls(
+            qkv_format="sbhd", max_seqlen_q=sequence_length, max_seqlen_kv=sequence_length, tokens=tokens
+        )
+
+    @classmethod
+    def of_pack(
+        cls, position_ids_S: Tensor, segments: tuple[Segment, ...], tokens: ResponseTokens
+    ) -> MicrobatchLayout:
+        """The layout of one pack of whole pairs."""
+        num_positions = int(position_ids_S.max()) + 1
+        return cls(
+            qkv_format="sbhd",
+            max_seqlen_q=num_positions,
+            max_seqlen_kv=num_positions,
+            position_ids_S=position_ids_S,
+            segments=segments,
+            tokens=tokens,
+        )
+
+    def mask(self, segment: Segment, device: torch.device) -> Tensor | None:
+        """bool [L, T], True where a query sees a key; None for a segment without prefix, which is plainly causal.
+
+        Kept for the microbatch: every layer of this rank asks for the same ones.
+        """
+        num_prefix = segment.prefix_end - segment.prefix_start
+        if num_prefix == 0:
+            return None
+        if segment not in self._masks:
+            num_queries = segment.end - segment.start
+            visible = torch.ones(num_queries, num_prefix + num_queries, dtype=torch.bool, device=device)
+            self._masks[segment] = visible.tril_(diagonal=num_prefix)
+        return self._masks[segment]
+
+
+class SegmentedAttention(torch.nn.Module):
+    """Core attention by scaled_dot_product_attention, one call per segment of a pack and no mask over the pack.
+
+    Takes the place of megatron's DotProductAttention in a layer spec: same constructor, same call.
+
+    Source: exact bottom-right causal attention over gathered keys, as variable-length kernels define it.
+    """
+
+    def __init__(
+        self,
+        config,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        **_,
+    ) -> None:
+        super().__init__()
+        self.softmax_scale = softmax_scale
+        self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
+
+    def forward(
+        self,
+        query_SBAD: Tensor,
+        key_SBGD: Tensor,
+        value_SBGD: Tensor,
+        attention_mask: None = None,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: None = None,
+        packed_seq_params: MicrobatchLayout | None = None,
+    ) -> Tensor:
+        """[S, B, A*D] in the dtype of the query, this rank's heads.
+
+        Without a layout, or with one of padded rows, every row is causal by itself: padding stands on the right, where
+        no real token sees it.
+        """
+        layout = packed_seq_params
+        if layout is None or layout.segments is None:
+            out_BASD = self._attend(query_SBAD, key_SBGD, value_SBGD, None)
+            return _merge_heads(out_BASD)
+        outputs = []
+        for segment in layout.segments:
+            own = slice(segment.start, segment.end)
+            prefix = slice(segment.prefix_start, segment.prefix_end)
+            mask = layout.mask(segment, query_SBAD.device)
+            key, value = key_SBGD[own], value_SBGD[own]
+            if mask is not None:
+                key, value = torch.cat((key_SBGD[prefix], key)), torch.cat((value_SBGD[prefix], value))
+            outputs.append(self._attend(query_SBAD[own], key, value, mask))
+        return _merge_heads(torch.cat(outputs, dim=2))
+
+    def _attend(self, query_LBAD: Tensor, key_TBGD: Tensor, value_TBGD: Tensor, mask_LT: Tensor | None) -> Tensor:
+        query, key, value = (x.permute(1, 2, 0, 3) for x in (query_LBAD, key_TBGD, value_TBGD))
+        return F.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask=mask_LT,
+            is_causal=mask_LT is None,
+            dropout_p=self.dropout if self.training else 0.0,
+            scale=self.softmax_scale,
+            enable_gqa=query.size(1) != key.size(1),
+        )
+
+
+def _merge_heads(out_BASD: Tensor) -> Tensor:
+    batch, _, length, _ = out_BASD.shape
+    return out_BASD.permute(2, 0, 1, 3).reshape(length, batch, -1)

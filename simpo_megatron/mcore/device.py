@@ -1,0 +1,169 @@
+"""The one module that knows CUDA may be absent: it lets unmodified megatron-core run on the CPU over gloo.
+
+Where CUDA is there, `install` does nothing at all. Elsewhere it redirects, once, the few places at which
+megatron-core names a CUDA device outright. Every replacement is as narrow as the place it serves, so that
+no torch call inside the layers pays for it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import sys
+import types
+from typing import Any, Callable
+
+import torch
+
+from simpo_megatron.errors import ConfigError
+
+# Modules that allocate with a literal device="cuda"; each gets its own view of `torch`, nobody else does.
+_MODULES_NAMING_CUDA = (
+    "megatron.core.pipeline_parallel.schedules",
+    "megatron.core.optimizer.optimizer",
+    "megatron.core.optimizer.clip_grads",
+    "megatron.core.optimizer.grad_scaler",
+    "megatron.core.distributed.param_and_grad_buffer",
+)
+_FACTORIES = ("tensor", "zeros", "ones", "empty", "full")
+
+
+def has_cuda() -> bool:
+    """Whether this process trains on a GPU."""
+    return torch.cuda.is_available()
+
+
+def backend() -> str:
+    """The torch.distributed backend of this machine: `nccl` with CUDA, `gloo` without."""
+    return "nccl" if has_cuda() else "gloo"
+
+
+def current_device() -> torch.device:
+    """The device this rank's tensors live on."""
+    return torch.device("cuda", torch.cuda.current_device()) if has_cuda() else torch.device("cpu")
+
+
+def require_local_ranks(num_ranks: int) -> None:
+    """Refuse to start more ranks than this machine has GPUs; a machine without GPUs may run any number.
+
+    Raises:
+        ConfigError: when there are GPUs, but fewer than `num_ranks`.
+    """
+    if has_cuda() and torch.cuda.device_count() < num_ranks:
+        raise ConfigError(
+            f"the layout needs {num_ranks} ranks, this machine has {torch.cuda.device_count()} GPUs: choose a smaller "
+            "--tp, --pp or --cp, or start the job on more machines with torchrun --nnodes"
+        )
+
+
+class _NullStream:
+    """A CUDA stream or event on a machine that runs everything in order: each method is a no-op."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *args, **kwargs: None
+
+
+class _TorchOnCpu(types.ModuleType):
+    """`torch` as one megatron module sees it: a tensor asked for on CUDA is made on the CPU."""
+
+    def __init__(self) -> None:
+        super().__init__("torch")
+        for name in _FACTORIES:
+            setattr(self, name, _allocate_on_cpu(getattr(torch, name)))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+
+def _allocate_on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    @functools.wraps(factory)
+    def allocate(*args: Any, device: Any = None, **kwargs: Any) -> torch.Tensor:
+        return factory(*args, device="cpu" if str(device).startswith("cuda") else device, **kwargs)
+
+    return allocate
+
+
+@functools.cache
+def install() -> None:
+    """Make megatron-core run on this machine; a no-op with CUDA. Call it before building anything with megatron."""
+    if has_cuda():
+        return
+    _replace_cuda_runtime()
+    _import_megatron_uncompiled()
+    for name in _MODULES_NAMING_CUDA:
+        importlib.import_module(name).torch = _TorchOnCpu()
+    _replace_random_state()
+    _name_cpu_tensors_as_the_optimizers_expect()
+    _restore_adam_step_of_the_distributed_optimizer()
+
+
+def _replace_cuda_runtime() -> None:
+    cuda = torch.cuda
+    cuda.current_device = lambda: torch.device("cpu")
+    cuda.synchronize = lambda *args, **kwargs: None
+    cuda.current_stream = cuda.default_stream = cuda.Stream = cuda.Event = _NullStream
+    cuda.stream = lambda *args, **kwargs: contextlib.nullcontext()
+    cuda.get_rng_state = lambda *args, **kwargs: torch.get_rng_state()
+    cuda.set_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+    cuda.manual_seed = torch.manual_seed
+
+
+def _import_megatron_uncompiled() -> None:
+    """Import megatron's model code with its `torch.compile` decorators inert.
+
+    Fusions are off on the CPU, so nothing compiled is ever called; the decorators alone cost two seconds of
+    import in every rank.
+    """
+    compile_, torch.compile = torch.compile, lambda model=None, **kwargs: model or (lambda function: function)
+    try:
+        importlib.import_module("megatron.core.models.gpt")
+    finally:
+        torch.compile = compile_
+
+
+def _replace_random_state() -> None:
+    random = importlib.import_module("megatron.core.tensor_parallel.random")
+    random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
+    random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+
+
+def _name_cpu_tensors_as_the_optimizers_expect() -> None:
+    """megatron's optimizers sort parameters by `tensor.type() == 'torch.cuda.FloatTensor'`: answer them, and only them, so."""
+    type_ = torch.Tensor.type
+
+    @functools.wraps(type_)
+    def type_seen_by_caller(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        answer = type_(self, *args, **kwargs)
+        caller = sys._getframe(1).f_globals.get("__name__", "")
+        if isinstance(answer, str) and caller.startswith("megatron.core.optimizer"):
+            return answer.replace("torch.", "torch.cuda.", 1)
+        return answer
+
+    torch.Tensor.type = type_seen_by_caller
+
+
+def _restore_adam_step_of_the_distributed_optimizer() -> None:
+    """Keep torch AdamW's `step`, which megatron's loader drops, when a distributed optimizer is restored.
+
+    The GPU optimizers (Transformer Engine, apex) keep the step in the parameter group; torch's keeps one
+    tensor per parameter. Without this the loader fails on the missing key, and the dummy initialisation
+    shares one tensor among all parameters, so that a resumed run is silently wrong.
+    """
+    optimizer = importlib.import_module("megatron.core.optimizer.distrib_optimizer").DistributedOptimizer
+    set_states = optimizer._set_main_param_and_optimizer_states
+
+    @functools.wraps(set_states)
+    @torch.no_grad()
+    def set_states_and_step(self: Any, model_param: torch.Tensor, tensors: dict[str, torch.Tensor]) -> None:
+        group_index, group_order = self.model_param_group_index_map[model_param]
+        state = self.optimizer.state[self.optimizer.param_groups[group_index]["params"][group_order]]
+        if "step" in state:
+            state["step"] = state["step"].clone()
+            tensors = {**tensors, "step": state["step"]}
+        set_states(self, model_param, tensors)
+
+    optimizer._set_main_param_and_optimizer_states = set_states_and_step

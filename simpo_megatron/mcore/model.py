@@ -1,0 +1,165 @@
+"""megatron-core's GPTModel with one change at each end: positions from the layout, token log-probs instead of logits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel import ColumnParallelLinear
+from megatron.core.transformer import TransformerConfig
+from torch import Tensor
+
+from simpo_megatron.config import Config
+from simpo_megatron.loss import VocabShard, fused_linear_log_probs
+from simpo_megatron.mcore import device
+from simpo_megatron.mcore.attention import MicrobatchLayout
+from simpo_megatron.mcore.families import ModelDescription, padded_vocab_size
+from simpo_megatron.mcore.specs import block_spec
+from simpo_megatron.parallel import ParallelGroups
+
+
+class LogProbHead(ColumnParallelLinear):
+    """megatron's output layer, returning log-probs of the response tokens where it used to return logits.
+
+    It is the layer itself, and not a function beside it, that computes the loss: DistributedDataParallel waits for
+    gathered parameters in hooks on the layer's forward, and a head that bypassed them would read stale weights under
+    `overlap_param_gather`.
+    """
+
+    true_vocab_size: int
+
+    def forward(self, input_: Tensor, weight: Tensor | None = None, *, tokens: Any = None) -> Any:
+        """fp32 [N] log-probs of `tokens` with gradients, or this rank's logits [S, B, v] where `tokens` is None."""
+        if tokens is None:
+            return super().forward(input_, weight)[0]
+        return fused_linear_log_probs(
+            input_,
+            self.weight if weight is None else weight,
+            tokens,
+            vocab=VocabShard(
+                start=self.tp_group.rank() * self.output_size_per_partition, size=self.true_vocab_size
+            ),
+            tp_group=self.tp_group,
+            sequence_parallel=self.sequence_parallel,
+        )
+
+
+class PreferenceGPTModel(GPTModel):
+    """GPTModel over one microbatch of pairs; its last stage yields fp32 [N] log-probs of the layout's response tokens."""
+
+    def __init__(self, *args: Any, true_vocab_size: int, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.post_process:
+            # GPTModel builds its output layer itself and offers no way to name another class.
+            self.output_layer.__class__ = LogProbHead
+            self.output_layer.true_vocab_size = true_vocab_size
+
+    def _preprocess(self, input_ids: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any) -> tuple:
+        """megatron's embedding and rotary frequencies, the latter put in the order of the pack's positions."""
+        prepared = super()._preprocess(input_ids, position_ids, *args, **kwargs)
+        layout = kwargs.get("packed_seq_params")
+        if not isinstance(layout, MicrobatchLayout) or layout.position_ids_S is None:
+            return prepared
+        hidden, frequencies, *rest = prepared
+        return hidden, frequencies[layout.position_ids_S], *rest
+
+    def _postprocess(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Hidden states between pipeline stages; log-probs, or logits [B, S, v] without response tokens, from the last."""
+        if not self.post_process:
+            return hidden_states
+        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        layout = kwargs.get("packed_seq_params")
+        tokens = layout.tokens if isinstance(layout, MicrobatchLayout) else None
+        output = self.output_layer(hidden_states, weight, tokens=tokens)
+        return output if tokens is not None else output.transpose(0, 1).contiguous()
+
+
+def transformer_config(description: ModelDescription, config: Config) -> TransformerConfig:
+    """megatron's TransformerConfig: the architecture from `description`, everything else from `config`."""
+    parallel, precision = config.parallel, config.precision
+    dtype = torch.bfloat16 if precision.bf16 else torch.float32
+    interleaved = parallel.virtual_pipeline_model_parallel_size is not None
+    return TransformerConfig(
+        **description.transformer,
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
+        context_parallel_size=parallel.context_parallel_size,
+        expert_model_parallel_size=parallel.expert_model_parallel_size,
+        sequence_parallel=parallel.sequence_parallel,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=precision.bf16,
+        attention_softmax_in_fp32=True,
+        hidden_dropout=config.model.hidden_dropout,
+        attention_dropout=config.model.attention_dropout,
+        recompute_granularity=config.recompute.recompute_granularity,
+        recompute_method=config.recompute.recompute_method,
+        recompute_num_layers=config.recompute.recompute_num_layers,
+        recompute_modules=config.recompute.recompute_modules,
+        # The step's loss is a sum over pairs; finalize_model_grads divides by the pairs of the whole global batch.
+        calculate_per_token_loss=True,
+        # Packs differ in length. megatron asks for this dispatcher whenever lengths vary, experts or not.
+        variable_seq_lengths=parallel.pipeline_model_parallel_size > 1,
+        moe_token_dispatcher_type="alltoall",
+        # With two stages, interleaving over megatron's default batched p2p gives silently wrong gradients.
+        overlap_p2p_comm=interleaved,
+        batch_p2p_comm=not interleaved,
+        use_cpu_initialization=not device.has_cuda(),
+        perform_initialization=False,
+        **_fusions(),
+    )
+
+
+def _fusions() -> dict[str, bool]:
+    """Fused kernels where there is a GPU; on the CPU they would compile for seconds or are not there at all."""
+    fused = device.has_cuda()
+    return dict(
+        bias_activation_fusion=fused,
+        bias_dropout_fusion=fused,
+        masked_softmax_fusion=fused,
+        apply_rope_fusion=fused,
+        persist_layer_norm=False,
+        gradient_accumulation_fusion=False,
+    )
+
+
+def build_model(
+    description: ModelDescription, config: Config, groups: ParallelGroups
+) -> list[PreferenceGPTModel]:
+    """This rank's model chunks, one per virtual pipeline stage, with weights allocated and not yet set."""
+    mcore_config = transformer_config(description, config)
+    num_chunks = config.parallel.virtual_pipeline_model_parallel_size or 1
+    chunks = []
+    for stage in range(num_chunks):
+        vp_stage = stage if num_chunks > 1 else None
+        chunks.append(
+            PreferenceGPTModel(
+                mcore_config,
+                block_spec(mcore_config, vp_stage),
+                padded_vocab_size(description.vocab_size, groups.tp.size()),
+                pre_process=groups.is_first_stage and stage == 0,
+                post_process=groups.is_last_stage and stage == num_chunks - 1,
+                vp_stage=vp_stage,
+                true_vocab_size=description.vocab_size,
+                **description.gpt,
+            ).to(device.current_device())
+        )
+    return chunks
+
+
+def wrap_in_ddp(chunks: list[PreferenceGPTModel], config: Config) -> list[DistributedDataParallel]:
+    """The chunks under megatron's DistributedDataParallel, gradients accumulated and reduced in fp32."""
+    parallel = config.parallel
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=parallel.use_distributed_optimizer,
+        overlap_grad_reduce=parallel.overlap_grad_reduce,
+        overlap_param_gather=parallel.overlap_param_gather,
+    )
+    return [
+        DistributedDataParallel(chunk.config, ddp_config, chunk, disable_bucketing=index > 0)
+        for index, chunk in enumerate(chunks)
+    ]

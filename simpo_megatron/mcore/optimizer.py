@@ -1,0 +1,96 @@
+"""megatron's optimizer and learning-rate schedule from our configuration, and one guarded update."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from simpo_megatron.config import Config
+from simpo_megatron.errors import NumericsError
+
+
+def build_optimizer(
+    chunks: list[DistributedDataParallel], config: Config, train_iters: int
+) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
+    """megatron's Adam over the chunks (plain or distributed) and its schedule, which counts optimizer steps.
+
+    Side effect: megatron's schedules learn how to scale the loss and finish the gradients of these chunks.
+    """
+    settings, precision = config.optimizer, config.precision
+    optimizer = get_megatron_optimizer(
+        OptimizerConfig(
+            optimizer="adam",
+            lr=settings.lr,
+            min_lr=settings.min_lr,
+            weight_decay=settings.weight_decay,
+            adam_beta1=settings.adam_beta1,
+            adam_beta2=settings.adam_beta2,
+            adam_eps=settings.adam_eps,
+            clip_grad=settings.clip_grad,
+            bf16=precision.bf16,
+            params_dtype=torch.bfloat16 if precision.bf16 else torch.float32,
+            use_distributed_optimizer=config.parallel.use_distributed_optimizer,
+            overlap_param_gather=config.parallel.overlap_param_gather,
+        ),
+        chunks,
+    )
+    scheduler = OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=settings.lr,
+        min_lr=settings.min_lr,
+        lr_warmup_steps=min(math.ceil(settings.lr_warmup_fraction * train_iters), train_iters - 1),
+        lr_decay_steps=train_iters,
+        lr_decay_style=settings.lr_decay_style,
+        start_wd=settings.weight_decay,
+        end_wd=settings.weight_decay,
+        wd_incr_steps=train_iters,
+        wd_incr_style="constant",
+    )
+    _teach_schedules(chunks, optimizer)
+    return optimizer, scheduler
+
+
+def _teach_schedules(chunks: list[DistributedDataParallel], optimizer: MegatronOptimizer) -> None:
+    mcore_config = chunks[0].module.config
+    mcore_config.grad_scale_func = optimizer.scale_loss
+    mcore_config.finalize_model_grads_func = finalize_model_grads
+    if chunks[0].ddp_config.overlap_grad_reduce:
+        mcore_config.no_sync_func = _per_chunk([chunk.no_sync for chunk in chunks])
+        if len(chunks) > 1:
+            mcore_config.grad_sync_func = [chunk.start_grad_sync for chunk in chunks]
+    if chunks[0].ddp_config.overlap_param_gather and len(chunks) > 1:
+        mcore_config.param_sync_func = [chunk.start_param_sync for chunk in chunks]
+
+
+def _per_chunk(functions: list) -> list | object:
+    return functions if len(functions) > 1 else functions[0]
+
+
+def zero_gradients(chunks: list[DistributedDataParallel], optimizer: MegatronOptimizer) -> None:
+    """Clear DDP's gradient buffers and the optimizer's own references before a step."""
+    for chunk in chunks:
+        chunk.zero_grad_buffer()
+    optimizer.zero_grad()
+
+
+def update(optimizer: MegatronOptimizer, scheduler: OptimizerParamScheduler) -> tuple[float, float]:
+    """(gradient norm before clipping, learning rate used) of one optimizer step, the schedule moved on by one.
+
+    Collectives: megatron's norm reductions over the model-parallel group (the world under the distributed optimizer).
+
+    Raises:
+        NumericsError: when the norm is not finite, on every rank alike; weights and moments are then untouched.
+    """
+    optimizer.prepare_grads()
+    grad_norm = float(optimizer.get_grad_norm())
+    if not math.isfinite(grad_norm):
+        raise NumericsError(f"the gradient norm is {grad_norm}; weights, moments and schedule are as before the step")
+    learning_rate = max(group["lr"] for group in optimizer.param_groups)
+    optimizer.step()
+    scheduler.step(increment=1)
+    return grad_norm, learning_rate

@@ -1,0 +1,115 @@
+"""Process groups as values: the one module that reads megatron's global parallel_state."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed import ProcessGroup
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelSizes:
+    """How many ranks share each kind of work."""
+
+    tensor: int = 1
+    pipeline: int = 1
+    virtual_pipeline: int | None = None
+    context: int = 1
+    expert: int = 1
+
+    @property
+    def model(self) -> int:
+        """Ranks that hold one copy of the model and one microbatch together."""
+        return self.tensor * self.pipeline * self.context
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelGroups:
+    """This rank's process groups; every group may be of size one and takes the same path then."""
+
+    tp: ProcessGroup
+    pp: ProcessGroup
+    cp: ProcessGroup
+    dp: ProcessGroup
+    dp_cp: ProcessGroup
+    sizes: ParallelSizes
+
+    @property
+    def is_first_stage(self) -> bool:
+        return self.pp.rank() == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.pp.rank() == self.pp.size() - 1
+
+    def broadcast_from_last_stage(self, tensor: torch.Tensor) -> torch.Tensor:
+        """`tensor` of the last pipeline stage, in place, on every stage.
+
+        Collectives: one broadcast over pp.
+        """
+        if self.pp.size() > 1:
+            dist.broadcast(tensor, dist.get_global_rank(self.pp, self.pp.size() - 1), group=self.pp)
+        return tensor
+
+
+def initialize(sizes: ParallelSizes, *, backend: str, timeout_minutes: float = 30.0) -> ParallelGroups:
+    """The groups of this rank, after torch.distributed and megatron's parallel_state were set up.
+
+    `RANK`, `WORLD_SIZE`, `MASTER_ADDR` and `MASTER_PORT` come from torchrun.
+
+    Collectives: the rendezvous and one group construction per kind of group, world.
+    """
+    from megatron.core import parallel_state
+
+    if not dist.is_initialized():
+        if backend == "nccl":
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes))
+    if not parallel_state.model_parallel_is_initialized():
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=sizes.tensor,
+            pipeline_model_parallel_size=sizes.pipeline,
+            virtual_pipeline_model_parallel_size=sizes.virtual_pipeline,
+            context_parallel_size=sizes.context,
+            expert_model_parallel_size=sizes.expert,
+            distributed_timeout_minutes=max(1, round(timeout_minutes)),
+        )
+    return ParallelGroups(
+        tp=parallel_state.get_tensor_model_parallel_group(),
+        pp=parallel_state.get_pipeline_model_parallel_group(),
+        cp=parallel_state.get_context_parallel_group(),
+        dp=parallel_state.get_data_parallel_group(),
+        dp_cp=parallel_state.get_data_parallel_group(with_context_parallel=True),
+        sizes=sizes,
+    )
+
+
+def seed_everything(seed: int) -> None:
+    """Seed python, numpy, torch and megatron's tensor-parallel random states.
+
+    Pipeline stages draw different numbers (megatron's offset of 100 a stage); tensor-parallel ranks agree where
+    weights are replicated and differ inside their own regions.
+    """
+    import random
+
+    import numpy as np
+    from megatron.core import parallel_state, tensor_parallel
+
+    stage_seed = seed + 100 * parallel_state.get_pipeline_model_parallel_rank()
+    random.seed(stage_seed)
+    np.random.seed(stage_seed % 2**32)
+    torch.manual_seed(stage_seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(stage_seed)
+
+
+def shut_down() -> None:
+    """Leave the process groups in order, so that no rank is torn down inside a peer's collective."""
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    if dist.is_initialized():
+        dist.destroy_process_group()
