@@ -1,0 +1,114 @@
+"""Safetensors files of a Hugging Face folder: which they are, what their headers say, and a writer that streams."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from simpo_megatron.errors import CheckpointError
+from simpo_megatron.mcore.families import read_hf_json
+
+SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
+
+DTYPE_NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+"""Names of the dtypes that weights are read from and written in."""
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where one tensor of a folder lies, as its file's header says."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: str
+
+
+def stored_tensors(folder: str | Path) -> dict[str, StoredTensor]:
+    """Every tensor in the safetensors files of `folder`, from their headers alone.
+
+    Raises:
+        CheckpointError: no safetensors, a file missing, damaged or outside the folder, or one tensor in two files.
+    """
+    found: dict[str, StoredTensor] = {}
+    for path in _weight_files(Path(folder)):
+        with open_safetensors(path) as file:
+            for name in sorted(file.keys()):
+                header = file.get_slice(name)
+                if name in found:
+                    raise CheckpointError(f"{path}: tensor {name} is also in {found[name].file.name}")
+                found[name] = StoredTensor(path, tuple(header.get_shape()), header.get_dtype())
+    return found
+
+
+def open_safetensors(path: Path) -> safe_open:
+    """`path` opened for reading slices; nothing but the header is read yet.
+
+    Raises:
+        CheckpointError: the file is missing or not whole.
+    """
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: not a readable safetensors file: {error}") from None
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    if (folder / SINGLE_FILE).is_file():
+        names = {SINGLE_FILE}
+    elif (folder / INDEX_FILE).is_file():
+        weight_map = read_hf_json(folder, INDEX_FILE).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise CheckpointError(f"{folder / INDEX_FILE}: weight_map is missing or empty")
+        names = set(map(str, weight_map.values()))
+    else:
+        pickles = sorted(path.name for path in folder.glob("*.bin"))
+        hint = f"; pickled weights ({pickles[0]}) are never read, save them as safetensors" if pickles else ""
+        raise CheckpointError(f"{folder}: neither {SINGLE_FILE} nor {INDEX_FILE} is there{hint}")
+    for name in sorted(names):
+        _refuse_outside(folder, name)
+    return [folder / name for name in sorted(names)]
+
+
+def _refuse_outside(folder: Path, name: str) -> None:
+    """A weight file must lie in the folder, or in the `blobs` that the links of Hugging Face's download cache point to."""
+    is_plain_name = Path(name).name == name and name.endswith(".safetensors")
+    here = folder.resolve()
+    if not is_plain_name or (folder / name).resolve().parent not in (here, here.parent.parent / "blobs"):
+        raise CheckpointError(f"{folder / INDEX_FILE}: {name!r} is not a safetensors file inside the folder; refused")
+
+
+def header_bytes(shapes: dict[str, tuple[int, ...]], dtype: torch.dtype) -> bytes:
+    """The start of a safetensors file that holds tensors of these names and shapes, in this order, in one dtype."""
+    header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, shape in shapes.items():
+        start, end = end, end + torch.Size(shape).numel() * dtype.itemsize
+        header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def write_safetensors(
+    path: Path, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, tensors: Iterable[Tensor]
+) -> None:
+    """Write `tensors`, which come in the order of `shapes`, holding one of them in memory at a time.
+
+    The safetensors library writes whole files from memory only; a shard of 5 GB would be held twice.
+
+    Source: https://github.com/huggingface/safetensors, "Format".
+    """
+    with open(path, "wb") as file:
+        file.write(header_bytes(shapes, dtype))
+        for (name, shape), tensor in zip(shapes.items(), tensors, strict=True):
+            assert tuple(tensor.shape) == shape and tensor.dtype == dtype, f"{name}: {tensor.shape} {tensor.dtype}"
+            file.write(tensor.contiguous().flatten().view(torch.uint8).numpy())
+        file.flush()
+        os.fsync(file.fileno())

@@ -1,0 +1,210 @@
+"""The one table of names and layouts between Hugging Face folders and megatron-core's parameters.
+
+A megatron parameter is one or more Hugging Face tensors, joined in a few known ways and cut over tensor-parallel ranks. Each
+way is a function from a parameter to *views* of it, one per Hugging Face tensor, whose elements lie in that tensor's own
+order: loading copies a slice of the file into the view, exporting copies the view out. Both directions, all families and
+any number of ranks share these functions.
+
+Shapes: V vocabulary, H hidden, F feed-forward, G key/value groups, R query heads per group, D head size; lower-case
+g, f: this rank's share.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from simpo_megatron.mcore.families import ModelDescription
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How Hugging Face tensors make up one megatron parameter."""
+
+    cut: int | None
+    """Dimension along which ranks hold consecutive slices of each Hugging Face tensor; None: every rank holds all of it."""
+    views: Callable[[Tensor, ModelDescription], tuple[Tensor, ...]]
+    """Views of a parameter (or of this rank's slice), one per Hugging Face tensor."""
+    is_vocabulary: bool = False
+    """Rows past the true vocabulary exist in megatron only: zero on the way in, dropped on the way out."""
+
+
+def _whole(parameter: Tensor, description: ModelDescription) -> tuple[Tensor, ...]:
+    return (parameter,)
+
+
+def _halves(parameter: Tensor, description: ModelDescription) -> tuple[Tensor, ...]:
+    """[2f, ...] as gate [f, ...] and up [f, ...]: every rank holds its gate slice above its up slice."""
+    return parameter.chunk(2)
+
+
+def _query_key_value_of_each_group(parameter: Tensor, description: ModelDescription) -> tuple[Tensor, ...]:
+    """[g*(R+2)*D, ...] as query [g, R, D, ...], key [g, 1, D, ...], value [g, 1, D, ...]."""
+    arguments = description.transformer
+    num_queries = arguments["num_attention_heads"] // arguments["num_query_groups"]
+    grouped = parameter.unflatten(0, (-1, num_queries + 2, arguments["kv_channels"]))
+    return grouped.split((num_queries, 1, 1), dim=1)
+
+
+VOCABULARY = Layout(0, _whole, is_vocabulary=True)
+REPLICATED = Layout(None, _whole)
+ROWS = Layout(0, _whole)
+COLUMNS = Layout(1, _whole)
+GATE_UP = Layout(0, _halves)
+QKV = Layout(0, _query_key_value_of_each_group)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One line of the table."""
+
+    parameter: str
+    """Name in megatron's local layer specification, within the model or within a layer."""
+    hf_names: tuple[str, ...]
+    """One per view of the layout, `{}` for the layer counted from zero; equal names: one tensor, its rows the views' in turn."""
+    layout: Layout
+    shape: tuple[int, ...]
+    """Of the whole parameter, vocabulary unpadded."""
+    te_parameter: str | None = None
+    """Name in the Transformer Engine specification, where it differs."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of one of this rank's parameters and where it lies in the Hugging Face folder."""
+
+    hf_name: str
+    view: Tensor
+    """Elements in the order of the file's; no gradient."""
+    hf_shape: tuple[int, ...]
+    """Shape of the view's elements in the file, before any cut over ranks is put together."""
+    first_row: int
+    """Where the tensor's part that belongs to this view starts; above zero in fused tensors only."""
+    layout: Layout
+
+
+def _model_rules(description: ModelDescription) -> tuple[Rule, ...]:
+    hidden_size = description.transformer["hidden_size"]
+    table = (description.vocab_size, hidden_size)
+    tied = description.gpt["share_embeddings_and_output_weights"]
+    head = "model.embed_tokens.weight" if tied else "lm_head.weight"
+    return (
+        Rule("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), VOCABULARY, table),
+        Rule("decoder.final_layernorm.weight", ("model.norm.weight",), REPLICATED, (hidden_size,)),
+        Rule("output_layer.weight", (head,), VOCABULARY, table),
+    )
+
+
+def _layer_rules(description: ModelDescription) -> tuple[Rule, ...]:
+    arguments = description.transformer
+    hidden, ffn, head_dim = (arguments[key] for key in ("hidden_size", "ffn_hidden_size", "kv_channels"))
+    num_heads, num_groups = arguments["num_attention_heads"], arguments["num_query_groups"]
+    qkv_rows, query_rows = (num_heads + 2 * num_groups) * head_dim, num_heads * head_dim
+    norm = (hidden,)
+    if description.family == "phi3":
+        qkv, gate_up = ("self_attn.qkv_proj",) * 3, ("mlp.gate_up_proj",) * 2
+    else:
+        qkv = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+        gate_up = ("mlp.gate_proj", "mlp.up_proj")
+    table = [
+        ("input_layernorm.weight", ("input_layernorm",), REPLICATED, norm, "self_attention.linear_qkv.layer_norm_weight"),
+        ("self_attention.linear_qkv.weight", qkv, QKV, (qkv_rows, hidden), None),
+        ("self_attention.linear_proj.weight", ("self_attn.o_proj",), COLUMNS, (hidden, query_rows), None),
+        ("pre_mlp_layernorm.weight", ("post_attention_layernorm",), REPLICATED, norm, "mlp.linear_fc1.layer_norm_weight"),
+        ("mlp.linear_fc1.weight", gate_up, GATE_UP, (2 * ffn, hidden), None),
+        ("mlp.linear_fc2.weight", ("mlp.down_proj",), COLUMNS, (hidden, ffn), None),
+    ]
+    if arguments["add_bias_linear"] or arguments["add_qkv_bias"]:
+        table.append(("self_attention.linear_qkv.bias", qkv, QKV, (qkv_rows,), None))
+    if arguments["add_bias_linear"]:
+        table += [
+            ("self_attention.linear_proj.bias", ("self_attn.o_proj",), REPLICATED, (hidden,), None),
+            ("mlp.linear_fc1.bias", gate_up, GATE_UP, (2 * ffn,), None),
+            ("mlp.linear_fc2.bias", ("mlp.down_proj",), REPLICATED, (hidden,), None),
+        ]
+    if arguments["qk_layernorm"]:
+        table += [
+            ("self_attention.q_layernorm.weight", ("self_attn.q_norm",), REPLICATED, (head_dim,), None),
+            ("self_attention.k_layernorm.weight", ("self_attn.k_norm",), REPLICATED, (head_dim,), None),
+        ]
+    return tuple(
+        Rule(
+            parameter,
+            tuple(f"model.layers.{{}}.{name}.{parameter.rpartition('.')[2]}" for name in names),
+            layout,
+            shape,
+            te_name,
+        )
+        for parameter, names, layout, shape, te_name in table
+    )
+
+
+def hf_tensors(description: ModelDescription) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor that a Hugging Face folder of this model holds, in the order of the forward pass."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    first, *last = _model_rules(description)
+    placed = [(first, None)]
+    placed += [(rule, layer) for layer in range(description.transformer["num_layers"]) for rule in _layer_rules(description)]
+    placed += [(rule, None) for rule in last]
+    for rule, layer in placed:
+        whole = torch.empty(rule.shape, device="meta")
+        for name, shape in _named_shapes(rule, layer, rule.layout.views(whole, description), whole):
+            rows_so_far = shapes[name][0] if _is_fused(rule) and name in shapes else 0
+            shapes[name] = (rows_so_far + shape[0], *shape[1:])
+    return shapes
+
+
+def pieces(chunk: torch.nn.Module, description: ModelDescription, *, tp_size: int) -> list[Piece]:
+    """Every parameter of this rank's GPTModel `chunk`, as the parts of the Hugging Face tensors it holds.
+
+    The weight that a last pipeline stage shares with a first one counts as the embedding's, like the embedding itself.
+    """
+    model_rules = _by_parameter(_model_rules(description))
+    layer_rules = _by_parameter(_layer_rules(description))
+    found = []
+    for name, parameter in chunk.named_parameters():
+        in_layer = re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)", name)
+        if in_layer:
+            layer = chunk.decoder.layers[int(in_layer[1])].layer_number - 1
+            rule = layer_rules.get(in_layer[2])
+        else:
+            layer, rule = None, model_rules.get(name)
+        assert rule is not None, f"no rule for megatron's parameter {name} of family {description.family}"
+        found += _pieces_of(parameter.detach(), rule, layer, description, tp_size)
+    return found
+
+
+def _pieces_of(
+    parameter: Tensor, rule: Rule, layer: int | None, description: ModelDescription, tp_size: int
+) -> list[Piece]:
+    views = rule.layout.views(parameter, description)
+    found, first_row = [], 0
+    for view, (name, shape) in zip(views, _named_shapes(rule, layer, views, parameter), strict=True):
+        found.append(Piece(name, view, shape, first_row, rule.layout))
+        if _is_fused(rule):
+            first_row += shape[0] * tp_size
+    return found
+
+
+def _named_shapes(
+    rule: Rule, layer: int | None, views: tuple[Tensor, ...], parameter: Tensor
+) -> list[tuple[str, tuple[int, ...]]]:
+    """Names and shapes in the file: what a view adds to the parameter's dimensions, it adds by unfolding its rows."""
+    rest = tuple(parameter.shape[1:])
+    return [
+        (name.format(layer), (view.numel() // math.prod(rest), *rest))
+        for name, view in zip(rule.hf_names, views, strict=True)
+    ]
+
+
+def _is_fused(rule: Rule) -> bool:
+    return len(rule.hf_names) > 1 and len(set(rule.hf_names)) == 1
+
+
+def _by_parameter(rules: tuple[Rule, ...]) -> dict[str, Rule]:
+    return {name: rule for rule in rules for name in (rule.parameter, rule.te_parameter) if name}

@@ -1,0 +1,249 @@
+"""Hugging Face's `config.json` as megatron-core's arguments, and a refusal by name of what megatron-core computes differently."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.nn.functional as F
+
+from simpo_megatron.errors import CheckpointError, ConfigError
+
+MAX_JSON_BYTES = 64 << 20
+"""No JSON file of a model folder is parsed past this size; the largest known index is under 1 MiB."""
+
+
+@dataclass(frozen=True)
+class ModelDescription:
+    """What an architecture fixes; whatever a run chooses (dtype, parallelism, recomputation) is not in here."""
+
+    family: str
+    """`model_type` of config.json."""
+    transformer: dict[str, Any]
+    """Keyword arguments of megatron's TransformerConfig."""
+    gpt: dict[str, Any]
+    """Keyword arguments of megatron's GPTModel, vocabulary apart."""
+    vocab_size: int
+    """Token ids of the model, before the padding that tensor parallelism needs."""
+    hf_config: dict[str, Any]
+    """config.json as read."""
+
+
+def describe_hf_model(folder: str | Path) -> ModelDescription:
+    """The architecture that `folder`/config.json describes, as written by transformers 4 or 5.
+
+    Raises:
+        CheckpointError: the folder or its config.json is missing or unreadable.
+        ConfigError: the family, or an option of it, is not one that megatron-core computes as transformers does.
+    """
+    config = read_hf_json(folder, "config.json")
+    where = str(Path(folder) / "config.json")
+    family = config.get("model_type")
+    if family not in _FAMILY_OPTIONS:
+        raise ConfigError(
+            f"{where}: model_type {family!r} is not supported{_WHY_NOT.get(family, '')}; "
+            f"supported: {', '.join(sorted(_FAMILY_OPTIONS))}"
+        )
+    try:
+        _refuse(config, _COMMON_REFUSALS)
+        transformer = _transformer_arguments(config)
+        transformer.update(_FAMILY_OPTIONS[family](config))
+        gpt = {
+            "position_embedding_type": "rope",
+            **_rope_arguments(config),
+            "share_embeddings_and_output_weights": bool(config.get("tie_word_embeddings", False)),
+            "max_sequence_length": _count(config, "max_position_embeddings"),
+        }
+        vocab_size = _count(config, "vocab_size")
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
+    return ModelDescription(family, transformer, gpt, vocab_size, config)
+
+
+def padded_vocab_size(vocab_size: int, tensor_model_parallel_size: int, divisor: int = 128) -> int:
+    """The smallest multiple of `divisor` * `tensor_model_parallel_size` that holds `vocab_size` rows, as Megatron pads."""
+    multiple = divisor * tensor_model_parallel_size
+    return -(-vocab_size // multiple) * multiple
+
+
+def read_hf_json(folder: str | Path, name: str) -> dict[str, Any]:
+    """The object in `folder`/`name`.
+
+    Raises:
+        CheckpointError: the file is missing, larger than MAX_JSON_BYTES, or not a JSON object.
+    """
+    path = Path(folder) / name
+    if not path.is_file():
+        raise CheckpointError(f"{path}: not found; expected a Hugging Face model folder with {name}")
+    num_bytes = path.stat().st_size
+    if num_bytes > MAX_JSON_BYTES:
+        raise CheckpointError(f"{path}: {num_bytes} bytes, more than the {MAX_JSON_BYTES} that are read")
+    try:
+        content = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not valid JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: holds a JSON {type(content).__name__}, expected an object")
+    return content
+
+
+def _transformer_arguments(config: dict[str, Any]) -> dict[str, Any]:
+    """What all families share: pre-norm blocks of RMSNorm, grouped-query attention and a gated SiLU MLP."""
+    num_heads = _count(config, "num_attention_heads")
+    num_groups = _count(config, "num_key_value_heads") if config.get("num_key_value_heads") else num_heads
+    if num_heads % num_groups:
+        raise ConfigError(f"num_attention_heads {num_heads} is not a multiple of num_key_value_heads {num_groups}")
+    hidden_size = _count(config, "hidden_size")
+    epsilon = config.get("rms_norm_eps")
+    if not isinstance(epsilon, float) or not 0 < epsilon < 1:
+        raise ConfigError(f"rms_norm_eps is {epsilon!r}, expected a number between 0 and 1")
+    return {
+        "num_layers": _count(config, "num_hidden_layers"),
+        "hidden_size": hidden_size,
+        "ffn_hidden_size": _count(config, "intermediate_size"),
+        "num_attention_heads": num_heads,
+        "num_query_groups": num_groups,
+        "kv_channels": _count(config, "head_dim") if config.get("head_dim") else hidden_size // num_heads,
+        "normalization": "RMSNorm",
+        "layernorm_epsilon": epsilon,
+        "gated_linear_unit": True,
+        "activation_func": F.silu,
+        "add_bias_linear": False,
+        "add_qkv_bias": False,
+        "qk_layernorm": False,
+    }
+
+
+def _llama(config: dict[str, Any]) -> dict[str, Any]:
+    attention_bias, mlp_bias = bool(config.get("attention_bias")), bool(config.get("mlp_bias"))
+    if attention_bias != mlp_bias:
+        raise ConfigError(
+            f"attention_bias {attention_bias} with mlp_bias {mlp_bias} is not supported: megatron-core's linear layers "
+            "have biases all or none"
+        )
+    return {"add_bias_linear": mlp_bias}
+
+
+def _mistral(config: dict[str, Any]) -> dict[str, Any]:
+    return _sliding_window(config, config.get("sliding_window"))
+
+
+def _qwen2(config: dict[str, Any]) -> dict[str, Any]:
+    return {"add_qkv_bias": True, **_qwen_window(config)}
+
+
+def _qwen3(config: dict[str, Any]) -> dict[str, Any]:
+    if config.get("attention_bias"):
+        raise ConfigError(
+            "attention_bias true without biases in the MLP is not supported: megatron-core's linear layers have "
+            "biases all or none"
+        )
+    return {"qk_layernorm": True, **_qwen_window(config)}
+
+
+def _qwen_window(config: dict[str, Any]) -> dict[str, Any]:
+    """Qwen applies its window only where `use_sliding_window` says so, and then from layer `max_window_layers` on."""
+    if not config.get("use_sliding_window"):
+        return {}
+    return _sliding_window(config, config.get("sliding_window"))
+
+
+def _sliding_window(config: dict[str, Any], window: int | None) -> dict[str, Any]:
+    if window is None or window >= _count(config, "max_position_embeddings"):
+        return {}
+    raise ConfigError(
+        f"sliding_window {window} below max_position_embeddings {config['max_position_embeddings']} is not supported "
+        "yet; when no sequence is longer than the window, lower max_position_embeddings to it: the numbers are the same"
+    )
+
+
+_FAMILY_OPTIONS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    "llama": _llama,
+    "mistral": _mistral,
+    "phi3": _mistral,
+    "qwen2": _qwen2,
+    "qwen3": _qwen3,
+}
+"""What each family adds to or changes in `_transformer_arguments`."""
+
+_MIXTURE_OF_EXPERTS = " yet: mixture-of-experts layers are neither mapped nor trained"
+_WHY_NOT: dict[Any, str] = {
+    "gemma2": " yet: megatron-core has no logit soft cap, no post-norms and no scaled embedding",
+    "mixtral": _MIXTURE_OF_EXPERTS,
+    "qwen2_moe": _MIXTURE_OF_EXPERTS,
+    "qwen3_moe": _MIXTURE_OF_EXPERTS,
+}
+
+_COMMON_REFUSALS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "hidden_act": (lambda act: act in ("silu", "swish"), "only silu is supported"),
+    "quantization_config": (lambda quantization: not quantization, "quantized weights cannot be trained; give the original ones"),
+    "layer_types": (
+        lambda types: not types or set(types) == {"full_attention"},
+        "layers with different kinds of attention are not supported yet",
+    ),
+}
+"""Key of config.json: (what its value must fulfil, why)."""
+
+
+def _refuse(config: dict[str, Any], refusals: dict[str, tuple[Callable[[Any], bool], str]]) -> None:
+    for key, (is_fine, reason) in refusals.items():
+        if not is_fine(config.get(key)):
+            raise ConfigError(f"{key} is {config.get(key)!r}: {reason}")
+
+
+def _rope_arguments(config: dict[str, Any]) -> dict[str, Any]:
+    """The rotary embedding, from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (4)."""
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in _ROPE_SCALINGS:
+        raise ConfigError(
+            f"rope_type {kind!r} is not supported: megatron-core has {', '.join(_ROPE_SCALINGS)}"
+        )
+    fraction = rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
+    if fraction != 1.0 and config["model_type"] != "phi3":
+        raise ConfigError(f"partial_rotary_factor {fraction} is not supported for {config['model_type']}")
+    return {
+        "rotary_percent": float(fraction),
+        "rotary_base": rope.get("rope_theta", config.get("rope_theta", 10000.0)),
+        "rope_scaling": False,
+        "rope_scaling_factor": 8.0,
+        "seq_len_interpolation_factor": None,
+        **_ROPE_SCALINGS[kind](rope),
+    }
+
+
+def _linear_rope(rope: dict[str, Any]) -> dict[str, Any]:
+    return {"seq_len_interpolation_factor": _factor(rope)}
+
+
+def _llama3_rope(rope: dict[str, Any]) -> dict[str, Any]:
+    """Source: megatron.core RotaryEmbedding._apply_scaling, which takes the factor and fixes the rest."""
+    fixed = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+    for key, value in fixed.items():
+        if rope.get(key) != value:
+            raise ConfigError(f"rope {key} is {rope.get(key)!r}: megatron-core computes llama3 scaling with {value} only")
+    return {"rope_scaling": True, "rope_scaling_factor": _factor(rope)}
+
+
+_ROPE_SCALINGS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    "default": lambda rope: {},
+    "linear": _linear_rope,
+    "llama3": _llama3_rope,
+}
+
+
+def _factor(rope: dict[str, Any]) -> float:
+    factor = rope.get("factor")
+    if isinstance(factor, bool) or not isinstance(factor, int | float) or not factor >= 1:
+        raise ConfigError(f"rope factor is {factor!r}, expected a number of at least 1")
+    return float(factor)
+
+
+def _count(config: dict[str, Any], key: str) -> int:
+    value = config.get(key)
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ConfigError(f"{key} is {value!r}, expected a positive integer")
+    return value
