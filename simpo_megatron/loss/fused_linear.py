@@ -1,0 +1,338 @@
+"""Log-probabilities of response tokens straight from hidden states: the logits never exist as a whole.
+
+Shapes: S sequence (this rank's part under sequence parallelism), B batch, H hidden, v this rank's vocabulary
+slice, b one block of it, N response tokens, n those of them whose target lies in the block.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from simpo_megatron.errors import ConfigError, DataError
+from simpo_megatron.loss.log_probs import merge_shards
+from simpo_megatron.loss.rows import RowSelection
+from simpo_megatron.loss.tokens import ResponseTokens, VocabShard, check_targets
+
+DEFAULT_LOGITS_BUDGET_BYTES = 320 * 2**20
+MIN_BLOCK_WIDTH, MAX_BLOCK_WIDTH = 64, 4096
+
+
+def fused_linear_log_probs(
+    hidden_SBH: Tensor,
+    weight_vH: Tensor,
+    tokens: ResponseTokens,
+    *,
+    vocab: VocabShard,
+    tp_group: ProcessGroup | None,
+    sequence_parallel: bool = False,
+    logits_budget_bytes: int = DEFAULT_LOGITS_BUDGET_BYTES,
+    accumulate_into_main_grad: bool = False,
+) -> Tensor:
+    """Returns log p(target), natural log, of every response token: [N], fp32, replicated over tp.
+
+    Args:
+        hidden_SBH: after the final norm. Replicated over tp, or with `sequence_parallel` this rank's equal
+            part of dimension 0. Only the flat index of the first two dimensions counts, so a batch-first
+            [R, S, H] serves as well.
+        weight_vH: the output layer's slice (own or tied embedding), in the dtype of `hidden_SBH`. Frozen: no
+            weight gradient is computed.
+        tokens: which rows predict which tokens, the same on every rank; best on the CPU.
+        vocab: which token ids the weight's rows are; padding rows take no part and get a zero gradient.
+        tp_group: the ranks that share the vocabulary; None for a whole vocabulary without process group.
+        sequence_parallel: whether `hidden_SBH` is a part of the sequence.
+        logits_budget_bytes: the most bytes of logits to hold, between forward and backward and while
+            computing. What does not fit is computed again in the backward, for one GEMM more.
+        accumulate_into_main_grad: add the weight gradient to `weight_vH.main_grad` where there is one, as
+            Megatron's linear layers do under gradient accumulation fusion, and set `grad_added_to_main_grad`.
+
+    Collectives: forward one all-gather of [2, N] fp32 over `tp_group`; backward one all-reduce of [N, H] in
+    the hidden dtype, when the hidden states need a gradient. With `sequence_parallel` the forward also
+    exchanges the selected rows, and the backward's collective returns to each rank the gradient of its own.
+
+    Raises:
+        ConfigError: shapes or dtypes that do not fit together.
+        DataError: a target outside the vocabulary, or rows unsorted or outside the sequence (on every rank).
+    """
+    _check_tensors(hidden_SBH, weight_vH, vocab, tp_group)
+    num_local = hidden_SBH.shape[0] * hidden_SBH.shape[1]
+    _check_tokens(tokens, num_local * (tp_group.size() if sequence_parallel and tp_group else 1), vocab)
+    selection = RowSelection.of(tokens.rows_N, num_local, group=tp_group, sharded=sequence_parallel)
+    layout = _Layout.of(
+        tokens.targets_N,
+        vocab,
+        width=vocab.num_real(weight_vH.shape[0]),
+        dtype=hidden_SBH.dtype,
+        budget_bytes=logits_budget_bytes,
+        differentiable=torch.is_grad_enabled() and (hidden_SBH.requires_grad or weight_vH.requires_grad),
+    )
+    device = hidden_SBH.device
+    head = _Head(selection.to(device), layout.to(device), tp_group, accumulate_into_main_grad)
+    return _FusedLinearLogProbs.apply(hidden_SBH, weight_vH, head)
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Columns [start, stop) of this rank's slice, and where in the sorted targets their targets lie."""
+
+    start: int
+    stop: int
+    targets: slice
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """How the vocabulary slice is cut into blocks, and which of them are kept for the backward.
+
+    token_n: int64, the tokens whose target this rank holds, in the order of their targets.
+    column_n: int64, ascending, the column of each of those targets in this rank's slice.
+    num_kept: blocks, the first ones, whose exponentials are kept for the backward.
+    width: columns of this rank's slice that are real token ids.
+    """
+
+    token_n: Tensor
+    column_n: Tensor
+    blocks: tuple[_Block, ...]
+    num_kept: int
+    width: int
+
+    @classmethod
+    def of(cls, targets_N, vocab, *, width, dtype, budget_bytes, differentiable) -> _Layout:
+        """Returns the layout for `width` real columns of logits of `dtype`."""
+        num_bytes_column = max(targets_N.numel(), 1) * dtype.itemsize
+        budget = budget_bytes // num_bytes_column
+        # An eighth of the budget for the block in work leaves the rest to blocks kept.
+        block_width = min(max(budget // 8, MIN_BLOCK_WIDTH), MAX_BLOCK_WIDTH)
+        num_blocks = -(-width // block_width)
+        block_width = -(-width // max(num_blocks, 1))
+        if dtype.itemsize < 4:
+            budget -= block_width * 4 // dtype.itemsize  # the block in work, once more in fp32
+        num_kept = num_blocks if num_blocks * block_width <= budget else budget // max(block_width, 1) - 1
+
+        column_N = targets_N - vocab.start
+        column_N, order_N = column_N.sort(stable=True)
+        starts = [min(i * block_width, width) for i in range(num_blocks + 1)]
+        cuts = torch.searchsorted(column_N, torch.tensor(starts, device=column_N.device)).tolist()
+        own = slice(cuts[0], cuts[-1])
+        blocks = tuple(
+            _Block(starts[i], starts[i + 1], slice(cuts[i] - cuts[0], cuts[i + 1] - cuts[0]))
+            for i in range(num_blocks)
+        )
+        return cls(order_N[own], column_N[own], blocks, max(num_kept, 0) if differentiable else 0, width)
+
+    def to(self, device: torch.device) -> _Layout:
+        """Returns the layout with its indices on `device`, without waiting for their copy."""
+        return replace(
+            self,
+            token_n=self.token_n.to(device, non_blocking=True),
+            column_n=self.column_n.to(device, non_blocking=True),
+        )
+
+
+@dataclass(frozen=True)
+class _Head:
+    """Everything of one call that is not a differentiable tensor."""
+
+    selection: RowSelection
+    layout: _Layout
+    tp_group: ProcessGroup | None
+    accumulate_into_main_grad: bool
+
+
+class _FusedLinearLogProbs(torch.autograd.Function):
+    """Three GEMMs per vocabulary block that is kept, four per block that is not.
+
+    A block's logits z become e = exp(z - shift) in place, with the running maximum of the row as shift; the
+    softmax of the row is then e * exp(shift - lse), once lse is known. The backward never builds it: the
+    factor goes to the [N, H] side of both GEMMs, and the one at the target is a row of W or of the hidden
+    states, so kept blocks are only ever read.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden_SBH, weight_vH, head):
+        layout = head.layout
+        rows_NH = head.selection.gather(hidden_SBH)
+        work = _BlockWork(rows_NH, weight_vH, layout)
+        num_tokens = rows_NH.shape[0]
+        # Finite, so that a row that is -inf so far subtracts to -inf and not to NaN.
+        max_N = torch.full((num_tokens,), torch.finfo(work.dtype).min, dtype=work.dtype, device=rows_NH.device)
+        sum_N = torch.zeros_like(max_N)
+        target_N = torch.full_like(max_N, -torch.inf)
+        kept, shifts = [], []
+        for index, block in enumerate(layout.blocks):
+            keep = index < layout.num_kept
+            logits_Nb = work.logits(block, fresh=keep)
+            token_n = layout.token_n[block.targets]
+            target_N[token_n] = logits_Nb[token_n, layout.column_n[block.targets] - block.start].to(work.dtype)
+            shift_N = torch.maximum(max_N, logits_Nb.amax(1))
+            exps_Nb = work.exponentials(logits_Nb, shift_N)
+            sum_N = sum_N * torch.exp(max_N - shift_N) + exps_Nb.sum(1)
+            max_N = shift_N
+            if keep:
+                kept.append(logits_Nb if exps_Nb is logits_Nb else logits_Nb.copy_(exps_Nb))
+                shifts.append(shift_N)
+        lse_N, target_N = merge_shards(max_N + torch.log(sum_N), target_N, head.tp_group)
+        ctx.head = head
+        ctx.main_grad = getattr(weight_vH, "main_grad", None) if head.accumulate_into_main_grad else None
+        ctx.save_for_backward(hidden_SBH, weight_vH, rows_NH, lse_N, *kept, *shifts)
+        return target_N - lse_N
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_N):
+        head, layout = ctx.head, ctx.head.layout
+        hidden_SBH, weight_vH, rows_NH, lse_N, *saved = ctx.saved_tensors
+        kept, shifts = saved[: layout.num_kept], saved[layout.num_kept :]
+        work = _BlockWork(rows_NH, weight_vH, layout)
+        hidden_grad = _HiddenGrad(work, grad_N) if ctx.needs_input_grad[0] else None
+        weight_grad = _WeightGrad(work, grad_N, ctx.main_grad) if ctx.needs_input_grad[1] else None
+
+        for block in layout.blocks[layout.num_kept :]:
+            logits_Nb = work.logits(block, fresh=False)
+            exps_Nb = work.exponentials(logits_Nb, lse_N)
+            exps_Nb = logits_Nb if exps_Nb is logits_Nb else logits_Nb.copy_(exps_Nb)
+            ones_N = torch.ones_like(lse_N)
+            if hidden_grad:
+                hidden_grad.add(block, exps_Nb, ones_N)
+            if weight_grad:
+                weight_grad.add(block, exps_Nb, ones_N)
+        work.release()
+        scales = [torch.exp(shift_N - lse_N) for shift_N in shifts]
+        kept_blocks = list(zip(layout.blocks, kept, scales, strict=False))
+        pending = None
+        if hidden_grad:
+            for block, exps_Nb, scale_N in kept_blocks:
+                hidden_grad.add(block, exps_Nb, scale_N)
+            # The sum over ranks travels while the weight gradient of the kept blocks is computed.
+            pending = head.selection.start_reduce(hidden_grad.result())
+        if weight_grad:
+            for block, exps_Nb, scale_N in kept_blocks:
+                weight_grad.add(block, exps_Nb, scale_N)
+        return (
+            head.selection.finish_reduce(pending, hidden_SBH) if pending else None,
+            weight_grad.result() if weight_grad else None,
+            None,
+        )
+
+
+class _BlockWork:
+    """Logits and exponentials of one block at a time, in buffers that are allocated once."""
+
+    def __init__(self, rows_NH: Tensor, weight_vH: Tensor, layout: _Layout):
+        self.rows_NH, self.weight_vH, self.layout = rows_NH, weight_vH, layout
+        self.dtype = torch.promote_types(rows_NH.dtype, torch.float32)
+        self._buffers: dict[torch.dtype, Tensor] = {}
+
+    def logits(self, block: _Block, *, fresh: bool) -> Tensor:
+        """Returns the block's logits [N, b], in a tensor of their own when `fresh`."""
+        shape = (self.rows_NH.shape[0], block.stop - block.start)
+        out_Nb = self.rows_NH.new_empty(shape) if fresh else self._buffer(shape, self.rows_NH.dtype)
+        return torch.mm(self.rows_NH, self.weight_vH[block.start : block.stop].t(), out=out_Nb)
+
+    def exponentials(self, logits_Nb: Tensor, shift_N: Tensor) -> Tensor:
+        """Returns exp(logits - shift) in fp32 at least: in place where the logits are, else in a buffer."""
+        in_place = logits_Nb.dtype == self.dtype
+        out_Nb = logits_Nb if in_place else self._buffer(logits_Nb.shape, self.dtype)
+        return torch.sub(logits_Nb, shift_N[:, None], out=out_Nb).exp_()
+
+    def release(self) -> None:
+        self._buffers.clear()
+
+    def _buffer(self, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+        if dtype not in self._buffers:
+            first = self.layout.blocks[0]
+            self._buffers[dtype] = self.rows_NH.new_empty(shape[0] * (first.stop - first.start), dtype=dtype)
+        return self._buffers[dtype][: shape[0] * shape[1]].view(shape)
+
+
+class _HiddenGrad:
+    """Sums grad * (W[target] - softmax @ W) over blocks, in fp32 at least."""
+
+    def __init__(self, work: _BlockWork, grad_N: Tensor):
+        self.work, self.grad_N = work, grad_N
+        self.sum_NH = torch.zeros_like(work.rows_NH, dtype=work.dtype)
+        self.product_NH = torch.empty_like(work.rows_NH)
+
+    def add(self, block: _Block, exps_Nb: Tensor, scale_N: Tensor) -> None:
+        weight_bH = self.work.weight_vH[block.start : block.stop]
+        torch.mm(exps_Nb, weight_bH, out=self.product_NH)
+        self.sum_NH.addcmul_(self.product_NH.to(self.sum_NH.dtype), scale_N[:, None], value=-1)
+        layout = self.work.layout
+        token_n, column_n = layout.token_n[block.targets], layout.column_n[block.targets]
+        self.sum_NH.index_add_(0, token_n, self.work.weight_vH[column_n].to(self.sum_NH.dtype))
+
+    def result(self) -> Tensor:
+        return self.sum_NH.mul_(self.grad_N[:, None]).to(self.work.rows_NH.dtype)
+
+
+class _WeightGrad:
+    """Collects the weight gradient, block by block, in a new tensor or on top of Megatron's `main_grad`."""
+
+    def __init__(self, work: _BlockWork, grad_N: Tensor, main_grad_vH: Tensor | None):
+        self.work, self.grad_N, self.main_grad_vH = work, grad_N, main_grad_vH
+        self.scaled_NH = torch.empty_like(work.rows_NH)
+        self.out_vH = main_grad_vH
+        if main_grad_vH is None:
+            self.out_vH = torch.empty_like(work.weight_vH)
+            self.out_vH[work.layout.width :].zero_()
+
+    def add(self, block: _Block, exps_Nb: Tensor, scale_N: Tensor) -> None:
+        work, layout = self.work, self.work.layout
+        token_n, column_n = layout.token_n[block.targets], layout.column_n[block.targets]
+        out_bH = self.out_vH[block.start : block.stop]
+        torch.mul(work.rows_NH, -(self.grad_N * scale_N)[:, None], out=self.scaled_NH)
+        at_target_nH = work.rows_NH[token_n] * self.grad_N[token_n, None]
+        keep_old = self.main_grad_vH is not None
+        if out_bH.dtype == exps_Nb.dtype == work.dtype:
+            torch.addmm(out_bH, exps_Nb.t(), self.scaled_NH, beta=int(keep_old), out=out_bH)
+            out_bH.index_add_(0, column_n - block.start, at_target_nH)
+            return
+        block_bH = torch.mm(exps_Nb.t(), self.scaled_NH).to(work.dtype)
+        block_bH.index_add_(0, column_n - block.start, at_target_nH)
+        if keep_old:
+            out_bH.add_(block_bH)
+        else:
+            out_bH.copy_(block_bH)
+
+    def result(self) -> Tensor | None:
+        """Returns what autograd is to see: the gradient, or Megatron's stand-in for one already added."""
+        if self.main_grad_vH is None:
+            return self.out_vH
+        weight_vH = self.work.weight_vH
+        if not hasattr(weight_vH, "grad_added_to_main_grad"):
+            return None
+        # DDP's hooks want a gradient to be there; they read it only where `zero_out_wgrad` says that other
+        # uses of the weight (a tied embedding) are added to it.
+        weight_vH.grad_added_to_main_grad = True
+        if getattr(weight_vH, "zero_out_wgrad", False):
+            return torch.zeros_like(weight_vH)
+        return torch.empty_like(weight_vH)
+
+
+def _check_tensors(hidden_SBH, weight_vH, vocab: VocabShard, tp_group: ProcessGroup | None) -> None:
+    if hidden_SBH.dim() != 3 or weight_vH.dim() != 2 or hidden_SBH.shape[2] != weight_vH.shape[1]:
+        raise ConfigError(
+            f"hidden states {tuple(hidden_SBH.shape)} and output weight {tuple(weight_vH.shape)}: "
+            "expected [S, B, H] and [v, H] with the same H"
+        )
+    if hidden_SBH.dtype != weight_vH.dtype:
+        raise ConfigError(
+            f"hidden states are {hidden_SBH.dtype}, the output weight {weight_vH.dtype}; expected one dtype: "
+            "cast one of them"
+        )
+    if (tp_group is None or tp_group.size() == 1) and (vocab.start, vocab.num_real(len(weight_vH))) != (0, vocab.size):
+        raise ConfigError(
+            f"{vocab}: the weight holds {len(weight_vH)} rows; expected the whole vocabulary on a single rank"
+        )
+
+
+def _check_tokens(tokens: ResponseTokens, num_rows: int, vocab: VocabShard) -> None:
+    rows_N = tokens.rows_N
+    if rows_N.dim() != 1 or not rows_N.shape == tokens.targets_N.shape == tokens.sequence_N.shape:
+        raise ConfigError("ResponseTokens: rows_N, targets_N and sequence_N must be vectors of one length")
+    if ((rows_N < 0) | (rows_N >= num_rows)).any() or (rows_N[1:] < rows_N[:-1]).any():
+        raise DataError(f"rows_N: expected ascending rows of a sequence of {num_rows}, found otherwise")
+    check_targets(tokens.targets_N, vocab.size)

@@ -1,0 +1,48 @@
+"""The whole loss in one call, for training loops of one's own.
+
+Shapes: R rows (two per pair), S sequence, H hidden, v this rank's vocabulary slice.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from simpo_megatron.loss.fused_linear import fused_linear_log_probs
+from simpo_megatron.loss.reduce import average_log_probs
+from simpo_megatron.loss.simpo import SimPOObjective, SimPOResult, simpo_loss
+from simpo_megatron.loss.tokens import IGNORE_INDEX, ResponseTokens, VocabShard
+
+
+def fused_linear_simpo(
+    hidden_RSH: Tensor,
+    weight_vH: Tensor,
+    labels_RS: Tensor,
+    *,
+    objective: SimPOObjective | None = None,
+    vocab: VocabShard | None = None,
+    tp_group: ProcessGroup | None = None,
+    ignore_index: int = IGNORE_INDEX,
+) -> SimPOResult:
+    """Returns the SimPO loss of padded rows, summed over pairs, and the sums of its metrics.
+
+    Args:
+        hidden_RSH: the model's last hidden states, rows chosen, rejected, chosen, ...; replicated over tp.
+        weight_vH: the output layer's weight, or this rank's slice of it; the dtype of `hidden_RSH`.
+        labels_RS: int64; the label at t is the token predicted at t, `ignore_index` at prompt and padding.
+        objective: the objective and its constants; None: the paper's, `SimPOObjective()`.
+        vocab: which token ids the weight's rows are; None: all of them.
+        tp_group: the ranks that share the vocabulary; None without process group.
+        ignore_index: the label that marks a position without a token.
+
+    Collectives: those of `fused_linear_log_probs`.
+
+    Raises:
+        ConfigError: shapes or dtypes that do not fit together.
+        DataError: a label outside the vocabulary.
+    """
+    tokens = ResponseTokens.from_labels(labels_RS, ignore_index)
+    vocab = vocab or VocabShard(start=0, size=weight_vH.shape[0])
+    logp_N = fused_linear_log_probs(hidden_RSH, weight_vH, tokens, vocab=vocab, tp_group=tp_group)
+    avg_R, counts_R = average_log_probs(logp_N, tokens.sequence_N, 2 * tokens.num_pairs)
+    return simpo_loss(avg_R, counts_R, objective=objective or SimPOObjective())

@@ -1,0 +1,92 @@
+"""The two values that say what the loss reads: which tokens count, and which part of the vocabulary is here.
+
+Shapes: S sequence, B batch, R rows of a batch (two per pair), P pairs, H hidden, N response tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from simpo_megatron.errors import ConfigError, DataError
+
+IGNORE_INDEX = -100
+
+
+@dataclass(frozen=True, kw_only=True)
+class VocabShard:
+    """The slice of the vocabulary a rank holds: its weight's row `i` belongs to token id `start + i`.
+
+    Ids from `size` on are padding that makes the vocabulary divisible by tp; no softmax sees them.
+    """
+
+    start: int
+    size: int
+
+    def __post_init__(self):
+        if self.start < 0 or self.size < 1:
+            raise ConfigError(
+                f"VocabShard: start {self.start}, size {self.size}: expected start >= 0 and size >= 1, "
+                "where size is the true vocabulary size before padding"
+            )
+
+    def num_real(self, width: int) -> int:
+        """How many of this slice's `width` columns are real token ids; they are the first ones."""
+        return min(max(self.size - self.start, 0), width)
+
+
+@dataclass(frozen=True)
+class ResponseTokens:
+    """Which hidden row predicts which token of which response; the same on every tensor-parallel rank.
+
+    On the CPU, as a data loader hands them out, their checks cost no device synchronisation; tensors that
+    already lie on a GPU work too, for one synchronisation a call.
+
+    rows_N: int64, ascending, may repeat (a shared prompt's last row predicts the first token of both
+        responses): flat indices into the first two dimensions of the hidden states of the whole sequence,
+        `s * B + b` for Megatron's [S, B, H].
+    targets_N: int64, the token id predicted at each row.
+    sequence_N: int64 in [0, 2P): 2p for the chosen and 2p + 1 for the rejected response of pair p.
+    num_pairs: P, the pairs of this microbatch.
+    """
+
+    rows_N: Tensor
+    targets_N: Tensor
+    sequence_N: Tensor
+    num_pairs: int
+
+    @classmethod
+    def from_labels(cls, labels_RS: Tensor, ignore_index: int = IGNORE_INDEX) -> ResponseTokens:
+        """Returns the tokens of padded rows c0 r0 c1 r1 ..., flat indices into hidden states [R, S, H].
+
+        Args:
+            labels_RS: int64. The label at t is the token predicted at t (nothing is shifted here);
+                `ignore_index` at prompt and padding.
+
+        Raises:
+            ConfigError: the number of rows is odd.
+        """
+        num_rows, length = labels_RS.shape
+        if num_rows % 2:
+            raise ConfigError(
+                f"labels: {num_rows} rows; expected two per pair, chosen and rejected in turn"
+            )
+        row_N, position_N = (labels_RS != ignore_index).nonzero(as_tuple=True)
+        return cls(
+            rows_N=row_N * length + position_N,
+            targets_N=labels_RS[row_N, position_N],
+            sequence_N=row_N,
+            num_pairs=num_rows // 2,
+        )
+
+
+def check_targets(targets: Tensor, vocab_size: int) -> None:
+    """Raises DataError when a target is not in [0, vocab_size); every tp rank sees the same targets, so all do."""
+    outside = (targets < 0) | (targets >= vocab_size)
+    if outside.any():
+        first = int(outside.flatten().nonzero()[0, 0])
+        raise DataError(
+            f"response token {first}: id {int(targets.flatten()[first])} is outside the vocabulary of "
+            f"{vocab_size} ids; check that the tokenizer belongs to the model"
+        )
