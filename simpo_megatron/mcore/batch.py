@@ -91,12 +91,8 @@ class Microbatch:
 
 def to_microbatch(batch: PreferenceBatch, device: torch.device) -> Microbatch:
     """`batch` on `device`, its segments as the layout that the attention and the head read."""
-    response = ResponseTokens(
-        rows_N=batch.rows_N.to(device),
-        targets_N=batch.targets_N.to(device),
-        sequence_N=batch.sequence_N.to(device),
-        num_pairs=len(batch.pair_ids_P),
-    )
+    # These stay on the CPU, where checking and counting them costs no synchronisation; the head moves what it needs.
+    response = ResponseTokens(batch.rows_N, batch.targets_N, batch.sequence_N, num_pairs=len(batch.pair_ids_P))
     position_ids_BS = batch.position_ids_BS.to(device)
     if batch.segments_G4 is None:
         layout = MicrobatchLayout.of_padded_rows(batch.tokens_BS.size(1), response)

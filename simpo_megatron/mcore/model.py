@@ -43,6 +43,7 @@ class LogProbHead(ColumnParallelLinear):
             ),
             tp_group=self.tp_group,
             sequence_parallel=self.sequence_parallel,
+            accumulate_into_main_grad=True,
         )
 
 
@@ -78,17 +79,17 @@ class PreferenceGPTModel(GPTModel):
 
 def transformer_config(description: ModelDescription, config: Config) -> TransformerConfig:
     """megatron's TransformerConfig: the architecture from `description`, everything else from `config`."""
-    parallel, precision = config.parallel, config.precision
+    sizes, precision = config.parallel.sizes, config.precision
     dtype = torch.bfloat16 if precision.bf16 else torch.float32
-    interleaved = parallel.virtual_pipeline_model_parallel_size is not None
+    interleaved = sizes.virtual_pipeline is not None
     return TransformerConfig(
         **description.transformer,
-        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
-        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
-        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
-        context_parallel_size=parallel.context_parallel_size,
-        expert_model_parallel_size=parallel.expert_model_parallel_size,
-        sequence_parallel=parallel.sequence_parallel,
+        tensor_model_parallel_size=sizes.tensor,
+        pipeline_model_parallel_size=sizes.pipeline,
+        virtual_pipeline_model_parallel_size=sizes.virtual_pipeline,
+        context_parallel_size=sizes.context,
+        expert_model_parallel_size=sizes.expert,
+        sequence_parallel=config.parallel.sequence_parallel,
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=precision.bf16,
@@ -102,7 +103,7 @@ def transformer_config(description: ModelDescription, config: Config) -> Transfo
         # The step's loss is a sum over pairs; finalize_model_grads divides by the pairs of the whole global batch.
         calculate_per_token_loss=True,
         # Packs differ in length. megatron asks for this dispatcher whenever lengths vary, experts or not.
-        variable_seq_lengths=parallel.pipeline_model_parallel_size > 1,
+        variable_seq_lengths=sizes.pipeline > 1,
         moe_token_dispatcher_type="alltoall",
         # With two stages, interleaving over megatron's default batched p2p gives silently wrong gradients.
         overlap_p2p_comm=interleaved,
@@ -131,7 +132,7 @@ def build_model(
 ) -> list[PreferenceGPTModel]:
     """This rank's model chunks, one per virtual pipeline stage, with weights allocated and not yet set."""
     mcore_config = transformer_config(description, config)
-    num_chunks = config.parallel.virtual_pipeline_model_parallel_size or 1
+    num_chunks = groups.sizes.virtual_pipeline or 1
     chunks = []
     for stage in range(num_chunks):
         vp_stage = stage if num_chunks > 1 else None

@@ -44,7 +44,7 @@ def _num_ranks_to_start(config: Config) -> int:
     """Local ranks to start because torchrun started one where the layout needs more; 0 when the ranks are there."""
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     parallel = config.parallel
-    needed = parallel.model_parallel_size
+    needed = parallel.sizes.model
     if world_size >= needed or world_size > 1:
         return 0
     return needed

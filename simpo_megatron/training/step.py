@@ -1,0 +1,104 @@
+"""One pass of megatron's pipeline schedule over one step's microbatches, with or without gradients, and the update."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from simpo_megatron.data import BatchOptions, PreferenceDataset, collate
+from simpo_megatron.loss import SimPOObjective
+from simpo_megatron.mcore import device
+from simpo_megatron.mcore.batch import Microbatch, read_pairs, to_microbatch
+from simpo_megatron.mcore.forward_step import ForwardStep
+from simpo_megatron.mcore.optimizer import update, zero_gradients
+from simpo_megatron.parallel import ParallelGroups
+
+StepPlan = Sequence[Sequence[Sequence[int]]]
+"""Pair indices by data-parallel rank and microbatch; every rank has the same number of microbatches."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trainer:
+    """The pieces that a step works on, on this rank."""
+
+    groups: ParallelGroups
+    chunks: list[DistributedDataParallel]
+    optimizer: MegatronOptimizer
+    scheduler: OptimizerParamScheduler
+    objective: SimPOObjective
+    batch_options: BatchOptions
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pass:
+    """What one pass over a step's microbatches computed on this rank."""
+
+    sums: list[dict[str, Tensor]]
+    """Metric sums over pairs, one dict per microbatch; filled on the last pipeline stage, empty elsewhere."""
+    num_pairs: int
+    """Pairs of the whole step, over all data-parallel ranks."""
+    num_tokens: int
+    """Real tokens this data-parallel rank computed, padding apart."""
+
+
+def run_pass(trainer: Trainer, dataset: PreferenceDataset, plan: StepPlan, *, forward_only: bool) -> Pass:
+    """The metric sums of one step's pairs; unless `forward_only`, gradients are in the DDP buffers afterwards,
+    reduced over every group and divided by the pairs of the step.
+
+    Collectives: one broadcast over tp for the tokens, then megatron's own.
+    """
+    microbatches = _materialise(trainer, dataset, plan[trainer.groups.dp.rank()])
+    num_pairs, num_chosen_tokens = _count(dataset, plan)
+    forward_backward = get_forward_backward_func()
+    sums = forward_backward(
+        forward_step_func=ForwardStep(
+            objective=trainer.objective, pairs_per_chosen_token=num_pairs / max(1, num_chosen_tokens)
+        ),
+        data_iterator=[iter(microbatches) for _ in trainer.chunks],
+        model=trainer.chunks,
+        num_microbatches=len(microbatches),
+        # Lengths vary and travel with the activations; these two only have to be there.
+        seq_length=max(microbatch.tokens_BS.size(1) for microbatch in microbatches),
+        micro_batch_size=1,
+        forward_only=forward_only,
+    )
+    return Pass(sums=sums, num_pairs=num_pairs, num_tokens=sum(m.num_tokens for m in microbatches))
+
+
+def train_step(trainer: Trainer, dataset: PreferenceDataset, plan: StepPlan) -> tuple[Pass, float, float]:
+    """(what the pass computed, gradient norm before clipping, learning rate used) of one optimizer step.
+
+    Raises:
+        NumericsError: on every rank alike, before anything was updated, when the gradient is not finite.
+    """
+    for chunk in trainer.chunks:
+        chunk.train()
+    zero_gradients(trainer.chunks, trainer.optimizer)
+    computed = run_pass(trainer, dataset, plan, forward_only=False)
+    return computed, *update(trainer.optimizer, trainer.scheduler)
+
+
+def _materialise(
+    trainer: Trainer, dataset: PreferenceDataset, microbatch_indices: Sequence[Sequence[int]]
+) -> list[Microbatch]:
+    here = device.current_device()
+    indices = [index for microbatch in microbatch_indices for index in microbatch]
+    pairs = iter(read_pairs(dataset, indices, tp_group=trainer.groups.tp, device=here))
+    return [
+        to_microbatch(collate([next(pairs) for _ in chosen], chosen, trainer.batch_options), here)
+        for chosen in microbatch_indices
+    ]
+
+
+def _count(dataset: PreferenceDataset, plan: StepPlan) -> tuple[int, int]:
+    """(pairs, chosen response tokens) of the whole step, known to every rank without communication."""
+    indices = [index for rank in plan for microbatch in rank for index in microbatch]
+    return len(indices), int(np.asarray(dataset.lengths)[indices, 1].sum())

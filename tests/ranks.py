@@ -1,0 +1,73 @@
+"""Start a script on several gloo ranks of this machine, bounded in time, and fail with what they printed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def run_ranks(script: Path, num_ranks: int, *arguments: str, timeout: float = 300.0) -> None:
+    """Run `python script *arguments` on `num_ranks` ranks; an error, with every rank's output, unless all exit 0.
+
+    The first rank that fails, and the time limit, end the others.
+    """
+    environment = {
+        **os.environ,
+        "WORLD_SIZE": str(num_ranks),
+        "LOCAL_WORLD_SIZE": str(num_ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests")]),
+        "PYTHONWARNINGS": "ignore",
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        logs = [Path(folder, f"rank{rank}.log") for rank in range(num_ranks)]
+        processes = [
+            subprocess.Popen(
+                [sys.executable, str(script), *arguments],
+                env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                stdout=logs[rank].open("w"),
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+            for rank in range(num_ranks)
+        ]
+        failure = _wait(processes, timeout)
+        if failure:
+            printed = "\n".join(f"--- {log.name}\n{log.read_text()[-4000:]}" for log in logs)
+            raise AssertionError(f"{Path(script).name}: {failure}\n{printed}")
+
+
+def _wait(processes: list[subprocess.Popen], timeout: float) -> str | None:
+    deadline = time.monotonic() + timeout
+    failure = None
+    while failure is None and any(process.poll() is None for process in processes):
+        codes = [process.poll() for process in processes]
+        failed = [rank for rank, code in enumerate(codes) if code not in (None, 0)]
+        if failed:
+            failure = f"rank {failed[0]} exited with {codes[failed[0]]}"
+        elif time.monotonic() > deadline:
+            failure = f"still running after {timeout} s"
+        time.sleep(0.05)
+    if failure is None and any(process.returncode for process in processes):
+        failure = f"exit codes {[process.returncode for process in processes]}"
+    for process in processes:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    return failure

@@ -1,0 +1,89 @@
+"""The slow obvious twin: SimPO training in float64 with transformers' model, one response at a time.
+
+Nothing of the package is used here. The objective is the reference implementation's: the sum of a response's token
+log-probs over their number, and the mean over the pairs of the global batch (arXiv 2405.14734, equations 4 and 6).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class TwinSettings:
+    """The options of one twin run, by the trainer's names."""
+
+    beta: float = 2.0
+    gamma_beta_ratio: float = 0.5
+    sft_weight: float = 0.0
+    lr: float = 1e-3
+    weight_decay: float = 0.1
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    adam_eps: float = 1e-8
+    clip_grad: float = 1.0
+
+
+@dataclass
+class TwinRecord:
+    """What each step saw: loss before the update, gradient norm before clipping, mean margin."""
+
+    loss: list[float] = field(default_factory=list)
+    grad_norm: list[float] = field(default_factory=list)
+    margin: list[float] = field(default_factory=list)
+
+
+def response_log_probs(model: torch.nn.Module, prompt: Sequence[int], response: Sequence[int]) -> Tensor:
+    """float64 [len(response)] log-probs of the response tokens after the prompt, differentiable."""
+    ids = torch.tensor([[*prompt, *response]])
+    logits = model(ids).logits[0].double()
+    log_probs = F.log_softmax(logits, dim=-1)[len(prompt) - 1 : -1]
+    return log_probs.gather(1, torch.tensor(list(response))[:, None])[:, 0]
+
+
+def batch_loss(model: torch.nn.Module, pairs: Sequence, settings: TwinSettings) -> tuple[Tensor, float]:
+    """(mean loss over the pairs, mean reward margin), the pairs given as (prompt, chosen, rejected) ids."""
+    losses, margins, chosen_nll = [], [], []
+    for prompt, chosen, rejected in pairs:
+        chosen_log_probs = response_log_probs(model, prompt, chosen)
+        average_chosen = chosen_log_probs.sum() / len(chosen)
+        average_rejected = response_log_probs(model, prompt, rejected).sum() / len(rejected)
+        margin = settings.beta * (average_chosen - average_rejected)
+        losses.append(-F.logsigmoid(margin - settings.beta * settings.gamma_beta_ratio))
+        margins.append(float(margin))
+        chosen_nll.append(-chosen_log_probs)
+    loss = torch.stack(losses).mean() + settings.sft_weight * torch.cat(chosen_nll).mean()
+    return loss, sum(margins) / len(margins)
+
+
+def train(model: torch.nn.Module, batches: Sequence[Sequence], settings: TwinSettings) -> TwinRecord:
+    """One AdamW step per batch at a constant learning rate; the model, in float64, is trained in place.
+
+    As in megatron, weight decay spares biases and norms, which are the one-dimensional parameters.
+    """
+    parameters = list(model.parameters())
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": [p for p in parameters if p.dim() > 1], "weight_decay": settings.weight_decay},
+            {"params": [p for p in parameters if p.dim() == 1], "weight_decay": 0.0},
+        ],
+        lr=settings.lr,
+        betas=(settings.adam_beta1, settings.adam_beta2),
+        eps=settings.adam_eps,
+    )
+    record = TwinRecord()
+    for pairs in batches:
+        optimizer.zero_grad()
+        loss, margin = batch_loss(model, pairs, settings)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(parameters, settings.clip_grad)
+        optimizer.step()
+        record.loss.append(float(loss))
+        record.grad_norm.append(float(norm))
+        record.margin.append(margin)
+    return record
