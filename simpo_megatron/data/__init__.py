@@ -1,0 +1,46 @@
+"""Preference files in, packed batches out; needs numpy, torch and a transformers tokenizer, nothing of
+Megatron.
+
+    from transformers import AutoTokenizer
+    from simpo_megatron.data import BatchOptions, PairOptions, build_preference_dataset, iterate_steps
+
+    tokenizer = AutoTokenizer.from_pretrained("model/")
+    dataset = build_preference_dataset(["pairs.jsonl"], tokenizer, PairOptions(max_length=1024,
+    max_prompt_length=800), "cache") for microbatches in iterate_steps(dataset,
+    BatchOptions(global_batch_size=8, tokens_per_microbatch=4096)): for batch in microbatches:
+            ...  # batch.tokens_BS, batch.position_ids_BS, batch.rows_N, batch.targets_N, batch.sequence_N,
+            batch.segments_G4
+"""
+
+from simpo_megatron.data.batching import (
+    BatchOptions,
+    PreferenceBatch,
+    check_batches,
+    check_budget,
+    collate,
+    iterate_steps,
+    plan_evaluation,
+    plan_step,
+)
+from simpo_megatron.data.dataset import PreferenceDataset, build_preference_dataset, check_vocabulary, split
+from simpo_megatron.data.options import PairOptions
+from simpo_megatron.data.sources import parse_named_sources
+from simpo_megatron.data.tokenization import TokenizedPair
+
+__all__ = [
+    "BatchOptions",
+    "PairOptions",
+    "PreferenceBatch",
+    "PreferenceDataset",
+    "TokenizedPair",
+    "build_preference_dataset",
+    "check_batches",
+    "check_budget",
+    "check_vocabulary",
+    "collate",
+    "iterate_steps",
+    "parse_named_sources",
+    "plan_evaluation",
+    "plan_step",
+    "split",
+]

@@ -1,0 +1,330 @@
+"""Which pairs make up each step, rank and microbatch, and the tensors of one microbatch.
+
+The plan is a pure function of the pairs' lengths, the options, the number of pairs consumed and the number of
+ranks: every rank works it out alone and all agree. The order of pairs depends on the seed, the epoch and the
+pairs consumed only.
+
+Legend: S tokens of a row, B rows, N response tokens, P pairs of a microbatch, G segments.
+"""
+
+import heapq
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from simpo_megatron.data.dataset import PreferenceDataset, mix
+from simpo_megatron.data.tokenization import TokenizedPair
+from simpo_megatron.errors import ConfigError
+
+Microbatch = tuple[int, ...]
+StepPlan = tuple[tuple[Microbatch, ...], ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchOptions:
+    """How pairs become steps and microbatches."""
+
+    global_batch_size: int = 128
+    """Pairs of one optimizer step, over all ranks."""
+    packing: bool = True
+    """Fill microbatches up to `tokens_per_microbatch`; otherwise `micro_batch_size` pairs make one."""
+    prefix_sharing: bool = True
+    """Put a pair's prompt into the microbatch once, for both of its responses."""
+    tokens_per_microbatch: int = 8192
+    """With packing, most tokens of one microbatch, padding included."""
+    micro_batch_size: int = 1
+    """Without packing, most pairs of one microbatch."""
+    sequence_multiple: int = 1
+    """Rows are padded to a multiple of this many tokens (tensor parallel size under sequence parallelism; 16
+    for FP8)."""
+    pad_id: int = 0
+    """Token id of padding; it reaches no response token and no sum."""
+    seed: int = 42
+    """Seed of the order of pairs."""
+
+    def __post_init__(self):
+        for key in ("global_batch_size", "tokens_per_microbatch", "micro_batch_size", "sequence_multiple"):
+            if getattr(self, key) < 1:
+                raise ConfigError(f"{key}: {getattr(self, key)} given, at least 1 expected")
+        if self.pad_id < 0:
+            raise ConfigError(f"pad_id: {self.pad_id} given, a token id expected")
+        if self.packing and self.tokens_per_microbatch % self.sequence_multiple:
+            raise ConfigError(
+                f"tokens_per_microbatch: {self.tokens_per_microbatch} is not a multiple of "
+                f"{self.sequence_multiple}, to which sequences are padded"
+            )
+
+
+@dataclass(frozen=True)
+class PreferenceBatch:
+    """One microbatch; torch tensors on the CPU.
+
+    Response token n is predicted from row `rows_N[n]`, a flat index s * B + b into hidden states [S, B, H].
+    Rows ascend and may repeat: with prefix sharing a prompt's last token predicts the first token of both
+    responses.
+    """
+
+    tokens_BS: Tensor
+    """int64 [B, S]: token ids."""
+    position_ids_BS: Tensor
+    """int64 [B, S]: each token's position in its own sequence; 0 for padding."""
+    rows_N: Tensor
+    """int64 [N]: ascending flat rows."""
+    targets_N: Tensor
+    """int64 [N]: the token ids to predict at these rows."""
+    sequence_N: Tensor
+    """int64 [N]: 2p for the chosen and 2p + 1 for the rejected response of the microbatch's pair p."""
+    pair_ids_P: Tensor
+    """int64 [P]: indices into the dataset."""
+    segments_G4: Tensor | None
+    """None: plain causal rows. Otherwise B == 1 and int32 [G, 4] of (q_start, q_end, prefix_start,
+    prefix_end), which tile [0, S): the queries of a segment see causally, bottom-right, the keys of its
+    prefix and then its own."""
+    num_tokens: int
+    """Real tokens, padding apart."""
+
+    @property
+    def num_pairs(self) -> int:
+        """Number of pairs P; 0 in a microbatch that only keeps a rank in step with the others."""
+        return len(self.pair_ids_P)
+
+
+def pair_tokens(lengths: np.ndarray, options: BatchOptions) -> np.ndarray:
+    """Returns the tokens that each pair takes in a packed row, int64 [num_pairs], from lengths [num_pairs,
+    3]."""
+    copies_of_prompt = 1 if options.prefix_sharing else 2
+    return lengths.astype(np.int64) @ np.array([copies_of_prompt, 1, 1])
+
+
+def check_batches(
+    lengths: np.ndarray, options: BatchOptions, *, dp_size: int, microbatch_multiple: int = 1
+) -> None:
+    """Raises ConfigError, with the arithmetic, when some step could not be planned from pairs of these
+    lengths."""
+    num_pairs, batch = len(lengths), options.global_batch_size
+    if num_pairs < batch:
+        raise ConfigError(
+            f"global_batch_size: {batch} pairs a step, but the data hold {num_pairs} pairs; lower it"
+        )
+    if batch < dp_size * microbatch_multiple:
+        raise ConfigError(
+            f"global_batch_size: {batch} pairs cannot give {dp_size} data-parallel ranks "
+            f"{microbatch_multiple} microbatches each; at least {dp_size * microbatch_multiple} expected"
+        )
+    check_budget(lengths, options)
+
+
+def check_budget(lengths: np.ndarray, options: BatchOptions) -> None:
+    """Raises ConfigError when a pair alone is longer than a packed microbatch may be."""
+    tokens = pair_tokens(lengths, options)
+    if options.packing and tokens.max() > options.tokens_per_microbatch:
+        longest = int(tokens.argmax())
+        needed = _round_up(tokens[longest], options.sequence_multiple)
+        raise ConfigError(
+            f"tokens_per_microbatch: {options.tokens_per_microbatch} given, but pair {longest} takes "
+            f"{tokens[longest]} tokens; raise it to {needed}, or lower max_length"
+        )
+
+
+def step_pairs(num_pairs: int, consumed_pairs: int, options: BatchOptions) -> np.ndarray:
+    """Returns the indices, int64 [global_batch_size], of the pairs that follow the first `consumed_pairs`
+    ones.
+
+    Each epoch is a permutation of all pairs of its own; a step at an epoch's end takes the rest from the next
+    one.
+    """
+    end = consumed_pairs + options.global_batch_size
+    parts = []
+    while consumed_pairs < end:
+        epoch, start = divmod(consumed_pairs, num_pairs)
+        parts.append(_epoch_order(num_pairs, epoch, options.seed)[start : start + end - consumed_pairs])
+        consumed_pairs += len(parts[-1])
+    return np.concatenate(parts)
+
+
+def plan_step(
+    lengths: np.ndarray,
+    consumed_pairs: int,
+    options: BatchOptions,
+    *,
+    dp_size: int,
+    microbatch_multiple: int = 1,
+) -> StepPlan:
+    """Returns `plan[dp_rank][microbatch]`, the dataset indices of the pairs of each microbatch of the next
+    step.
+
+    Every rank gets the same number of microbatches, a multiple of `microbatch_multiple`; together they hold
+    exactly `global_batch_size` pairs. A microbatch is empty only where there are more microbatches than
+    pairs.
+    """
+    indices = step_pairs(len(lengths), consumed_pairs, options)
+    return _plan(lengths, indices, options, dp_size * microbatch_multiple, dp_size)
+
+
+def plan_evaluation(
+    lengths: np.ndarray, options: BatchOptions, *, dp_size: int, microbatch_multiple: int = 1
+) -> list[StepPlan]:
+    """Returns plans like those of `plan_step` that hold every pair once, in file order, `global_batch_size`
+    to a plan."""
+    starts = range(0, len(lengths), options.global_batch_size)
+    every = np.arange(len(lengths))
+    return [
+        _plan(
+            lengths,
+            every[start : start + options.global_batch_size],
+            options,
+            dp_size * microbatch_multiple,
+            dp_size,
+        )
+        for start in starts
+    ]
+
+
+def iterate_steps(
+    dataset: PreferenceDataset,
+    options: BatchOptions,
+    *,
+    dp_rank: int = 0,
+    dp_size: int = 1,
+    consumed_pairs: int = 0,
+) -> Iterator[list[PreferenceBatch]]:
+    """Yields, without end, the microbatches of one rank for each step; all ranks' together are the global
+    batch."""
+    check_batches(dataset.lengths, options, dp_size=dp_size)
+    while True:
+        plan = plan_step(dataset.lengths, consumed_pairs, options, dp_size=dp_size)
+        yield [collate([dataset[i] for i in microbatch], microbatch, options) for microbatch in plan[dp_rank]]
+        consumed_pairs += options.global_batch_size
+
+
+def collate(
+    pairs: Sequence[TokenizedPair], pair_ids: Sequence[int], options: BatchOptions
+) -> PreferenceBatch:
+    """Returns the microbatch of `pairs`, whose dataset indices are `pair_ids`.
+
+    Without packing and sharing each response is a row (chosen, rejected, chosen, ...), padded on the right to
+    the longest; otherwise all stand in one row and `segments_G4` says who sees whom. No pair at all gives one
+    segment of padding.
+    """
+    padded = bool(pairs) and not options.packing and not options.prefix_sharing
+    return _padded_rows(pairs, pair_ids, options) if padded else _one_row(pairs, pair_ids, options)
+
+
+def _padded_rows(
+    pairs: Sequence[TokenizedPair], pair_ids: Sequence[int], options: BatchOptions
+) -> PreferenceBatch:
+    sequences = [(p.prompt_ids, response) for p in pairs for response in (p.chosen_ids, p.rejected_ids)]
+    sizes = np.array([len(prompt) + len(response) for prompt, response in sequences])
+    num_rows, width = len(sequences), _round_up(sizes.max(), options.sequence_multiple)
+    tokens = np.full((num_rows, width), options.pad_id, np.int64)
+    position_ids = np.where(np.arange(width) < sizes[:, None], np.arange(width), 0)
+    rows, targets = [], []
+    for row, (prompt, response) in enumerate(sequences):
+        tokens[row, : sizes[row]] = np.concatenate([prompt, response])
+        rows.append(np.arange(len(prompt) - 1, sizes[row] - 1) * num_rows + row)
+        targets.append(response)
+    return _batch(tokens, position_ids, (rows, targets), pair_ids, None, int(sizes.sum()))
+
+
+def _one_row(
+    pairs: Sequence[TokenizedPair], pair_ids: Sequence[int], options: BatchOptions
+) -> PreferenceBatch:
+    tokens, position_ids, rows, targets, segments = [], [], [], [], []
+    end = 0
+
+    def append(ids: np.ndarray, first_position: int) -> int:
+        nonlocal end
+        tokens.append(ids)
+        position_ids.append(np.arange(first_position, first_position + len(ids)))
+        end += len(ids)
+        return end - len(ids)
+
+    for pair in pairs:
+        num_prompt = len(pair.prompt_ids)
+        prompt_start = start = append(pair.prompt_ids, 0)
+        for number, response in enumerate((pair.chosen_ids, pair.rejected_ids)):
+            prefix = (0, 0)
+            if number and options.prefix_sharing:
+                start, prefix = end, (prompt_start, prompt_start + num_prompt)
+            elif number:
+                prompt_start = start = append(pair.prompt_ids, 0)
+            first = append(response, num_prompt)
+            rows.append(np.r_[prompt_start + num_prompt - 1, first : end - 1])
+            targets.append(response)
+            segments.append((start, end, *prefix))
+    width = _round_up(max(end, 1), options.sequence_multiple)
+    if end < width:
+        segments.append((end, width, 0, 0))
+        tokens.append(np.full(width - end, options.pad_id))
+        position_ids.append(np.zeros(width - end, np.int64))
+    one_row = (np.concatenate(parts)[None].astype(np.int64) for parts in (tokens, position_ids))
+    num_tokens = sum(len(s) for s in tokens[: len(tokens) - (end < width)])
+    return _batch(*one_row, (rows, targets), pair_ids, segments, num_tokens)
+
+
+def _batch(tokens, position_ids, responses, pair_ids, segments, num_tokens: int) -> PreferenceBatch:
+    rows, targets = responses
+    sequence = np.repeat(np.arange(len(rows)), [len(r) for r in rows])
+    rows_N = np.concatenate([np.empty(0, np.int64), *rows])
+    order = np.argsort(rows_N, kind="stable")
+    targets_N = np.concatenate([np.empty(0, np.int64), *targets])
+    return PreferenceBatch(
+        tokens_BS=torch.from_numpy(tokens),
+        position_ids_BS=torch.from_numpy(position_ids),
+        rows_N=torch.from_numpy(rows_N[order]),
+        targets_N=torch.from_numpy(targets_N[order]),
+        sequence_N=torch.from_numpy(sequence[order].astype(np.int64)),
+        pair_ids_P=torch.tensor(pair_ids, dtype=torch.int64),
+        segments_G4=None if segments is None else torch.tensor(segments, dtype=torch.int32),
+        num_tokens=num_tokens,
+    )
+
+
+@lru_cache(maxsize=2)
+def _epoch_order(num_pairs: int, epoch: int, seed: int) -> np.ndarray:
+    keys = mix(mix(np.arange(num_pairs), seed), epoch)
+    return np.argsort(keys, kind="stable")
+
+
+def _plan(
+    lengths: np.ndarray, indices: np.ndarray, options: BatchOptions, num_multiple: int, dp_size: int
+) -> StepPlan:
+    fill = _fill_by_tokens if options.packing else _fill_by_count
+    microbatches = fill(lengths[indices], options, num_multiple)
+    ids = [tuple(int(indices[i]) for i in microbatch) for microbatch in microbatches]
+    num_each = len(ids) // dp_size
+    # Heaviest first and ranks in turn, so that microbatch k weighs about the same on every rank.
+    return tuple(tuple(ids[k * dp_size + rank] for k in range(num_each)) for rank in range(dp_size))
+
+
+def _fill_by_tokens(lengths: np.ndarray, options: BatchOptions, num_multiple: int) -> list[list[int]]:
+    """Returns balanced packs, heaviest first: each next longest pair goes to the pack that holds the fewest
+    tokens."""
+    tokens = pair_tokens(lengths, options)
+    budget = options.tokens_per_microbatch
+    num_packs = _round_up(-(-int(tokens.sum()) // budget), num_multiple)
+    longest_first = np.argsort(-tokens, kind="stable")
+    while True:
+        packs = [(0, number, []) for number in range(num_packs)]
+        for index in longest_first:
+            size, number, pack = packs[0]
+            pack.append(int(index))
+            heapq.heapreplace(packs, (size + int(tokens[index]), number, pack))
+        if max(size for size, _, _ in packs) <= budget or num_packs >= len(tokens):
+            return [pack for _, _, pack in sorted(packs, key=lambda entry: (-entry[0], entry[1]))]
+        num_packs += num_multiple
+
+
+def _fill_by_count(lengths: np.ndarray, options: BatchOptions, num_multiple: int) -> list[list[int]]:
+    """Returns groups of at most `micro_batch_size` pairs of like length, longest first."""
+    longest_first = np.argsort(-(lengths[:, 0] + lengths[:, 1:].max(axis=1)), kind="stable")
+    num_groups = _round_up(-(-len(lengths) // options.micro_batch_size), num_multiple)
+    return [group.tolist() for group in np.array_split(longest_first, num_groups)]
+
+
+def _round_up(count: int, multiple: int) -> int:
+    return -(-int(count) // multiple) * multiple

@@ -1,0 +1,150 @@
+"""A preference dataset: the tokenised pairs of some files, in file order, with a weight for each file and a
+split."""
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from simpo_megatron.data.options import PairOptions
+from simpo_megatron.data.sources import Source, parse_sources
+from simpo_megatron.data.store import BuildReport, PairStore, open_store
+from simpo_megatron.data.tokenization import TokenizedPair
+from simpo_megatron.errors import ConfigError, DataError
+
+_UINT64 = 1 << 64
+
+
+class PreferenceDataset:
+    """A choice of pairs out of some stores: `dataset[i]`, `len(dataset)`.
+
+    `lengths` is an int32 array [num_pairs, 3] (prompt, chosen, rejected, in tokens); `fingerprint` changes
+    whenever a token or the choice of pairs does, and with nothing else; `report` says what became of the
+    files' records.
+    """
+
+    def __init__(self, stores: Sequence[PairStore], chosen: np.ndarray | None = None):
+        self._stores = tuple(stores)
+        self._ends = np.cumsum([len(store) for store in stores])
+        self._chosen = np.arange(self._ends[-1]) if chosen is None else chosen
+        self.lengths = np.concatenate([store.lengths for store in stores])[self._chosen]
+        self.prompt_keys = np.concatenate([store.pairs["prompt_key"] for store in stores])[self._chosen]
+        self.lost = np.concatenate([store.pairs["lost"] for store in stores])[self._chosen]
+        self.max_token_id = max(store.max_token_id for store in stores)
+        self.report = BuildReport()
+        for store in stores:
+            self.report.add(store.report)
+        digest = hashlib.sha256(self._chosen.astype(np.int64).tobytes())
+        for store in stores:
+            digest.update(store.fingerprint.encode())
+        self.fingerprint = digest.hexdigest()
+
+    def __len__(self) -> int:
+        return len(self._chosen)
+
+    def __getitem__(self, index: int) -> TokenizedPair:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        store, pair = self._locate(index)
+        return store[pair]
+
+    def where(self, index: int) -> tuple[str, int]:
+        """Returns the store's name and the line (from 1) in its file from which pair `index` comes."""
+        store, pair = self._locate(index)
+        return store.folder.name.rsplit("-", 1)[0], int(store.pairs["line"][pair])
+
+    def select(self, indices: np.ndarray) -> "PreferenceDataset":
+        """Returns a dataset of the pairs at `indices` of this one, in that order."""
+        return PreferenceDataset(self._stores, self._chosen[indices])
+
+    def _locate(self, index: int) -> tuple[PairStore, int]:
+        flat = int(self._chosen[index])
+        number = int(np.searchsorted(self._ends, flat, side="right"))
+        return self._stores[number], flat - (int(self._ends[number - 1]) if number else 0)
+
+
+def build_preference_dataset(
+    files: Sequence,
+    tokenizer,
+    options: PairOptions,
+    cache_dir: str | Path,
+    *,
+    build: bool = True,
+    num_workers: int = 0,
+) -> PreferenceDataset:
+    """Returns the pairs of `files` (see `parse_sources`), tokenised once and kept under `cache_dir`.
+
+    In a job of many ranks, one calls this first and the others, once it has returned, with `build=False`.
+    With weights, an epoch takes from each file its share and repeats no pair: the file that is smallest for
+    its weight gives all its pairs, the others as many of theirs, chosen by hash, as the weights say.
+
+    Raises: ConfigError for files and weights that make no sense; DataError for what is in them.
+    """
+    sources = parse_sources(files)
+    stores = [
+        open_store(source.path, tokenizer, options, str(cache_dir), build=build, num_workers=num_workers)
+        for source in sources
+    ]
+    return PreferenceDataset(stores, _weighted_choice(sources, stores))
+
+
+def split(
+    dataset: PreferenceDataset, valid_fraction: float, seed: int = 42
+) -> tuple[PreferenceDataset, PreferenceDataset]:
+    """Returns (train, validation): all pairs of a prompt fall on one side, by a hash of the prompt and `seed`
+    alone.
+
+    The shares hold for prompts, and about for pairs; a prompt stays on its side when other prompts come or
+    go.
+
+    Raises: ConfigError when the fraction is not between 0 and 1; DataError when a side would be empty.
+    """
+    if not 0 < valid_fraction < 1:
+        raise ConfigError(f"valid_fraction: {valid_fraction} given, expected a share between 0 and 1")
+    in_valid = mix(dataset.prompt_keys, seed) < np.uint64(int(valid_fraction * _UINT64))
+    num_valid = int(in_valid.sum())
+    if num_valid in (0, len(dataset)):
+        raise DataError(
+            f"valid_fraction: {valid_fraction:g} of {len(dataset)} pairs leaves {num_valid} for validation "
+            f"and {len(dataset) - num_valid} to train on; change it, or name a file of validation pairs"
+        )
+    return dataset.select(np.flatnonzero(~in_valid)), dataset.select(np.flatnonzero(in_valid))
+
+
+def check_vocabulary(dataset: PreferenceDataset, vocab_size: int) -> None:
+    """Raises DataError when a token id of `dataset` is not below `vocab_size`, the model's true vocabulary
+    size."""
+    if dataset.max_token_id >= vocab_size:
+        raise DataError(
+            f"tokenizer: the pairs hold the token id {dataset.max_token_id}, the model's vocabulary "
+            f"has {vocab_size} ids; the tokenizer belongs to another model"
+        )
+
+
+def mix(values: np.ndarray, seed: int) -> np.ndarray:
+    """Returns a uniform uint64 hash of each value and `seed`, the same on every platform and version
+    (splitmix64)."""
+    mixed = values.astype(np.uint64) ^ np.uint64(_splitmix(np.array([seed % _UINT64], np.uint64))[0])
+    return _splitmix(mixed)
+
+
+def _splitmix(x: np.ndarray) -> np.ndarray:
+    x = x + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def _weighted_choice(sources: Sequence[Source], stores: Sequence[PairStore]) -> np.ndarray | None:
+    if sources[0].weight is None:
+        return None
+    weights = np.array([source.weight for source in sources])
+    sizes = np.array([len(store) for store in stores])
+    counts = np.floor(weights * (sizes / weights).min() + 1e-9).astype(int)
+    starts = np.cumsum(sizes) - sizes
+    chosen = []
+    for number, (start, size, count) in enumerate(zip(starts, sizes, counts, strict=True)):
+        order = np.argsort(mix(np.arange(size), number), kind="stable")
+        chosen.append(start + np.sort(order[:count]))
+    return np.concatenate(chosen)

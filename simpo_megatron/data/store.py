@@ -1,0 +1,348 @@
+"""Tokenised pairs on disk: megatron-core's IndexedDataset files (.bin, .idx), which every rank of a node
+maps, not loads.
+
+A store is a folder: `pairs.bin` and `pairs.idx` (three sequences per document: prompt, chosen, rejected),
+`pairs.npy` (one row per pair: where it came from and what was cut) and `store.json` (fingerprints and
+counts). It appears whole, by one rename, or not at all.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import struct
+import tempfile
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from itertools import islice
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+
+from simpo_megatron.data.options import PairOptions
+from simpo_megatron.data.records import (
+    UNUSABLE_REASONS,
+    BadRecord,
+    check_row,
+    extra_keys,
+    parse_json,
+    to_record,
+)
+from simpo_megatron.data.sources import RawRecord, read_raw, source_identity
+from simpo_megatron.data.tokenization import PairTokenizer, TokenizedPair, tokenizer_identity, use_one_thread
+from simpo_megatron.errors import DataError
+
+FORMAT_VERSION = 1
+INDEX_MAGIC = b"MMIDIDX\x00\x00"
+INDEX_VERSION = 1
+INT32_CODE = 4
+CHUNK_RECORDS = 256
+# Below this many bytes, starting processes takes longer than tokenising in this one.
+MIN_BYTES_PER_WORKER = 16 << 20
+PAIR_DTYPE = np.dtype([("line", np.int64), ("prompt_key", np.uint64), ("lost", np.int32, 3)])
+
+
+@dataclass
+class BuildReport:
+    """What became of a file's records: `num_lines == num_used + sum(dropped.values())`, blank lines being one
+    reason."""
+
+    num_lines: int = 0
+    num_used: int = 0
+    dropped: Counter = field(default_factory=Counter)
+    first: dict[str, str] = field(default_factory=dict)
+    notes: Counter = field(default_factory=Counter)
+    extra_keys: Counter = field(default_factory=Counter)
+
+    def add(self, other: "BuildReport") -> None:
+        """Adds another report's counts; the first example of each reason stays."""
+        self.num_lines += other.num_lines
+        self.num_used += other.num_used
+        self.dropped += other.dropped
+        self.notes += other.notes
+        self.extra_keys += other.extra_keys
+        self.first = other.first | self.first
+
+    def lines(self) -> list[str]:
+        """Returns the report as lines of text."""
+        text = [
+            f"{self.num_used} pairs used, {sum(self.dropped.values())} dropped, of {self.num_lines} records"
+        ]
+        for reason, count in self.dropped.most_common():
+            text.append(f"  {count} {reason}, first at {self.first[reason]}")
+        text += [f"  {count} pairs {note}" for note, count in self.notes.most_common()]
+        if self.extra_keys:
+            text.append("  columns not read: " + ", ".join(sorted(self.extra_keys)))
+        return text
+
+
+class PairStore:
+    """The tokenised pairs of one source, mapped from disk: `store[i]`, `len(store)`, lengths [num_pairs, 3],
+    fingerprint.
+
+    Raises: DataError when the files are not the ones their sidecar describes.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        sidecar = json.loads((folder / "store.json").read_text())
+        self.fingerprint: str = sidecar["content_sha256"]
+        self.max_token_id: int = sidecar["max_token_id"]
+        counters = {key: Counter(sidecar["report"][key]) for key in ("dropped", "notes", "extra_keys")}
+        self.report = BuildReport(**(sidecar["report"] | counters))
+        index = (folder / "pairs.idx").read_bytes()
+        size = (folder / "pairs.bin").stat().st_size
+        if hashlib.sha256(index).hexdigest() != sidecar["index_sha256"] or size != sidecar["bin_bytes"]:
+            raise DataError(
+                f"{folder}: its files are not the ones that were built; delete the folder to rebuild it"
+            )
+        lengths, pointers = _parse_index(index)
+        self.lengths = lengths.reshape(-1, 3)
+        self._starts = pointers[::3] // 4
+        self.pairs = np.load(folder / "pairs.npy", mmap_mode="r")
+        self._tokens = np.memmap(folder / "pairs.bin", np.int32, mode="r") if size else np.empty(0, np.int32)
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, index: int) -> TokenizedPair:
+        ends = self._starts[index] + np.cumsum(self.lengths[index])
+        parts = np.split(self._tokens[self._starts[index] : ends[2]], ends[:2] - self._starts[index])
+        return TokenizedPair(*(np.asarray(part) for part in parts))
+
+
+def open_store(
+    path: str, tokenizer, options: PairOptions, cache_dir: str, *, build: bool = True, num_workers: int = 0
+):
+    """Returns the PairStore of `path` (see `Source.path`), building it under `cache_dir` when it is not there
+    yet.
+
+    A store is reused when the file (size and time of change), the tokenizer, its chat template, the options
+    and this format are all unchanged. `build=False`, for the ranks that come after the one that built, never
+    writes. `num_workers` processes tokenise; 0 takes one for every 16 MiB, up to the number of cores.
+
+    Raises: DataError for a bad record (`file:line`), a file without a single pair, or a missing store with
+    `build=False`.
+    """
+    identity = {
+        "format": FORMAT_VERSION,
+        "source": source_identity(path),
+        "options": asdict(options),
+        "tokenizer": _digest(tokenizer_identity(tokenizer, options)),
+    }
+    folder = Path(cache_dir) / f"{_safe_name(path)}-{_digest(identity)[:16]}"
+    if not (folder / "store.json").exists():
+        if not build:
+            raise DataError(
+                f"{path}: no tokenised store at {folder}; did the file change since the first rank built it?"
+            )
+        _build_store(folder, path, tokenizer, options, num_workers, identity)
+    return PairStore(folder)
+
+
+def _build_store(
+    folder: Path, path: str, tokenizer, options: PairOptions, num_workers: int, identity: dict
+) -> None:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        sidecar = _write_store(unfinished, path, tokenizer, options, num_workers) | {"identity": identity}
+        if source_identity(path) != identity["source"]:
+            raise DataError(
+                f"{path}: the file changed while it was being read; start again once it is complete"
+            )
+        (unfinished / "store.json").write_text(json.dumps(sidecar, indent=1))
+        unfinished.chmod(0o755)
+        os.rename(unfinished, folder)
+    except OSError:
+        # Another process finished the same store first: rename refuses a folder that is not empty.
+        if not (folder / "store.json").exists():
+            raise
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _write_store(folder: Path, path: str, tokenizer, options: PairOptions, num_workers: int) -> dict:
+    report, content, max_token_id = BuildReport(), hashlib.sha256(), -1
+    lengths, rows = [], []
+    with open(folder / "pairs.bin", "wb") as file:
+        for chunk in _encoded_chunks(path, tokenizer, options, num_workers):
+            _check_policy(chunk.report, options)
+            report.add(chunk.report)
+            content.update(chunk.lengths.tobytes() + chunk.tokens.tobytes())
+            chunk.tokens.tofile(file)
+            max_token_id = max(max_token_id, int(chunk.tokens.max(initial=-1)))
+            lengths.append(chunk.lengths)
+            rows.append(chunk.pairs)
+    num_bad = sum(count for reason, count in report.dropped.items() if reason not in UNUSABLE_REASONS)
+    if num_bad > options.max_bad_fraction * report.num_lines:
+        raise DataError(
+            f"{path}: {num_bad} of {report.num_lines} records are malformed, at most the share "
+            f"max_bad_fraction = {options.max_bad_fraction:g} expected; "
+            + "; ".join(report.lines()[1:]).strip()
+        )
+    if not report.num_used:
+        raise DataError(f"{path}: no pair to train on: " + "; ".join(line.strip() for line in report.lines()))
+    index = _index_bytes(np.concatenate(lengths).ravel())
+    (folder / "pairs.idx").write_bytes(index)
+    np.save(folder / "pairs.npy", np.concatenate(rows))
+    return {
+        "report": vars(report),
+        "max_token_id": max_token_id,
+        "bin_bytes": (folder / "pairs.bin").stat().st_size,
+        "index_sha256": hashlib.sha256(index).hexdigest(),
+        "content_sha256": content.hexdigest(),
+    }
+
+
+def _check_policy(report: BuildReport, options: PairOptions) -> None:
+    malformed = [reason for reason in report.dropped if reason not in UNUSABLE_REASONS]
+    if malformed and options.bad_record == "error":
+        first = min((report.first[reason] for reason in malformed), key=_line_of)
+        raise DataError(f"{first}; mend the record, or set bad_record: skip to drop and count such records")
+
+
+@dataclass
+class _Chunk:
+    tokens: np.ndarray
+    lengths: np.ndarray
+    pairs: np.ndarray
+    report: BuildReport
+
+
+def encode_chunk(
+    raw: list[RawRecord], path: str, pair_tokenizer: PairTokenizer, options: PairOptions
+) -> _Chunk:
+    """Returns the tokens of some consecutive raw records, and what became of each."""
+    report = BuildReport(num_lines=len(raw))
+    lines, records = [], []
+
+    def drop(line: int, error: BadRecord) -> None:
+        report.dropped[error.reason] += 1
+        report.first.setdefault(error.reason, f"{path}:{line}: {error.reason}: {error.detail}")
+
+    for item in raw:
+        try:
+            if item.row is None:
+                raise BadRecord(
+                    "too_long_record", f"more than max_record_bytes = {options.max_record_bytes} bytes"
+                )
+            row = parse_json(item.row, item.last) if isinstance(item.row, bytes) else check_row(item.row)
+            report.extra_keys.update(extra_keys(row, options))
+            records.append(to_record(row, options))
+            lines.append(item.line)
+        except BadRecord as error:
+            drop(item.line, error)
+    parts, lengths, rows = [], [], []
+    for line, record, encoded in zip(lines, records, pair_tokenizer.encode(records), strict=True):
+        if isinstance(encoded, BadRecord):
+            drop(line, encoded)
+            continue
+        ids = (encoded.pair.prompt_ids, encoded.pair.chosen_ids, encoded.pair.rejected_ids)
+        parts += ids
+        lengths.append([len(part) for part in ids])
+        rows.append((line, _prompt_key(record.prompt), encoded.lost))
+        report.notes.update(encoded.notes)
+        report.notes.update(
+            f"with a cut {name}" for name, lost in zip(_PARTS, encoded.lost, strict=True) if lost
+        )
+    report.num_used = len(rows)
+    tokens = np.concatenate(parts) if parts else np.empty(0, np.int32)
+    return _Chunk(tokens, np.array(lengths, np.int32).reshape(-1, 3), np.array(rows, PAIR_DTYPE), report)
+
+
+_PARTS = ("prompt", "chosen", "rejected")
+
+
+def _encoded_chunks(path: str, tokenizer, options: PairOptions, num_workers: int) -> Iterator[_Chunk]:
+    chunks = _chunked(read_raw(path, options))
+    num_workers = num_workers or _workers_worth_starting(path)
+    if num_workers == 1:
+        pair_tokenizer = PairTokenizer(tokenizer, options)
+        for chunk in chunks:
+            yield encode_chunk(chunk, path, pair_tokenizer, options)
+        return
+    # Spawned, because the caller may run threads (gloo, NCCL), which a forked child would find dead.
+    context = get_context("spawn")
+    setup = (_start_worker, (tokenizer, path, options))
+    with _no_rust_threads(), ProcessPoolExecutor(num_workers, context, *setup) as pool:
+        pending = deque(pool.submit(_work, chunk) for chunk in islice(chunks, 2 * num_workers))
+        while pending:
+            yield pending.popleft().result()
+            pending.extend(pool.submit(_work, chunk) for chunk in islice(chunks, 1))
+
+
+def _start_worker(tokenizer, path: str, options: PairOptions) -> None:
+    global _worker
+    use_one_thread()
+    _worker = (path, PairTokenizer(tokenizer, options), options)
+
+
+def _work(chunk: list[RawRecord]) -> _Chunk:
+    return encode_chunk(chunk, *_worker)
+
+
+@contextmanager
+def _no_rust_threads():
+    before = os.environ.get("TOKENIZERS_PARALLELISM")
+    use_one_thread()
+    try:
+        yield
+    finally:
+        os.environ.pop("TOKENIZERS_PARALLELISM")
+        if before is not None:
+            os.environ["TOKENIZERS_PARALLELISM"] = before
+
+
+def _workers_worth_starting(path: str) -> int:
+    identity = source_identity(path)
+    num_bytes = sum(size for _, size, _ in identity.get("files", ()))
+    return max(1, min(len(os.sched_getaffinity(0)), num_bytes // MIN_BYTES_PER_WORKER))
+
+
+def _chunked(records: Iterable[RawRecord]) -> Iterator[list[RawRecord]]:
+    iterator = iter(records)
+    while chunk := list(islice(iterator, CHUNK_RECORDS)):
+        yield chunk
+
+
+def _index_bytes(lengths: np.ndarray) -> bytes:
+    """Returns an IndexedDataset index of int32 sequences of `lengths`, three to a document.
+
+    Source: NVIDIA/Megatron-LM, megatron/core/datasets/indexed_dataset.py, _IndexWriter.
+    """
+    pointers = np.zeros(len(lengths), np.int64)
+    np.cumsum(4 * lengths[:-1].astype(np.int64), out=pointers[1:])
+    documents = np.arange(0, len(lengths) + 1, 3, dtype=np.int64)
+    header = struct.pack("<9sQBQQ", INDEX_MAGIC, INDEX_VERSION, INT32_CODE, len(lengths), len(documents))
+    return header + lengths.astype(np.int32).tobytes() + pointers.tobytes() + documents.tobytes()
+
+
+def _parse_index(index: bytes) -> tuple[np.ndarray, np.ndarray]:
+    start = struct.calcsize("<9sQBQQ")
+    _, _, _, num_sequences, _ = struct.unpack("<9sQBQQ", index[:start])
+    lengths = np.frombuffer(index, np.int32, num_sequences, start)
+    pointers = np.frombuffer(index, np.int64, num_sequences, start + lengths.nbytes)
+    return lengths, pointers
+
+
+def _prompt_key(prompt) -> int:
+    text = prompt if isinstance(prompt, str) else json.dumps(prompt)
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+
+
+def _digest(value) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _safe_name(path: str) -> str:
+    name = Path(path).name.split(".")[0]
+    return "".join(c if c.isalnum() or c in "-_" else "_" for c in name)[:64]
+
+
+def _line_of(message: str) -> int:
+    return int(message.split(": ")[0].rsplit(":", 1)[1])

@@ -1,0 +1,234 @@
+"""Token ids of pairs: one encoding of the whole text, cut where the response begins, special tokens only
+where meant."""
+
+import json
+import os
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from simpo_megatron.data.options import PairOptions
+from simpo_megatron.data.records import BadRecord, PreferenceRecord
+from simpo_megatron.data.templates import TEMPLATE_MARK, PairRenderer, RenderedPair, chat_template_of
+from simpo_megatron.data.truncation import kept_tokens, princeton_kept_tokens
+from simpo_megatron.errors import DataError
+
+
+@dataclass(frozen=True)
+class TokenizedPair:
+    """One pair of a dataset: int32 arrays of token ids; the end token of a response is part of it."""
+
+    prompt_ids: np.ndarray
+    chosen_ids: np.ndarray
+    rejected_ids: np.ndarray
+
+
+@dataclass(frozen=True)
+class EncodedPair:
+    """A pair after truncation. `lost` counts the tokens cut from prompt, chosen and rejected; `notes` names
+    oddities."""
+
+    pair: TokenizedPair
+    lost: tuple[int, int, int] = (0, 0, 0)
+    notes: tuple[str, ...] = field(default=())
+
+
+class PairTokenizer:
+    """Turns records into token ids by the rules of `options`, with a fast transformers tokenizer.
+
+    Raises: DataError when the tokenizer is not a fast one, or has no end token where one is needed.
+    """
+
+    def __init__(self, tokenizer, options: PairOptions):
+        if not getattr(tokenizer, "is_fast", False):
+            raise DataError(
+                f"tokenizer: {type(tokenizer).__name__} is not a fast tokenizer; "
+                "its folder needs tokenizer.json"
+            )
+        self._options = options
+        self._renderer = PairRenderer(tokenizer, options)
+        self._bos = tokenizer.bos_token_id
+        self._eos = tokenizer.eos_token_id
+        if self._eos is None:
+            raise DataError("tokenizer: it has no end token (eos_token), so no response could end; set one")
+        self._princeton = options.template_mode == "princeton"
+        self._backend = _as_is_backend(tokenizer) if self._princeton else _marked_backend(tokenizer)
+        self._end_ids = {
+            token_id for token_id, added in self._backend.get_added_tokens_decoder().items() if added.special
+        }
+
+    def encode(self, records: list[PreferenceRecord]) -> list[EncodedPair | BadRecord]:
+        """Returns, for each record in turn, its token ids or the reason why it has none."""
+        results: list = [None] * len(records)
+        rendered: dict[int, RenderedPair] = {}
+        render = self._renderer.princeton if self._princeton else self._renderer.clean
+        for index, record in enumerate(records):
+            try:
+                rendered[index] = render(record)
+            except BadRecord as error:
+                results[index] = error
+        split = self._split_princeton if self._princeton else self._split_clean
+        for index, parts in zip(rendered, split(list(rendered.values())), strict=True):
+            try:
+                results[index] = self._finish(*parts)
+            except BadRecord as error:
+                results[index] = error
+        return results
+
+    def _encode(self, texts: list[str]) -> list:
+        return self._backend.encode_batch(texts, add_special_tokens=False)
+
+    def _split_clean(self, pairs: list[RenderedPair]) -> list[tuple]:
+        """Returns (prompt ids, chosen ids, rejected ids, notes) of each pair, cut by offsets where the
+        response begins."""
+        whole = self._encode(
+            [pair.prompt + response for pair in pairs for response in (pair.chosen, pair.rejected)]
+        )
+        parts = []
+        for index, pair in enumerate(pairs):
+            start = len(pair.prompt)
+            encodings = whole[2 * index : 2 * index + 2]
+            cuts = [_token_at(encoding, start) for encoding in encodings]
+            chosen, rejected = (encoding.ids for encoding in encodings)
+            if None in cuts or chosen[: cuts[0]] != rejected[: cuts[1]]:
+                # A token would straddle the boundary; apart, the prompt is what the model is given at
+                # inference.
+                ids = [encoding.ids for encoding in self._encode([pair.prompt, pair.chosen, pair.rejected])]
+                parts.append((*ids, ("tokenized_apart",)))
+            else:
+                parts.append((chosen[: cuts[0]], chosen[cuts[0] :], rejected[cuts[1] :], ()))
+        return [
+            (self._one_bos(prompt), self._one_end(c), self._one_end(r), notes)
+            for prompt, c, r, notes in parts
+        ]
+
+    def _split_princeton(self, pairs: list[RenderedPair]) -> list[tuple]:
+        """Returns the same as `_split_clean` by the paper's rule, which tokenises the prompt a second time by
+        itself.
+
+        Source: princeton-nlp/SimPO, scripts/simpo_trainer.py, build_tokenized_answer and tokenize_row.
+        """
+        texts = [text for p in pairs for text in (p.prompt, p.prompt + p.chosen, p.prompt + p.rejected)]
+        encodings = self._encode(texts)
+        parts = []
+        for index in range(len(pairs)):
+            prompt, *whole = (encoding.ids for encoding in encodings[3 * index : 3 * index + 3])
+            cuts = [len(prompt) - (prompt != ids[: len(prompt)]) for ids in whole]
+            prompts = [ids[:cut] for ids, cut in zip(whole, cuts, strict=True)]
+            responses = [ids[cut:] for ids, cut in zip(whole, cuts, strict=True)]
+            for ids in prompts:
+                if self._bos is not None and ids[:1] != [self._bos]:
+                    ids.insert(0, self._bos)
+            for ids in responses:
+                if ids[-1:] != [self._eos]:
+                    ids.append(self._eos)
+            same_prompt = () if prompts[0] == prompts[1] else ("boundary_differs",)
+            parts.append((prompts[0], *responses, same_prompt))
+        return parts
+
+    def _one_bos(self, ids: list[int]) -> list[int]:
+        if self._bos is None:
+            return ids
+        first = next((i for i, token in enumerate(ids) if token != self._bos), len(ids))
+        return [self._bos, *ids[first:]]
+
+    def _one_end(self, ids: list[int]) -> list[int]:
+        return ids if ids and ids[-1] in self._end_ids else [*ids, self._eos]
+
+    def _finish(self, prompt: list[int], chosen: list[int], rejected: list[int], notes: tuple) -> EncodedPair:
+        if "boundary_differs" in notes:
+            raise BadRecord(
+                "boundary_differs", "a token joins the prompt to one response only, so they share no prompt"
+            )
+        if not prompt:
+            raise BadRecord(
+                "empty_prompt", "the prompt has no token, so nothing could predict a response's first one"
+            )
+        if chosen == rejected:
+            raise BadRecord("identical_pair", "chosen and rejected are the same tokens")
+        rule = princeton_kept_tokens if self._princeton else kept_tokens
+        lengths = len(prompt), len(chosen), len(rejected)
+        kept = rule(*lengths, self._options)
+        if kept is None:
+            raise BadRecord(
+                "too_long_prompt", f"lengths {lengths} do not fit into max_length {self._options.max_length}"
+            )
+        if kept.prompt < lengths[0]:
+            prompt = self._end_of_prompt(prompt, kept.prompt)
+        pair = TokenizedPair(
+            np.array(prompt, np.int32),
+            np.array(chosen[: kept.chosen], np.int32),
+            np.array(rejected[: kept.rejected], np.int32),
+        )
+        if np.array_equal(pair.chosen_ids, pair.rejected_ids):
+            raise BadRecord(
+                "identical_pair", "chosen and rejected are the same tokens once cut to max_length"
+            )
+        return EncodedPair(pair, tuple(full - left for full, left in zip(lengths, kept, strict=True)), notes)
+
+    def _end_of_prompt(self, prompt: list[int], count: int) -> list[int]:
+        if not self._princeton and prompt[0] == self._bos:
+            return [self._bos, *prompt[len(prompt) - count + 1 :]]
+        return prompt[len(prompt) - count :]
+
+
+def tokenizer_identity(tokenizer, options: PairOptions) -> dict:
+    """Returns what the ids depend on apart from the text: the vocabulary and its rules, the special tokens,
+    the template."""
+    backend = _as_is_backend(tokenizer)
+    return {
+        "backend": backend.to_str(),
+        "bos": tokenizer.bos_token_id,
+        "eos": tokenizer.eos_token_id,
+        "chat_template": chat_template_of(tokenizer, options),
+    }
+
+
+def _as_is_backend(tokenizer):
+    """Returns a copy of the tokenizer's Rust half without the truncation and padding that its file may
+    carry."""
+    backend = tokenizer.backend_tokenizer.__class__.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.no_truncation()
+    backend.no_padding()
+    return backend
+
+
+def _marked_backend(tokenizer):
+    """Returns a copy of the Rust half in which the special tokens answer to TEMPLATE_MARK + their text.
+
+    Text that merely looks like a special token is then text, while everything else, the merges around it
+    included, is tokenised as ever. The post-processor goes too: it adds nothing here, and byte-level ones
+    trim the offsets.
+    """
+    spec = json.loads(_as_is_backend(tokenizer).to_str())
+    names = {
+        token["content"]: TEMPLATE_MARK + token["content"]
+        for token in spec["added_tokens"]
+        if token["special"]
+    }
+    for token in spec["added_tokens"]:
+        token["content"] = names.get(token["content"], token["content"])
+    model = spec["model"]
+    if isinstance(model["vocab"], dict):
+        model["vocab"] = {names.get(piece, piece): index for piece, index in model["vocab"].items()}
+    else:
+        model["vocab"] = [[names.get(piece, piece), score] for piece, score in model["vocab"]]
+    if model.get("unk_token"):
+        model["unk_token"] = names.get(model["unk_token"], model["unk_token"])
+    spec["post_processor"] = None
+    backend = tokenizer.backend_tokenizer.__class__.from_str(json.dumps(spec))
+    for name, marked in names.items():
+        assert backend.token_to_id(marked) == tokenizer.backend_tokenizer.token_to_id(name), name
+    return backend
+
+
+def _token_at(encoding, start: int) -> int | None:
+    """Returns the index of the token that begins at character `start`, or None when a token reaches across
+    it."""
+    token = encoding.char_to_token(start)
+    return token if token is not None and encoding.token_to_chars(token)[0] == start else None
+
+
+def use_one_thread() -> None:
+    """Keeps the Rust half from starting threads of its own, for processes that already are one of several."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
