@@ -1,0 +1,110 @@
+"""The embedded default: a bundled preference set and a tiny, randomly initialised model, ready in seconds, offline."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{{ '<|' + message['role'] + '|>' + message['content'] + eos_token }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+SPECIAL_TOKENS = ("<|pad|>", "<|begin|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>")
+
+VOCAB_SIZE = 1003
+"""Odd on purpose: it divides over no number of ranks, so that every run pads it."""
+
+MAX_LENGTH = 512
+"""Positions of the model, in tokens; the longest demonstration answer ends at about 100."""
+
+
+@dataclass(frozen=True)
+class DemoAssets:
+    """Paths of what a demonstration trains on."""
+
+    model_dir: Path
+    train_file: Path
+    valid_file: Path
+    """Pairs about topics that `train_file` never mentions."""
+
+
+def prepare_demo(folder: str | Path) -> DemoAssets:
+    """The demonstration's model, made in `folder` unless it is there already, and its bundled preference pairs.
+
+    Safe to call from several processes at once: each makes the same model aside, and one rename makes it appear.
+    """
+    bundled = Path(__file__).parent
+    assets = DemoAssets(
+        Path(folder) / "tiny-llama", bundled / "pairs.jsonl", bundled / "held_out_pairs.jsonl"
+    )
+    if not assets.model_dir.is_dir():
+        assets.model_dir.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".tiny-llama.") as scratch:
+            staging = Path(scratch, "model")
+            _write_tokenizer(staging, assets.train_file)
+            _write_model(staging)
+            try:
+                os.rename(staging, assets.model_dir)
+            except OSError:
+                if not assets.model_dir.is_dir():
+                    raise
+    return assets
+
+
+def _write_tokenizer(folder: Path, pairs_file: Path) -> None:
+    """A byte-level BPE of VOCAB_SIZE ids, trained on the bundled pairs, with a chat template."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB_SIZE,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_texts(pairs_file), trainer)
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<|pad|>",
+        bos_token="<|begin|>",
+        eos_token="<|end|>",
+        additional_special_tokens=["<|system|>", "<|user|>", "<|assistant|>"],
+        chat_template=CHAT_TEMPLATE,
+        model_max_length=MAX_LENGTH,
+        clean_up_tokenization_spaces=False,
+    ).save_pretrained(folder)
+
+
+def _texts(pairs_file: Path) -> list[str]:
+    lines = pairs_file.read_text(encoding="utf-8").splitlines()
+    return [message["content"] for line in lines for part in json.loads(line).values() for message in part]
+
+
+def _write_model(folder: Path) -> None:
+    """One million fp32 parameters, the same on every machine; eight heads in four groups divide over 1, 2 or 4 ranks."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        max_position_embeddings=MAX_LENGTH,
+        tie_word_embeddings=False,
+        pad_token_id=SPECIAL_TOKENS.index("<|pad|>"),
+        bos_token_id=SPECIAL_TOKENS.index("<|begin|>"),
+        eos_token_id=SPECIAL_TOKENS.index("<|end|>"),
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        LlamaForCausalLM(config).save_pretrained(folder)
