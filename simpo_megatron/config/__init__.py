@@ -1,0 +1,23 @@
+"""What a run is told: read from presets, YAML and the command line, checked, printed and saved."""
+
+from simpo_megatron.config.lint import lint
+from simpo_megatron.config.presets import PRESETS
+from simpo_megatron.config.reading import config_from, load_config, read_yaml
+from simpo_megatron.config.resolving import Layout, Machine, resolve
+from simpo_megatron.config.sections import DEMO, Config
+from simpo_megatron.config.writing import to_table, to_yaml
+
+__all__ = [
+    "DEMO",
+    "PRESETS",
+    "Config",
+    "Layout",
+    "Machine",
+    "config_from",
+    "lint",
+    "load_config",
+    "read_yaml",
+    "resolve",
+    "to_table",
+    "to_yaml",
+]

@@ -1,0 +1,176 @@
+"""The table of options, read from the sections: names, types, help texts, and how a written value is parsed."""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import inspect
+import itertools
+import math
+import re
+import textwrap
+import types
+import typing
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from functools import cache
+
+from simpo_megatron.config.sections import Config
+from simpo_megatron.errors import ConfigError
+
+# Short or Megatron-style names beside the fields' own.
+ALIASES = {
+    "tp": "tensor_model_parallel_size",
+    "pp": "pipeline_model_parallel_size",
+    "vpp": "virtual_pipeline_model_parallel_size",
+    "cp": "context_parallel_size",
+    "ep": "expert_model_parallel_size",
+    "fp8": "fp8_recipe",
+    "recompute": "recompute_granularity",
+}
+# Two ways to say one thing: whoever names one of a group, in the same file or command, names no other of it.
+EXCLUSIVE = (
+    ("gamma_beta_ratio", "gamma"),
+    ("bf16", "fp32"),
+    ("epochs", "train_iters"),
+    ("valid_data", "valid_fraction"),
+)
+_WHY_NOT_GAMMA_TWICE = "gamma is the margin itself, gamma_beta_ratio is gamma / beta (the authors' unit)"
+_NUMBER = re.compile(r"[+-]?([0-9]{1,30}\.?[0-9]{0,30}|\.[0-9]{1,30})([eE][+-]?[0-9]{1,3})?")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Option:
+    """One option: a field of a section, or a second way (`gamma`, `fp32`) to set one."""
+
+    name: str
+    section: str
+    kind: type
+    help: str
+    default: object = None
+    choices: tuple[str, ...] = ()
+    is_list: bool = False
+    is_optional: bool = False
+
+    @property
+    def expected(self) -> str:
+        """What a value of this option looks like, in words."""
+        if self.choices:
+            one = " | ".join(self.choices)
+        else:
+            one = {
+                bool: "true or false",
+                int: "a whole number",
+                float: "a number such as 5e-7",
+                str: "text",
+            }[self.kind]
+        return f"{one}, or several" if self.is_list else one
+
+    def parse(self, text: str, where: str, *, quoted: bool = False) -> typing.Any:
+        """One value from its text.
+
+        Raises: ConfigError when the text is not of this option's type; a quoted "2" is text, not a number.
+        """
+        if self.is_optional and not quoted and text in ("null", "~", ""):
+            return None
+        if self.choices and text in self.choices:
+            return text
+        if self.kind is str and not self.choices and (text or self.default == ""):
+            return text
+        if not quoted and self.kind is bool and text in ("true", "false"):
+            return text == "true"
+        if not quoted and self.kind is int and re.fullmatch(r"[+-]?[0-9]{1,18}", text):
+            return int(text)
+        if not quoted and self.kind is float and _NUMBER.fullmatch(text) and math.isfinite(float(text)):
+            return float(text)
+        shown = f'"{_cut(text)}" in quotes' if quoted else repr(_cut(text))
+        raise ConfigError(f"{where}: {self.name}: found {shown}, expected {self.expected}")
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= 60 else text[:60] + "..."
+
+
+@cache
+def option_table() -> dict[str, Option]:
+    """Every option by its own name (aliases apart), in the order of the sections."""
+    table: dict[str, Option] = {}
+    section_types = typing.get_type_hints(Config)
+    for section, section_type in section_types.items():
+        prose, annotations = field_prose(section_type), typing.get_type_hints(section_type)
+        for entry in fields(section_type):
+            if entry.name in table:
+                raise AssertionError(f"{entry.name} stands in two sections")
+            table[entry.name] = Option(
+                name=entry.name,
+                section=section,
+                help=prose.get(entry.name, ""),
+                default=entry.default,
+                **_describe_type(annotations[entry.name]),
+            )
+    table["gamma"] = Option(
+        name="gamma",
+        section="objective",
+        kind=float,
+        help="The margin itself; gamma_beta_ratio is then gamma / beta.",
+    )
+    table["fp32"] = Option(
+        name="fp32", section="precision", kind=bool, help="Everything in fp32: bf16 false."
+    )
+    return table
+
+
+def _describe_type(annotation: typing.Any) -> dict[str, typing.Any]:
+    """`kind`, `choices`, `is_list` and `is_optional` of a field's type."""
+    is_optional = typing.get_origin(annotation) in (typing.Union, types.UnionType)
+    if is_optional:
+        annotation = next(part for part in typing.get_args(annotation) if part is not type(None))
+    if typing.get_origin(annotation) is tuple:
+        return {"kind": typing.get_args(annotation)[0], "is_list": True, "is_optional": is_optional}
+    if typing.get_origin(annotation) is typing.Literal:
+        return {"kind": str, "choices": typing.get_args(annotation), "is_optional": is_optional}
+    return {"kind": annotation, "is_optional": is_optional}
+
+
+def field_prose(section_type: type) -> dict[str, str]:
+    """The sentence under each field of a dataclass, on one line, by the field's name."""
+    body = ast.parse(textwrap.dedent(inspect.getsource(section_type))).body[0].body
+    prose = {}
+    for entry, below in itertools.pairwise(body):
+        if not (isinstance(entry, ast.AnnAssign) and isinstance(entry.target, ast.Name)):
+            continue
+        if isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant):
+            prose[entry.target.id] = " ".join(str(below.value.value).split())
+    return prose
+
+
+def find_option(name: str, where: str) -> Option:
+    """The option called `name`, by its own name or an alias.
+
+    Raises: ConfigError for any other name, with the nearest valid one.
+    """
+    table = option_table()
+    name_or_alias = ALIASES.get(name, name)
+    if name_or_alias in table:
+        return table[name_or_alias]
+    raise ConfigError(f"{where}: unknown key {_cut(name)!r}{nearest(name, [*table, *ALIASES])}")
+
+
+def nearest(name: str, valid: Iterable[str]) -> str:
+    """`; did you mean ...?`, or a pointer to --help when nothing is near."""
+    close = difflib.get_close_matches(name[:60], list(valid), n=1, cutoff=0.6)
+    return f"; did you mean {close[0]!r}?" if close else "; --help lists the valid ones"
+
+
+def refuse_both(names: dict[str, str]) -> None:
+    """Check one file or command, given as {option: where}, for two names of an exclusive group.
+
+    Raises: ConfigError naming both and how they differ.
+    """
+    for group in EXCLUSIVE:
+        given = [name for name in group if name in names]
+        if len(given) > 1:
+            why = _WHY_NOT_GAMMA_TWICE if "gamma" in given else "they are two ways to say one thing"
+            raise ConfigError(
+                f"{names[given[1]]}: found both {given[0]} and {given[1]}, expected one of them: {why}"
+            )

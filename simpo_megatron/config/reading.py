@@ -1,0 +1,257 @@
+"""Config from defaults < preset < YAML file < command line; a refusal names the file and line, or the flag."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import re
+import sys
+import textwrap
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from simpo_megatron.config.options import (
+    ALIASES,
+    EXCLUSIVE,
+    Option,
+    find_option,
+    nearest,
+    option_table,
+    refuse_both,
+)
+from simpo_megatron.config.presets import PRESETS
+from simpo_megatron.config.sections import DEMO, Config
+from simpo_megatron.errors import ConfigError
+
+_MAX_YAML_BYTES = 1 << 20
+_PLAIN_TAG = "tag:yaml.org,2002:"
+_COMMAND_LINE = "command line"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A value somebody asked for, and where."""
+
+    value: typing.Any
+    where: str
+
+
+Layer = dict[str, Setting]
+
+
+def load_config(argv: Sequence[str] | None = None) -> Config:
+    """The configuration asked for by `argv` (sys.argv without the program when None), its own checks passed.
+
+    Without a model, a preset or a file it is the preset `demo`. `--help` prints the options and exits with 0.
+
+    Raises: ConfigError naming the file and line, or the flag.
+    """
+    command_line, config_file = _read_command_line(sys.argv[1:] if argv is None else list(argv))
+    yaml_file = read_yaml(config_file) if config_file is not None else {}
+    asked = _merge(yaml_file, command_line)
+    preset = asked.get("preset")
+    if preset is None and config_file is None and "model" not in asked and "data" not in asked:
+        preset = asked["preset"] = Setting(DEMO, "default")
+    return _build(_merge(_preset_layer(preset), asked) if preset else asked)
+
+
+def config_from(**options: typing.Any) -> Config:
+    """A configuration from python values under the options' names (or aliases), for programs and tests."""
+    layer = {
+        find_option(name, "config_from").name: Setting(value, "config_from")
+        for name, value in options.items()
+    }
+    preset = layer.get("preset")
+    refuse_both({name: setting.where for name, setting in layer.items()})
+    return _build(_merge(_preset_layer(preset), layer) if preset else layer)
+
+
+def read_yaml(path: str | Path) -> Layer:
+    """The settings of a YAML file, which is one flat mapping from option names to values.
+
+    Only the syntax tree is read: no tag is obeyed, nothing is constructed or imported, and an alias costs nothing,
+    because no value nests.
+
+    Raises: ConfigError for anything else: duplicate or unknown keys, tags, nesting, wrong types, tabs.
+    """
+    layer: Layer = {}
+    for key, value in _yaml_items(Path(path)):
+        where = f"{path}:{key.start_mark.line + 1}"
+        if not isinstance(key, yaml.ScalarNode) or not key.tag.startswith(_PLAIN_TAG + "str"):
+            raise ConfigError(f"{where}: found a key that is not a plain name, expected an option such as lr")
+        option = find_option(key.value, where)
+        if option.name in layer:
+            raise ConfigError(
+                f"{where}: {key.value}: found a second time, first in {layer[option.name].where}"
+            )
+        layer[option.name] = Setting(_yaml_value(value, option, where), where)
+    refuse_both({name: setting.where for name, setting in layer.items()})
+    return layer
+
+
+def _yaml_items(path: Path) -> list[tuple[yaml.Node, yaml.Node]]:
+    try:
+        with path.open("rb") as file:
+            content = file.read(_MAX_YAML_BYTES + 1)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}), expected a YAML file") from None
+    if len(content) > _MAX_YAML_BYTES:
+        raise ConfigError(f"{path}: found more than {_MAX_YAML_BYTES} bytes, expected a short YAML file")
+    try:
+        root = yaml.compose(content.decode("utf-8"), Loader=yaml.SafeLoader)
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        problem = getattr(error, "problem", None) or "not UTF-8 text, or nested too deep"
+        raise ConfigError(f"{path}:{mark.line + 1 if mark else 1}: not valid YAML: {problem}") from None
+    if root is None:
+        raise ConfigError(f"{path}: found an empty file, expected lines such as 'lr: 5e-7'")
+    if not isinstance(root, yaml.MappingNode) or root.tag != _PLAIN_TAG + "map":
+        raise ConfigError(
+            f"{path}:{root.start_mark.line + 1}: found a {root.id}, expected lines such as 'lr: 5e-7'"
+        )
+    return root.value
+
+
+def _yaml_value(node: yaml.Node, option: Option, where: str) -> typing.Any:
+    if isinstance(node, yaml.SequenceNode) and node.tag == _PLAIN_TAG + "seq" and option.is_list:
+        return tuple(_yaml_value(item, option, where) for item in node.value)
+    tag = node.tag.removeprefix(_PLAIN_TAG)
+    if not isinstance(node, yaml.ScalarNode) or not re.fullmatch(r"str|int|float|bool|null|timestamp", tag):
+        shown = (
+            f"the tag {node.tag}" if tag not in ("seq", "map") else {"seq": "a list", "map": "a mapping"}[tag]
+        )
+        raise ConfigError(f"{where}: {option.name}: found {shown[:80]}, expected {option.expected}")
+    value = option.parse(node.value, where, quoted=node.style is not None)
+    return (value,) if option.is_list else value
+
+
+def _read_command_line(argv: list[str]) -> tuple[Layer, str | None]:
+    given, unknown = _parser().parse_known_args(argv)
+    if unknown:
+        flag = unknown[0].split("=")[0]
+        flags = ["--" + name.replace("_", "-") for name in (*option_table(), *ALIASES, "config")]
+        raise ConfigError(f"{_COMMAND_LINE}: unknown argument {flag[:60]!r}{nearest(flag, flags)}")
+    layer: Layer = {}
+    for name, value in vars(given).items():
+        option = option_table().get(name)
+        if option is None:  # --config itself
+            continue
+        where = f"{_COMMAND_LINE}: --{name.replace('_', '-')}"
+        if option.is_list:
+            value = tuple(option.parse(text, where) for text in value)
+        elif option.kind is not bool:
+            value = option.parse(value, where)
+        layer[name] = Setting(value, where)
+    refuse_both({name: setting.where for name, setting in layer.items()})
+    return layer, getattr(given, "config", None)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> typing.NoReturn:
+        raise ConfigError(f"{_COMMAND_LINE}: {message}")
+
+
+def _parser() -> _Parser:
+    """One flag per option, grouped by section; a flag nobody gave leaves no trace in the parsed namespace."""
+    parser = _Parser(
+        usage="torchrun --nproc-per-node N examples/pretrain_simpo.py [--config FILE | --preset NAME] [--KEY VALUE]",
+        description="SimPO on Megatron-Core. Each flag is also a key of the YAML file given with --config; "
+        "the command line wins over the file, the file over the preset.",
+        epilog=_preset_help(),
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(
+            prog, max_help_position=34, width=110
+        ),
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", metavar="FILE", help="YAML file of options.")
+    groups: dict[str, typing.Any] = {}
+    section_types = typing.get_type_hints(Config)
+    for option in option_table().values():
+        if option.section not in groups:
+            summary = " ".join(inspect.getdoc(section_types[option.section]).split("\n\n")[0].split())
+            groups[option.section] = parser.add_argument_group(option.section, textwrap.fill(summary, 105))
+        groups[option.section].add_argument(*_flags(option), dest=option.name, **_argument(option))
+    return parser
+
+
+def _flags(option: Option) -> list[str]:
+    short = [f"--{alias}" for alias, name in ALIASES.items() if name == option.name]
+    return [*short, "--" + option.name.replace("_", "-")]
+
+
+def _argument(option: Option) -> dict[str, typing.Any]:
+    """What argparse needs to know; values stay text, because they are parsed as those of YAML are."""
+    argument: dict[str, typing.Any] = {"help": (option.help + _default_help(option)).replace("%", "%%")}
+    if option.name == "fp32":
+        return argument | {"action": "store_true"}
+    if option.kind is bool:
+        return argument | {"action": argparse.BooleanOptionalAction}
+    metavar = {int: "N", float: "X", str: "TEXT"}[option.kind]
+    argument["metavar"] = "|".join(option.choices) if option.choices else metavar
+    return argument | {"nargs": "+"} if option.is_list else argument
+
+
+def _default_help(option: Option) -> str:
+    if option.default in (None, (), ""):
+        return ""
+    shown = " ".join(option.default) if option.is_list else str(option.default)
+    return f" (default: {shown.lower() if option.kind is bool else shown})"
+
+
+def _preset_help() -> str:
+    lines = [f"  {name:24} {preset.summary}" for name, preset in PRESETS.items()]
+    return "\n".join(["presets:", *lines])
+
+
+def _preset_layer(preset: Setting) -> Layer:
+    if preset.value not in PRESETS:
+        raise ConfigError(
+            f"{preset.where}: preset: found {str(preset.value)[:60]!r}{nearest(str(preset.value), PRESETS)}"
+            f" (presets: {', '.join(PRESETS)})"
+        )
+    where = f"preset {preset.value}"
+    return {name: Setting(value, where) for name, value in PRESETS[preset.value].options.items()}
+
+
+def _merge(lower: Layer, upper: Layer) -> Layer:
+    """`upper` over `lower`; naming one of an exclusive group takes away what `lower` said by another."""
+    displaced = {name for group in EXCLUSIVE if any(name in upper for name in group) for name in group}
+    return {name: setting for name, setting in lower.items() if name not in displaced} | upper
+
+
+def _build(layer: Layer) -> Config:
+    """The sections from their defaults and `layer`; a section's refusal gets the place its value came from."""
+    table = option_table()
+    values = {name: setting.value for name, setting in layer.items()}
+    if "fp32" in values:
+        values["bf16"] = not values.pop("fp32")
+    sections = {}
+    for section, section_type in typing.get_type_hints(Config).items():
+        own = {name: value for name, value in values.items() if table[name].section == section}
+        try:
+            if "gamma" in own:
+                own["gamma_beta_ratio"] = _ratio(own.pop("gamma"), own.get("beta", table["beta"].default))
+            sections[section] = section_type(**own)
+        except ConfigError as error:
+            raise ConfigError(_with_origin(str(error), layer)) from None
+    return Config(**sections)
+
+
+def _ratio(gamma: float, beta: float) -> float:
+    if not beta > 0:
+        raise ConfigError(f"beta: found {beta!r}, expected a number above 0")
+    if gamma < 0:
+        raise ConfigError(f"gamma: found {gamma!r}, expected a number not below 0")
+    return gamma / beta
+
+
+def _with_origin(message: str, layer: Layer) -> str:
+    """`message`, begun with where the first option it names was set."""
+    named = [name for name in re.findall(r"[a-z_0-9]+", message) if name in layer]
+    where = layer[named[0]].where if named else None
+    return f"{where}: {message}" if where else message
