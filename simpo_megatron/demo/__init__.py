@@ -1,4 +1,4 @@
-"""The embedded default: a bundled preference set and a tiny, randomly initialised model, ready in seconds, offline."""
+"""The embedded default: bundled preference pairs and a tiny model with random weights, ready in seconds, offline."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def _texts(pairs_file: Path) -> list[str]:
 
 
 def _write_model(folder: Path) -> None:
-    """One million fp32 parameters, the same on every machine; eight heads in four groups divide over 1, 2 or 4 ranks."""
+    """One million fp32 parameters from a fixed seed; eight heads in four groups divide over 1, 2 or 4 ranks."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 

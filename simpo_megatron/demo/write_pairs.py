@@ -1,8 +1,9 @@
-"""Write the demonstration pairs: `python -m simpo_megatron.demo.write_pairs` makes both *pairs.jsonl files anew.
+"""Write the demonstration pairs: `python -m simpo_megatron.demo.write_pairs` makes both *pairs.jsonl files.
 
 Every topic is asked about several times. Chosen answers are direct, correct and courteous; rejected ones are rude,
-evasive, rambling or confidently wrong. Rejected answers are shorter than the chosen one as often as longer, so that
-length tells nothing. Held-out pairs ask about topics that the others never mention.
+evasive, rambling or wrong. Rejected answers are shorter than the chosen one as often as longer, so that length tells
+nothing, and some wrong ones are as courteous as a right one: who does not know the answer cannot tell, so that a tiny
+model should end well above chance and below certainty. Held-out pairs ask about topics the others never mention.
 """
 
 from __future__ import annotations
@@ -71,17 +72,14 @@ FLAWS = {
         "And then there was the matter of the lost umbrella.",
         "But that is another story, and a long one.",
     ),
-    "wrong": (
-        "Everybody knows this.",
-        "{wrong}",
-        "No doubt about it.",
-        "I am never mistaken about {subject}.",
-        "Whoever says otherwise is lying.",
-        "You need not check it.",
-        "That is a fact, and it always was.",
-        "Books that say something else are out of date.",
-    ),
 }
+BOASTS = (
+    "Everybody knows this.",
+    "There is no doubt about it.",
+    "I am never mistaken about {subject}.",
+    "Whoever says otherwise is lying, and you need not check it.",
+    "That is a fact, and books that say something else are out of date.",
+)
 
 
 class Topic(NamedTuple):
@@ -96,10 +94,15 @@ class Topic(NamedTuple):
 
 def pairs_of(topic: Topic, rng: random.Random) -> Iterator[dict]:
     """One preference pair for each frame, in message form, the flaws of the rejected answers taking turns."""
-    flaws = rng.sample(list(FLAWS), len(FLAWS))
+    flaws = rng.sample((*FLAWS, "wrong"), len(FLAWS) + 1)
     for number, frame in enumerate(rng.sample(FRAMES, len(FRAMES))):
-        chosen = _good_answer(topic, rng)
-        rejected = _bad_answer(topic, flaws[number % len(flaws)], chosen, rng)
+        chosen = _polite_answer(topic, rng)
+        flaw = flaws[number % len(flaws)]
+        if flaw == "wrong":
+            boast = rng.choice(BOASTS).format(subject=topic.subject)
+            rejected = _polite_answer(topic._replace(answer=topic.wrong, detail=boast), rng)
+        else:
+            rejected = _flawed_answer(topic, FLAWS[flaw], len(chosen.split()) * rng.choice((0.8, 1.2)), rng)
         yield {
             "prompt": [{"role": "user", "content": frame.format(topic.question)}],
             "chosen": [{"role": "assistant", "content": chosen}],
@@ -107,7 +110,7 @@ def pairs_of(topic: Topic, rng: random.Random) -> Iterator[dict]:
         }
 
 
-def _good_answer(topic: Topic, rng: random.Random) -> str:
+def _polite_answer(topic: Topic, rng: random.Random) -> str:
     sentences = [topic.answer]
     if rng.random() < 0.6:
         sentences.append(topic.detail)
@@ -118,12 +121,13 @@ def _good_answer(topic: Topic, rng: random.Random) -> str:
     return " ".join(sentences)
 
 
-def _bad_answer(topic: Topic, flaw: str, chosen: str, rng: random.Random) -> str:
-    """At least two sentences of one flaw, together a fifth shorter or longer than the chosen answer."""
-    num_words_wanted = len(chosen.split()) * rng.choice((0.8, 1.2))
+def _flawed_answer(
+    topic: Topic, templates: tuple[str, ...], num_words_wanted: float, rng: random.Random
+) -> str:
+    """At least two sentences of one flaw."""
     sentences: list[str] = []
     num_words = 0
-    for template in rng.sample(FLAWS[flaw], len(FLAWS[flaw])):
+    for template in rng.sample(templates, len(templates)):
         sentence = template.format(**topic._asdict())
         length = len(sentence.split())
         if len(sentences) >= 2 and num_words + length / 2 > num_words_wanted:
