@@ -27,11 +27,10 @@ def merge_shards(lse_N: Tensor, target_N: Tensor, tp_group: ProcessGroup | None)
     """
     if tp_group is None or tp_group.size() == 1:
         return lse_N, target_N
-    local_2N = torch.stack((lse_N, target_N))
     # stack() makes it contiguous, and must: gloo reads strided tensors wrongly, without a word.
-    all_T2N = local_2N.new_empty(tp_group.size() * 2, lse_N.numel())
-    dist.all_gather_into_tensor(all_T2N, local_2N, group=tp_group)
-    all_T2N = all_T2N.view(tp_group.size(), 2, -1)
+    local_2N = torch.stack((lse_N, target_N))
+    all_T2N = local_2N.new_empty(tp_group.size(), *local_2N.shape)
+    dist.all_gather(list(all_T2N), local_2N, group=tp_group)
     return torch.logsumexp(all_T2N[:, 0], 0), all_T2N[:, 1].amax(0)
 
 
