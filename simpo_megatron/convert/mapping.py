@@ -1,12 +1,11 @@
 """The one table of names and layouts between Hugging Face folders and megatron-core's parameters.
 
-A megatron parameter is one or more Hugging Face tensors, joined in a few known ways and cut over tensor-parallel ranks. Each
-way is a function from a parameter to *views* of it, one per Hugging Face tensor, whose elements lie in that tensor's own
-order: loading copies a slice of the file into the view, exporting copies the view out. Both directions, all families and
-any number of ranks share these functions.
+A megatron parameter is one or more Hugging Face tensors, joined in a few known ways and cut over
+tensor-parallel ranks. Each way is a function from a parameter to *views* of it, one per Hugging Face tensor,
+whose elements lie in that tensor's own order: loading copies a slice of the file into the view, exporting copies
+the view out. Both directions, all families and any number of ranks share these functions.
 
-Shapes: V vocabulary, H hidden, F feed-forward, G key/value groups, R query heads per group, D head size; lower-case
-g, f: this rank's share.
+Shapes: R query heads per key/value group, D head size; g groups and f feed-forward rows of this rank.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ class Layout:
     """How Hugging Face tensors make up one megatron parameter."""
 
     cut: int | None
-    """Dimension along which ranks hold consecutive slices of each Hugging Face tensor; None: every rank holds all of it."""
+    """Dimension along which ranks hold consecutive slices of each tensor; None: all ranks hold all of it."""
     views: Callable[[Tensor, ModelDescription], tuple[Tensor, ...]]
     """Views of a parameter (or of this rank's slice), one per Hugging Face tensor."""
     is_vocabulary: bool = False
@@ -66,7 +65,8 @@ class Rule:
     parameter: str
     """Name in megatron's local layer specification, within the model or within a layer."""
     hf_names: tuple[str, ...]
-    """One per view of the layout, `{}` for the layer counted from zero; equal names: one tensor, its rows the views' in turn."""
+    """One per view of the layout, `{}` for the layer counted from zero. Equal names: one tensor, whose rows
+    are the views' in turn."""
     layout: Layout
     shape: tuple[int, ...]
     """Of the whole parameter, vocabulary unpadded."""
@@ -82,9 +82,9 @@ class Piece:
     view: Tensor
     """Elements in the order of the file's; no gradient."""
     hf_shape: tuple[int, ...]
-    """Shape of the view's elements in the file, before any cut over ranks is put together."""
+    """Shape of these elements in the file."""
     first_row: int
-    """Where the tensor's part that belongs to this view starts; above zero in fused tensors only."""
+    """Where the whole view's rows start in the tensor; above zero in fused tensors only."""
     layout: Layout
 
 
@@ -112,10 +112,22 @@ def _layer_rules(description: ModelDescription) -> tuple[Rule, ...]:
         qkv = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
         gate_up = ("mlp.gate_proj", "mlp.up_proj")
     table = [
-        ("input_layernorm.weight", ("input_layernorm",), REPLICATED, norm, "self_attention.linear_qkv.layer_norm_weight"),
+        (
+            "input_layernorm.weight",
+            ("input_layernorm",),
+            REPLICATED,
+            norm,
+            "self_attention.linear_qkv.layer_norm_weight",
+        ),
         ("self_attention.linear_qkv.weight", qkv, QKV, (qkv_rows, hidden), None),
         ("self_attention.linear_proj.weight", ("self_attn.o_proj",), COLUMNS, (hidden, query_rows), None),
-        ("pre_mlp_layernorm.weight", ("post_attention_layernorm",), REPLICATED, norm, "mlp.linear_fc1.layer_norm_weight"),
+        (
+            "pre_mlp_layernorm.weight",
+            ("post_attention_layernorm",),
+            REPLICATED,
+            norm,
+            "mlp.linear_fc1.layer_norm_weight",
+        ),
         ("mlp.linear_fc1.weight", gate_up, GATE_UP, (2 * ffn, hidden), None),
         ("mlp.linear_fc2.weight", ("mlp.down_proj",), COLUMNS, (hidden, ffn), None),
     ]
@@ -145,11 +157,15 @@ def _layer_rules(description: ModelDescription) -> tuple[Rule, ...]:
 
 
 def hf_tensors(description: ModelDescription) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor that a Hugging Face folder of this model holds, in the order of the forward pass."""
+    """Name and shape of every tensor in this model's Hugging Face folder, in the order of the forward."""
     shapes: dict[str, tuple[int, ...]] = {}
     first, *last = _model_rules(description)
     placed = [(first, None)]
-    placed += [(rule, layer) for layer in range(description.transformer["num_layers"]) for rule in _layer_rules(description)]
+    placed += [
+        (rule, layer)
+        for layer in range(description.transformer["num_layers"])
+        for rule in _layer_rules(description)
+    ]
     placed += [(rule, None) for rule in last]
     for rule, layer in placed:
         whole = torch.empty(rule.shape, device="meta")
@@ -162,7 +178,7 @@ def hf_tensors(description: ModelDescription) -> dict[str, tuple[int, ...]]:
 def pieces(chunk: torch.nn.Module, description: ModelDescription, *, tp_size: int) -> list[Piece]:
     """Every parameter of this rank's GPTModel `chunk`, as the parts of the Hugging Face tensors it holds.
 
-    The weight that a last pipeline stage shares with a first one counts as the embedding's, like the embedding itself.
+    The head of a last pipeline stage, when tied, counts as the embedding, like the embedding itself.
     """
     model_rules = _by_parameter(_model_rules(description))
     layer_rules = _by_parameter(_layer_rules(description))
@@ -194,7 +210,7 @@ def _pieces_of(
 def _named_shapes(
     rule: Rule, layer: int | None, views: tuple[Tensor, ...], parameter: Tensor
 ) -> list[tuple[str, tuple[int, ...]]]:
-    """Names and shapes in the file: what a view adds to the parameter's dimensions, it adds by unfolding its rows."""
+    """Names and shapes in the file; a view has more dimensions where it unfolds the parameter's rows."""
     rest = tuple(parameter.shape[1:])
     return [
         (name.format(layer), (view.numel() // math.prod(rest), *rest))

@@ -1,4 +1,4 @@
-"""The embedded default: bundled preference pairs and a tiny model with random weights, ready in seconds, offline."""
+"""The embedded default: bundled preference pairs and a tiny random model, ready in seconds, offline."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ class DemoAssets:
 
 
 def prepare_demo(folder: str | Path) -> DemoAssets:
-    """The demonstration's model, made in `folder` unless it is there already, and its bundled preference pairs.
+    """The bundled preference pairs, and the demonstration's model, made in `folder` unless it is there.
 
-    Safe to call from several processes at once: each makes the same model aside, and one rename makes it appear.
+    Safe to call from several processes at once: each makes the same model aside, one rename makes it appear.
     """
     bundled = Path(__file__).parent
     assets = DemoAssets(
@@ -72,9 +72,9 @@ def _write_tokenizer(folder: Path, pairs_file: Path) -> None:
     tokenizer.train_from_iterator(_texts(pairs_file), trainer)
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
-        pad_token="<|pad|>",
-        bos_token="<|begin|>",
-        eos_token="<|end|>",
+        pad_token="<|pad|>",  # noqa: S106
+        bos_token="<|begin|>",  # noqa: S106
+        eos_token="<|end|>",  # noqa: S106
         additional_special_tokens=["<|system|>", "<|user|>", "<|assistant|>"],
         chat_template=CHAT_TEMPLATE,
         model_max_length=MAX_LENGTH,
@@ -88,7 +88,7 @@ def _texts(pairs_file: Path) -> list[str]:
 
 
 def _write_model(folder: Path) -> None:
-    """One million fp32 parameters from a fixed seed; eight heads in four groups divide over 1, 2 or 4 ranks."""
+    """A million fp32 parameters from a fixed seed; eight heads in four groups divide over 1, 2 or 4 ranks."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 

@@ -1,9 +1,10 @@
 """Write the demonstration pairs: `python -m simpo_megatron.demo.write_pairs` makes both *pairs.jsonl files.
 
-Every topic is asked about several times. Chosen answers are direct, correct and courteous; rejected ones are rude,
-evasive, rambling or wrong. Rejected answers are shorter than the chosen one as often as longer, so that length tells
-nothing, and some wrong ones are as courteous as a right one: who does not know the answer cannot tell, so that a tiny
-model should end well above chance and below certainty. Held-out pairs ask about topics the others never mention.
+Every topic is asked about several times. Chosen answers are direct, correct and courteous; rejected ones are
+rude, evasive, rambling or wrong. Rejected answers are shorter than the chosen one as often as longer, so that
+length tells nothing, and some wrong ones are as courteous as a right one: who does not know the answer cannot
+tell, so a tiny model should end well above chance and below certainty. Held-out pairs ask about topics that
+the others never mention.
 """
 
 from __future__ import annotations
@@ -139,7 +140,7 @@ def _flawed_answer(
 
 def write_pairs(folder: Path) -> None:
     """Write both files into `folder`; the same bytes every time."""
-    rng = random.Random(SEED)
+    rng = random.Random(SEED)  # noqa: S311 - nothing here is secret
     lines = Path(__file__).with_name("topics.jsonl").read_text(encoding="utf-8").splitlines()
     topics = [Topic(**json.loads(line)) for line in rng.sample(lines, len(lines))]
     for name, part in (

@@ -1,4 +1,4 @@
-"""Hugging Face's `config.json` as megatron-core's arguments, and a refusal by name of what megatron-core computes differently."""
+"""Hugging Face's config.json as megatron-core's arguments; what it would compute differently is refused."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MAX_JSON_BYTES = 64 << 20
 
 @dataclass(frozen=True)
 class ModelDescription:
-    """What an architecture fixes; whatever a run chooses (dtype, parallelism, recomputation) is not in here."""
+    """What an architecture fixes; what a run chooses (dtype, parallelism, recomputation) is not in here."""
 
     family: str
     """`model_type` of config.json."""
@@ -37,7 +37,7 @@ def describe_hf_model(folder: str | Path) -> ModelDescription:
 
     Raises:
         CheckpointError: the folder or its config.json is missing or unreadable.
-        ConfigError: the family, or an option of it, is not one that megatron-core computes as transformers does.
+        ConfigError: the family, or an option of it, is not one that megatron-core computes like transformers.
     """
     config = read_hf_json(folder, "config.json")
     where = str(Path(folder) / "config.json")
@@ -64,7 +64,7 @@ def describe_hf_model(folder: str | Path) -> ModelDescription:
 
 
 def padded_vocab_size(vocab_size: int, tensor_model_parallel_size: int, divisor: int = 128) -> int:
-    """The smallest multiple of `divisor` * `tensor_model_parallel_size` that holds `vocab_size` rows, as Megatron pads."""
+    """The smallest multiple of `divisor` * tensor ranks that holds `vocab_size` rows, as Megatron pads."""
     multiple = divisor * tensor_model_parallel_size
     return -(-vocab_size // multiple) * multiple
 
@@ -95,7 +95,9 @@ def _transformer_arguments(config: dict[str, Any]) -> dict[str, Any]:
     num_heads = _count(config, "num_attention_heads")
     num_groups = _count(config, "num_key_value_heads") if config.get("num_key_value_heads") else num_heads
     if num_heads % num_groups:
-        raise ConfigError(f"num_attention_heads {num_heads} is not a multiple of num_key_value_heads {num_groups}")
+        raise ConfigError(
+            f"num_attention_heads {num_heads} is not a multiple of num_key_value_heads {num_groups}"
+        )
     hidden_size = _count(config, "hidden_size")
     epsilon = config.get("rms_norm_eps")
     if not isinstance(epsilon, float) or not 0 < epsilon < 1:
@@ -121,8 +123,8 @@ def _llama(config: dict[str, Any]) -> dict[str, Any]:
     attention_bias, mlp_bias = bool(config.get("attention_bias")), bool(config.get("mlp_bias"))
     if attention_bias != mlp_bias:
         raise ConfigError(
-            f"attention_bias {attention_bias} with mlp_bias {mlp_bias} is not supported: megatron-core's linear layers "
-            "have biases all or none"
+            f"attention_bias {attention_bias} with mlp_bias {mlp_bias} is not supported: "
+            "megatron-core's linear layers have biases all or none"
         )
     return {"add_bias_linear": mlp_bias}
 
@@ -138,14 +140,14 @@ def _qwen2(config: dict[str, Any]) -> dict[str, Any]:
 def _qwen3(config: dict[str, Any]) -> dict[str, Any]:
     if config.get("attention_bias"):
         raise ConfigError(
-            "attention_bias true without biases in the MLP is not supported: megatron-core's linear layers have "
-            "biases all or none"
+            "attention_bias true without biases in the MLP is not supported: "
+            "megatron-core's linear layers have biases all or none"
         )
     return {"qk_layernorm": True, **_qwen_window(config)}
 
 
 def _qwen_window(config: dict[str, Any]) -> dict[str, Any]:
-    """Qwen applies its window only where `use_sliding_window` says so, and then from layer `max_window_layers` on."""
+    """Qwen has a window only where `use_sliding_window` says so, from layer `max_window_layers` on."""
     if not config.get("use_sliding_window"):
         return {}
     return _sliding_window(config, config.get("sliding_window"))
@@ -155,8 +157,9 @@ def _sliding_window(config: dict[str, Any], window: int | None) -> dict[str, Any
     if window is None or window >= _count(config, "max_position_embeddings"):
         return {}
     raise ConfigError(
-        f"sliding_window {window} below max_position_embeddings {config['max_position_embeddings']} is not supported "
-        "yet; when no sequence is longer than the window, lower max_position_embeddings to it: the numbers are the same"
+        f"sliding_window {window} below max_position_embeddings {config['max_position_embeddings']} is not "
+        "supported yet; when no sequence is longer than the window, lower max_position_embeddings to it: the "
+        "numbers are the same"
     )
 
 
@@ -179,7 +182,10 @@ _WHY_NOT: dict[Any, str] = {
 
 _COMMON_REFUSALS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "hidden_act": (lambda act: act in ("silu", "swish"), "only silu is supported"),
-    "quantization_config": (lambda quantization: not quantization, "quantized weights cannot be trained; give the original ones"),
+    "quantization_config": (
+        lambda quantization: not quantization,
+        "quantized weights cannot be trained; give the original ones",
+    ),
     "layer_types": (
         lambda types: not types or set(types) == {"full_attention"},
         "layers with different kinds of attention are not supported yet",
@@ -195,7 +201,7 @@ def _refuse(config: dict[str, Any], refusals: dict[str, tuple[Callable[[Any], bo
 
 
 def _rope_arguments(config: dict[str, Any]) -> dict[str, Any]:
-    """The rotary embedding, from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (4)."""
+    """The rotary embedding from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (4)."""
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in _ROPE_SCALINGS:
@@ -224,7 +230,9 @@ def _llama3_rope(rope: dict[str, Any]) -> dict[str, Any]:
     fixed = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
     for key, value in fixed.items():
         if rope.get(key) != value:
-            raise ConfigError(f"rope {key} is {rope.get(key)!r}: megatron-core computes llama3 scaling with {value} only")
+            raise ConfigError(
+                f"rope {key} is {rope.get(key)!r}: megatron-core computes llama3 scaling with {value} only"
+            )
     return {"rope_scaling": True, "rope_scaling_factor": _factor(rope)}
 
 
