@@ -1,15 +1,13 @@
-"""Preference files in, packed batches out; needs numpy, torch and a transformers tokenizer, nothing of
-Megatron.
+"""Preference files in, packed batches out; needs numpy, torch and a transformers tokenizer, no Megatron.
 
-    from transformers import AutoTokenizer
-    from simpo_megatron.data import BatchOptions, PairOptions, build_preference_dataset, iterate_steps
+from transformers import AutoTokenizer
+from simpo_megatron.data import BatchOptions, PairOptions, build_preference_dataset, iterate_steps
 
-    tokenizer = AutoTokenizer.from_pretrained("model/")
-    dataset = build_preference_dataset(["pairs.jsonl"], tokenizer, PairOptions(max_length=1024,
-    max_prompt_length=800), "cache") for microbatches in iterate_steps(dataset,
-    BatchOptions(global_batch_size=8, tokens_per_microbatch=4096)): for batch in microbatches:
-            ...  # batch.tokens_BS, batch.position_ids_BS, batch.rows_N, batch.targets_N, batch.sequence_N,
-            batch.segments_G4
+tokenizer = AutoTokenizer.from_pretrained("model/")
+dataset = build_preference_dataset(["pairs.jsonl"], tokenizer, PairOptions(max_length=2048), "cache/")
+for microbatches in iterate_steps(dataset, BatchOptions(global_batch_size=8)):
+    for batch in microbatches:
+        ...  # a PreferenceBatch: batch.tokens_BS, batch.rows_N, batch.targets_N, ...
 """
 
 from simpo_megatron.data.batching import (

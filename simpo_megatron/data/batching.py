@@ -94,8 +94,7 @@ class PreferenceBatch:
 
 
 def pair_tokens(lengths: np.ndarray, options: BatchOptions) -> np.ndarray:
-    """Returns the tokens that each pair takes in a packed row, int64 [num_pairs], from lengths [num_pairs,
-    3]."""
+    """Returns the tokens of each pair in a packed row, int64 [num_pairs], from lengths [num_pairs, 3]."""
     copies_of_prompt = 1 if options.prefix_sharing else 2
     return lengths.astype(np.int64) @ np.array([copies_of_prompt, 1, 1])
 
@@ -103,8 +102,7 @@ def pair_tokens(lengths: np.ndarray, options: BatchOptions) -> np.ndarray:
 def check_batches(
     lengths: np.ndarray, options: BatchOptions, *, dp_size: int, microbatch_multiple: int = 1
 ) -> None:
-    """Raises ConfigError, with the arithmetic, when some step could not be planned from pairs of these
-    lengths."""
+    """Raises ConfigError, with the arithmetic, when some step could not be planned from such pairs."""
     num_pairs, batch = len(lengths), options.global_batch_size
     if num_pairs < batch:
         raise ConfigError(
@@ -131,8 +129,7 @@ def check_budget(lengths: np.ndarray, options: BatchOptions) -> None:
 
 
 def step_pairs(num_pairs: int, consumed_pairs: int, options: BatchOptions) -> np.ndarray:
-    """Returns the indices, int64 [global_batch_size], of the pairs that follow the first `consumed_pairs`
-    ones.
+    """Returns the indices, int64 [global_batch_size], of the pairs after the first `consumed_pairs` ones.
 
     Each epoch is a permutation of all pairs of its own; a step at an epoch's end takes the rest from the next
     one.
@@ -154,8 +151,7 @@ def plan_step(
     dp_size: int,
     microbatch_multiple: int = 1,
 ) -> StepPlan:
-    """Returns `plan[dp_rank][microbatch]`, the dataset indices of the pairs of each microbatch of the next
-    step.
+    """Returns `plan[dp_rank][microbatch]`: the dataset indices of the pairs of the next step.
 
     Every rank gets the same number of microbatches, a multiple of `microbatch_multiple`; together they hold
     exactly `global_batch_size` pairs. A microbatch is empty only where there are more microbatches than
@@ -168,8 +164,7 @@ def plan_step(
 def plan_evaluation(
     lengths: np.ndarray, options: BatchOptions, *, dp_size: int, microbatch_multiple: int = 1
 ) -> list[StepPlan]:
-    """Returns plans like those of `plan_step` that hold every pair once, in file order, `global_batch_size`
-    to a plan."""
+    """Returns plans as `plan_step` does, for every pair once, in order, `global_batch_size` to a plan."""
     starts = range(0, len(lengths), options.global_batch_size)
     every = np.arange(len(lengths))
     return [
@@ -192,8 +187,7 @@ def iterate_steps(
     dp_size: int = 1,
     consumed_pairs: int = 0,
 ) -> Iterator[list[PreferenceBatch]]:
-    """Yields, without end, the microbatches of one rank for each step; all ranks' together are the global
-    batch."""
+    """Yields, without end, one rank's microbatches of each step; all ranks' together are the global batch."""
     check_batches(dataset.lengths, options, dp_size=dp_size)
     while True:
         plan = plan_step(dataset.lengths, consumed_pairs, options, dp_size=dp_size)
@@ -302,8 +296,7 @@ def _plan(
 
 
 def _fill_by_tokens(lengths: np.ndarray, options: BatchOptions, num_multiple: int) -> list[list[int]]:
-    """Returns balanced packs, heaviest first: each next longest pair goes to the pack that holds the fewest
-    tokens."""
+    """Returns balanced packs, heaviest first: the next longest pair goes to the lightest pack."""
     tokens = pair_tokens(lengths, options)
     budget = options.tokens_per_microbatch
     num_packs = _round_up(-(-int(tokens.sum()) // budget), num_multiple)

@@ -1,5 +1,4 @@
-"""A preference dataset: the tokenised pairs of some files, in file order, with a weight for each file and a
-split."""
+"""A preference dataset: the tokenised pairs of some files, the weight of each file, and a split."""
 
 import hashlib
 from collections.abc import Sequence
@@ -92,8 +91,7 @@ def build_preference_dataset(
 def split(
     dataset: PreferenceDataset, valid_fraction: float, seed: int = 42
 ) -> tuple[PreferenceDataset, PreferenceDataset]:
-    """Returns (train, validation): all pairs of a prompt fall on one side, by a hash of the prompt and `seed`
-    alone.
+    """Returns (train, validation): all pairs of a prompt fall on one side, by a hash of it and `seed` alone.
 
     The shares hold for prompts, and about for pairs; a prompt stays on its side when other prompts come or
     go.
@@ -113,8 +111,7 @@ def split(
 
 
 def check_vocabulary(dataset: PreferenceDataset, vocab_size: int) -> None:
-    """Raises DataError when a token id of `dataset` is not below `vocab_size`, the model's true vocabulary
-    size."""
+    """Raises DataError when a token id is not below `vocab_size`, the model's true vocabulary size."""
     if dataset.max_token_id >= vocab_size:
         raise DataError(
             f"tokenizer: the pairs hold the token id {dataset.max_token_id}, the model's vocabulary "
@@ -123,8 +120,7 @@ def check_vocabulary(dataset: PreferenceDataset, vocab_size: int) -> None:
 
 
 def mix(values: np.ndarray, seed: int) -> np.ndarray:
-    """Returns a uniform uint64 hash of each value and `seed`, the same on every platform and version
-    (splitmix64)."""
+    """Returns a uniform uint64 hash of each value and `seed`, the same everywhere and always (splitmix64)."""
     mixed = values.astype(np.uint64) ^ np.uint64(_splitmix(np.array([seed % _UINT64], np.uint64))[0])
     return _splitmix(mixed)
 

@@ -11,8 +11,7 @@ LONG_PROMPT_POLICIES = ("cut", "drop")
 
 @dataclass(frozen=True, kw_only=True)
 class PairOptions:
-    """How records become token ids. Every field but the column names' spelling changes the ids or the choice
-    of pairs."""
+    """How records become token ids; every field changes the ids or the choice of pairs."""
 
     max_length: int = 2048
     """Most tokens of a prompt and one of its responses together."""
@@ -59,9 +58,8 @@ class PairOptions:
         room = self.max_length - self.max_prompt_length
         if room < self.min_response_tokens:
             raise ConfigError(
-                f"max_prompt_length: max_length {self.max_length} - max_prompt_length {self.max_prompt_length} "
-                f"leaves {room} tokens for a response, at least min_response_tokens = {self.min_response_tokens} "
-                "expected; lower max_prompt_length or raise max_length"
+                f"max_prompt_length: {self.max_prompt_length} leaves {room} of max_length = {self.max_length} tokens "
+                f"to a response, at least min_response_tokens = {self.min_response_tokens} expected; lower it"
             )
         if not 0 <= self.max_bad_fraction <= 1:
             raise ConfigError(

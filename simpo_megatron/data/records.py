@@ -1,5 +1,4 @@
-"""Preference records: one parsed object in, a prompt and its two responses out, whatever the format; strict
-about all of it."""
+"""Preference records: one parsed object in, a prompt and its two responses out, whatever the format."""
 
 import json
 import re
@@ -18,8 +17,7 @@ KNOWN_KEYS = frozenset({"prompt", "conversations", "chosen", "rejected"})
 UNUSABLE_REASONS = frozenset({"blank_line", "identical_pair", "too_long_prompt"})
 
 _DIALOGUE_TURN = re.compile(r"\n\n(Human|Assistant):")
-# Two Unicode noncharacters are this package's own marks (see templates.py); lone surrogates have no UTF-8
-# form.
+# Two noncharacters are this package's own marks (see templates.py); lone surrogates have no UTF-8 form.
 _BAD_CHARACTER = re.compile("[\x00\ufdd0\ufdd1\ud800-\udfff]")
 
 
@@ -34,8 +32,7 @@ class BadRecord(Exception):
 
 @dataclass(frozen=True)
 class PreferenceRecord:
-    """One pair as text. `prompt` is a list of messages, or a string that stands for itself; responses are
-    plain text."""
+    """One pair as text; `prompt` is a conversation, or a string that stands for itself."""
 
     prompt: str | tuple[Message, ...]
     chosen: str
@@ -200,8 +197,7 @@ def _message(item, name: str) -> Message:
 
 
 def _dialogue(text: str, name: str) -> list[Message]:
-    """Returns the turns of a text like `\\n\\nHuman: hello\\n\\nAssistant: hello`, their contents without
-    outer blanks."""
+    """Returns the turns of a text like `\\n\\nHuman: Hi\\n\\nAssistant: Hi`, without blanks around them."""
     before, *parts = _DIALOGUE_TURN.split(text)
     if before or not parts:
         raise BadRecord(f"bad_dialogue:{name}", f"{name} does not begin with a blank line and `Human:`")

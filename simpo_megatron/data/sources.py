@@ -1,5 +1,4 @@
-"""Preference files: which file, with which weight, and its raw records one by one; whole files are never
-held."""
+"""Preference files: which file, with which weight, and its raw records one by one."""
 
 import gzip
 import os
@@ -25,8 +24,7 @@ class Source:
 
 @dataclass(frozen=True)
 class RawRecord:
-    """One record before parsing: `line` counts from 1; `row` is bytes (a JSON line), a parsed row, or None if
-    too long."""
+    """One record before parsing: a JSON line, a parsed row, or None if too long; `line` counts from 1."""
 
     line: int
     row: bytes | dict | None
@@ -34,8 +32,7 @@ class RawRecord:
 
 
 def parse_sources(data: Sequence) -> tuple[Source, ...]:
-    """Returns the files of `data`: paths, or weights and paths in turn (Megatron's blend), or `{path,
-    weight}` mappings.
+    """Returns the files of `data`: paths, weights and paths in turn (Megatron's blend), or mappings.
 
     Raises: ConfigError when weights are given to some files and not to others, or are not positive.
     """
@@ -62,12 +59,12 @@ def parse_sources(data: Sequence) -> tuple[Source, ...]:
     return tuple(sources)
 
 
-def parse_named_sources(data: Sequence[str]) -> dict[str, tuple[Source, ...]]:
-    """Returns the files of each named set: `NAME=PATH`, or a path, which is named after its file.
+def parse_named_sources(data: Sequence[str]) -> dict[str, list[str]]:
+    """Returns the paths of each named set: `NAME=PATH`, or a path, which is named after its file.
 
     Raises: ConfigError when two sets have one name and no `NAME=` tells them apart.
     """
-    named: dict[str, list[Source]] = {}
+    named: dict[str, list[str]] = {}
     explicit = set()
     for item in data:
         name, separator, path = item.partition("=")
@@ -77,13 +74,12 @@ def parse_named_sources(data: Sequence[str]) -> dict[str, tuple[Source, ...]]:
             raise ConfigError(f"valid_data: two sets are called {name!r}; name them NAME=PATH")
         if separator:
             explicit.add(name)
-        named.setdefault(name, []).append(Source(path))
-    return {name: tuple(sources) for name, sources in named.items()}
+        named.setdefault(name, []).append(path)
+    return named
 
 
 def source_identity(path: str) -> dict:
-    """Returns what says that a source has not changed: its path, and each of its files' size and time of
-    change.
+    """Returns what tells that a source has changed: its path, and its files' sizes and times of change.
 
     Raises: DataError when the path cannot be read as a preference file.
     """
@@ -120,8 +116,7 @@ def check_readable(path: str) -> None:
 
 
 def read_raw(path: str, options: PairOptions) -> Iterator[RawRecord]:
-    """Yields the raw records of `path`, in file order, holding at most a few of them (a .json file: all of
-    it).
+    """Yields the raw records of `path`, in file order, holding a few of them (of a .json file, all).
 
     Raises: DataError for a file that is not what its name says.
     """

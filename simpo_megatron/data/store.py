@@ -1,5 +1,4 @@
-"""Tokenised pairs on disk: megatron-core's IndexedDataset files (.bin, .idx), which every rank of a node
-maps, not loads.
+"""Tokenised pairs on disk, in megatron-core's IndexedDataset files, which ranks map instead of load.
 
 A store is a folder: `pairs.bin` and `pairs.idx` (three sequences per document: prompt, chosen, rejected),
 `pairs.npy` (one row per pair: where it came from and what was cut) and `store.json` (fingerprints and
@@ -41,6 +40,7 @@ INDEX_MAGIC = b"MMIDIDX\x00\x00"
 INDEX_VERSION = 1
 INT32_CODE = 4
 CHUNK_RECORDS = 256
+CHUNK_BYTES = 4 << 20
 # Below this many bytes, starting processes takes longer than tokenising in this one.
 MIN_BYTES_PER_WORKER = 16 << 20
 PAIR_DTYPE = np.dtype([("line", np.int64), ("prompt_key", np.uint64), ("lost", np.int32, 3)])
@@ -48,8 +48,7 @@ PAIR_DTYPE = np.dtype([("line", np.int64), ("prompt_key", np.uint64), ("lost", n
 
 @dataclass
 class BuildReport:
-    """What became of a file's records: `num_lines == num_used + sum(dropped.values())`, blank lines being one
-    reason."""
+    """What became of a file's records: `num_lines == num_used + sum(dropped.values())`."""
 
     num_lines: int = 0
     num_used: int = 0
@@ -81,8 +80,7 @@ class BuildReport:
 
 
 class PairStore:
-    """The tokenised pairs of one source, mapped from disk: `store[i]`, `len(store)`, lengths [num_pairs, 3],
-    fingerprint.
+    """The tokenised pairs of one source, mapped from disk: `store[i]`, `len(store)`, lengths [num_pairs, 3].
 
     Raises: DataError when the files are not the ones their sidecar describes.
     """
@@ -118,8 +116,7 @@ class PairStore:
 def open_store(
     path: str, tokenizer, options: PairOptions, cache_dir: str, *, build: bool = True, num_workers: int = 0
 ):
-    """Returns the PairStore of `path` (see `Source.path`), building it under `cache_dir` when it is not there
-    yet.
+    """Returns the PairStore of `path` (see `Source`), building it under `cache_dir` when it is not there.
 
     A store is reused when the file (size and time of change), the tokenizer, its chat template, the options
     and this format are all unchanged. `build=False`, for the ranks that come after the one that built, never
@@ -219,12 +216,7 @@ def encode_chunk(
 ) -> _Chunk:
     """Returns the tokens of some consecutive raw records, and what became of each."""
     report = BuildReport(num_lines=len(raw))
-    lines, records = [], []
-
-    def drop(line: int, error: BadRecord) -> None:
-        report.dropped[error.reason] += 1
-        report.first.setdefault(error.reason, f"{path}:{line}: {error.reason}: {error.detail}")
-
+    lines, records, bad = [], [], {}
     for item in raw:
         try:
             if item.row is None:
@@ -236,11 +228,11 @@ def encode_chunk(
             records.append(to_record(row, options))
             lines.append(item.line)
         except BadRecord as error:
-            drop(item.line, error)
+            bad[item.line] = error
     parts, lengths, rows = [], [], []
     for line, record, encoded in zip(lines, records, pair_tokenizer.encode(records), strict=True):
         if isinstance(encoded, BadRecord):
-            drop(line, encoded)
+            bad[line] = encoded
             continue
         ids = (encoded.pair.prompt_ids, encoded.pair.chosen_ids, encoded.pair.rejected_ids)
         parts += ids
@@ -251,6 +243,9 @@ def encode_chunk(
             f"with a cut {name}" for name, lost in zip(_PARTS, encoded.lost, strict=True) if lost
         )
     report.num_used = len(rows)
+    for line, error in sorted(bad.items()):
+        report.dropped[error.reason] += 1
+        report.first.setdefault(error.reason, f"{path}:{line}: {error.reason}: {error.detail}")
     tokens = np.concatenate(parts) if parts else np.empty(0, np.int32)
     return _Chunk(tokens, np.array(lengths, np.int32).reshape(-1, 3), np.array(rows, PAIR_DTYPE), report)
 
@@ -305,8 +300,15 @@ def _workers_worth_starting(path: str) -> int:
 
 
 def _chunked(records: Iterable[RawRecord]) -> Iterator[list[RawRecord]]:
-    iterator = iter(records)
-    while chunk := list(islice(iterator, CHUNK_RECORDS)):
+    chunk, num_bytes = [], 0
+    for record in records:
+        chunk.append(record)
+        num_bytes += len(record.row) if isinstance(record.row, bytes) else 0
+        # A record that is too long is reported before the rest of its line is read.
+        if len(chunk) == CHUNK_RECORDS or num_bytes >= CHUNK_BYTES or record.row is None:
+            yield chunk
+            chunk, num_bytes = [], 0
+    if chunk:
         yield chunk
 
 

@@ -1,5 +1,4 @@
-"""Chat templates: records to text, with the place where the response begins, in the two modes `clean` and
-`princeton`."""
+"""Chat templates: a record becomes text, split where the response begins, in one of two modes."""
 
 import re
 from dataclasses import dataclass
@@ -16,8 +15,7 @@ CONTENT_MARK = "\ufdd1"
 
 @dataclass(frozen=True)
 class RenderedPair:
-    """A pair as text. Each whole text is `prompt + response`; special tokens of the template start with
-    TEMPLATE_MARK."""
+    """A pair as text: each whole text is prompt + response; TEMPLATE_MARK precedes its special tokens."""
 
     prompt: str
     chosen: str
@@ -66,8 +64,7 @@ class PairRenderer:
         self._specials = re.compile("|".join(map(re.escape, special_texts(tokenizer))) or r"(?!)")
 
     def clean(self, record: PreferenceRecord) -> RenderedPair:
-        """Returns the pair with the assistant header in the prompt; a response ends with the template's end
-        token, if any.
+        """Returns the pair with the assistant header in the prompt and the template's end token last.
 
         Raises: BadRecord when a response is nothing but special tokens, or the template refuses the
         conversation.
@@ -142,8 +139,7 @@ class PairRenderer:
             raise BadRecord("template_refused", f"turns of {roles}: {str(error).splitlines()[0]}") from None
 
     def _until_end_token(self, response: str, content: str) -> str:
-        """Returns `response` up to and with the template's first special token after the content, or after
-        the content."""
+        """Returns `response` up to and with the template's first special token after the content."""
         content = content.strip()
         start = max(response.rfind(content), 0)
         mark = response.find(TEMPLATE_MARK, start + len(content))

@@ -1,5 +1,4 @@
-"""Token ids of pairs: one encoding of the whole text, cut where the response begins, special tokens only
-where meant."""
+"""Token ids of pairs: one encoding of the whole text, cut by offsets where the response begins."""
 
 import json
 import os
@@ -25,8 +24,7 @@ class TokenizedPair:
 
 @dataclass(frozen=True)
 class EncodedPair:
-    """A pair after truncation. `lost` counts the tokens cut from prompt, chosen and rejected; `notes` names
-    oddities."""
+    """A pair after truncation: tokens cut from prompt, chosen and rejected, and oddities to be counted."""
 
     pair: TokenizedPair
     lost: tuple[int, int, int] = (0, 0, 0)
@@ -79,8 +77,7 @@ class PairTokenizer:
         return self._backend.encode_batch(texts, add_special_tokens=False)
 
     def _split_clean(self, pairs: list[RenderedPair]) -> list[tuple]:
-        """Returns (prompt ids, chosen ids, rejected ids, notes) of each pair, cut by offsets where the
-        response begins."""
+        """Returns (prompt, chosen and rejected ids, notes) of each pair, cut where the response begins."""
         whole = self._encode(
             [pair.prompt + response for pair in pairs for response in (pair.chosen, pair.rejected)]
         )
@@ -103,8 +100,7 @@ class PairTokenizer:
         ]
 
     def _split_princeton(self, pairs: list[RenderedPair]) -> list[tuple]:
-        """Returns the same as `_split_clean` by the paper's rule, which tokenises the prompt a second time by
-        itself.
+        """Returns the same as `_split_clean`, by the paper's rule, which tokenises the prompt alone too.
 
         Source: princeton-nlp/SimPO, scripts/simpo_trainer.py, build_tokenized_answer and tokenize_row.
         """
@@ -173,8 +169,7 @@ class PairTokenizer:
 
 
 def tokenizer_identity(tokenizer, options: PairOptions) -> dict:
-    """Returns what the ids depend on apart from the text: the vocabulary and its rules, the special tokens,
-    the template."""
+    """Returns what the ids depend on, the text apart: vocabulary, rules, special tokens, template."""
     backend = _as_is_backend(tokenizer)
     return {
         "backend": backend.to_str(),
@@ -185,8 +180,7 @@ def tokenizer_identity(tokenizer, options: PairOptions) -> dict:
 
 
 def _as_is_backend(tokenizer):
-    """Returns a copy of the tokenizer's Rust half without the truncation and padding that its file may
-    carry."""
+    """Returns a copy of the tokenizer's Rust half without the truncation and padding its file may carry."""
     backend = tokenizer.backend_tokenizer.__class__.from_str(tokenizer.backend_tokenizer.to_str())
     backend.no_truncation()
     backend.no_padding()
@@ -223,8 +217,7 @@ def _marked_backend(tokenizer):
 
 
 def _token_at(encoding, start: int) -> int | None:
-    """Returns the index of the token that begins at character `start`, or None when a token reaches across
-    it."""
+    """Returns the index of the token that begins at character `start`; None when one reaches across it."""
     token = encoding.char_to_token(start)
     return token if token is not None and encoding.token_to_chars(token)[0] == start else None
 

@@ -6,8 +6,7 @@ from simpo_megatron.data.options import PairOptions
 
 
 class KeptTokens(NamedTuple):
-    """How many tokens of each part stay: the end of the prompt (after its BOS), the beginning of each
-    response."""
+    """How many tokens stay: the end of the prompt (after its BOS), the beginning of each response."""
 
     prompt: int
     chosen: int
@@ -15,8 +14,7 @@ class KeptTokens(NamedTuple):
 
 
 def kept_tokens(prompt: int, chosen: int, rejected: int, options: PairOptions) -> KeptTokens | None:
-    """Returns what stays of a pair (counts of tokens), or None when its prompt is too long and must not be
-    cut.
+    """Returns what stays of a pair, in tokens, or None when its prompt is too long and must not be cut.
 
     A pair that fits is not touched. Otherwise the prompt gives way first, no further than needed and never
     below `max_prompt_length`; then each response that is still too long is cut on its own. A response that
@@ -31,8 +29,7 @@ def kept_tokens(prompt: int, chosen: int, rejected: int, options: PairOptions) -
 
 
 def princeton_kept_tokens(prompt: int, chosen: int, rejected: int, options: PairOptions) -> KeptTokens:
-    """Returns what stays of a pair under the paper's code: the prompt's very end (its BOS goes), both
-    responses cut alike.
+    """Returns what stays under the paper's rule: the prompt's very end, both responses cut alike.
 
     Source: princeton-nlp/SimPO, scripts/simpo_trainer.py, tokenize_row with truncation_mode keep_end.
     """

@@ -42,7 +42,7 @@ SPLIT = (
 CORPUS = [
     "The answer to the question is what the people of the house would like to know about the weather today.",
     "Human: how do I write a good test? Assistant: I would begin with the thing that must never break.\n\n",
-    "assistant user system model helpful You are, the ans wer there then when where which while 1 12 123 2024",
+    "assistant user system model helpful You are, the ans wer there then when where which while 12 123 2024",
 ] * 4
 
 
