@@ -1,4 +1,4 @@
-"""The table of options, read from the sections: names, types, help texts, and how a written value is parsed."""
+"""The table of options, read from the sections: names, types, help, and how a written value is parsed."""
 
 from __future__ import annotations
 
@@ -83,11 +83,12 @@ class Option:
             return int(text)
         if not quoted and self.kind is float and _NUMBER.fullmatch(text) and math.isfinite(float(text)):
             return float(text)
-        shown = f'"{_cut(text)}" in quotes' if quoted else repr(_cut(text))
+        shown = f'"{cut(text)}" in quotes' if quoted else repr(cut(text))
         raise ConfigError(f"{where}: {self.name}: found {shown}, expected {self.expected}")
 
 
-def _cut(text: str) -> str:
+def cut(text: str) -> str:
+    """`text` short enough to quote in a one-line message."""
     return text if len(text) <= 60 else text[:60] + "..."
 
 
@@ -153,7 +154,7 @@ def find_option(name: str, where: str) -> Option:
     name_or_alias = ALIASES.get(name, name)
     if name_or_alias in table:
         return table[name_or_alias]
-    raise ConfigError(f"{where}: unknown key {_cut(name)!r}{nearest(name, [*table, *ALIASES])}")
+    raise ConfigError(f"{where}: unknown key {cut(name)!r}{nearest(name, [*table, *ALIASES])}")
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:

@@ -1,4 +1,4 @@
-"""Config from defaults < preset < YAML file < command line; a refusal names the file and line, or the flag."""
+"""Config from defaults < preset < YAML < command line; a refusal names the file and line, or the flag."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from simpo_megatron.config.options import (
     ALIASES,
     EXCLUSIVE,
     Option,
+    cut,
     find_option,
     nearest,
     option_table,
@@ -53,10 +54,9 @@ def load_config(argv: Sequence[str] | None = None) -> Config:
     command_line, config_file = _read_command_line(sys.argv[1:] if argv is None else list(argv))
     yaml_file = read_yaml(config_file) if config_file is not None else {}
     asked = _merge(yaml_file, command_line)
-    preset = asked.get("preset")
-    if preset is None and config_file is None and "model" not in asked and "data" not in asked:
-        preset = asked["preset"] = Setting(DEMO, "default")
-    return _build(_merge(_preset_layer(preset), asked) if preset else asked)
+    if config_file is None and not asked.keys() & {"preset", "model", "data"}:
+        asked["preset"] = Setting(DEMO, "default")
+    return _build(_merge(_preset_layer(asked), asked))
 
 
 def config_from(**options: typing.Any) -> Config:
@@ -65,16 +65,15 @@ def config_from(**options: typing.Any) -> Config:
         find_option(name, "config_from").name: Setting(value, "config_from")
         for name, value in options.items()
     }
-    preset = layer.get("preset")
     refuse_both({name: setting.where for name, setting in layer.items()})
-    return _build(_merge(_preset_layer(preset), layer) if preset else layer)
+    return _build(_merge(_preset_layer(layer), layer))
 
 
 def read_yaml(path: str | Path) -> Layer:
     """The settings of a YAML file, which is one flat mapping from option names to values.
 
-    Only the syntax tree is read: no tag is obeyed, nothing is constructed or imported, and an alias costs nothing,
-    because no value nests.
+    Only the syntax tree is read: no tag is obeyed, nothing is constructed or imported, and an alias costs
+    nothing, because no value nests.
 
     Raises: ConfigError for anything else: duplicate or unknown keys, tags, nesting, wrong types, tabs.
     """
@@ -85,9 +84,7 @@ def read_yaml(path: str | Path) -> Layer:
             raise ConfigError(f"{where}: found a key that is not a plain name, expected an option such as lr")
         option = find_option(key.value, where)
         if option.name in layer:
-            raise ConfigError(
-                f"{where}: {key.value}: found a second time, first in {layer[option.name].where}"
-            )
+            raise ConfigError(f"{where}: {key.value}: found twice, first in {layer[option.name].where}")
         layer[option.name] = Setting(_yaml_value(value, option, where), where)
     refuse_both({name: setting.where for name, setting in layer.items()})
     return layer
@@ -117,16 +114,18 @@ def _yaml_items(path: Path) -> list[tuple[yaml.Node, yaml.Node]]:
 
 
 def _yaml_value(node: yaml.Node, option: Option, where: str) -> typing.Any:
-    if isinstance(node, yaml.SequenceNode) and node.tag == _PLAIN_TAG + "seq" and option.is_list:
-        return tuple(_yaml_value(item, option, where) for item in node.value)
+    if not option.is_list:
+        return _yaml_scalar(node, option, where)
+    is_list = isinstance(node, yaml.SequenceNode) and node.tag == _PLAIN_TAG + "seq"
+    return tuple(_yaml_scalar(item, option, where) for item in (node.value if is_list else [node]))
+
+
+def _yaml_scalar(node: yaml.Node, option: Option, where: str) -> typing.Any:
     tag = node.tag.removeprefix(_PLAIN_TAG)
-    if not isinstance(node, yaml.ScalarNode) or not re.fullmatch(r"str|int|float|bool|null|timestamp", tag):
-        shown = (
-            f"the tag {node.tag}" if tag not in ("seq", "map") else {"seq": "a list", "map": "a mapping"}[tag]
-        )
-        raise ConfigError(f"{where}: {option.name}: found {shown[:80]}, expected {option.expected}")
-    value = option.parse(node.value, where, quoted=node.style is not None)
-    return (value,) if option.is_list else value
+    if isinstance(node, yaml.ScalarNode) and re.fullmatch("str|int|float|bool|null|timestamp", tag):
+        return option.parse(node.value, where, quoted=node.style is not None)
+    found = {"seq": "a list", "map": "a mapping"}.get(tag, f"the tag {node.tag[:60]}")
+    raise ConfigError(f"{where}: {option.name}: found {found}, expected {option.expected}")
 
 
 def _read_command_line(argv: list[str]) -> tuple[Layer, str | None]:
@@ -158,7 +157,7 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> _Parser:
     """One flag per option, grouped by section; a flag nobody gave leaves no trace in the parsed namespace."""
     parser = _Parser(
-        usage="torchrun --nproc-per-node N examples/pretrain_simpo.py [--config FILE | --preset NAME] [--KEY VALUE]",
+        usage="torchrun --nproc-per-node N examples/pretrain_simpo.py [--config FILE] [--KEY VALUE]",
         description="SimPO on Megatron-Core. Each flag is also a key of the YAML file given with --config; "
         "the command line wins over the file, the file over the preset.",
         epilog=_preset_help(),
@@ -208,14 +207,14 @@ def _preset_help() -> str:
     return "\n".join(["presets:", *lines])
 
 
-def _preset_layer(preset: Setting) -> Layer:
-    if preset.value not in PRESETS:
-        raise ConfigError(
-            f"{preset.where}: preset: found {str(preset.value)[:60]!r}{nearest(str(preset.value), PRESETS)}"
-            f" (presets: {', '.join(PRESETS)})"
-        )
-    where = f"preset {preset.value}"
-    return {name: Setting(value, where) for name, value in PRESETS[preset.value].options.items()}
+def _preset_layer(asked: Layer) -> Layer:
+    """The settings of the preset that `asked` names, if it names one."""
+    name = asked["preset"].value if "preset" in asked else None
+    if name is None:
+        return {}
+    if name not in PRESETS:
+        raise ConfigError(f"{asked['preset'].where}: preset: found {cut(name)!r}{nearest(name, PRESETS)}")
+    return {option: Setting(value, f"preset {name}") for option, value in PRESETS[name].options.items()}
 
 
 def _merge(lower: Layer, upper: Layer) -> Layer:
@@ -225,7 +224,7 @@ def _merge(lower: Layer, upper: Layer) -> Layer:
 
 
 def _build(layer: Layer) -> Config:
-    """The sections from their defaults and `layer`; a section's refusal gets the place its value came from."""
+    """The sections from their defaults and `layer`; a section's refusal gets the place of its value."""
     table = option_table()
     values = {name: setting.value for name, setting in layer.items()}
     if "fp32" in values:

@@ -23,7 +23,8 @@ DEMO = "demo"  # as `model` or `data`: the tiny model and the preference pairs t
 _MAX_PATH_LENGTH = 1000
 
 
-def _require(holds: bool, key: str, found: object, expected: str) -> None:
+def require(holds: bool, key: str, found: object, expected: str) -> None:
+    """Raises: ConfigError, the one line a user reads, unless `holds`."""
     if not holds:
         raise ConfigError(f"{key}: found {found!r}, expected {expected}")
 
@@ -31,7 +32,7 @@ def _require(holds: bool, key: str, found: object, expected: str) -> None:
 def _require_positive(section: object, *keys: str) -> None:
     for key in keys:
         found = getattr(section, key)
-        _require(found is None or found > 0, key, found, "a number above 0")
+        require(found is None or found > 0, key, found, "a number above 0")
 
 
 def _require_writable_name(section: object, *keys: str) -> None:
@@ -42,9 +43,9 @@ def _require_writable_name(section: object, *keys: str) -> None:
             continue
         # A quotation cut short: the name itself may be what makes a log unreadable.
         shown = found if len(found) <= 60 else found[:60] + "..."
-        _require(0 < len(found) <= _MAX_PATH_LENGTH, key, shown, f"1 to {_MAX_PATH_LENGTH} characters")
-        _require(found.isprintable(), key, shown, "no line breaks or control characters")
-        _require(".." not in re.split(r"[/\\]", found), key, shown, "a folder written without '..'")
+        require(0 < len(found) <= _MAX_PATH_LENGTH, key, shown, f"1 to {_MAX_PATH_LENGTH} characters")
+        require(found.isprintable(), key, shown, "no line breaks or control characters")
+        require(".." not in re.split(r"[/\\]", found), key, shown, "a folder written without '..'")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +69,7 @@ class ModelConfig:
         _require_writable_name(self, "export_hf")
         for key in ("hidden_dropout", "attention_dropout"):
             found = getattr(self, key)
-            _require(0 <= found < 1, key, found, "a number from 0 up to, not including, 1")
+            require(0 <= found < 1, key, found, "a number from 0 up to, not including, 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,19 +122,19 @@ class ParallelConfig:
             "context_parallel_size",
             "expert_model_parallel_size",
         )
-        _require(
+        require(
             not self.sequence_parallel or self.tensor_model_parallel_size > 1,
             "sequence_parallel",
             True,
             "tensor_model_parallel_size above 1: there is nothing to divide over one rank",
         )
-        _require(
+        require(
             (self.virtual_pipeline_model_parallel_size or 1) == 1 or self.pipeline_model_parallel_size > 1,
             "virtual_pipeline_model_parallel_size",
             self.virtual_pipeline_model_parallel_size,
             "pipeline_model_parallel_size above 1: one stage cannot be interleaved",
         )
-        _require(
+        require(
             not self.overlap_param_gather or (self.use_distributed_optimizer and self.overlap_grad_reduce),
             "overlap_param_gather",
             True,
@@ -152,8 +153,8 @@ class PrecisionConfig:
     """Matrix products of the layers in FP8 by this recipe of Transformer Engine; mxfp8 needs Blackwell."""
 
     def __post_init__(self) -> None:
-        _require(
-            self.fp8_recipe is None or self.bf16, "fp8_recipe", self.fp8_recipe, "bf16 with it, found fp32"
+        require(
+            self.fp8_recipe is None or self.bf16, "fp8_recipe", self.fp8_recipe, "bf16 and not fp32 beside it"
         )
 
 
@@ -182,7 +183,7 @@ class RecomputeConfig:
             return
         for key in ("recompute_method", "recompute_num_layers"):
             found = getattr(self, key)
-            _require(found is None, key, found, "recompute_granularity full with it")
+            require(found is None, key, found, "recompute_granularity full with it")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,8 +191,8 @@ class DataConfig:
     """Preference files."""
 
     data: tuple[str, ...] = ()
-    """Preference files to train on (JSONL, JSON, parquet, a datasets folder, hub:NAME), or weights and files in
-    turn; the word demo stands for the pairs that come with the package."""
+    """Preference files to train on (JSONL, JSON, parquet, a datasets folder, hub:NAME), or weights and files
+    in turn; the word demo stands for the pairs that come with the package."""
 
     valid_data: tuple[str, ...] = ()
     """Held-out preference files; NAME=FILE reports them under a name of their own."""
@@ -204,7 +205,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         _require_writable_name(self, "data_cache")
-        _require(0 <= self.valid_fraction < 1, "valid_fraction", self.valid_fraction, "a share in [0, 1)")
+        require(0 <= self.valid_fraction < 1, "valid_fraction", self.valid_fraction, "a share in [0, 1)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -269,13 +270,13 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         _require_positive(self, "lr", "adam_eps", "epochs", "train_iters")
-        _require(0 <= self.min_lr <= self.lr, "min_lr", self.min_lr, f"a number from 0 to lr ({self.lr})")
+        require(0 <= self.min_lr <= self.lr, "min_lr", self.min_lr, f"a number from 0 to lr ({self.lr})")
         for key in ("lr_warmup_fraction", "adam_beta1", "adam_beta2"):
             found = getattr(self, key)
-            _require(0 <= found < 1, key, found, "a number from 0 up to, not including, 1")
+            require(0 <= found < 1, key, found, "a number from 0 up to, not including, 1")
         for key in ("weight_decay", "clip_grad"):
             found = getattr(self, key)
-            _require(0 <= found < math.inf, key, found, "a number not below 0")
+            require(0 <= found < math.inf, key, found, "a number not below 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -312,14 +313,14 @@ class RunConfig:
     def __post_init__(self) -> None:
         _require_writable_name(self, "save", "tensorboard_dir", "wandb_project")
         _require_positive(self, "save_interval", "eval_interval", "log_interval")
-        _require(0 <= self.seed < 2**31, "seed", self.seed, "a whole number from 0 to 2147483647")
-        _require(
+        require(0 <= self.seed < 2**31, "seed", self.seed, "a whole number from 0 to 2147483647")
+        require(
             re.fullmatch(r"latest|required|none|[0-9]{1,9}", self.resume) is not None,
             "resume",
             self.resume,
             "latest, required, none or a step number",
         )
-        _require(
+        require(
             self.save_interval is None or self.save is not None,
             "save_interval",
             self.save_interval,

@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 from rich.table import Table
+from rich.text import Text
 
 from simpo_megatron.config.options import option_table
 from simpo_megatron.config.sections import Config
@@ -22,7 +23,7 @@ def to_yaml(config: Config) -> str:
 
 
 def to_table(config: Config) -> Table:
-    """A rich table of the options that have a value; bold where it is not the default, gamma beside its ratio."""
+    """A rich table of the options that have a value, bold where not the default, gamma beside its ratio."""
     table = Table(
         title="configuration", title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0)
     )
@@ -37,8 +38,8 @@ def to_table(config: Config) -> Table:
                 continue
             shown = " ".join(value) if isinstance(value, list) else _readable(value)
             is_default = getattr(getattr(config, section), name) == options[name].default
-            # A row's own style, not markup: a file name may hold square brackets.
-            table.add_row(heading, name, shown, style=None if is_default else "bold")
+            # Text, not markup: a file name may hold square brackets.
+            table.add_row(heading, name, Text(shown), style=None if is_default else "bold")
             heading = ""
             if name == "gamma_beta_ratio":
                 table.add_row("", "gamma", f"{config.objective.gamma:g} (beta x gamma_beta_ratio)")
