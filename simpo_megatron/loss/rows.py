@@ -89,7 +89,7 @@ class RowSelection:
         num_ranks, num_own = len(self.counts), self.counts[self.group.rank()]
         parts_TMH = grad_NH.new_empty(num_ranks, num_own, grad_NH.shape[1])
         work = dist.all_to_all_single(
-            parts_TMH.view(num_ranks * num_own, -1),
+            parts_TMH.flatten(0, 1),
             grad_NH,
             output_split_sizes=[num_own] * num_ranks,
             input_split_sizes=list(self.counts),
