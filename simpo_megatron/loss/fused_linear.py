@@ -225,6 +225,7 @@ class _BlockWork:
         self.rows_NH, self.weight_vH, self.layout = rows_NH, weight_vH, layout
         self.dtype = torch.promote_types(rows_NH.dtype, torch.float32)
         self._buffers: dict[torch.dtype, Tensor] = {}
+        self._rows: Tensor | None = None
 
     def logits(self, block: _Block, *, fresh: bool) -> Tensor:
         """Returns the block's logits [N, b], in a tensor of their own when `fresh`."""
@@ -238,7 +239,14 @@ class _BlockWork:
         out_Nb = logits_Nb if in_place else self._buffer(logits_Nb.shape, self.dtype)
         return torch.sub(logits_Nb, shift_N[:, None], out=out_Nb).exp_()
 
+    def rows_buffer(self) -> Tensor:
+        """Returns scratch of the shape and dtype of the rows, one for whoever asks last."""
+        if self._rows is None:
+            self._rows = torch.empty_like(self.rows_NH)
+        return self._rows
+
     def release(self) -> None:
+        """Gives back the buffers of blocks that are not kept."""
         self._buffers.clear()
 
     def _buffer(self, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
@@ -254,17 +262,17 @@ class _HiddenGrad:
     def __init__(self, work: _BlockWork, grad_N: Tensor):
         self.work, self.grad_N = work, grad_N
         self.sum_NH = torch.zeros_like(work.rows_NH, dtype=work.dtype)
-        self.product_NH = torch.empty_like(work.rows_NH)
 
     def add(self, block: _Block, exps_Nb: Tensor, scale_N: Tensor) -> None:
         weight_bH = self.work.weight_vH[block.start : block.stop]
-        torch.mm(exps_Nb, weight_bH, out=self.product_NH)
-        self.sum_NH.addcmul_(self.product_NH.to(self.sum_NH.dtype), scale_N[:, None], value=-1)
+        product_NH = torch.mm(exps_Nb, weight_bH, out=self.work.rows_buffer())
+        self.sum_NH.addcmul_(product_NH.to(self.sum_NH.dtype), scale_N[:, None], value=-1)
         layout = self.work.layout
         token_n, column_n = layout.token_n[block.targets], layout.column_n[block.targets]
         self.sum_NH.index_add_(0, token_n, self.work.weight_vH[column_n].to(self.sum_NH.dtype))
 
     def result(self) -> Tensor:
+        """Returns the gradient of the rows, [N, H] in their dtype, this rank's contribution."""
         return self.sum_NH.mul_(self.grad_N[:, None]).to(self.work.rows_NH.dtype)
 
 
@@ -273,7 +281,6 @@ class _WeightGrad:
 
     def __init__(self, work: _BlockWork, grad_N: Tensor, main_grad_vH: Tensor | None):
         self.work, self.grad_N, self.main_grad_vH = work, grad_N, main_grad_vH
-        self.scaled_NH = torch.empty_like(work.rows_NH)
         self.out_vH = main_grad_vH
         if main_grad_vH is None:
             self.out_vH = torch.empty_like(work.weight_vH)
@@ -283,14 +290,14 @@ class _WeightGrad:
         work, layout = self.work, self.work.layout
         token_n, column_n = layout.token_n[block.targets], layout.column_n[block.targets]
         out_bH = self.out_vH[block.start : block.stop]
-        torch.mul(work.rows_NH, -(self.grad_N * scale_N)[:, None], out=self.scaled_NH)
+        scaled_NH = torch.mul(work.rows_NH, -(self.grad_N * scale_N)[:, None], out=work.rows_buffer())
         at_target_nH = work.rows_NH[token_n] * self.grad_N[token_n, None]
         keep_old = self.main_grad_vH is not None
         if out_bH.dtype == exps_Nb.dtype == work.dtype:
-            torch.addmm(out_bH, exps_Nb.t(), self.scaled_NH, beta=int(keep_old), out=out_bH)
+            torch.addmm(out_bH, exps_Nb.t(), scaled_NH, beta=int(keep_old), out=out_bH)
             out_bH.index_add_(0, column_n - block.start, at_target_nH)
             return
-        block_bH = torch.mm(exps_Nb.t(), self.scaled_NH).to(work.dtype)
+        block_bH = torch.mm(exps_Nb.t(), scaled_NH).to(work.dtype)
         block_bH.index_add_(0, column_n - block.start, at_target_nH)
         if keep_old:
             out_bH.add_(block_bH)

@@ -136,9 +136,9 @@ def simpo_loss(
         loss_P = loss_P + objective.sft_weight * sft_P
         sums["sft_loss"] = sft_P.detach().sum()
 
-    loss = loss_P.sum()
     sums |= {
-        "loss": loss.detach(),
+        # A tensor of its own: megatron's schedules divide the returned loss in place.
+        "loss": loss_P.detach().sum(),
         "rewards/chosen": chosen_reward_P.detach().sum(),
         "rewards/rejected": rejected_reward_P.detach().sum(),
         "rewards/margins": margin_P.detach().sum(),
@@ -148,7 +148,7 @@ def simpo_loss(
         "response_length/chosen": chosen_count_P.sum(),
         "response_length/rejected": rejected_count_P.sum(),
     }
-    return SimPOResult(loss, margin_P.numel(), sums, chosen_avg_P.detach(), rejected_avg_P.detach())
+    return SimPOResult(loss_P.sum(), margin_P.numel(), sums, chosen_avg_P.detach(), rejected_avg_P.detach())
 
 
 def _shaped(avg_P: Tensor, alpha: float) -> Tensor:
