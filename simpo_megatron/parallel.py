@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
+
+from simpo_megatron.errors import ParallelError
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,3 +119,28 @@ def shut_down() -> None:
     parallel_state.destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def first_rank_first(work: Callable[[bool], Result]) -> Result:
+    """`work(True)` of rank 0; on the others `work(False)`, called once rank 0 is done and may be relied on.
+
+    Collectives: one object broadcast, world.
+
+    Raises:
+        SimPOError: what rank 0 raised, on rank 0.
+        ParallelError: on the others, when rank 0 failed.
+    """
+    failure: Exception | None = None
+    result = None
+    if dist.get_rank() == 0:
+        try:
+            result = work(True)
+        except Exception as error:  # noqa: BLE001 - the peers must hear of it before it is raised
+            failure = error
+    heard = [None if failure is None else f"{type(failure).__name__}: {failure}"]
+    dist.broadcast_object_list(heard, src=0)
+    if failure is not None:
+        raise failure
+    if heard[0] is not None:
+        raise ParallelError(f"stopped because rank 0 failed ({heard[0]})")
+    return result if dist.get_rank() == 0 else work(False)

@@ -49,7 +49,9 @@ def run_ranks(script: Path, num_ranks: int, *arguments: str, timeout: float = 30
         ]
         failure = _wait(processes, timeout)
         if failure:
-            printed = "\n".join(f"--- {log.name}\n{log.read_text()[-4000:]}" for log in logs)
+            # What says nothing of a lost connection is nearest to the cause.
+            texts = sorted((log.read_text() for log in logs), key=lambda text: "Connection closed" in text)
+            printed = "\n---\n".join(text[-4000:] for text in texts)
             raise AssertionError(f"{Path(script).name}: {failure}\n{printed}")
 
 

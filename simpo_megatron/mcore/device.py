@@ -16,6 +16,7 @@ from typing import Any, Callable
 
 import torch
 
+from simpo_megatron.config import Machine
 from simpo_megatron.errors import ConfigError
 
 # Modules that allocate with a literal device="cuda"; each gets its own view of `torch`, nobody else does.
@@ -25,6 +26,7 @@ _MODULES_NAMING_CUDA = (
     "megatron.core.optimizer.clip_grads",
     "megatron.core.optimizer.grad_scaler",
     "megatron.core.distributed.param_and_grad_buffer",
+    "megatron.core.utils",
 )
 _FACTORIES = ("tensor", "zeros", "ones", "empty", "full")
 
@@ -42,6 +44,24 @@ def backend() -> str:
 def current_device() -> torch.device:
     """The device this rank's tensors live on."""
     return torch.device("cuda", torch.cuda.current_device()) if has_cuda() else torch.device("cpu")
+
+
+def machine() -> Machine:
+    """What the configuration must know of this machine."""
+    return Machine(
+        has_cuda=has_cuda(),
+        has_transformer_engine=_has_transformer_engine(),
+        compute_capability=torch.cuda.get_device_capability() if has_cuda() else None,
+    )
+
+
+def _has_transformer_engine() -> bool:
+    try:
+        importlib.import_module("transformer_engine.pytorch")
+    except (ImportError, RuntimeError, OSError):
+        # PyPI's bare meta package raises RuntimeError; a build for another CUDA cannot load its libraries.
+        return False
+    return True
 
 
 def require_local_ranks(num_ranks: int) -> None:
@@ -110,6 +130,7 @@ def _replace_cuda_runtime() -> None:
     cuda.get_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     cuda.set_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
     cuda.manual_seed = torch.manual_seed
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self
 
 
 def _import_megatron_uncompiled() -> None:

@@ -7,7 +7,12 @@ from typing import Any
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.models.gpt import GPTModel
-from megatron.core.tensor_parallel import ColumnParallelLinear
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    set_tensor_model_parallel_attributes,
+)
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
@@ -136,19 +141,32 @@ def build_model(
     chunks = []
     for stage in range(num_chunks):
         vp_stage = stage if num_chunks > 1 else None
-        chunks.append(
-            PreferenceGPTModel(
-                mcore_config,
-                block_spec(mcore_config, vp_stage),
-                padded_vocab_size(description.vocab_size, groups.tp.size()),
-                pre_process=groups.is_first_stage and stage == 0,
-                post_process=groups.is_last_stage and stage == num_chunks - 1,
-                vp_stage=vp_stage,
-                true_vocab_size=description.vocab_size,
-                **description.gpt,
-            ).to(device.current_device())
+        chunk = PreferenceGPTModel(
+            mcore_config,
+            block_spec(mcore_config, vp_stage),
+            padded_vocab_size(description.vocab_size, groups.tp.size()),
+            pre_process=groups.is_first_stage and stage == 0,
+            post_process=groups.is_last_stage and stage == num_chunks - 1,
+            vp_stage=vp_stage,
+            true_vocab_size=description.vocab_size,
+            **description.gpt,
         )
+        _mark_divided_weights(chunk)
+        chunks.append(chunk.to(device.current_device()))
     return chunks
+
+
+def _mark_divided_weights(chunk: PreferenceGPTModel) -> None:
+    """Tell each weight that tensor-parallel ranks hold different parts of it.
+
+    megatron does so while it initialises a weight, and we skip that. An unmarked weight counts as a copy: the gradient
+    norm, and clipping with it, would then miss the parts of all ranks but the first.
+    """
+    for module in chunk.modules():
+        if isinstance(module, (ColumnParallelLinear, VocabParallelEmbedding)) and module.weight is not None:
+            set_tensor_model_parallel_attributes(module.weight, True, 0, 1)
+        elif isinstance(module, RowParallelLinear):
+            set_tensor_model_parallel_attributes(module.weight, True, 1, 1)
 
 
 def wrap_in_ddp(chunks: list[PreferenceGPTModel], config: Config) -> list[DistributedDataParallel]:

@@ -9,28 +9,26 @@ import traceback
 from collections.abc import Callable, Sequence
 
 from simpo_megatron.config import Config, load_config
-from simpo_megatron.errors import ConfigError, SimPOError
+from simpo_megatron.errors import SimPOError
 
 
 def main(argv: Sequence[str], train: Callable[[Config], None], script: str) -> int:
     """The exit code of one process of the run `script argv`: 0 done, else the error's own (errors.py), 1 unexpected.
 
-    Every rank reads the same configuration and finds the same mistake in it, before any collective; the first
-    one says it.
+    Every rank reads the same configuration and finds the same mistake in it before any collective; the first one
+    says it.
     """
     try:
         config = load_config(argv)
-        num_missing = _num_ranks_to_start(config)
-        if num_missing:
-            return _start_local_ranks(num_missing, script, argv)
+        num_ranks = config.parallel.sizes.model
+        if _world_size() == 1 and num_ranks > 1:
+            return _start_local_ranks(num_ranks, script, argv)
         train(config)
     except SimPOError as error:
-        if isinstance(error, ConfigError) and _rank() != 0:
-            return error.exit_code
-        print(f"ERROR simpo_megatron rank {_rank()}: {error}", file=sys.stderr, flush=True)
+        _say(error)
         return error.exit_code
-    except Exception:
-        print(f"ERROR simpo_megatron rank {_rank()}: unexpected error", file=sys.stderr, flush=True)
+    except Exception as error:
+        _say(f"unexpected {type(error).__name__}: {error}")
         traceback.print_exc()
         return 1
     return 0
@@ -40,14 +38,14 @@ def _rank() -> int:
     return int(os.environ.get("RANK", 0))
 
 
-def _num_ranks_to_start(config: Config) -> int:
-    """Local ranks to start because torchrun started one where the layout needs more; 0 when the ranks are there."""
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
-    parallel = config.parallel
-    needed = parallel.sizes.model
-    if world_size >= needed or world_size > 1:
-        return 0
-    return needed
+def _world_size() -> int:
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def _say(error: object) -> None:
+    """One line; peers that stop because of another rank's error, or share rank 0's, stay quiet about it."""
+    if _rank() == 0 or not isinstance(error, SimPOError):
+        print(f"ERROR simpo_megatron rank {_rank()}: {error}", file=sys.stderr, flush=True)
 
 
 def _start_local_ranks(num_ranks: int, script: str, argv: Sequence[str]) -> int:

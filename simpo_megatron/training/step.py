@@ -13,7 +13,8 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from simpo_megatron.data import BatchOptions, PreferenceDataset, collate
+from simpo_megatron.config import Config, Layout
+from simpo_megatron.data import BatchOptions, PreferenceDataset, collate, plan_evaluation, plan_step
 from simpo_megatron.loss import SimPOObjective
 from simpo_megatron.mcore import device
 from simpo_megatron.mcore.batch import Microbatch, read_pairs, to_microbatch
@@ -35,6 +36,21 @@ class Trainer:
     scheduler: OptimizerParamScheduler
     objective: SimPOObjective
     batch_options: BatchOptions
+    layout: Layout
+
+    def plan_step(self, dataset: PreferenceDataset, consumed_pairs: int) -> StepPlan:
+        """The microbatches of every data-parallel rank for the step after the first `consumed_pairs` pairs."""
+        return plan_step(dataset.lengths, consumed_pairs, self.batch_options, **self._divided_by())
+
+    def plan_evaluation(self, dataset: PreferenceDataset) -> list[StepPlan]:
+        """Plans like a step's that hold every pair of `dataset` once."""
+        return plan_evaluation(dataset.lengths, self.batch_options, **self._divided_by())
+
+    def _divided_by(self) -> dict[str, int]:
+        return {
+            "dp_size": self.layout.data_parallel_size,
+            "microbatch_multiple": self.layout.microbatch_multiple,
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +63,21 @@ class Pass:
     """Pairs of the whole step, over all data-parallel ranks."""
     num_tokens: int
     """Real tokens this data-parallel rank computed, padding apart."""
+
+
+def batch_options(config: Config, layout: Layout, pad_id: int) -> BatchOptions:
+    """How pairs become microbatches; rows are padded only as far as the layout and the precision need."""
+    batch = config.batch
+    return BatchOptions(
+        global_batch_size=batch.global_batch_size,
+        packing=batch.packing,
+        prefix_sharing=batch.prefix_sharing,
+        tokens_per_microbatch=batch.tokens_per_microbatch,
+        micro_batch_size=batch.micro_batch_size,
+        sequence_multiple=layout.sequence_multiple,
+        pad_id=pad_id,
+        seed=config.run.seed,
+    )
 
 
 def run_pass(trainer: Trainer, dataset: PreferenceDataset, plan: StepPlan, *, forward_only: bool) -> Pass:

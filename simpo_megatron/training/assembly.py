@@ -1,0 +1,186 @@
+"""From a configuration to the pieces of a run: data, model with its weights, optimizer, on this rank."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from simpo_megatron.config import DEMO, Config, Layout
+from simpo_megatron.convert.hf import load_hf_weights
+from simpo_megatron.data import (
+    PairOptions,
+    PreferenceDataset,
+    build_preference_dataset,
+    check_batches,
+    check_vocabulary,
+    split,
+)
+from simpo_megatron.demo import prepare_demo
+from simpo_megatron.errors import ConfigError, DataError
+from simpo_megatron.mcore.families import ModelDescription, describe_hf_model
+from simpo_megatron.mcore.model import PreferenceGPTModel, build_model, wrap_in_ddp
+from simpo_megatron.mcore.optimizer import build_optimizer
+from simpo_megatron.parallel import ParallelGroups, first_rank_first
+from simpo_megatron.training.step import Trainer, batch_options
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sources:
+    """Where the model and the pairs are, the embedded default resolved to files."""
+
+    model: Path
+    train: tuple[str, ...]
+    valid: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A run, ready to step."""
+
+    sources: Sources
+    description: ModelDescription
+    tokenizer: PreTrainedTokenizerBase
+    train_data: PreferenceDataset
+    valid_data: PreferenceDataset | None
+    model: list[PreferenceGPTModel]
+    trainer: Trainer
+    train_iters: int
+
+
+def locate_sources(config: Config) -> Sources:
+    """The files of the run; the embedded default is made first where it is asked for, by any rank that finds it absent.
+
+    Raises:
+        ConfigError: no model or no data was named.
+    """
+    model, train, valid = config.model.model, config.data.data, config.data.valid_data
+    if model == DEMO or DEMO in train:
+        assets = prepare_demo(cache_folder(config) / "demo")
+        model = assets.model_dir if model == DEMO else model
+        if DEMO in train:
+            train, valid = (str(assets.train_file),), valid or (str(assets.valid_file),)
+    if model is None:
+        raise ConfigError("model: none given; name a Hugging Face folder with --model DIR")
+    if not train:
+        raise ConfigError("data: none given; name preference files with --data FILE...")
+    return Sources(model=Path(model), train=train, valid=valid)
+
+
+def cache_folder(config: Config) -> Path:
+    """Where tokenised pairs and the embedded default are kept: `data_cache`, or a folder beside the run's."""
+    if config.data.data_cache is not None:
+        return Path(config.data.data_cache)
+    return Path(config.run.save or "runs/unsaved").parent / "cache"
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a Hugging Face folder; code that comes with it is never run.
+
+    Raises:
+        ConfigError: transformers cannot make a tokenizer of the folder.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except (OSError, ValueError, ImportError) as error:
+        raise ConfigError(f"model: no tokenizer could be loaded from {folder}: {error}") from error
+
+
+def load_data(
+    config: Config, sources: Sources, tokenizer: PreTrainedTokenizerBase
+) -> tuple[PreferenceDataset, PreferenceDataset | None]:
+    """(training pairs, held-out pairs or None), tokenised by rank 0 where that was not done before."""
+    options = PairOptions(
+        max_length=config.data.max_length,
+        max_prompt_length=config.data.max_prompt_length,
+        template_mode=config.data.template_mode,
+    )
+    cache = cache_folder(config) / "pairs"
+
+    def build(files: tuple[str, ...]) -> PreferenceDataset:
+        return first_rank_first(
+            lambda is_first: build_preference_dataset(files, tokenizer, options, cache, build=is_first)
+        )
+
+    train_data = build(sources.train)
+    if sources.valid:
+        return train_data, build(sources.valid)
+    if config.data.valid_fraction:
+        return split(train_data, config.data.valid_fraction, config.run.seed)
+    return train_data, None
+
+
+def num_train_iters(config: Config, num_pairs: int) -> int:
+    """Optimizer steps of the run: `train_iters`, or as many whole global batches as `epochs` passes hold.
+
+    Raises:
+        DataError: the pairs do not fill one global batch.
+    """
+    if config.optimizer.train_iters is not None:
+        return config.optimizer.train_iters
+    num_steps = config.optimizer.epochs * num_pairs // config.batch.global_batch_size
+    if num_steps == 0:
+        raise DataError(
+            f"{config.optimizer.epochs} epoch(s) of {num_pairs} pairs do not fill one global batch of "
+            f"{config.batch.global_batch_size} pairs; lower global_batch_size or raise epochs"
+        )
+    return num_steps
+
+
+def assemble(
+    config: Config, sources: Sources, description: ModelDescription, layout: Layout, groups: ParallelGroups
+) -> Job:
+    """The pieces of the run on this rank, weights loaded, nothing trained yet.
+
+    Raises:
+        ConfigError, DataError, CheckpointError: on every rank alike, before the first step.
+    """
+    tokenizer = load_tokenizer(sources.model)
+    train_data, valid_data = load_data(config, sources, tokenizer)
+    options = batch_options(config, layout, _pad_id(tokenizer))
+    for dataset in filter(None, (train_data, valid_data)):
+        check_vocabulary(dataset, description.vocab_size)
+    train_iters = num_train_iters(config, len(train_data))
+    check_batches(
+        train_data.lengths,
+        options,
+        dp_size=layout.data_parallel_size,
+        microbatch_multiple=layout.microbatch_multiple,
+    )
+
+    model = build_model(description, config, groups)
+    load_hf_weights(
+        model, sources.model, description, tp_rank=groups.tp.rank(), tp_size=groups.tp.size()
+    )
+    chunks = wrap_in_ddp(model, config)
+    optimizer, scheduler = build_optimizer(chunks, config, train_iters)
+    trainer = Trainer(
+        groups=groups,
+        chunks=chunks,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        objective=config.objective,
+        batch_options=options,
+        layout=layout,
+    )
+    return Job(
+        sources=sources,
+        description=description,
+        tokenizer=tokenizer,
+        train_data=train_data,
+        valid_data=valid_data,
+        model=model,
+        trainer=trainer,
+        train_iters=train_iters,
+    )
+
+
+def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Any id of the vocabulary will do: padding is seen by no response token and counted nowhere."""
+    return next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)
+

@@ -1,0 +1,275 @@
+"""Where a run's numbers go: metrics.jsonl, TensorBoard, Weights & Biases, the terminal. Only one rank writes."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
+
+from simpo_megatron.config import Config, to_yaml
+from simpo_megatron.errors import ConfigError
+
+METRICS_FILE = "metrics.jsonl"
+CONFIG_FILE = "config.yaml"
+EVALUATION_PREFIX = "eval/"
+
+_HEADER_EVERY = 25
+_WIDTH_OF_A_FILE = 160
+# Columns of a step line: heading, width, format, and the metrics it shows (chosen, then rejected, where two).
+_COLUMNS = (
+    ("loss", 8, "{:.4f}", ("loss",)),
+    ("margin", 9, "{:+.4f}", ("rewards/margins",)),
+    ("accuracy", 9, "{:.1%}", ("rewards/accuracies",)),
+    ("rewards w l", 16, "{:.3f} {:.3f}", ("rewards/chosen", "rewards/rejected")),
+    ("log-probs w l", 16, "{:.3f} {:.3f}", ("logps/chosen", "logps/rejected")),
+    ("tokens w l", 11, "{:.0f} {:.0f}", ("response_length/chosen", "response_length/rejected")),
+    ("grad norm", 10, "{:.3g}", ("grad_norm",)),
+    ("lr", 9, "{:.1e}", ("learning_rate",)),
+    ("pairs/s", 8, "{:.1f}", ("pairs_per_second",)),
+    ("tokens/s", 9, "{:,.0f}", ("tokens_per_second",)),
+    ("memory", 9, "{:.1f} GiB", ("peak_memory_gib",)),
+)
+
+
+class Sink(Protocol):
+    """One place that records go to."""
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Take one step's or one evaluation's numbers, `iteration` among them."""
+
+    def close(self) -> None:
+        """Bring everything to where it stays."""
+
+
+class RunLog:
+    """The sinks of a run; a rank that does not log has none and every call is free.
+
+    Use as a context manager, so that a run that fails keeps what it logged.
+    """
+
+    def __init__(self, sinks: Sequence[Sink], terminal: Terminal | None = None) -> None:
+        self._sinks = sinks
+        self._terminal = terminal
+
+    def step(self, iteration: int, metrics: Mapping[str, Any]) -> None:
+        """Record a training step, counted from 1."""
+        self._write({"iteration": iteration, **metrics})
+
+    def evaluation(self, iteration: int, metrics: Mapping[str, Any]) -> None:
+        """Record an evaluation after `iteration` steps; every metric gets the prefix `eval/`."""
+        named = {EVALUATION_PREFIX + name: value for name, value in metrics.items()}
+        self._write({"iteration": iteration, **named})
+
+    def advance(self, iteration: int) -> None:
+        """Move the progress bar, also for a step that is not recorded."""
+        if self._terminal is not None:
+            self._terminal.advance(iteration)
+
+    def say(self, *things: Any) -> None:
+        """Print texts or tables above the progress bar."""
+        if self._terminal is not None:
+            self._terminal.say(*things)
+
+    def _write(self, record: Mapping[str, Any]) -> None:
+        for sink in self._sinks:
+            sink.write(record)
+
+    def __enter__(self) -> RunLog:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for sink in self._sinks:
+            sink.close()
+
+
+def open_run_log(config: Config, *, train_iters: int, is_logging_rank: bool) -> RunLog:
+    """The log of a run: what `config` asks for on the logging rank, nothing on any other.
+
+    The run's folder is made, config.yaml is written into it, and metrics.jsonl is continued if it is there.
+
+    Raises: ConfigError when the folder cannot be written, or a package a sink needs is not installed.
+    """
+    if not is_logging_rank:
+        return RunLog([])
+    run = config.run
+    sinks: list[Sink] = []
+    if run.save is not None:
+        sinks.append(JsonLines(_made_run_folder(config, Path(run.save)) / METRICS_FILE))
+    if run.tensorboard_dir is not None:
+        sinks.append(TensorBoard(run.tensorboard_dir))
+    if run.wandb_project is not None:
+        sinks.append(WeightsAndBiases(run.wandb_project, config))
+    terminal = Terminal(train_iters)
+    return RunLog([*sinks, terminal], terminal)
+
+
+def _made_run_folder(config: Config, folder: Path) -> Path:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / CONFIG_FILE).write_text(to_yaml(config), encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(
+            f"save: {folder} cannot be written ({error.strerror}), expected a folder of yours"
+        ) from None
+    return folder
+
+
+class JsonLines:
+    """A file of one JSON object per line, each on disk when `write` returns; a number that is not finite is text."""
+
+    def __init__(self, path: Path) -> None:
+        _end_last_line(path)
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        finite = {name: _json_value(value) for name, value in record.items()}
+        self._file.write(json.dumps(finite, allow_nan=False) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _json_value(value: Any) -> Any:
+    """`value` with every float that JSON has no number for as the text `nan`, `inf` or `-inf`."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, (list, tuple)):
+        return [_json_value(item) for item in value]
+    return value
+
+
+def _end_last_line(path: Path) -> None:
+    """A process that was killed may have left half a line; what comes next starts on a line of its own."""
+    if not path.exists() or path.stat().st_size == 0:
+        return
+    with path.open("rb+") as file:
+        file.seek(-1, 2)
+        if file.read(1) != b"\n":
+            file.write(b"\n")
+
+
+class TensorBoard:
+    """Scalars for TensorBoard."""
+
+    def __init__(self, folder: str) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise ConfigError(
+                "tensorboard_dir: tensorboard is not installed: pip install tensorboard"
+            ) from None
+        self._writer = SummaryWriter(folder)
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        for name, value in _numbers(record).items():
+            self._writer.add_scalar(name, value, record["iteration"])
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class WeightsAndBiases:
+    """Scalars for Weights & Biases, which takes its key from the environment itself."""
+
+    def __init__(self, project: str, config: Config) -> None:
+        try:
+            import wandb
+        except ImportError:
+            raise ConfigError(
+                "wandb_project: wandb is not installed: pip install 'simpo-megatron[wandb]', or leave it out"
+            ) from None
+        self._run = wandb.init(project=project, config=config.flat())
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        self._run.log(_numbers(record), step=record["iteration"])
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def _numbers(record: Mapping[str, Any]) -> dict[str, float]:
+    return {
+        name: value
+        for name, value in record.items()
+        if name != "iteration" and isinstance(value, (int, float)) and not isinstance(value, bool)
+    }
+
+
+class Terminal:
+    """One line per step under a heading, above a progress bar where the terminal can redraw; plain lines elsewhere."""
+
+    def __init__(self, train_iters: int, console: Console | None = None) -> None:
+        self._console = console or Console()
+        self._train_iters = train_iters
+        self._num_lines = 0
+        width = self._console.width if self._console.is_terminal else _WIDTH_OF_A_FILE
+        self._columns = _columns_within(width, 2 * len(str(train_iters)) + 1)
+        self._progress = Progress(
+            "training",
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            "left",
+            TimeRemainingColumn(),
+            console=self._console,
+            disable=not self._console.is_terminal,
+        )
+        self._task = self._progress.add_task("training", total=train_iters)
+        self._progress.start()
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        if any(name.startswith(EVALUATION_PREFIX) for name in record):
+            self.say(_evaluation_line(record))
+            return
+        if self._num_lines % _HEADER_EVERY == 0:
+            self.say(self._line("step", [heading for heading, *_ in self._columns]))
+        self._num_lines += 1
+        cells = [_cell(shape, [record.get(name) for name in names]) for _, _, shape, names in self._columns]
+        self.say(self._line(f"{record['iteration']}/{self._train_iters}", cells))
+        self.advance(record["iteration"])
+
+    def advance(self, iteration: int) -> None:
+        self._progress.update(self._task, completed=iteration)
+
+    def say(self, *things: Any) -> None:
+        self._console.print(*things, markup=False, highlight=False, soft_wrap=True)
+
+    def close(self) -> None:
+        self._progress.stop()
+
+    def _line(self, step: str, cells: Sequence[str]) -> str:
+        first = step.rjust(2 * len(str(self._train_iters)) + 1)
+        widths = [width for _, width, *_ in self._columns]
+        return first + "".join(" " + cell.rjust(width) for cell, width in zip(cells, widths, strict=True))
+
+
+def _columns_within(width: int, first_width: int) -> Sequence[tuple]:
+    """The columns, from the left, that fit a line of `width` characters whose first column is `first_width` wide."""
+    chosen, used = [], max(first_width, len("step"))
+    for column in _COLUMNS:
+        used += 1 + column[1]
+        if used > width:
+            break
+        chosen.append(column)
+    return chosen
+
+
+def _cell(shape: str, values: Sequence[Any]) -> str:
+    if any(value is None for value in values):
+        return "-"
+    return shape.format(*values)
+
+
+def _evaluation_line(record: Mapping[str, Any]) -> str:
+    shown = [f"held-out pairs after {record['iteration']} steps:"]
+    for heading, _, shape, names in _COLUMNS[:3]:
+        values = [record.get(EVALUATION_PREFIX + name) for name in names]
+        if None not in values:
+            shown.append(f"{heading} {shape.format(*values)}")
+    return " ".join(shown[:1]) + " " + ", ".join(shown[1:])

@@ -1,0 +1,82 @@
+"""Metrics of a step from the sums of its microbatches: added first, divided once, over the whole global batch.
+
+Names are those that TRL logs, so that curves of both can be laid over each other. Units: rewards and log-probs in
+nats per token (rewards times beta), lengths in tokens, accuracies as shares.
+"""
+
+from __future__ import annotations
+
+import resource
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from simpo_megatron.mcore import device
+from simpo_megatron.parallel import ParallelGroups
+
+SUMMED = (
+    "loss",
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/margins",
+    "rewards/accuracies",
+    "logps/chosen",
+    "logps/rejected",
+    "response_length/chosen",
+    "response_length/rejected",
+    "sft_loss",
+)
+
+
+def reduce_sums(
+    sums: Sequence[dict[str, Tensor]], num_pairs: int, groups: ParallelGroups
+) -> dict[str, float]:
+    """Means over `num_pairs` pairs of the metrics that SimPOResult sums, the same on every rank.
+
+    Args:
+        sums: one dict per microbatch of this rank; only the last pipeline stage has any.
+        num_pairs: pairs in the sums of all data-parallel ranks together.
+
+    `sft_loss` is among them only when some rank summed it.
+
+    Collectives: one all-reduce of 88 bytes over dp on the last stage, then one broadcast over pp.
+    """
+    # In float64, because a sum of token counts passes the integers that float32 holds; the last entry counts
+    # the microbatches that had an sft term.
+    total = torch.zeros(len(SUMMED) + 1, dtype=torch.float64, device=device.current_device())
+    if groups.is_last_stage:
+        absent = total.new_zeros(())
+        for microbatch in sums:
+            total[:-1] += torch.stack([microbatch.get(name, absent).double() for name in SUMMED])
+            total[-1] += "sft_loss" in microbatch
+        dist.all_reduce(total, group=groups.dp)
+    groups.broadcast_from_last_stage(total)
+    *values, num_with_sft = total.tolist()
+    means = {name: value / num_pairs for name, value in zip(SUMMED, values, strict=True)}
+    if not num_with_sft:
+        del means["sft_loss"]
+    return means
+
+
+def throughput(*, num_pairs: int, num_tokens: int, seconds: float) -> dict[str, float]:
+    """Speed of a step over all ranks, and the memory of this one.
+
+    Args:
+        num_pairs: pairs of the step, over all ranks.
+        num_tokens: real tokens of the step, padding apart, over all data-parallel ranks.
+        seconds: wall time from the end of the step before.
+    """
+    return {
+        "pairs_per_second": num_pairs / seconds,
+        "tokens_per_second": num_tokens / seconds,
+        "peak_memory_gib": peak_memory_bytes() / 2**30,
+    }
+
+
+def peak_memory_bytes() -> int:
+    """Most memory this process has held so far: allocated on its GPU, or resident where there is none."""
+    if device.has_cuda():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

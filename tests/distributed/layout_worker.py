@@ -1,0 +1,86 @@
+"""Train the same pairs under several parallel layouts, one after the other, on the ranks this script is started on.
+
+`layout_worker.py FOLDER`: FOLDER/job.json holds the model folder, the pairs and the layouts; each layout leaves
+FOLDER/<name>.json (loss, gradient norm and margin of each step) and FOLDER/<name>/ (the trained weights, fp32).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+from simpo_megatron.mcore import device
+
+device.install()
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from megatron.core import parallel_state  # noqa: E402
+
+from simpo_megatron import parallel  # noqa: E402
+from simpo_megatron.config import Config, config_from, resolve  # noqa: E402
+from simpo_megatron.convert.hf import export_hf, load_hf_weights  # noqa: E402
+from simpo_megatron.data import TokenizedPair  # noqa: E402
+from simpo_megatron.mcore.families import describe_hf_model  # noqa: E402
+from simpo_megatron.mcore.model import build_model, wrap_in_ddp  # noqa: E402
+from simpo_megatron.mcore.optimizer import build_optimizer  # noqa: E402
+from simpo_megatron.training.metrics import reduce_sums  # noqa: E402
+from simpo_megatron.training.step import Trainer, batch_options, train_step  # noqa: E402
+
+
+class ListDataset:
+    """Pairs held in memory, as a dataset."""
+
+    def __init__(self, pairs: list) -> None:
+        self.pairs = [TokenizedPair(*(np.asarray(ids, dtype=np.int32) for ids in pair)) for pair in pairs]
+        self.lengths = np.array([[len(ids) for ids in pair] for pair in pairs], dtype=np.int32)
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, index: int) -> TokenizedPair:
+        return self.pairs[index]
+
+
+def run(name: str, config: Config, job: dict, folder: Path) -> None:
+    print(name, flush=True)
+    description = describe_hf_model(job["model"])
+    layout = resolve(
+        config, world_size=int(os.environ["WORLD_SIZE"]), model=description.transformer, machine=device.machine()
+    )
+    groups = parallel.initialize(config.parallel.sizes, backend="gloo", timeout_minutes=3)
+    parallel.seed_everything(config.run.seed)
+    bare = build_model(description, config, groups)
+    load_hf_weights(bare, job["model"], description, tp_rank=groups.tp.rank(), tp_size=groups.tp.size())
+    chunks = wrap_in_ddp(bare, config)
+    optimizer, scheduler = build_optimizer(chunks, config, job["num_steps"])
+    trainer = Trainer(
+        groups=groups,
+        chunks=chunks,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        objective=config.objective,
+        batch_options=batch_options(config, layout, pad_id=0),
+        layout=layout,
+    )
+    dataset = ListDataset(job["pairs"])
+    records = []
+    for step in range(job["num_steps"]):
+        plan = trainer.plan_step(dataset, step * config.batch.global_batch_size)
+        computed, grad_norm, _ = train_step(trainer, dataset, plan)
+        metrics = reduce_sums(computed.sums, computed.num_pairs, groups)
+        records.append({**metrics, "grad_norm": grad_norm})
+    export_hf(bare, description, job["model"], folder / name, groups=groups, dtype=torch.float32)
+    if torch.distributed.get_rank() == 0:
+        (folder / f"{name}.json").write_text(json.dumps(records))
+    parallel_state.destroy_model_parallel()
+
+
+if __name__ == "__main__":
+    target = Path(sys.argv[1])
+    the_job = json.loads((target / "job.json").read_text())
+    for layout_name, options in the_job["layouts"].items():
+        run(layout_name, config_from(**{**the_job["options"], **options}), the_job, target)
+    torch.distributed.destroy_process_group()

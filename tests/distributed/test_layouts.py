@@ -1,0 +1,179 @@
+"""The same pairs trained under every parallel layout give the same run, and it is the float64 twin's run.
+
+Budget. Each step's loss, gradient norm and margin, and the trained weights, must lie within 1e-5 of the twin,
+relative (weights: relative norm of the difference of all weights). fp32 rounds at 6e-8; sums over a few hundred
+terms in different orders, ten AdamW steps whose first ones divide by gradients near zero, and the softmax of
+the twin being exact make up the rest. Measured: at most 2e-6.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from ranks import run_ranks
+from safetensors.torch import load_file
+from transformers import LlamaConfig, LlamaForCausalLM
+from twin import TwinSettings, train
+
+from simpo_megatron.data import BatchOptions, plan_step
+
+WORKER = Path(__file__).with_name("layout_worker.py")
+NUM_RANKS, NUM_STEPS, BATCH = 4, 10, 8
+RELATIVE = 1e-5
+VOCAB = 259  # prime: divides over no number of ranks
+
+SETTINGS = TwinSettings(gamma_beta_ratio=0.3, sft_weight=0.1)
+OPTIONS = dict(
+    model="given by the job",
+    data=("given by the job",),
+    bf16=False,
+    beta=SETTINGS.beta,
+    gamma_beta_ratio=SETTINGS.gamma_beta_ratio,
+    sft_weight=SETTINGS.sft_weight,
+    global_batch_size=BATCH,
+    tokens_per_microbatch=128,
+    lr=SETTINGS.lr,
+    weight_decay=SETTINGS.weight_decay,
+    lr_warmup_fraction=0.0,
+    lr_decay_style="constant",
+    train_iters=NUM_STEPS,
+)
+# Four ranks: what tp, pp and cp leave over is data parallelism.
+LAYOUTS = {
+    "dp4": {},
+    "dp4_distributed_optimizer": {"use_distributed_optimizer": True},
+    "dp4_distributed_optimizer_overlapped": {
+        "use_distributed_optimizer": True,
+        "overlap_grad_reduce": True,
+        "overlap_param_gather": True,
+    },
+    "tp2_dp2": {"tensor_model_parallel_size": 2},
+    "tp2_dp2_sequence_parallel": {"tensor_model_parallel_size": 2, "sequence_parallel": True},
+    "tp4": {"tensor_model_parallel_size": 4},
+    "tp4_sequence_parallel_full_recompute": {
+        "tensor_model_parallel_size": 4,
+        "sequence_parallel": True,
+        "recompute_granularity": "full",
+    },
+    "pp2_dp2": {"pipeline_model_parallel_size": 2},
+    "pp2_tp2": {"pipeline_model_parallel_size": 2, "tensor_model_parallel_size": 2},
+    "pp2_tp2_sequence_parallel_selective_recompute": {
+        "pipeline_model_parallel_size": 2,
+        "tensor_model_parallel_size": 2,
+        "sequence_parallel": True,
+        "recompute_granularity": "selective",
+    },
+    "pp2_vpp2_dp2": {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2},
+    "pp2_vpp2_tp2_sequence_parallel": {
+        "pipeline_model_parallel_size": 2,
+        "virtual_pipeline_model_parallel_size": 2,
+        "tensor_model_parallel_size": 2,
+        "sequence_parallel": True,
+    },
+    "pp4": {"pipeline_model_parallel_size": 4},
+    "padded_rows_tp2": {
+        "tensor_model_parallel_size": 2,
+        "packing": False,
+        "prefix_sharing": False,
+        "micro_batch_size": 2,
+    },
+    "padded_rows_pp2_sequence_parallel": {
+        "pipeline_model_parallel_size": 2,
+        "tensor_model_parallel_size": 2,
+        "sequence_parallel": True,
+        "packing": False,
+        "prefix_sharing": False,
+        "micro_batch_size": 2,
+    },
+    "packed_without_prefix_sharing": {"prefix_sharing": False, "tensor_model_parallel_size": 2},
+    "prefix_sharing_without_packing": {"packing": False, "pipeline_model_parallel_size": 2},
+}
+
+
+def random_pairs(num_pairs: int) -> list[list[list[int]]]:
+    """Ragged pairs, one-token responses among them, over the whole vocabulary."""
+    random = np.random.default_rng(7)
+    pairs = []
+    for index in range(num_pairs):
+        lengths = random.integers([1, 1, 1], [14, 18, 18])
+        if index % 5 == 0:
+            lengths[1 + index % 2] = 1
+        pairs.append([random.integers(1, VOCAB, size=n).tolist() for n in lengths])
+    return pairs
+
+
+@pytest.fixture(scope="module", params=["untied", "tied"])
+def runs(request, tmp_path_factory):
+    """(the twin's record, its weights, the folder of the layouts' results) for one model."""
+    folder = tmp_path_factory.mktemp(request.param)
+    torch.manual_seed(3)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=VOCAB,
+            hidden_size=48,
+            intermediate_size=80,
+            num_hidden_layers=4,
+            num_attention_heads=8,
+            num_key_value_heads=4,
+            tie_word_embeddings=request.param == "tied",
+            max_position_embeddings=64,
+        )
+    )
+    model.save_pretrained(folder / "model")
+    pairs = random_pairs(3 * BATCH + 1)
+    # The tied model only adds the gradient that two stages share: the layouts that cut it differently will do.
+    chosen = LAYOUTS if request.param == "untied" else {k: LAYOUTS[k] for k in TIED_LAYOUTS}
+    job = dict(
+        model=str(folder / "model"), pairs=pairs, num_steps=NUM_STEPS, options=OPTIONS, layouts=chosen
+    )
+    (folder / "job.json").write_text(json.dumps(job))
+    run_ranks(WORKER, NUM_RANKS, str(folder), timeout=420)
+
+    twin = model.double()
+    options = BatchOptions(global_batch_size=BATCH, tokens_per_microbatch=128)
+    lengths = np.array([[len(ids) for ids in pair] for pair in pairs])
+    batches = [
+        [pairs[i] for rank in plan_step(lengths, step * BATCH, options, dp_size=1) for mb in rank for i in mb]
+        for step in range(NUM_STEPS)
+    ]
+    record = train(twin, batches, SETTINGS)
+    return record, {name: value.detach() for name, value in twin.named_parameters()}, folder, chosen
+
+
+TIED_LAYOUTS = ("dp4_distributed_optimizer_overlapped", "tp4", "pp2_tp2", "pp2_vpp2_dp2")
+
+
+def test_every_layout_takes_the_twins_steps(runs):
+    record, _, folder, layouts = runs
+    for name in layouts:
+        steps = json.loads((folder / f"{name}.json").read_text())
+        for key, expected in (
+            ("loss", record.loss),
+            ("grad_norm", record.grad_norm),
+            ("rewards/margins", record.margin),
+        ):
+            found = np.array([step[key] for step in steps])
+            scale = np.maximum(np.abs(expected), 1.0)  # a margin is a difference of numbers of this size
+            error = np.abs(found - expected) / scale
+            assert np.all(error <= RELATIVE), f"{name}: {key} is off by {error.max():.1e}: {found} {expected}"
+
+
+def test_every_layout_ends_with_the_twins_weights(runs):
+    _, expected, folder, layouts = runs
+    norm = torch.sqrt(sum(value.pow(2).sum() for value in expected.values()))
+    for name in layouts:
+        found = {}
+        for file in (folder / name).glob("*.safetensors"):
+            found |= load_file(file)
+        assert set(found) == set(expected), name
+        difference = torch.sqrt(sum((found[k].double() - v).pow(2).sum() for k, v in expected.items()))
+        assert float(difference / norm) <= RELATIVE, f"{name}: weights are off by {float(difference / norm):.1e}"
+
+
+def test_the_twin_learns_so_that_agreeing_with_it_means_something(runs):
+    record, *_ = runs
+    assert np.mean(record.margin[-3:]) > np.mean(record.margin[:3]) + 0.05
