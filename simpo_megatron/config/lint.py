@@ -22,7 +22,7 @@ def lint(config: Config) -> list[str]:
     if objective.gamma_beta_ratio > 1:
         warnings.append(
             f"gamma_beta_ratio {objective.gamma_beta_ratio:g}: published runs use 0.1 to 0.8. It counts in "
-            f"units of beta, so the margin here is {objective.gamma:g}; to state the margin itself, write gamma"
+            f"units of beta: the margin here is {objective.gamma:g}; to state the margin itself, write gamma"
         )
     if objective.sft_weight > 0:
         warnings.append(

@@ -1,4 +1,4 @@
-"""Where a run's numbers go: metrics.jsonl, TensorBoard, Weights & Biases, the terminal. Only one rank writes."""
+"""Where a run's numbers go: metrics.jsonl, TensorBoard, Weights & Biases, terminal. Only one rank writes."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ EVALUATION_PREFIX = "eval/"
 
 _HEADER_EVERY = 25
 _WIDTH_OF_A_FILE = 160
-# Columns of a step line: heading, width, format, and the metrics it shows (chosen, then rejected, where two).
+# Columns of a step line: heading, width, format, and the metrics shown (c/r: chosen, then rejected).
 _COLUMNS = (
     ("loss", 8, "{:.4f}", ("loss",)),
     ("margin", 9, "{:+.4f}", ("rewards/margins",)),
     ("accuracy", 9, "{:.1%}", ("rewards/accuracies",)),
-    ("rewards w l", 16, "{:.3f} {:.3f}", ("rewards/chosen", "rewards/rejected")),
-    ("log-probs w l", 16, "{:.3f} {:.3f}", ("logps/chosen", "logps/rejected")),
-    ("tokens w l", 11, "{:.0f} {:.0f}", ("response_length/chosen", "response_length/rejected")),
+    ("rewards c/r", 16, "{:.3f}/{:.3f}", ("rewards/chosen", "rewards/rejected")),
+    ("log-probs c/r", 16, "{:.3f}/{:.3f}", ("logps/chosen", "logps/rejected")),
+    ("tokens c/r", 11, "{:.0f}/{:.0f}", ("response_length/chosen", "response_length/rejected")),
     ("grad norm", 10, "{:.3g}", ("grad_norm",)),
     ("lr", 9, "{:.1e}", ("learning_rate",)),
     ("pairs/s", 8, "{:.1f}", ("pairs_per_second",)),
@@ -113,14 +113,13 @@ def _made_run_folder(config: Config, folder: Path) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / CONFIG_FILE).write_text(to_yaml(config), encoding="utf-8")
     except OSError as error:
-        raise ConfigError(
-            f"save: {folder} cannot be written ({error.strerror}), expected a folder of yours"
-        ) from None
+        reason = f"{folder} cannot be written ({error.strerror})"
+        raise ConfigError(f"save: {reason}, expected a folder of yours") from None
     return folder
 
 
 class JsonLines:
-    """A file of one JSON object per line, each on disk when `write` returns; a number that is not finite is text."""
+    """A file of one JSON object per line, written when `write` returns; a float JSON has no word for is text."""
 
     def __init__(self, path: Path) -> None:
         _end_last_line(path)
@@ -202,7 +201,7 @@ def _numbers(record: Mapping[str, Any]) -> dict[str, float]:
 
 
 class Terminal:
-    """One line per step under a heading, above a progress bar where the terminal can redraw; plain lines elsewhere."""
+    """A line per step under a heading, over a progress bar where the terminal can redraw; else plain lines."""
 
     def __init__(self, train_iters: int, console: Console | None = None) -> None:
         self._console = console or Console()
@@ -250,7 +249,7 @@ class Terminal:
 
 
 def _columns_within(width: int, first_width: int) -> Sequence[tuple]:
-    """The columns, from the left, that fit a line of `width` characters whose first column is `first_width` wide."""
+    """The columns, from the left, that fit `width` characters beside a first column of `first_width`."""
     chosen, used = [], max(first_width, len("step"))
     for column in _COLUMNS:
         used += 1 + column[1]

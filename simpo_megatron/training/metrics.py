@@ -1,7 +1,7 @@
-"""Metrics of a step from the sums of its microbatches: added first, divided once, over the whole global batch.
+"""Metrics of a step from the sums of its microbatches: added first, divided once, over the global batch.
 
-Names are those that TRL logs, so that curves of both can be laid over each other. Units: rewards and log-probs in
-nats per token (rewards times beta), lengths in tokens, accuracies as shares.
+Names are those that TRL logs, so that curves of both lie over each other. Units: log-probs in nats per token,
+rewards in beta times that, lengths in tokens, accuracies as shares.
 """
 
 from __future__ import annotations

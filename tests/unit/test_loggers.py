@@ -1,0 +1,178 @@
+"""Every record reaches its places: valid JSON on disk at once, one readable line in the terminal."""
+
+import io
+import json
+import sys
+
+import pytest
+from rich.console import Console
+
+from simpo_megatron.config import config_from, read_yaml
+from simpo_megatron.errors import ConfigError
+from simpo_megatron.training.loggers import JsonLines, Terminal, open_run_log
+
+STEP = {
+    "loss": 0.6931,
+    "rewards/chosen": -1.203,
+    "rewards/rejected": -1.224,
+    "rewards/margins": 0.021,
+    "rewards/accuracies": 0.5625,
+    "logps/chosen": -0.6015,
+    "logps/rejected": -0.612,
+    "response_length/chosen": 101.25,
+    "response_length/rejected": 98.0,
+    "grad_norm": 1.25,
+    "learning_rate": 5e-7,
+    "pairs_per_second": 3.14,
+    "tokens_per_second": 1234.5,
+    "peak_memory_gib": 0.9,
+}
+
+
+def records(path):
+    return [json.loads(line, parse_constant=pytest.fail) for line in path.read_text().splitlines()]
+
+
+def terminal(*, is_terminal, width=200, train_iters=12):
+    console = Console(file=io.StringIO(), force_terminal=is_terminal, width=width, color_system=None)
+    return Terminal(train_iters, console), console.file
+
+
+def test_a_record_is_on_disk_when_the_call_returns(tmp_path):
+    log = open_run_log(
+        config_from(model="m", save=str(tmp_path / "run")), train_iters=3, is_logging_rank=True
+    )
+    with log:
+        log.step(1, STEP)
+        assert records(tmp_path / "run/metrics.jsonl") == [{"iteration": 1, **STEP}]
+        log.evaluation(1, {"rewards/accuracies": 0.5})
+    assert records(tmp_path / "run/metrics.jsonl")[1] == {"iteration": 1, "eval/rewards/accuracies": 0.5}
+
+
+def test_the_resolved_configuration_lies_beside_the_metrics(tmp_path):
+    config = config_from(model="m", save=str(tmp_path / "run"), lr=3e-7)
+    open_run_log(config, train_iters=3, is_logging_rank=True).__exit__()
+    assert read_yaml(tmp_path / "run/config.yaml")["lr"].value == 3e-7
+
+
+def test_a_rank_that_does_not_log_touches_nothing(tmp_path, capsys):
+    config = config_from(model="m", save=str(tmp_path / "run"), tensorboard_dir=str(tmp_path / "tb"))
+    with open_run_log(config, train_iters=3, is_logging_rank=False) as log:
+        log.step(1, STEP)
+        log.evaluation(1, STEP)
+        log.say("something")
+        log.advance(1)
+    assert list(tmp_path.iterdir()) == [] and capsys.readouterr().out == ""
+
+
+def test_numbers_that_json_has_no_word_for_are_written_as_text(tmp_path):
+    sink = JsonLines(tmp_path / "m.jsonl")
+    sink.write(
+        {"iteration": 1, "loss": float("nan"), "grad_norm": float("-inf"), "pair_ids": [1, float("inf")]}
+    )
+    sink.close()
+    assert records(tmp_path / "m.jsonl") == [
+        {"iteration": 1, "loss": "nan", "grad_norm": "-inf", "pair_ids": [1, "inf"]}
+    ]
+
+
+def test_a_resumed_run_goes_on_in_the_same_file_after_half_a_line(tmp_path):
+    path = tmp_path / "m.jsonl"
+    path.write_text('{"iteration": 1}\n{"iterat')
+    sink = JsonLines(path)
+    sink.write({"iteration": 2})
+    sink.close()
+    assert path.read_text().splitlines() == ['{"iteration": 1}', '{"iterat', '{"iteration": 2}']
+
+
+def test_the_file_is_closed_when_the_run_fails(tmp_path):
+    with (
+        pytest.raises(ZeroDivisionError),
+        open_run_log(config_from(model="m", save=str(tmp_path)), train_iters=3, is_logging_rank=True) as log,
+    ):
+        log.step(1, STEP)
+        raise ZeroDivisionError
+    assert len(records(tmp_path / "metrics.jsonl")) == 1
+
+
+def test_a_folder_that_cannot_be_made_is_a_configuration_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="save: .* cannot be written"):
+        open_run_log(
+            config_from(model="m", save=str(tmp_path / "file/run")), train_iters=3, is_logging_rank=True
+        )
+
+
+def test_a_missing_package_is_a_configuration_error_that_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(
+        ConfigError, match=r"wandb_project: wandb is not installed: pip install 'simpo-megatron\[wandb\]'"
+    ):
+        open_run_log(config_from(model="m", wandb_project="p"), train_iters=3, is_logging_rank=True)
+
+
+def test_tensorboard_gets_every_number_and_no_text(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    with open_run_log(
+        config_from(model="m", tensorboard_dir=str(tmp_path)), train_iters=3, is_logging_rank=True
+    ) as log:
+        log.step(1, {**STEP, "pair_ids": "abc", "done": True})
+        log.evaluation(1, {"loss": 0.5})
+    events = EventAccumulator(str(tmp_path)).Reload()
+    assert set(events.Tags()["scalars"]) == {*STEP, "eval/loss"}
+    (loss,) = events.Scalars("loss")
+    assert (loss.step, round(loss.value, 4)) == (1, 0.6931)
+
+
+def test_a_step_is_one_plain_line_where_nothing_can_be_redrawn():
+    shown, file = terminal(is_terminal=False)
+    for iteration in (1, 2):
+        shown.write({"iteration": iteration, **STEP})
+    shown.close()
+    heading, first, second = file.getvalue().splitlines()
+    assert heading.split()[:4] == ["step", "loss", "margin", "accuracy"]
+    assert "1/12" in first and "0.6931" in first and "+0.0210" in first and "56.2%" in first
+    assert "-1.203/-1.224" in first and "1,234" in first and "0.9 GiB" in first
+    assert "2/12" in second and len(heading) == len(first) == len(second) <= 160
+    assert "\x1b" not in file.getvalue()
+
+
+def test_a_narrow_terminal_shows_fewer_columns_and_never_wraps():
+    shown, file = terminal(is_terminal=True, width=60)
+    shown.write({"iteration": 1, **STEP})
+    shown.close()
+    lines = [line for line in file.getvalue().splitlines() if "0.6931" in line or "loss" in line]
+    assert lines and all(len(line.split("\x1b")[0].rstrip()) <= 60 for line in lines)
+    assert "GiB" not in file.getvalue() and "56.2%" in file.getvalue()
+
+
+def test_a_progress_bar_counts_the_steps_of_a_terminal():
+    shown, file = terminal(is_terminal=True)
+    shown.write({"iteration": 5, **STEP})
+    shown.close()
+    assert "5/12" in file.getvalue() and "training" in file.getvalue()
+
+
+def test_a_metric_that_is_missing_leaves_a_dash():
+    shown, file = terminal(is_terminal=False)
+    shown.write({"iteration": 1, "loss": float("nan")})
+    shown.close()
+    line = file.getvalue().splitlines()[1]
+    assert "nan" in line and line.split().count("-") == 10
+
+
+def test_an_evaluation_is_a_line_of_its_own():
+    shown, file = terminal(is_terminal=False)
+    shown.write(
+        {"iteration": 0, "eval/loss": 0.7, "eval/rewards/margins": -0.01, "eval/rewards/accuracies": 0.5}
+    )
+    shown.close()
+    assert file.getvalue() == "held-out pairs after 0 steps: loss 0.7000, margin -0.0100, accuracy 50.0%\n"
+
+
+def test_what_is_said_is_not_taken_for_markup():
+    shown, file = terminal(is_terminal=False)
+    shown.say("runs/[red]x")
+    shown.close()
+    assert file.getvalue() == "runs/[red]x\n"
