@@ -17,6 +17,7 @@ from simpo_megatron.data.batching import (
     check_budget,
     collate,
     iterate_steps,
+    pair_tokens,
     plan_evaluation,
     plan_step,
 )
@@ -37,6 +38,7 @@ __all__ = [
     "check_vocabulary",
     "collate",
     "iterate_steps",
+    "pair_tokens",
     "parse_named_sources",
     "plan_evaluation",
     "plan_step",

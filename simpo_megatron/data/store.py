@@ -39,8 +39,8 @@ FORMAT_VERSION = 1
 INDEX_MAGIC = b"MMIDIDX\x00\x00"
 INDEX_VERSION = 1
 INT32_CODE = 4
-CHUNK_RECORDS = 256
-CHUNK_BYTES = 4 << 20
+CHUNK_RECORDS = 64
+CHUNK_BYTES = 1 << 20
 # Below this many bytes, starting processes takes longer than tokenising in this one.
 MIN_BYTES_PER_WORKER = 16 << 20
 PAIR_DTYPE = np.dtype([("line", np.int64), ("prompt_key", np.uint64), ("lost", np.int32, 3)])

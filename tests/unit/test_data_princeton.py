@@ -1,4 +1,4 @@
-"""Princeton mode: token ids equal to a straight-line reading of the paper's preprocessing, quirks included."""
+"""Princeton mode: token ids equal to a straight-line reading of the reference, quirks included."""
 
 import os
 import random
@@ -14,15 +14,15 @@ from simpo_megatron.data.tokenization import PairTokenizer
 
 
 def straight_line(tokenizer, prompt, chosen, rejected, max_length, max_prompt_length):
-    """Returns (prompt ids, all ids, labels) of chosen and of rejected, following the reference step by step."""
+    """Returns (prompt ids, all ids, labels) of chosen and of rejected, by the reference's steps."""
 
     def template(messages):
         return tokenizer.apply_chat_template(messages, tokenize=False)
 
     prompt = list(prompt)
-    if prompt[0]["role"] != "system":
-        if "system" in tokenizer.chat_template or "<|im_start|>" in tokenizer.chat_template:
-            prompt = [{"role": "system", "content": ""}] + prompt
+    speaks_of_system = "system" in tokenizer.chat_template or "<|im_start|>" in tokenizer.chat_template
+    if prompt[0]["role"] != "system" and speaks_of_system:
+        prompt = [{"role": "system", "content": ""}] + prompt
     prompt_text = template(prompt)
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     answers = []

@@ -1,0 +1,308 @@
+"""Batches: plans are exact and balanced; every response token sees its prompt and its past, nothing else."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import textwrap
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from data_tokenizers import llama_like, qwen_like
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import simpo_megatron.data
+from simpo_megatron.data import (
+    BatchOptions,
+    PairOptions,
+    TokenizedPair,
+    build_preference_dataset,
+    check_batches,
+    check_budget,
+    collate,
+    iterate_steps,
+    plan_evaluation,
+    plan_step,
+)
+from simpo_megatron.data.batching import pair_tokens, step_pairs
+from simpo_megatron.errors import ConfigError
+
+MODES = list(product((True, False), (True, False)))
+
+
+def some_lengths(num_pairs, seed=0, longest=300):
+    return np.random.default_rng(seed).integers(1, longest, (num_pairs, 3)).astype(np.int32)
+
+
+def some_pairs(num_pairs, seed=0, longest=9):
+    """Pairs whose token ids are all different, so that an id tells where it came from."""
+    pairs, next_id = [], 1
+    for lengths in some_lengths(num_pairs, seed, longest):
+        parts = np.split(np.arange(next_id, next_id + lengths.sum(), dtype=np.int32), np.cumsum(lengths)[:2])
+        next_id += int(lengths.sum())
+        pairs.append(TokenizedPair(*parts))
+    return pairs
+
+
+def visible_context(batch, row):
+    """Returns the token ids and their positions that the query at flat row sees, itself included."""
+    num_rows = batch.tokens_BS.shape[0]
+    position, line = divmod(row, num_rows)
+    if batch.segments_G4 is None:
+        keys = range(position + 1)
+    else:
+        [segment] = [s for s in batch.segments_G4.tolist() if s[0] <= position < s[1]]
+        keys = [*range(segment[2], segment[3]), *range(segment[0], position + 1)]
+    return (
+        [int(batch.tokens_BS[line, k]) for k in keys],
+        [int(batch.position_ids_BS[line, k]) for k in keys],
+    )
+
+
+@pytest.mark.parametrize(("packing", "sharing"), MODES)
+@pytest.mark.parametrize(("num_pairs", "multiple"), [(1, 1), (3, 1), (3, 16), (7, 5)])
+def test_every_response_token_sees_its_prompt_and_its_past_only(packing, sharing, num_pairs, multiple):
+    options = BatchOptions(
+        packing=packing,
+        prefix_sharing=sharing,
+        sequence_multiple=multiple,
+        pad_id=0,
+        tokens_per_microbatch=80 * multiple,
+    )
+    pairs = some_pairs(num_pairs)
+    batch = collate(pairs, [10 + i for i in range(num_pairs)], options)
+    assert batch.pair_ids_P.tolist() == [10 + i for i in range(num_pairs)]
+    assert batch.num_pairs == num_pairs
+    assert batch.tokens_BS.shape[1] % multiple == 0
+    rows = batch.rows_N.tolist()
+    assert rows == sorted(rows)
+    counts = [0] * (2 * num_pairs)
+    for row, target, sequence in zip(rows, batch.targets_N.tolist(), batch.sequence_N.tolist(), strict=True):
+        pair = pairs[sequence // 2]
+        response = (pair.chosen_ids, pair.rejected_ids)[sequence % 2].tolist()
+        number = counts[sequence]
+        counts[sequence] += 1
+        expected = pair.prompt_ids.tolist() + response[:number]
+        assert visible_context(batch, row) == (expected, list(range(len(expected))))
+        assert target == response[number]
+    assert counts == [len(response) for pair in pairs for response in (pair.chosen_ids, pair.rejected_ids)]
+
+
+@pytest.mark.parametrize(("packing", "sharing"), MODES)
+def test_segments_tile_the_row_and_padding_is_the_last_one(packing, sharing):
+    modes = {"packing": packing, "prefix_sharing": sharing}
+    options = BatchOptions(**modes, sequence_multiple=64, tokens_per_microbatch=640, pad_id=7)
+    pairs = some_pairs(4)
+    batch = collate(pairs, range(4), options)
+    lengths = np.array([[len(p.prompt_ids), len(p.chosen_ids), len(p.rejected_ids)] for p in pairs])
+    assert batch.num_tokens == pair_tokens(lengths, options).sum()
+    for tensor in (batch.tokens_BS, batch.position_ids_BS, batch.rows_N, batch.targets_N, batch.sequence_N):
+        assert tensor.dtype == torch.int64
+        assert tensor.is_contiguous()
+    if batch.segments_G4 is None:
+        assert not packing and not sharing
+        assert batch.tokens_BS.shape[0] == 8
+        return
+    assert batch.tokens_BS.shape[0] == 1
+    assert batch.segments_G4.dtype == torch.int32
+    ends = [0]
+    for start, end, prefix_start, prefix_end in batch.segments_G4.tolist():
+        assert start == ends[-1] < end
+        assert prefix_start <= prefix_end <= start
+        ends.append(end)
+    assert ends[-1] == batch.tokens_BS.shape[1]
+    assert (batch.tokens_BS[0, batch.num_tokens :] == 7).all()
+    assert ends[-2] == batch.num_tokens < ends[-1]
+    has_prefix = [end > start for _, _, start, end in batch.segments_G4.tolist()]
+    assert has_prefix == [False, sharing] * 4 + [False]
+
+
+@pytest.mark.parametrize(("packing", "sharing"), MODES)
+def test_a_microbatch_without_pairs_is_one_segment_of_padding(packing, sharing):
+    options = BatchOptions(packing=packing, prefix_sharing=sharing, sequence_multiple=8, pad_id=3)
+    batch = collate([], [], options)
+    assert (batch.num_pairs, batch.num_tokens) == (0, 0)
+    assert batch.tokens_BS.tolist() == [[3] * 8]
+    assert batch.segments_G4.tolist() == [[0, 8, 0, 0]]
+    assert len(batch.rows_N) == len(batch.targets_N) == len(batch.sequence_N) == 0
+    assert batch.rows_N.dtype == batch.pair_ids_P.dtype == torch.int64
+
+
+@settings(deadline=None, max_examples=80)
+@given(
+    seed=st.integers(0, 1000),
+    batch=st.integers(1, 40),
+    dp_size=st.integers(1, 4),
+    multiple=st.integers(1, 3),
+    mode=st.sampled_from(MODES),
+    align=st.sampled_from([1, 2, 16]),
+    step=st.integers(0, 9),
+)
+def test_a_step_is_exactly_the_global_batch_on_every_layout(
+    seed, batch, dp_size, multiple, mode, align, step
+):
+    lengths = some_lengths(batch + seed % 50, seed)
+    options = BatchOptions(
+        global_batch_size=batch, packing=mode[0], prefix_sharing=mode[1], tokens_per_microbatch=1600,
+        micro_batch_size=3, sequence_multiple=align, seed=seed,
+    )  # fmt: skip
+    plan = plan_step(lengths, step * batch, options, dp_size=dp_size, microbatch_multiple=multiple)
+    assert len(plan) == dp_size
+    assert len({len(microbatches) for microbatches in plan}) == 1
+    assert len(plan[0]) % multiple == 0
+    microbatches = [m for rank in plan for m in rank]
+    indices = sorted(i for m in microbatches for i in m)
+    assert indices == sorted(step_pairs(len(lengths), step * batch, options).tolist())
+    assert len(indices) == batch
+    tokens = pair_tokens(lengths, options)
+    if options.packing:
+        assert all(tokens[list(m)].sum() <= 1600 for m in microbatches)
+    else:
+        assert all(len(m) <= 3 for m in microbatches)
+    if batch >= len(microbatches):
+        assert all(microbatches)
+
+
+def test_the_order_of_pairs_depends_on_seed_epoch_and_consumption_only():
+    lengths = some_lengths(50)
+    orders = {}
+    for batch in (5, 8, 20):
+        options = BatchOptions(global_batch_size=batch, tokens_per_microbatch=4096)
+        seen = [step_pairs(50, start, options) for start in range(0, 200, batch)]
+        orders[batch] = np.concatenate(seen).tolist()
+    assert orders[5] == orders[8] == orders[20]
+    first, second = orders[5][:50], orders[5][50:100]
+    assert sorted(first) == sorted(second) == list(range(50))
+    assert first != second != list(range(50))
+    assert step_pairs(50, 0, BatchOptions(global_batch_size=50, seed=7)).tolist() != first
+    wide = BatchOptions(global_batch_size=20, tokens_per_microbatch=4096)
+    across = [i for rank in plan_step(lengths, 40, wide, dp_size=2) for m in rank for i in m]
+    assert sorted(across) == sorted(orders[20][40:60])  # ten of one epoch, ten of the next
+
+
+def test_the_order_never_changes_between_versions():
+    two_epochs = step_pairs(10, 0, BatchOptions(global_batch_size=20, seed=42)).tolist()
+    assert two_epochs == [4, 3, 2, 0, 5, 6, 1, 8, 7, 9, 8, 7, 5, 1, 9, 4, 0, 3, 2, 6]
+
+
+def test_packs_are_balanced():
+    lengths = some_lengths(128, 3)
+    options = BatchOptions(global_batch_size=128, tokens_per_microbatch=8192)
+    plan = plan_step(lengths, 0, options, dp_size=4)
+    loads = np.array([[pair_tokens(lengths, options)[list(m)].sum() for m in rank] for rank in plan])
+    assert loads.max() / loads.mean() < 1.03
+    assert loads.sum(axis=1).max() / loads.sum(axis=1).mean() < 1.01
+
+
+def test_padded_rows_are_grouped_by_length():
+    lengths = np.array([[1, 100, 100], [1, 5, 5], [1, 99, 99], [1, 4, 4]], np.int32)
+    options = BatchOptions(global_batch_size=4, packing=False, prefix_sharing=False, micro_batch_size=2)
+    [microbatches] = plan_step(lengths, 0, options, dp_size=1)
+    assert sorted(map(sorted, microbatches)) == [[0, 2], [1, 3]]
+
+
+@pytest.mark.parametrize(("packing", "sharing"), MODES)
+@pytest.mark.parametrize(
+    ("num_pairs", "dp_size", "multiple"), [(1, 2, 1), (10, 3, 2), (64, 4, 1), (65, 2, 4)]
+)
+def test_an_evaluation_holds_every_pair_once_in_plans_every_rank_can_follow(
+    packing, sharing, num_pairs, dp_size, multiple
+):
+    options = BatchOptions(
+        global_batch_size=16, packing=packing, prefix_sharing=sharing, tokens_per_microbatch=1600
+    )
+    plans = plan_evaluation(some_lengths(num_pairs), options, dp_size=dp_size, microbatch_multiple=multiple)
+    seen = []
+    for number, plan in enumerate(plans):
+        assert len({len(rank) for rank in plan}) == 1
+        assert len(plan[0]) % multiple == 0
+        indices = sorted(i for rank in plan for m in rank for i in m)
+        assert indices == list(range(16 * number, min(16 * number + 16, num_pairs)))
+        seen += indices
+    assert seen == list(range(num_pairs))
+
+
+def test_what_cannot_be_planned_is_said_at_start_with_the_arithmetic():
+    lengths = some_lengths(20)
+    with pytest.raises(ConfigError, match="128 pairs a step, but the data hold 20 pairs"):
+        check_batches(lengths, BatchOptions(), dp_size=1)
+    with pytest.raises(
+        ConfigError, match="4 pairs cannot give 2 data-parallel ranks 4 microbatches each; at least 8"
+    ):
+        check_batches(lengths, BatchOptions(global_batch_size=4), dp_size=2, microbatch_multiple=4)
+    longest = int(pair_tokens(lengths, BatchOptions()).argmax())
+    options = BatchOptions(global_batch_size=4, tokens_per_microbatch=64, sequence_multiple=16)
+    with pytest.raises(ConfigError, match=f"pair {longest} takes .* raise it to [0-9]+"):
+        check_batches(lengths, options, dp_size=1)
+    check_budget(lengths, BatchOptions(packing=False, tokens_per_microbatch=1))
+    for wrong in (
+        {"global_batch_size": 0},
+        {"micro_batch_size": 0},
+        {"tokens_per_microbatch": 100, "sequence_multiple": 16},
+        {"pad_id": -1},
+    ):
+        with pytest.raises(ConfigError):
+            BatchOptions(**wrong)
+
+
+def write_pairs(path, count):
+    answers = ["the answer " * (1 + i % 7) for i in range(count)]
+    rows = [{"prompt": f"q {i}", "chosen": text, "rejected": f"no {i}"} for i, text in enumerate(answers)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_the_example_of_the_package_iterates_over_batches_without_megatron(tmp_path):
+    write_pairs(tmp_path / "pairs.jsonl", 20)
+    llama_like().save_pretrained(tmp_path / "model")
+    example = textwrap.dedent(simpo_megatron.data.__doc__.partition("\n\n")[2])
+    example = re.sub(r"\.\.\. .*", "seen += batch.pair_ids_P.tolist()", example)
+    script = (
+        f"seen = []\n{example}"
+        "    if len(seen) >= 40: break\n"
+        "assert sorted(seen) == sorted(2 * list(range(20))), seen\n"
+        "import sys\n"
+        "assert not any(name.split('.')[0] == 'megatron' for name in sys.modules)\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    run = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert run.returncode == 0, run.stderr
+
+
+def test_two_ranks_iterate_over_halves_of_the_same_steps(tmp_path):
+    path = write_pairs(tmp_path / "pairs.jsonl", 30)
+    dataset = build_preference_dataset([str(path)], llama_like(), PairOptions(), tmp_path / "cache")
+    options = BatchOptions(global_batch_size=10, tokens_per_microbatch=200)
+    whole = iterate_steps(dataset, options, consumed_pairs=10)
+    halves = [iterate_steps(dataset, options, dp_rank=rank, dp_size=2, consumed_pairs=10) for rank in (0, 1)]
+    for _ in range(3):
+        expected = sorted(i for batch in next(whole) for i in batch.pair_ids_P.tolist())
+        steps = [next(half) for half in halves]
+        assert len(steps[0]) == len(steps[1])
+        assert sorted(i for step in steps for batch in step for i in batch.pair_ids_P.tolist()) == expected
+
+
+def test_less_than_three_percent_of_a_packed_step_of_real_pairs_is_padding(tmp_path):
+    place = os.environ.get("SIMPO_REAL_PAIRS")
+    if not place:
+        pytest.skip("SIMPO_REAL_PAIRS names no file or folder of real preference pairs")
+    files = sorted(map(str, Path(place).glob("*.jsonl"))) if Path(place).is_dir() else [place]
+    dataset = build_preference_dataset(files, qwen_like(), PairOptions(bad_record="skip"), tmp_path / "cache")
+    options = BatchOptions(global_batch_size=128, tokens_per_microbatch=8192, sequence_multiple=16)
+    steps = iterate_steps(dataset, options)
+    batches = [batch for _ in range(2) for batch in next(steps)]
+    padded = sum(batch.tokens_BS.numel() for batch in batches)
+    waste = 1 - sum(batch.num_tokens for batch in batches) / padded
+    assert 0 <= waste < 0.03, waste
