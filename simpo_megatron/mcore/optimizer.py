@@ -94,3 +94,15 @@ def update(optimizer: MegatronOptimizer, scheduler: OptimizerParamScheduler) -> 
     optimizer.step()
     scheduler.step(increment=1)
     return grad_norm, learning_rate
+
+
+def gather_parameters(chunks: list[DistributedDataParallel]) -> None:
+    """Bring every parameter up to date for a reader that is no forward pass, such as an export.
+
+    Under `overlap_param_gather` the ranks' updated parts are gathered only when the next forward pass needs them.
+
+    Collectives: one all-gather of the parameters over dp under `overlap_param_gather`, else none.
+    """
+    for chunk in chunks:
+        if chunk.ddp_config.overlap_param_gather:
+            chunk.start_param_sync(force_sync=True)

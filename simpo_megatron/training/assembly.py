@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 from simpo_megatron.config import DEMO, Config, Layout
 from simpo_megatron.convert.hf import load_hf_weights
 from simpo_megatron.data import (
-    PairOptions,
     PreferenceDataset,
     build_preference_dataset,
     check_batches,
@@ -95,16 +94,11 @@ def load_data(
     config: Config, sources: Sources, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[PreferenceDataset, PreferenceDataset | None]:
     """(training pairs, held-out pairs or None), tokenised by rank 0 where that was not done before."""
-    options = PairOptions(
-        max_length=config.data.max_length,
-        max_prompt_length=config.data.max_prompt_length,
-        template_mode=config.data.template_mode,
-    )
     cache = cache_folder(config) / "pairs"
 
     def build(files: tuple[str, ...]) -> PreferenceDataset:
         return first_rank_first(
-            lambda is_first: build_preference_dataset(files, tokenizer, options, cache, build=is_first)
+            lambda is_first: build_preference_dataset(files, tokenizer, config.pairs, cache, build=is_first)
         )
 
     train_data = build(sources.train)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
@@ -14,7 +13,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from simpo_megatron.config import Config, Layout
-from simpo_megatron.data import BatchOptions, PreferenceDataset, collate, plan_evaluation, plan_step
+from simpo_megatron.data import BatchOptions, PreferenceDataset, collate, pair_tokens, plan_evaluation, plan_step
 from simpo_megatron.loss import SimPOObjective
 from simpo_megatron.mcore import device
 from simpo_megatron.mcore.batch import Microbatch, read_pairs, to_microbatch
@@ -62,7 +61,7 @@ class Pass:
     num_pairs: int
     """Pairs of the whole step, over all data-parallel ranks."""
     num_tokens: int
-    """Real tokens this data-parallel rank computed, padding apart."""
+    """Real tokens of the whole step as computed: padding apart, and a shared prompt once."""
 
 
 def batch_options(config: Config, layout: Layout, pad_id: int) -> BatchOptions:
@@ -87,7 +86,8 @@ def run_pass(trainer: Trainer, dataset: PreferenceDataset, plan: StepPlan, *, fo
     Collectives: one broadcast over tp for the tokens, then megatron's own.
     """
     microbatches = _materialise(trainer, dataset, plan[trainer.groups.dp.rank()])
-    num_pairs, num_chosen_tokens = _count(dataset, plan)
+    lengths = dataset.lengths[[index for rank in plan for microbatch in rank for index in microbatch]]
+    num_pairs, num_chosen_tokens = len(lengths), int(lengths[:, 1].sum())
     forward_backward = get_forward_backward_func()
     sums = forward_backward(
         forward_step_func=ForwardStep(
@@ -101,7 +101,8 @@ def run_pass(trainer: Trainer, dataset: PreferenceDataset, plan: StepPlan, *, fo
         micro_batch_size=1,
         forward_only=forward_only,
     )
-    return Pass(sums=sums, num_pairs=num_pairs, num_tokens=sum(m.num_tokens for m in microbatches))
+    num_tokens = int(pair_tokens(lengths, trainer.batch_options).sum())
+    return Pass(sums=sums, num_pairs=num_pairs, num_tokens=num_tokens)
 
 
 def train_step(trainer: Trainer, dataset: PreferenceDataset, plan: StepPlan) -> tuple[Pass, float, float]:
@@ -128,8 +129,3 @@ def _materialise(
         for chosen in microbatch_indices
     ]
 
-
-def _count(dataset: PreferenceDataset, plan: StepPlan) -> tuple[int, int]:
-    """(pairs, chosen response tokens) of the whole step, known to every rank without communication."""
-    indices = [index for rank in plan for microbatch in rank for index in microbatch]
-    return len(indices), int(np.asarray(dataset.lengths)[indices, 1].sum())

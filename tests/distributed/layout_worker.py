@@ -25,7 +25,7 @@ from simpo_megatron.convert.hf import export_hf, load_hf_weights  # noqa: E402
 from simpo_megatron.data import TokenizedPair  # noqa: E402
 from simpo_megatron.mcore.families import describe_hf_model  # noqa: E402
 from simpo_megatron.mcore.model import build_model, wrap_in_ddp  # noqa: E402
-from simpo_megatron.mcore.optimizer import build_optimizer  # noqa: E402
+from simpo_megatron.mcore.optimizer import build_optimizer, gather_parameters  # noqa: E402
 from simpo_megatron.training.metrics import reduce_sums  # noqa: E402
 from simpo_megatron.training.step import Trainer, batch_options, train_step  # noqa: E402
 
@@ -72,6 +72,7 @@ def run(name: str, config: Config, job: dict, folder: Path) -> None:
         computed, grad_norm, _ = train_step(trainer, dataset, plan)
         metrics = reduce_sums(computed.sums, computed.num_pairs, groups)
         records.append({**metrics, "grad_norm": grad_norm})
+    gather_parameters(chunks)
     export_hf(bare, description, job["model"], folder / name, groups=groups, dtype=torch.float32)
     if torch.distributed.get_rank() == 0:
         (folder / f"{name}.json").write_text(json.dumps(records))

@@ -1,0 +1,14 @@
+"""SimPO on megatron-core: `torchrun --nproc-per-node 8 examples/pretrain_simpo.py --tp 8 --model DIR --data FILE`.
+
+Without arguments it trains a tiny model on bundled pairs. Started on fewer ranks than the layout needs, it starts the
+missing ones here.
+"""
+
+import sys
+
+from simpo_megatron.training.launch import main
+from simpo_megatron.training.loop import train
+
+# megatron's checkpoint writer starts helper processes that import this file again: only the real start may train.
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:], train, __file__))

@@ -1,0 +1,99 @@
+"""Load Hugging Face folders under several parallel layouts, leave their logits, and export them again.
+
+`convert_worker.py FOLDER`: FOLDER/job.json names the model folders, the layouts and the tokens. Each model and
+layout leaves FOLDER/<model>-<layout>.safetensors ("logits", [B, S, V] in fp32) and FOLDER/<model>-<layout>/.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from simpo_megatron.mcore import device
+
+device.install()
+
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+from megatron.core import parallel_state  # noqa: E402
+from safetensors.torch import save_file  # noqa: E402
+
+from simpo_megatron import parallel  # noqa: E402
+from simpo_megatron.config import config_from  # noqa: E402
+from simpo_megatron.convert import export_hf, load_hf_weights  # noqa: E402
+from simpo_megatron.errors import CheckpointError  # noqa: E402
+from simpo_megatron.mcore.families import describe_hf_model  # noqa: E402
+from simpo_megatron.mcore.model import build_model  # noqa: E402
+
+
+@torch.no_grad()
+def logits_of(chunks: list, tokens: torch.Tensor, groups: parallel.ParallelGroups) -> torch.Tensor:
+    """[B, S, V] fp32 on every rank: stages take turns, chunk by chunk, and broadcast what they computed."""
+    num_sequences, length = tokens.shape
+    position_ids = torch.arange(length).expand(num_sequences, -1)
+    for index, chunk in enumerate(chunks):
+        for stage in range(groups.pp.size()):
+            is_last = index == len(chunks) - 1 and stage == groups.pp.size() - 1
+            size = chunk.vocab_size // groups.tp.size() if is_last else chunk.config.hidden_size
+            shape = (num_sequences, length, size) if is_last else (length, num_sequences, size)
+            if groups.pp.rank() == stage:
+                if index or stage:
+                    chunk.set_input_tensor(output)  # noqa: F821 - the stage before has set it
+                output = chunk(tokens, position_ids, None)
+                assert output.shape == shape
+            else:
+                output = torch.empty(shape)
+            dist.broadcast(output, dist.get_global_rank(groups.pp, stage), group=groups.pp)
+    slices = [torch.empty_like(output) for _ in range(groups.tp.size())]
+    dist.all_gather(slices, output.contiguous(), group=groups.tp)
+    return torch.cat(slices, dim=-1)
+
+
+def run(model: Path, layout: str, options: dict, tokens: torch.Tensor, dtype: torch.dtype) -> None:
+    config = config_from(model=str(model), data=("unused",), bf16=False, **options)
+    groups = parallel.initialize(config.parallel.sizes, backend="gloo", timeout_minutes=3)
+    parallel.seed_everything(1)
+    description = describe_hf_model(model)
+    chunks = build_model(description, config, groups)
+    for chunk in chunks:
+        for parameter in chunk.parameters():
+            parameter.data.fill_(float("nan"))
+    load_hf_weights(chunks, model, description, tp_rank=groups.tp.rank(), tp_size=groups.tp.size())
+    logits = logits_of(chunks, tokens, groups)
+    out = model.with_name(f"{model.name}-{layout}")
+    export_hf(chunks, description, model, out, groups=groups, dtype=dtype, max_shard_bytes=60_000)
+    if dist.get_rank() == 0:
+        save_file({"logits": logits[..., : description.vocab_size].contiguous()}, f"{out}.safetensors")
+    if groups.dp_cp.size() == 1:
+        refuse_on_all_ranks(chunks, description, model, out, groups)
+    dist.barrier()
+    parallel_state.destroy_model_parallel()
+
+
+def refuse_on_all_ranks(chunks: list, description, model: Path, out: Path, groups) -> None:
+    """Both failures strike one rank only; the other must hear of them instead of waiting."""
+    inside_a_file = Path(f"{out}.safetensors") / "export"
+    for target, expected in ((out, "exists already"), (inside_a_file, "Not a directory")):
+        dist.barrier()
+        try:
+            export_hf(chunks, description, model, target, groups=groups)
+        except CheckpointError as error:
+            assert expected in str(error), error
+        else:
+            raise AssertionError(f"export to {target} was not refused")
+
+
+if __name__ == "__main__":
+    folder = Path(sys.argv[1])
+    job = json.loads((folder / "job.json").read_text())
+    for layout_name, layout_options in job["layouts"].items():
+        for model_name, stored_dtype in job["models"].items():
+            run(
+                folder / model_name,
+                layout_name,
+                layout_options,
+                torch.tensor(job["tokens"]),
+                getattr(torch, stored_dtype),
+            )
+    dist.destroy_process_group()
