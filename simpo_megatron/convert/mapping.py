@@ -2,8 +2,8 @@
 
 A megatron parameter is one or more Hugging Face tensors, joined in a few known ways and cut over
 tensor-parallel ranks. Each way is a function from a parameter to *views* of it, one per Hugging Face tensor,
-whose elements lie in that tensor's own order: loading copies a slice of the file into the view, exporting copies
-the view out. Both directions, all families and any number of ranks share these functions.
+whose elements lie in that tensor's own order: loading copies a slice of the file into the view, exporting
+copies the view out. Both directions, all families and any number of ranks share these functions.
 
 Shapes: R query heads per key/value group, D head size; g groups and f feed-forward rows of this rank.
 """

@@ -1,6 +1,6 @@
 """Load Hugging Face folders under several parallel layouts, leave their logits, and export them again.
 
-`convert_worker.py FOLDER`: FOLDER/job.json names the model folders, the layouts and the tokens. Each model and
+`convert_worker.py FOLDER`: FOLDER/job.json names the models, the layouts and the tokens. Each model and
 layout leaves FOLDER/<model>-<layout>.safetensors ("logits", [B, S, V] in fp32) and FOLDER/<model>-<layout>/.
 """
 

@@ -1,0 +1,372 @@
+"""What a rank reads of a Hugging Face folder, where it puts it, and which folders are refused.
+
+Megatron itself is not needed here: a module with its parameter names stands in for a chunk of the model. The
+expected values come from an obvious twin that assembles whole parameters by loops and then cuts them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from simpo_megatron.convert import hf, load_hf_weights, refuse_existing_export
+from simpo_megatron.convert.files import write_safetensors
+from simpo_megatron.errors import CheckpointError
+from simpo_megatron.mcore.families import ModelDescription, describe_hf_model, padded_vocab_size
+
+VOCAB, HIDDEN, FFN, HEADS, GROUPS, HEAD_DIM, LAYERS = 131, 24, 20, 12, 4, 6, 2
+CONFIG = {
+    "model_type": "qwen2",
+    "hidden_size": HIDDEN,
+    "intermediate_size": FFN,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": HEADS,
+    "num_key_value_heads": GROUPS,
+    "head_dim": HEAD_DIM,
+    "vocab_size": VOCAB,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-06,
+    "hidden_act": "silu",
+    "tie_word_embeddings": False,
+}
+
+
+def random_weights() -> dict[str, Tensor]:
+    """A Qwen2 of random numbers, under transformers' names."""
+    shapes = {
+        "model.embed_tokens.weight": (VOCAB, HIDDEN),
+        "model.norm.weight": (HIDDEN,),
+        "lm_head.weight": (VOCAB, HIDDEN),
+    }
+    for layer in range(LAYERS):
+        prefix = f"model.layers.{layer}."
+        for name, rows in (("q", HEADS * HEAD_DIM), ("k", GROUPS * HEAD_DIM), ("v", GROUPS * HEAD_DIM)):
+            shapes[f"{prefix}self_attn.{name}_proj.weight"] = (rows, HIDDEN)
+            shapes[f"{prefix}self_attn.{name}_proj.bias"] = (rows,)
+        shapes[f"{prefix}self_attn.o_proj.weight"] = (HIDDEN, HEADS * HEAD_DIM)
+        shapes[f"{prefix}mlp.gate_proj.weight"] = shapes[f"{prefix}mlp.up_proj.weight"] = (FFN, HIDDEN)
+        shapes[f"{prefix}mlp.down_proj.weight"] = (HIDDEN, FFN)
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            shapes[f"{prefix}{norm}.weight"] = (HIDDEN,)
+    return {name: torch.randn(shape) for name, shape in shapes.items()}
+
+
+def write_folder(folder: Path, weights: dict[str, Tensor], **changes) -> ModelDescription:
+    (folder / "config.json").write_text(json.dumps({**CONFIG, **changes}))
+    save_file(weights, folder / "model.safetensors")
+    return describe_hf_model(folder)
+
+
+def twin_parameters(weights: dict[str, Tensor], tp_rank: int, tp_size: int, *, te: bool) -> dict[str, Tensor]:
+    """Every parameter of a rank that holds all layers, assembled whole and then cut."""
+
+    def rows(whole: Tensor) -> Tensor:
+        return whole.chunk(tp_size)[tp_rank]
+
+    def padded(table: Tensor) -> Tensor:
+        whole = torch.zeros(padded_vocab_size(VOCAB, tp_size), HIDDEN)
+        whole[:VOCAB] = table
+        return whole
+
+    def interleaved(prefix: str, kind: str) -> Tensor:
+        q, k, v = (weights[f"{prefix}self_attn.{name}_proj.{kind}"] for name in "qkv")
+        parts = []
+        for group in range(GROUPS):
+            for head in range(group * HEADS // GROUPS, (group + 1) * HEADS // GROUPS):
+                parts.append(q[head * HEAD_DIM : (head + 1) * HEAD_DIM])
+            parts.append(k[group * HEAD_DIM : (group + 1) * HEAD_DIM])
+            parts.append(v[group * HEAD_DIM : (group + 1) * HEAD_DIM])
+        return torch.cat(parts)
+
+    found = {
+        "embedding.word_embeddings.weight": rows(padded(weights["model.embed_tokens.weight"])),
+        "output_layer.weight": rows(padded(weights["lm_head.weight"])),
+        "decoder.final_layernorm.weight": weights["model.norm.weight"],
+    }
+    for layer in range(LAYERS):
+        prefix, to = f"model.layers.{layer}.", f"decoder.layers.{layer}."
+        norm1, norm2 = (
+            ("self_attention.linear_qkv.layer_norm_weight", "mlp.linear_fc1.layer_norm_weight")
+            if te
+            else ("input_layernorm.weight", "pre_mlp_layernorm.weight")
+        )
+        found[to + norm1] = weights[f"{prefix}input_layernorm.weight"]
+        found[to + norm2] = weights[f"{prefix}post_attention_layernorm.weight"]
+        for kind in ("weight", "bias"):
+            found[f"{to}self_attention.linear_qkv.{kind}"] = rows(interleaved(prefix, kind))
+        gate, up = (rows(weights[f"{prefix}mlp.{name}_proj.weight"]) for name in ("gate", "up"))
+        found[f"{to}mlp.linear_fc1.weight"] = torch.cat((gate, up))
+        for name, source in (
+            ("self_attention.linear_proj", "self_attn.o_proj"),
+            ("mlp.linear_fc2", "mlp.down_proj"),
+        ):
+            found[f"{to}{name}.weight"] = weights[f"{prefix}{source}.weight"].chunk(tp_size, dim=1)[tp_rank]
+    return found
+
+
+def stand_in(parameters: dict[str, Tensor], dtype: torch.dtype = torch.float32) -> nn.Module:
+    """A module with these parameters, filled with NaN, and megatron's layer numbers."""
+    chunk = nn.Module()
+    for name, value in parameters.items():
+        *path, leaf = name.split(".")
+        module = chunk
+        for part in path:
+            if part not in dict(module.named_children()):
+                module.add_module(part, nn.ModuleList() if part == "layers" else nn.Module())
+            module = getattr(module, part) if not isinstance(module, nn.ModuleList) else module[int(part)]
+        module.register_parameter(leaf, nn.Parameter(torch.full_like(value, float("nan"), dtype=dtype)))
+    for index, layer in enumerate(chunk.decoder.layers):
+        layer.layer_number = index + 1
+    chunk.pre_process = True
+    return chunk
+
+
+class CountingFile:
+    """A safetensors file that notes how many bytes every slice taken from it had."""
+
+    def __init__(self, file, counts: list[int]) -> None:
+        self.file, self.counts = file, counts
+
+    def __enter__(self) -> CountingFile:
+        self.file.__enter__()
+        return self
+
+    def __exit__(self, *args) -> None:
+        self.file.__exit__(*args)
+
+    def get_slice(self, name: str):
+        found = self.file.get_slice(name)
+
+        def take(item) -> Tensor:
+            self.counts.append(found[item].nbytes)
+            return found[item]
+
+        return type("Slice", (), {"__getitem__": lambda _, item: take(item)})()
+
+
+@pytest.mark.parametrize("te", [False, True], ids=["local names", "transformer engine names"])
+@pytest.mark.parametrize("tp_size", [1, 2, 4])
+def test_every_rank_gets_the_slices_the_twin_cuts_and_reads_no_other_byte(
+    tmp_path: Path, monkeypatch, tp_size: int, te: bool
+) -> None:
+    weights = random_weights()
+    description = write_folder(tmp_path, weights)
+    counts: list[int] = []
+    opened = hf.open_safetensors
+    monkeypatch.setattr(hf, "open_safetensors", lambda path: CountingFile(opened(path), counts))
+    num_padded = 0
+    for tp_rank in range(tp_size):
+        expected = twin_parameters(weights, tp_rank, tp_size, te=te)
+        chunk = stand_in(expected)
+        counts.clear()
+        load_hf_weights([chunk], tmp_path, description, tp_rank=tp_rank, tp_size=tp_size)
+        for name, parameter in chunk.named_parameters():
+            assert torch.equal(parameter, expected[name]), name
+        rows = len(expected["output_layer.weight"])
+        padding = rows - min(max(VOCAB - tp_rank * rows, 0), rows)
+        num_padded += padding
+        assert sum(counts) == sum(p.nbytes for p in chunk.parameters()) - 2 * padding * HIDDEN * 4
+    assert num_padded == padded_vocab_size(VOCAB, tp_size) - VOCAB
+
+
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16, torch.float64])
+def test_any_stored_dtype_is_cast_to_the_parameters(tmp_path: Path, stored: torch.dtype) -> None:
+    weights = {name: tensor.to(stored) for name, tensor in random_weights().items()}
+    description = write_folder(tmp_path, weights)
+    chunk = stand_in(twin_parameters(random_weights(), 0, 1, te=False), torch.bfloat16)
+    load_hf_weights([chunk], tmp_path, description, tp_rank=0, tp_size=1)
+    assert torch.equal(chunk.decoder.final_layernorm.weight, weights["model.norm.weight"].bfloat16())
+
+
+def shard(folder: Path, first_file: str = "a.safetensors") -> dict:
+    """The folder's single file as two files and their index, whose content is returned."""
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names = sorted(weights)
+    files = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
+    for file, part in files.items():
+        save_file({name: weights[name] for name in part}, folder / file)
+    index = {"weight_map": {name: file for file, part in files.items() for name in part}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return index
+
+
+def load(folder: Path, description: ModelDescription) -> nn.Module:
+    chunk = stand_in(twin_parameters(random_weights(), 0, 1, te=False))
+    load_hf_weights([chunk], folder, description, tp_rank=0, tp_size=1)
+    return chunk
+
+
+def test_sharded_files_and_the_links_of_a_download_cache_are_read(tmp_path: Path) -> None:
+    weights = random_weights()
+    snapshot, blobs = tmp_path / "models--x" / "snapshots" / "abc", tmp_path / "models--x" / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    description = write_folder(snapshot, weights)
+    shard(snapshot)
+    for file in list(snapshot.glob("*.safetensors")):
+        file.rename(blobs / file.stem)
+        file.symlink_to(Path("../../blobs") / file.stem)
+    chunk = load(snapshot, description)
+    for name, expected in twin_parameters(weights, 0, 1, te=False).items():
+        assert torch.equal(chunk.get_parameter(name), expected), name
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["../outside.safetensors", "/etc/passwd", "sub/a.safetensors", "weights.bin", "..", "linked.safetensors"],
+)
+def test_an_index_that_leaves_its_folder_is_refused_unread(tmp_path: Path, name: str) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    description = write_folder(folder, random_weights())
+    (folder / "model.safetensors").rename(tmp_path / "outside.safetensors")
+    (folder / "linked.safetensors").symlink_to(tmp_path / "outside.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"lm_head.weight": name}}))
+    with pytest.raises(CheckpointError, match="refused") as caught:
+        load(folder, description)
+    assert repr(name) in str(caught.value)
+
+
+def _without_one(weights: dict) -> None:
+    del weights["model.layers.1.mlp.up_proj.weight"]
+
+
+def _with_an_adapter(weights: dict) -> None:
+    weights["model.layers.0.self_attn.q_proj.lora_A.weight"] = torch.zeros(2, 2)
+
+
+def _transposed(weights: dict) -> None:
+    weights["model.layers.0.mlp.down_proj.weight"] = weights[
+        "model.layers.0.mlp.down_proj.weight"
+    ].T.contiguous()
+
+
+def _in_integers(weights: dict) -> None:
+    weights["model.norm.weight"] = torch.zeros(HIDDEN, dtype=torch.int8)
+
+
+def _of_another_model(weights: dict) -> None:
+    for name in list(weights):
+        weights[f"transformer.{name}"] = weights.pop(name)
+
+
+@pytest.mark.parametrize(
+    ("damage", "named"),
+    [
+        (_without_one, "model.layers.1.mlp.up_proj.weight is missing"),
+        (_with_an_adapter, "model.layers.0.self_attn.q_proj.lora_A.weight is not part of"),
+        (
+            _transposed,
+            "model.layers.0.mlp.down_proj.weight has shape [20, 24], config.json makes it [24, 20]",
+        ),
+        (_in_integers, "model.norm.weight is stored as I8"),
+        (_of_another_model, "and 44 more"),  # 27 are missing, 27 are extra, 10 are listed
+    ],
+)
+def test_weights_that_do_not_fit_the_config_are_refused_by_name(
+    tmp_path: Path, damage: Callable[[dict], None], named: str
+) -> None:
+    weights = random_weights()
+    damage(weights)
+    description = write_folder(tmp_path, weights)
+    with pytest.raises(CheckpointError) as caught:
+        load(tmp_path, description)
+    assert named in str(caught.value)
+    assert str(caught.value).count(";") <= 10
+
+
+def _no_weights(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+
+
+def _pickles_only(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+def _truncated(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-7])
+
+
+def _huge_header(folder: Path) -> None:
+    (folder / "model.safetensors").write_bytes((1 << 60).to_bytes(8, "little") + b"{}")
+
+
+def _shard_missing(folder: Path) -> None:
+    shard(folder)
+    (folder / "b.safetensors").unlink()
+
+
+def _tensor_twice(folder: Path) -> None:
+    shard(folder)
+    weights = load_file(folder / "a.safetensors")
+    save_file(load_file(folder / "b.safetensors") | weights, folder / "b.safetensors")
+
+
+def _empty_index(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {}}')
+
+
+@pytest.mark.parametrize(
+    ("damage", "named"),
+    [
+        (_no_weights, "neither model.safetensors nor"),
+        (_pickles_only, r"pytorch_model\.bin"),
+        (_truncated, "not a readable safetensors"),
+        (_huge_header, "not a readable safetensors"),
+        (_shard_missing, r"b\.safetensors"),
+        (_tensor_twice, r"is also in a\.safetensors"),
+        (_empty_index, "weight_map is missing or empty"),
+    ],
+)
+def test_damaged_folders_are_refused(tmp_path: Path, damage: Callable[[Path], None], named: str) -> None:
+    description = write_folder(tmp_path, random_weights())
+    damage(tmp_path)
+    with pytest.raises(CheckpointError, match=named):
+        load(tmp_path, description)
+
+
+def test_a_head_stored_beside_its_tied_embedding_must_be_the_same(tmp_path: Path) -> None:
+    weights = random_weights()
+    description = write_folder(tmp_path, weights, tie_word_embeddings=True)
+    with pytest.raises(CheckpointError, match="lm_head.weight differs"):
+        load(tmp_path, description)
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+    write_folder(tmp_path, weights, tie_word_embeddings=True)
+    load(tmp_path, description)
+
+
+def test_rotary_frequencies_of_old_files_are_passed_over(tmp_path: Path) -> None:
+    weights = random_weights() | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(3)}
+    load(tmp_path, write_folder(tmp_path, weights))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_a_streamed_file_is_what_the_library_reads_back(tmp_path: Path, dtype: torch.dtype) -> None:
+    tensors = {
+        "b": torch.randn(3, 5).to(dtype),
+        "a": torch.randn(7).to(dtype),
+        "c": torch.randn(4, 6).to(dtype).T,
+    }
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    write_safetensors(tmp_path / "x.safetensors", shapes, dtype, iter(tensors.values()))
+    found = load_file(tmp_path / "x.safetensors")
+    assert found.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert found[name].dtype == dtype and torch.equal(found[name], tensor)
+
+
+def test_an_export_folder_with_content_is_refused_beforehand(tmp_path: Path) -> None:
+    refuse_existing_export(tmp_path / "new")
+    refuse_existing_export(tmp_path)
+    (tmp_path / "kept").write_text("")
+    with pytest.raises(CheckpointError, match="never overwrites"):
+        refuse_existing_export(tmp_path)
