@@ -9,7 +9,8 @@ ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+?)"', (ROOT / "simpo_megatron/__init__.py").read_text()).group(1)
 README = ROOT / "README.md"
 
-TEST = ["pytest>=8", "hypothesis>=6.100", "ruff>=0.14", "trl>=0.24,<0.25", "accelerate>=1.4"]
+GGUF = ["gguf>=0.10"]
+TEST = [*GGUF, "pytest>=8", "hypothesis>=6.100", "ruff>=0.14", "trl>=0.24,<0.25", "accelerate>=1.4"]
 
 setup(
     name="simpo-megatron",
@@ -44,7 +45,8 @@ setup(
         "te-cu13": ["transformer-engine[pytorch,core_cu13]>=2.9"],
         "nemo": ["nemo_toolkit[core]>=3.0,<4", "omegaconf>=2.3,<2.4", "einops", "sentencepiece"],
         "wandb": ["wandb>=0.17"],
-        "gguf": ["gguf>=0.10"],
+        # To make a Hugging Face folder of SmolLM2 for `make demo-smollm2`.
+        "gguf": GGUF,
         "bench": ["liger-kernel", "cut-cross-entropy", "trl>=0.24,<0.25"],
         "test": TEST,
     },

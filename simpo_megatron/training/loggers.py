@@ -119,7 +119,7 @@ def _made_run_folder(config: Config, folder: Path) -> Path:
 
 
 class JsonLines:
-    """A file of one JSON object per line, written when `write` returns; a float JSON has no word for is text."""
+    """One JSON object per line, in the file when `write` returns; a float that is not finite is text."""
 
     def __init__(self, path: Path) -> None:
         _end_last_line(path)
@@ -201,7 +201,7 @@ def _numbers(record: Mapping[str, Any]) -> dict[str, float]:
 
 
 class Terminal:
-    """A line per step under a heading, over a progress bar where the terminal can redraw; else plain lines."""
+    """A line per step under a heading, over a progress bar where the terminal redraws; else plain lines."""
 
     def __init__(self, train_iters: int, console: Console | None = None) -> None:
         self._console = console or Console()

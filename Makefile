@@ -1,0 +1,80 @@
+# python3 and make are all it takes: what else is needed goes into .venv, once.
+PYTHON ?= python3
+ARGS ?=
+PYTEST ?=
+SIMPO_REAL_PAIRS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+SMOLLM2 := runs/smollm2/model
+PAIRS = $(or $(wildcard $(SIMPO_REAL_PAIRS)/*.jsonl),$(SIMPO_REAL_PAIRS),demo)
+
+# Ranks and tests are processes; one thread each, or they fight over the cores.
+OMP_NUM_THREADS ?= 1
+TOKENIZERS_PARALLELISM ?= false
+PIP_DISABLE_PIP_VERSION_CHECK := 1
+export OMP_NUM_THREADS TOKENIZERS_PARALLELISM PIP_DISABLE_PIP_VERSION_CHECK SIMPO_REAL_PAIRS
+# Modules are compiled when first imported, because all of torch's would take longer than the whole install; so let
+# python keep what it compiled.
+unexport PYTHONDONTWRITEBYTECODE
+
+.DEFAULT_GOAL := help
+.PHONY: help demo demo-smollm2 test lint clean
+
+help:
+	@echo "make demo          train a tiny model on bundled preference pairs, on two ranks (ARGS='--beta 2.5 ...')"
+	@echo "make demo-smollm2  train SmolLM2-135M-Instruct (a 93 MB download) on SIMPO_REAL_PAIRS=FILE or the bundled pairs"
+	@echo "make test          run the tests (PYTEST='-k loss -x')"
+	@echo "make lint          check the style"
+	@echo "make clean         remove .venv and runs"
+
+demo: $(VENV)/.ready
+	@$(BIN)/torchrun --standalone --nproc-per-node 2 examples/pretrain_simpo.py --tp 2 $(ARGS)
+
+demo-smollm2: $(VENV)/.ready-gguf
+	@echo "== the model: $(SMOLLM2)"
+	@$(BIN)/python tools/prepare_smollm2.py $(SMOLLM2)
+	@echo "== the pairs: $(PAIRS)"
+	@$(BIN)/torchrun --standalone --nproc-per-node 2 examples/pretrain_simpo.py \
+	  --config configs/smollm2_cpu.yaml --model $(SMOLLM2) --data $(PAIRS) $(ARGS)
+
+test: $(VENV)/.ready-test
+	@echo "== tests"
+	@$(BIN)/python -m pytest $(PYTEST)
+
+lint: $(VENV)/.ready-test
+	@echo "== style"
+	@$(BIN)/ruff check .
+
+clean:
+	rm -rf $(VENV) runs build *.egg-info .pytest_cache .ruff_cache .hypothesis
+
+# A CUDA torch that is there stays as it is, with everything it came with. Elsewhere the versions are those of
+# constraints.txt, which are proven on Python 3.11 and exist from there on; Python 3.10 gets the ranges of setup.py.
+$(VENV)/constraints.txt: constraints.txt setup.py
+	@echo "== environment: $(VENV)"
+	@if $(PYTHON) -c 'import sys, torch; sys.exit(torch.version.cuda is None)' 2>/dev/null; then \
+	  echo "   with the CUDA torch of $(PYTHON)"; \
+	  $(PYTHON) -m venv --system-site-packages $(VENV) && \
+	  $(PYTHON) -c 'import torch; print(f"torch=={torch.__version__}")' > $@; \
+	else \
+	  $(PYTHON) -m venv $(VENV) && \
+	  if $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then cp constraints.txt $@; else : > $@; fi; \
+	fi
+
+INSTALL = @$(BIN)/pip install --quiet --no-compile --constraint $(VENV)/constraints.txt --editable
+
+$(VENV)/.ready: $(VENV)/constraints.txt
+	@echo "== packages: torch, megatron-core, transformers, ... (once; a minute, or as long as the download takes)"
+	$(INSTALL) .
+	@touch $@
+
+$(VENV)/.ready-test: $(VENV)/.ready
+	@echo "== packages for the tests: pytest, hypothesis, trl, ... (once)"
+	$(INSTALL) '.[test]'
+	@touch $@
+
+$(VENV)/.ready-gguf: $(VENV)/.ready
+	@echo "== packages to read the model: gguf (once)"
+	$(INSTALL) '.[gguf]'
+	@touch $@
