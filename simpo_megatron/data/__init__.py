@@ -1,5 +1,6 @@
 """Preference files in, packed batches out; needs numpy, torch and a transformers tokenizer, no Megatron.
 
+```python
 from transformers import AutoTokenizer
 from simpo_megatron.data import BatchOptions, PairOptions, build_preference_dataset, iterate_steps
 
@@ -8,6 +9,7 @@ dataset = build_preference_dataset(["pairs.jsonl"], tokenizer, PairOptions(max_l
 for microbatches in iterate_steps(dataset, BatchOptions(global_batch_size=8)):
     for batch in microbatches:
         ...  # a PreferenceBatch: batch.tokens_BS, batch.rows_N, batch.targets_N, ...
+```
 """
 
 from simpo_megatron.data.batching import (

@@ -58,8 +58,8 @@ class PairOptions:
         room = self.max_length - self.max_prompt_length
         if room < self.min_response_tokens:
             raise ConfigError(
-                f"max_prompt_length: {self.max_prompt_length} leaves {room} of max_length = {self.max_length} "
-                f"tokens to a response, at least min_response_tokens = {self.min_response_tokens} expected; lower it"
+                f"max_prompt_length: {self.max_prompt_length} leaves {room} of {self.max_length} tokens to a "
+                f"response, at least min_response_tokens = {self.min_response_tokens} expected; lower it"
             )
         if not 0 <= self.max_bad_fraction <= 1:
             raise ConfigError(

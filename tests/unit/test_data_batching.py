@@ -5,7 +5,6 @@ import os
 import re
 import subprocess
 import sys
-import textwrap
 from itertools import product
 from pathlib import Path
 
@@ -260,7 +259,7 @@ def write_pairs(path, count):
 def test_the_example_of_the_package_iterates_over_batches_without_megatron(tmp_path):
     write_pairs(tmp_path / "pairs.jsonl", 20)
     llama_like().save_pretrained(tmp_path / "model")
-    example = textwrap.dedent(simpo_megatron.data.__doc__.partition("\n\n")[2])
+    example = simpo_megatron.data.__doc__.split("```")[1].removeprefix("python\n")
     example = re.sub(r"\.\.\. .*", "seen += batch.pair_ids_P.tolist()", example)
     script = (
         f"seen = []\n{example}"
