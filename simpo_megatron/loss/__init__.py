@@ -1,4 +1,4 @@
-"""The SimPO loss, for any training loop: tensors and a process group in, a scalar and its sums out; needs torch."""
+"""The SimPO loss for any training loop: tensors and a process group in, loss and sums out. Needs torch."""
 
 from simpo_megatron.loss.fused_linear import DEFAULT_LOGITS_BUDGET_BYTES, fused_linear_log_probs
 from simpo_megatron.loss.fused_simpo import fused_linear_simpo

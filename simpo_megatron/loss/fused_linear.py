@@ -123,6 +123,10 @@ class _Layout:
         )
         return cls(order_N[own], column_N[own], blocks, max(num_kept, 0) if differentiable else 0, width)
 
+    def targets_in(self, block: _Block) -> tuple[Tensor, Tensor]:
+        """Returns the tokens whose target lies in the block, and its column in the block, both [n]."""
+        return self.token_n[block.targets], self.column_n[block.targets] - block.start
+
     def to(self, device: torch.device) -> _Layout:
         """Returns the layout with its indices on `device`, without waiting for their copy."""
         return replace(
@@ -156,17 +160,16 @@ class _FusedLinearLogProbs(torch.autograd.Function):
         layout = head.layout
         rows_NH = head.selection.gather(hidden_SBH)
         work = _BlockWork(rows_NH, weight_vH, layout)
-        num_tokens = rows_NH.shape[0]
+        sum_N = rows_NH.new_zeros(rows_NH.shape[0], dtype=work.dtype)
         # Finite, so that a row that is -inf so far subtracts to -inf and not to NaN.
-        max_N = torch.full((num_tokens,), torch.finfo(work.dtype).min, dtype=work.dtype, device=rows_NH.device)
-        sum_N = torch.zeros_like(max_N)
+        max_N = torch.full_like(sum_N, torch.finfo(work.dtype).min)
         target_N = torch.full_like(max_N, -torch.inf)
         kept, shifts = [], []
         for index, block in enumerate(layout.blocks):
             keep = index < layout.num_kept
             logits_Nb = work.logits(block, fresh=keep)
-            token_n = layout.token_n[block.targets]
-            target_N[token_n] = logits_Nb[token_n, layout.column_n[block.targets] - block.start].to(work.dtype)
+            token_n, column_n = layout.targets_in(block)
+            target_N[token_n] = logits_Nb[token_n, column_n].to(work.dtype)
             shift_N = torch.maximum(max_N, logits_Nb.amax(1))
             exps_Nb = work.exponentials(logits_Nb, shift_N)
             sum_N = sum_N * torch.exp(max_N - shift_N) + exps_Nb.sum(1)
@@ -267,9 +270,8 @@ class _HiddenGrad:
         weight_bH = self.work.weight_vH[block.start : block.stop]
         product_NH = torch.mm(exps_Nb, weight_bH, out=self.work.rows_buffer())
         self.sum_NH.addcmul_(product_NH.to(self.sum_NH.dtype), scale_N[:, None], value=-1)
-        layout = self.work.layout
-        token_n, column_n = layout.token_n[block.targets], layout.column_n[block.targets]
-        self.sum_NH.index_add_(0, token_n, self.work.weight_vH[column_n].to(self.sum_NH.dtype))
+        token_n, column_n = self.work.layout.targets_in(block)
+        self.sum_NH.index_add_(0, token_n, weight_bH[column_n].to(self.sum_NH.dtype))
 
     def result(self) -> Tensor:
         """Returns the gradient of the rows, [N, H] in their dtype, this rank's contribution."""
@@ -287,18 +289,18 @@ class _WeightGrad:
             self.out_vH[work.layout.width :].zero_()
 
     def add(self, block: _Block, exps_Nb: Tensor, scale_N: Tensor) -> None:
-        work, layout = self.work, self.work.layout
-        token_n, column_n = layout.token_n[block.targets], layout.column_n[block.targets]
+        work = self.work
+        token_n, column_n = work.layout.targets_in(block)
         out_bH = self.out_vH[block.start : block.stop]
         scaled_NH = torch.mul(work.rows_NH, -(self.grad_N * scale_N)[:, None], out=work.rows_buffer())
         at_target_nH = work.rows_NH[token_n] * self.grad_N[token_n, None]
         keep_old = self.main_grad_vH is not None
         if out_bH.dtype == exps_Nb.dtype == work.dtype:
             torch.addmm(out_bH, exps_Nb.t(), scaled_NH, beta=int(keep_old), out=out_bH)
-            out_bH.index_add_(0, column_n - block.start, at_target_nH)
+            out_bH.index_add_(0, column_n, at_target_nH)
             return
         block_bH = torch.mm(exps_Nb.t(), scaled_NH).to(work.dtype)
-        block_bH.index_add_(0, column_n - block.start, at_target_nH)
+        block_bH.index_add_(0, column_n, at_target_nH)
         if keep_old:
             out_bH.add_(block_bH)
         else:
@@ -330,7 +332,8 @@ def _check_tensors(hidden_SBH, weight_vH, vocab: VocabShard, tp_group: ProcessGr
             f"hidden states are {hidden_SBH.dtype}, the output weight {weight_vH.dtype}; expected one dtype: "
             "cast one of them"
         )
-    if (tp_group is None or tp_group.size() == 1) and (vocab.start, vocab.num_real(len(weight_vH))) != (0, vocab.size):
+    alone = tp_group is None or tp_group.size() == 1
+    if alone and (vocab.start, vocab.num_real(len(weight_vH))) != (0, vocab.size):
         raise ConfigError(
             f"{vocab}: the weight holds {len(weight_vH)} rows; expected the whole vocabulary on a single rank"
         )

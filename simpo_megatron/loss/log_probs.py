@@ -98,7 +98,7 @@ class _LogProbs(torch.autograd.Function):
     def backward(ctx, grad_N):
         logits_Nv, lse_N, counted_N, own_N, column_N = ctx.saved_tensors
         grad_N = grad_N.masked_fill(~counted_N, 0)
-        # An ignored row may hold anything, inf included: its gradient is 0 by replacement, not by 0 * softmax.
+        # An ignored row may hold anything, inf included: its gradient is 0 by replacement, not by 0 * inf.
         grad_Nv = torch.sub(logits_Nv[:, : ctx.width], lse_N[:, None]).exp_().mul_(-grad_N[:, None])
         grad_Nv.masked_fill_(~counted_N[:, None], 0)
         grad_Nv[own_N, column_N] += grad_N[own_N]

@@ -22,8 +22,8 @@ SFT_NORMALIZATIONS = ("token", "sequence")
 class SimPOObjective:
     """What is optimised: SimPO (arXiv 2405.14734, eq. 6) and its published variants.
 
-    For a pair with average log-probabilities `w` (chosen) and `l` (rejected), `z = beta * (w - l) - gamma` and
-    the loss is `-logsigmoid(z)`. Raises ConfigError for a value outside its range.
+    For a pair with average log-probabilities `w` (chosen) and `l` (rejected), `z = beta * (w - l) - gamma`
+    and the loss is `-logsigmoid(z)`. Raises ConfigError for a value outside its range.
     """
 
     beta: float = 2.0

@@ -82,7 +82,7 @@ class ResponseTokens:
 
 
 def check_targets(targets: Tensor, vocab_size: int) -> None:
-    """Raises DataError when a target is not in [0, vocab_size); every tp rank sees the same targets, so all do."""
+    """Raises DataError when a target is not in [0, vocab_size): on every tp rank, since all see the same."""
     outside = (targets < 0) | (targets >= vocab_size)
     if outside.any():
         first = int(outside.flatten().nonzero()[0, 0])
