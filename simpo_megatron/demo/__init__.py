@@ -98,7 +98,7 @@ def _write_model(folder: Path) -> None:
         intermediate_size=384,
         num_hidden_layers=4,
         num_attention_heads=8,
-        num_key_value_heads=4,
+        num_key_value_heads=8,
         max_position_embeddings=MAX_LENGTH,
         tie_word_embeddings=False,
         pad_token_id=SPECIAL_TOKENS.index("<|pad|>"),
