@@ -91,7 +91,9 @@ def _write_model(folder: Path) -> None:
     """A million fp32 parameters from a fixed seed; eight heads in four groups divide over 1, 2 or 4 ranks."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     config = LlamaConfig(
         vocab_size=VOCAB_SIZE,
         hidden_size=128,

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from simpo_megatron.config import DEMO, Config, Layout
-from simpo_megatron.convert.hf import load_hf_weights
+from simpo_megatron.config import DEMO, Config, Layout, resolve
+from simpo_megatron.convert.hf import load_hf_weights, refuse_existing_export
 from simpo_megatron.data import (
     PreferenceDataset,
     build_preference_dataset,
@@ -17,6 +17,7 @@ from simpo_megatron.data import (
 )
 from simpo_megatron.demo import prepare_demo
 from simpo_megatron.errors import ConfigError, DataError
+from simpo_megatron.mcore import device
 from simpo_megatron.mcore.families import ModelDescription, describe_hf_model
 from simpo_megatron.mcore.model import PreferenceGPTModel, build_model, wrap_in_ddp
 from simpo_megatron.mcore.optimizer import build_optimizer
@@ -37,17 +38,42 @@ class Sources:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
-    """A run, ready to step."""
+class Plan:
+    """What is known of a run before any process group exists."""
 
     sources: Sources
     description: ModelDescription
+    layout: Layout
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A run, ready to step."""
+
+    plan: Plan
     tokenizer: PreTrainedTokenizerBase
     train_data: PreferenceDataset
     valid_data: PreferenceDataset | None
     model: list[PreferenceGPTModel]
     trainer: Trainer
     train_iters: int
+
+
+def plan_run(config: Config, world_size: int) -> Plan:
+    """What `config` means on `world_size` ranks; every rank works it out alone and finds the same mistakes.
+
+    Raises:
+        ConfigError: ranks, model, machine and options do not fit together.
+        CheckpointError: the model's folder is not one, or the export would overwrite something.
+    """
+    if config.model.export_hf is not None:
+        refuse_existing_export(config.model.export_hf)
+    sources = locate_sources(config)
+    description = describe_hf_model(sources.model)
+    layout = resolve(
+        config, world_size=world_size, model=description.transformer, machine=device.machine()
+    )
+    return Plan(sources=sources, description=description, layout=layout)
 
 
 def locate_sources(config: Config) -> Sources:
@@ -126,14 +152,13 @@ def num_train_iters(config: Config, num_pairs: int) -> int:
     return num_steps
 
 
-def assemble(
-    config: Config, sources: Sources, description: ModelDescription, layout: Layout, groups: ParallelGroups
-) -> Job:
+def assemble(config: Config, plan: Plan, groups: ParallelGroups) -> Job:
     """The pieces of the run on this rank, weights loaded, nothing trained yet.
 
     Raises:
         ConfigError, DataError, CheckpointError: on every rank alike, before the first step.
     """
+    sources, description, layout = plan.sources, plan.description, plan.layout
     tokenizer = load_tokenizer(sources.model)
     train_data, valid_data = load_data(config, sources, tokenizer)
     options = batch_options(config, layout, _pad_id(tokenizer))
@@ -163,8 +188,7 @@ def assemble(
         layout=layout,
     )
     return Job(
-        sources=sources,
-        description=description,
+        plan=plan,
         tokenizer=tokenizer,
         train_data=train_data,
         valid_data=valid_data,

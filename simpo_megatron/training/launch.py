@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 
 from simpo_megatron.config import Config, load_config
 from simpo_megatron.errors import SimPOError
+from simpo_megatron.training.assembly import plan_run
 
 
 def main(argv: Sequence[str], train: Callable[[Config], None], script: str) -> int:
@@ -22,6 +23,7 @@ def main(argv: Sequence[str], train: Callable[[Config], None], script: str) -> i
         config = load_config(argv)
         num_ranks = config.parallel.sizes.model
         if _world_size() == 1 and num_ranks > 1:
+            plan_run(config, num_ranks)
             return _start_local_ranks(num_ranks, script, argv)
         train(config)
     except SimPOError as error:

@@ -9,12 +9,11 @@ import torch
 import torch.distributed as dist
 
 from simpo_megatron import parallel
-from simpo_megatron.config import Config, Layout, lint, resolve, to_table
-from simpo_megatron.convert.hf import export_hf, refuse_existing_export
+from simpo_megatron.config import Config, lint, to_table
+from simpo_megatron.convert.hf import export_hf
 from simpo_megatron.mcore import device
-from simpo_megatron.mcore.families import describe_hf_model
 from simpo_megatron.mcore.optimizer import gather_parameters
-from simpo_megatron.training.assembly import Job, assemble, locate_sources
+from simpo_megatron.training.assembly import Job, assemble, plan_run
 from simpo_megatron.training.evaluation import evaluate
 from simpo_megatron.training.loggers import RunLog, open_run_log
 from simpo_megatron.training.metrics import reduce_sums, throughput
@@ -31,42 +30,33 @@ def train(config: Config) -> None:
         SimPOError: whatever the user can mend; what the configuration alone tells, before any collective.
     """
     device.install()
-    if config.model.export_hf is not None:
-        refuse_existing_export(config.model.export_hf)
-    sources = locate_sources(config)
-    description = describe_hf_model(sources.model)
-    layout = resolve(
-        config,
-        world_size=int(os.environ.get("WORLD_SIZE", 1)),
-        model=description.transformer,
-        machine=device.machine(),
-    )
+    plan = plan_run(config, int(os.environ.get("WORLD_SIZE", 1)))
     groups = parallel.initialize(
         config.parallel.sizes, backend=device.backend(), timeout_minutes=_GROUP_TIMEOUT_MINUTES
     )
     parallel.seed_everything(config.run.seed)
-    job = assemble(config, sources, description, layout, groups)
+    job = assemble(config, plan, groups)
     is_logging_rank = dist.get_rank() == 0
     with open_run_log(config, train_iters=job.train_iters, is_logging_rank=is_logging_rank) as log:
-        _introduce(config, job, layout, log)
+        _introduce(config, job, log)
         _evaluate(job, log, iteration=0)
         _run_steps(config, job, log)
         _finish(config, job, log)
     parallel.shut_down()
 
 
-def _introduce(config: Config, job: Job, layout: Layout, log: RunLog) -> None:
+def _introduce(config: Config, job: Job, log: RunLog) -> None:
     """Say what will run, on what, and what looks doubtful."""
     log.say(to_table(config))
     for warning in lint(config):
         log.say(f"WARNING {warning}")
-    for line in describe_job(config, job, layout):
+    for line in describe_job(config, job):
         log.say(line)
 
 
-def describe_job(config: Config, job: Job, layout: Layout) -> list[str]:
+def describe_job(config: Config, job: Job) -> list[str]:
     """What was found: the model, the pairs, the ranks and the steps, a line each."""
-    description, sizes = job.description, config.parallel.sizes
+    description, sizes = job.plan.description, config.parallel.sizes
     shape = description.transformer
     vocabulary = f"{description.vocab_size} ids"
     padded = job.trainer.chunks[0].module.vocab_size
@@ -75,11 +65,11 @@ def describe_job(config: Config, job: Job, layout: Layout) -> list[str]:
     held_out = f", {len(job.valid_data)} held out" if job.valid_data is not None else ", none held out"
     batch = job.trainer.batch_options
     return [
-        f"model     {description.family} from {job.sources.model}: {shape['num_layers']} layers, hidden "
+        f"model     {description.family} from {job.plan.sources.model}: {shape['num_layers']} layers, hidden "
         f"{shape['hidden_size']}, {vocabulary}",
         f"pairs     {len(job.train_data)} to train on{held_out}",
         f"ranks     {dist.get_world_size()} ({device.backend()}): tp {sizes.tensor} x pp {sizes.pipeline} x cp "
-        f"{sizes.context} x dp {layout.data_parallel_size}",
+        f"{sizes.context} x dp {job.plan.layout.data_parallel_size}",
         f"steps     {job.train_iters} of {batch.global_batch_size} pairs",
     ]
 
@@ -141,8 +131,8 @@ def _finish(config: Config, job: Job, log: RunLog) -> None:
         gather_parameters(job.trainer.chunks)
         export_hf(
             job.model,
-            job.description,
-            job.sources.model,
+            job.plan.description,
+            job.plan.sources.model,
             config.model.export_hf,
             groups=job.trainer.groups,
             dtype=torch.bfloat16 if config.precision.bf16 else torch.float32,
