@@ -1,0 +1,266 @@
+"""What a training run would make of preference data: a diagnosis, for the terminal and as a page."""
+
+import base64
+import io
+from collections import Counter
+from dataclasses import dataclass
+from html import escape
+
+import numpy as np
+
+from simpo_megatron.data.dataset import PreferenceDataset
+
+PARTS = ("prompt", "chosen", "rejected")
+# A judge of length alone that is right this often has something to teach the model besides quality.
+LENGTH_BIAS_LIMIT = 0.6
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of a diagnosis; `warning` when it deserves a look before training."""
+
+    name: str
+    value: str
+    warning: bool = False
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """The findings under their headings, and the lengths in tokens, int32 [num_pairs, 3], for histograms."""
+
+    sections: dict[str, list[Finding]]
+    lengths: np.ndarray
+
+
+@dataclass(frozen=True)
+class ShownPair:
+    """A pair as the model sees it: its place, and the texts of prompt, chosen and rejected."""
+
+    where: str
+    texts: tuple[str, str, str]
+
+
+def diagnose(
+    dataset: PreferenceDataset, tokenizer, valid: PreferenceDataset | None = None, micro_batch_size: int = 4
+) -> Diagnosis:
+    """Returns what is in `dataset`, with a comparison to padded batches of `micro_batch_size` pairs."""
+    sections = {
+        "Records": _records(dataset),
+        "Special tokens": _special_tokens(dataset, tokenizer),
+        "Truncation": _truncation(dataset),
+        "Lengths": _length_bias(dataset.lengths),
+        "Work saved": _work_saved(dataset.lengths, micro_batch_size),
+        "Duplicates": _duplicates(dataset),
+    }
+    if valid is not None:
+        sections["Validation"] = _leaks(dataset, valid)
+    return Diagnosis(sections, dataset.lengths)
+
+
+def show_pairs(dataset: PreferenceDataset, tokenizer, count: int) -> list[ShownPair]:
+    """Returns `count` pairs, spread evenly over the dataset, decoded from the ids that are trained on."""
+    shown = []
+    for index in np.unique(np.linspace(0, len(dataset) - 1, count).astype(int)).tolist():
+        pair, (name, line) = dataset[index], dataset.where(index)
+        ids = (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids)
+        texts = tuple(tokenizer.decode(part, clean_up_tokenization_spaces=False) for part in ids)
+        shown.append(ShownPair(f"{name}:{line}", texts))
+    return shown
+
+
+def histogram(lengths: np.ndarray, num_bins: int = 12) -> tuple[np.ndarray, np.ndarray]:
+    """Returns (bin edges, counts [2, num_bins] of chosen and rejected), the bins of equal width."""
+    edges = np.linspace(0, lengths[:, 1:].max(), num_bins + 1)
+    return edges, np.stack([np.histogram(lengths[:, part], edges)[0] for part in (1, 2)])
+
+
+def _records(dataset: PreferenceDataset) -> list[Finding]:
+    report = dataset.report
+    findings = [
+        Finding("records", f"{report.num_lines:,}"),
+        Finding("pairs used", f"{report.num_used:,}"),
+        Finding("records dropped", f"{sum(report.dropped.values()):,}"),
+    ]
+    for reason, count in report.dropped.most_common():
+        first = report.first[reason].replace(f": {reason}: ", ": ")
+        findings.append(Finding(f"  {reason}", f"{count:,}, first at {first}", reason != "blank_line"))
+    if report.extra_keys:
+        findings.append(Finding("columns not read", ", ".join(sorted(report.extra_keys))))
+    if apart := report.notes["tokenized_apart"]:
+        text = f"{apart:,} pairs, prompt and response tokenised apart"
+        findings.append(Finding("tokens across the boundary", text, True))
+    if len(dataset) != report.num_used:
+        findings.append(Finding("pairs in this choice", f"{len(dataset):,}"))
+    return findings
+
+
+def _special_tokens(dataset: PreferenceDataset, tokenizer) -> list[Finding]:
+    bos, ends = tokenizer.bos_token_id, set(tokenizer.all_special_ids)
+    counts = Counter()
+    for index in range(len(dataset)):
+        pair = dataset[index]
+        start = pair.prompt_ids[:2].tolist()
+        counts["two BOS at the start"] += bos is not None and start == [bos, bos]
+        counts["no BOS at the start"] += bos is not None and start[:1] != [bos]
+        for response in (pair.chosen_ids, pair.rejected_ids):
+            last = [int(token) in ends for token in response[-2:]]
+            counts["responses with two end tokens"] += last == [True, True]
+            counts["responses without an end token"] += not last[-1]
+    return [Finding(name, f"{count:,}", count > 0) for name, count in counts.items()]
+
+
+def _truncation(dataset: PreferenceDataset) -> list[Finding]:
+    findings = []
+    for part, name in enumerate(PARTS):
+        lost = dataset.lost[:, part]
+        share = lost.sum() / max(lost.sum() + dataset.lengths[:, part].sum(dtype=np.int64), 1)
+        text = f"{int((lost > 0).sum()):,} cut, {int(lost.sum()):,} tokens lost ({share:.1%})"
+        findings.append(Finding(name, text, bool((lost > 0).mean() > 0.05)))
+    return findings
+
+
+def _length_bias(lengths: np.ndarray) -> list[Finding]:
+    findings = []
+    for part, name in enumerate(PARTS):
+        column = lengths[:, part]
+        quantiles = ", ".join(f"{np.quantile(column, q):.0f}" for q in (0.5, 0.95, 1))
+        findings.append(Finding(name, f"mean {column.mean():.1f}; median, 95 %, longest {quantiles}"))
+    longer, equal = lengths[:, 1] > lengths[:, 2], lengths[:, 1] == lengths[:, 2]
+    judge = float(longer.mean() + equal.mean() / 2)
+    ratio = lengths[:, 1].sum(dtype=np.int64) / lengths[:, 2].sum(dtype=np.int64)
+    is_biased = max(judge, 1 - judge) > LENGTH_BIAS_LIMIT
+    findings.append(Finding("chosen tokens per rejected token", f"{ratio:.3f}"))
+    findings.append(Finding("accuracy of 'the longer response is better'", f"{judge:.1%}", is_biased))
+    return findings
+
+
+def _work_saved(lengths: np.ndarray, micro_batch_size: int) -> list[Finding]:
+    total = lengths.astype(np.int64)
+    longest = total[:, 0] + total[:, 1:].max(axis=1)
+    order = np.random.default_rng(0).permutation(len(longest))
+    starts = range(0, len(longest), micro_batch_size)
+    groups = [longest[order[start : start + micro_batch_size]] for start in starts]
+    padded = sum(2 * len(group) * int(group.max()) for group in groups)
+    packed, shared = int((total @ [2, 1, 1]).sum()), int(total.sum())
+    responses = int(total[:, 1:].sum())
+    return [
+        Finding(f"tokens in padded batches of {micro_batch_size} pairs", f"{padded:,}"),
+        Finding("tokens in packs", f"{packed:,} ({padded / packed:.2f} times fewer)"),
+        Finding("tokens in packs that share prompts", f"{shared:,} ({padded / shared:.2f} times fewer)"),
+        Finding("response tokens, which the loss sees", f"{responses:,} ({responses / shared:.0%} of these)"),
+    ]
+
+
+def _duplicates(dataset: PreferenceDataset) -> list[Finding]:
+    seen = Counter()
+    for index in range(len(dataset)):
+        pair = dataset[index]
+        ids = (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids)
+        seen[hash(b"|".join(part.tobytes() for part in ids))] += 1
+    repeated = len(dataset) - len(seen)
+    prompts, counts = np.unique(dataset.prompt_keys, return_counts=True)
+    return [
+        Finding("pairs that repeat another one", f"{repeated:,}", repeated > 0),
+        Finding("different prompts", f"{len(prompts):,}, the most frequent {counts.max():,} times"),
+    ]
+
+
+def _leaks(dataset: PreferenceDataset, valid: PreferenceDataset) -> list[Finding]:
+    leaked = int(np.isin(valid.prompt_keys, dataset.prompt_keys).sum())
+    return [
+        Finding("validation pairs", f"{len(valid):,}"),
+        Finding("of them with a prompt of the training pairs", f"{leaked:,}", leaked > 0),
+    ]
+
+
+def print_diagnosis(diagnosis: Diagnosis, shown: list[ShownPair], console) -> None:
+    """Prints a diagnosis and the shown pairs to a rich console, findings that deserve a look in yellow."""
+    from rich.table import Column, Table
+    from rich.text import Text
+
+    table = Table.grid(Column(overflow="fold"), Column(overflow="fold"), padding=(0, 2))
+    for title, findings in diagnosis.sections.items():
+        table.add_row(Text(title, style="bold"))
+        for finding in findings:
+            table.add_row(
+                *(
+                    Text(text, "yellow" if finding.warning else "")
+                    for text in ("  " + finding.name, finding.value)
+                )
+            )
+    console.print(table)
+    edges, counts = histogram(diagnosis.lengths)
+    console.print(Text("Response lengths in tokens: chosen, rejected", style="bold"))
+    for number, (chosen, rejected) in enumerate(counts.T):
+        bars = [("#" * round(24 * count / counts.max())).ljust(24) for count in (chosen, rejected)]
+        text = Text(f"  to {edges[number + 1]:6.0f}  ")
+        console.print(
+            text.append(bars[0], "green")
+            .append(f" {chosen:<7}")
+            .append(bars[1], "red")
+            .append(f" {rejected}")
+        )
+    for pair in shown:
+        console.print(Text(f"\n{pair.where}", style="bold"))
+        for name, text, style in zip(PARTS, pair.texts, ("dim", "green", "red"), strict=True):
+            console.print(Text(f"[{name}] ", "bold").append(text, style), soft_wrap=True)
+
+
+def write_html(diagnosis: Diagnosis, shown: list[ShownPair], path: str) -> None:
+    """Writes a diagnosis, plots of the lengths and the shown pairs as one HTML file."""
+    rows = []
+    for title, findings in diagnosis.sections.items():
+        rows.append(f"<tr><th colspan=2>{escape(title)}</th></tr>")
+        for finding in findings:
+            style = " class=warning" if finding.warning else ""
+            rows.append(f"<tr{style}><td>{escape(finding.name)}</td><td>{escape(finding.value)}</td></tr>")
+    pairs = []
+    for pair in shown:
+        texts = (
+            f"<pre class={name}>{escape(text)}</pre>" for name, text in zip(PARTS, pair.texts, strict=True)
+        )
+        pairs.append(f"<h3>{escape(pair.where)}</h3>" + "".join(texts))
+    page = _PAGE.format(
+        rows="\n".join(rows), plots=_plots_as_base64(diagnosis.lengths), pairs="\n".join(pairs)
+    )
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(page)
+
+
+def _plots_as_base64(lengths: np.ndarray) -> str:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 3.5), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    edges, counts = histogram(lengths, num_bins=40)
+    for name, row, color in zip(PARTS[1:], counts, ("tab:green", "tab:red"), strict=True):
+        left.stairs(row, edges, label=name, color=color, fill=True, alpha=0.5)
+    left.set(xlabel="tokens of a response", ylabel="responses")
+    left.legend()
+    right.hist(lengths[:, 1] - lengths[:, 2], bins=60, color="tab:blue")
+    right.axvline(0, color="black", linewidth=1)
+    right.set(xlabel="tokens of chosen - tokens of rejected", ylabel="pairs")
+    image = io.BytesIO()
+    figure.savefig(image, format="png", dpi=120)
+    return base64.b64encode(image.getvalue()).decode()
+
+
+_PAGE = """<!doctype html>
+<html lang="en"><meta charset="utf-8"><title>Preference data</title>
+<style>
+body {{ font: 15px/1.5 sans-serif; max-width: 60em; margin: 2em auto; padding: 0 1em; color: #222 }}
+th {{ text-align: left; padding-top: 1em }} td {{ padding: 0 2em 0 1em }} .warning {{ background: #fff3cd }}
+pre {{ white-space: pre-wrap; padding: .5em; margin: .2em 0; background: #f6f6f6 }}
+pre.chosen {{ border-left: 4px solid green }} pre.rejected {{ border-left: 4px solid crimson }}
+img {{ max-width: 100% }}
+</style>
+<h1>Preference data</h1>
+<table>
+{rows}
+</table>
+<img alt="Lengths of chosen and rejected responses" src="data:image/png;base64,{plots}">
+<h2>Pairs as the model sees them</h2>
+<p>Gray is context; the tokens with a green or red bar are trained on.</p>
+{pairs}
+</html>
+"""

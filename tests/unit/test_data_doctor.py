@@ -1,0 +1,113 @@
+"""The doctor: its numbers are right on data made to be sick, and the tool prints and writes them."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from data_tokenizers import llama_like
+
+from simpo_megatron.data import PairOptions, build_preference_dataset
+from simpo_megatron.data.doctor import diagnose, histogram, show_pairs
+
+ROOT = Path(__file__).parents[2]
+TOOL = ROOT / "tools" / "inspect_data.py"
+
+
+def sick_file(path):
+    rows = [{"prompt": f"q {i}", "chosen": "the answer " * 9, "rejected": f"no {i}"} for i in range(10)]
+    rows += [rows[0]] * 2 + [{"prompt": "q 1", "chosen": "same", "rejected": "same"}] * 3
+    rows += [{"prompt": "q 2", "chosen": "", "rejected": "no"}, {"prompt": "q", "chosen": "a <|eot_id|>"}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def values(tmp_path):
+    options = PairOptions(max_length=32, max_prompt_length=16, bad_record="skip", max_bad_fraction=1)
+    dataset = build_preference_dataset(
+        [str(sick_file(tmp_path / "sick.jsonl"))], llama_like(), options, tmp_path / "c"
+    )
+    valid = dataset.select(np.array([0, 3]))
+    findings = diagnose(dataset, llama_like(), valid, micro_batch_size=12)
+    return dataset, {f.name.strip(): f for rows in findings.sections.values() for f in rows}
+
+
+def test_the_diagnosis_counts_what_was_made_wrong(values):
+    dataset, found = values
+    assert found["records"].value == "17"
+    assert found["pairs used"].value == "12"
+    assert found["records dropped"].value == "5"
+    assert found["identical_pair"].value.startswith("3, first at ")
+    assert found["identical_pair"].value.endswith("sick.jsonl:13: chosen and rejected are the same text")
+    assert found["empty_chosen"].warning
+    assert found["missing_key:rejected"].warning
+    assert found["pairs that repeat another one"].value == "2"
+    assert found["different prompts"].value == "10, the most frequent 3 times"
+    assert found["of them with a prompt of the training pairs"].value == "2"
+    num_cut = int((dataset.lost[:, 1] > 0).sum())
+    assert num_cut > 0
+    assert found["responses without an end token"].value == str(num_cut)
+    assert found["two BOS at the start"].value == found["no BOS at the start"].value == "0"
+    assert found["accuracy of 'the longer response is better'"].value == "100.0%"
+    assert found["accuracy of 'the longer response is better'"].warning
+
+
+def test_the_work_saved_is_counted_in_tokens(values):
+    dataset, found = values
+    longest = max(int(row[0] + row[1:].max()) for row in dataset.lengths)
+    shared = int(dataset.lengths.sum())
+    packed = shared + int(dataset.lengths[:, 0].sum())
+    padded = 24 * longest
+    assert found["tokens in padded batches of 12 pairs"].value == str(padded)
+    assert found["tokens in packs"].value == f"{packed} ({padded / packed:.2f} times fewer)"
+    assert (
+        found["tokens in packs that share prompts"].value == f"{shared} ({padded / shared:.2f} times fewer)"
+    )
+
+
+def test_every_response_is_in_one_bin_of_the_histogram(values):
+    dataset, _ = values
+    assert histogram(dataset.lengths)[1].sum(axis=1).tolist() == [12, 12]
+
+
+def test_shown_pairs_are_decoded_from_the_ids_that_are_trained_on(values):
+    dataset, _ = values
+    first, last = show_pairs(dataset, llama_like(), 2)
+    assert (first.where, last.where) == ("sick:1", "sick:12")
+    assert first.texts[0].endswith("assistant<|end_header_id|>\n\n")
+    assert first.texts[2] == "no 0<|eot_id|>"
+
+
+def run_tool(arguments, folder):
+    environment = {"PYTHONPATH": str(ROOT), "COLUMNS": "120"}
+    command = [sys.executable, str(TOOL), *arguments]
+    return subprocess.run(
+        command, cwd=folder, capture_output=True, text=True, timeout=120, env=environment, check=False
+    )
+
+
+def test_the_tool_prints_the_diagnosis_and_writes_a_page(tmp_path):
+    llama_like().save_pretrained(tmp_path / "model")
+    sick_file(tmp_path / "sick.jsonl")
+    arguments = ["--model", "model", "--data", "sick.jsonl", "--valid-data", "sick.jsonl", "--show", "2"]
+    arguments += ["--html", "page.html", "--max-length", "64", "--max-prompt-length", "32"]
+    run = run_tool(arguments, tmp_path)
+    assert run.returncode == 0, run.stderr
+    assert re.search(r"pairs used +12\b", run.stdout)
+    assert re.search(r"identical_pair +3, first at sick.jsonl:13", run.stdout)
+    assert "[rejected] no 0<|eot_id|>" in run.stdout
+    page = (tmp_path / "page.html").read_text()
+    assert "identical_pair" in page
+    assert "no 0&lt;|eot_id|&gt;" in page
+    assert len(re.search(r'base64,([^"]+)"', page).group(1)) > 10_000
+
+
+def test_the_tool_says_in_one_line_what_it_cannot_read(tmp_path):
+    llama_like().save_pretrained(tmp_path / "model")
+    run = run_tool(["--model", "model", "--data", "missing.jsonl"], tmp_path)
+    assert run.returncode == 3
+    assert run.stderr.strip().splitlines()[-1] == "error: missing.jsonl: no such file"
