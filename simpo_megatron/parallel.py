@@ -135,7 +135,7 @@ def first_rank_first(work: Callable[[bool], Result]) -> Result:
     if dist.get_rank() == 0:
         try:
             result = work(True)
-        except Exception as error:  # noqa: BLE001 - the peers must hear of it before it is raised
+        except Exception as error:
             failure = error
     heard = [None if failure is None else f"{type(failure).__name__}: {failure}"]
     dist.broadcast_object_list(heard, src=0)

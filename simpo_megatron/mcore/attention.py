@@ -1,7 +1,7 @@
 """Core attention over packs in which chosen and rejected share their prompt, and the layout that describes a pack.
 
-Shapes: S sequence, B batch, L queries of a segment, T keys of a segment, A attention heads, G key/value groups, D head size;
-heads and groups are this tensor-parallel rank's.
+Shapes: S sequence, B batch, L queries of a segment, T keys of a segment, A attention heads, G key/value groups, D head
+size; heads and groups are this tensor-parallel rank's.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from simpo_megatron.loss import ResponseTokens
 
 
 class Segment(NamedTuple):
-    """Queries `[start, end)` see, causally from the bottom right, the keys `[prefix_start, prefix_end)` and `[start, end)`."""
+    """Queries `[start, end)` see, causally from the bottom right, the keys of the prefix and then their own."""
 
     start: int
     end: int
@@ -132,7 +132,9 @@ class SegmentedAttention(torch.nn.Module):
             outputs.append(self._attend(query_SBAD[own], key, value, mask))
         return _merge_heads(torch.cat(outputs, dim=2))
 
-    def _attend(self, query_LBAD: Tensor, key_TBGD: Tensor, value_TBGD: Tensor, mask_LT: Tensor | None) -> Tensor:
+    def _attend(
+        self, query_LBAD: Tensor, key_TBGD: Tensor, value_TBGD: Tensor, mask_LT: Tensor | None
+    ) -> Tensor:
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query_LBAD, key_TBGD, value_TBGD))
         return F.scaled_dot_product_attention(
             query,

@@ -1,4 +1,4 @@
-"""One step's pairs on every rank that needs them: read by one rank of a tensor-parallel group, raised on all at once."""
+"""One step's pairs on every rank that needs them: read by one rank of a tensor-parallel group, raised on all."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def read_pairs(
     if tp_group.rank() == 0:
         try:
             _fill(message, dataset, indices, lengths)
-        except Exception as error:  # noqa: BLE001 - whatever it is, the peers must hear of it before it is raised
+        except Exception as error:
             failure, message[0] = error, _FAILED
     if tp_group.size() > 1:
         on_device = message.to(device)
@@ -69,7 +69,9 @@ def _raise_read_failure(failure: Exception | None, tp_group: ProcessGroup) -> No
         raise failure
     reader = dist.get_global_rank(tp_group, 0)
     if failure is not None:
-        raise DataError(f"rank {reader} could not read a batch: {type(failure).__name__}: {failure}") from failure
+        raise DataError(
+            f"rank {reader} could not read a batch: {type(failure).__name__}: {failure}"
+        ) from failure
     raise ParallelError(f"stopped because rank {reader}, which reads for this tensor-parallel group, failed")
 
 
@@ -92,7 +94,9 @@ class Microbatch:
 def to_microbatch(batch: PreferenceBatch, device: torch.device) -> Microbatch:
     """`batch` on `device`, its segments as the layout that the attention and the head read."""
     # These stay on the CPU, where checking and counting them costs no synchronisation; the head moves what it needs.
-    response = ResponseTokens(batch.rows_N, batch.targets_N, batch.sequence_N, num_pairs=len(batch.pair_ids_P))
+    response = ResponseTokens(
+        batch.rows_N, batch.targets_N, batch.sequence_N, num_pairs=len(batch.pair_ids_P)
+    )
     position_ids_BS = batch.position_ids_BS.to(device)
     if batch.segments_G4 is None:
         layout = MicrobatchLayout.of_padded_rows(batch.tokens_BS.size(1), response)

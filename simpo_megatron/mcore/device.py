@@ -12,7 +12,8 @@ import functools
 import importlib
 import sys
 import types
-from typing import Any, Callable
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -153,7 +154,7 @@ def _replace_random_state() -> None:
 
 
 def _name_cpu_tensors_as_the_optimizers_expect() -> None:
-    """megatron's optimizers sort parameters by `tensor.type() == 'torch.cuda.FloatTensor'`: answer them, and only them, so."""
+    """megatron's optimizers sort parameters by `type() == 'torch.cuda.FloatTensor'`: answer them, and only them, so."""
     type_ = torch.Tensor.type
 
     @functools.wraps(type_)

@@ -1,4 +1,4 @@
-"""megatron-core's GPTModel with one change at each end: positions from the layout, token log-probs instead of logits."""
+"""megatron-core's GPTModel with one change at each end: positions from the layout, log-probs instead of logits."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class LogProbHead(ColumnParallelLinear):
 
 
 class PreferenceGPTModel(GPTModel):
-    """GPTModel over one microbatch of pairs; its last stage yields fp32 [N] log-probs of the layout's response tokens."""
+    """GPTModel over one microbatch of pairs; its last stage yields fp32 [N] log-probs of the response tokens."""
 
     def __init__(self, *args: Any, true_vocab_size: int, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -72,10 +72,12 @@ class PreferenceGPTModel(GPTModel):
         return hidden, frequencies[layout.position_ids_S], *rest
 
     def _postprocess(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Hidden states between pipeline stages; log-probs, or logits [B, S, v] without response tokens, from the last."""
+        """Hidden states between stages; from the last, log-probs, or logits [B, S, v] without response tokens."""
         if not self.post_process:
             return hidden_states
-        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        weight = (
+            self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        )
         layout = kwargs.get("packed_seq_params")
         tokens = layout.tokens if isinstance(layout, MicrobatchLayout) else None
         output = self.output_layer(hidden_states, weight, tokens=tokens)

@@ -70,9 +70,7 @@ def plan_run(config: Config, world_size: int) -> Plan:
         refuse_existing_export(config.model.export_hf)
     sources = locate_sources(config)
     description = describe_hf_model(sources.model)
-    layout = resolve(
-        config, world_size=world_size, model=description.transformer, machine=device.machine()
-    )
+    layout = resolve(config, world_size=world_size, model=description.transformer, machine=device.machine())
     return Plan(sources=sources, description=description, layout=layout)
 
 
@@ -173,9 +171,7 @@ def assemble(config: Config, plan: Plan, groups: ParallelGroups) -> Job:
     )
 
     model = build_model(description, config, groups)
-    load_hf_weights(
-        model, sources.model, description, tp_rank=groups.tp.rank(), tp_size=groups.tp.size()
-    )
+    load_hf_weights(model, sources.model, description, tp_rank=groups.tp.rank(), tp_size=groups.tp.size())
     chunks = wrap_in_ddp(model, config)
     optimizer, scheduler = build_optimizer(chunks, config, train_iters)
     trainer = Trainer(
@@ -201,4 +197,3 @@ def assemble(config: Config, plan: Plan, groups: ParallelGroups) -> Job:
 def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """Any id of the vocabulary will do: padding is seen by no response token and counted nowhere."""
     return next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)
-

@@ -59,7 +59,10 @@ def _start_local_ranks(num_ranks: int, script: str, argv: Sequence[str]) -> int:
 
     device.require_local_ranks(num_ranks)
     arguments = ["--nproc-per-node", str(num_ranks), script, *argv]
-    print(f"1 rank runs, the layout needs {num_ranks}; starting them here: torchrun {shlex.join(arguments)}", flush=True)
+    print(
+        f"1 rank runs, the layout needs {num_ranks}; starting them here: torchrun {shlex.join(arguments)}",
+        flush=True,
+    )
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         os.environ.pop(name, None)
     try:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
@@ -13,7 +12,14 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from simpo_megatron.config import Config, Layout
-from simpo_megatron.data import BatchOptions, PreferenceDataset, collate, pair_tokens, plan_evaluation, plan_step
+from simpo_megatron.data import (
+    BatchOptions,
+    PreferenceDataset,
+    collate,
+    pair_tokens,
+    plan_evaluation,
+    plan_step,
+)
 from simpo_megatron.loss import SimPOObjective
 from simpo_megatron.mcore import device
 from simpo_megatron.mcore.batch import Microbatch, read_pairs, to_microbatch
@@ -128,4 +134,3 @@ def _materialise(
         to_microbatch(collate([next(pairs) for _ in chosen], chosen, trainer.batch_options), here)
         for chosen in microbatch_indices
     ]
-

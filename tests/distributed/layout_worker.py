@@ -48,7 +48,10 @@ def run(name: str, config: Config, job: dict, folder: Path) -> None:
     print(name, flush=True)
     description = describe_hf_model(job["model"])
     layout = resolve(
-        config, world_size=int(os.environ["WORLD_SIZE"]), model=description.transformer, machine=device.machine()
+        config,
+        world_size=int(os.environ["WORLD_SIZE"]),
+        model=description.transformer,
+        machine=device.machine(),
     )
     groups = parallel.initialize(config.parallel.sizes, backend="gloo", timeout_minutes=3)
     parallel.seed_everything(config.run.seed)

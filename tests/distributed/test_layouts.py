@@ -127,9 +127,7 @@ def runs(request, tmp_path_factory):
     pairs = random_pairs(3 * BATCH + 1)
     # The tied model only adds the gradient that two stages share: the layouts that cut it differently will do.
     chosen = LAYOUTS if request.param == "untied" else {k: LAYOUTS[k] for k in TIED_LAYOUTS}
-    job = dict(
-        model=str(folder / "model"), pairs=pairs, num_steps=NUM_STEPS, options=OPTIONS, layouts=chosen
-    )
+    job = dict(model=str(folder / "model"), pairs=pairs, num_steps=NUM_STEPS, options=OPTIONS, layouts=chosen)
     (folder / "job.json").write_text(json.dumps(job))
     run_ranks(WORKER, NUM_RANKS, str(folder), timeout=420)
 
@@ -171,7 +169,9 @@ def test_every_layout_ends_with_the_twins_weights(runs):
             found |= load_file(file)
         assert set(found) == set(expected), name
         difference = torch.sqrt(sum((found[k].double() - v).pow(2).sum() for k, v in expected.items()))
-        assert float(difference / norm) <= RELATIVE, f"{name}: weights are off by {float(difference / norm):.1e}"
+        assert float(difference / norm) <= RELATIVE, (
+            f"{name}: weights are off by {float(difference / norm):.1e}"
+        )
 
 
 def test_the_twin_learns_so_that_agreeing_with_it_means_something(runs):
