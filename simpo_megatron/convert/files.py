@@ -81,9 +81,7 @@ def _refuse_outside(folder: Path, name: str) -> None:
     is_plain_name = Path(name).name == name and name.endswith(".safetensors")
     here = folder.resolve()
     if not is_plain_name or (folder / name).resolve().parent not in (here, here.parent.parent / "blobs"):
-        raise CheckpointError(
-            f"{folder / INDEX_FILE}: {name!r} is not a safetensors file inside the folder; refused"
-        )
+        raise CheckpointError(f"{folder / INDEX_FILE}: {name!r} is not a safetensors file inside the folder; refused")
 
 
 def header_bytes(shapes: dict[str, tuple[int, ...]], dtype: torch.dtype) -> bytes:
@@ -110,9 +108,7 @@ def write_safetensors(
     with open(path, "wb") as file:
         file.write(header_bytes(shapes, dtype))
         for (name, shape), tensor in zip(shapes.items(), tensors, strict=True):
-            assert tuple(tensor.shape) == shape and tensor.dtype == dtype, (
-                f"{name}: {tensor.shape} {tensor.dtype}"
-            )
+            assert tuple(tensor.shape) == shape and tensor.dtype == dtype, f"{name}: {tensor.shape} {tensor.dtype}"
             file.write(tensor.contiguous().flatten().view(torch.uint8).numpy())
         file.flush()
         os.fsync(file.fileno())

@@ -31,6 +31,9 @@ from simpo_megatron.parallel import ParallelGroups
 MAX_LISTED = 10
 """Names in an error message before it only counts."""
 
+MAX_MAPPED_BYTES = 256 << 20
+"""Bytes of a weight file, counted in the parameters' dtype, that loading holds in memory at a time."""
+
 _COPIED_FILES = (
     "generation_config.json",
     "tokenizer.json",
@@ -70,9 +73,24 @@ def load_hf_weights(
         for piece in pieces(chunk, description, tp_size=tp_size):
             wanted.setdefault(stored[piece.hf_name].file, []).append(piece)
     for path, pieces_of_file in wanted.items():
-        with open_safetensors(path) as file:
-            for piece in pieces_of_file:
-                _fill(piece, file.get_slice(piece.hf_name), tp_rank, description)
+        for batch in _batches(pieces_of_file, tp_size):
+            with open_safetensors(path) as file:
+                for piece in batch:
+                    _fill(piece, file.get_slice(piece.hf_name), tp_rank, description)
+
+
+def _batches(pieces_of_file: list[Piece], tp_size: int) -> Iterator[list[Piece]]:
+    """The pieces in turn, as many at a time as MAX_MAPPED_BYTES allow; the file is unmapped in between."""
+    batch, num_bytes = [], 0
+    for piece in pieces_of_file:
+        # A slice of columns touches every page of its tensor.
+        touched = piece.view.nbytes * (tp_size if piece.layout.cut == 1 else 1)
+        if batch and num_bytes + touched > MAX_MAPPED_BYTES:
+            yield batch
+            batch, num_bytes = [], 0
+        batch.append(piece)
+        num_bytes += touched
+    yield batch
 
 
 def _fill(piece: Piece, stored_slice, tp_rank: int, description: ModelDescription) -> None:
@@ -93,9 +111,7 @@ def _fill(piece: Piece, stored_slice, tp_rank: int, description: ModelDescriptio
     piece.view.copy_(stored_slice[start : start + length].view(piece.view.shape))
 
 
-def _refuse_unexpected(
-    stored: dict[str, StoredTensor], description: ModelDescription, folder: str | Path
-) -> None:
+def _refuse_unexpected(stored: dict[str, StoredTensor], description: ModelDescription, folder: str | Path) -> None:
     expected = hf_tensors(description)
     problems = [f"{name} is missing" for name in expected if name not in stored]
     for name, tensor in stored.items():
@@ -103,13 +119,9 @@ def _refuse_unexpected(
             if not _may_be_ignored(name, description):
                 problems.append(f"{name} is not part of a {description.family} model with this config.json")
         elif tensor.shape != expected[name]:
-            problems.append(
-                f"{name} has shape {list(tensor.shape)}, config.json makes it {list(expected[name])}"
-            )
+            problems.append(f"{name} has shape {list(tensor.shape)}, config.json makes it {list(expected[name])}")
         elif tensor.dtype not in DTYPE_NAMES.values():
-            problems.append(
-                f"{name} is stored as {tensor.dtype}, expected one of {', '.join(DTYPE_NAMES.values())}"
-            )
+            problems.append(f"{name} is stored as {tensor.dtype}, expected one of {', '.join(DTYPE_NAMES.values())}")
     if problems:
         more = len(problems) - MAX_LISTED
         listed = "; ".join(problems[:MAX_LISTED]) + (f"; and {more} more" if more > 0 else "")
@@ -189,9 +201,7 @@ def export_hf(
             failure = _write_or_drain(staging / shard.file_name, shard, dtype, tensors, groups, failure)
     _raise_together(failure, staging, groups)
     if is_committer:
-        failure = _attempt(
-            _complete_folder, staging, Path(source_folder), shards, description, dtype, model_card
-        )
+        failure = _attempt(_complete_folder, staging, Path(source_folder), shards, description, dtype, model_card)
         failure = failure or _attempt(_publish, staging, out_folder)
     _raise_together(failure, staging, groups)
 
@@ -204,14 +214,10 @@ def refuse_existing_export(out_folder: str | Path) -> None:
     """
     path = Path(out_folder)
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        raise CheckpointError(
-            f"{path}: exists already; an export never overwrites, remove it or name another folder"
-        )
+        raise CheckpointError(f"{path}: exists already; an export never overwrites, remove it or name another folder")
 
 
-def _pieces_by_name(
-    chunk: torch.nn.Module, description: ModelDescription, tp_size: int
-) -> dict[str, list[Piece]]:
+def _pieces_by_name(chunk: torch.nn.Module, description: ModelDescription, tp_size: int) -> dict[str, list[Piece]]:
     """What `chunk` adds to an export; a head that shares the embedding's weight adds nothing."""
     is_tied = description.gpt["share_embeddings_and_output_weights"]
     by_name: dict[str, list[Piece]] = {}
@@ -310,15 +316,12 @@ def _complete_folder(
     """Everything beside the weights."""
     dtype_name = str(dtype).removeprefix("torch.")
     config = {key: value for key, value in description.hf_config.items() if key != "auto_map"}
-    config.update(
-        {key: dtype_name for key in ("dtype", "torch_dtype") if key in config} or {"torch_dtype": dtype_name}
-    )
+    config.update({key: dtype_name for key in ("dtype", "torch_dtype") if key in config} or {"torch_dtype": dtype_name})
     _write_json(staging / "config.json", config)
     if len(shards) > 1:
         weight_map = {name: shard.file_name for shard in shards for name in shard.shapes}
         num_bytes = (
-            sum(torch.Size(shape).numel() for shard in shards for shape in shard.shapes.values())
-            * dtype.itemsize
+            sum(torch.Size(shape).numel() for shard in shards for shape in shard.shapes.values()) * dtype.itemsize
         )
         _write_json(staging / INDEX_FILE, {"metadata": {"total_size": num_bytes}, "weight_map": weight_map})
     for pattern in _COPIED_FILES:

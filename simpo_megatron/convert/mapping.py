@@ -162,9 +162,7 @@ def hf_tensors(description: ModelDescription) -> dict[str, tuple[int, ...]]:
     first, *last = _model_rules(description)
     placed = [(first, None)]
     placed += [
-        (rule, layer)
-        for layer in range(description.transformer["num_layers"])
-        for rule in _layer_rules(description)
+        (rule, layer) for layer in range(description.transformer["num_layers"]) for rule in _layer_rules(description)
     ]
     placed += [(rule, None) for rule in last]
     for rule, layer in placed:

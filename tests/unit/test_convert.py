@@ -175,6 +175,26 @@ def test_every_rank_gets_the_slices_the_twin_cuts_and_reads_no_other_byte(
     assert num_padded == padded_vocab_size(VOCAB, tp_size) - VOCAB
 
 
+def test_a_file_is_held_in_memory_a_bounded_part_at_a_time(tmp_path: Path, monkeypatch) -> None:
+    weights = random_weights()
+    description = write_folder(tmp_path, weights)
+    opened, of_each_opening = hf.open_safetensors, []
+
+    def count(path: Path) -> CountingFile:
+        of_each_opening.append([])
+        return CountingFile(opened(path), of_each_opening[-1])
+
+    monkeypatch.setattr(hf, "open_safetensors", count)
+    limit = weights["lm_head.weight"].nbytes + 100
+    monkeypatch.setattr(hf, "MAX_MAPPED_BYTES", limit)
+    expected = twin_parameters(weights, 0, 1, te=False)
+    chunk = stand_in(expected)
+    load_hf_weights([chunk], tmp_path, description, tp_rank=0, tp_size=1)
+    assert all(torch.equal(parameter, expected[name]) for name, parameter in chunk.named_parameters())
+    assert all(0 < sum(counts) <= limit for counts in of_each_opening)
+    assert sum(map(sum, of_each_opening)) == sum(tensor.nbytes for tensor in weights.values())
+
+
 @pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16, torch.float64])
 def test_any_stored_dtype_is_cast_to_the_parameters(tmp_path: Path, stored: torch.dtype) -> None:
     weights = {name: tensor.to(stored) for name, tensor in random_weights().items()}
@@ -243,9 +263,7 @@ def _with_an_adapter(weights: dict) -> None:
 
 
 def _transposed(weights: dict) -> None:
-    weights["model.layers.0.mlp.down_proj.weight"] = weights[
-        "model.layers.0.mlp.down_proj.weight"
-    ].T.contiguous()
+    weights["model.layers.0.mlp.down_proj.weight"] = weights["model.layers.0.mlp.down_proj.weight"].T.contiguous()
 
 
 def _in_integers(weights: dict) -> None:
