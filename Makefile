@@ -62,7 +62,7 @@ $(VENV)/constraints.txt: constraints.txt setup.py
 	  if $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then cp constraints.txt $@; else : > $@; fi; \
 	fi
 
-INSTALL = @$(BIN)/pip install --quiet --no-compile --constraint $(VENV)/constraints.txt --editable
+INSTALL = @$(BIN)/pip install -qq --no-compile --constraint $(VENV)/constraints.txt --editable
 
 $(VENV)/.ready: $(VENV)/constraints.txt
 	@echo "== packages: torch, megatron-core, transformers, ... (once; a minute, or as long as the download takes)"

@@ -1,0 +1,115 @@
+"""The report tells what the metrics say, whatever state a run was left in."""
+
+import json
+import re
+import struct
+
+import pytest
+
+from simpo_megatron.config import config_from, to_yaml
+from simpo_megatron.errors import ConfigError
+from simpo_megatron.training.report import main, read_curves, write_report
+
+
+def write_run(folder, lines, **options):
+    folder.mkdir(exist_ok=True)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "config.yaml").write_text(to_yaml(config_from(**({"model": "m", "data": ("d",)} | options))))
+    return folder
+
+
+def step(iteration, **metrics):
+    numbers = {"loss": 1 / iteration, "rewards/margins": iteration * 0.1, "rewards/accuracies": 0.5}
+    return {"iteration": iteration, **numbers, "pairs_per_second": 10.0 * iteration} | metrics
+
+
+def evaluation(iteration, accuracy, margin):
+    numbers = {"loss": 0.7, "rewards/accuracies": accuracy, "rewards/margins": margin, "logps/chosen": -1.5}
+    return {"iteration": iteration, **{f"eval/{name}": value for name, value in numbers.items()}}
+
+
+def test_a_report_says_before_and_after_and_stands_alone(tmp_path):
+    lines = [evaluation(0, 0.45, -0.02), *(step(i) for i in range(1, 31)), evaluation(30, 0.875, 1.25)]
+    report = write_report(write_run(tmp_path / "run", lines, export_hf="out/hf", beta=2.5))
+    page = report.page.read_text()
+    assert report.headline.startswith("On held-out pairs, accuracy went from 45.0% to 87.5%")
+    assert report.headline in page.replace("&#x27;", "'")
+    row = re.search(r"<tr><td>reward margin</td>.*", page).group()
+    assert ">-0.020<" in row and ">+1.250<" in row
+    assert "out/hf" in page and "beta: 2.5" in page and "gamma 1.25" in page
+    assert not re.search(r'(src|href)="(?!data:)', page), "nothing is loaded from elsewhere"
+
+
+def test_the_picture_is_a_png_of_the_promised_size(tmp_path):
+    report = write_report(write_run(tmp_path / "run", [step(i) for i in range(1, 31)]))
+    content = report.picture.read_bytes()
+    assert content[:8] == b"\x89PNG\r\n\x1a\n"
+    assert struct.unpack(">II", content[16:24]) == (1800, 600)
+    assert len(set(content)) > 200, "not a blank picture"
+
+
+def test_two_runs_give_two_pictures(tmp_path):
+    falling = write_report(write_run(tmp_path / "a", [step(i) for i in range(1, 31)])).picture
+    rising = write_report(write_run(tmp_path / "b", [step(i, loss=i) for i in range(1, 31)])).picture
+    again = write_report(tmp_path / "a").picture
+    assert falling.read_bytes() == again.read_bytes() != rising.read_bytes()
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        [step(1)],
+        [evaluation(0, 0.5, 0.0)],
+        [step(i, loss="nan") for i in range(1, 31)],
+        [step(i, loss="inf") for i in range(1, 31)],
+    ],
+)
+def test_a_run_that_did_not_get_far_still_has_a_report(tmp_path, lines):
+    report = write_report(write_run(tmp_path / "run", lines))
+    assert report.headline == "No held-out pairs were evaluated before and after training."
+    assert report.picture.stat().st_size > 1000 and "Curves" in report.page.read_text()
+
+
+def test_names_from_the_configuration_are_text_and_not_markup(tmp_path):
+    report = write_report(write_run(tmp_path / "run", [step(1)], model="<script>alert(1)</script>"))
+    assert "<script>" not in report.page.read_text()
+    assert "&lt;script&gt;" in report.page.read_text()
+
+
+def test_a_step_done_again_after_a_resume_counts_once_and_last(tmp_path):
+    lines = [step(1), step(2, loss=9.0), step(3, loss=9.0), step(2, loss=0.2), step(3, loss=0.1)]
+    curves = read_curves(write_run(tmp_path / "run", lines) / "metrics.jsonl")
+    assert curves.training["loss"] == [(1, 1.0), (2, 0.2), (3, 0.1)]
+    assert curves.held_out == {}
+
+
+def test_half_a_line_left_by_a_kill_is_passed_over(tmp_path):
+    path = write_run(tmp_path / "run", [step(1)]) / "metrics.jsonl"
+    path.write_text(path.read_text() + '{"iteration": 2, "lo\n' + json.dumps(step(3)) + "\n[1]\n7\n{}\n")
+    assert [iteration for iteration, _ in read_curves(path).training["loss"]] == [1, 3]
+
+
+def test_text_and_switches_in_a_record_are_no_curves(tmp_path):
+    path = write_run(tmp_path / "run", [step(1, pair_ids="abc", done=True)]) / "metrics.jsonl"
+    assert {"pair_ids", "done"}.isdisjoint(read_curves(path).training)
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path, capsys, monkeypatch):
+    with pytest.raises(ConfigError, match=r"metrics.jsonl: cannot be read"):
+        write_report(tmp_path)
+    (tmp_path / "metrics.jsonl").write_text("\n")
+    with pytest.raises(ConfigError, match=r"metrics.jsonl: found no record"):
+        write_report(tmp_path)
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(step(1)))
+    with pytest.raises(ConfigError, match=r"found no config.yaml"):
+        write_report(tmp_path)
+    monkeypatch.setattr("sys.argv", ["report", str(tmp_path)])
+    assert main() == 2 and "found no config.yaml" in capsys.readouterr().err
+
+
+def test_the_command_prints_the_result_and_where_it_lies(tmp_path, capsys, monkeypatch):
+    folder = write_run(tmp_path / "run", [evaluation(0, 0.5, 0.0), step(1), evaluation(1, 0.75, 0.5)])
+    monkeypatch.setattr("sys.argv", ["report", str(folder)])
+    assert main() == 0
+    headline, page, picture = capsys.readouterr().out.splitlines()
+    assert "50.0% to 75.0%" in headline and page.endswith("run/report.html") and picture.endswith("run/loss.png")
