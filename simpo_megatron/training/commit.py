@@ -1,0 +1,349 @@
+"""The commit rule of checkpoint folders: whole and verified, or invisible. Files only; no tensors, no ranks.
+
+A checkpoint is drafted in `iter_0000010.tmp-<uuid>`, its files are hashed, COMMIT.json is written last with their
+sizes and hashes, and one rename gives the folder its name. A reader looks at nothing but folders of such names and
+trusts nothing but their COMMIT.json. A committed folder is never written to again.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+import socket
+import uuid
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from simpo_megatron.errors import CheckpointError
+
+FORMAT = 1
+RECORD_FILE = "COMMIT.json"
+LATEST_FILE = "latest_checkpointed_iteration.txt"
+"""Where Megatron's own readers look for the newest iteration; here it is written and never read."""
+BEST_METRIC = "eval/rewards/accuracies"
+
+_LOCK_FILE = ".lock"
+_NAME = re.compile(r"iter_([0-9]{7,9})")
+_DRAFT = re.compile(r"iter_[0-9]{7,9}\.tmp-[0-9a-f]{32}")
+_MAX_RECORD_BYTES = 64 << 20
+_CHUNK_BYTES = 4 << 20
+
+
+class NewerFormatError(CheckpointError):
+    """A checkpoint that is not damaged: a newer version wrote it."""
+
+
+@dataclass(frozen=True)
+class Digest:
+    """What is known of one file."""
+
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A committed folder, its files present with the sizes that were committed."""
+
+    folder: Path
+    iteration: int
+    facts: Mapping[str, Any]
+    """What the writer said of the run: JSON values."""
+    files: Mapping[str, Digest]
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(digest.size for digest in self.files.values())
+
+
+def lock(save: Path) -> IO[str]:
+    """The open lock file of the run's folder, which is made; the lock lasts until the file or the process ends.
+
+    Raises:
+        CheckpointError: another process holds it, or the folder cannot be written.
+    """
+    try:
+        save.mkdir(parents=True, exist_ok=True)
+        # A lock of the process, not of the open file: helper processes that outlive a killed run do not keep it.
+        file = (save / _LOCK_FILE).open("a+", encoding="utf-8")
+    except OSError as error:
+        raise CheckpointError(f"save: {save} cannot be written ({error.strerror}); name a folder of yours") from None
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.seek(0)
+        holder = file.read(200).strip() or "unknown"
+        file.close()
+        raise CheckpointError(
+            f"save: {save} is in use by another run ({holder}); wait for it or choose another folder"
+        ) from None
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    file.flush()
+    return file
+
+
+def begin(save: Path, iteration: int) -> Path:
+    """A new empty folder to write the checkpoint of `iteration` into; no reader sees it."""
+    draft = save / f"{_name(iteration)}.tmp-{uuid.uuid4().hex}"
+    draft.mkdir()
+    return draft
+
+
+def digest_file(path: Path) -> Digest:
+    """Size and hash of a file as it can be read now."""
+    sha256, size = hashlib.sha256(), 0
+    with path.open("rb", buffering=0) as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            sha256.update(chunk)
+            size += len(chunk)
+    return Digest(size, sha256.hexdigest())
+
+
+def commit(draft: Path, iteration: int, files: Mapping[str, Digest], facts: Mapping[str, Any]) -> Checkpoint:
+    """The checkpoint that `draft` becomes, in one rename, after everything in it is on the disk.
+
+    Raises:
+        CheckpointError: the draft's files are not those of `files`, or a checkpoint of this iteration exists.
+    """
+    folder = draft.parent / _name(iteration)
+    if folder.exists():
+        raise CheckpointError(f"{folder}: exists already, and a checkpoint is never overwritten")
+    checkpoint = Checkpoint(folder, iteration, facts, files)
+    _check_sizes(draft, files)
+    for name in files:
+        _sync(draft / name)
+    (draft / RECORD_FILE).write_text(_to_text(checkpoint), encoding="utf-8")
+    _sync(draft / RECORD_FILE)
+    _sync(draft)
+    os.rename(draft, folder)
+    _sync(folder.parent)
+    write_latest(folder.parent, iteration)
+    return checkpoint
+
+
+def write_latest(save: Path, iteration: int) -> None:
+    """Tell Megatron's own readers which checkpoint is the newest."""
+    replace_text(save / LATEST_FILE, f"{iteration}\n")
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Give `path` a new content at once: a reader, also after a crash, sees the old one or the new one."""
+    draft = path.with_name(f"{path.name}.tmp-{uuid.uuid4().hex}")
+    draft.write_text(text, encoding="utf-8")
+    _sync(draft)
+    os.replace(draft, path)
+    _sync(path.parent)
+
+
+def read(folder: Path) -> Checkpoint:
+    """The checkpoint in `folder`: its record is whole, its files are exactly those listed and have their sizes.
+
+    Raises:
+        CheckpointError: naming the file that is not as it was committed.
+    """
+    checkpoint = _read_record(folder)
+    _check_sizes(folder, checkpoint.files)
+    return checkpoint
+
+
+def check_hashes(checkpoint: Checkpoint, names: Iterable[str]) -> None:
+    """Nothing, when the files `names` hold the bytes that were committed.
+
+    Raises:
+        CheckpointError: naming the first file that does not.
+    """
+    for name in names:
+        expected = checkpoint.files[name].sha256
+        found = digest_file(checkpoint.folder / name).sha256
+        if found != expected:
+            raise CheckpointError(
+                f"{checkpoint.folder / name}: its bytes changed since it was committed (SHA-256 {found[:16]}..., "
+                f"expected {expected[:16]}...)"
+            )
+
+
+def committed(save: Path) -> list[Path]:
+    """The folders under `save` that are named and marked as checkpoints, oldest first; links are not followed."""
+    if not save.is_dir():
+        return []
+    folders = [entry for entry in save.iterdir() if _NAME.fullmatch(entry.name) and _is_real_folder(entry)]
+    return sorted((folder for folder in folders if (folder / RECORD_FILE).is_file()), key=_iteration)
+
+
+def candidates(save: Path, resume: str) -> list[Path]:
+    """The folders to try for `--resume`, best first: none, the one of an explicit step, or all.
+
+    Raises:
+        CheckpointError: the step is not there, or a checkpoint is required and there is none.
+    """
+    if resume == "none":
+        return []
+    folders = committed(save)
+    if resume in ("latest", "required"):
+        if resume == "required" and not folders:
+            raise CheckpointError(f"resume: required, but {save} holds no complete checkpoint")
+        return folders[::-1]
+    found = [folder for folder in folders if _iteration(folder) == int(resume)]
+    if not found:
+        steps = ", ".join(str(_iteration(folder)) for folder in folders) or "none"
+        raise CheckpointError(f"resume: {save} has no complete checkpoint of step {int(resume)}; it has: {steps}")
+    return found
+
+
+def first_sound(
+    folders: Sequence[Path], resume: str, check: Callable[[Path], Checkpoint]
+) -> tuple[Checkpoint | None, list[str]]:
+    """(the first checkpoint that passes `check`, what was wrong with those before it); None when there are no folders.
+
+    Raises:
+        CheckpointError: an explicitly named step is damaged, or every checkpoint is; a newer version wrote one.
+    """
+    problems: list[str] = []
+    for folder in folders:
+        try:
+            return check(folder), problems
+        except NewerFormatError:
+            raise
+        except CheckpointError as error:
+            if resume not in ("latest", "required"):
+                raise
+            problems.append(str(error))
+    if problems:
+        raise CheckpointError(
+            f"resume: every checkpoint is damaged ({'; '.join(problems[:3])}); --resume none starts anew"
+        )
+    return None, problems
+
+
+def set_aside_after(save: Path, iteration: int) -> list[Path]:
+    """The new paths of the checkpoints later than `iteration`, renamed so that no reader takes them for this run's.
+
+    A run that continues from an earlier step, or anew, makes a history of its own.
+    """
+    moved = []
+    for folder in reversed(committed(save)):
+        if _iteration(folder) > iteration:
+            moved.append(folder.with_name(f"{folder.name}.aside-{uuid.uuid4().hex[:8]}"))
+            os.rename(folder, moved[-1])
+    if moved:
+        _sync(save)
+    return moved
+
+
+def prune(save: Path, num_newest: int) -> list[Path]:
+    """The checkpoints removed: all but the newest `num_newest` and the one with the best held-out accuracy.
+
+    What is not a whole checkpoint of this format stays. A removed folder disappears in one rename.
+    """
+    ours = [checkpoint for folder in committed(save) if (checkpoint := _read_or_none(folder)) is not None]
+    kept = {checkpoint.iteration for checkpoint in ours[-num_newest:]}
+    scored = [checkpoint for checkpoint in ours if _accuracy(checkpoint) is not None]
+    if scored:
+        kept.add(max(scored, key=lambda checkpoint: (_accuracy(checkpoint), checkpoint.iteration)).iteration)
+    removed = [checkpoint.folder for checkpoint in ours if checkpoint.iteration not in kept]
+    for folder in removed:
+        doomed = folder.with_name(f"{folder.name}.tmp-{uuid.uuid4().hex}")
+        os.rename(folder, doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+    return removed
+
+
+def remove_drafts(save: Path) -> list[Path]:
+    """The drafts and half-removed folders of runs that were killed, removed."""
+    if not save.is_dir():
+        return []
+    drafts = [entry for entry in save.iterdir() if _DRAFT.fullmatch(entry.name) and _is_real_folder(entry)]
+    for draft in drafts:
+        # A helper process of the killed run may still be writing: what is left goes next time.
+        shutil.rmtree(draft, ignore_errors=True)
+    return drafts
+
+
+def _name(iteration: int) -> str:
+    return f"iter_{iteration:07d}"
+
+
+def _iteration(folder: Path) -> int:
+    return int(_NAME.fullmatch(folder.name)[1])
+
+
+def _is_real_folder(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink()
+
+
+def _accuracy(checkpoint: Checkpoint) -> float | None:
+    metrics = checkpoint.facts.get("metrics")
+    value = metrics.get(BEST_METRIC) if isinstance(metrics, dict) else None
+    return value if isinstance(value, float) else None
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _to_text(checkpoint: Checkpoint) -> str:
+    record = {
+        "format": FORMAT,
+        "iteration": checkpoint.iteration,
+        "facts": dict(checkpoint.facts),
+        "files": {name: [digest.size, digest.sha256] for name, digest in sorted(checkpoint.files.items())},
+    }
+    return json.dumps({**record, "sha256": _hash_of(record)}, indent=1, allow_nan=False) + "\n"
+
+
+def _hash_of(record: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+
+
+def _read_record(folder: Path) -> Checkpoint:
+    path = folder / RECORD_FILE
+    try:
+        if path.stat().st_size > _MAX_RECORD_BYTES:
+            raise CheckpointError(f"{path}: larger than {_MAX_RECORD_BYTES} bytes, which no record is")
+        record = json.loads(path.read_bytes())
+        form = record["format"]
+        if isinstance(form, int) and form > FORMAT:
+            raise NewerFormatError(f"{path}: format {form} was written by a newer version; this one reads {FORMAT}")
+        stated = record.pop("sha256")
+        if form != FORMAT or stated != _hash_of(record):
+            raise ValueError("its own hash does not match")
+        files = {name: Digest(size, sha256) for name, (size, sha256) in record["files"].items()}
+        checkpoint = Checkpoint(folder, record["iteration"], record["facts"], files)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror}), so the checkpoint is not complete") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not a whole record of a checkpoint ({error})") from None
+    if checkpoint.iteration != _iteration(folder):
+        raise CheckpointError(f"{path}: records step {checkpoint.iteration}, which is not its folder's")
+    return checkpoint
+
+
+def _read_or_none(folder: Path) -> Checkpoint | None:
+    try:
+        return read(folder)
+    except CheckpointError:
+        return None
+
+
+def _check_sizes(folder: Path, files: Mapping[str, Digest]) -> None:
+    found = {path.name: path for path in folder.iterdir() if path.name != RECORD_FILE}
+    for name, digest in files.items():
+        path = found.pop(name, None)
+        if path is None or path.is_symlink() or not path.is_file():
+            raise CheckpointError(f"{folder / name}: missing or not a plain file")
+        size = path.stat().st_size
+        if size != digest.size:
+            raise CheckpointError(f"{path}: {size} bytes, but {digest.size} were committed")
+    if found:
+        raise CheckpointError(f"{folder / min(found)}: not part of the checkpoint that was committed")
