@@ -4,7 +4,7 @@ from simpo_megatron.config.lint import lint
 from simpo_megatron.config.presets import PRESETS
 from simpo_megatron.config.reading import config_from, load_config, read_yaml
 from simpo_megatron.config.resolving import Layout, Machine, resolve
-from simpo_megatron.config.sections import DEMO, Config
+from simpo_megatron.config.sections import DEMO, Config, PrecisionConfig
 from simpo_megatron.config.writing import to_table, to_yaml
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "Config",
     "Layout",
     "Machine",
+    "PrecisionConfig",
     "config_from",
     "lint",
     "load_config",

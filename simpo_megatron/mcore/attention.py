@@ -46,14 +46,10 @@ class MicrobatchLayout(PackedSeqParams):
     @classmethod
     def of_padded_rows(cls, sequence_length: int, tokens: ResponseTokens) -> MicrobatchLayout:
         """The layout of B rows padded on the right to `sequence_length`."""
-        return cls(
-            qkv_format="sbhd", max_seqlen_q=sequence_length, max_seqlen_kv=sequence_length, tokens=tokens
-        )
+        return cls(qkv_format="sbhd", max_seqlen_q=sequence_length, max_seqlen_kv=sequence_length, tokens=tokens)
 
     @classmethod
-    def of_pack(
-        cls, position_ids_S: Tensor, segments: tuple[Segment, ...], tokens: ResponseTokens
-    ) -> MicrobatchLayout:
+    def of_pack(cls, position_ids_S: Tensor, segments: tuple[Segment, ...], tokens: ResponseTokens) -> MicrobatchLayout:
         """The layout of one pack of whole pairs."""
         num_positions = int(position_ids_S.max()) + 1
         return cls(
@@ -132,9 +128,7 @@ class SegmentedAttention(torch.nn.Module):
             outputs.append(self._attend(query_SBAD[own], key, value, mask))
         return _merge_heads(torch.cat(outputs, dim=2))
 
-    def _attend(
-        self, query_LBAD: Tensor, key_TBGD: Tensor, value_TBGD: Tensor, mask_LT: Tensor | None
-    ) -> Tensor:
+    def _attend(self, query_LBAD: Tensor, key_TBGD: Tensor, value_TBGD: Tensor, mask_LT: Tensor | None) -> Tensor:
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query_LBAD, key_TBGD, value_TBGD))
         return F.scaled_dot_product_attention(
             query,

@@ -69,9 +69,7 @@ def _raise_read_failure(failure: Exception | None, tp_group: ProcessGroup) -> No
         raise failure
     reader = dist.get_global_rank(tp_group, 0)
     if failure is not None:
-        raise DataError(
-            f"rank {reader} could not read a batch: {type(failure).__name__}: {failure}"
-        ) from failure
+        raise DataError(f"rank {reader} could not read a batch: {type(failure).__name__}: {failure}") from failure
     raise ParallelError(f"stopped because rank {reader}, which reads for this tensor-parallel group, failed")
 
 
@@ -94,9 +92,7 @@ class Microbatch:
 def to_microbatch(batch: PreferenceBatch, device: torch.device) -> Microbatch:
     """`batch` on `device`, its segments as the layout that the attention and the head read."""
     # These stay on the CPU, where checking and counting them costs no synchronisation; the head moves what it needs.
-    response = ResponseTokens(
-        batch.rows_N, batch.targets_N, batch.sequence_N, num_pairs=len(batch.pair_ids_P)
-    )
+    response = ResponseTokens(batch.rows_N, batch.targets_N, batch.sequence_N, num_pairs=len(batch.pair_ids_P))
     position_ids_BS = batch.position_ids_BS.to(device)
     if batch.segments_G4 is None:
         layout = MicrobatchLayout.of_padded_rows(batch.tokens_BS.size(1), response)

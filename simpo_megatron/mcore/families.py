@@ -95,9 +95,7 @@ def _transformer_arguments(config: dict[str, Any]) -> dict[str, Any]:
     num_heads = _count(config, "num_attention_heads")
     num_groups = _count(config, "num_key_value_heads") if config.get("num_key_value_heads") else num_heads
     if num_heads % num_groups:
-        raise ConfigError(
-            f"num_attention_heads {num_heads} is not a multiple of num_key_value_heads {num_groups}"
-        )
+        raise ConfigError(f"num_attention_heads {num_heads} is not a multiple of num_key_value_heads {num_groups}")
     hidden_size = _count(config, "hidden_size")
     epsilon = config.get("rms_norm_eps")
     if not isinstance(epsilon, float) or not 0 < epsilon < 1:
@@ -205,9 +203,7 @@ def _rope_arguments(config: dict[str, Any]) -> dict[str, Any]:
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in _ROPE_SCALINGS:
-        raise ConfigError(
-            f"rope_type {kind!r} is not supported: megatron-core has {', '.join(_ROPE_SCALINGS)}"
-        )
+        raise ConfigError(f"rope_type {kind!r} is not supported: megatron-core has {', '.join(_ROPE_SCALINGS)}")
     fraction = rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
     if fraction != 1.0 and config["model_type"] != "phi3":
         raise ConfigError(f"partial_rotary_factor {fraction} is not supported for {config['model_type']}")

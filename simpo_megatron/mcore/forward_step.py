@@ -26,9 +26,7 @@ class ForwardStep:
     pairs_per_chosen_token: float
     """Pairs over chosen response tokens of the whole global batch; the weight of a token in the `token` SFT term."""
 
-    def __call__(
-        self, data_iterator: Iterator[Microbatch], model: torch.nn.Module
-    ) -> tuple[Tensor, LossFunction]:
+    def __call__(self, data_iterator: Iterator[Microbatch], model: torch.nn.Module) -> tuple[Tensor, LossFunction]:
         microbatch = next(data_iterator)
         output = model(
             microbatch.tokens_BS,

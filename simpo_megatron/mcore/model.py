@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import (
@@ -21,6 +20,7 @@ from simpo_megatron.loss import VocabShard, fused_linear_log_probs
 from simpo_megatron.mcore import device
 from simpo_megatron.mcore.attention import MicrobatchLayout
 from simpo_megatron.mcore.families import ModelDescription, padded_vocab_size
+from simpo_megatron.mcore.precision import precision_options
 from simpo_megatron.mcore.specs import block_spec
 from simpo_megatron.parallel import ParallelGroups
 
@@ -43,9 +43,7 @@ class LogProbHead(ColumnParallelLinear):
             input_,
             self.weight if weight is None else weight,
             tokens,
-            vocab=VocabShard(
-                start=self.tp_group.rank() * self.output_size_per_partition, size=self.true_vocab_size
-            ),
+            vocab=VocabShard(start=self.tp_group.rank() * self.output_size_per_partition, size=self.true_vocab_size),
             tp_group=self.tp_group,
             sequence_parallel=self.sequence_parallel,
             accumulate_into_main_grad=True,
@@ -75,9 +73,7 @@ class PreferenceGPTModel(GPTModel):
         """Hidden states between stages; from the last, log-probs, or logits [B, S, v] without response tokens."""
         if not self.post_process:
             return hidden_states
-        weight = (
-            self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
-        )
+        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
         layout = kwargs.get("packed_seq_params")
         tokens = layout.tokens if isinstance(layout, MicrobatchLayout) else None
         output = self.output_layer(hidden_states, weight, tokens=tokens)
@@ -86,8 +82,7 @@ class PreferenceGPTModel(GPTModel):
 
 def transformer_config(description: ModelDescription, config: Config) -> TransformerConfig:
     """megatron's TransformerConfig: the architecture from `description`, everything else from `config`."""
-    sizes, precision = config.parallel.sizes, config.precision
-    dtype = torch.bfloat16 if precision.bf16 else torch.float32
+    sizes = config.parallel.sizes
     interleaved = sizes.virtual_pipeline is not None
     return TransformerConfig(
         **description.transformer,
@@ -97,9 +92,6 @@ def transformer_config(description: ModelDescription, config: Config) -> Transfo
         context_parallel_size=sizes.context,
         expert_model_parallel_size=sizes.expert,
         sequence_parallel=config.parallel.sequence_parallel,
-        params_dtype=dtype,
-        pipeline_dtype=dtype,
-        bf16=precision.bf16,
         attention_softmax_in_fp32=True,
         hidden_dropout=config.model.hidden_dropout,
         attention_dropout=config.model.attention_dropout,
@@ -111,12 +103,13 @@ def transformer_config(description: ModelDescription, config: Config) -> Transfo
         calculate_per_token_loss=True,
         # Packs differ in length. megatron asks for this dispatcher whenever lengths vary, experts or not.
         variable_seq_lengths=sizes.pipeline > 1,
-        moe_token_dispatcher_type="alltoall",
+        moe_token_dispatcher_type="alltoall",  # noqa: S106 - no secret, whatever its name says
         # With two stages, interleaving over megatron's default batched p2p gives silently wrong gradients.
         overlap_p2p_comm=interleaved,
         batch_p2p_comm=not interleaved,
         use_cpu_initialization=not device.has_cuda(),
         perform_initialization=False,
+        **precision_options(config.precision),
         **_fusions(),
     )
 
@@ -124,28 +117,27 @@ def transformer_config(description: ModelDescription, config: Config) -> Transfo
 def _fusions() -> dict[str, bool]:
     """Fused kernels where there is a GPU; on the CPU they would compile for seconds or are not there at all."""
     fused = device.has_cuda()
-    return dict(
-        bias_activation_fusion=fused,
-        bias_dropout_fusion=fused,
-        masked_softmax_fusion=fused,
-        apply_rope_fusion=fused,
-        persist_layer_norm=False,
-        gradient_accumulation_fusion=False,
-    )
+    return {
+        "bias_activation_fusion": fused,
+        "bias_dropout_fusion": fused,
+        "masked_softmax_fusion": fused,
+        "apply_rope_fusion": fused and device.machine().has_transformer_engine,
+        "persist_layer_norm": False,
+        "gradient_accumulation_fusion": False,
+    }
 
 
-def build_model(
-    description: ModelDescription, config: Config, groups: ParallelGroups
-) -> list[PreferenceGPTModel]:
+def build_model(description: ModelDescription, config: Config, groups: ParallelGroups) -> list[PreferenceGPTModel]:
     """This rank's model chunks, one per virtual pipeline stage, with weights allocated and not yet set."""
     mcore_config = transformer_config(description, config)
+    machine = device.machine()
     num_chunks = groups.sizes.virtual_pipeline or 1
     chunks = []
     for stage in range(num_chunks):
         vp_stage = stage if num_chunks > 1 else None
         chunk = PreferenceGPTModel(
             mcore_config,
-            block_spec(mcore_config, vp_stage),
+            block_spec(mcore_config, vp_stage, transformer_engine=machine.has_cuda and machine.has_transformer_engine),
             padded_vocab_size(description.vocab_size, groups.tp.size()),
             pre_process=groups.is_first_stage and stage == 0,
             post_process=groups.is_last_stage and stage == num_chunks - 1,

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 
-import torch
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from simpo_megatron.config import Config
 from simpo_megatron.errors import NumericsError
+from simpo_megatron.mcore.precision import parameter_dtype
 
 
 def build_optimizer(
@@ -32,7 +32,8 @@ def build_optimizer(
             adam_eps=settings.adam_eps,
             clip_grad=settings.clip_grad,
             bf16=precision.bf16,
-            params_dtype=torch.bfloat16 if precision.bf16 else torch.float32,
+            params_dtype=parameter_dtype(precision),
+            fp8_recipe=precision.fp8_recipe,
             use_distributed_optimizer=config.parallel.use_distributed_optimizer,
             overlap_param_gather=config.parallel.overlap_param_gather,
         ),
@@ -89,9 +90,7 @@ def update(optimizer: MegatronOptimizer, scheduler: OptimizerParamScheduler) -> 
     optimizer.prepare_grads()
     grad_norm = float(optimizer.get_grad_norm())
     if not math.isfinite(grad_norm):
-        raise NumericsError(
-            f"the gradient norm is {grad_norm}; weights, moments and schedule are as before the step"
-        )
+        raise NumericsError(f"the gradient norm is {grad_norm}; weights, moments and schedule are as before the step")
     learning_rate = max(group["lr"] for group in optimizer.param_groups)
     optimizer.step()
     scheduler.step(increment=1)

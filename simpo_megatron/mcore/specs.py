@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import torch
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.extensions.transformer_engine import TENorm
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -39,7 +43,24 @@ def local_layer_spec(config: TransformerConfig) -> ModuleSpec:
     return spec
 
 
-def block_spec(config: TransformerConfig, vp_stage: int | None) -> TransformerBlockSubmodules:
+def transformer_engine_layer_spec(config: TransformerConfig) -> ModuleSpec:
+    """One transformer layer of Transformer Engine's linear layers and norms, as FP8 needs; attention as elsewhere."""
+    spec = get_gpt_layer_with_transformer_engine_spec(
+        num_experts=config.num_moe_experts,
+        moe_grouped_gemm=config.moe_grouped_gemm,
+        qk_layernorm=config.qk_layernorm,
+    )
+    spec.submodules.self_attention.submodules.core_attention = SegmentedAttention
+    return spec
+
+
+def block_spec(
+    config: TransformerConfig, vp_stage: int | None, *, transformer_engine: bool
+) -> TransformerBlockSubmodules:
     """The decoder of this rank's (virtual) pipeline stage: its layers and the norm that ends the last stage."""
     num_layers = get_num_layers_to_build(config, vp_stage)
-    return TransformerBlockSubmodules(layer_specs=[local_layer_spec(config)] * num_layers, layer_norm=RMSNorm)
+    if transformer_engine:
+        layer, norm = transformer_engine_layer_spec(config), TENorm
+    else:
+        layer, norm = local_layer_spec(config), RMSNorm
+    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=norm)

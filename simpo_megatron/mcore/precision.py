@@ -1,0 +1,43 @@
+"""Number formats of a run as megatron-core's TransformerConfig names them.
+
+The output layer and the embedding are no Transformer Engine modules: they stay in bf16 under every recipe, and the
+loss sums in fp32 whatever the format.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from simpo_megatron.config import PrecisionConfig
+
+# Hopper's two 8-bit formats: hybrid is e4m3 forward and e5m2 for gradients; block scaling has range enough for e4m3.
+_FP8_FORMAT = {"delayed": "hybrid", "tensorwise": "hybrid", "blockwise": "e4m3", "mxfp8": "e4m3"}
+_FP8_DETAILS: dict[str, dict[str, Any]] = {
+    # Transformer Engine's own history; megatron-core's default of one step follows every outlier.
+    "delayed": {"fp8_amax_history_len": 1024, "fp8_amax_compute_algo": "max"},
+    # The first and last layer are the most sensitive; NVIDIA's recipes keep them in bf16, which delayed scaling cannot.
+    "tensorwise": {
+        "first_last_layers_bf16": True,
+        "num_layers_at_start_in_bf16": 1,
+        "num_layers_at_end_in_bf16": 1,
+    },
+    "blockwise": {},
+    "mxfp8": {},
+}
+
+
+def precision_options(precision: PrecisionConfig) -> dict[str, Any]:
+    """Keyword arguments of TransformerConfig for `precision`."""
+    dtype = parameter_dtype(precision)
+    options: dict[str, Any] = {"bf16": precision.bf16, "params_dtype": dtype, "pipeline_dtype": dtype}
+    recipe = precision.fp8_recipe
+    if recipe is not None:
+        options |= {"fp8": _FP8_FORMAT[recipe], "fp8_recipe": recipe, **_FP8_DETAILS[recipe]}
+    return options
+
+
+def parameter_dtype(precision: PrecisionConfig) -> torch.dtype:
+    """The dtype of weights and activations outside FP8 products; master weights and moments are fp32 beside bf16."""
+    return torch.bfloat16 if precision.bf16 else torch.float32
