@@ -25,7 +25,7 @@ from simpo_megatron.config.options import (
     refuse_both,
 )
 from simpo_megatron.config.presets import PRESETS
-from simpo_megatron.config.sections import DEMO, Config
+from simpo_megatron.config.sections import DEMO, Config, require
 from simpo_megatron.errors import ConfigError
 
 _MAX_YAML_BYTES = 1 << 20
@@ -225,32 +225,31 @@ def _merge(lower: Layer, upper: Layer) -> Layer:
 
 def _build(layer: Layer) -> Config:
     """The sections from their defaults and `layer`; a section's refusal gets the place of its value."""
-    table = option_table()
-    values = {name: setting.value for name, setting in layer.items()}
-    if "fp32" in values:
-        values["bf16"] = not values.pop("fp32")
     sections = {}
     for section, section_type in typing.get_type_hints(Config).items():
-        own = {name: value for name, value in values.items() if table[name].section == section}
+        own = {name: setting for name, setting in layer.items() if option_table()[name].section == section}
         try:
-            if "gamma" in own:
-                own["gamma_beta_ratio"] = _ratio(own.pop("gamma"), own.get("beta", table["beta"].default))
-            sections[section] = section_type(**own)
+            sections[section] = section_type(**_field_values(own))
         except ConfigError as error:
-            raise ConfigError(_with_origin(str(error), layer)) from None
+            raise ConfigError(_with_origin(str(error), own)) from None
     return Config(**sections)
 
 
-def _ratio(gamma: float, beta: float) -> float:
-    if not beta > 0:
-        raise ConfigError(f"beta: found {beta!r}, expected a number above 0")
-    if gamma < 0:
-        raise ConfigError(f"gamma: found {gamma!r}, expected a number not below 0")
-    return gamma / beta
+def _field_values(settings: Layer) -> dict[str, typing.Any]:
+    """What one section's fields were set to; second ways of saying become the first."""
+    values = {name: setting.value for name, setting in settings.items()}
+    if "fp32" in values:
+        values["bf16"] = not values.pop("fp32")
+    if "gamma" in values:
+        gamma, beta = values.pop("gamma"), values.get("beta", option_table()["beta"].default)
+        require(gamma >= 0, "gamma", gamma, "a number not below 0")
+        require(beta > 0, "beta", beta, "a number above 0")
+        values["gamma_beta_ratio"] = gamma / beta
+    return values
 
 
-def _with_origin(message: str, layer: Layer) -> str:
-    """`message`, begun with where the first option it names was set."""
-    named = [name for name in re.findall(r"[a-z_0-9]+", message) if name in layer]
-    where = layer[named[0]].where if named else None
-    return f"{where}: {message}" if where else message
+def _with_origin(message: str, settings: Layer) -> str:
+    """`message` begun with where the first option it names was set, or the only one that can be to blame."""
+    named = [name for name in re.findall(r"[a-z_0-9]+", message) if name in settings]
+    to_blame = named[:1] or (list(settings) if len(settings) == 1 else [])
+    return "".join(f"{settings[name].where}: " for name in to_blame) + message
