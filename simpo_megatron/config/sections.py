@@ -298,6 +298,12 @@ class RunConfig:
     resume: str = "latest"
     """Checkpoint in save to continue from: latest (if any), required (an error if none), none, or a step."""
 
+    override_on_resume: bool = False
+    """Continue although objective, schedule, batch size, tokenizer or data changed since the checkpoint."""
+
+    keep_checkpoints: int = 2
+    """Newest checkpoints to keep; the one with the best held-out accuracy stays as well."""
+
     eval_interval: int | None = None
     """Steps between evaluations on held-out pairs; only before and after training when not given."""
 
@@ -312,7 +318,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         _require_writable_name(self, "save", "tensorboard_dir", "wandb_project")
-        _require_positive(self, "save_interval", "eval_interval", "log_interval")
+        _require_positive(self, "save_interval", "eval_interval", "log_interval", "keep_checkpoints")
         require(0 <= self.seed < 2**31, "seed", self.seed, "a whole number from 0 to 2147483647")
         require(
             re.fullmatch(r"latest|required|none|[0-9]{1,9}", self.resume) is not None,
@@ -325,6 +331,12 @@ class RunConfig:
             "save_interval",
             self.save_interval,
             "save with it: there is no folder to save in",
+        )
+        require(
+            self.resume in ("latest", "none") or self.save is not None,
+            "resume",
+            self.resume,
+            "save with it: there is no folder to continue from",
         )
 
 

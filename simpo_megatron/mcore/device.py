@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import queue
 import sys
 import types
 from collections.abc import Callable
@@ -189,3 +190,14 @@ def _restore_adam_step_of_the_distributed_optimizer() -> None:
         set_states(self, model_param, tensors)
 
     optimizer._set_main_param_and_optimizer_states = set_states_and_step
+
+
+def save_without_helper_process() -> None:
+    """Let megatron's checkpoint writer report within this process, which for synchronous saves is all it needs.
+
+    It would otherwise spawn a process that imports torch and megatron again, seconds for each rank, only to carry
+    the report.
+    """
+    importlib.import_module(
+        "megatron.core.dist_checkpointing.strategies.filesystem_async"
+    )._results_queue = queue.Queue()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import (
@@ -148,6 +149,14 @@ def build_model(description: ModelDescription, config: Config, groups: ParallelG
         _mark_divided_weights(chunk)
         chunks.append(chunk.to(device.current_device()))
     return chunks
+
+
+def zero_weights(chunks: list[PreferenceGPTModel]) -> None:
+    """Zero what a checkpoint will fill: written under fewer tensor ranks, it lacks the rows that pad the vocabulary."""
+    with torch.no_grad():
+        for chunk in chunks:
+            for parameter in chunk.parameters():
+                parameter.zero_()
 
 
 def _mark_divided_weights(chunk: PreferenceGPTModel) -> None:

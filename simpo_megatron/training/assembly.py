@@ -19,7 +19,7 @@ from simpo_megatron.demo import prepare_demo
 from simpo_megatron.errors import ConfigError, DataError
 from simpo_megatron.mcore import device
 from simpo_megatron.mcore.families import ModelDescription, describe_hf_model
-from simpo_megatron.mcore.model import PreferenceGPTModel, build_model, wrap_in_ddp
+from simpo_megatron.mcore.model import PreferenceGPTModel, build_model, wrap_in_ddp, zero_weights
 from simpo_megatron.mcore.optimizer import build_optimizer
 from simpo_megatron.parallel import ParallelGroups, first_rank_first
 from simpo_megatron.training.step import Trainer, batch_options
@@ -150,8 +150,8 @@ def num_train_iters(config: Config, num_pairs: int) -> int:
     return num_steps
 
 
-def assemble(config: Config, plan: Plan, groups: ParallelGroups) -> Job:
-    """The pieces of the run on this rank, weights loaded, nothing trained yet.
+def assemble(config: Config, plan: Plan, groups: ParallelGroups, *, load_weights: bool = True) -> Job:
+    """The pieces of the run on this rank, nothing trained yet; weights are the model's, or zero for a resume to fill.
 
     Raises:
         ConfigError, DataError, CheckpointError: on every rank alike, before the first step.
@@ -171,7 +171,12 @@ def assemble(config: Config, plan: Plan, groups: ParallelGroups) -> Job:
     )
 
     model = build_model(description, config, groups)
-    load_hf_weights(model, sources.model, description, tp_rank=groups.tp.rank(), tp_size=groups.tp.size())
+    if load_weights:
+        load_hf_weights(
+            model, sources.model, description, tp_rank=groups.tp.rank(), tp_size=groups.tp.size()
+        )
+    else:
+        zero_weights(model)
     chunks = wrap_in_ddp(model, config)
     optimizer, scheduler = build_optimizer(chunks, config, train_iters)
     trainer = Trainer(

@@ -32,6 +32,7 @@ _LOCK_FILE = ".lock"
 _NAME = re.compile(r"iter_([0-9]{7,9})")
 _DRAFT = re.compile(r"iter_[0-9]{7,9}\.tmp-[0-9a-f]{32}")
 _MAX_RECORD_BYTES = 64 << 20
+_MAX_HOLDER = 400
 _CHUNK_BYTES = 4 << 20
 
 
@@ -77,16 +78,39 @@ def lock(save: Path) -> IO[str]:
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
-        file.seek(0)
-        holder = file.read(200).strip() or "unknown"
+        other = holder(file) or "unknown"
         file.close()
         raise CheckpointError(
-            f"save: {save} is in use by another run ({holder}); wait for it or choose another folder"
+            f"save: {save} is in use by another run ({other}); wait for it or choose another folder"
         ) from None
     file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    file.write(f"process {os.getpid()} on {socket.gethostname()}, {uuid.uuid4().hex}")
     file.flush()
+    os.fsync(file.fileno())
     return file
+
+
+def holder(held: IO[str]) -> str:
+    """What the open lock file says of its holder, which no other run's does."""
+    held.seek(0)
+    return held.read(_MAX_HOLDER)
+
+
+def check_same_folder(save: Path, expected_holder: str) -> None:
+    """Nothing, when this machine sees the folder that `expected_holder` locked. Not for the holder's own process.
+
+    Raises:
+        CheckpointError: it does not.
+    """
+    try:
+        found = (save / _LOCK_FILE).read_text(encoding="utf-8")
+    except OSError:
+        found = ""
+    if found != expected_holder:
+        raise CheckpointError(
+            f"save: {save} on {socket.gethostname()} is not the folder that the first rank sees; name one that all "
+            "machines share"
+        )
 
 
 def begin(save: Path, iteration: int) -> Path:
@@ -104,6 +128,11 @@ def digest_file(path: Path) -> Digest:
             sha256.update(chunk)
             size += len(chunk)
     return Digest(size, sha256.hexdigest())
+
+
+def hash_text(text: str) -> str:
+    """64 hex digits."""
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def commit(draft: Path, iteration: int, files: Mapping[str, Digest], facts: Mapping[str, Any]) -> Checkpoint:
@@ -303,7 +332,7 @@ def _to_text(checkpoint: Checkpoint) -> str:
 
 
 def _hash_of(record: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+    return hash_text(json.dumps(record, sort_keys=True))
 
 
 def _read_record(folder: Path) -> Checkpoint:

@@ -1,9 +1,10 @@
-"""The run: evaluate, step, log, evaluate again, export. The only loop over steps."""
+"""The run: start or resume, step, log, evaluate, save, export. The only loop over steps."""
 
 from __future__ import annotations
 
 import os
 import time
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
@@ -14,8 +15,15 @@ from simpo_megatron.convert.hf import export_hf
 from simpo_megatron.mcore import device
 from simpo_megatron.mcore.optimizer import gather_parameters
 from simpo_megatron.training.assembly import Job, assemble, plan_run
+from simpo_megatron.training.checkpoint import (
+    Start,
+    find_checkpoint,
+    held_run_folder,
+    save_checkpoint,
+    start_run,
+)
 from simpo_megatron.training.evaluation import evaluate
-from simpo_megatron.training.loggers import RunLog, open_run_log
+from simpo_megatron.training.loggers import EVALUATION_PREFIX, RunLog, open_run_log
 from simpo_megatron.training.metrics import reduce_sums, throughput
 from simpo_megatron.training.step import Pass, train_step
 
@@ -35,22 +43,24 @@ def train(config: Config) -> None:
         config.parallel.sizes, backend=device.backend(), timeout_minutes=_GROUP_TIMEOUT_MINUTES
     )
     parallel.seed_everything(config.run.seed)
-    job = assemble(config, plan, groups)
-    is_logging_rank = dist.get_rank() == 0
-    with open_run_log(config, train_iters=job.train_iters, is_logging_rank=is_logging_rank) as log:
-        _introduce(config, job, log)
-        _evaluate(job, log, iteration=0)
-        _run_steps(config, job, log)
-        _finish(config, job, log)
+    with held_run_folder(config):
+        found = find_checkpoint(config)
+        job = assemble(config, plan, groups, load_weights=found.checkpoint is None)
+        start = start_run(config, job, found)
+        with open_run_log(config, train_iters=job.train_iters, is_logging_rank=dist.get_rank() == 0) as log:
+            _introduce(config, job, found.notes + start.notes, log)
+            if start.iteration < job.train_iters:
+                _run_steps(config, job, start, log)
+            _finish(config, job, log)
     parallel.shut_down()
 
 
-def _introduce(config: Config, job: Job, log: RunLog) -> None:
-    """Say what will run, on what, and what looks doubtful."""
+def _introduce(config: Config, job: Job, notes: Sequence[str], log: RunLog) -> None:
+    """Say what will run, on what, from where, and what looks doubtful."""
     log.say(to_table(config))
     for warning in lint(config):
         log.say(f"WARNING {warning}")
-    for line in describe_job(config, job):
+    for line in (*describe_job(config, job), *notes):
         log.say(line)
 
 
@@ -74,21 +84,47 @@ def describe_job(config: Config, job: Job) -> list[str]:
     ]
 
 
-def _run_steps(config: Config, job: Job, log: RunLog) -> None:
+def _run_steps(config: Config, job: Job, start: Start, log: RunLog) -> None:
     trainer, run = job.trainer, config.run
+    if start.iteration == 0:
+        _evaluate(job, log, 0)
+    consumed_pairs = start.consumed_pairs
     window = _Window()
-    for iteration in range(1, job.train_iters + 1):
-        plan = trainer.plan_step(job.train_data, (iteration - 1) * trainer.batch_options.global_batch_size)
+    for iteration in range(start.iteration + 1, job.train_iters + 1):
+        plan = trainer.plan_step(job.train_data, consumed_pairs)
         computed, grad_norm, learning_rate = train_step(trainer, job.train_data, plan)
+        consumed_pairs += computed.num_pairs
         window.add(computed)
-        if iteration % run.log_interval == 0 or iteration == job.train_iters:
+        is_last = iteration == job.train_iters
+        saves = run.save is not None and (is_last or _is_due(iteration, run.save_interval))
+        # What a window has summed is in no checkpoint, so a window ends where a run may have to start again.
+        if saves or is_last or _is_due(iteration, run.log_interval):
             metrics = window.close(trainer.groups)
             log.step(iteration, metrics | {"grad_norm": grad_norm, "learning_rate": learning_rate})
         else:
             log.advance(iteration)
-        if run.eval_interval and iteration % run.eval_interval == 0 and iteration < job.train_iters:
-            _evaluate(job, log, iteration)
+        held_out = {}
+        if is_last or _is_due(iteration, run.eval_interval):
+            held_out = _evaluate(job, log, iteration)
+        if saves:
+            _save(config, job, log, iteration=iteration, consumed_pairs=consumed_pairs, metrics=held_out)
+        if saves or held_out:
             window.restart_clock()
+
+
+def _is_due(iteration: int, interval: int | None) -> bool:
+    return interval is not None and iteration % interval == 0
+
+
+def _save(
+    config: Config, job: Job, log: RunLog, *, iteration: int, consumed_pairs: int, metrics: dict[str, float]
+) -> None:
+    started = time.perf_counter()
+    checkpoint = save_checkpoint(
+        config, job, iteration=iteration, consumed_pairs=consumed_pairs, metrics=metrics
+    )
+    seconds = time.perf_counter() - started
+    log.say(f"saved     {checkpoint.folder} ({checkpoint.num_bytes / 2**20:.1f} MiB in {seconds:.1f} s)")
 
 
 class _Window:
@@ -119,14 +155,17 @@ class _Window:
         return means | throughput(num_pairs=num_pairs, num_tokens=num_tokens, seconds=seconds)
 
 
-def _evaluate(job: Job, log: RunLog, iteration: int) -> None:
-    if job.valid_data is not None:
-        log.evaluation(iteration, evaluate(job.trainer, job.valid_data))
+def _evaluate(job: Job, log: RunLog, iteration: int) -> dict[str, float]:
+    """The metrics of the held-out pairs by the names they are logged under; none without such pairs."""
+    if job.valid_data is None:
+        return {}
+    metrics = evaluate(job.trainer, job.valid_data)
+    log.evaluation(iteration, metrics)
+    return {EVALUATION_PREFIX + name: value for name, value in metrics.items()}
 
 
 def _finish(config: Config, job: Job, log: RunLog) -> None:
-    """The last evaluation, the model for Hugging Face, and where everything lies."""
-    _evaluate(job, log, job.train_iters)
+    """The model for Hugging Face, and where everything lies."""
     if config.model.export_hf is not None:
         gather_parameters(job.trainer.chunks)
         export_hf(

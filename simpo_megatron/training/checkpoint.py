@@ -1,0 +1,296 @@
+"""How a run is saved and continued: what a checkpoint says of its run, and which one a run may continue from.
+
+Ranks act together: what one finds wrong, all raise.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+from simpo_megatron.config import Config
+from simpo_megatron.data.tokenization import tokenizer_identity
+from simpo_megatron.errors import CheckpointError, SimPOError
+from simpo_megatron.training import commit
+from simpo_megatron.training.assembly import Job
+from simpo_megatron.training.commit import Checkpoint
+from simpo_megatron.training.loggers import METRICS_FILE
+from simpo_megatron.training.state import read_state, write_state
+
+Result = TypeVar("Result")
+
+_NEVER_CHANGES = ("model", "precision")
+_CHANGES_IF_TOLD = ("inputs", "training")
+_MAX_SHOWN = 12
+
+
+@dataclass(frozen=True)
+class Found:
+    """The checkpoint a run is to continue from, if any, and what is worth saying about the search."""
+
+    checkpoint: Checkpoint | None = None
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Start:
+    """How far a run is when it starts to step."""
+
+    iteration: int = 0
+    consumed_pairs: int = 0
+    notes: tuple[str, ...] = ()
+
+
+@contextmanager
+def held_run_folder(config: Config) -> Iterator[None]:
+    """The run's folder is there, seen by every rank and this run's alone, as long as the context lasts.
+
+    Collectives: two object gathers, world.
+
+    Raises:
+        CheckpointError: on every rank alike, when another run holds it, or a rank sees another folder.
+    """
+    if config.run.save is None:
+        yield
+        return
+    save = Path(config.run.save)
+    is_first = dist.get_rank() == 0
+    held = _agreed(lambda: commit.lock(save) if is_first else None)
+    try:
+        nonce = _gathered(lambda: commit.holder(held) if is_first else None)[0]
+        # The first rank stays away from the file: a process loses its lock with the first file of that name it closes.
+        _agreed(lambda: is_first or commit.check_same_folder(save, nonce))
+        yield
+    finally:
+        if held is not None:
+            held.close()
+
+
+def find_checkpoint(config: Config) -> Found:
+    """The checkpoint that `--resume` means, verified byte by byte, each rank reading a share of its files.
+
+    Collectives: one object gather for the search and one for each checkpoint tried, world.
+
+    Raises:
+        CheckpointError: on every rank alike, when the one asked for is missing or damaged.
+    """
+    if config.run.save is None:
+        return Found()
+    save, resume = Path(config.run.save), config.run.resume
+
+    def search() -> tuple[list[Path], list[Path]]:
+        return commit.remove_drafts(save), commit.candidates(save, resume)
+
+    drafts, folders = _gathered(lambda: search() if dist.get_rank() == 0 else None)[0]
+    notes = [f"resume    ignored {draft.name}, which was never completed" for draft in drafts]
+    checkpoint, problems = commit.first_sound(folders, resume, _verified)
+    notes += [f"WARNING   resume: passed over a damaged checkpoint: {problem}" for problem in problems]
+    if checkpoint is not None:
+        notes.append(f"resume    from {checkpoint.folder}: step {checkpoint.iteration}")
+    return Found(checkpoint, tuple(notes))
+
+
+def _verified(folder: Path) -> Checkpoint:
+    def check() -> Checkpoint:
+        checkpoint = commit.read(folder)
+        commit.check_hashes(checkpoint, sorted(checkpoint.files)[dist.get_rank() :: dist.get_world_size()])
+        return checkpoint
+
+    return _agreed(check)
+
+
+def start_run(config: Config, job: Job, found: Found) -> Start:
+    """Where `job` starts: as assembled, or after the found checkpoint, whose state it then holds.
+
+    The run's folder is left with this run's history alone: later checkpoints, and the metrics of another run, are
+    renamed.
+
+    Collectives: megatron's for loading, and one object gather, world.
+
+    Raises:
+        CheckpointError: on every rank alike, when the run is not the one that was saved.
+    """
+    if config.run.save is None:
+        return Start()
+    save, checkpoint = Path(config.run.save), found.checkpoint
+    notes: list[str] = []
+    iteration = consumed_pairs = 0
+    if checkpoint is not None:
+        now = _describe(config, job)
+        notes += _refuse_changes(checkpoint, now, override=config.run.override_on_resume)
+        iteration, consumed_pairs = checkpoint.iteration, checkpoint.facts["consumed_pairs"]
+        same_layout = checkpoint.facts["layout"] == now["layout"]
+        read_state(job.model, job.trainer, iteration, checkpoint.folder, same_layout=same_layout)
+        notes.append(f"resume    weights are those of the checkpoint; {job.plan.sources.model} was not read")
+        if not same_layout:
+            notes.append("resume    another layout: dropout, if any, draws other numbers from here on")
+    notes += _gathered(lambda: _tidy(save, checkpoint) if dist.get_rank() == 0 else [])[0]
+    return Start(iteration, consumed_pairs, tuple(notes))
+
+
+def save_checkpoint(
+    config: Config, job: Job, *, iteration: int, consumed_pairs: int, metrics: Mapping[str, float]
+) -> Checkpoint:
+    """The committed checkpoint of the run as it stands after `iteration` steps; older ones may be gone afterwards.
+
+    Args:
+        metrics: the latest numbers, held-out ones under `eval/`; by them the best checkpoint is kept.
+
+    Collectives: megatron's for saving, and three object gathers, world.
+
+    Raises:
+        CheckpointError: on every rank alike; the checkpoints before this one are as they were.
+    """
+    save, rank = Path(config.run.save), dist.get_rank()
+    draft = _gathered(lambda: commit.begin(save, iteration) if rank == 0 else None)[0]
+    try:
+        write_state(job.model, job.trainer, iteration, draft)
+        digests = _gathered(lambda: _digest_own_files(save, draft))
+        facts = {
+            **_describe(config, job),
+            "consumed_pairs": consumed_pairs,
+            "epoch": consumed_pairs / len(job.train_data),
+            "metrics": {name: value for name, value in metrics.items() if abs(value) < float("inf")},
+        }
+        files = {name: digest for part in digests for name, digest in part.items()}
+        checkpoint = _gathered(lambda: commit.commit(draft, iteration, files, facts) if rank == 0 else None)[0]
+    except CheckpointError as error:
+        if rank == 0:
+            shutil.rmtree(draft, ignore_errors=True)
+        free = shutil.disk_usage(save).free / 2**30
+        raise CheckpointError(f"no checkpoint of step {iteration} ({free:.2f} GiB free): {error}") from error
+    _gathered(lambda: commit.prune(save, config.run.keep_checkpoints) if rank == 0 else None)
+    return checkpoint
+
+
+def _digest_own_files(save: Path, draft: Path) -> dict[str, commit.Digest]:
+    """Digests of the files of `draft` that this rank wrote; the first rank adds the metrics so far."""
+    rank = dist.get_rank()
+    if rank == 0 and (save / METRICS_FILE).exists():
+        shutil.copyfile(save / METRICS_FILE, draft / METRICS_FILE)
+    shards = {path.name for path in draft.glob("*.distcp")}
+    own = {name for name in shards if name.startswith(f"__{rank}_")}
+    if rank == 0:
+        own |= {path.name for path in draft.iterdir()} - shards
+    return {name: commit.digest_file(draft / name) for name in sorted(own)}
+
+
+def _tidy(save: Path, checkpoint: Checkpoint | None) -> list[str]:
+    """What was renamed, so that the run's folder continues `checkpoint`, or starts anew."""
+    moved = commit.set_aside_after(save, checkpoint.iteration if checkpoint else 0)
+    metrics = save / METRICS_FILE
+    if checkpoint is not None:
+        saved = checkpoint.folder / METRICS_FILE
+        commit.replace_text(metrics, saved.read_text(encoding="utf-8") if METRICS_FILE in checkpoint.files else "")
+        commit.write_latest(save, checkpoint.iteration)
+    elif metrics.exists():
+        moved.append(metrics.with_name(f"{METRICS_FILE}.aside-{uuid.uuid4().hex[:8]}"))
+        os.rename(metrics, moved[-1])
+    return [f"WARNING   {path.name} is not of this run's history; it was renamed and is kept" for path in moved]
+
+
+def _describe(config: Config, job: Job) -> dict[str, Any]:
+    """What a run is, as JSON values: what a resume compares, the layout, and all options."""
+    description, options = job.plan.description, config.flat()
+    identity = json.dumps(tokenizer_identity(job.tokenizer, config.pairs), sort_keys=True)
+    training = ("hidden_dropout", "attention_dropout", "global_batch_size", "seed")
+    schedule = {key: value for key, value in asdict(config.optimizer).items() if key != "epochs"}
+    facts = {
+        "model": {
+            "family": description.family,
+            "vocab_size": description.vocab_size,
+            **description.transformer,
+            **description.gpt,
+        },
+        "precision": {key: options[key] for key in ("bf16", "use_distributed_optimizer")},
+        "inputs": {
+            "tokenizer": commit.hash_text(identity),
+            "data": job.train_data.fingerprint,
+            "num_pairs": len(job.train_data),
+        },
+        "training": {
+            **asdict(config.objective),
+            **schedule,
+            **{key: options[key] for key in training},
+            "train_iters": job.train_iters,
+        },
+        "layout": {**asdict(config.parallel.sizes), "world": dist.get_world_size()},
+        "config": options,
+        "versions": {name: version(name) for name in ("torch", "megatron-core")},
+    }
+    # Functions, such as an activation, by their names.
+    return json.loads(json.dumps(facts, default=lambda value: getattr(value, "__name__", str(value))))
+
+
+def _refuse_changes(checkpoint: Checkpoint, now: Mapping[str, Any], *, override: bool) -> list[str]:
+    """The changes since `checkpoint` that `override` lets pass, as notes.
+
+    Raises:
+        CheckpointError: what must not change did; each field is named with both values.
+    """
+    fixed = _changes(checkpoint.facts, now, _NEVER_CHANGES)
+    told = _changes(checkpoint.facts, now, _CHANGES_IF_TOLD)
+    if fixed or (told and not override):
+        shown = "; ".join((fixed + told)[:_MAX_SHOWN])
+        remedy = (
+            "these cannot change within a run: start a new one in another folder"
+            if fixed
+            else "restore them, start a new run in another folder, or accept them with --override-on-resume"
+        )
+        raise CheckpointError(f"resume: {checkpoint.folder} is of another run: {shown}; {remedy}")
+    return [f"WARNING   resume: {change}" for change in told]
+
+
+def _changes(saved: Mapping[str, Any], now: Mapping[str, Any], sections: Sequence[str]) -> list[str]:
+    return [
+        f"{section}.{key}: {_quoted(before.get(key))} when saved, {_quoted(after.get(key))} now"
+        for section in sections
+        for before, after in [(saved.get(section, {}), now[section])]
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key) != after.get(key)
+    ]
+
+
+def _quoted(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= 40 else text[:40] + "..."
+
+
+def _agreed(work: Callable[[], Result]) -> Result:
+    """What `work` returned on this rank; what it raised on any rank is raised on all.
+
+    Collectives: one object gather, world.
+    """
+    own: list[Result] = []
+    _gathered(lambda: own.append(work()))
+    return own[0]
+
+
+def _gathered(work: Callable[[], Result]) -> list[Result]:
+    """What `work` returned on each rank; what it raised on any rank is raised on all.
+
+    Collectives: one object gather, world.
+    """
+    result, problem = None, None
+    try:
+        result = work()
+    except SimPOError as error:
+        problem = error
+    except Exception as error:
+        problem = CheckpointError(f"rank {dist.get_rank()}: {type(error).__name__}: {error}")
+    outcomes: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(outcomes, (result, problem))
+    for _, heard in outcomes:
+        if heard is not None:
+            raise heard
+    return [outcome for outcome, _ in outcomes]

@@ -1,0 +1,182 @@
+"""The tensors of a run as megatron-core's dist_checkpointing stores and finds them, whatever the layout.
+
+Only tensors are stored: an object would be unpickled without a check when it is read. What Transformer Engine keeps
+as objects (FP8 scaling histories) starts anew on a resume.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing import ShardedObject, ShardedTensor
+from megatron.core.dist_checkpointing.dict_utils import extract_matching_values
+from megatron.core.dist_checkpointing.serialization import get_default_save_sharded_strategy
+from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
+
+from simpo_megatron.errors import CheckpointError
+from simpo_megatron.mcore import device
+from simpo_megatron.mcore.model import PreferenceGPTModel
+from simpo_megatron.mcore.optimizer import gather_parameters
+from simpo_megatron.training.step import Trainer
+
+_METADATA_FILE = ".metadata"
+_METADATA_MODULES = ("torch.distributed.checkpoint.",)
+_METADATA_NAMES = {("collections", "OrderedDict"), ("torch", "Size"), ("torch.serialization", "_get_layout")}
+
+
+def write_state(model: list[PreferenceGPTModel], trainer: Trainer, iteration: int, folder: Path) -> None:
+    """Write this run's tensors into the empty `folder`, which all ranks see; each writes a share of what it holds.
+
+    Collectives: megatron's, world; each rank raises when a rank could not write its share.
+
+    Raises:
+        CheckpointError: a file could not be written.
+    """
+    gather_parameters(trainer.chunks)
+    device.save_without_helper_process()
+    strategy = FullyParallelSaveStrategyWrapper(get_default_save_sharded_strategy(), trainer.groups.dp_cp)
+    state = {"checkpoint_version": 3.0, "iteration": iteration, **_sharded_state(model, trainer)}
+    state["opt_param_scheduler"] = trainer.scheduler.state_dict()
+    state["rng"] = _sharded_rng()
+    try:
+        dist_checkpointing.save(state, str(folder), strategy, content_metadata=_content())
+    except Exception as error:
+        raise CheckpointError(f"{folder}: could not be written ({type(error).__name__}: {error})") from error
+
+
+def read_state(
+    model: list[PreferenceGPTModel], trainer: Trainer, iteration: int, folder: Path, *, same_layout: bool
+) -> None:
+    """Fill model, moments and schedule from `folder`, and with the `same_layout` the random states.
+
+    Hyper-parameters stay those of the configuration.
+
+    Collectives: megatron's, world.
+
+    Raises:
+        CheckpointError: a tensor is missing or has another shape.
+    """
+    check_metadata(folder)
+    own_settings = [_settings(group) for group in trainer.optimizer.param_groups]
+    state = _sharded_state(model, trainer, is_loading=True)
+    if same_layout:
+        state["rng"] = _sharded_rng()
+    try:
+        loaded = dist_checkpointing.load(state, str(folder), strict="raise_unexpected")
+    except Exception as error:
+        raise CheckpointError(f"{folder}: does not fit this run ({type(error).__name__}: {error})") from error
+    for name, chunk in _named_chunks(model):
+        _load_chunk(chunk, loaded[name], folder)
+    trainer.optimizer.load_state_dict(loaded["optimizer"])
+    for group, settings in zip(trainer.optimizer.param_groups, own_settings, strict=True):
+        group.update(settings)
+    trainer.scheduler.step(increment=iteration)
+    if same_layout:
+        _restore_rng(loaded["rng"])
+
+
+def check_metadata(folder: Path) -> None:
+    """Nothing, when the index of tensors in `folder` is data: torch unpickles it, whatever it may call.
+
+    Raises:
+        CheckpointError: it names something that is no part of such an index.
+    """
+    path = folder / _METADATA_FILE
+    try:
+        with path.open("rb") as file:
+            _MetadataUnpickler(file).load()
+    except (OSError, EOFError, pickle.UnpicklingError, AttributeError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: not an index of tensors ({error})") from None
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    """Builds the data classes of torch's checkpoint index and refuses everything else by name."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        super().__init__(file)
+
+    def find_class(self, module: str, name: str) -> Any:
+        known = module.startswith(_METADATA_MODULES) or (module, name) in _METADATA_NAMES
+        found = super().find_class(module, name) if known else None
+        if not known or not (isinstance(found, type) or (module, name) in _METADATA_NAMES):
+            raise pickle.UnpicklingError(f"it refers to {module}.{name}")
+        return found
+
+
+def _sharded_state(
+    model: list[PreferenceGPTModel], trainer: Trainer, *, is_loading: bool = False
+) -> dict[str, Any]:
+    """Model and optimizer, each tensor with its place in the whole."""
+    metadata = {**_content(), "dp_cp_group": trainer.groups.dp_cp}
+    state: dict[str, Any] = {}
+    for name, chunk in _named_chunks(model):
+        _, state[name] = extract_matching_values(
+            chunk.sharded_state_dict(metadata=metadata), lambda value: isinstance(value, ShardedObject)
+        )
+    if is_loading:
+        for optimizer in trainer.optimizer.chained_optimizers:
+            if isinstance(optimizer, DistributedOptimizer):
+                # torch's AdamW has no state to describe before its first step.
+                optimizer._init_optimizer_states_with_dummy_values()
+    state["optimizer"] = trainer.optimizer.sharded_state_dict(state, is_loading=is_loading, metadata=metadata)
+    return state
+
+
+def _content() -> dict[str, Any]:
+    """How the distributed optimizer's state is stored: by whole tensors, which any layout can read."""
+    return {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
+
+
+def _named_chunks(model: list[PreferenceGPTModel]) -> list[tuple[str, PreferenceGPTModel]]:
+    """The chunks under Megatron's names for them."""
+    if len(model) == 1:
+        return [("model", model[0])]
+    return [(f"model{number}", chunk) for number, chunk in enumerate(model)]
+
+
+def _load_chunk(chunk: PreferenceGPTModel, state: Mapping[str, Any], folder: Path) -> None:
+    missing, unexpected = chunk.load_state_dict(state, strict=False)
+    problems = [name for name in missing if not name.endswith("_extra_state")] + unexpected
+    if problems:
+        shown = ", ".join(sorted(problems)[:10])
+        raise CheckpointError(f"{folder}: {len(problems)} names do not match the model's: {shown}")
+
+
+def _settings(group: Mapping[str, Any]) -> dict[str, Any]:
+    """The hyper-parameters of an optimizer's group, without what training changes."""
+    return {name: value for name, value in group.items() if name not in ("params", "step")}
+
+
+def _sharded_rng() -> dict[str, ShardedTensor]:
+    """This rank's random states; a state of another number of ranks has no use for them."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    return {
+        name: ShardedTensor.from_rank_offsets(f"rng.{name}", state, (0, rank, world))
+        for name, state in _rng_states().items()
+    }
+
+
+def _rng_states() -> dict[str, torch.Tensor]:
+    """uint8 states on the CPU by name; python's and numpy's generators take no part in training."""
+    states = {"torch": torch.get_rng_state()}
+    if device.has_cuda():
+        states["cuda"] = torch.cuda.get_rng_state()
+    tracked = get_cuda_rng_tracker().get_states()
+    return {**states, **{f"tracker.{name}": state.cpu() for name, state in tracked.items()}}
+
+
+def _restore_rng(states: Mapping[str, torch.Tensor]) -> None:
+    torch.set_rng_state(states["torch"])
+    if device.has_cuda():
+        torch.cuda.set_rng_state(states["cuda"])
+    prefix = "tracker."
+    tracked = {name.removeprefix(prefix): state for name, state in states.items() if name.startswith(prefix)}
+    get_cuda_rng_tracker().set_states(tracked)
