@@ -1,14 +1,14 @@
-"""Time, memory and error of the SimPO loss, ours and its peers, forward and backward through the output layer.
+"""Time, memory and error of the SimPO loss, ours and its peers, forward and backward from hidden states.
 
     python tools/benchmarks/loss.py                                  # every method, both standard shapes
     python tools/benchmarks/loss.py --shape 1024x128256:4x256 --methods ours,trl --rounds 5
     python tools/benchmarks/loss.py --tp 2 --methods ours,megatron
 
-Every measurement is a process of its own, one thread a rank, the methods in turn in every round; a time is the
-least CPU time over the rounds (CPU time hardly notices what else the machine does), memory is the peak
+Every measurement is a process of its own, one thread a rank, the methods in turn in every round; a time is
+the least CPU time over the rounds (CPU time hardly notices what else the machine does), memory is the peak
 above inputs and gradients, error is against float64, of both gradients, relative. Half of the positions are
-prompt or padding. A peer that cannot be imported is listed as not installed. Liger is `liger-kernel`, Cut Cross
-Entropy `cut-cross-entropy` (which imports triton), both from PyPI.
+prompt or padding. A peer that cannot be imported is listed as not installed. Liger is `liger-kernel`, Cut
+Cross Entropy `cut-cross-entropy` (which imports triton), both from PyPI.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ MIB = 2**20
 
 
 def make_inputs(shape: str, dtype: torch.dtype = torch.float32):
-    """Returns hidden [R, S, H], weight [V, H] and aligned labels [R, S] of rows chosen, rejected, chosen, ..."""
+    """Returns hidden [R, S, H], weight [V, H] and aligned labels [R, S], chosen and rejected in turn."""
     layer, rows = shape.split(":")
     num_hidden, num_vocab = map(int, layer.split("x"))
     num_rows, length = map(int, rows.split("x"))
@@ -120,7 +120,8 @@ def megatron():
     )
 
     if not torch.distributed.is_initialized():
-        torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+        store = torch.distributed.HashStore()
+        torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     parallel_state.initialize_model_parallel(torch.distributed.get_world_size())
 
     def run(hidden, weight, labels, *_):
@@ -132,7 +133,7 @@ def megatron():
 
 METHODS = {
     "ours": ours,
-    "ours, 64 MiB": lambda: ours(64 * MIB),
+    "ours at 64 MiB": lambda: ours(64 * MIB),
     "princeton": princeton,
     "trl": trl,
     "liger": lambda: liger(False),
@@ -167,14 +168,15 @@ def worker(args) -> dict:
     try:
         run = METHODS[args.worker]()
     except ImportError as error:
-        return {"missing": str(error)}
+        return {"missing": f"not installed: {error}"}
     hidden, weight, labels = make_inputs(args.shape)
     size, width = len(weight), len(weight) // args.tp
     weight = weight[rank * width : (rank + 1) * width].clone()
     where = (group, rank * width, size)
 
-    tiny = make_inputs("64x512:8x64")
-    gradients(run, tiny[0], tiny[1][: 512 // args.tp], tiny[2] % (512 // args.tp), (group, rank * 512 // args.tp, 512))
+    warm_hidden, warm_weight, warm_labels = make_inputs("64x512:8x64")
+    part = 512 // args.tp
+    gradients(run, warm_hidden, warm_weight[:part], warm_labels, (group, rank * part, 512))
     if args.worker in ("cce", "liger compiled"):
         gradients(run, hidden, weight, labels, where)  # compiles for the shape
     Path("/proc/self/clear_refs").write_text("5")
@@ -233,7 +235,9 @@ def measure(method: str, shape: str, tp: int, reference: Path) -> dict:
         command += ["--reference", str(reference), "--store", f"{folder}/store"]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         ranks = [
-            subprocess.Popen([*command, "--rank", str(rank)], stdout=subprocess.PIPE, text=True, env=environment)
+            subprocess.Popen(
+                [*command, "--rank", str(rank)], stdout=subprocess.PIPE, text=True, env=environment
+            )
             for rank in range(tp)
         ]
         reports = []
@@ -265,23 +269,27 @@ def compare(shape: str, args) -> None:
 def print_table(shape: str, tp: int, results: dict[str, dict]) -> None:
     gemm = results.pop("gemm")
     print(f"\nhidden x vocabulary : rows x positions {shape}, tp {tp}")
-    print(f"three GEMMs over the response rows: {gemm['seconds'] / tp:.2f} s at {gemm['gflops']:.0f} GFLOP/s\n")
-    print("| method | CPU s | peak MiB | gradient error | x the GEMMs | ours / it, time | ours / it, memory |")
+    floor = gemm["seconds"] / tp
+    print(f"three GEMMs over the response rows: {floor:.2f} s a rank at {gemm['gflops']:.0f} GFLOP/s\n")
+    print("| method | CPU s | peak MiB | gradient error | x the GEMMs | ours/it: time | ours/it: memory |")
     print("|---|---|---|---|---|---|---|")
     base = results.get("ours", {})
     for method, report in results.items():
         if "missing" in report:
-            print(f"| {method} | not installed: {report['missing']} | | | | | |")
+            print(f"| {method} | {report['missing']} | | | | | |")
             continue
         seconds, peak = report["seconds"], report["peak"]
-        ratios = f"{base['seconds'] / seconds:.2f} | {base['peak'] / peak:.2f}" if "seconds" in base else " | "
-        floor = seconds * tp / gemm["seconds"]
-        print(f"| {method} | {seconds:.2f} | {peak:.0f} | {report['error']:.1e} | {floor:.2f} | {ratios} |", flush=True)
+        cells = [f"{seconds:.2f}", f"{peak:.0f}", f"{report['error']:.1e}", f"{seconds / floor:.2f}"]
+        if "seconds" in base:
+            cells += [f"{base['seconds'] / seconds:.2f}", f"{base['peak'] / peak:.2f}"]
+        print("|", " | ".join([method, *cells]), "|", flush=True)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", default=STANDARD_SHAPES, help="HIDDENxVOCAB:ROWSxPOSITIONS, comma-separated")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--shape", default=STANDARD_SHAPES, help="HIDDENxVOCAB:ROWSxPOSITIONS,...")
     parser.add_argument("--methods", help="comma-separated names; the default is all")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--tp", type=int, default=1)
