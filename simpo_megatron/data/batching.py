@@ -99,15 +99,11 @@ def pair_tokens(lengths: np.ndarray, options: BatchOptions) -> np.ndarray:
     return lengths.astype(np.int64) @ np.array([copies_of_prompt, 1, 1])
 
 
-def check_batches(
-    lengths: np.ndarray, options: BatchOptions, *, dp_size: int, microbatch_multiple: int = 1
-) -> None:
+def check_batches(lengths: np.ndarray, options: BatchOptions, *, dp_size: int, microbatch_multiple: int = 1) -> None:
     """Raises ConfigError, with the arithmetic, when some step could not be planned from such pairs."""
     num_pairs, batch = len(lengths), options.global_batch_size
     if num_pairs < batch:
-        raise ConfigError(
-            f"global_batch_size: {batch} pairs a step, but the data hold {num_pairs} pairs; lower it"
-        )
+        raise ConfigError(f"global_batch_size: {batch} pairs a step, but the data hold {num_pairs} pairs; lower it")
     if batch < dp_size * microbatch_multiple:
         raise ConfigError(
             f"global_batch_size: {batch} pairs cannot give {dp_size} data-parallel ranks "
@@ -195,9 +191,7 @@ def iterate_steps(
         consumed_pairs += options.global_batch_size
 
 
-def collate(
-    pairs: Sequence[TokenizedPair], pair_ids: Sequence[int], options: BatchOptions
-) -> PreferenceBatch:
+def collate(pairs: Sequence[TokenizedPair], pair_ids: Sequence[int], options: BatchOptions) -> PreferenceBatch:
     """Returns the microbatch of `pairs`, whose dataset indices are `pair_ids`.
 
     Without packing and sharing each response is a row (chosen, rejected, chosen, ...), padded on the right to
@@ -208,9 +202,7 @@ def collate(
     return _padded_rows(pairs, pair_ids, options) if padded else _one_row(pairs, pair_ids, options)
 
 
-def _padded_rows(
-    pairs: Sequence[TokenizedPair], pair_ids: Sequence[int], options: BatchOptions
-) -> PreferenceBatch:
+def _padded_rows(pairs: Sequence[TokenizedPair], pair_ids: Sequence[int], options: BatchOptions) -> PreferenceBatch:
     sequences = [(p.prompt_ids, response) for p in pairs for response in (p.chosen_ids, p.rejected_ids)]
     sizes = np.array([len(prompt) + len(response) for prompt, response in sequences])
     num_rows, width = len(sequences), _round_up(sizes.max(), options.sequence_multiple)
@@ -224,9 +216,7 @@ def _padded_rows(
     return _batch(tokens, position_ids, (rows, targets), pair_ids, None, int(sizes.sum()))
 
 
-def _one_row(
-    pairs: Sequence[TokenizedPair], pair_ids: Sequence[int], options: BatchOptions
-) -> PreferenceBatch:
+def _one_row(pairs: Sequence[TokenizedPair], pair_ids: Sequence[int], options: BatchOptions) -> PreferenceBatch:
     tokens, position_ids, rows, targets, segments = [], [], [], [], []
     end = 0
 
@@ -284,9 +274,7 @@ def _epoch_order(num_pairs: int, epoch: int, seed: int) -> np.ndarray:
     return np.argsort(keys, kind="stable")
 
 
-def _plan(
-    lengths: np.ndarray, indices: np.ndarray, options: BatchOptions, num_multiple: int, dp_size: int
-) -> StepPlan:
+def _plan(lengths: np.ndarray, indices: np.ndarray, options: BatchOptions, num_multiple: int, dp_size: int) -> StepPlan:
     fill = _fill_by_tokens if options.packing else _fill_by_count
     microbatches = fill(lengths[indices], options, num_multiple)
     ids = [tuple(int(indices[i]) for i in microbatch) for microbatch in microbatches]

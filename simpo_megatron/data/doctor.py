@@ -183,10 +183,7 @@ def print_diagnosis(diagnosis: Diagnosis, shown: list[ShownPair], console) -> No
         table.add_row(Text(title, style="bold"))
         for finding in findings:
             table.add_row(
-                *(
-                    Text(text, "yellow" if finding.warning else "")
-                    for text in ("  " + finding.name, finding.value)
-                )
+                *(Text(text, "yellow" if finding.warning else "") for text in ("  " + finding.name, finding.value))
             )
     console.print(table)
     edges, counts = histogram(diagnosis.lengths)
@@ -195,10 +192,7 @@ def print_diagnosis(diagnosis: Diagnosis, shown: list[ShownPair], console) -> No
         bars = [("#" * round(24 * count / counts.max())).ljust(24) for count in (chosen, rejected)]
         text = Text(f"  to {edges[number + 1]:6.0f}  ")
         console.print(
-            text.append(bars[0], "green")
-            .append(f" {chosen:<7}")
-            .append(bars[1], "red")
-            .append(f" {rejected}")
+            text.append(bars[0], "green").append(f" {chosen:<7}").append(bars[1], "red").append(f" {rejected}")
         )
     for pair in shown:
         console.print(Text(f"\n{pair.where}", style="bold"))
@@ -216,13 +210,9 @@ def write_html(diagnosis: Diagnosis, shown: list[ShownPair], path: str) -> None:
             rows.append(f"<tr{style}><td>{escape(finding.name)}</td><td>{escape(finding.value)}</td></tr>")
     pairs = []
     for pair in shown:
-        texts = (
-            f"<pre class={name}>{escape(text)}</pre>" for name, text in zip(PARTS, pair.texts, strict=True)
-        )
+        texts = (f"<pre class={name}>{escape(text)}</pre>" for name, text in zip(PARTS, pair.texts, strict=True))
         pairs.append(f"<h3>{escape(pair.where)}</h3>" + "".join(texts))
-    page = _PAGE.format(
-        rows="\n".join(rows), plots=_plots_as_base64(diagnosis.lengths), pairs="\n".join(pairs)
-    )
+    page = _PAGE.format(rows="\n".join(rows), plots=_plots_as_base64(diagnosis.lengths), pairs="\n".join(pairs))
     with open(path, "w", encoding="utf-8") as file:
         file.write(page)
 

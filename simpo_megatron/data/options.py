@@ -62,6 +62,4 @@ class PairOptions:
                 f"response, at least min_response_tokens = {self.min_response_tokens} expected; lower it"
             )
         if not 0 <= self.max_bad_fraction <= 1:
-            raise ConfigError(
-                f"max_bad_fraction: {self.max_bad_fraction} given, a share from 0 to 1 expected"
-            )
+            raise ConfigError(f"max_bad_fraction: {self.max_bad_fraction} given, a share from 0 to 1 expected")

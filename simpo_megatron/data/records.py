@@ -67,9 +67,7 @@ def parse_json_array(raw: bytes) -> list:
 def check_row(row) -> dict:
     """Returns `row`. Raises: BadRecord when it is not an object with named columns."""
     if not isinstance(row, dict):
-        raise BadRecord(
-            "not_an_object", f"found {_kind(row)}, expected an object with `chosen` and `rejected`"
-        )
+        raise BadRecord("not_an_object", f"found {_kind(row)}, expected an object with `chosen` and `rejected`")
     return row
 
 
@@ -85,7 +83,7 @@ def to_record(row: dict, options: PairOptions) -> PreferenceRecord:
     """
     chosen = _column(row, "chosen", options.chosen_column)
     rejected = _column(row, "rejected", options.rejected_column)
-    prompt_key = options.prompt_column or ("conversations" if "prompt" not in row else "prompt")
+    prompt_key = options.prompt_column or ("conversations" if row.get("prompt") is None else "prompt")
     prompt = row.get(prompt_key)
     if options.prompt_column and prompt is None:
         raise BadRecord(f"missing_key:{prompt_key}", f"found the columns {', '.join(sorted(row)) or 'none'}")
@@ -105,9 +103,7 @@ def to_record(row: dict, options: PairOptions) -> PreferenceRecord:
 def _from_texts(prompt, chosen: str, rejected: str) -> PreferenceRecord:
     if prompt is None:
         if not chosen.startswith("\n\nHuman:"):
-            raise BadRecord(
-                "missing_key:prompt", "the responses are plain strings, so they need a prompt beside them"
-            )
+            raise BadRecord("missing_key:prompt", "the responses are plain strings, so they need a prompt beside them")
         return _from_messages(None, _dialogue(chosen, "chosen"), _dialogue(rejected, "rejected"))
     if isinstance(prompt, str) and prompt.startswith("\n\nHuman:"):
         turns = _dialogue(prompt, "prompt")
@@ -127,9 +123,7 @@ def _from_messages(prompt, chosen: list[Message], rejected: list[Message]) -> Pr
     if before != before_rejected:
         turn = next((i for i, (a, b) in enumerate(zip(before, before_rejected, strict=False)) if a != b),
                     min(len(before), len(before_rejected)))  # fmt: skip
-        raise BadRecord(
-            "prompt_mismatch", f"chosen and rejected differ before their last turn, from turn {turn} on"
-        )
+        raise BadRecord("prompt_mismatch", f"chosen and rejected differ before their last turn, from turn {turn} on")
     if not before:
         if prompt is None:
             raise BadRecord("missing_key:prompt", "chosen holds one message, so a prompt is needed beside it")
@@ -174,25 +168,22 @@ def _text_or_messages(value, name: str) -> str | list[Message]:
     if isinstance(value, dict):
         value = [value]
     if not isinstance(value, list):
-        raise BadRecord(
-            f"bad_type:{name}", f"{name} is {_kind(value)}, expected a string or a list of messages"
-        )
+        raise BadRecord(f"bad_type:{name}", f"{name} is {_kind(value)}, expected a string or a list of messages")
     return [_message(item, name) for item in value]
 
 
 def _message(item, name: str) -> Message:
     if not isinstance(item, dict):
         raise BadRecord(f"bad_type:{name}", f"{name} holds {_kind(item)} where a message is expected")
-    role = item.get("role", item.get("from"))
-    content = item.get("content", item.get("value"))
+    role, content = (
+        (item.get("role"), item.get("content")) if item.get("role") else (item.get("from"), item.get("value"))
+    )
     if not isinstance(role, str) or not isinstance(content, str):
         raise BadRecord(
             f"bad_type:{name}", f"{name} holds a message without text in role and content (or from and value)"
         )
     if role not in ROLES:
-        raise BadRecord(
-            f"bad_role:{name}", f"{name} holds a turn of {role!r}, expected one of {', '.join(ROLES)}"
-        )
+        raise BadRecord(f"bad_role:{name}", f"{name} holds a turn of {role!r}, expected one of {', '.join(ROLES)}")
     return {"role": ROLES[role], "content": content}
 
 
@@ -237,6 +228,4 @@ def _refuse_constant(name: str):
 def _kind(value) -> str:
     if value is None:
         return "null"
-    return {str: "a string", list: "a list", dict: "an object", bool: "a boolean"}.get(
-        type(value), "a number"
-    )
+    return {str: "a string", list: "a list", dict: "an object", bool: "a boolean"}.get(type(value), "a number")

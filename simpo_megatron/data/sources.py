@@ -1,6 +1,6 @@
 """Preference files: which file, with which weight, and its raw records one by one."""
 
-import gzip
+import io
 import os
 import stat
 from collections.abc import Iterator, Sequence
@@ -101,13 +101,8 @@ def check_readable(path: str) -> None:
     except OSError as error:
         raise DataError(f"{path}: {error.strerror.lower()}") from None
     if stat.S_ISDIR(mode):
-        if (
-            not (Path(path) / "dataset_info.json").exists()
-            and not (Path(path) / "dataset_dict.json").exists()
-        ):
-            raise DataError(
-                f"{path}: is a folder, expected a file or a folder written by datasets.save_to_disk"
-            )
+        if not (Path(path) / "dataset_info.json").exists() and not (Path(path) / "dataset_dict.json").exists():
+            raise DataError(f"{path}: is a folder, expected a file or a folder written by datasets.save_to_disk")
         return
     if not stat.S_ISREG(mode):
         raise DataError(f"{path}: is not a regular file")
@@ -133,9 +128,7 @@ def read_raw(path: str, options: PairOptions) -> Iterator[RawRecord]:
     elif path.endswith((".jsonl", ".jsonl.gz", ".jsonl.zst")):
         yield from _read_lines(path, options.max_record_bytes)
     else:
-        raise DataError(
-            f"{path}: unknown kind of file, expected .jsonl, .jsonl.gz, .jsonl.zst, .json or .parquet"
-        )
+        raise DataError(f"{path}: unknown kind of file, expected .jsonl, .jsonl.gz, .jsonl.zst, .json or .parquet")
 
 
 def _open_lines(path: str):
@@ -147,16 +140,10 @@ def _open_lines(path: str):
         raise DataError(f"{path}: its content is {kind} but its name says otherwise; rename it")
     if magic[:2] in (b"\xff\xfe", b"\xfe\xff"):
         raise DataError(f"{path}:1: invalid_utf8: the file is UTF-16, expected UTF-8; convert it")
-    if is_gzip:
-        return gzip.open(path, "rb")
-    if is_zstd:
-        try:
-            import zstandard
-        except ImportError:
-            raise DataError(
-                f"{path}: reading .zst needs the package zstandard; install it or unpack the file"
-            ) from None
-        return zstandard.open(path, "rb")
+    if is_gzip or is_zstd:
+        import pyarrow
+
+        return io.BufferedReader(pyarrow.input_stream(path, compression="gzip" if is_gzip else "zstd"))
     return open(path, "rb")
 
 
@@ -174,8 +161,8 @@ def _read_lines(path: str, max_bytes: int) -> Iterator[RawRecord]:
                 yield RawRecord(line, None)
                 while raw and not raw.endswith(b"\n"):
                     raw = file.readline(max_bytes)
-        except (EOFError, gzip.BadGzipFile) as error:
-            raise DataError(f"{path}:{line + 1}: the compressed file is damaged: {error}") from None
+        except OSError as error:
+            raise DataError(f"{path}:{line + 1}: the file is damaged: {error}") from None
 
 
 def _read_json_array(path: str) -> Iterator[RawRecord]:
@@ -206,9 +193,7 @@ def _read_datasets_folder(path: str) -> Iterator[RawRecord]:
 
     loaded = datasets.load_from_disk(path)
     if isinstance(loaded, datasets.DatasetDict):
-        raise DataError(
-            f"{path}: holds the splits {', '.join(loaded)}; name one of their folders, as {path}/train"
-        )
+        raise DataError(f"{path}: holds the splits {', '.join(loaded)}; name one of their folders, as {path}/train")
     for number, row in enumerate(loaded, start=1):
         yield RawRecord(number, row)
 

@@ -14,7 +14,6 @@ import tempfile
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from multiprocessing import get_context
@@ -68,9 +67,7 @@ class BuildReport:
 
     def lines(self) -> list[str]:
         """Returns the report as lines of text."""
-        text = [
-            f"{self.num_used} pairs used, {sum(self.dropped.values())} dropped, of {self.num_lines} records"
-        ]
+        text = [f"{self.num_used} pairs used, {sum(self.dropped.values())} dropped, of {self.num_lines} records"]
         for reason, count in self.dropped.most_common():
             text.append(f"  {count} {reason}, first at {self.first[reason]}")
         text += [f"  {count} pairs {note}" for note, count in self.notes.most_common()]
@@ -95,9 +92,7 @@ class PairStore:
         index = (folder / "pairs.idx").read_bytes()
         size = (folder / "pairs.bin").stat().st_size
         if hashlib.sha256(index).hexdigest() != sidecar["index_sha256"] or size != sidecar["bin_bytes"]:
-            raise DataError(
-                f"{folder}: its files are not the ones that were built; delete the folder to rebuild it"
-            )
+            raise DataError(f"{folder}: its files are not the ones that were built; delete the folder to rebuild it")
         lengths, pointers = _parse_index(index)
         self.lengths = lengths.reshape(-1, 3)
         self._starts = pointers[::3] // 4
@@ -113,9 +108,7 @@ class PairStore:
         return TokenizedPair(*(np.asarray(part) for part in parts))
 
 
-def open_store(
-    path: str, tokenizer, options: PairOptions, cache_dir: str, *, build: bool = True, num_workers: int = 0
-):
+def open_store(path: str, tokenizer, options: PairOptions, cache_dir: str, *, build: bool = True, num_workers: int = 0):
     """Returns the PairStore of `path` (see `Source`), building it under `cache_dir` when it is not there.
 
     A store is reused when the file (size and time of change), the tokenizer, its chat template, the options
@@ -141,17 +134,13 @@ def open_store(
     return PairStore(folder)
 
 
-def _build_store(
-    folder: Path, path: str, tokenizer, options: PairOptions, num_workers: int, identity: dict
-) -> None:
+def _build_store(folder: Path, path: str, tokenizer, options: PairOptions, num_workers: int, identity: dict) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
         sidecar = _write_store(unfinished, path, tokenizer, options, num_workers) | {"identity": identity}
         if source_identity(path) != identity["source"]:
-            raise DataError(
-                f"{path}: the file changed while it was being read; start again once it is complete"
-            )
+            raise DataError(f"{path}: the file changed while it was being read; start again once it is complete")
         (unfinished / "store.json").write_text(json.dumps(sidecar, indent=1))
         unfinished.chmod(0o755)
         os.rename(unfinished, folder)
@@ -179,8 +168,7 @@ def _write_store(folder: Path, path: str, tokenizer, options: PairOptions, num_w
     if num_bad > options.max_bad_fraction * report.num_lines:
         raise DataError(
             f"{path}: {num_bad} of {report.num_lines} records are malformed, at most the share "
-            f"max_bad_fraction = {options.max_bad_fraction:g} expected; "
-            + "; ".join(report.lines()[1:]).strip()
+            f"max_bad_fraction = {options.max_bad_fraction:g} expected; " + "; ".join(report.lines()[1:]).strip()
         )
     if not report.num_used:
         raise DataError(f"{path}: no pair to train on: " + "; ".join(line.strip() for line in report.lines()))
@@ -211,18 +199,14 @@ class _Chunk:
     report: BuildReport
 
 
-def encode_chunk(
-    raw: list[RawRecord], path: str, pair_tokenizer: PairTokenizer, options: PairOptions
-) -> _Chunk:
+def encode_chunk(raw: list[RawRecord], path: str, pair_tokenizer: PairTokenizer, options: PairOptions) -> _Chunk:
     """Returns the tokens of some consecutive raw records, and what became of each."""
     report = BuildReport(num_lines=len(raw))
     lines, records, bad = [], [], {}
     for item in raw:
         try:
             if item.row is None:
-                raise BadRecord(
-                    "too_long_record", f"more than max_record_bytes = {options.max_record_bytes} bytes"
-                )
+                raise BadRecord("too_long_record", f"more than max_record_bytes = {options.max_record_bytes} bytes")
             row = parse_json(item.row, item.last) if isinstance(item.row, bytes) else check_row(item.row)
             report.extra_keys.update(extra_keys(row, options))
             records.append(to_record(row, options))
@@ -239,9 +223,7 @@ def encode_chunk(
         lengths.append([len(part) for part in ids])
         rows.append((line, _prompt_key(record.prompt), encoded.lost))
         report.notes.update(encoded.notes)
-        report.notes.update(
-            f"with a cut {name}" for name, lost in zip(_PARTS, encoded.lost, strict=True) if lost
-        )
+        report.notes.update(f"with a cut {name}" for name, lost in zip(_PARTS, encoded.lost, strict=True) if lost)
     report.num_used = len(rows)
     for line, error in sorted(bad.items()):
         report.dropped[error.reason] += 1
@@ -264,7 +246,7 @@ def _encoded_chunks(path: str, tokenizer, options: PairOptions, num_workers: int
     # Spawned, because the caller may run threads (gloo, NCCL), which a forked child would find dead.
     context = get_context("spawn")
     setup = (_start_worker, (tokenizer, path, options))
-    with _no_rust_threads(), ProcessPoolExecutor(num_workers, context, *setup) as pool:
+    with ProcessPoolExecutor(num_workers, context, *setup) as pool:
         pending = deque(pool.submit(_work, chunk) for chunk in islice(chunks, 2 * num_workers))
         while pending:
             yield pending.popleft().result()
@@ -279,18 +261,6 @@ def _start_worker(tokenizer, path: str, options: PairOptions) -> None:
 
 def _work(chunk: list[RawRecord]) -> _Chunk:
     return encode_chunk(chunk, *_worker)
-
-
-@contextmanager
-def _no_rust_threads():
-    before = os.environ.get("TOKENIZERS_PARALLELISM")
-    use_one_thread()
-    try:
-        yield
-    finally:
-        os.environ.pop("TOKENIZERS_PARALLELISM")
-        if before is not None:
-            os.environ["TOKENIZERS_PARALLELISM"] = before
 
 
 def _workers_worth_starting(path: str) -> int:

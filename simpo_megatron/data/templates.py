@@ -44,9 +44,7 @@ def chat_template_of(tokenizer, options: PairOptions) -> str | None:
     else:
         template = tokenizer.get_chat_template() if tokenizer.chat_template else None
     if template is None and options.template_mode == "princeton":
-        raise DataError(
-            "template_mode: princeton needs a chat template and the tokenizer has none; set chat_template"
-        )
+        raise DataError("template_mode: princeton needs a chat template and the tokenizer has none; set chat_template")
     return template
 
 
@@ -74,9 +72,7 @@ class PairRenderer:
                 raise BadRecord(f"empty_{name}", f"the {name} response holds nothing but special tokens")
         if self._template is None:
             return self._plain(record)
-        messages = [
-            {**turn, "content": self._break_specials(turn["content"])} for turn in as_messages(record.prompt)
-        ]
+        messages = [{**turn, "content": self._break_specials(turn["content"])} for turn in as_messages(record.prompt)]
         prompt = self._render(messages, add_generation_prompt=True)
         responses = []
         for response in (record.chosen, record.rejected):
@@ -85,8 +81,7 @@ class PairRenderer:
             if not whole.startswith(prompt):
                 raise BadRecord(
                     "template_mismatch",
-                    "the template writes a prompt differently once a response follows it; "
-                    "give another chat_template",
+                    "the template writes a prompt differently once a response follows it; give another chat_template",
                 )
             responses.append(self._until_end_token(whole[len(prompt) :], content))
         return RenderedPair(*(text.replace(CONTENT_MARK, "") for text in (prompt, *responses)))
@@ -99,9 +94,7 @@ class PairRenderer:
         Source: princeton-nlp/SimPO, scripts/run_simpo.py, apply_chat_template for task simpo.
         """
         messages = list(as_messages(record.prompt))
-        if messages[0]["role"] != "system" and (
-            "system" in self._template or "<|im_start|>" in self._template
-        ):
+        if messages[0]["role"] != "system" and ("system" in self._template or "<|im_start|>" in self._template):
             messages.insert(0, {"role": "system", "content": ""})
         bos = self._tokenizer.bos_token or ""
         responses = (

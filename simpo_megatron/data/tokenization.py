@@ -40,8 +40,7 @@ class PairTokenizer:
     def __init__(self, tokenizer, options: PairOptions):
         if not getattr(tokenizer, "is_fast", False):
             raise DataError(
-                f"tokenizer: {type(tokenizer).__name__} is not a fast tokenizer; "
-                "its folder needs tokenizer.json"
+                f"tokenizer: {type(tokenizer).__name__} is not a fast tokenizer; its folder needs tokenizer.json"
             )
         self._options = options
         self._renderer = PairRenderer(tokenizer, options)
@@ -78,9 +77,7 @@ class PairTokenizer:
 
     def _split_clean(self, pairs: list[RenderedPair]) -> list[tuple]:
         """Returns (prompt, chosen and rejected ids, notes) of each pair, cut where the response begins."""
-        whole = self._encode(
-            [pair.prompt + response for pair in pairs for response in (pair.chosen, pair.rejected)]
-        )
+        whole = self._encode([pair.prompt + response for pair in pairs for response in (pair.chosen, pair.rejected)])
         parts = []
         for index, pair in enumerate(pairs):
             start = len(pair.prompt)
@@ -94,10 +91,7 @@ class PairTokenizer:
                 parts.append((*ids, ("tokenized_apart",)))
             else:
                 parts.append((chosen[: cuts[0]], chosen[cuts[0] :], rejected[cuts[1] :], ()))
-        return [
-            (self._one_bos(prompt), self._one_end(c), self._one_end(r), notes)
-            for prompt, c, r, notes in parts
-        ]
+        return [(self._one_bos(prompt), self._one_end(c), self._one_end(r), notes) for prompt, c, r, notes in parts]
 
     def _split_princeton(self, pairs: list[RenderedPair]) -> list[tuple]:
         """Returns the same as `_split_clean`, by the paper's rule, which tokenises the prompt alone too.
@@ -137,9 +131,7 @@ class PairTokenizer:
                 "boundary_differs", "a token joins the prompt to one response only, so they share no prompt"
             )
         if not prompt:
-            raise BadRecord(
-                "empty_prompt", "the prompt has no token, so nothing could predict a response's first one"
-            )
+            raise BadRecord("empty_prompt", "the prompt has no token, so nothing could predict a response's first one")
         if chosen == rejected:
             raise BadRecord("identical_pair", "chosen and rejected are the same tokens")
         rule = princeton_kept_tokens if self._princeton else kept_tokens
@@ -157,9 +149,7 @@ class PairTokenizer:
             np.array(rejected[: kept.rejected], np.int32),
         )
         if np.array_equal(pair.chosen_ids, pair.rejected_ids):
-            raise BadRecord(
-                "identical_pair", "chosen and rejected are the same tokens once cut to max_length"
-            )
+            raise BadRecord("identical_pair", "chosen and rejected are the same tokens once cut to max_length")
         return EncodedPair(pair, tuple(full - left for full, left in zip(lengths, kept, strict=True)), notes)
 
     def _end_of_prompt(self, prompt: list[int], count: int) -> list[int]:
@@ -170,21 +160,22 @@ class PairTokenizer:
 
 def tokenizer_identity(tokenizer, options: PairOptions) -> dict:
     """Returns what the ids depend on, the text apart: vocabulary, rules, special tokens, template."""
-    backend = _as_is_backend(tokenizer)
     return {
-        "backend": backend.to_str(),
+        "backend": _backend_spec(tokenizer),
         "bos": tokenizer.bos_token_id,
         "eos": tokenizer.eos_token_id,
         "chat_template": chat_template_of(tokenizer, options),
     }
 
 
+def _backend_spec(tokenizer) -> dict:
+    """Returns what the tokenizer's Rust half is made of, without truncation and padding, which calls leave behind."""
+    return json.loads(tokenizer.backend_tokenizer.to_str()) | {"truncation": None, "padding": None}
+
+
 def _as_is_backend(tokenizer):
-    """Returns a copy of the tokenizer's Rust half without the truncation and padding its file may carry."""
-    backend = tokenizer.backend_tokenizer.__class__.from_str(tokenizer.backend_tokenizer.to_str())
-    backend.no_truncation()
-    backend.no_padding()
-    return backend
+    """Returns a copy of the tokenizer's Rust half."""
+    return tokenizer.backend_tokenizer.__class__.from_str(json.dumps(_backend_spec(tokenizer)))
 
 
 def _marked_backend(tokenizer):
@@ -194,12 +185,8 @@ def _marked_backend(tokenizer):
     included, is tokenised as ever. The post-processor goes too: it adds nothing here, and byte-level ones
     trim the offsets.
     """
-    spec = json.loads(_as_is_backend(tokenizer).to_str())
-    names = {
-        token["content"]: TEMPLATE_MARK + token["content"]
-        for token in spec["added_tokens"]
-        if token["special"]
-    }
+    spec = _backend_spec(tokenizer)
+    names = {token["content"]: TEMPLATE_MARK + token["content"] for token in spec["added_tokens"] if token["special"]}
     for token in spec["added_tokens"]:
         token["content"] = names.get(token["content"], token["content"])
     model = spec["model"]

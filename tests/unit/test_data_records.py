@@ -64,6 +64,12 @@ FORMATS = {
         "chosen": "Yes.",
         "rejected": "No.",
     },
+    "a table's columns of nulls": {
+        "prompt": None,
+        "conversations": [{"from": "human", "value": "Why?", "role": None, "content": None}],
+        "chosen": [{"from": "gpt", "value": "Yes.", "role": None, "content": None}],
+        "rejected": [{"from": "gpt", "value": "No.", "role": None, "content": None}],
+    },
     "sharegpt": {
         "conversations": [{"from": "human", "value": "Why?"}],
         "chosen": {"from": "gpt", "value": "Yes."},
@@ -211,7 +217,10 @@ def test_compressed_and_columnar_files_hold_the_same_pairs(tmp_path):
         write(tmp_path, json.dumps(rows).encode(), "b.json"),
         tmp_path / "c.parquet",
         tmp_path / "d",
+        tmp_path / "e.jsonl.zst",
     ]
+    with pyarrow.output_stream(str(paths[4]), compression="zstd") as file:
+        file.write(text)
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), paths[2])
     datasets.Dataset.from_list(rows).save_to_disk(str(paths[3]))
     for path in paths:
@@ -222,18 +231,12 @@ def test_compressed_and_columnar_files_hold_the_same_pairs(tmp_path):
     assert [raw.row["number"] for raw in read_raw(f"hub:{folder}:train", OPTIONS)] == list(range(5))
 
 
-def test_zstandard_files_are_read_where_the_package_is_installed(tmp_path):
-    zstandard = pytest.importorskip("zstandard")
-    text = json.dumps(GOOD).encode() + b"\n"
-    path = write(tmp_path, zstandard.compress(text * 3), "a.jsonl.zst")
-    assert len(build(path, tmp_path)) == 3
-
-
 def bad_files(tmp_path):
     gz = gzip.compress(json.dumps(GOOD).encode() * 50)
     yield write(tmp_path, gz, "hidden.jsonl"), "content is gzip"
     yield write(tmp_path, b"{}", "fake.jsonl.gz"), "content is not compressed"
     yield write(tmp_path, gz[:-10], "cut.jsonl.gz"), "damaged"
+    yield write(tmp_path, gz[:40] + b"0000" + gz[44:], "flipped.jsonl.gz"), "damaged"
     yield write(tmp_path, "{}".encode("utf-16"), "utf16.jsonl"), "UTF-16"
     yield write(tmp_path, b"{}", "pairs.csv"), "unknown kind of file"
     yield write(tmp_path, b"{}", "object.json"), "not_a_list"
