@@ -1,12 +1,12 @@
 """Twenty optimizer steps of TRL's CPOTrainer on SimPO's loss and twenty of ours are the same twenty steps.
 
-TRL renders the chat template, tokenises, pads, runs transformers' model and computes the loss from whole logits; we
-pack, share prompts, run megatron's model and never build the logits. Both get the same records in the same order and
-the same AdamW.
+TRL renders the chat template, tokenises, pads, runs transformers' model and computes the loss from whole logits;
+we pack, share prompts, run megatron's model and never build the logits. Both get the same records in the same
+order and the same AdamW.
 
-Budget: 2e-5 absolute on each step's loss, rewards and margin. Rewards here are numbers of about 10, so that is 2e-6
-relative, over twenty fp32 updates whose first ones divide by gradients near zero. Measured: at most 1.4e-6; a learning
-rate of 1e-3, at which the run amplifies rounding, gives 1.5e-4.
+Budget: 2e-5 absolute on each step's loss, rewards and margin. Rewards here are numbers of about 10, so that is
+2e-6 relative, over twenty fp32 updates whose first ones divide by gradients near zero. Measured: at most 1.4e-6;
+a learning rate of 1e-3, at which the run amplifies rounding, gives 1.5e-4.
 """
 
 from __future__ import annotations
@@ -28,7 +28,6 @@ from simpo_megatron.data.batching import step_pairs
 from simpo_megatron.demo import prepare_demo
 
 
-
 def has_trl() -> bool:
     """Whether the trl that is installed has the CPOTrainer where it lives now, outside the stable API."""
     try:
@@ -37,7 +36,7 @@ def has_trl() -> bool:
         return False
 
 
-pytestmark = pytest.mark.skipif(not has_trl(), reason="trl with trl.experimental.cpo (0.29 or later) is not installed")
+pytestmark = pytest.mark.skipif(not has_trl(), reason="no trl with trl.experimental.cpo (0.29 or later)")
 
 HERE = Path(__file__).parent
 NUM_STEPS, BATCH, NUM_PAIRS = 20, 8, 100

@@ -1,7 +1,7 @@
 """Train pairs with TRL's CPOTrainer on SimPO's loss: `trl_worker.py FOLDER`.
 
 FOLDER/trl.json holds the model folder, the preference records in their order and the options; it leaves
-FOLDER/trl_steps.json (the metrics of each step) and FOLDER/trl_ids.json (the token ids that TRL made of each record).
+FOLDER/trl_steps.json (the metrics of each step) and FOLDER/trl_ids.json (TRL's token ids of each record).
 """
 
 from __future__ import annotations
