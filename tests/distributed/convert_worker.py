@@ -7,7 +7,9 @@ layout leaves FOLDER/<model>-<layout>.safetensors ("logits", [B, S, V] in fp32) 
 from __future__ import annotations
 
 import json
+import resource
 import sys
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from simpo_megatron.mcore import device
@@ -50,7 +52,7 @@ def logits_of(chunks: list, tokens: torch.Tensor, groups: parallel.ParallelGroup
     return torch.cat(slices, dim=-1)
 
 
-def run(model: Path, layout: str, options: dict, tokens: torch.Tensor, dtype: torch.dtype) -> None:
+def run(model: Path, layout: str, options: dict, job: dict) -> None:
     config = config_from(model=str(model), data=("unused",), bf16=False, **options)
     groups = parallel.initialize(config.parallel.sizes, backend="gloo", timeout_minutes=3)
     parallel.seed_everything(1)
@@ -60,9 +62,11 @@ def run(model: Path, layout: str, options: dict, tokens: torch.Tensor, dtype: to
         for parameter in chunk.parameters():
             parameter.data.fill_(float("nan"))
     load_hf_weights(chunks, model, description, tp_rank=groups.tp.rank(), tp_size=groups.tp.size())
-    logits = logits_of(chunks, tokens, groups)
+    logits = logits_of(chunks, torch.tensor(job["tokens"]), groups)
     out = model.with_name(f"{model.name}-{layout}")
-    export_hf(chunks, description, model, out, groups=groups, dtype=dtype, max_shard_bytes=60_000)
+    stored_dtype = getattr(torch, job["models"][model.name])
+    limit = job["max_shard_bytes"]
+    export_hf(chunks, description, model, out, groups=groups, dtype=stored_dtype, max_shard_bytes=limit)
     if dist.get_rank() == 0:
         save_file({"logits": logits[..., : description.vocab_size].contiguous()}, f"{out}.safetensors")
     if groups.dp_cp.size() == 1:
@@ -72,28 +76,36 @@ def run(model: Path, layout: str, options: dict, tokens: torch.Tensor, dtype: to
 
 
 def refuse_on_all_ranks(chunks: list, description, model: Path, out: Path, groups) -> None:
-    """Both failures strike one rank only; the other must hear of them instead of waiting."""
+    """Each failure strikes the first rank only; the others must hear of it instead of waiting."""
+    full = Path(f"{out}-full")
     inside_a_file = Path(f"{out}.safetensors") / "export"
-    for target, expected in ((out, "exists already"), (inside_a_file, "Not a directory")):
+    for target, expected in ((out, "exists already"), (inside_a_file, "Not a directory"), (full, "too large")):
         dist.barrier()
-        try:
-            export_hf(chunks, description, model, target, groups=groups)
-        except CheckpointError as error:
-            assert expected in str(error), error
-        else:
-            raise AssertionError(f"export to {target} was not refused")
+        with smaller_files(30_000) if target == full and dist.get_rank() == 0 else nullcontext():
+            try:
+                export_hf(chunks, description, model, target, groups=groups)
+            except CheckpointError as error:
+                assert expected in str(error), error
+            else:
+                raise AssertionError(f"export to {target} was not refused")
+    assert not full.exists()
+
+
+@contextmanager
+def smaller_files(num_bytes: int):
+    """Writing past `num_bytes` of a file fails, as on a full disk: in the midst of an export."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
     job = json.loads((folder / "job.json").read_text())
     for layout_name, layout_options in job["layouts"].items():
-        for model_name, stored_dtype in job["models"].items():
-            run(
-                folder / model_name,
-                layout_name,
-                layout_options,
-                torch.tensor(job["tokens"]),
-                getattr(torch, stored_dtype),
-            )
+        for model_name in job["models"]:
+            run(folder / model_name, layout_name, layout_options, job)
     dist.destroy_process_group()

@@ -69,9 +69,7 @@ MODELS = {
     "qwen3": (Qwen3Config(**TINY, head_dim=16), "bfloat16"),
     "phi3": (Phi3Config(**TINY), "float32"),
     "phi3_partial_rope": (
-        Phi3Config(
-            **TINY, rope_parameters={"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
-        ),
+        Phi3Config(**TINY, rope_parameters={"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}),
         "float32",
     ),
 }
@@ -107,14 +105,13 @@ def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("convert")
     torch.manual_seed(5)
     tokens = torch.randint(VOCAB, (2, 37))
-    expected = {
-        name: write_model(config, folder / name, dtype, tokens) for name, (config, dtype) in MODELS.items()
-    }
+    expected = {name: write_model(config, folder / name, dtype, tokens) for name, (config, dtype) in MODELS.items()}
     torch.save(expected, folder / "expected.pt")
     job = {
         "models": {name: dtype for name, (_, dtype) in MODELS.items()},
         "layouts": LAYOUTS,
         "tokens": tokens.tolist(),
+        "max_shard_bytes": 60_000,
     }
     (folder / "job.json").write_text(json.dumps(job))
     run_ranks(WORKER, 2, str(folder), timeout=300)
@@ -123,9 +120,7 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", MODELS)
-def test_megatron_computes_the_logits_that_transformers_computes(
-    folder: Path, name: str, layout: str
-) -> None:
+def test_megatron_computes_the_logits_that_transformers_computes(folder: Path, name: str, layout: str) -> None:
     expected = torch.load(folder / "expected.pt", weights_only=True)[name]
     found = load_file(folder / f"{name}-{layout}.safetensors")["logits"]
     assert expected.std() > 0.1

@@ -1,0 +1,100 @@
+"""A real model, SmolLM2-135M-Instruct, gives the same log-probs in megatron as in transformers, and comes back whole.
+
+Budget. Its logits have a standard deviation near 7 and pass thirty layers: 1e-4 of that deviation for a logit. The
+average log-prob of an answer, whose rounding errors cancel, within 1e-5.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from ranks import REPOSITORY, run_ranks
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from simpo_megatron.convert.files import stored_tensors
+
+pytestmark = pytest.mark.slow
+
+LAYOUTS = {
+    "tp1": {},
+    "tp3": {"tensor_model_parallel_size": 3},
+    "pp3": {"pipeline_model_parallel_size": 3},
+}
+NUM_PAIRS = 4
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory) -> Path:
+    """SIMPO_SMOLLM2, or a folder made from the package that carries the model."""
+    folder = Path(os.environ.get("SIMPO_SMOLLM2") or tmp_path_factory.mktemp("model") / "smollm2")
+    tool = REPOSITORY / "tools" / "prepare_smollm2.py"
+    done = subprocess.run([sys.executable, str(tool), str(folder)], capture_output=True, text=True, timeout=600)
+    if done.returncode:
+        pytest.skip(done.stderr.strip().splitlines()[-1])
+    return folder
+
+
+def answers(model_dir: Path) -> tuple[Tensor, Tensor]:
+    """Tokens [B, S], padded on the right, and True [B, S] at each token of an answer."""
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    pairs_file = REPOSITORY / "simpo_megatron" / "demo" / "pairs.jsonl"
+    rows = []
+    for line in pairs_file.read_text(encoding="utf-8").splitlines()[:NUM_PAIRS]:
+        pair = json.loads(line)
+        prompt = tokenizer.apply_chat_template(pair["prompt"], add_generation_prompt=True, return_dict=False)
+        for side in ("chosen", "rejected"):
+            whole = tokenizer.apply_chat_template(pair["prompt"] + pair[side], return_dict=False)
+            rows.append((whole, len(prompt)))
+    tokens = torch.full((len(rows), max(len(whole) for whole, _ in rows)), tokenizer.pad_token_id)
+    is_answer = torch.zeros_like(tokens, dtype=torch.bool)
+    for row, (whole, num_prompt) in enumerate(rows):
+        tokens[row, : len(whole)] = torch.tensor(whole)
+        is_answer[row, num_prompt : len(whole)] = True
+    return tokens, is_answer
+
+
+def average_log_probs(logits: Tensor, tokens: Tensor, is_answer: Tensor) -> Tensor:
+    log_probs = logits[:, :-1].double().log_softmax(-1).gather(2, tokens[:, 1:, None])[..., 0]
+    mask = is_answer[:, 1:]
+    return (log_probs * mask).sum(1) / mask.sum(1)
+
+
+def contents(folder: Path) -> dict[str, Tensor]:
+    files = {tensor.file for tensor in stored_tensors(folder).values()}
+    return {name: tensor for file in files for name, tensor in load_file(file).items()}
+
+
+def test_log_probs_agree_and_every_weight_comes_back(model_dir: Path, tmp_path: Path) -> None:
+    tokens, is_answer = answers(model_dir)
+    (tmp_path / "smollm2").symlink_to(model_dir, target_is_directory=True)
+    job = {
+        "models": {"smollm2": "bfloat16"},
+        "layouts": LAYOUTS,
+        "tokens": tokens.tolist(),
+        "max_shard_bytes": 100 << 20,
+    }
+    (tmp_path / "job.json").write_text(json.dumps(job))
+    run_ranks(Path(__file__).with_name("convert_worker.py"), 3, str(tmp_path), timeout=500)
+    with torch.no_grad():
+        expected = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)(tokens).logits
+    weights = contents(model_dir)
+    for layout in LAYOUTS:
+        found = load_file(tmp_path / f"smollm2-{layout}.safetensors")["logits"]
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-4 * expected.std().item())
+        torch.testing.assert_close(
+            average_log_probs(found, tokens, is_answer),
+            average_log_probs(expected, tokens, is_answer),
+            rtol=0,
+            atol=1e-5,
+        )
+        exported = contents(tmp_path / f"smollm2-{layout}")
+        assert exported.keys() == weights.keys()
+        assert all(torch.equal(exported[name], tensor) for name, tensor in weights.items())
