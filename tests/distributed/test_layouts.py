@@ -89,6 +89,12 @@ LAYOUTS = {
         "prefix_sharing": False,
         "micro_batch_size": 2,
     },
+    "bf16_tp2_sequence_parallel_distributed_optimizer": {
+        "tensor_model_parallel_size": 2,
+        "sequence_parallel": True,
+        "use_distributed_optimizer": True,
+        "bf16": True,
+    },
     "packed_without_prefix_sharing": {"prefix_sharing": False, "tensor_model_parallel_size": 2},
     "prefix_sharing_without_packing": {"packing": False, "pipeline_model_parallel_size": 2},
 }
@@ -142,12 +148,16 @@ def runs(request, tmp_path_factory):
     return record, {name: value.detach() for name, value in twin.named_parameters()}, folder, chosen
 
 
+def fp32(layouts: dict) -> list[str]:
+    return [name for name in layouts if not layouts[name].get("bf16")]
+
+
 TIED_LAYOUTS = ("dp4_distributed_optimizer_overlapped", "tp4", "pp2_tp2", "pp2_vpp2_dp2")
 
 
 def test_every_layout_takes_the_twins_steps(runs):
     record, _, folder, layouts = runs
-    for name in layouts:
+    for name in fp32(layouts):
         steps = json.loads((folder / f"{name}.json").read_text())
         for key, expected in (
             ("loss", record.loss),
@@ -163,7 +173,7 @@ def test_every_layout_takes_the_twins_steps(runs):
 def test_every_layout_ends_with_the_twins_weights(runs):
     _, expected, folder, layouts = runs
     norm = torch.sqrt(sum(value.pow(2).sum() for value in expected.values()))
-    for name in layouts:
+    for name in fp32(layouts):
         found = {}
         for file in (folder / name).glob("*.safetensors"):
             found |= load_file(file)
@@ -172,6 +182,16 @@ def test_every_layout_ends_with_the_twins_weights(runs):
         assert float(difference / norm) <= RELATIVE, (
             f"{name}: weights are off by {float(difference / norm):.1e}"
         )
+
+
+def test_bf16_follows_the_twin_as_closely_as_its_eight_bits_allow(runs):
+    """Roundings of 2^-9 average out over a response and over the pairs; measured 1.5e-3 after ten steps, budget 1e-2."""
+    record, _, folder, layouts = runs
+    for name in set(layouts) - set(fp32(layouts)):
+        steps = json.loads((folder / f"{name}.json").read_text())
+        for key, expected in (("loss", record.loss), ("rewards/margins", record.margin)):
+            error = np.abs([step[key] for step in steps] - np.array(expected))
+            assert np.all(error <= 1e-2), f"{name}: {key} is off by {error}"
 
 
 def test_the_twin_learns_so_that_agreeing_with_it_means_something(runs):
