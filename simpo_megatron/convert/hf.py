@@ -242,9 +242,9 @@ def _plan_shards(
     """
     names_of_stages = _all_gather_objects(own_names, groups.pp)
     parts: list[tuple[int, dict[str, tuple[int, ...]]]] = []
-    for stage, names in enumerate(names_of_stages):
+    for stage, names in enumerate(map(set, names_of_stages)):
         num_bytes = max_shard_bytes
-        for name in (name for name in shapes if name in set(names)):
+        for name in (name for name in shapes if name in names):
             size = torch.Size(shapes[name]).numel() * dtype.itemsize
             if num_bytes + size > max_shard_bytes:
                 parts.append((stage, {}))
