@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from simpo_megatron import __version__
 from simpo_megatron.convert.files import (
     DTYPE_NAMES,
     INDEX_FILE,
@@ -34,6 +35,8 @@ MAX_LISTED = 10
 MAX_MAPPED_BYTES = 256 << 20
 """Bytes of a weight file, counted in the parameters' dtype, that loading holds in memory at a time."""
 
+MARKER_FILE = "simpo_megatron.json"
+"""What tells an export from a folder of the user's."""
 _COPIED_FILES = (
     "generation_config.json",
     "tokenizer.json",
@@ -182,7 +185,8 @@ def export_hf(
     Collectives: one gather over tp for every tensor that is cut; a few small objects over tp and pp.
 
     Raises:
-        CheckpointError: on every rank that takes part, when `out_folder` exists or one of them cannot write.
+        CheckpointError: on every rank that takes part, when `out_folder` holds anything but an earlier export, or one
+            of them cannot write.
     """
     if groups.dp_cp.rank() != 0:
         return
@@ -210,11 +214,16 @@ def refuse_existing_export(out_folder: str | Path) -> None:
     """Nothing; for a caller that wants to know before it trains that `export_hf` will not refuse its folder.
 
     Raises:
-        CheckpointError: `out_folder` exists and is not an empty folder.
+        CheckpointError: `out_folder` exists and is neither empty nor an earlier export, which a new one replaces.
     """
     path = Path(out_folder)
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        raise CheckpointError(f"{path}: exists already; an export never overwrites, remove it or name another folder")
+    if not path.exists() or (path / MARKER_FILE).is_file():
+        return
+    if not path.is_dir() or any(path.iterdir()):
+        raise CheckpointError(
+            f"{path}: exists already and is no export of simpo_megatron, which alone would be replaced; remove it or "
+            "name another folder"
+        )
 
 
 def _pieces_by_name(chunk: torch.nn.Module, description: ModelDescription, tp_size: int) -> dict[str, list[Piece]]:
@@ -330,6 +339,7 @@ def _complete_folder(
                 shutil.copyfile(path, staging / path.name)
     if model_card is not None:
         (staging / "README.md").write_text(model_card, encoding="utf-8")
+    _write_json(staging / MARKER_FILE, {"exported_by": "simpo_megatron", "version": __version__})
 
 
 def _write_json(path: Path, content: dict) -> None:
@@ -340,8 +350,12 @@ def _publish(staging: Path, out_folder: Path) -> None:
     for path in staging.iterdir():
         _sync(path)
     _sync(staging)
+    replaced = staging.with_suffix(".replaced")
+    if out_folder.exists():
+        os.rename(out_folder, replaced)
     os.rename(staging, out_folder)
     _sync(out_folder.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def _sync(path: Path) -> None:

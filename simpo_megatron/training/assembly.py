@@ -70,6 +70,12 @@ def plan_run(config: Config, world_size: int) -> Plan:
         refuse_existing_export(config.model.export_hf)
     sources = locate_sources(config)
     description = describe_hf_model(sources.model)
+    most_positions = description.gpt["max_sequence_length"]
+    if config.pairs.max_length > most_positions:
+        raise ConfigError(
+            f"max_length: found {config.pairs.max_length}, expected at most {most_positions}, the positions of the "
+            f"model in {sources.model}"
+        )
     layout = resolve(config, world_size=world_size, model=description.transformer, machine=device.machine())
     return Plan(sources=sources, description=description, layout=layout)
 

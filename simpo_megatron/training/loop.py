@@ -6,7 +6,6 @@ import os
 import time
 from collections.abc import Sequence
 
-import torch
 import torch.distributed as dist
 
 from simpo_megatron import parallel
@@ -14,6 +13,7 @@ from simpo_megatron.config import Config, lint, to_table
 from simpo_megatron.convert.hf import export_hf
 from simpo_megatron.mcore import device
 from simpo_megatron.mcore.optimizer import gather_parameters
+from simpo_megatron.mcore.precision import parameter_dtype
 from simpo_megatron.training.assembly import Job, assemble, plan_run
 from simpo_megatron.training.checkpoint import (
     Start,
@@ -25,6 +25,7 @@ from simpo_megatron.training.checkpoint import (
 from simpo_megatron.training.evaluation import evaluate
 from simpo_megatron.training.loggers import EVALUATION_PREFIX, RunLog, open_run_log
 from simpo_megatron.training.metrics import reduce_sums, throughput
+from simpo_megatron.training.report import model_card, write_report
 from simpo_megatron.training.step import Pass, train_step
 
 # Everything a rank does alone, such as tokenising for the others, must fit into a wait of the others.
@@ -120,9 +121,7 @@ def _save(
     config: Config, job: Job, log: RunLog, *, iteration: int, consumed_pairs: int, metrics: dict[str, float]
 ) -> None:
     started = time.perf_counter()
-    checkpoint = save_checkpoint(
-        config, job, iteration=iteration, consumed_pairs=consumed_pairs, metrics=metrics
-    )
+    checkpoint = save_checkpoint(config, job, iteration=iteration, consumed_pairs=consumed_pairs, metrics=metrics)
     seconds = time.perf_counter() - started
     log.say(f"saved     {checkpoint.folder} ({checkpoint.num_bytes / 2**20:.1f} MiB in {seconds:.1f} s)")
 
@@ -165,7 +164,13 @@ def _evaluate(job: Job, log: RunLog, iteration: int) -> dict[str, float]:
 
 
 def _finish(config: Config, job: Job, log: RunLog) -> None:
-    """The model for Hugging Face, and where everything lies."""
+    """The report, the model for Hugging Face, and where everything lies."""
+    headline = ""
+    if config.run.save is not None and dist.get_rank() == 0:
+        report = write_report(config.run.save)
+        headline = report.headline
+        log.say(f"result    {headline}")
+        log.say(f"report    {report.page} (curves: {report.picture})")
     if config.model.export_hf is not None:
         gather_parameters(job.trainer.chunks)
         export_hf(
@@ -174,6 +179,7 @@ def _finish(config: Config, job: Job, log: RunLog) -> None:
             job.plan.sources.model,
             config.model.export_hf,
             groups=job.trainer.groups,
-            dtype=torch.bfloat16 if config.precision.bf16 else torch.float32,
+            dtype=parameter_dtype(config.precision),
+            model_card=model_card(config, headline),
         )
         log.say(f"model     {config.model.export_hf} (AutoModelForCausalLM loads it)")

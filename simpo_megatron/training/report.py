@@ -75,6 +75,27 @@ def write_report(run_folder: str | Path) -> Report:
     return report
 
 
+def model_card(config: Config, headline: str) -> str:
+    """The README.md of an exported model: what it was made of and how, and how it went."""
+    return "\n".join(
+        [
+            "---",
+            "library_name: transformers",
+            "tags: [simpo, simpo_megatron]",
+            "---",
+            f"# {Path(config.model.export_hf or '').name}",
+            "",
+            f"Trained from `{Path(config.model.model or '').name}` with SimPO (arXiv 2405.14734) by simpo_megatron.",
+            headline,
+            "",
+            "```yaml",
+            to_yaml(config).rstrip(),
+            "```",
+            "",
+        ]
+    )
+
+
 def read_curves(path: Path) -> Curves:
     """The curves in a metrics.jsonl. Where a resumed run did a step again, the later line counts.
 
