@@ -1,12 +1,12 @@
 """Twenty optimizer steps of TRL's CPOTrainer on SimPO's loss and twenty of ours are the same twenty steps.
 
-TRL renders the chat template, tokenises, pads, runs transformers' model and computes the loss from whole logits;
-we pack, share prompts, run megatron's model and never build the logits. Both get the same records in the same
-order and the same AdamW.
+TRL renders the chat template, tokenises, pads, runs transformers' model and computes the loss from whole
+logits; we pack, share prompts, run megatron's model and never build the logits. Both get the same records
+in the same order and the same AdamW.
 
-Budget: 2e-5 absolute on each step's loss, rewards and margin. Rewards here are numbers of about 10, so that is
-2e-6 relative, over twenty fp32 updates whose first ones divide by gradients near zero. Measured: at most 1.4e-6;
-a learning rate of 1e-3, at which the run amplifies rounding, gives 1.5e-4.
+Budget: 2e-5 absolute on each step's loss, rewards and margin. Rewards here are numbers of about 10, so
+that is 2e-6 relative, over twenty fp32 updates whose first ones divide by gradients near zero. Measured:
+at most 1.4e-6; a learning rate of 1e-3, at which the run amplifies rounding, gives 1.5e-4.
 """
 
 from __future__ import annotations

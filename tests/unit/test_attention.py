@@ -1,0 +1,210 @@
+"""Attention over packs with shared prompts is attention over separate sequences, alone and in megatron's
+model.
+
+Attention is compared in float64, where 1e-12 is a thousand roundings. The model is compared in float64
+too, but for the rotary frequencies, which megatron holds in fp32 and which are the same numbers on both
+sides.
+"""
+
+from __future__ import annotations
+
+import os
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from ranks import free_port
+from twin import response_log_probs
+
+from simpo_megatron import parallel
+from simpo_megatron.config import config_from
+from simpo_megatron.data import BatchOptions, TokenizedPair, collate
+from simpo_megatron.mcore import device
+from simpo_megatron.mcore.attention import MicrobatchLayout, Segment, SegmentedAttention
+
+# First and last rows: a segment of one token, prefixes of none, one and many tokens, one token behind a long
+# prefix, two segments with the same prefix, and a padding tail.
+PACKS = {
+    "no prefix": [(0, 7, 0, 0), (7, 8, 0, 0), (8, 21, 0, 0)],
+    "prefix of one token": [(0, 5, 0, 0), (5, 11, 0, 1), (11, 14, 0, 0), (14, 15, 11, 12)],
+    "long prefix": [(0, 40, 0, 0), (40, 41, 0, 33), (41, 60, 0, 33)],
+    "two pairs and padding": [(0, 9, 0, 0), (9, 17, 0, 4), (17, 25, 0, 0), (25, 28, 17, 22), (28, 32, 0, 0)],
+}
+HEADS = {"as many groups as heads": (4, 4), "grouped": (6, 2), "one group": (3, 1)}
+
+
+def attention(config: SimpleNamespace | None = None) -> SegmentedAttention:
+    return SegmentedAttention(config or SimpleNamespace(attention_dropout=0.0), 1, None, "self")
+
+
+def layout_of(segments) -> MicrobatchLayout:
+    length = segments[-1][1]
+    return MicrobatchLayout.of_pack(torch.arange(length), tuple(Segment(*s) for s in segments), tokens=None)
+
+
+def dense_attention(query, key, value, segments) -> torch.Tensor:
+    """The definition, one query at a time: softmax over its prefix and its own segment up to itself."""
+    length, _, num_heads, size = query.shape
+    heads_per_group = num_heads // key.shape[2]
+    rows = []
+    for start, end, prefix_start, prefix_end in segments:
+        for position in range(start, end):
+            seen = [*range(prefix_start, prefix_end), *range(start, position + 1)]
+            for head in range(num_heads):
+                group = head // heads_per_group
+                scores = key[seen, 0, group] @ query[position, 0, head] / size**0.5
+                rows.append(torch.softmax(scores, dim=0) @ value[seen, 0, group])
+    return torch.stack(rows).view(length, 1, num_heads * size)
+
+
+@pytest.mark.parametrize("heads", HEADS.values(), ids=HEADS)
+@pytest.mark.parametrize("segments", PACKS.values(), ids=PACKS)
+def test_a_pack_attends_as_its_definition_says(segments, heads):
+    torch.manual_seed(1)
+    num_heads, num_groups = heads
+    length = segments[-1][1]
+    inputs = [
+        torch.randn(length, 1, number, 5, dtype=torch.float64, requires_grad=True)
+        for number in (num_heads, num_groups, num_groups)
+    ]
+    cotangent = torch.randn(length, 1, num_heads * 5, dtype=torch.float64)
+    found = attention()(*inputs, packed_seq_params=layout_of(segments))
+    expected = dense_attention(*inputs, segments)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    found_grads = torch.autograd.grad((found * cotangent).sum(), inputs)
+    expected_grads = torch.autograd.grad((expected * cotangent).sum(), inputs)
+    for name, one, other in zip("qkv", found_grads, expected_grads, strict=True):
+        assert float((one - other).abs().max()) <= 1e-12, name
+
+
+def test_padded_rows_attend_each_by_itself():
+    torch.manual_seed(2)
+    inputs = [torch.randn(6, 3, number, 5, dtype=torch.float64) for number in (4, 2, 2)]
+    found = attention()(*inputs, packed_seq_params=MicrobatchLayout.of_padded_rows(6, tokens=None))
+    for row in range(3):
+        expected = dense_attention(*(x[:, row : row + 1] for x in inputs), [(0, 6, 0, 0)])
+        torch.testing.assert_close(found[:, row : row + 1], expected, rtol=1e-12, atol=1e-12)
+
+
+def test_nobody_sees_another_pair_or_the_padding():
+    segments = PACKS["two pairs and padding"]
+    inputs = [torch.randn(32, 1, 4, 5) for _ in range(3)]
+    before = attention()(*inputs, packed_seq_params=layout_of(segments))
+    for tensor in inputs:
+        tensor[17:] = torch.nan
+    after = attention()(*inputs, packed_seq_params=layout_of(segments))
+    assert torch.equal(before[:17], after[:17])
+
+
+def test_every_layer_of_a_microbatch_uses_the_same_mask():
+    layout = layout_of(PACKS["long prefix"])
+    segment = layout.segments[2]
+    here = torch.device("cpu")
+    assert layout.mask(segment, here) is layout.mask(segment, here)
+    assert layout.mask(layout.segments[0], here) is None
+
+
+@pytest.fixture(scope="module")
+def gpt(tmp_path_factory):
+    """(megatron's model, transformers' model with the same weights), float64, two layers, grouped heads."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from simpo_megatron.convert import load_hf_weights
+    from simpo_megatron.mcore.families import describe_hf_model
+    from simpo_megatron.mcore.model import build_model
+
+    device.install()
+    folder = tmp_path_factory.mktemp("model")
+    torch.manual_seed(3)
+    twin = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=131,
+            hidden_size=48,
+            intermediate_size=80,
+            num_hidden_layers=2,
+            num_attention_heads=6,
+            num_key_value_heads=2,
+            max_position_embeddings=128,
+            tie_word_embeddings=False,
+        )
+    )
+    twin.save_pretrained(folder)
+    saved = dict(os.environ)
+    os.environ.update(RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
+    config = config_from(model=str(folder), data=("none",), bf16=False)
+    groups = parallel.initialize(config.parallel.sizes, backend="gloo")
+    parallel.seed_everything(0)
+    description = describe_hf_model(folder)
+    (model,) = build_model(description, config, groups)
+    load_hf_weights([model], folder, description, tp_rank=0, tp_size=1)
+    yield model.double(), twin.double()
+    parallel.shut_down()
+    os.environ.clear()
+    os.environ.update(saved)
+
+
+def ragged_pairs() -> list[TokenizedPair]:
+    """A prompt of one token, a long one, and responses of one token among them."""
+    random = np.random.default_rng(5)
+    shapes = [(1, 5, 3), (29, 1, 8), (7, 12, 1), (13, 9, 9)]
+    return [TokenizedPair(*(random.integers(1, 131, n).astype(np.int32) for n in shape)) for shape in shapes]
+
+
+def log_probs_of(model, pairs, **options) -> torch.Tensor:
+    """Log-probs of all response tokens in the order of pairs, chosen and rejected, tokens."""
+    from simpo_megatron.mcore.batch import to_microbatch
+
+    batch = collate(pairs, range(len(pairs)), BatchOptions(global_batch_size=len(pairs), **options))
+    microbatch = to_microbatch(batch, torch.device("cpu"))
+    log_probs_N = model(
+        microbatch.tokens_BS, microbatch.position_ids_BS, None, packed_seq_params=microbatch.layout
+    )
+    return log_probs_N[torch.argsort(batch.sequence_N, stable=True)]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(),
+        dict(sequence_multiple=16),
+        dict(prefix_sharing=False),
+        dict(packing=False),
+        dict(packing=False, prefix_sharing=False),
+    ],
+    ids=lambda options: ",".join(f"{key}={value}" for key, value in options.items()) or "packed and shared",
+)
+def test_the_model_gives_separate_sequences_log_probs_and_gradients(gpt, options):
+    model, twin = gpt
+    pairs = ragged_pairs()
+    found = log_probs_of(model, pairs, **options)
+    expected = torch.cat(
+        [
+            response_log_probs(twin, pair.prompt_ids.tolist(), response.tolist())
+            for pair in pairs
+            for response in (pair.chosen_ids, pair.rejected_ids)
+        ]
+    )
+    # Both hold rotary frequencies in fp32, by different formulas: 1e-7 of an angle of 40.
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=2e-6)
+
+    weights_N = torch.randn(len(found), dtype=torch.float64, generator=torch.Generator().manual_seed(6))
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    packed = torch.autograd.grad((found.double() * weights_N).sum(), parameters)
+    # One response at a time through the same model: what packing and sharing alone change.
+    alone = torch.cat([separate_log_probs(model, pair) for pair in pairs])
+    torch.testing.assert_close(found, alone, rtol=1e-9, atol=1e-9)
+    separate = torch.autograd.grad((alone.double() * weights_N).sum(), parameters)
+    for name, one, other in zip(names, packed, separate, strict=True):
+        assert float((one - other).norm() / other.norm()) <= 1e-9, name
+
+
+def separate_log_probs(model, pair: TokenizedPair) -> torch.Tensor:
+    """Log-probs from the logits of one plain causal row for each response."""
+    parts = []
+    for response in (pair.chosen_ids, pair.rejected_ids):
+        ids = torch.tensor([[*pair.prompt_ids.tolist(), *response.tolist()]])
+        logits = model(ids, torch.arange(ids.shape[1])[None], None)[0, :, :131]
+        rows = torch.log_softmax(logits, dim=-1)[len(pair.prompt_ids) - 1 : -1]
+        parts.append(rows.gather(1, ids[0, len(pair.prompt_ids) :, None])[:, 0])
+    return torch.cat(parts)

@@ -1,0 +1,162 @@
+"""The redirection of megatron-core to the CPU is narrow, and absent where CUDA is; options given to it exist."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import importlib
+import inspect
+from pathlib import Path
+
+import pytest
+import torch
+
+from simpo_megatron.config import Machine, config_from
+from simpo_megatron.errors import ConfigError
+from simpo_megatron.mcore import device
+
+
+@pytest.fixture(scope="module", autouse=True)
+def installed():
+    device.install()
+
+
+def test_install_touches_nothing_where_cuda_is_there(monkeypatch):
+    monkeypatch.setattr(device, "has_cuda", lambda: True)
+    for name, _ in inspect.getmembers(device, inspect.isfunction):
+        if name.startswith(("_replace", "_import", "_name", "_restore")):
+            monkeypatch.setattr(device, name, lambda n=name: pytest.fail(f"{n} ran"))
+    imported = []
+    monkeypatch.setattr(importlib, "import_module", imported.append)
+    assert device.install.__wrapped__() is None
+    assert imported == []
+
+
+def test_install_runs_once():
+    step = torch.Tensor.type
+    device.install()
+    assert torch.Tensor.type is step
+
+
+def test_tensor_type_tells_the_truth_to_everybody_but_megatrons_optimizers():
+    tensor = torch.zeros(2)
+    assert tensor.type() == "torch.FloatTensor"
+    assert tensor.type(torch.float64).dtype == torch.float64
+    told = {}
+    asks = "answer = tensor.type(); other = tensor.type(torch.float64)"
+    for module in ("megatron.core.optimizer.clip_grads", "megatron.core.tensor_parallel.layers", "another"):
+        scope = {"__name__": module, "tensor": tensor, "torch": torch}
+        exec(asks, scope)
+        told[module] = scope["answer"]
+        assert scope["other"].dtype == torch.float64
+    assert told == {
+        "megatron.core.optimizer.clip_grads": "torch.cuda.FloatTensor",
+        "megatron.core.tensor_parallel.layers": "torch.FloatTensor",
+        "another": "torch.FloatTensor",
+    }
+
+
+def test_only_the_modules_that_name_cuda_allocate_on_the_cpu_instead():
+    schedules = importlib.import_module("megatron.core.pipeline_parallel.schedules")
+    assert schedules.torch.zeros(2, device="cuda").device.type == "cpu"
+    assert schedules.torch.tensor([1], dtype=torch.int).dtype == torch.int
+    assert schedules.torch.nn is torch.nn
+    layers = importlib.import_module("megatron.core.tensor_parallel.layers")
+    assert layers.torch is torch
+    assert not isinstance(torch, device._TorchOnCpu)
+
+
+@pytest.mark.parametrize("module", device._MODULES_NAMING_CUDA)
+def test_every_redirected_module_of_the_installed_megatron_still_names_cuda(module):
+    """One that no longer does should leave the list; its allocations would not need us."""
+    source = Path(importlib.import_module(module).__file__).read_text()
+    named = {
+        node.value
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    }
+    asks_for_device = "torch.cuda.current_device()" in source
+    assert "cuda" in named or asks_for_device, f"{module} names no CUDA device"
+
+
+def test_the_device_of_a_machine_without_cuda():
+    assert (device.backend(), device.current_device()) == ("gloo", torch.device("cpu"))
+    assert device.machine() == Machine(
+        has_cuda=False, has_transformer_engine=device._has_transformer_engine(), compute_capability=None
+    )
+    device.require_local_ranks(1000)
+
+
+def test_too_few_gpus_are_refused_in_one_line(monkeypatch):
+    monkeypatch.setattr(device, "has_cuda", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    device.require_local_ranks(4)
+    with pytest.raises(ConfigError, match=r"needs 8 ranks, this machine has 4 GPUs: .*--tp"):
+        device.require_local_ranks(8)
+
+
+@pytest.fixture(scope="module")
+def description(tmp_path_factory):
+    from transformers import LlamaConfig
+
+    from simpo_megatron.mcore.families import describe_hf_model
+
+    folder = tmp_path_factory.mktemp("shape")
+    LlamaConfig(
+        architectures=["LlamaForCausalLM"],
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    ).save_pretrained(folder)
+    return describe_hf_model(folder)
+
+
+def config_with(**options):
+    return config_from(model="somewhere", data=("pairs.jsonl",), **options)
+
+
+def test_interleaving_never_batches_its_point_to_point_messages(description):
+    """With two stages, megatron's default for interleaving exchanges gradients wrongly without a word."""
+    from simpo_megatron.mcore.model import transformer_config
+
+    plain = transformer_config(description, config_with(pp=2))
+    assert (plain.overlap_p2p_comm, plain.batch_p2p_comm) == (False, True)
+    interleaved = transformer_config(description, config_with(pp=2, vpp=2))
+    assert (interleaved.overlap_p2p_comm, interleaved.batch_p2p_comm) == (True, False)
+
+
+def test_the_loss_is_summed_and_divided_by_the_pairs_of_the_step(description):
+    from simpo_megatron.mcore.model import transformer_config
+
+    assert transformer_config(description, config_with()).calculate_per_token_loss is True
+
+
+def test_every_option_given_to_megatron_is_one_of_its_own():
+    """A misspelt field of a dataclass fails at once; one set on an instance, or removed upstream, would not."""
+    from megatron.core.distributed import DistributedDataParallelConfig
+    from megatron.core.optimizer import OptimizerConfig
+    from megatron.core.transformer import TransformerConfig
+
+    owners = {
+        "TransformerConfig": TransformerConfig,
+        "DistributedDataParallelConfig": DistributedDataParallelConfig,
+        "OptimizerConfig": OptimizerConfig,
+    }
+    known = {name: {field.name for field in dataclasses.fields(owner)} for name, owner in owners.items()}
+    seen = set()
+    for file in Path(device.__file__).parent.glob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            called = getattr(node.func, "id", None) if isinstance(node, ast.Call) else None
+            if called in owners:
+                given = {keyword.arg for keyword in node.keywords if keyword.arg}
+                assert given <= known[called], f"{file.name}: {given - known[called]}"
+                seen.add(called)
+            if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Attribute):
+                target = node.targets[0]
+                if isinstance(target.value, ast.Name) and target.value.id == "mcore_config":
+                    assert target.attr in known["TransformerConfig"], f"{file.name}: {target.attr}"
+                    seen.add("mcore_config")
+    assert seen == {*owners, "mcore_config"}, "the search above finds no call any more"
