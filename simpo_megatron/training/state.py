@@ -9,7 +9,7 @@ from __future__ import annotations
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -27,9 +27,16 @@ from simpo_megatron.mcore.model import PreferenceGPTModel
 from simpo_megatron.mcore.optimizer import gather_parameters
 from simpo_megatron.training.step import Trainer
 
-_METADATA_FILE = ".metadata"
-_METADATA_MODULES = ("torch.distributed.checkpoint.",)
-_METADATA_NAMES = {("collections", "OrderedDict"), ("torch", "Size"), ("torch.serialization", "_get_layout")}
+_INDEX_FILE = ".metadata"
+# The index of tensors is made of these: modules of data classes, and single names.
+_INDEX_MODULES = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.planner")
+_INDEX_NAMES = {
+    ("collections", "OrderedDict"),
+    ("torch", "Size"),
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+    ("torch.distributed.checkpoint.filesystem", "_StoragePrefix"),
+    ("torch.serialization", "_get_layout"),
+}
 
 
 def write_state(model: list[PreferenceGPTModel], trainer: Trainer, iteration: int, folder: Path) -> None:
@@ -64,7 +71,7 @@ def read_state(
     Raises:
         CheckpointError: a tensor is missing or has another shape.
     """
-    check_metadata(folder)
+    check_index(folder)
     own_settings = [_settings(group) for group in trainer.optimizer.param_groups]
     state = _sharded_state(model, trainer, is_loading=True)
     if same_layout:
@@ -83,32 +90,34 @@ def read_state(
         _restore_rng(loaded["rng"])
 
 
-def check_metadata(folder: Path) -> None:
+def check_index(folder: Path) -> None:
     """Nothing, when the index of tensors in `folder` is data: torch unpickles it, whatever it may call.
 
     Raises:
         CheckpointError: it names something that is no part of such an index.
     """
-    path = folder / _METADATA_FILE
+    path = folder / _INDEX_FILE
     try:
         with path.open("rb") as file:
-            _MetadataUnpickler(file).load()
+            _IndexUnpickler(file).load()
     except (OSError, EOFError, pickle.UnpicklingError, AttributeError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: not an index of tensors ({error})") from None
 
 
-class _MetadataUnpickler(pickle.Unpickler):
+class _IndexUnpickler(pickle.Unpickler):
     """Builds the data classes of torch's checkpoint index and refuses everything else by name."""
 
-    def __init__(self, file: IO[bytes]) -> None:
-        super().__init__(file)
-
     def find_class(self, module: str, name: str) -> Any:
-        known = module.startswith(_METADATA_MODULES) or (module, name) in _METADATA_NAMES
-        found = super().find_class(module, name) if known else None
-        if not known or not (isinstance(found, type) or (module, name) in _METADATA_NAMES):
-            raise pickle.UnpicklingError(f"it refers to {module}.{name}")
-        return found
+        if (module, name) in _INDEX_NAMES:
+            return super().find_class(module, name)
+        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
+            return getattr(torch, name)
+        if module in _INDEX_MODULES and "." not in name:
+            found = super().find_class(module, name)
+            # Not what the module itself has imported.
+            if isinstance(found, type) and found.__module__ == module:
+                return found
+        raise pickle.UnpicklingError(f"it refers to {module}.{name}")
 
 
 def _sharded_state(

@@ -1,0 +1,169 @@
+"""Runs of the trainer, one after the other, each on forked ranks, so that torch and megatron are imported once.
+
+`checkpoint_worker.py FOLDER`: FOLDER/runs.json lists runs: a name, options, and what else `Run` says. Each run saves
+in FOLDER/<name> unless its options say otherwise, leaves FOLDER/<name>.json, and is over before the next starts.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from simpo_megatron.mcore import device
+
+device.install()
+
+import transformers.models.llama  # noqa: E402, F401
+from ranks import free_port  # noqa: E402
+from transformers import AutoTokenizer  # noqa: E402, F401
+
+from simpo_megatron.config import config_from  # noqa: E402
+from simpo_megatron.errors import SimPOError  # noqa: E402
+from simpo_megatron.training import loop, step  # noqa: E402
+from simpo_megatron.training.state import write_state  # noqa: E402
+
+LIMIT_SECONDS = 90.0
+
+
+@dataclass
+class Run:
+    """One run."""
+
+    name: str
+    options: dict[str, Any]
+    copy_of: str | None = None
+    """Begin with a copy of this run's folder."""
+    num_ranks: int = 2
+    flip: str | None = None
+    """Change the middle byte of this file before the start."""
+    write_again: bool = False
+    """After a resume, write the state that was read to FOLDER/<name>.state."""
+    kill: list | None = None
+    """[rank, event, part of an argument]: that rank dies at the first such audit event."""
+    kill_after_seconds: float | None = None
+    """The whole job dies this long after its first draft appears."""
+
+
+def main(folder: Path) -> None:
+    for entry in json.loads((folder / "runs.json").read_text()):
+        run = Run(**entry)
+        run.options.setdefault("save", str(folder / run.name))
+        if run.copy_of:
+            shutil.copytree(folder / run.copy_of, run.options["save"])
+        if run.flip:
+            flip_byte(folder / run.name / run.flip)
+        started = time.monotonic()
+        codes, output = start(run, folder)
+        seconds = time.monotonic() - started
+        print(f"{run.name}: {codes} in {seconds:.1f} s", flush=True)
+        (folder / f"{run.name}.json").write_text(json.dumps({"codes": codes, "output": output}))
+
+
+def start(run: Run, folder: Path) -> tuple[list[int], str]:
+    """(exit code of each rank, negative for a signal; what the first rank printed)."""
+    os.environ.update(
+        WORLD_SIZE=str(run.num_ranks),
+        LOCAL_WORLD_SIZE=str(run.num_ranks),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(free_port()),
+    )
+    processes = [fork_rank(rank, run, folder) for rank in range(run.num_ranks)]
+    codes: dict[int, int] = {}
+    deadline, kill_at = time.monotonic() + LIMIT_SECONDS, None
+    while len(codes) < run.num_ranks:
+        for rank, process in enumerate(processes):
+            if rank not in codes:
+                done, status = os.waitpid(process, os.WNOHANG)
+                if done:
+                    codes[rank] = os.waitstatus_to_exitcode(status)
+        saves = run.kill_after_seconds is not None and any(Path(run.options["save"]).glob("*.tmp-*"))
+        if saves and kill_at is None:
+            kill_at = time.monotonic() + run.kill_after_seconds
+        # As torchrun does: the first rank that fails takes the others with it.
+        must_end = any(codes.values()) or time.monotonic() > (kill_at or deadline)
+        if must_end:
+            for rank, process in enumerate(processes):
+                if rank not in codes:
+                    os.kill(process, signal.SIGKILL)
+        time.sleep(0.005)
+    return [codes[rank] for rank in range(run.num_ranks)], (folder / f"{run.name}.rank0.log").read_text()
+
+
+def fork_rank(rank: int, run: Run, folder: Path) -> int:
+    process = os.fork()
+    if process:
+        return process
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
+    log = os.open(folder / f"{run.name}.rank{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    code = 1
+    try:
+        if rank == 0:
+            record_pairs(Path(f"{folder / run.name}.pairs"))
+        if run.kill and run.kill[0] == rank:
+            die_at(*run.kill[1:])
+        if run.write_again:
+            write_after_start(Path(f"{folder / run.name}.state"))
+        loop.train(config_from(**run.options))
+        code = 0
+    except SimPOError as error:
+        print(f"{type(error).__name__}: {error}", flush=True)
+        code = error.exit_code
+    except BaseException as error:
+        print(f"{type(error).__name__}: {error}", flush=True)
+        raise
+    finally:
+        sys.stdout.flush()
+        os._exit(code)
+
+
+def record_pairs(path: Path) -> None:
+    """Write the pairs of each training step, sorted, as a line of `path`."""
+    plan_step = step.Trainer.plan_step
+
+    def recorded(self, dataset, consumed_pairs):
+        plan = plan_step(self, dataset, consumed_pairs)
+        pairs = sorted(index for rank in plan for microbatch in rank for index in microbatch)
+        with path.open("a") as file:
+            file.write(json.dumps([consumed_pairs, pairs]) + "\n")
+        return plan
+
+    step.Trainer.plan_step = recorded
+
+
+def write_after_start(target: Path) -> None:
+    start_run = loop.start_run
+
+    def start_and_write(config, job, found):
+        start = start_run(config, job, found)
+        target.mkdir(exist_ok=True)
+        write_state(job.model, job.trainer, start.iteration, target)
+        return start
+
+    loop.start_run = start_and_write
+
+
+def flip_byte(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def die_at(event: str, part: str) -> None:
+    def hook(name: str, arguments: tuple) -> None:
+        if name == event and any(part in str(argument) for argument in arguments):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(hook)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,240 @@
+"""A run that stops and resumes is the run that never stopped.
+
+In the same layout bit for bit: every shard file of every later checkpoint (weights, moments, random states) has the
+same hash, and metrics.jsonl the same lines. In another layout: the same pairs, the state read is exactly the state
+written, and losses within 1e-5 relative of the uninterrupted run's, the budget that test_layouts.py holds layouts to.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from ranks import run_ranks
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from simpo_megatron.demo import prepare_demo
+
+WORKER = Path(__file__).with_name("checkpoint_worker.py")
+NUM_STEPS, RELATIVE = 4, 1e-5
+# 20 pairs in batches of 8: epochs end inside steps 3 and 5.
+NUM_PAIRS, BATCH = 20, 8
+SPEED = ("pairs_per_second", "tokens_per_second", "peak_memory_gib")
+
+TP2 = {"tensor_model_parallel_size": 2}
+PP2 = {"pipeline_model_parallel_size": 2}
+SHARDED = {"use_distributed_optimizer": True}
+DROPOUT_TP2 = {**TP2, "sequence_parallel": True, "hidden_dropout": 0.1, "attention_dropout": 0.1}
+OVERLAPPED_DP2 = {**SHARDED, "overlap_grad_reduce": True, "overlap_param_gather": True, "bf16": True}
+
+
+def resumed(name, of, at, options, **run):
+    return {"name": name, "copy_of": of, "options": {**options, "resume": str(at)}, **run}
+
+
+RUNS = [
+    {"name": "tp2", "options": DROPOUT_TP2},
+    resumed("tp2_at_1", "tp2", 1, DROPOUT_TP2),
+    resumed("tp2_at_3", "tp2", 3, DROPOUT_TP2),
+    {"name": "dp2", "options": OVERLAPPED_DP2},
+    resumed("dp2_at_2", "dp2", 2, OVERLAPPED_DP2),
+    {"name": "plain", "options": TP2},
+    resumed("plain_to_pp2", "plain", 2, PP2, write_again=True),
+    resumed("plain_to_dp2", "plain", 2, {}, write_again=True),
+    {"name": "sharded", "options": SHARDED},
+    resumed("sharded_to_tp2", "sharded", 2, {**TP2, **SHARDED}, write_again=True),
+    {"name": "flipped", "copy_of": "plain", "options": TP2, "flip": "iter_0000004/__1_0.distcp"},
+    resumed("flipped_step", "plain", 4, {}, num_ranks=1, flip="iter_0000004/__1_0.distcp"),
+    resumed("missing_step", "plain", 7, {}, num_ranks=1),
+    {"name": "required", "options": {"resume": "required"}, "num_ranks": 1},
+    resumed("changed", "plain", 3, {"beta": 3.0, "data": "other"}, num_ranks=1),
+    resumed("overridden", "plain", 3, {"beta": 3.0, "lr": 5e-4, "override_on_resume": True}, num_ranks=1),
+    {"name": "anew", "copy_of": "plain", "options": {"resume": "none", "train_iters": 1}, "num_ranks": 1},
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoints")
+    demo = prepare_demo(folder / "demo")
+    torch.manual_seed(3)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=1100,  # padded to 1152 rows for one tensor rank, to 1280 for two
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=256,
+        )
+    )
+    shutil.copytree(demo.model_dir, folder / "model", ignore=shutil.ignore_patterns("*.safetensors"))
+    model.save_pretrained(folder / "model")
+    pairs = Path(demo.train_file).read_text().splitlines()[: NUM_PAIRS + 1]
+    (folder / "pairs.jsonl").write_text("\n".join(pairs[:-1]) + "\n")
+    (folder / "other.jsonl").write_text("\n".join(pairs[1:]) + "\n")
+    options = {
+        "model": str(folder / "model"),
+        "data": [str(folder / "pairs.jsonl")],
+        "valid_data": [str(folder / "pairs.jsonl")],
+        "data_cache": str(folder / "cache"),
+        "bf16": False,
+        "global_batch_size": BATCH,
+        "tokens_per_microbatch": 512,
+        "lr": 1e-3,
+        "lr_warmup_fraction": 0.25,
+        "weight_decay": 0.1,
+        "train_iters": NUM_STEPS,
+        "save_interval": 1,
+        "keep_checkpoints": 9,
+        "eval_interval": 2,
+    }
+    runs = [{**run, "options": {**options, **run["options"]}} for run in RUNS]
+    for run in runs:
+        if run["options"]["data"] == "other":
+            run["options"]["data"] = [str(folder / "other.jsonl")]
+    (folder / "runs.json").write_text(json.dumps(runs))
+    run_ranks(WORKER, 1, str(folder), timeout=420)
+    return folder
+
+
+def outcome(folder, name):
+    result = json.loads((folder / f"{name}.json").read_text())
+    return result["codes"], result["output"]
+
+
+def finished(folder, name):
+    codes, output = outcome(folder, name)
+    assert set(codes) == {0}, f"{name}: {codes}\n{output[-2000:]}"
+    return output
+
+
+def record(folder, name, step):
+    return json.loads((folder / name / f"iter_{step:07d}" / "COMMIT.json").read_text())
+
+
+def metrics(folder, name):
+    lines = (folder / name / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k not in SPEED} for line in lines]
+
+
+def pairs_seen(folder, name):
+    return [json.loads(line) for line in (folder / f"{name}.pairs").read_text().splitlines()]
+
+
+def whole_tensors(checkpoint):
+    """Every tensor of a checkpoint but the ranks' random states, whole."""
+    stored = dcp.FileSystemReader(checkpoint).read_metadata().state_dict_metadata
+    tensors = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in stored.items()
+        if not name.startswith("rng.")
+    }
+    dcp.load(tensors, checkpoint_id=checkpoint, no_dist=True)
+    return tensors
+
+
+def shards(folder, name, step):
+    """The hashes of the files that hold weights, moments and random states."""
+    files = record(folder, name, step)["files"]
+    return {file: digest for file, digest in files.items() if file.endswith(".distcp")}
+
+
+@pytest.mark.parametrize(
+    ("whole", "name", "at"), [("tp2", "tp2_at_1", 1), ("tp2", "tp2_at_3", 3), ("dp2", "dp2_at_2", 2)]
+)
+def test_a_resume_in_the_same_layout_is_bit_identical(folder, whole, name, at):
+    finished(folder, whole)
+    output = finished(folder, name)
+    assert f"iter_{at:07d}: step {at}" in output and "was not read" in output
+    for step in range(at + 1, NUM_STEPS + 1):
+        assert len(shards(folder, whole, step)) >= 2
+        assert shards(folder, name, step) == shards(folder, whole, step)
+    assert metrics(folder, name) == metrics(folder, whole)
+    assert pairs_seen(folder, name) == pairs_seen(folder, whole)[at:]
+
+
+def test_steps_of_a_run_change_its_state_so_that_equal_hashes_mean_something(folder):
+    for name in ("tp2", "dp2"):
+        hashes = [record(folder, name, step)["files"]["__0_0.distcp"][1] for step in range(1, NUM_STEPS + 1)]
+        assert len(set(hashes)) == NUM_STEPS
+
+
+CROSSINGS = [("plain", "plain_to_pp2"), ("plain", "plain_to_dp2"), ("sharded", "sharded_to_tp2")]
+
+
+@pytest.mark.parametrize(("whole", "name"), CROSSINGS)
+def test_another_layout_reads_exactly_what_was_written(folder, whole, name):
+    finished(folder, name)
+    written, read = whole_tensors(folder / whole / "iter_0000002"), whole_tensors(folder / f"{name}.state")
+    assert set(read) == set(written) and any(key.startswith("optimizer.state.exp_avg_sq.") for key in read)
+    for key, expected in written.items():
+        found = read[key]
+        if found.shape != expected.shape:
+            # The vocabulary is padded for the ranks that share it: true rows agree, padding is zero on both sides.
+            assert {len(found), len(expected)} == {1152, 1280} and not found[1100:].any()
+            found, expected = found[:1100], expected[:1100]
+        assert torch.equal(found, expected), key
+
+
+@pytest.mark.parametrize(("whole", "name"), CROSSINGS)
+def test_another_layout_takes_the_same_pairs_to_the_same_losses(folder, whole, name):
+    assert pairs_seen(folder, name) == pairs_seen(folder, whole)[2:]
+    expected, found = metrics(folder, whole), metrics(folder, name)
+    assert [line["iteration"] for line in found] == [line["iteration"] for line in expected]
+    for key in ("loss", "grad_norm", "eval/loss", "eval/rewards/margins"):
+        before, after = ([line[key] for line in lines if key in line] for lines in (expected, found))
+        assert np.allclose(after, before, rtol=RELATIVE, atol=RELATIVE), key
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over_loudly(folder):
+    output = finished(folder, "flipped")
+    assert "WARNING" in output and "__1_0.distcp" in output and "iter_0000003: step 3" in output
+    assert shards(folder, "flipped", 4) == shards(folder, "plain", 4)
+    assert metrics(folder, "flipped") == metrics(folder, "plain")
+    assert len(list((folder / "flipped").glob("iter_0000004.aside-*"))) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("flipped_step", "__1_0.distcp: its bytes changed"),
+        ("missing_step", "it has: 1, 2, 3, 4"),
+        ("required", "no complete checkpoint"),
+    ],
+)
+def test_a_checkpoint_that_is_asked_for_and_not_sound_ends_the_run(folder, name, said):
+    codes, output = outcome(folder, name)
+    assert codes == [4] and said in output and "CheckpointError" in output
+    assert "held-out pairs" not in output  # nothing was trained or evaluated
+
+
+def test_another_objective_or_other_data_are_refused_with_both_values(folder):
+    codes, output = outcome(folder, "changed")
+    assert codes == [4]
+    assert "training.beta: 2.0 when saved, 3.0 now" in output and "inputs.data: " in output
+
+
+def test_told_so_a_resume_goes_on_with_the_new_options(folder):
+    output = finished(folder, "overridden")
+    assert "training.beta: 2.0 when saved, 3.0 now" in output
+    *_, last = [line for line in metrics(folder, "overridden") if "loss" in line]
+    *_, before = [line for line in metrics(folder, "plain") if "loss" in line]
+    assert last["learning_rate"] == pytest.approx(before["learning_rate"] / 2)
+    # Rewards are beta times log-probs, which the state of step 3 makes the same for both.
+    assert last["rewards/chosen"] == pytest.approx(1.5 * before["rewards/chosen"], rel=1e-4)
+
+
+def test_a_start_anew_in_an_old_folder_mixes_nothing(folder):
+    finished(folder, "anew")
+    save = folder / "anew"
+    assert [line["iteration"] for line in metrics(folder, "anew")] == [0, 1, 1]
+    assert len(list(save.glob("metrics.jsonl.aside-*"))) == 1 and len(list(save.glob("iter_*.aside-*"))) == 4
+    assert [entry.name for entry in save.glob("iter_*") if "aside" not in entry.name] == ["iter_0000001"]
+    assert (save / "latest_checkpointed_iteration.txt").read_text() == "1\n"
