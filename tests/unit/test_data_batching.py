@@ -97,6 +97,7 @@ def test_segments_tile_the_row_and_padding_is_the_last_one(packing, sharing):
     modes = {"packing": packing, "prefix_sharing": sharing}
     options = BatchOptions(**modes, sequence_multiple=64, tokens_per_microbatch=640, pad_id=7)
     pairs = some_pairs(4)
+    pairs = [TokenizedPair(p.prompt_ids + 7, p.chosen_ids + 7, p.rejected_ids + 7) for p in pairs]
     batch = collate(pairs, range(4), options)
     lengths = np.array([[len(p.prompt_ids), len(p.chosen_ids), len(p.rejected_ids)] for p in pairs])
     assert batch.num_tokens == pair_tokens(lengths, options).sum()
@@ -106,6 +107,8 @@ def test_segments_tile_the_row_and_padding_is_the_last_one(packing, sharing):
     if batch.segments_G4 is None:
         assert not packing and not sharing
         assert batch.tokens_BS.shape[0] == 8
+        assert (batch.position_ids_BS[batch.tokens_BS == 7] == 0).all()
+        assert (batch.position_ids_BS > 0).sum() == batch.num_tokens - 8
         return
     assert batch.tokens_BS.shape[0] == 1
     assert batch.segments_G4.dtype == torch.int32
@@ -142,9 +145,7 @@ def test_a_microbatch_without_pairs_is_one_segment_of_padding(packing, sharing):
     align=st.sampled_from([1, 2, 16]),
     step=st.integers(0, 9),
 )
-def test_a_step_is_exactly_the_global_batch_on_every_layout(
-    seed, batch, dp_size, multiple, mode, align, step
-):
+def test_a_step_is_exactly_the_global_batch_on_every_layout(seed, batch, dp_size, multiple, mode, align, step):
     lengths = some_lengths(batch + seed % 50, seed)
     options = BatchOptions(
         global_batch_size=batch, packing=mode[0], prefix_sharing=mode[1], tokens_per_microbatch=1600,
@@ -206,15 +207,11 @@ def test_padded_rows_are_grouped_by_length():
 
 
 @pytest.mark.parametrize(("packing", "sharing"), MODES)
-@pytest.mark.parametrize(
-    ("num_pairs", "dp_size", "multiple"), [(1, 2, 1), (10, 3, 2), (64, 4, 1), (65, 2, 4)]
-)
+@pytest.mark.parametrize(("num_pairs", "dp_size", "multiple"), [(1, 2, 1), (10, 3, 2), (64, 4, 1), (65, 2, 4)])
 def test_an_evaluation_holds_every_pair_once_in_plans_every_rank_can_follow(
     packing, sharing, num_pairs, dp_size, multiple
 ):
-    options = BatchOptions(
-        global_batch_size=16, packing=packing, prefix_sharing=sharing, tokens_per_microbatch=1600
-    )
+    options = BatchOptions(global_batch_size=16, packing=packing, prefix_sharing=sharing, tokens_per_microbatch=1600)
     plans = plan_evaluation(some_lengths(num_pairs), options, dp_size=dp_size, microbatch_multiple=multiple)
     seen = []
     for number, plan in enumerate(plans):
@@ -230,9 +227,7 @@ def test_what_cannot_be_planned_is_said_at_start_with_the_arithmetic():
     lengths = some_lengths(20)
     with pytest.raises(ConfigError, match="128 pairs a step, but the data hold 20 pairs"):
         check_batches(lengths, BatchOptions(), dp_size=1)
-    with pytest.raises(
-        ConfigError, match="4 pairs cannot give 2 data-parallel ranks 4 microbatches each; at least 8"
-    ):
+    with pytest.raises(ConfigError, match="4 pairs cannot give 2 data-parallel ranks 4 microbatches each; at least 8"):
         check_batches(lengths, BatchOptions(global_batch_size=4), dp_size=2, microbatch_multiple=4)
     longest = int(pair_tokens(lengths, BatchOptions()).argmax())
     options = BatchOptions(global_batch_size=4, tokens_per_microbatch=64, sequence_multiple=16)

@@ -28,9 +28,7 @@ def sick_file(path):
 @pytest.fixture
 def values(tmp_path):
     options = PairOptions(max_length=32, max_prompt_length=16, bad_record="skip", max_bad_fraction=1)
-    dataset = build_preference_dataset(
-        [str(sick_file(tmp_path / "sick.jsonl"))], llama_like(), options, tmp_path / "c"
-    )
+    dataset = build_preference_dataset([str(sick_file(tmp_path / "sick.jsonl"))], llama_like(), options, tmp_path / "c")
     valid = dataset.select(np.array([0, 3]))
     findings = diagnose(dataset, llama_like(), valid, micro_batch_size=12)
     return dataset, {f.name.strip(): f for rows in findings.sections.values() for f in rows}
@@ -64,9 +62,7 @@ def test_the_work_saved_is_counted_in_tokens(values):
     padded = 24 * longest
     assert found["tokens in padded batches of 12 pairs"].value == str(padded)
     assert found["tokens in packs"].value == f"{packed} ({padded / packed:.2f} times fewer)"
-    assert (
-        found["tokens in packs that share prompts"].value == f"{shared} ({padded / shared:.2f} times fewer)"
-    )
+    assert found["tokens in packs that share prompts"].value == f"{shared} ({padded / shared:.2f} times fewer)"
 
 
 def test_every_response_is_in_one_bin_of_the_histogram(values):

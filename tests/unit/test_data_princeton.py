@@ -91,9 +91,7 @@ def real_pairs():
 def compare(family, records, max_length, max_prompt_length):
     """Returns how many pairs were compared, and how many of them were cut."""
     tokenizer = FAMILIES[family]()
-    options = PairOptions(
-        template_mode="princeton", max_length=max_length, max_prompt_length=max_prompt_length
-    )
+    options = PairOptions(template_mode="princeton", max_length=max_length, max_prompt_length=max_prompt_length)
     num_cut = num_compared = 0
     for record, encoded in zip(records, PairTokenizer(tokenizer, options).encode(records), strict=True):
         if isinstance(encoded, BadRecord):

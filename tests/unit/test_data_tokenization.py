@@ -109,6 +109,9 @@ def test_a_token_never_reaches_across_the_boundary():
     ]
     assert result.pair.chosen_ids.tolist() == [*tokenizer("wer", add_special_tokens=False)["input_ids"], eos]
     assert [*result.pair.prompt_ids, *result.pair.chosen_ids] != [bos, *joined, eos]
+    both = encode(tokenizer, "the ans", "wer", "wer 12", plain)  # the same token reaches across in both
+    assert both.notes == ("tokenized_apart",)
+    assert both.pair.prompt_ids.tolist() == result.pair.prompt_ids.tolist()
     clear = encode(tokenizer, "the ans", " there", " where", plain)
     assert clear.notes == ()
     assert [*clear.pair.prompt_ids, *clear.pair.chosen_ids] == [
