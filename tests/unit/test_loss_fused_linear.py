@@ -223,6 +223,19 @@ def test_bf16_errs_no_more_than_plain_bf16_autograd():
             assert relative(got, want) <= relative(plainly, want) + 2e-3
 
 
+def test_a_frequent_token_sums_its_bf16_gradients_in_fp32():
+    generator = torch.Generator().manual_seed(4)
+    hidden = torch.rand(1, 600, 8, generator=generator).bfloat16()
+    weight = torch.nn.Parameter(torch.zeros(64, 8).bfloat16())
+    at = torch.arange(600)
+    tokens = ResponseTokens(at, torch.full((600,), 17), at // 300, 1)
+    vocab = VocabShard(start=0, size=64)
+    fused_linear_log_probs(hidden, weight, tokens, vocab=vocab, tp_group=None).sum().backward()
+    want = (1 - 1 / 64) * hidden[0].double().sum(0)
+    # One rounding to bf16 (4e-3) at the end; 600 additions in bf16 stop growing at 256 times a term.
+    assert relative(weight.grad[17], want) <= 4e-3
+
+
 @pytest.mark.parametrize("bad", [-1, V, PADDED, 2**40], ids=str)
 def test_an_id_outside_the_vocabulary_raises(bad):
     hidden, weight, _ = make()
@@ -270,7 +283,9 @@ def test_a_block_of_minus_infinity_is_probability_zero():
     hidden, weight[:128] = hidden.abs(), -torch.inf
     targets = TARGETS.clamp(min=128)
     tokens = ResponseTokens(ROWS, targets, SEQUENCE, 2)
-    logp = fused_linear_log_probs(hidden, weight, tokens, vocab=VOCAB, tp_group=None)
+    # No budget: blocks of 60 columns, so that the first two have nothing but -inf.
+    options = {"vocab": VOCAB, "tp_group": None, "logits_budget_bytes": 0}
+    logp = fused_linear_log_probs(hidden, weight, tokens, **options)
     want = (hidden.flatten(0, 1) @ weight[:V].t()).log_softmax(-1)[ROWS, targets]
     assert relative(logp, want) <= 1e-14
 
