@@ -162,14 +162,15 @@ def zero_weights(chunks: list[PreferenceGPTModel]) -> None:
 def _mark_divided_weights(chunk: PreferenceGPTModel) -> None:
     """Tell each weight that tensor-parallel ranks hold different parts of it.
 
-    megatron does so while it initialises a weight, and we skip that. An unmarked weight counts as a copy: the gradient
-    norm, and clipping with it, would then miss the parts of all ranks but the first.
+    Up to megatron-core 0.16 that happens only while a weight is initialised, which we skip. An unmarked weight counts as
+    a copy: the gradient norm, and clipping with it, would then miss the parts of all ranks but the first.
     """
+    divided_dimension = {ColumnParallelLinear: 0, VocabParallelEmbedding: 0, RowParallelLinear: 1}
     for module in chunk.modules():
-        if isinstance(module, (ColumnParallelLinear, VocabParallelEmbedding)) and module.weight is not None:
-            set_tensor_model_parallel_attributes(module.weight, True, 0, 1)
-        elif isinstance(module, RowParallelLinear):
-            set_tensor_model_parallel_attributes(module.weight, True, 1, 1)
+        for kind, dimension in divided_dimension.items():
+            if not isinstance(module, kind) or module.weight is None or hasattr(module.weight, "partition_dim"):
+                continue
+            set_tensor_model_parallel_attributes(module.weight, True, dimension, 1)
 
 
 def wrap_in_ddp(chunks: list[PreferenceGPTModel], config: Config) -> list[DistributedDataParallel]:
