@@ -128,7 +128,7 @@ def first_rank_first(work: Callable[[bool], Result]) -> Result:
 
     Raises:
         SimPOError: what rank 0 raised, on rank 0.
-        ParallelError: on the others, when rank 0 failed.
+        ParallelError: on the others, when rank 0 failed; it ends the process with rank 0's exit code.
     """
     failure: Exception | None = None
     result = None
@@ -137,10 +137,14 @@ def first_rank_first(work: Callable[[bool], Result]) -> Result:
             result = work(True)
         except Exception as error:
             failure = error
-    heard = [None if failure is None else f"{type(failure).__name__}: {failure}"]
+    heard = [None if failure is None else (f"{type(failure).__name__}: {failure}", getattr(failure, "exit_code", 1))]
     dist.broadcast_object_list(heard, src=0)
     if failure is not None:
         raise failure
     if heard[0] is not None:
-        raise ParallelError(f"stopped because rank 0 failed ({heard[0]})")
+        text, exit_code = heard[0]
+        stopped = ParallelError(f"stopped because rank 0 failed ({text})")
+        # Whichever rank ends first, whoever started them learns the cause.
+        stopped.exit_code = exit_code
+        raise stopped
     return result if dist.get_rank() == 0 else work(False)

@@ -15,6 +15,7 @@ from simpo_megatron.data import (
     check_vocabulary,
     split,
 )
+from simpo_megatron.data.sources import HUB_PREFIX, check_readable, parse_named_sources, parse_sources
 from simpo_megatron.demo import prepare_demo
 from simpo_megatron.errors import ConfigError, DataError
 from simpo_megatron.mcore import device
@@ -65,10 +66,12 @@ def plan_run(config: Config, world_size: int) -> Plan:
     Raises:
         ConfigError: ranks, model, machine and options do not fit together.
         CheckpointError: the model's folder is not one, or the export would overwrite something.
+        DataError: a preference file is not there or cannot be read.
     """
     if config.model.export_hf is not None:
         refuse_existing_export(config.model.export_hf)
     sources = locate_sources(config)
+    _check_files(sources)
     description = describe_hf_model(sources.model)
     most_positions = description.gpt["max_sequence_length"]
     if config.pairs.max_length > most_positions:
@@ -78,6 +81,14 @@ def plan_run(config: Config, world_size: int) -> Plan:
         )
     layout = resolve(config, world_size=world_size, model=description.transformer, machine=device.machine())
     return Plan(sources=sources, description=description, layout=layout)
+
+
+def _check_files(sources: Sources) -> None:
+    train = [source.path for source in parse_sources(sources.train)]
+    valid = [path for paths in parse_named_sources(sources.valid).values() for path in paths]
+    for path in train + valid:
+        if not path.startswith(HUB_PREFIX):
+            check_readable(path)
 
 
 def locate_sources(config: Config) -> Sources:

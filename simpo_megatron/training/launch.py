@@ -6,10 +6,17 @@ import os
 import shlex
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 
 from simpo_megatron.config import Config, load_config
 from simpo_megatron.errors import SimPOError
+from simpo_megatron.mcore import device
+
+if not device.has_cuda():
+    # megatron-core warns of each package for GPUs that is not installed, every rank anew; here none is missed.
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.")
+
 from simpo_megatron.training.assembly import plan_run
 
 
@@ -54,8 +61,6 @@ def _start_local_ranks(num_ranks: int, script: str, argv: Sequence[str]) -> int:
     """The exit code of a local torchrun of `num_ranks` ranks over the same script and arguments."""
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main as torchrun
-
-    from simpo_megatron.mcore import device
 
     device.require_local_ranks(num_ranks)
     arguments = ["--nproc-per-node", str(num_ranks), script, *argv]

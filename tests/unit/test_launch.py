@@ -1,0 +1,142 @@
+"""A mistake in what was asked for costs one line, the right exit code and no collective; missing ranks are started."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+import torch.distributed.run
+
+from simpo_megatron import parallel
+from simpo_megatron.config import Config
+from simpo_megatron.demo import prepare_demo
+from simpo_megatron.errors import DataError, SimPOError
+from simpo_megatron.training import launch, loop
+
+SCRIPT = "examples/pretrain_simpo.py"
+
+
+@pytest.fixture(autouse=True)
+def no_ranks(monkeypatch):
+    """Nothing of torchrun in the environment, and no process group, whatever happens."""
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(parallel, "initialize", lambda *_, **__: pytest.fail("a process group was made"))
+    monkeypatch.setattr(torch.distributed.run, "main", lambda _: pytest.fail("ranks were started"))
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    return prepare_demo(tmp_path_factory.mktemp("demo"))
+
+
+@pytest.fixture
+def files(tmp_path, demo):
+    """Paths for the arguments below, by name."""
+    (tmp_path / "unknown_key.yaml").write_text("model: demo\ndata: demo\nweight_decya: 0.1\n")
+    (tmp_path / "broken.yaml").write_text("model: demo\n  data: [demo\n")
+    (tmp_path / "not_a_model").mkdir()
+    description = json.loads((demo.model_dir / "config.json").read_text())
+    (tmp_path / "other_family").mkdir()
+    (tmp_path / "other_family" / "config.json").write_text(json.dumps({**description, "model_type": "mamba"}))
+    return {"tmp": tmp_path, "model": demo.model_dir, "pairs": demo.train_file}
+
+
+MISTAKES = {
+    "unknown key": (["--config", "{tmp}/unknown_key.yaml"], {}, 2, r"unknown_key.yaml:3: .*'weight_decya'.*'weight_decay'"),
+    "unknown flag": (["--lerning-rate", "1"], {}, 2, r"lerning-rate"),
+    "bad YAML": (["--config", "{tmp}/broken.yaml"], {}, 2, r"broken.yaml:2"),
+    "no configuration file": (["--config", "{tmp}/none.yaml"], {}, 2, r"none.yaml"),
+    "value of a wrong type": (["--lr", "fast"], {}, 2, r"lr: found 'fast'|lr.*fast"),
+    "heads over tp": (["--tp", "3"], {}, 2, r"tensor_model_parallel_size: found 3, .*divisor of the model's 8"),
+    "layers over pp": (["--pp", "3"], {}, 2, r"pipeline_model_parallel_size: found 3, .*4 layers"),
+    "ranks over the layout": (["--tp", "2"], {"WORLD_SIZE": "3"}, 2, r"3 ranks cannot be divided by tp 2 .*nproc"),
+    "FP8 without GPU": (["--fp8", "tensorwise", "--bf16"], {}, 2, r"fp8_recipe: .*CUDA device, and none is there"),
+    "batch below the ranks": (["--global-batch-size", "2"], {"WORLD_SIZE": "4"}, 2, r"global_batch_size: found 2"),
+    "sequence longer than the model": (["--max-length", "4096"], {}, 2, r"max_length: found 4096, .*at most 512"),
+    "a model and no data": (["--model", "{model}"], {}, 2, r"data: .*--data FILE"),
+    "no such model": (["--model", "{tmp}/none", "--data", "{pairs}"], {}, 4, r"none/config.json: not found"),
+    "a folder without a model": (["--model", "{tmp}/not_a_model", "--data", "{pairs}"], {}, 4, r"not found"),
+    "another family": (["--model", "{tmp}/other_family", "--data", "{pairs}"], {}, 2, r"'mamba' is not supported"),
+    "no such data": (["--model", "{model}", "--data", "{tmp}/none.jsonl"], {}, 3, r"none.jsonl: no such file"),
+    "no such held-out data": (["--valid-data", "{tmp}/none.jsonl"], {}, 3, r"none.jsonl: no such file"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_gives_one_line_and_its_exit_code_before_any_rank_speaks(
+    mistake, files, tmp_path, capfd, monkeypatch
+):
+    arguments, environment, exit_code, expected = MISTAKES[mistake]
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    argv = [argument.format(**files) for argument in arguments]
+    argv += ["--data-cache", str(tmp_path / "cache"), "--save", str(tmp_path / "run")]
+    assert launch.main(argv, loop.train, SCRIPT) == exit_code
+    printed = capfd.readouterr()
+    (line,) = printed.err.strip().splitlines()
+    assert line.startswith("ERROR simpo_megatron rank 0: ")
+    assert printed.out == ""
+    assert re.search(expected, line), line
+
+
+def test_peers_leave_the_word_to_the_first_rank(monkeypatch, capfd):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+
+    def train(_: Config) -> None:
+        raise DataError("pairs.jsonl: no pairs")
+
+    assert launch.main(["--tp", "2"], train, SCRIPT) == 3
+    assert capfd.readouterr().err == ""
+
+
+def test_what_nobody_expected_says_what_it_is_on_the_rank_where_it_happened(monkeypatch, capfd):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+
+    def train(_: Config) -> None:
+        raise RuntimeError("out of memory")
+
+    assert launch.main(["--tp", "2"], train, SCRIPT) == 1
+    printed = capfd.readouterr().err
+    assert printed.startswith("ERROR simpo_megatron rank 1: unexpected RuntimeError: out of memory\n")
+    assert "Traceback" in printed
+
+
+def test_the_missing_ranks_are_started_here_and_the_whole_command_is_said(tmp_path, monkeypatch, capfd):
+    started = []
+    monkeypatch.setattr(torch.distributed.run, "main", started.append)
+    argv = ["--tp", "2", "--data-cache", str(tmp_path / "a cache")]
+    assert launch.main(argv, lambda _: pytest.fail("trained on one rank"), SCRIPT) == 0
+    assert started == [["--standalone", "--nproc-per-node", "2", SCRIPT, *argv]]
+    (line,) = capfd.readouterr().out.splitlines()
+    assert "1 rank runs, the layout needs 2" in line
+    assert line.endswith(f"torchrun --nproc-per-node 2 {SCRIPT} --tp 2 --data-cache '{tmp_path / 'a cache'}'")
+
+
+def test_ranks_that_are_there_are_used(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    trained = []
+    argv = ["--tp", "2", "--data-cache", str(tmp_path)]
+    assert launch.main(argv, trained.append, SCRIPT) == 0
+    assert [config.parallel.sizes.tensor for config in trained] == [2]
+
+
+def test_one_rank_alone_is_enough_for_a_layout_of_one():
+    trained = []
+    assert launch.main([], trained.append, SCRIPT) == 0
+    assert len(trained) == 1
+
+
+def test_every_error_has_an_exit_code_of_its_own():
+    codes = [kind.exit_code for kind in SimPOError.__subclasses__()]
+    assert len(set(codes)) == len(codes) and 0 not in codes and 1 not in codes
+
+
+def test_help_is_not_an_error(capsys):
+    with pytest.raises(SystemExit) as ended:
+        launch.main(["--help"], loop.train, SCRIPT)
+    assert ended.value.code == 0
+    assert "--tp" in capsys.readouterr().out
