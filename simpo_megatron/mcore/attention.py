@@ -27,6 +27,36 @@ class Segment(NamedTuple):
     prefix_end: int
 
 
+@dataclass(frozen=True)
+class VariableLengths:
+    """A pack as variable-length attention kernels take it: each segment's keys contiguous, lengths as prefix sums."""
+
+    key_rows_T: Tensor
+    """int64, the rows of the pack's keys in the order of the segments, prefixes repeated."""
+    cu_seqlens_q: Tensor
+    """int32 [segments + 1], the queries before each segment."""
+    cu_seqlens_kv: Tensor
+    """int32 [segments + 1], the keys before each segment."""
+    max_seqlen_q: int
+    max_seqlen_kv: int
+
+    @classmethod
+    def of(cls, segments: tuple[Segment, ...], device: torch.device) -> VariableLengths:
+        """The arguments for `segments`, which tile the pack in order."""
+        rows = [
+            torch.cat((torch.arange(s.prefix_start, s.prefix_end), torch.arange(s.start, s.end))) for s in segments
+        ]
+        lengths = torch.tensor([[s.end - s.start for s in segments], [len(r) for r in rows]])
+        sums = torch.nn.functional.pad(lengths.cumsum(1), (1, 0)).to(device, torch.int32, non_blocking=True)
+        return cls(
+            key_rows_T=torch.cat(rows).to(device, non_blocking=True),
+            cu_seqlens_q=sums[0],
+            cu_seqlens_kv=sums[1],
+            max_seqlen_q=int(lengths[0].max()),
+            max_seqlen_kv=int(lengths[1].max()),
+        )
+
+
 @dataclass
 class MicrobatchLayout(PackedSeqParams):
     """Where everything lies in one microbatch; travels through megatron's layers as their `packed_seq_params`.
@@ -42,6 +72,7 @@ class MicrobatchLayout(PackedSeqParams):
     tokens: ResponseTokens | None = None
     """What the last pipeline stage predicts."""
     _masks: dict[Segment, Tensor] = field(default_factory=dict)
+    _varlen: VariableLengths | None = None
 
     @classmethod
     def of_padded_rows(cls, sequence_length: int, tokens: ResponseTokens) -> MicrobatchLayout:
@@ -74,6 +105,13 @@ class MicrobatchLayout(PackedSeqParams):
             visible = torch.ones(num_queries, num_prefix + num_queries, dtype=torch.bool, device=device)
             self._masks[segment] = visible.tril_(diagonal=num_prefix)
         return self._masks[segment]
+
+
+    def variable_lengths(self, device: torch.device) -> VariableLengths:
+        """What variable-length kernels take, worked out once for the microbatch."""
+        if self._varlen is None:
+            self._varlen = VariableLengths.of(self.segments, device)
+        return self._varlen
 
 
 class SegmentedAttention(torch.nn.Module):

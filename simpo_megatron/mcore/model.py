@@ -162,8 +162,8 @@ def zero_weights(chunks: list[PreferenceGPTModel]) -> None:
 def _mark_divided_weights(chunk: PreferenceGPTModel) -> None:
     """Tell each weight that tensor-parallel ranks hold different parts of it.
 
-    Up to megatron-core 0.16 that happens only while a weight is initialised, which we skip. An unmarked weight counts as
-    a copy: the gradient norm, and clipping with it, would then miss the parts of all ranks but the first.
+    Up to megatron-core 0.16 that happens only while a weight is initialised, which we skip. An unmarked weight counts
+    as a copy: the gradient norm, and clipping with it, would then miss the parts of all ranks but the first.
     """
     divided_dimension = {ColumnParallelLinear: 0, VocabParallelEmbedding: 0, RowParallelLinear: 1}
     for module in chunk.modules():

@@ -44,13 +44,15 @@ def local_layer_spec(config: TransformerConfig) -> ModuleSpec:
 
 
 def transformer_engine_layer_spec(config: TransformerConfig) -> ModuleSpec:
-    """One transformer layer of Transformer Engine's linear layers and norms, as FP8 needs; attention as elsewhere."""
+    """One transformer layer of Transformer Engine's modules, which FP8 needs."""
+    from simpo_megatron.mcore.te_attention import TESegmentedAttention
+
     spec = get_gpt_layer_with_transformer_engine_spec(
         num_experts=config.num_moe_experts,
         moe_grouped_gemm=config.moe_grouped_gemm,
         qk_layernorm=config.qk_layernorm,
     )
-    spec.submodules.self_attention.submodules.core_attention = SegmentedAttention
+    spec.submodules.self_attention.submodules.core_attention = TESegmentedAttention
     return spec
 
 
