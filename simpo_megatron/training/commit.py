@@ -164,7 +164,7 @@ def write_latest(save: Path, iteration: int) -> None:
 
 def replace_text(path: Path, text: str) -> None:
     """Give `path` a new content at once: a reader, also after a crash, sees the old one or the new one."""
-    draft = path.with_name(f"{path.name}.tmp-{uuid.uuid4().hex}")
+    draft = path.with_name(f"{path.name}.tmp")
     draft.write_text(text, encoding="utf-8")
     _sync(draft)
     os.replace(draft, path)
