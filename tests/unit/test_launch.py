@@ -44,7 +44,7 @@ def files(tmp_path, demo):
 
 
 MISTAKES = {
-    "unknown key": (["--config", "{tmp}/unknown_key.yaml"], {}, 2, r"unknown_key.yaml:3: .*'weight_decya'.*'weight_decay'"),
+    "unknown key": (["--config", "{tmp}/unknown_key.yaml"], {}, 2, r"unknown_key.yaml:3: .*'weight_decya'; did you"),
     "unknown flag": (["--lerning-rate", "1"], {}, 2, r"lerning-rate"),
     "bad YAML": (["--config", "{tmp}/broken.yaml"], {}, 2, r"broken.yaml:2"),
     "no configuration file": (["--config", "{tmp}/none.yaml"], {}, 2, r"none.yaml"),

@@ -1,0 +1,142 @@
+"""The one command, as a user types it: it starts what is missing, trains, evaluates, and leaves a model that loads."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from twin import response_log_probs
+
+from simpo_megatron.config import load_config
+from simpo_megatron.data import build_preference_dataset
+from simpo_megatron.demo import prepare_demo
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+SCRIPT = "examples/pretrain_simpo.py"
+NUM_STEPS = 3
+STEP_KEYS = {
+    "iteration",
+    "loss",
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/margins",
+    "rewards/accuracies",
+    "logps/chosen",
+    "logps/rejected",
+    "response_length/chosen",
+    "response_length/rejected",
+    "grad_norm",
+    "learning_rate",
+    "pairs_per_second",
+    "tokens_per_second",
+    "peak_memory_gib",
+}
+
+
+def torchrun(*arguments: str, timeout: float = 400) -> subprocess.CompletedProcess:
+    """`torchrun ARGUMENTS` from the repository's folder, where it would start one rank if not told otherwise."""
+    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+    path = os.pathsep.join([str(REPOSITORY), environment.get("PYTHONPATH", "")])
+    return subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", *arguments],
+        cwd=REPOSITORY,
+        env={**environment, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """(what was printed, the run's folder, the options) of a short run of the embedded default on two ranks."""
+    folder = tmp_path_factory.mktemp("pretrain")
+    options = ["--tp", "2", "--train-iters", str(NUM_STEPS), "--log-interval", "1", "--global-batch-size", "16"]
+    options += ["--save", str(folder / "run"), "--export-hf", str(folder / "hf")]
+    options += ["--data-cache", str(folder / "cache")]
+    done = torchrun(SCRIPT, *options)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    return done, folder, options
+
+
+def records_of(folder: Path) -> tuple[list[dict], list[dict]]:
+    """(steps, evaluations) of metrics.jsonl."""
+    records = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    evaluations = [record for record in records if "eval/loss" in record]
+    return [record for record in records if record not in evaluations], evaluations
+
+
+def test_one_process_starts_the_missing_rank_and_says_so_in_one_line(run):
+    done, _, options = run
+    said = [line for line in done.stdout.splitlines() if "torchrun" in line]
+    assert len(said) == 1
+    assert said[0].startswith("1 rank runs, the layout needs 2")
+    assert said[0].endswith(f"torchrun --nproc-per-node 2 {REPOSITORY / SCRIPT} {' '.join(options)}")
+    assert "2 (gloo): tp 2" in done.stdout
+
+
+def test_a_run_that_works_warns_of_nothing(run):
+    done, *_ = run
+    noise = [line for line in done.stderr.splitlines() if "warn" in line.lower() or "error" in line.lower()]
+    assert noise == []
+
+
+def test_every_step_and_evaluation_is_in_the_metrics_file_under_its_documented_keys(run):
+    _, folder, _ = run
+    steps, evaluations = records_of(folder)
+    assert [step["iteration"] for step in steps] == [1, 2, 3]
+    assert [evaluation["iteration"] for evaluation in evaluations] == [0, 3]
+    for step in steps:
+        assert set(step) >= STEP_KEYS, STEP_KEYS - set(step)
+        assert step["rewards/margins"] == pytest.approx(step["rewards/chosen"] - step["rewards/rejected"], abs=1e-5)
+        assert step["loss"] > 0 and step["grad_norm"] > 0
+    for evaluation in evaluations:
+        assert all(key == "iteration" or key.startswith("eval/") for key in evaluation)
+    assert evaluations[1]["eval/loss"] != evaluations[0]["eval/loss"]
+
+
+def test_the_exported_model_loads_in_transformers_and_scores_as_the_trainer_did(run):
+    """A log-prob of 7 in fp32 is good to 4e-7 and the mean of many to less: 1e-5 (measured: 3e-8)."""
+    _, folder, options = run
+    model = AutoModelForCausalLM.from_pretrained(folder / "hf", dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(folder / "hf")
+    config = load_config(options)
+    demo = prepare_demo(folder / "cache" / "demo")
+    dataset = build_preference_dataset([str(demo.valid_file)], tokenizer, config.pairs, folder / "twin_cache")
+    averages = {"chosen": [], "rejected": []}
+    with torch.no_grad():
+        for pair in dataset:
+            for name, found in averages.items():
+                log_probs = response_log_probs(model, pair.prompt_ids.tolist(), getattr(pair, f"{name}_ids").tolist())
+                found.append(float(log_probs.mean()))
+    _, evaluations = records_of(folder)
+    for name, found in averages.items():
+        expected = evaluations[-1][f"eval/logps/{name}"]
+        difference = abs(sum(found) / len(found) - expected)
+        print(f"{name}: {difference:.1e}")
+        assert difference <= 1e-5
+
+
+def test_the_demonstration_text_comes_back_from_the_exported_tokenizer(run):
+    _, folder, _ = run
+    tokenizer = AutoTokenizer.from_pretrained(folder / "hf")
+    ids = tokenizer.apply_chat_template([{"role": "user", "content": "How are you?"}], tokenize=False)
+    assert "How are you?" in ids
+
+
+def test_bad_data_stops_all_ranks_with_one_line_and_the_exit_code_of_data(tmp_path):
+    (tmp_path / "empty.jsonl").write_text("")
+    done = torchrun(
+        "--nproc-per-node", "2", SCRIPT, "--tp", "2", "--model", "demo", "--max-length", "512",
+        "--max-prompt-length", "256", "--data", str(tmp_path / "empty.jsonl"), "--data-cache", str(tmp_path / "cache"),
+    )  # fmt: skip
+    said = [line for line in done.stderr.splitlines() if line.startswith("ERROR simpo_megatron")]
+    assert len(said) == 1, done.stderr[-4000:]
+    assert "empty.jsonl" in said[0]
+    assert "exitcode  : 3" in done.stderr
