@@ -89,7 +89,7 @@ def _refuse_what_is_not_built(config: Config) -> None:
     for key in ("context_parallel_size", "expert_model_parallel_size"):
         found = getattr(config.parallel, key)
         if found != 1:
-            raise ConfigError(f"{key}: found {found}, expected 1: sequences and experts cannot be divided over ranks yet")
+            raise ConfigError(f"{key}: found {found}, expected 1: sequences and experts cannot be divided yet")
 
 
 def _check_files(sources: Sources) -> None:

@@ -185,7 +185,7 @@ def test_every_layout_ends_with_the_twins_weights(runs):
 
 
 def test_bf16_follows_the_twin_as_closely_as_its_eight_bits_allow(runs):
-    """Roundings of 2^-9 average out over a response and over the pairs; measured 1.5e-3 after ten steps, budget 1e-2."""
+    """Roundings of 2^-9 average out over responses and pairs; measured 1.5e-3 after ten steps, budget 1e-2."""
     record, _, folder, layouts = runs
     for name in set(layouts) - set(fp32(layouts)):
         steps = json.loads((folder / f"{name}.json").read_text())
