@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import sys
@@ -20,9 +21,10 @@ from simpo_megatron.mcore import device
 
 device.install()
 
+import matplotlib.pyplot  # noqa: E402, F401
 import transformers.models.llama  # noqa: E402, F401
 from ranks import free_port  # noqa: E402
-from transformers import AutoTokenizer  # noqa: E402, F401
+from transformers import AutoTokenizer, PreTrainedTokenizerFast  # noqa: E402, F401
 
 from simpo_megatron.config import config_from  # noqa: E402
 from simpo_megatron.errors import SimPOError  # noqa: E402
@@ -46,7 +48,7 @@ class Run:
     write_again: bool = False
     """After a resume, write the state that was read to FOLDER/<name>.state."""
     kill: list | None = None
-    """[rank, event, part of an argument]: that rank dies at the first such audit event."""
+    """[rank, audit event, pattern, n]: that rank dies just before the nth event with such an argument."""
     kill_after_seconds: float | None = None
     """The whole job dies this long after its first draft appears."""
 
@@ -93,7 +95,8 @@ def start(run: Run, folder: Path) -> tuple[list[int], str]:
                 if rank not in codes:
                     os.kill(process, signal.SIGKILL)
         time.sleep(0.005)
-    return [codes[rank] for rank in range(run.num_ranks)], (folder / f"{run.name}.rank0.log").read_text()
+    log = folder / f"{run.name}.rank0.log"
+    return [codes[rank] for rank in range(run.num_ranks)], log.read_text() if log.exists() else ""
 
 
 def fork_rank(rank: int, run: Run, folder: Path) -> int:
@@ -157,10 +160,17 @@ def flip_byte(path: Path) -> None:
     path.write_bytes(content)
 
 
-def die_at(event: str, part: str) -> None:
+def die_at(event: str, pattern: str, nth: int) -> None:
+    main, count = os.getpid(), 0
+
     def hook(name: str, arguments: tuple) -> None:
-        if name == event and any(part in str(argument) for argument in arguments):
-            os.kill(os.getpid(), signal.SIGKILL)
+        nonlocal count
+        if name == event and any(re.search(pattern, str(argument)) for argument in arguments):
+            count += 1
+            if count == nth:
+                # The event may be one of a writer that the rank has forked.
+                os.kill(main, signal.SIGKILL)
+                os.kill(os.getpid(), signal.SIGKILL)
 
     sys.addaudithook(hook)
 

@@ -86,6 +86,8 @@ def folder(tmp_path_factory):
         "data_cache": str(folder / "cache"),
         "bf16": False,
         "global_batch_size": BATCH,
+        "max_length": 256,
+        "max_prompt_length": 128,
         "tokens_per_microbatch": 512,
         "lr": 1e-3,
         "lr_warmup_fraction": 0.25,
