@@ -23,6 +23,7 @@ from simpo_megatron import parallel  # noqa: E402
 from simpo_megatron.config import Config, config_from, resolve  # noqa: E402
 from simpo_megatron.convert.hf import export_hf, load_hf_weights  # noqa: E402
 from simpo_megatron.data import TokenizedPair  # noqa: E402
+from simpo_megatron.errors import NumericsError  # noqa: E402
 from simpo_megatron.mcore.families import describe_hf_model  # noqa: E402
 from simpo_megatron.mcore.model import build_model, wrap_in_ddp  # noqa: E402
 from simpo_megatron.mcore.optimizer import build_optimizer, gather_parameters  # noqa: E402
@@ -79,7 +80,26 @@ def run(name: str, config: Config, job: dict, folder: Path) -> None:
     export_hf(bare, description, job["model"], folder / name, groups=groups, dtype=torch.float32)
     if torch.distributed.get_rank() == 0:
         (folder / f"{name}.json").write_text(json.dumps(records))
+    if name in job["poisoned"]:
+        refuse_a_step_that_is_not_finite(trainer, dataset, bare)
     parallel_state.destroy_model_parallel()
+
+
+def refuse_a_step_that_is_not_finite(trainer: Trainer, dataset: ListDataset, bare: list) -> None:
+    """One weight of one rank becomes NaN: every rank raises, and no weight, moment or learning rate has moved."""
+    if torch.distributed.get_rank() == 1:
+        bare[0].decoder.layers[0].mlp.linear_fc2.weight.data.view(-1)[3] = float("nan")
+    before = [parameter.detach().clone() for chunk in bare for parameter in chunk.parameters()]
+    num_steps = trainer.scheduler.num_steps
+    try:
+        train_step(trainer, dataset, trainer.plan_step(dataset, 0))
+    except NumericsError as error:
+        assert "gradient norm is nan" in str(error), error
+    else:
+        raise AssertionError("a step whose gradient is NaN was taken")
+    after = [parameter.detach() for chunk in bare for parameter in chunk.parameters()]
+    assert all(torch.equal(a.nan_to_num(7), b.nan_to_num(7)) for a, b in zip(before, after, strict=True))
+    assert trainer.scheduler.num_steps == num_steps
 
 
 if __name__ == "__main__":
