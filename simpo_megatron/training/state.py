@@ -20,6 +20,7 @@ from megatron.core.dist_checkpointing.serialization import get_default_save_shar
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from simpo_megatron.errors import CheckpointError
 from simpo_megatron.mcore import device
@@ -91,16 +92,25 @@ def read_state(
 
 
 def check_index(folder: Path) -> None:
-    """Nothing, when the index of tensors in `folder` is data: torch unpickles it, whatever it may call.
+    """Nothing, when the index of tensors in `folder` is data and leads to tensors in `folder` alone.
+
+    torch unpickles the index, and what the index calls an object, whatever they may call.
 
     Raises:
-        CheckpointError: it names something that is no part of such an index.
+        CheckpointError: it names something that is no part of such an index, an object, or a file elsewhere.
     """
     path = folder / _INDEX_FILE
     try:
         with path.open("rb") as file:
-            _IndexUnpickler(file).load()
-    except (OSError, EOFError, pickle.UnpicklingError, AttributeError, TypeError, ValueError) as error:
+            index = _IndexUnpickler(file).load()
+        for name, entry in index.state_dict_metadata.items():
+            if not isinstance(entry, TensorStorageMetadata):
+                raise pickle.UnpicklingError(f"{name} is not a tensor")
+        files = {entry.name for entry in folder.iterdir()}
+        for stored in index.storage_data.values():
+            if stored.relative_path not in files:
+                raise pickle.UnpicklingError(f"it refers to the file {stored.relative_path}")
+    except Exception as error:
         raise CheckpointError(f"{path}: not an index of tensors ({error})") from None
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import sys
@@ -47,6 +48,8 @@ class Run:
     """Change the middle byte of this file before the start."""
     write_again: bool = False
     """After a resume, write the state that was read to FOLDER/<name>.state."""
+    file_limit: list | None = None
+    """[rank, bytes]: that rank can write no larger file, as on a full disk."""
     kill: list | None = None
     """[rank, audit event, pattern, n]: that rank dies just before the nth event with such an argument."""
     kill_after_seconds: float | None = None
@@ -113,6 +116,8 @@ def fork_rank(rank: int, run: Run, folder: Path) -> int:
             record_pairs(Path(f"{folder / run.name}.pairs"))
         if run.kill and run.kill[0] == rank:
             die_at(*run.kill[1:])
+        if run.file_limit and run.file_limit[0] == rank:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (run.file_limit[1], run.file_limit[1]))
         if run.write_again:
             write_after_start(Path(f"{folder / run.name}.state"))
         loop.train(config_from(**run.options))

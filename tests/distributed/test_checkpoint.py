@@ -40,7 +40,7 @@ def resumed(name, of, at, options, **run):
 RUNS = [
     {"name": "tp2", "options": DROPOUT_TP2},
     resumed("tp2_at_1", "tp2", 1, DROPOUT_TP2),
-    resumed("tp2_at_3", "tp2", 3, DROPOUT_TP2),
+    resumed("tp2_at_3", "tp2", 3, {**DROPOUT_TP2, "model": "without weights"}),
     {"name": "dp2", "options": OVERLAPPED_DP2},
     resumed("dp2_at_2", "dp2", 2, OVERLAPPED_DP2),
     {"name": "plain", "options": TP2},
@@ -54,6 +54,7 @@ RUNS = [
     {"name": "required", "options": {"resume": "required"}, "num_ranks": 1},
     resumed("changed", "plain", 3, {"beta": 3.0, "data": "other"}, num_ranks=1),
     resumed("overridden", "plain", 3, {"beta": 3.0, "lr": 5e-4, "override_on_resume": True}, num_ranks=1),
+    resumed("disk_full", "plain", 3, TP2, file_limit=[1, 20_000]),
     {"name": "anew", "copy_of": "plain", "options": {"resume": "none", "train_iters": 1}, "num_ranks": 1},
 ]
 
@@ -97,10 +98,13 @@ def folder(tmp_path_factory):
         "keep_checkpoints": 9,
         "eval_interval": 2,
     }
+    shutil.copytree(folder / "model", folder / "bare", ignore=shutil.ignore_patterns("*.safetensors"))
     runs = [{**run, "options": {**options, **run["options"]}} for run in RUNS]
     for run in runs:
         if run["options"]["data"] == "other":
             run["options"]["data"] = [str(folder / "other.jsonl")]
+        if run["options"]["model"] == "without weights":
+            run["options"]["model"] = str(folder / "bare")
     (folder / "runs.json").write_text(json.dumps(runs))
     run_ranks(WORKER, 1, str(folder), timeout=420)
     return folder
@@ -215,6 +219,13 @@ def test_a_checkpoint_that_is_asked_for_and_not_sound_ends_the_run(folder, name,
     codes, output = outcome(folder, name)
     assert codes == [4] and said in output and "CheckpointError" in output
     assert "held-out pairs" not in output  # nothing was trained or evaluated
+
+
+def test_a_rank_that_cannot_write_ends_the_run_on_every_rank_and_harms_nothing(folder):
+    codes, output = outcome(folder, "disk_full")
+    assert codes == [4, 4] and "no checkpoint of step 4" in output and "GiB free" in output
+    assert not list((folder / "disk_full").glob("*.tmp*"))
+    assert shards(folder, "disk_full", 3) == shards(folder, "plain", 3)
 
 
 def test_another_objective_or_other_data_are_refused_with_both_values(folder):

@@ -1,0 +1,88 @@
+"""What is unpickled of a checkpoint is looked at first: an index of tensors, and nothing that acts."""
+
+import os
+import pickle
+
+import pytest
+import torch
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+
+from simpo_megatron.errors import CheckpointError
+from simpo_megatron.mcore import device
+
+device.install()
+
+from simpo_megatron.training.state import check_index  # noqa: E402
+
+
+def index(entry=None, file="__0_0.distcp"):
+    size = torch.Size([4])
+    chunk = ChunkStorageMetadata(offsets=torch.Size([0]), sizes=size)
+    tensor = TensorStorageMetadata(TensorProperties(dtype=torch.bfloat16), size, [chunk])
+    stored = {MetadataIndex("weight", [0]): _StorageInfo(file, 0, 16)}
+    return Metadata({"weight": entry or tensor}, storage_data=stored)
+
+
+def check(folder, content):
+    (folder / "__0_0.distcp").touch()
+    (folder / ".metadata").write_bytes(content if isinstance(content, bytes) else pickle.dumps(content))
+    check_index(folder)
+
+
+class Calls:
+    """Pickles as a call of `function` on `arguments`."""
+
+    def __init__(self, function, *arguments):
+        self.call = function, arguments
+
+    def __reduce__(self):
+        return self.call
+
+
+def test_an_index_of_tensors_passes(tmp_path):
+    check(tmp_path, index())
+
+
+@pytest.mark.parametrize("function", [os.mkdir, os.system, eval, getattr, torch.load, __import__])
+def test_an_index_that_would_call_something_is_refused_and_calls_nothing(tmp_path, function):
+    target = tmp_path / "made"
+    argument = f"mkdir {target}" if function is os.system else f"__import__('os').mkdir('{target}')"
+    arguments = (str(target),) if function is os.mkdir else (argument,)
+    with pytest.raises(CheckpointError, match="not an index of tensors .it refers to"):
+        check(tmp_path, Calls(function, *arguments))
+    assert not target.exists()
+
+
+def test_names_that_a_module_of_the_index_merely_imports_are_refused(tmp_path):
+    for name in (b"io.BytesIO", b"abc", b"dataclass"):
+        content = b"ctorch.distributed.checkpoint.planner\n" + name + b"\n."
+        with pytest.raises(CheckpointError, match="it refers to"):
+            check(tmp_path, content)
+
+
+def test_an_object_where_a_tensor_belongs_is_refused(tmp_path):
+    with pytest.raises(CheckpointError, match="weight is not a tensor"):
+        check(tmp_path, index(entry=BytesStorageMetadata()))
+
+
+@pytest.mark.parametrize("file", ["../../secret", "/etc/passwd", "folder/__0_0.distcp", ".."])
+def test_a_file_elsewhere_is_refused(tmp_path, file):
+    with pytest.raises(CheckpointError, match="refers to the file"):
+        check(tmp_path, index(file=file))
+
+
+@pytest.mark.parametrize("content", [b"", b"\x80", b"not a pickle", pickle.dumps(3), pickle.dumps(None)])
+def test_what_is_no_index_is_refused(tmp_path, content):
+    with pytest.raises(CheckpointError, match="not an index of tensors"):
+        check(tmp_path, content)
+    (tmp_path / ".metadata").unlink()
+    with pytest.raises(CheckpointError, match="not an index of tensors"):
+        check_index(tmp_path)
