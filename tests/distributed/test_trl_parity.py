@@ -109,7 +109,8 @@ def runs(tmp_path_factory):
     pairs = [[ids.tolist() for ids in (p.prompt_ids, p.chosen_ids, p.rejected_ids)] for p in dataset]
     assert len(pairs) == NUM_PAIRS
 
-    job = dict(model=str(demo.model_dir), pairs=pairs, num_steps=NUM_STEPS, options=OPTIONS, layouts=LAYOUTS)
+    job = dict(model=str(demo.model_dir), pairs=pairs, num_steps=NUM_STEPS, options=OPTIONS)
+    job |= dict(layouts=LAYOUTS, poisoned=[])
     (folder / "job.json").write_text(json.dumps(job))
     run_ranks(HERE / "layout_worker.py", 2, str(folder), timeout=300)
     ours = {name: json.loads((folder / f"{name}.json").read_text()) for name in LAYOUTS}

@@ -327,7 +327,7 @@ def main() -> None:
     parser.add_argument("--data", help="a preference file; the bundled pairs when not given")
     parser.add_argument("--methods", default="ours,trl-1,trl-2,trl-4", help=f"of {', '.join(OURS)} and trl-M")
     parser.add_argument("--global-batch-size", type=int, default=16)
-    parser.add_argument("--tokens-per-microbatch", type=int, default=4096)
+    parser.add_argument("--tokens-per-microbatch", type=int, default=2048)
     parser.add_argument("--max-length", type=int, default=1024)
     parser.add_argument("--num-steps", type=int, default=3, help="the first of them is not counted")
     parser.add_argument("--rounds", type=int, default=1)
