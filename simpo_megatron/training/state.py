@@ -20,6 +20,7 @@ from megatron.core.dist_checkpointing.serialization import get_default_save_shar
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from simpo_megatron.errors import CheckpointError
@@ -56,8 +57,8 @@ def write_state(model: list[PreferenceGPTModel], trainer: Trainer, iteration: in
     state["rng"] = _sharded_rng()
     try:
         dist_checkpointing.save(state, str(folder), strategy, content_metadata=_content())
-    except Exception as error:
-        raise CheckpointError(f"{folder}: could not be written ({type(error).__name__}: {error})") from error
+    except (Exception, CheckpointException) as error:
+        raise CheckpointError(f"{folder}: could not be written ({_reason(error)})") from error
 
 
 def read_state(
@@ -79,8 +80,8 @@ def read_state(
         state["rng"] = _sharded_rng()
     try:
         loaded = dist_checkpointing.load(state, str(folder), strict="raise_unexpected")
-    except Exception as error:
-        raise CheckpointError(f"{folder}: does not fit this run ({type(error).__name__}: {error})") from error
+    except (Exception, CheckpointException) as error:
+        raise CheckpointError(f"{folder}: does not fit this run ({_reason(error)})") from error
     for name, chunk in _named_chunks(model):
         _load_chunk(chunk, loaded[name], folder)
     trainer.optimizer.load_state_dict(loaded["optimizer"])
@@ -167,6 +168,14 @@ def _load_chunk(chunk: PreferenceGPTModel, state: Mapping[str, Any], folder: Pat
     if problems:
         shown = ", ".join(sorted(problems)[:10])
         raise CheckpointError(f"{folder}: {len(problems)} names do not match the model's: {shown}")
+
+
+def _reason(error: BaseException) -> str:
+    """One line on what went wrong; torch gathers the failures of all ranks on the first, and only there."""
+    if isinstance(error, CheckpointException):
+        told = [f"rank {rank}: {failure}" for rank, (failure, _) in error.failures.items()]
+        return "; ".join(told) or "the first rank tells why"
+    return f"{type(error).__name__}: {error}"
 
 
 def _settings(group: Mapping[str, Any]) -> dict[str, Any]:
