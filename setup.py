@@ -10,7 +10,7 @@ VERSION = re.search(r'__version__ = "(.+?)"', (ROOT / "simpo_megatron/__init__.p
 README = ROOT / "README.md"
 
 GGUF = ["gguf>=0.10"]
-TEST = [*GGUF, "pytest>=8", "hypothesis>=6.100", "ruff>=0.14", "trl>=0.24,<0.25", "accelerate>=1.4"]
+TEST = [*GGUF, "pytest>=8", "hypothesis>=6.100", "ruff>=0.14", "trl>=0.29,<2", "accelerate>=1.4"]
 
 setup(
     name="simpo-megatron",
@@ -47,7 +47,7 @@ setup(
         "wandb": ["wandb>=0.17"],
         # To make a Hugging Face folder of SmolLM2 for `make demo-smollm2`.
         "gguf": GGUF,
-        "bench": ["liger-kernel", "cut-cross-entropy", "trl>=0.24,<0.25"],
+        "bench": ["liger-kernel", "cut-cross-entropy", "trl>=0.29,<2"],
         "test": TEST,
     },
 )

@@ -91,8 +91,8 @@ def run_ours(folder: Path, num_workers: int):
 def run_trl(folder: Path, num_workers: int):
     """Returns the same by the maps of TRL's CPOTrainer, its methods called without its model."""
     import datasets
-    from trl import CPOTrainer
     from trl.data_utils import maybe_apply_chat_template, maybe_extract_prompt
+    from trl.experimental.cpo import CPOTrainer
 
     class Tokenizing:
         processing_class = load_tokenizer(folder)
