@@ -6,6 +6,7 @@ as objects (FP8 scaling histories) starts anew on a resume.
 
 from __future__ import annotations
 
+import io
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
@@ -93,24 +94,27 @@ def read_state(
 
 
 def check_index(folder: Path) -> None:
-    """Nothing, when the index of tensors in `folder` is data and leads to tensors in `folder` alone.
+    """Nothing, when the index of tensors in `folder` is data, and so is what it leads to, in `folder` alone.
 
-    torch unpickles the index, and what the index calls an object, whatever they may call.
+    torch unpickles the index, and what the index calls an object (the newest megatron-core keeps its settings so),
+    whatever they may call.
 
     Raises:
-        CheckpointError: it names something that is no part of such an index, an object, or a file elsewhere.
+        CheckpointError: it names something that is no part of such an index, or a file elsewhere, or an object
+            that is more than numbers, texts and tensors.
     """
     path = folder / _INDEX_FILE
     try:
         with path.open("rb") as file:
             index = _IndexUnpickler(file).load()
-        for name, entry in index.state_dict_metadata.items():
-            if not isinstance(entry, TensorStorageMetadata):
-                raise pickle.UnpicklingError(f"{name} is not a tensor")
         files = {entry.name for entry in folder.iterdir()}
-        for stored in index.storage_data.values():
+        for key, stored in index.storage_data.items():
             if stored.relative_path not in files:
                 raise pickle.UnpicklingError(f"it refers to the file {stored.relative_path}")
+            if not isinstance(index.state_dict_metadata[key.fqn], TensorStorageMetadata):
+                with (folder / stored.relative_path).open("rb") as file:
+                    file.seek(stored.offset)
+                    torch.load(io.BytesIO(file.read(stored.length)), weights_only=True)
     except Exception as error:
         raise CheckpointError(f"{path}: not an index of tensors ({error})") from None
 

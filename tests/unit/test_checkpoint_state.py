@@ -1,5 +1,6 @@
 """What is unpickled of a checkpoint is looked at first: an index of tensors, and nothing that acts."""
 
+import io
 import os
 import pickle
 
@@ -23,16 +24,16 @@ device.install()
 from simpo_megatron.training.state import check_index  # noqa: E402
 
 
-def index(entry=None, file="__0_0.distcp"):
+def index(entry=None, file="__0_0.distcp", length=16):
     size = torch.Size([4])
     chunk = ChunkStorageMetadata(offsets=torch.Size([0]), sizes=size)
     tensor = TensorStorageMetadata(TensorProperties(dtype=torch.bfloat16), size, [chunk])
-    stored = {MetadataIndex("weight", [0]): _StorageInfo(file, 0, 16)}
+    stored = {MetadataIndex("weight", [0]): _StorageInfo(file, 0, length)}
     return Metadata({"weight": entry or tensor}, storage_data=stored)
 
 
-def check(folder, content):
-    (folder / "__0_0.distcp").touch()
+def check(folder, content, stored=b""):
+    (folder / "__0_0.distcp").write_bytes(stored)
     (folder / ".metadata").write_bytes(content if isinstance(content, bytes) else pickle.dumps(content))
     check_index(folder)
 
@@ -68,9 +69,20 @@ def test_names_that_a_module_of_the_index_merely_imports_are_refused(tmp_path):
             check(tmp_path, content)
 
 
-def test_an_object_where_a_tensor_belongs_is_refused(tmp_path):
-    with pytest.raises(CheckpointError, match="weight is not a tensor"):
-        check(tmp_path, index(entry=BytesStorageMetadata()))
+def saved(value):
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getvalue()
+
+
+def test_an_object_of_settings_passes_and_one_that_would_call_something_is_refused(tmp_path):
+    harmless = saved([{"iteration": 3, "lr": 1e-3, "step": torch.tensor(3.0)}])
+    check(tmp_path, index(BytesStorageMetadata(), length=len(harmless)), harmless)
+    target = tmp_path / "made"
+    harmful = saved([Calls(os.mkdir, str(target))])
+    with pytest.raises(CheckpointError, match="not an index of tensors"):
+        check(tmp_path, index(BytesStorageMetadata(), length=len(harmful)), harmful)
+    assert not target.exists()
 
 
 @pytest.mark.parametrize("file", ["../../secret", "/etc/passwd", "folder/__0_0.distcp", ".."])
