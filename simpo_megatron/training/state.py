@@ -80,7 +80,7 @@ def read_state(
     if same_layout:
         state["rng"] = _sharded_rng()
     try:
-        loaded = dist_checkpointing.load(state, str(folder))
+        loaded = dist_checkpointing.load(state, str(folder), strict="raise_unexpected")
     except (Exception, CheckpointException) as error:
         raise CheckpointError(f"{folder}: does not fit this run ({_reason(error)})") from error
     for name, chunk in _named_chunks(model):
