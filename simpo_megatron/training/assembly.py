@@ -15,7 +15,7 @@ from simpo_megatron.data import (
     check_vocabulary,
     split,
 )
-from simpo_megatron.data.sources import HUB_PREFIX, check_readable, parse_named_sources, parse_sources
+from simpo_megatron.data.sources import HUB_PREFIX, check_readable, parse_sources
 from simpo_megatron.demo import prepare_demo
 from simpo_megatron.errors import ConfigError, DataError
 from simpo_megatron.mcore import device
@@ -93,11 +93,10 @@ def _refuse_what_is_not_built(config: Config) -> None:
 
 
 def _check_files(sources: Sources) -> None:
-    train = [source.path for source in parse_sources(sources.train)]
-    valid = [path for paths in parse_named_sources(sources.valid).values() for path in paths]
-    for path in train + valid:
-        if not path.startswith(HUB_PREFIX):
-            check_readable(path)
+    for files in filter(None, (sources.train, sources.valid)):
+        for source in parse_sources(files):
+            if not source.path.startswith(HUB_PREFIX):
+                check_readable(source.path)
 
 
 def locate_sources(config: Config) -> Sources:
