@@ -386,5 +386,11 @@ def test_an_export_folder_with_content_is_refused_beforehand(tmp_path: Path) -> 
     refuse_existing_export(tmp_path / "new")
     refuse_existing_export(tmp_path)
     (tmp_path / "kept").write_text("")
-    with pytest.raises(CheckpointError, match="never overwrites"):
+    with pytest.raises(CheckpointError, match="no export of simpo_megatron"):
         refuse_existing_export(tmp_path)
+
+
+def test_an_earlier_export_may_be_replaced(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_text("")
+    (tmp_path / hf.MARKER_FILE).write_text("{}")
+    refuse_existing_export(tmp_path)
