@@ -85,14 +85,12 @@ class Microbatch:
     tokens_BS: Tensor
     position_ids_BS: Tensor
     layout: MicrobatchLayout
-    pair_ids_P: Tensor
-    num_tokens: int
 
 
 def to_microbatch(batch: PreferenceBatch, device: torch.device) -> Microbatch:
     """`batch` on `device`, its segments as the layout that the attention and the head read."""
     # These stay on the CPU, where checking and counting them costs no synchronisation; the head moves what it needs.
-    response = ResponseTokens(batch.rows_N, batch.targets_N, batch.sequence_N, num_pairs=len(batch.pair_ids_P))
+    response = ResponseTokens(batch.rows_N, batch.targets_N, batch.sequence_N, num_pairs=batch.num_pairs)
     position_ids_BS = batch.position_ids_BS.to(device)
     if batch.segments_G4 is None:
         layout = MicrobatchLayout.of_padded_rows(batch.tokens_BS.size(1), response)
@@ -103,6 +101,4 @@ def to_microbatch(batch: PreferenceBatch, device: torch.device) -> Microbatch:
         tokens_BS=batch.tokens_BS.to(device),
         position_ids_BS=position_ids_BS,
         layout=layout,
-        pair_ids_P=batch.pair_ids_P,
-        num_tokens=batch.num_tokens,
     )

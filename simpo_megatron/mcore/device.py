@@ -196,8 +196,10 @@ def save_without_helper_process() -> None:
     """Let megatron's checkpoint writer report within this process, which for synchronous saves is all it needs.
 
     It would otherwise spawn a process that imports torch and megatron again, seconds for each rank, only to carry
-    the report.
+    the report. A no-op with CUDA, where megatron's writer stays as it is.
     """
+    if has_cuda():
+        return
     importlib.import_module(
         "megatron.core.dist_checkpointing.strategies.filesystem_async"
     )._results_queue = queue.Queue()
