@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +20,18 @@ SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 
 DTYPE_NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 """Names of the dtypes that weights are read from and written in."""
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """What a header says of a tensor that is to be written."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
@@ -84,31 +97,29 @@ def _refuse_outside(folder: Path, name: str) -> None:
         raise CheckpointError(f"{folder / INDEX_FILE}: {name!r} is not a safetensors file inside the folder; refused")
 
 
-def header_bytes(shapes: dict[str, tuple[int, ...]], dtype: torch.dtype) -> bytes:
-    """The start of a safetensors file of tensors with these names and shapes, in this order, in one dtype."""
+def header_bytes(specs: Mapping[str, TensorSpec]) -> bytes:
+    """The start of a safetensors file of these tensors, in this order."""
     header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
     end = 0
-    for name, shape in shapes.items():
-        start, end = end, end + torch.Size(shape).numel() * dtype.itemsize
-        header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+    for name, spec in specs.items():
+        start, end = end, end + spec.num_bytes
+        header[name] = {"dtype": DTYPE_NAMES[spec.dtype], "shape": list(spec.shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
 
 
-def write_safetensors(
-    path: Path, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, tensors: Iterable[Tensor]
-) -> None:
-    """Write `tensors`, which come in the order of `shapes`, holding one of them in memory at a time.
+def write_safetensors(path: Path, specs: Mapping[str, TensorSpec], tensors: Iterable[Tensor]) -> None:
+    """Write `tensors`, which come in the order of `specs`, holding one of them in memory at a time.
 
     The safetensors library writes whole files from memory only; a shard of 5 GB would be held twice.
 
     Source: https://github.com/huggingface/safetensors, "Format".
     """
     with open(path, "wb") as file:
-        file.write(header_bytes(shapes, dtype))
-        for (name, shape), tensor in zip(shapes.items(), tensors, strict=True):
-            assert tuple(tensor.shape) == shape and tensor.dtype == dtype, f"{name}: {tensor.shape} {tensor.dtype}"
+        file.write(header_bytes(specs))
+        for (name, spec), tensor in zip(specs.items(), tensors, strict=True):
+            assert tensor.shape == spec.shape and tensor.dtype == spec.dtype, f"{name}: {tensor.shape} {tensor.dtype}"
             file.write(tensor.contiguous().flatten().view(torch.uint8).numpy())
         file.flush()
         os.fsync(file.fileno())

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from simpo_megatron.config import DEMO, Config, Layout, resolve
-from simpo_megatron.convert.hf import load_hf_weights, refuse_existing_export
+from simpo_megatron.convert import load_hf_weights, refuse_existing_export
 from simpo_megatron.data import (
     PreferenceDataset,
     build_preference_dataset,

@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from simpo_megatron import parallel
 from simpo_megatron.config import Config, lint, to_table
-from simpo_megatron.convert.hf import export_hf
+from simpo_megatron.convert import export_hf
 from simpo_megatron.mcore import device
 from simpo_megatron.mcore.optimizer import gather_parameters
 from simpo_megatron.mcore.precision import parameter_dtype

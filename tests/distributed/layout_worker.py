@@ -21,7 +21,7 @@ from megatron.core import parallel_state  # noqa: E402
 
 from simpo_megatron import parallel  # noqa: E402
 from simpo_megatron.config import Config, config_from, resolve  # noqa: E402
-from simpo_megatron.convert.hf import export_hf, load_hf_weights  # noqa: E402
+from simpo_megatron.convert import export_hf, load_hf_weights  # noqa: E402
 from simpo_megatron.data import TokenizedPair  # noqa: E402
 from simpo_megatron.errors import NumericsError  # noqa: E402
 from simpo_megatron.mcore.families import describe_hf_model  # noqa: E402

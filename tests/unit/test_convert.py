@@ -15,8 +15,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from simpo_megatron.convert import hf, load_hf_weights, refuse_existing_export
-from simpo_megatron.convert.files import write_safetensors
+from simpo_megatron.convert import load as loading
+from simpo_megatron.convert import load_hf_weights, refuse_existing_export
+from simpo_megatron.convert.files import TensorSpec, write_safetensors
+from simpo_megatron.convert.folder import MARKER_FILE
 from simpo_megatron.errors import CheckpointError
 from simpo_megatron.mcore.families import ModelDescription, describe_hf_model, padded_vocab_size
 
@@ -158,8 +160,8 @@ def test_every_rank_gets_the_slices_the_twin_cuts_and_reads_no_other_byte(
     weights = random_weights()
     description = write_folder(tmp_path, weights)
     counts: list[int] = []
-    opened = hf.open_safetensors
-    monkeypatch.setattr(hf, "open_safetensors", lambda path: CountingFile(opened(path), counts))
+    opened = loading.open_safetensors
+    monkeypatch.setattr(loading, "open_safetensors", lambda path: CountingFile(opened(path), counts))
     num_padded = 0
     for tp_rank in range(tp_size):
         expected = twin_parameters(weights, tp_rank, tp_size, te=te)
@@ -178,15 +180,15 @@ def test_every_rank_gets_the_slices_the_twin_cuts_and_reads_no_other_byte(
 def test_a_file_is_held_in_memory_a_bounded_part_at_a_time(tmp_path: Path, monkeypatch) -> None:
     weights = random_weights()
     description = write_folder(tmp_path, weights)
-    opened, of_each_opening = hf.open_safetensors, []
+    opened, of_each_opening = loading.open_safetensors, []
 
     def count(path: Path) -> CountingFile:
         of_each_opening.append([])
         return CountingFile(opened(path), of_each_opening[-1])
 
-    monkeypatch.setattr(hf, "open_safetensors", count)
+    monkeypatch.setattr(loading, "open_safetensors", count)
     limit = weights["lm_head.weight"].nbytes + 100
-    monkeypatch.setattr(hf, "MAX_MAPPED_BYTES", limit)
+    monkeypatch.setattr(loading, "MAX_MAPPED_BYTES", limit)
     expected = twin_parameters(weights, 0, 1, te=False)
     chunk = stand_in(expected)
     load_hf_weights([chunk], tmp_path, description, tp_rank=0, tp_size=1)
@@ -371,15 +373,15 @@ def test_rotary_frequencies_of_old_files_are_passed_over(tmp_path: Path) -> None
 def test_a_streamed_file_is_what_the_library_reads_back(tmp_path: Path, dtype: torch.dtype) -> None:
     tensors = {
         "b": torch.randn(3, 5).to(dtype),
-        "a": torch.randn(7).to(dtype),
+        "a": torch.randn(7),
         "c": torch.randn(4, 6).to(dtype).T,
     }
-    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    write_safetensors(tmp_path / "x.safetensors", shapes, dtype, iter(tensors.values()))
+    specs = {name: TensorSpec(tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+    write_safetensors(tmp_path / "x.safetensors", specs, iter(tensors.values()))
     found = load_file(tmp_path / "x.safetensors")
     assert found.keys() == tensors.keys()
     for name, tensor in tensors.items():
-        assert found[name].dtype == dtype and torch.equal(found[name], tensor)
+        assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor)
 
 
 def test_an_export_folder_with_content_is_refused_beforehand(tmp_path: Path) -> None:
@@ -392,5 +394,5 @@ def test_an_export_folder_with_content_is_refused_beforehand(tmp_path: Path) -> 
 
 def test_an_earlier_export_may_be_replaced(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_text("")
-    (tmp_path / hf.MARKER_FILE).write_text("{}")
+    (tmp_path / MARKER_FILE).write_text("{}")
     refuse_existing_export(tmp_path)

@@ -1,0 +1,197 @@
+"""Weights from megatron's GPTModel into a Hugging Face folder, every pipeline stage writing its own files."""
+
+from __future__ import annotations
+
+import shutil
+import uuid
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from simpo_megatron.convert.files import TensorSpec, write_safetensors
+from simpo_megatron.convert.folder import (
+    MAX_SHARD_BYTES,
+    complete_folder,
+    divide,
+    file_names,
+    publish,
+    refuse_existing_export,
+)
+from simpo_megatron.convert.mapping import Piece, hf_tensors, pieces
+from simpo_megatron.errors import CheckpointError
+from simpo_megatron.mcore.families import ModelDescription
+from simpo_megatron.parallel import ParallelGroups
+
+
+@dataclass(frozen=True)
+class _Shard:
+    """One file of an export, written by one pipeline stage."""
+
+    file_name: str
+    stage: int
+    specs: dict[str, TensorSpec]
+
+
+def export_hf(
+    model_chunks: Sequence[torch.nn.Module],
+    description: ModelDescription,
+    source_folder: str | Path,
+    out_folder: str | Path,
+    *,
+    groups: ParallelGroups,
+    dtype: torch.dtype = torch.bfloat16,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    model_card: str | None = None,
+) -> None:
+    """Write the model as a Hugging Face folder that appears under `out_folder` only when it is whole.
+
+    Every pipeline stage writes its own files, one tensor in memory at a time. Configuration, tokenizer and
+    chat template come from `source_folder`; `model_card` becomes README.md. Called on every rank; those that
+    hold a copy of another rank's weights return at once.
+
+    Collectives: one gather over tp for every tensor that is cut; a few small objects over tp and pp.
+
+    Raises:
+        CheckpointError: on every rank that takes part, when `out_folder` holds anything but an earlier export, or one
+            of them cannot write.
+    """
+    if groups.dp_cp.rank() != 0:
+        return
+    out_folder = Path(out_folder)
+    owned: dict[str, list[Piece]] = {}
+    for chunk in model_chunks:
+        for name, found in _pieces_by_name(chunk, description, groups.tp.size()).items():
+            owned.setdefault(name, found)
+    specs = {name: TensorSpec(shape, dtype) for name, shape in hf_tensors(description).items()}
+    shards = _plan_shards(specs, list(owned), max_shard_bytes, groups=groups)
+    is_committer = groups.tp.rank() == 0 and groups.pp.rank() == 0
+    staging = _agreed_staging_folder(out_folder, is_committer, groups)
+    failure = None
+    for shard in shards:
+        if shard.stage == groups.pp.rank():
+            tensors = (_gather(owned[name], description, dtype, tp_group=groups.tp) for name in shard.specs)
+            failure = _write_or_drain(staging / shard.file_name, shard, tensors, groups, failure)
+    _raise_together(failure, staging, groups)
+    if is_committer:
+        files = {shard.file_name: shard.specs for shard in shards}
+        failure = _attempt(
+            complete_folder, staging, Path(source_folder), description.hf_config, files, model_card
+        )
+        failure = failure or _attempt(publish, staging, out_folder)
+    _raise_together(failure, staging, groups)
+
+
+def _pieces_by_name(chunk: torch.nn.Module, description: ModelDescription, tp_size: int) -> dict[str, list[Piece]]:
+    """What `chunk` adds to an export; a head that shares the embedding's weight adds nothing."""
+    is_tied = description.gpt["share_embeddings_and_output_weights"]
+    by_name: dict[str, list[Piece]] = {}
+    for piece in pieces(chunk, description, tp_size=tp_size):
+        by_name.setdefault(piece.hf_name, []).append(piece)
+    if is_tied and not chunk.pre_process:
+        by_name.pop("model.embed_tokens.weight", None)
+    return by_name
+
+
+def _plan_shards(
+    specs: dict[str, TensorSpec], own_names: list[str], max_shard_bytes: int, *, groups: ParallelGroups
+) -> list[_Shard]:
+    """The files of the whole export, the same on every rank: each stage's tensors, cut at `max_shard_bytes`.
+
+    Collectives: one exchange of names over pp.
+    """
+    names_of_stages = _all_gather_objects(own_names, groups.pp)
+    parts: list[tuple[int, dict[str, TensorSpec]]] = []
+    for stage, names in enumerate(map(set, names_of_stages)):
+        own = {name: spec for name, spec in specs.items() if name in names}
+        parts += [(stage, part) for part in divide(own, max_shard_bytes)]
+    planned = sorted(name for _, part in parts for name in part)
+    assert planned == sorted(specs), f"stages own {planned}, the model has {sorted(specs)}"
+    return [_Shard(name, *part) for name, part in zip(file_names(len(parts)), parts, strict=True)]
+
+
+def _gather(
+    pieces_of_tensor: list[Piece],
+    description: ModelDescription,
+    dtype: torch.dtype,
+    *,
+    tp_group: dist.ProcessGroup,
+) -> Tensor | None:
+    """The whole Hugging Face tensor on the CPU of the group's first rank; None on the others.
+
+    Collectives: one gather over tp for every piece that is cut.
+    """
+    parts = []
+    is_first = tp_group.rank() == 0
+    for piece in pieces_of_tensor:
+        part = piece.view.reshape(piece.hf_shape).to(dtype).contiguous()
+        if piece.layout.cut is not None and tp_group.size() > 1:
+            slices = [torch.empty_like(part) for _ in range(tp_group.size())] if is_first else None
+            dist.gather(part, slices, dst=dist.get_global_rank(tp_group, 0), group=tp_group)
+            if is_first:
+                part = torch.cat([slice_.cpu() for slice_ in slices], dim=piece.layout.cut)
+        if piece.layout.is_vocabulary:
+            part = part[: description.vocab_size]
+        parts.append(part)
+    if not is_first:
+        return None
+    return (torch.cat(parts) if len(parts) > 1 else parts[0]).cpu()
+
+
+def _write_or_drain(
+    path: Path,
+    shard: _Shard,
+    tensors: Iterator[Tensor | None],
+    groups: ParallelGroups,
+    failure: str | None,
+) -> str | None:
+    """Why writing failed, now or before. A rank that cannot write still gathers: its peers wait there."""
+    if groups.tp.rank() == 0 and failure is None:
+        failure = _attempt(write_safetensors, path, shard.specs, tensors)
+    for _ in tensors:
+        pass
+    return failure
+
+
+def _agreed_staging_folder(out_folder: Path, is_committer: bool, groups: ParallelGroups) -> Path:
+    """A new folder beside `out_folder`, made by one rank and known to all."""
+    name, failure = None, None
+    if is_committer:
+        name = f".{out_folder.name}.{uuid.uuid4().hex}.tmp"
+        failure = _attempt(refuse_existing_export, out_folder)
+        failure = failure or _attempt((out_folder.parent / name).mkdir, parents=True)
+    names = _all_gather_objects(_all_gather_objects(name, groups.tp), groups.pp)
+    staging = out_folder.parent / names[0][0]
+    _raise_together(failure, staging, groups)
+    return staging
+
+
+def _attempt(action, *args, **kwargs) -> str | None:
+    """Why `action` could not do its work on this machine; None when it did."""
+    try:
+        action(*args, **kwargs)
+    except (OSError, CheckpointError) as error:
+        return str(error)
+    return None
+
+
+def _raise_together(failure: str | None, staging: Path, groups: ParallelGroups) -> None:
+    """Nothing, when no rank failed; else the same error on all, and nothing left behind.
+
+    Collectives: one exchange of a short text over tp, one over pp.
+    """
+    by_stage = _all_gather_objects(_all_gather_objects(failure, groups.tp), groups.pp)
+    failures = [text for texts in by_stage for text in texts if text]
+    if failures:
+        if groups.tp.rank() == 0 and groups.pp.rank() == 0:
+            shutil.rmtree(staging, ignore_errors=True)
+        raise CheckpointError(f"the export failed and left nothing behind: {failures[0]}")
+
+
+def _all_gather_objects(value, group: dist.ProcessGroup) -> list:
+    gathered = [None] * group.size()
+    dist.all_gather_object(gathered, value, group=group)
+    return gathered

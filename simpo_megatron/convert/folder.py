@@ -1,0 +1,135 @@
+"""The folder around exported weights: its files, what stands beside them, and how it appears only when whole."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from simpo_megatron import __version__
+from simpo_megatron.convert.files import INDEX_FILE, SINGLE_FILE, TensorSpec
+from simpo_megatron.errors import CheckpointError
+
+MARKER_FILE = "simpo_megatron.json"
+"""What tells an export from a folder of the user's."""
+
+MAX_SHARD_BYTES = 5 << 30
+"""Size at which weights are divided over files, as transformers does."""
+
+_COPIED_FILES = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.json",
+    "chat_template.jinja",
+    "LICENSE*",
+    "NOTICE*",
+)
+
+
+def refuse_existing_export(out_folder: str | Path) -> None:
+    """Nothing; for a caller that wants to know beforehand that an export will not refuse its folder.
+
+    Raises:
+        CheckpointError: `out_folder` exists and is neither empty nor an earlier export, which a new one replaces.
+    """
+    path = Path(out_folder)
+    if not path.exists() or (path / MARKER_FILE).is_file():
+        return
+    if not path.is_dir() or any(path.iterdir()):
+        raise CheckpointError(
+            f"{path}: exists already and is no export of simpo_megatron, which alone would be replaced; remove it or "
+            "name another folder"
+        )
+
+
+def divide(specs: Mapping[str, TensorSpec], max_shard_bytes: int) -> list[dict[str, TensorSpec]]:
+    """`specs` in their order, cut into parts of at most `max_shard_bytes`, or of a single tensor."""
+    parts: list[dict[str, TensorSpec]] = []
+    num_bytes = max_shard_bytes
+    for name, spec in specs.items():
+        if num_bytes + spec.num_bytes > max_shard_bytes:
+            parts.append({})
+            num_bytes = 0
+        parts[-1][name] = spec
+        num_bytes += spec.num_bytes
+    return parts
+
+
+def file_names(num_files: int) -> list[str]:
+    """The names transformers gives to the weights of a model that lie in `num_files` files."""
+    if num_files == 1:
+        return [SINGLE_FILE]
+    return [f"model-{number:05d}-of-{num_files:05d}.safetensors" for number in range(1, num_files + 1)]
+
+
+def complete_folder(
+    staging: Path,
+    source_folder: Path,
+    hf_config: Mapping[str, Any],
+    files: Mapping[str, Mapping[str, TensorSpec]],
+    model_card: str | None = None,
+) -> None:
+    """Write everything beside the weights: the index of `files`, configuration, tokenizer, model card and marker."""
+    _write_json(staging / "config.json", _with_dtype(hf_config, files))
+    if len(files) > 1:
+        weight_map = {name: file for file, specs in files.items() for name in specs}
+        num_bytes = sum(spec.num_bytes for specs in files.values() for spec in specs.values())
+        _write_json(staging / INDEX_FILE, {"metadata": {"total_size": num_bytes}, "weight_map": weight_map})
+    copy_model_files(source_folder, staging)
+    if model_card is not None:
+        (staging / "README.md").write_text(model_card, encoding="utf-8")
+    _write_json(staging / MARKER_FILE, {"exported_by": "simpo_megatron", "version": __version__})
+
+
+def copy_model_files(source_folder: Path, target: Path) -> None:
+    """Copy what belongs to a model beside its weights and config.json: tokenizer, chat template, licence."""
+    for path in _matching(source_folder, _COPIED_FILES):
+        shutil.copyfile(path, target / path.name)
+
+
+def _matching(folder: Path, patterns: Iterable[str]) -> list[Path]:
+    return [path for pattern in patterns for path in sorted(folder.glob(pattern)) if path.is_file()]
+
+
+def _with_dtype(hf_config: Mapping[str, Any], files: Mapping[str, Mapping[str, TensorSpec]]) -> dict[str, Any]:
+    """`hf_config` without foreign code, naming the dtype of `files` where they have but one."""
+    config = {key: value for key, value in hf_config.items() if key != "auto_map"}
+    dtypes = {spec.dtype for specs in files.values() for spec in specs.values()}
+    if len(dtypes) == 1:
+        name = str(dtypes.pop()).removeprefix("torch.")
+        config.update({key: name for key in ("dtype", "torch_dtype") if key in config} or {"torch_dtype": name})
+    return config
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def publish(staging: Path, out_folder: Path) -> None:
+    """Give the whole `staging`, once it is on the disk, the name `out_folder`; an earlier export there goes."""
+    for path in staging.iterdir():
+        _sync(path)
+    _sync(staging)
+    replaced = staging.with_suffix(".replaced")
+    if out_folder.exists():
+        os.rename(out_folder, replaced)
+    os.rename(staging, out_folder)
+    _sync(out_folder.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

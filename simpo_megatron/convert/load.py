@@ -1,0 +1,122 @@
+"""Weights from a Hugging Face folder into megatron's GPTModel, each rank reading its own slices."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+
+from simpo_megatron.convert.files import DTYPE_NAMES, StoredTensor, open_safetensors, stored_tensors
+from simpo_megatron.convert.mapping import Piece, hf_tensors, pieces
+from simpo_megatron.errors import CheckpointError
+from simpo_megatron.mcore.families import ModelDescription
+
+MAX_LISTED = 10
+"""Names in an error message before it only counts."""
+
+MAX_MAPPED_BYTES = 256 << 20
+"""Bytes of a weight file, counted in the parameters' dtype, that loading holds in memory at a time."""
+
+
+def load_hf_weights(
+    model_chunks: Sequence[torch.nn.Module],
+    folder: str | Path,
+    description: ModelDescription,
+    *,
+    tp_rank: int,
+    tp_size: int,
+) -> None:
+    """Fill this rank's parameters in place from the safetensors of `folder`, reading only what they need.
+
+    Stored values are cast to each parameter's dtype. Padded vocabulary rows become zero.
+
+    Raises:
+        CheckpointError: a tensor is missing, extra or misshapen (ten are named), or a file unreadable.
+    """
+    stored = stored_tensors(folder)
+    _refuse_unexpected(stored, description, folder)
+    _refuse_second_head(stored, description, tp_rank, tp_size)
+    wanted: dict[Path, list[Piece]] = {}
+    for chunk in model_chunks:
+        for piece in pieces(chunk, description, tp_size=tp_size):
+            wanted.setdefault(stored[piece.hf_name].file, []).append(piece)
+    for path, pieces_of_file in wanted.items():
+        for batch in _batches(pieces_of_file, tp_size):
+            with open_safetensors(path) as file:
+                for piece in batch:
+                    _fill(piece, file.get_slice(piece.hf_name), tp_rank, description)
+
+
+def _batches(pieces_of_file: list[Piece], tp_size: int) -> Iterator[list[Piece]]:
+    """The pieces in turn, as many at a time as MAX_MAPPED_BYTES allow; the file is unmapped in between."""
+    batch, num_bytes = [], 0
+    for piece in pieces_of_file:
+        # A slice of columns touches every page of its tensor.
+        touched = piece.view.nbytes * (tp_size if piece.layout.cut == 1 else 1)
+        if batch and num_bytes + touched > MAX_MAPPED_BYTES:
+            yield batch
+            batch, num_bytes = [], 0
+        batch.append(piece)
+        num_bytes += touched
+    yield batch
+
+
+def _fill(piece: Piece, stored_slice, tp_rank: int, description: ModelDescription) -> None:
+    """Copy this rank's part of one stored tensor into its view."""
+    start, length = piece.first_row, piece.hf_shape[0]
+    if piece.layout.cut == 1:
+        width = piece.hf_shape[1]
+        piece.view.copy_(stored_slice[:, tp_rank * width : (tp_rank + 1) * width].view(piece.view.shape))
+        return
+    if piece.layout.cut == 0:
+        start += tp_rank * length
+    if piece.layout.is_vocabulary:
+        num_rows = min(max(description.vocab_size - start, 0), length)
+        piece.view[num_rows:].zero_()
+        if num_rows:
+            piece.view[:num_rows].copy_(stored_slice[start : start + num_rows])
+        return
+    piece.view.copy_(stored_slice[start : start + length].view(piece.view.shape))
+
+
+def _refuse_unexpected(stored: dict[str, StoredTensor], description: ModelDescription, folder: str | Path) -> None:
+    expected = hf_tensors(description)
+    problems = [f"{name} is missing" for name in expected if name not in stored]
+    for name, tensor in stored.items():
+        if name not in expected:
+            if not _may_be_ignored(name, description):
+                problems.append(f"{name} is not part of a {description.family} model with this config.json")
+        elif tensor.shape != expected[name]:
+            problems.append(f"{name} has shape {list(tensor.shape)}, config.json makes it {list(expected[name])}")
+        elif tensor.dtype not in DTYPE_NAMES.values():
+            problems.append(f"{name} is stored as {tensor.dtype}, expected one of {', '.join(DTYPE_NAMES.values())}")
+    if problems:
+        more = len(problems) - MAX_LISTED
+        listed = "; ".join(problems[:MAX_LISTED]) + (f"; and {more} more" if more > 0 else "")
+        raise CheckpointError(f"{folder}: weights and config.json do not belong together: {listed}")
+
+
+def _may_be_ignored(name: str, description: ModelDescription) -> bool:
+    """True for what adds nothing: rotary frequencies of old files, a head that is the embedding again."""
+    if name == "lm_head.weight":
+        return description.gpt["share_embeddings_and_output_weights"]
+    return name.endswith(".rotary_emb.inv_freq")
+
+
+def _refuse_second_head(
+    stored: dict[str, StoredTensor], description: ModelDescription, tp_rank: int, tp_size: int
+) -> None:
+    """Nothing, when a head stored beside its tied embedding equals it; each rank compares its share."""
+    if "lm_head.weight" not in stored or not description.gpt["share_embeddings_and_output_weights"]:
+        return
+    first, last = (description.vocab_size * rank // tp_size for rank in (tp_rank, tp_rank + 1))
+    rows = []
+    for name in ("lm_head.weight", "model.embed_tokens.weight"):
+        with open_safetensors(stored[name].file) as file:
+            rows.append(file.get_slice(name)[first:last])
+    if not torch.equal(*rows):
+        raise CheckpointError(
+            f"{stored['lm_head.weight'].file}: lm_head.weight differs from model.embed_tokens.weight, but "
+            "config.json has tie_word_embeddings true; set it to false or remove the head"
+        )
