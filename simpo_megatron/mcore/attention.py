@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor
 
 from simpo_megatron.loss import ResponseTokens
@@ -71,7 +72,7 @@ class MicrobatchLayout(PackedSeqParams):
     """Tile [0, S) of a pack; None for padded rows, each causal by itself."""
     tokens: ResponseTokens | None = None
     """What the last pipeline stage predicts."""
-    _masks: dict[Segment, Tensor] = field(default_factory=dict)
+    _masks: dict[tuple[Segment, int | None], Tensor] = field(default_factory=dict)
     _varlen: VariableLengths | None = None
 
     @classmethod
@@ -92,20 +93,26 @@ class MicrobatchLayout(PackedSeqParams):
             tokens=tokens,
         )
 
-    def mask(self, segment: Segment, device: torch.device) -> Tensor | None:
-        """bool [L, T], True where a query sees a key; None for a segment without prefix, which is plainly causal.
+    def mask(self, segment: Segment, window: int | None, device: torch.device) -> Tensor | None:
+        """bool [L, T], True where a query sees a key; None for a segment that is plainly causal.
+
+        With a `window` a query sees that many keys at most, its own the last of them. Keys lie in the order of their
+        positions, so a window counts tokens of the sequence, prompt and response, wherever the pack holds them.
 
         Kept for the microbatch: every layer of this rank asks for the same ones.
         """
-        num_prefix = segment.prefix_end - segment.prefix_start
-        if num_prefix == 0:
+        num_queries, num_prefix = segment.end - segment.start, segment.prefix_end - segment.prefix_start
+        if window is not None and window >= num_prefix + num_queries:
+            window = None
+        if num_prefix == 0 and window is None:
             return None
-        if segment not in self._masks:
-            num_queries = segment.end - segment.start
+        if (segment, window) not in self._masks:
             visible = torch.ones(num_queries, num_prefix + num_queries, dtype=torch.bool, device=device)
-            self._masks[segment] = visible.tril_(diagonal=num_prefix)
-        return self._masks[segment]
-
+            visible.tril_(diagonal=num_prefix)
+            if window is not None:
+                visible.triu_(diagonal=num_prefix - window + 1)
+            self._masks[segment, window] = visible
+        return self._masks[segment, window]
 
     def variable_lengths(self, device: torch.device) -> VariableLengths:
         """What variable-length kernels take, worked out once for the microbatch."""
@@ -134,6 +141,9 @@ class SegmentedAttention(torch.nn.Module):
     ) -> None:
         super().__init__()
         self.softmax_scale = softmax_scale
+        is_windowed = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)
+        # megatron counts the keys to the left of a query; with its own they are one more.
+        self.window = config.window_size[0] + 1 if is_windowed else None
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
 
     def forward(
@@ -151,20 +161,18 @@ class SegmentedAttention(torch.nn.Module):
         Without a layout, or with one of padded rows, every row is causal by itself: padding stands on the right, where
         no real token sees it.
         """
-        layout = packed_seq_params
-        if layout is None or layout.segments is None:
-            out_BASD = self._attend(query_SBAD, key_SBGD, value_SBGD, None)
-            return _merge_heads(out_BASD)
+        layout = packed_seq_params or MicrobatchLayout()
+        segments = layout.segments or (Segment(0, len(query_SBAD), 0, 0),)
         outputs = []
-        for segment in layout.segments:
+        for segment in segments:
             own = slice(segment.start, segment.end)
             prefix = slice(segment.prefix_start, segment.prefix_end)
-            mask = layout.mask(segment, query_SBAD.device)
             key, value = key_SBGD[own], value_SBGD[own]
-            if mask is not None:
+            if segment.prefix_end > segment.prefix_start:
                 key, value = torch.cat((key_SBGD[prefix], key)), torch.cat((value_SBGD[prefix], value))
+            mask = layout.mask(segment, self.window, query_SBAD.device)
             outputs.append(self._attend(query_SBAD[own], key, value, mask))
-        return _merge_heads(torch.cat(outputs, dim=2))
+        return _merge_heads(torch.cat(outputs, dim=2) if len(outputs) > 1 else outputs[0])
 
     def _attend(self, query_LBAD: Tensor, key_TBGD: Tensor, value_TBGD: Tensor, mask_LT: Tensor | None) -> Tensor:
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query_LBAD, key_TBGD, value_TBGD))

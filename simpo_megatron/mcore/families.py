@@ -15,6 +15,8 @@ from simpo_megatron.errors import CheckpointError, ConfigError
 MAX_JSON_BYTES = 64 << 20
 """No JSON file of a model folder is parsed past this size; the largest known index is under 1 MiB."""
 
+_FULL, _WINDOWED = "full_attention", "sliding_attention"
+
 
 @dataclass(frozen=True)
 class ModelDescription:
@@ -124,11 +126,15 @@ def _llama(config: dict[str, Any]) -> dict[str, Any]:
             f"attention_bias {attention_bias} with mlp_bias {mlp_bias} is not supported: "
             "megatron-core's linear layers have biases all or none"
         )
-    return {"add_bias_linear": mlp_bias}
+    return {"add_bias_linear": mlp_bias, **_same_window_everywhere(config, None)}
 
 
 def _mistral(config: dict[str, Any]) -> dict[str, Any]:
-    return _sliding_window(config, config.get("sliding_window"))
+    return _same_window_everywhere(config, config.get("sliding_window", 4096))
+
+
+def _phi3(config: dict[str, Any]) -> dict[str, Any]:
+    return _same_window_everywhere(config, config.get("sliding_window"))
 
 
 def _qwen2(config: dict[str, Any]) -> dict[str, Any]:
@@ -146,25 +152,38 @@ def _qwen3(config: dict[str, Any]) -> dict[str, Any]:
 
 def _qwen_window(config: dict[str, Any]) -> dict[str, Any]:
     """Qwen has a window only where `use_sliding_window` says so, from layer `max_window_layers` on."""
-    if not config.get("use_sliding_window"):
-        return {}
-    return _sliding_window(config, config.get("sliding_window"))
+    window = config.get("sliding_window", 4096) if config.get("use_sliding_window") else None
+    first = _count(config, "max_window_layers", default=28, least=0)
+    kinds = [_WINDOWED if window is not None and i >= first else _FULL for i in range(config["num_hidden_layers"])]
+    return _sliding_window(config, window, config.get("layer_types") or kinds)
 
 
-def _sliding_window(config: dict[str, Any], window: int | None) -> dict[str, Any]:
-    if window is None or window >= _count(config, "max_position_embeddings"):
+def _same_window_everywhere(config: dict[str, Any], window: int | None) -> dict[str, Any]:
+    kind = _FULL if window is None else _WINDOWED
+    if set(config.get("layer_types") or ()) - {kind}:
+        raise ConfigError(f"layer_types is {config['layer_types']!r}, expected {kind} in every layer of this family")
+    return _sliding_window(config, window, [kind] * config["num_hidden_layers"])
+
+
+def _sliding_window(config: dict[str, Any], window: int | None, kinds: list[str]) -> dict[str, Any]:
+    """A token sees `window` tokens of its sequence, itself the last, in the layers whose kind says so.
+
+    Source: transformers.masking_utils.sliding_window_overlay; megatron counts the tokens to the left only.
+    """
+    if len(kinds) != config["num_hidden_layers"] or set(kinds) - {_FULL, _WINDOWED}:
+        raise ConfigError(f"layer_types is {kinds!r}, expected {_FULL} or {_WINDOWED} for each layer")
+    windowed = [int(kind == _WINDOWED) for kind in kinds]
+    if not any(windowed):
         return {}
-    raise ConfigError(
-        f"sliding_window {window} below max_position_embeddings {config['max_position_embeddings']} is not "
-        "supported yet; when no sequence is longer than the window, lower max_position_embeddings to it: the "
-        "numbers are the same"
-    )
+    if _count({"sliding_window": window}, "sliding_window") >= _count(config, "max_position_embeddings"):
+        return {}
+    return {"window_size": (window - 1, 0), "window_attn_skip_freq": None if all(windowed) else windowed}
 
 
 _FAMILY_OPTIONS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
     "llama": _llama,
     "mistral": _mistral,
-    "phi3": _mistral,
+    "phi3": _phi3,
     "qwen2": _qwen2,
     "qwen3": _qwen3,
 }
@@ -183,10 +202,6 @@ _COMMON_REFUSALS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "quantization_config": (
         lambda quantization: not quantization,
         "quantized weights cannot be trained; give the original ones",
-    ),
-    "layer_types": (
-        lambda types: not types or set(types) == {"full_attention"},
-        "layers with different kinds of attention are not supported yet",
     ),
 }
 """Key of config.json: (what its value must fulfil, why)."""
@@ -246,8 +261,8 @@ def _factor(rope: dict[str, Any]) -> float:
     return float(factor)
 
 
-def _count(config: dict[str, Any], key: str) -> int:
-    value = config.get(key)
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ConfigError(f"{key} is {value!r}, expected a positive integer")
+def _count(config: dict[str, Any], key: str, *, default: int | None = None, least: int = 1) -> int:
+    value = config.get(key, default)
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ConfigError(f"{key} is {value!r}, expected an integer of at least {least}")
     return value

@@ -14,7 +14,8 @@ class TESegmentedAttention(TEDotProductAttention):
 
     The keys of a segment, its prefix and its own, are gathered so that they lie one behind the other; queries are
     fewer than keys where there is a prefix, and causal from the bottom right, which Transformer Engine calls
-    `padding_causal_bottom_right` and megatron's mask types have no name for.
+    `padding_causal_bottom_right` and megatron's mask types have no name for. A layer's sliding window, which megatron
+    hands to the constructor, is counted from the bottom right as well: in tokens of the sequence.
     """
 
     def forward(

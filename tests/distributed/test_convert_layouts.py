@@ -64,8 +64,11 @@ MODELS = {
         ),
         "float32",
     ),
-    "mistral_wide_heads": (MistralConfig(**TINY, head_dim=16, sliding_window=None), "bfloat16"),
-    "qwen2_tied": (Qwen2Config(**TINY, tie_word_embeddings=True), "bfloat16"),
+    "mistral_wide_heads_window": (MistralConfig(**TINY, head_dim=16, sliding_window=8), "bfloat16"),
+    "qwen2_tied_windows_above": (
+        Qwen2Config(**TINY, tie_word_embeddings=True, use_sliding_window=True, sliding_window=9, max_window_layers=3),
+        "bfloat16",
+    ),
     "qwen3": (Qwen3Config(**TINY, head_dim=16), "bfloat16"),
     "phi3": (Phi3Config(**TINY), "float32"),
     "phi3_partial_rope": (

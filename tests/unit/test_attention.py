@@ -34,8 +34,14 @@ PACKS = {
 HEADS = {"as many groups as heads": (4, 4), "grouped": (6, 2), "one group": (3, 1)}
 
 
-def attention(config: SimpleNamespace | None = None) -> SegmentedAttention:
-    return SegmentedAttention(config or SimpleNamespace(attention_dropout=0.0), 1, None, "self")
+# Windows of one key, of a few, and of as many as the longest sequence above has.
+WINDOWS = [None, 1, 4, 52]
+
+
+def attention(window: int | None = None) -> SegmentedAttention:
+    window_size = None if window is None else (window - 1, 0)
+    config = SimpleNamespace(attention_dropout=0.0, window_size=window_size, window_attn_skip_freq=None)
+    return SegmentedAttention(config, 1, None, "self")
 
 
 def layout_of(segments) -> MicrobatchLayout:
@@ -43,14 +49,14 @@ def layout_of(segments) -> MicrobatchLayout:
     return MicrobatchLayout.of_pack(torch.arange(length), tuple(Segment(*s) for s in segments), tokens=None)
 
 
-def dense_attention(query, key, value, segments) -> torch.Tensor:
-    """The definition, one query at a time: softmax over its prefix and its own segment up to itself."""
+def dense_attention(query, key, value, segments, window=None) -> torch.Tensor:
+    """The definition, one query at a time: softmax over the last `window` of its prefix and segment up to itself."""
     length, _, num_heads, size = query.shape
     heads_per_group = num_heads // key.shape[2]
     rows = []
     for start, end, prefix_start, prefix_end in segments:
         for position in range(start, end):
-            seen = [*range(prefix_start, prefix_end), *range(start, position + 1)]
+            seen = [*range(prefix_start, prefix_end), *range(start, position + 1)][-(window or length) :]
             for head in range(num_heads):
                 group = head // heads_per_group
                 scores = key[seen, 0, group] @ query[position, 0, head] / size**0.5
@@ -60,7 +66,8 @@ def dense_attention(query, key, value, segments) -> torch.Tensor:
 
 @pytest.mark.parametrize("heads", HEADS.values(), ids=HEADS)
 @pytest.mark.parametrize("segments", PACKS.values(), ids=PACKS)
-def test_a_pack_attends_as_its_definition_says(segments, heads):
+@pytest.mark.parametrize("window", WINDOWS)
+def test_a_pack_attends_as_its_definition_says(segments, heads, window):
     torch.manual_seed(1)
     num_heads, num_groups = heads
     length = segments[-1][1]
@@ -69,8 +76,8 @@ def test_a_pack_attends_as_its_definition_says(segments, heads):
         for number in (num_heads, num_groups, num_groups)
     ]
     cotangent = torch.randn(length, 1, num_heads * 5, dtype=torch.float64)
-    found = attention()(*inputs, packed_seq_params=layout_of(segments))
-    expected = dense_attention(*inputs, segments)
+    found = attention(window)(*inputs, packed_seq_params=layout_of(segments))
+    expected = dense_attention(*inputs, segments, window)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
     found_grads = torch.autograd.grad((found * cotangent).sum(), inputs)
     expected_grads = torch.autograd.grad((expected * cotangent).sum(), inputs)
@@ -78,12 +85,13 @@ def test_a_pack_attends_as_its_definition_says(segments, heads):
         assert float((one - other).abs().max()) <= 1e-12, name
 
 
-def test_padded_rows_attend_each_by_itself():
+@pytest.mark.parametrize("window", [None, 3])
+def test_padded_rows_attend_each_by_itself(window):
     torch.manual_seed(2)
     inputs = [torch.randn(6, 3, number, 5, dtype=torch.float64) for number in (4, 2, 2)]
-    found = attention()(*inputs, packed_seq_params=MicrobatchLayout.of_padded_rows(6, tokens=None))
+    found = attention(window)(*inputs, packed_seq_params=MicrobatchLayout.of_padded_rows(6, tokens=None))
     for row in range(3):
-        expected = dense_attention(*(x[:, row : row + 1] for x in inputs), [(0, 6, 0, 0)])
+        expected = dense_attention(*(x[:, row : row + 1] for x in inputs), [(0, 6, 0, 0)], window)
         torch.testing.assert_close(found[:, row : row + 1], expected, rtol=1e-12, atol=1e-12)
 
 
@@ -101,47 +109,63 @@ def test_every_layer_of_a_microbatch_uses_the_same_mask():
     layout = layout_of(PACKS["long prefix"])
     segment = layout.segments[2]
     here = torch.device("cpu")
-    assert layout.mask(segment, here) is layout.mask(segment, here)
-    assert layout.mask(layout.segments[0], here) is None
+    assert layout.mask(segment, 5, here) is layout.mask(segment, 5, here)
+    assert layout.mask(segment, None, here) is layout.mask(segment, 52, here)
+    assert layout.mask(layout.segments[0], 40, here) is None
+
+
+TINY = {
+    "vocab_size": 131,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "tie_word_embeddings": False,
+}
+FAMILIES = {
+    "llama": {},
+    "mistral": {"sliding_window": 9},
+    "qwen2": {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
+}
 
 
 @pytest.fixture(scope="module")
-def gpt(tmp_path_factory):
-    """(megatron's model, transformers' model with the same weights), float64, two layers, grouped heads."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+def groups():
+    device.install()
+    saved = dict(os.environ)
+    os.environ.update(RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
+    yield parallel.initialize(config_from(data=("none",)).parallel.sizes, backend="gloo")
+    parallel.shut_down()
+    os.environ.clear()
+    os.environ.update(saved)
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def gpt(request, groups, tmp_path_factory):
+    """(megatron's model, transformers' model with the same weights, its description), float64, grouped heads."""
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     from simpo_megatron.convert import load_hf_weights
     from simpo_megatron.mcore.families import describe_hf_model
     from simpo_megatron.mcore.model import build_model
 
-    device.install()
-    folder = tmp_path_factory.mktemp("model")
+    folder = tmp_path_factory.mktemp(request.param)
     torch.manual_seed(3)
-    twin = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=131,
-            hidden_size=48,
-            intermediate_size=80,
-            num_hidden_layers=2,
-            num_attention_heads=6,
-            num_key_value_heads=2,
-            max_position_embeddings=128,
-            tie_word_embeddings=False,
-        )
+    twin = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(request.param, **TINY, **FAMILIES[request.param]), attn_implementation="eager"
     )
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
     twin.save_pretrained(folder)
-    saved = dict(os.environ)
-    os.environ.update(RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
     config = config_from(model=str(folder), data=("none",), bf16=False)
-    groups = parallel.initialize(config.parallel.sizes, backend="gloo")
     parallel.seed_everything(0)
     description = describe_hf_model(folder)
     (model,) = build_model(description, config, groups)
     load_hf_weights([model], folder, description, tp_rank=0, tp_size=1)
-    yield model.double(), twin.double()
-    parallel.shut_down()
-    os.environ.clear()
-    os.environ.update(saved)
+    return model.double(), twin.double(), description
 
 
 def ragged_pairs() -> list[TokenizedPair]:
@@ -175,7 +199,7 @@ def log_probs_of(model, pairs, **options) -> torch.Tensor:
     ids=lambda options: ",".join(f"{key}={value}" for key, value in options.items()) or "packed and shared",
 )
 def test_the_model_gives_separate_sequences_log_probs_and_gradients(gpt, options):
-    model, twin = gpt
+    model, twin, description = gpt
     pairs = ragged_pairs()
     found = log_probs_of(model, pairs, **options)
     expected = torch.cat(
@@ -197,6 +221,28 @@ def test_the_model_gives_separate_sequences_log_probs_and_gradients(gpt, options
     separate = torch.autograd.grad((alone.double() * weights_N).sum(), parameters)
     for name, one, other in zip(names, packed, separate, strict=True):
         assert float((one - other).norm() / other.norm()) <= 1e-9, name
+
+    of_twin = torch.autograd.grad((expected * weights_N).sum(), list(twin.parameters()))
+    found_grads = by_hf_names(model, packed, description)
+    for (name, _), other in zip(twin.named_parameters(), of_twin, strict=True):
+        assert float((found_grads[name] - other).norm() / other.norm()) <= 1e-5, name
+
+
+@torch.no_grad()
+def by_hf_names(model, gradients, description) -> dict[str, torch.Tensor]:
+    """The gradients under the names and in the order of transformers' parameters."""
+    from simpo_megatron.convert.mapping import pieces
+
+    weights = [parameter.clone() for parameter in model.parameters()]
+    for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+        parameter.copy_(gradient)
+    found = {}
+    for piece in pieces(model, description, tp_size=1):
+        rows = piece.view.reshape(piece.hf_shape)[: 131 if piece.layout.is_vocabulary else None].clone()
+        found[piece.hf_name] = torch.cat((found[piece.hf_name], rows)) if piece.hf_name in found else rows
+    for parameter, weight in zip(model.parameters(), weights, strict=True):
+        parameter.copy_(weight)
+    return found
 
 
 def separate_log_probs(model, pair: TokenizedPair) -> torch.Tensor:

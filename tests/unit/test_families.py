@@ -72,6 +72,21 @@ def test_a_llama_without_optional_keys_has_their_defaults(tmp_path: Path) -> Non
             {"add_qkv_bias": True},
         ),
         ({"attention_bias": True, "mlp_bias": True}, {"add_bias_linear": True}),
+        ({"model_type": "mistral"}, {"window_size": (4095, 0), "window_attn_skip_freq": None}),
+        ({"model_type": "phi3", "sliding_window": 2047}, {"window_size": (2046, 0), "window_attn_skip_freq": None}),
+        (
+            {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 512, "max_window_layers": 30},
+            {"window_size": (511, 0), "window_attn_skip_freq": [0] * 30 + [1] * 2},
+        ),
+        (
+            {
+                "model_type": "qwen3",
+                "use_sliding_window": True,
+                "sliding_window": 512,
+                "layer_types": ["sliding_attention", "full_attention"] * 16,
+            },
+            {"window_size": (511, 0), "window_attn_skip_freq": [1, 0] * 16},
+        ),
     ],
 )
 def test_each_family_says_what_it_adds(tmp_path: Path, changes: dict, expected: dict) -> None:
@@ -88,9 +103,13 @@ def test_each_family_says_what_it_adds(tmp_path: Path, changes: dict, expected: 
         ({"model_type": "absent"}, "model_type None"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
         ({"quantization_config": {"quant_method": "awq"}}, "quantization_config"),
-        ({"model_type": "mistral", "sliding_window": 4096}, "sliding_window 4096"),
-        ({"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 4096}, "sliding_window 4096"),
+        ({"model_type": "mistral", "sliding_window": "4096"}, "sliding_window is '4096'"),
+        ({"model_type": "mistral", "layer_types": ["full_attention"] * 32}, "layer_types"),
+        ({"layer_types": ["sliding_attention"] * 32}, "layer_types"),
+        ({"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 0}, "sliding_window is 0"),
         ({"model_type": "qwen3", "layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
+        ({"model_type": "qwen3", "layer_types": ["chunked_attention"] * 32}, "layer_types"),
+        ({"model_type": "qwen3", "layer_types": ["sliding_attention"] * 32}, "sliding_window is None"),
         ({"model_type": "qwen3", "attention_bias": True}, "attention_bias"),
         ({"attention_bias": True}, "mlp_bias False"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),

@@ -7,6 +7,7 @@ computes what they mean, one sequence at a time; the result must be the CPU atte
 import importlib
 import sys
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -28,13 +29,18 @@ SEGMENTS = (
 class Kernel(torch.nn.Module):
     """DotProductAttention's place: variable-length attention, bottom-right causal, by its own arguments alone."""
 
+    window_size = None  # megatron gives it to the constructor, and no call names another
+
     def forward(self, query, key, value, attention_mask, **arguments):
         self.arguments = arguments
-        assert attention_mask is None
+        assert attention_mask is None and "window_size" not in arguments
         outputs = []
         starts = zip(arguments["cu_seqlens_q"].tolist(), arguments["cu_seqlens_kv"].tolist(), strict=True)
         for (q0, k0), (q1, k1) in pairwise(starts):
-            visible = torch.ones(q1 - q0, k1 - k0, dtype=torch.bool).tril(k1 - k0 - (q1 - q0))
+            diagonal = k1 - k0 - (q1 - q0)
+            visible = torch.ones(q1 - q0, k1 - k0, dtype=torch.bool).tril(diagonal)
+            if self.window_size is not None:
+                visible = visible.triu(diagonal - self.window_size[0])
             rows = (x.transpose(0, 1)[None] for x in (query[q0:q1], key[k0:k1], value[k0:k1]))
             outputs.append(F.scaled_dot_product_attention(*rows, attn_mask=visible, enable_gqa=True)[0].transpose(0, 1))
         return torch.cat(outputs).flatten(1)
@@ -63,10 +69,12 @@ def layout():
     return MicrobatchLayout.of_pack(torch.arange(SEGMENTS[-1].end), SEGMENTS, None)
 
 
-def test_a_pack_means_the_same_to_the_kernel_as_to_the_attention_on_the_cpu(attention):
+@pytest.mark.parametrize("window_size", [None, (3, 0)])
+def test_a_pack_means_the_same_to_the_kernel_as_to_the_attention_on_the_cpu(attention, window_size):
     torch.manual_seed(0)
+    attention.window_size = window_size
     tensors = rows(HEADS), rows(GROUPS), rows(GROUPS)
-    config = type("Config", (), {"attention_dropout": 0.0})()
+    config = SimpleNamespace(attention_dropout=0.0, window_size=window_size, window_attn_skip_freq=None)
     expected = SegmentedAttention(config, 1, None, "self")(*tensors, packed_seq_params=layout())
     found = attention(*tensors, packed_seq_params=layout())
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
