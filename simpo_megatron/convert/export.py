@@ -73,7 +73,7 @@ def export_hf(
     failure = None
     for shard in shards:
         if shard.stage == groups.pp.rank():
-            tensors = (_gather(owned[name], description, dtype, tp_group=groups.tp) for name in shard.specs)
+            tensors = (gather_tensor(owned[name], description, dtype, tp_group=groups.tp) for name in shard.specs)
             failure = _write_or_drain(staging / shard.file_name, shard, tensors, groups, failure)
     _raise_together(failure, staging, groups)
     if is_committer:
@@ -113,7 +113,7 @@ def _plan_shards(
     return [_Shard(name, *part) for name, part in zip(file_names(len(parts)), parts, strict=True)]
 
 
-def _gather(
+def gather_tensor(
     pieces_of_tensor: list[Piece],
     description: ModelDescription,
     dtype: torch.dtype,

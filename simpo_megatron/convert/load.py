@@ -34,9 +34,7 @@ def load_hf_weights(
     Raises:
         CheckpointError: a tensor is missing, extra or misshapen (ten are named), or a file unreadable.
     """
-    stored = stored_tensors(folder)
-    _refuse_unexpected(stored, description, folder)
-    _refuse_second_head(stored, description, tp_rank, tp_size)
+    stored = checked_tensors(folder, description, tp_rank=tp_rank, tp_size=tp_size)
     wanted: dict[Path, list[Piece]] = {}
     for chunk in model_chunks:
         for piece in pieces(chunk, description, tp_size=tp_size):
@@ -45,7 +43,21 @@ def load_hf_weights(
         for batch in _batches(pieces_of_file, tp_size):
             with open_safetensors(path) as file:
                 for piece in batch:
-                    _fill(piece, file.get_slice(piece.hf_name), tp_rank, description)
+                    fill(piece, file.get_slice(piece.hf_name), tp_rank, description)
+
+
+def checked_tensors(
+    folder: str | Path, description: ModelDescription, *, tp_rank: int = 0, tp_size: int = 1
+) -> dict[str, StoredTensor]:
+    """Where each tensor of the model lies in `folder`; of a second, tied head each rank compares its share.
+
+    Raises:
+        CheckpointError: as `load_hf_weights`.
+    """
+    stored = stored_tensors(folder)
+    _refuse_unexpected(stored, description, folder)
+    _refuse_second_head(stored, description, tp_rank, tp_size)
+    return stored
 
 
 def _batches(pieces_of_file: list[Piece], tp_size: int) -> Iterator[list[Piece]]:
@@ -62,12 +74,12 @@ def _batches(pieces_of_file: list[Piece], tp_size: int) -> Iterator[list[Piece]]
     yield batch
 
 
-def _fill(piece: Piece, stored_slice, tp_rank: int, description: ModelDescription) -> None:
-    """Copy this rank's part of one stored tensor into its view."""
+def fill(piece: Piece, stored, tp_rank: int, description: ModelDescription) -> None:
+    """Copy this rank's part of one Hugging Face tensor, `stored` or a slice of its file, into the piece's view."""
     start, length = piece.first_row, piece.hf_shape[0]
     if piece.layout.cut == 1:
         width = piece.hf_shape[1]
-        piece.view.copy_(stored_slice[:, tp_rank * width : (tp_rank + 1) * width].view(piece.view.shape))
+        piece.view.copy_(stored[:, tp_rank * width : (tp_rank + 1) * width].view(piece.view.shape))
         return
     if piece.layout.cut == 0:
         start += tp_rank * length
@@ -75,9 +87,9 @@ def _fill(piece: Piece, stored_slice, tp_rank: int, description: ModelDescriptio
         num_rows = min(max(description.vocab_size - start, 0), length)
         piece.view[num_rows:].zero_()
         if num_rows:
-            piece.view[:num_rows].copy_(stored_slice[start : start + num_rows])
+            piece.view[:num_rows].copy_(stored[start : start + num_rows])
         return
-    piece.view.copy_(stored_slice[start : start + length].view(piece.view.shape))
+    piece.view.copy_(stored[start : start + length].view(piece.view.shape))
 
 
 def _refuse_unexpected(stored: dict[str, StoredTensor], description: ModelDescription, folder: str | Path) -> None:

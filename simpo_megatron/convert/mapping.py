@@ -178,19 +178,25 @@ def pieces(chunk: torch.nn.Module, description: ModelDescription, *, tp_size: in
 
     The head of a last pipeline stage, when tied, counts as the embedding, like the embedding itself.
     """
-    model_rules = _by_parameter(_model_rules(description))
-    layer_rules = _by_parameter(_layer_rules(description))
-    found = []
-    for name, parameter in chunk.named_parameters():
-        in_layer = re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)", name)
-        if in_layer:
-            layer = chunk.decoder.layers[int(in_layer[1])].layer_number - 1
-            rule = layer_rules.get(in_layer[2])
-        else:
-            layer, rule = None, model_rules.get(name)
-        assert rule is not None, f"no rule for megatron's parameter {name} of family {description.family}"
-        found += _pieces_of(parameter.detach(), rule, layer, description, tp_size)
-    return found
+    return [
+        piece
+        for name, parameter in chunk.named_parameters()
+        for piece in pieces_of(chunk, name, parameter.detach(), description, tp_size=tp_size)
+    ]
+
+
+def pieces_of(
+    chunk: torch.nn.Module, name: str, values: Tensor, description: ModelDescription, *, tp_size: int
+) -> list[Piece]:
+    """The same of one parameter of `chunk`, whose `values` need not be those that the chunk holds."""
+    in_layer = re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)", name)
+    if in_layer:
+        layer = chunk.decoder.layers[int(in_layer[1])].layer_number - 1
+        rule = _by_parameter(_layer_rules(description)).get(in_layer[2])
+    else:
+        layer, rule = None, _by_parameter(_model_rules(description)).get(name)
+    assert rule is not None, f"no rule for megatron's parameter {name} of family {description.family}"
+    return _pieces_of(values, rule, layer, description, tp_size)
 
 
 def _pieces_of(
