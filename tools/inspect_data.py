@@ -11,7 +11,7 @@ from dataclasses import fields
 
 from rich.console import Console
 
-from simpo_megatron.data import PairOptions, build_preference_dataset
+from simpo_megatron.data import PairOptions, build_preference_dataset, parse_named_sources
 from simpo_megatron.data.doctor import diagnose, print_diagnosis, show_pairs, write_html
 from simpo_megatron.errors import SimPOError
 
@@ -64,7 +64,8 @@ def main(argv: list[str] | None = None) -> int:
             dataset = build_preference_dataset(arguments.data, tokenizer, options, cache)
             valid = None
             if arguments.valid_data:
-                valid = build_preference_dataset(arguments.valid_data, tokenizer, options, cache)
+                files = [file for named in parse_named_sources(arguments.valid_data).values() for file in named]
+                valid = build_preference_dataset(files, tokenizer, options, cache)
             diagnosis = diagnose(dataset, tokenizer, valid, arguments.padded_batch)
             shown = show_pairs(dataset, tokenizer, arguments.show) if arguments.show else []
     except SimPOError as error:

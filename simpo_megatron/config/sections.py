@@ -195,7 +195,8 @@ class DataConfig:
     in turn; the word demo stands for the pairs that come with the package."""
 
     valid_data: tuple[str, ...] = ()
-    """Held-out preference files; NAME=FILE reports them under a name of their own."""
+    """Held-out preference files. NAME=FILE NAME=FILE evaluates sets by name, as valid/NAME/...; the first one
+    decides which checkpoint is best."""
 
     valid_fraction: float = 0.0
     """Share of the training pairs held out for evaluation, when there are no files of their own."""

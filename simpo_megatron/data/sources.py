@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import stat
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -12,6 +13,8 @@ from simpo_megatron.data.records import BadRecord, parse_json_array
 from simpo_megatron.errors import ConfigError, DataError
 
 HUB_PREFIX = "hub:"
+
+_NAMED = re.compile(r"([\w.-]+)=(.+)")
 
 
 @dataclass(frozen=True)
@@ -60,19 +63,23 @@ def parse_sources(data: Sequence) -> tuple[Source, ...]:
 
 
 def parse_named_sources(data: Sequence[str]) -> dict[str, list[str]]:
-    """Returns the paths of each named set: `NAME=PATH`, or a path, which is named after its file.
+    """Returns the paths of each named set, in the order in which the names first appear.
+
+    `NAME=PATH` belongs to the set NAME, a path beside such ones to a set named after its file. Where nothing has
+    a name, all of `data` is one set, called "". A name holds no slash: `./a=b.jsonl` is a path.
 
     Raises: ConfigError when two sets have one name and no `NAME=` tells them apart.
     """
+    matches = [_NAMED.fullmatch(item) for item in data]
+    if not any(matches):
+        return {"": list(data)} if data else {}
     named: dict[str, list[str]] = {}
     explicit = set()
-    for item in data:
-        name, separator, path = item.partition("=")
-        if not separator:
-            name, path = Path(item).name.split(".")[0], item
-        if name in named and not (separator and name in explicit):
+    for item, match in zip(data, matches, strict=True):
+        name, path = match.groups() if match else (Path(item).name.split(".")[0], item)
+        if name in named and not (match and name in explicit):
             raise ConfigError(f"valid_data: two sets are called {name!r}; name them NAME=PATH")
-        if separator:
+        if match:
             explicit.add(name)
         named.setdefault(name, []).append(path)
     return named

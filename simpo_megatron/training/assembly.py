@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,6 +14,7 @@ from simpo_megatron.data import (
     build_preference_dataset,
     check_batches,
     check_vocabulary,
+    parse_named_sources,
     split,
 )
 from simpo_megatron.data.sources import HUB_PREFIX, check_readable, parse_sources
@@ -35,7 +37,8 @@ class Sources:
 
     model: Path
     train: tuple[str, ...]
-    valid: tuple[str, ...]
+    valid: Mapping[str, Sequence[str]]
+    """Held-out files by the name of their set."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +57,9 @@ class Job:
     plan: Plan
     tokenizer: PreTrainedTokenizerBase
     train_data: PreferenceDataset
-    valid_data: PreferenceDataset | None
+    valid_data: Mapping[str, PreferenceDataset]
+    """Held-out pairs by the name of their set, "" for the only one that has none; the best checkpoint, the curves and
+    the result are told by the first."""
     model: list[PreferenceGPTModel]
     trainer: Trainer
     train_iters: int
@@ -93,7 +98,7 @@ def _refuse_what_is_not_built(config: Config) -> None:
 
 
 def _check_files(sources: Sources) -> None:
-    for files in filter(None, (sources.train, sources.valid)):
+    for files in (sources.train, *sources.valid.values()):
         for source in parse_sources(files):
             if not source.path.startswith(HUB_PREFIX):
                 check_readable(source.path)
@@ -115,7 +120,7 @@ def locate_sources(config: Config) -> Sources:
         raise ConfigError("model: none given; name a Hugging Face folder with --model DIR")
     if not train:
         raise ConfigError("data: none given; name preference files with --data FILE...")
-    return Sources(model=Path(model), train=train, valid=valid)
+    return Sources(model=Path(model), train=train, valid=parse_named_sources(valid))
 
 
 def cache_folder(config: Config) -> Path:
@@ -141,21 +146,22 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 def load_data(
     config: Config, sources: Sources, tokenizer: PreTrainedTokenizerBase
-) -> tuple[PreferenceDataset, PreferenceDataset | None]:
-    """(training pairs, held-out pairs or None), tokenised by rank 0 where that was not done before."""
+) -> tuple[PreferenceDataset, dict[str, PreferenceDataset]]:
+    """(training pairs, held-out pairs by the name of their set), tokenised by rank 0 where that was not done before."""
     cache = cache_folder(config) / "pairs"
 
-    def build(files: tuple[str, ...]) -> PreferenceDataset:
+    def build(files: Sequence[str]) -> PreferenceDataset:
         return first_rank_first(
             lambda is_first: build_preference_dataset(files, tokenizer, config.pairs, cache, build=is_first)
         )
 
     train_data = build(sources.train)
     if sources.valid:
-        return train_data, build(sources.valid)
+        return train_data, {name: build(files) for name, files in sources.valid.items()}
     if config.data.valid_fraction:
-        return split(train_data, config.data.valid_fraction, config.run.seed)
-    return train_data, None
+        train_data, held_out = split(train_data, config.data.valid_fraction, config.run.seed)
+        return train_data, {"": held_out}
+    return train_data, {}
 
 
 def num_train_iters(config: Config, num_pairs: int) -> int:
@@ -185,7 +191,7 @@ def assemble(config: Config, plan: Plan, groups: ParallelGroups, *, load_weights
     tokenizer = load_tokenizer(sources.model)
     train_data, valid_data = load_data(config, sources, tokenizer)
     options = batch_options(config, layout, _pad_id(tokenizer))
-    for dataset in filter(None, (train_data, valid_data)):
+    for dataset in (train_data, *valid_data.values()):
         check_vocabulary(dataset, description.vocab_size)
     train_iters = num_train_iters(config, len(train_data))
     check_batches(

@@ -2,16 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from simpo_megatron.data import PreferenceDataset
+from simpo_megatron.training.loggers import EVALUATION_PREFIX, named_set_prefix
 from simpo_megatron.training.metrics import reduce_sums
 from simpo_megatron.training.step import Trainer, run_pass
 
 
-def evaluate(trainer: Trainer, dataset: PreferenceDataset) -> dict[str, float]:
-    """Means over all pairs of `dataset`, by the names of the training metrics; the same on every rank.
+def evaluate(trainer: Trainer, datasets: Mapping[str, PreferenceDataset]) -> dict[str, float]:
+    """The metrics of the held-out `datasets` by the names they are logged under; the same on every rank.
 
-    Collectives: those of one forward pass for each global batch, and one reduction of the sums at the end.
+    Those of the first set are `eval/...`; those of every set that has a name are `valid/NAME/...`.
+
+    Collectives: those of one forward pass for each global batch, and one reduction of the sums for each set.
     """
+    metrics: dict[str, float] = {}
+    for name, dataset in datasets.items():
+        means = _means(trainer, dataset)
+        prefixes = [] if metrics else [EVALUATION_PREFIX]
+        if name:
+            prefixes.append(named_set_prefix(name))
+        metrics |= {prefix + metric: value for prefix in prefixes for metric, value in means.items()}
+    return metrics
+
+
+def _means(trainer: Trainer, dataset: PreferenceDataset) -> dict[str, float]:
+    """Means over all pairs of `dataset`, by the names of the training metrics."""
     for chunk in trainer.chunks:
         chunk.eval()
     sums = []

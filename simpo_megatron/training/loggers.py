@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,6 +18,8 @@ from simpo_megatron.errors import ConfigError
 METRICS_FILE = "metrics.jsonl"
 CONFIG_FILE = "config.yaml"
 EVALUATION_PREFIX = "eval/"
+NAMED_SET = re.compile(r"valid/([^/]+)/(.+)")
+"""The name of a metric of a held-out set that has a name: the set's, then the metric's own."""
 
 _HEADER_EVERY = 25
 _WIDTH_OF_A_FILE = 160
@@ -34,6 +37,11 @@ _COLUMNS = (
     ("tokens/s", 9, "{:,.0f}", ("tokens_per_second",)),
     ("memory", 9, "{:.1f} GiB", ("peak_memory_gib",)),
 )
+
+
+def named_set_prefix(name: str) -> str:
+    """What the metrics of the held-out set `name` begin with; `NAMED_SET` reads them."""
+    return f"valid/{name}/"
 
 
 class Sink(Protocol):
@@ -61,9 +69,8 @@ class RunLog:
         self._write({"iteration": iteration, **metrics})
 
     def evaluation(self, iteration: int, metrics: Mapping[str, Any]) -> None:
-        """Record an evaluation after `iteration` steps; every metric gets the prefix `eval/`."""
-        named = {EVALUATION_PREFIX + name: value for name, value in metrics.items()}
-        self._write({"iteration": iteration, **named})
+        """Record an evaluation after `iteration` steps; its metrics are called `eval/...` and `valid/NAME/...`."""
+        self._write({"iteration": iteration, **metrics})
 
     def advance(self, iteration: int) -> None:
         """Move the progress bar, also for a step that is not recorded."""
@@ -224,7 +231,8 @@ class Terminal:
 
     def write(self, record: Mapping[str, Any]) -> None:
         if any(name.startswith(EVALUATION_PREFIX) for name in record):
-            self.say(_evaluation_line(record))
+            for line in _evaluation_lines(record):
+                self.say(line)
             return
         if self._num_lines % _HEADER_EVERY == 0:
             self.say(self._line("step", [heading for heading, *_ in self._columns]))
@@ -265,10 +273,16 @@ def _cell(shape: str, values: Sequence[Any]) -> str:
     return shape.format(*values)
 
 
-def _evaluation_line(record: Mapping[str, Any]) -> str:
-    shown = [f"held-out pairs after {record['iteration']} steps:"]
-    for heading, _, shape, names in _COLUMNS[:3]:
-        values = [record.get(EVALUATION_PREFIX + name) for name in names]
-        if None not in values:
-            shown.append(f"{heading} {shape.format(*values)}")
-    return " ".join(shown[:1]) + " " + ", ".join(shown[1:])
+def _evaluation_lines(record: Mapping[str, Any]) -> list[str]:
+    """A line for each held-out set: those with names, or the only one."""
+    names = dict.fromkeys(match[1] for key in record if (match := NAMED_SET.fullmatch(key)))
+    prefixes = {f" {name}": named_set_prefix(name) for name in names} or {"": EVALUATION_PREFIX}
+    lines = []
+    for name, prefix in prefixes.items():
+        shown = []
+        for heading, _, shape, metrics in _COLUMNS[:3]:
+            values = [record.get(prefix + metric) for metric in metrics]
+            if None not in values:
+                shown.append(f"{heading} {shape.format(*values)}")
+        lines.append(f"held-out pairs{name} after {record['iteration']} steps: {', '.join(shown)}")
+    return lines

@@ -23,7 +23,7 @@ from simpo_megatron.training.checkpoint import (
     start_run,
 )
 from simpo_megatron.training.evaluation import evaluate
-from simpo_megatron.training.loggers import EVALUATION_PREFIX, RunLog, open_run_log
+from simpo_megatron.training.loggers import RunLog, open_run_log
 from simpo_megatron.training.metrics import reduce_sums, throughput
 from simpo_megatron.training.report import model_card, write_report
 from simpo_megatron.training.step import Pass, train_step
@@ -73,12 +73,12 @@ def describe_job(config: Config, job: Job) -> list[str]:
     padded = job.trainer.chunks[0].module.vocab_size
     if padded != description.vocab_size:
         vocabulary += f" padded to {padded} for tp {sizes.tensor} (padding is masked out of the softmax)"
-    held_out = f", {len(job.valid_data)} held out" if job.valid_data is not None else ", none held out"
+    held_out = ", ".join(f"{len(dataset)} held out {name}".strip() for name, dataset in job.valid_data.items())
     batch = job.trainer.batch_options
     return [
         f"model     {description.family} from {job.plan.sources.model}: {shape['num_layers']} layers, hidden "
         f"{shape['hidden_size']}, {vocabulary}",
-        f"pairs     {len(job.train_data)} to train on{held_out}",
+        f"pairs     {len(job.train_data)} to train on, {held_out or 'none held out'}",
         f"ranks     {dist.get_world_size()} ({device.backend()}): tp {sizes.tensor} x pp {sizes.pipeline} x cp "
         f"{sizes.context} x dp {job.plan.layout.data_parallel_size}",
         f"steps     {job.train_iters} of {batch.global_batch_size} pairs",
@@ -156,11 +156,10 @@ class _Window:
 
 def _evaluate(job: Job, log: RunLog, iteration: int) -> dict[str, float]:
     """The metrics of the held-out pairs by the names they are logged under; none without such pairs."""
-    if job.valid_data is None:
-        return {}
     metrics = evaluate(job.trainer, job.valid_data)
-    log.evaluation(iteration, metrics)
-    return {EVALUATION_PREFIX + name: value for name, value in metrics.items()}
+    if metrics:
+        log.evaluation(iteration, metrics)
+    return metrics
 
 
 def _finish(config: Config, job: Job, log: RunLog) -> None:

@@ -17,7 +17,7 @@ from string import Template
 
 from simpo_megatron.config import Config, load_config, to_yaml
 from simpo_megatron.errors import ConfigError, SimPOError
-from simpo_megatron.training.loggers import CONFIG_FILE, EVALUATION_PREFIX, METRICS_FILE
+from simpo_megatron.training.loggers import CONFIG_FILE, EVALUATION_PREFIX, METRICS_FILE, NAMED_SET
 
 PICTURE_FILE = "loss.png"
 PAGE_FILE = "report.html"
@@ -48,6 +48,9 @@ class Curves:
 
     training: dict[str, list[tuple[int, float]]]
     held_out: dict[str, list[tuple[int, float]]]
+    """Of the first held-out set."""
+    named: dict[str, dict[str, list[tuple[int, float]]]]
+    """Of every held-out set that has a name, by that name."""
 
 
 @dataclass(frozen=True)
@@ -111,15 +114,16 @@ def read_curves(path: Path) -> Curves:
             values.setdefault(name, {})[int(record["iteration"])] = value
     if "iteration" not in values:
         raise ConfigError(f"{path}: found no record, expected the metrics of a run")
-    in_order = {name: sorted(points.items()) for name, points in values.items()}
-    return Curves(
-        training={name: points for name, points in in_order.items() if not name.startswith(EVALUATION_PREFIX)},
-        held_out={
-            name.removeprefix(EVALUATION_PREFIX): points
-            for name, points in in_order.items()
-            if name.startswith(EVALUATION_PREFIX)
-        },
-    )
+    curves = Curves({}, {}, {})
+    for name, points in values.items():
+        in_order = sorted(points.items())
+        if match := NAMED_SET.fullmatch(name):
+            curves.named.setdefault(match[1], {})[match[2]] = in_order
+        elif name.startswith(EVALUATION_PREFIX):
+            curves.held_out[name.removeprefix(EVALUATION_PREFIX)] = in_order
+        else:
+            curves.training[name] = in_order
+    return curves
 
 
 def _record(line: str) -> dict[str, float]:
@@ -229,6 +233,7 @@ _PAGE = Template("""<!doctype html>
 <h1>$title</h1>
 <p class="headline">$headline</p>
 $held_out
+$named_sets
 <h2>Curves</h2>
 <img src="data:image/png;base64,$picture" alt="loss, reward margin and accuracy over the steps">
 <h2>Run</h2>
@@ -252,6 +257,7 @@ def _page(curves: Curves, config: Config, report: Report) -> str:
         title=escape(f"SimPO run {folder.resolve().name}"),
         headline=escape(report.headline),
         held_out=_held_out_table(curves),
+        named_sets=_named_sets_table(curves),
         picture=picture,
         facts=facts,
         config_path=escape(str(folder / CONFIG_FILE)),
@@ -285,6 +291,24 @@ def _held_out_table(curves: Curves) -> str:
     number = '<th class="number">'
     heading = f"<tr><th>held-out pairs</th>{number}before</th>{number}after</th><th></th></tr>"
     return "<table>\n" + "\n".join([heading, *rows]) + "\n</table>"
+
+
+def _named_sets_table(curves: Curves) -> str:
+    """Each named set's numbers before and after, a row a set; nothing where one set says it all already."""
+    if len(curves.named) < 2:
+        return ""
+    rows = _HELD_OUT_ROWS[:3]
+    number = '<th class="number">'
+    heading = "".join(f"{number}{escape(title)}</th>" for _, title, _, _ in rows)
+    lines = [f"<tr><th>held-out set, before and after</th>{heading}</tr>"]
+    for name, metrics in curves.named.items():
+        cells = ""
+        for metric, _, shape, _ in rows:
+            points = metrics.get(metric, [])
+            shown = " &rarr; ".join(shape.format(points[i][1]) for i in (0, -1)) if len(points) > 1 else "-"
+            cells += f'<td class="number">{shown}</td>'
+        lines.append(f"<tr><td>{escape(name)}</td>{cells}</tr>")
+    return "<table>\n" + "\n".join(lines) + "\n</table>"
 
 
 def _facts(curves: Curves, config: Config) -> list[tuple[str, str]]:

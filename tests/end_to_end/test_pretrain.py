@@ -20,6 +20,8 @@ from simpo_megatron.demo import prepare_demo
 REPOSITORY = Path(__file__).resolve().parents[2]
 SCRIPT = "examples/pretrain_simpo.py"
 NUM_STEPS = 3
+# Held-out sets by name, and which lines of the bundled held-out pairs they hold.
+SETS = {"front": slice(0, 32), "back": slice(32, 50)}
 STEP_KEYS = {
     "iteration",
     "loss",
@@ -53,6 +55,13 @@ def torchrun(*arguments: str, timeout: float = 400) -> subprocess.CompletedProce
     )
 
 
+def write_set(folder: Path, name: str, lines: slice) -> Path:
+    path = folder / f"{name}.jsonl"
+    bundled = prepare_demo(folder / "cache" / "demo").valid_file.read_text().splitlines()
+    path.write_text("\n".join(bundled[lines]) + "\n")
+    return path
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """(what was printed, the run's folder, the options) of a short run of the embedded default on two ranks."""
@@ -60,6 +69,7 @@ def run(tmp_path_factory):
     options = ["--tp", "2", "--train-iters", str(NUM_STEPS), "--log-interval", "1", "--global-batch-size", "16"]
     options += ["--save", str(folder / "run"), "--export-hf", str(folder / "hf")]
     options += ["--data-cache", str(folder / "cache")]
+    options += ["--valid-data", *(f"{name}={write_set(folder, name, lines)}" for name, lines in SETS.items())]
     done = torchrun(SCRIPT, *options)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     return done, folder, options
@@ -97,18 +107,36 @@ def test_every_step_and_evaluation_is_in_the_metrics_file_under_its_documented_k
         assert step["rewards/margins"] == pytest.approx(step["rewards/chosen"] - step["rewards/rejected"], abs=1e-5)
         assert step["loss"] > 0 and step["grad_norm"] > 0
     for evaluation in evaluations:
-        assert all(key == "iteration" or key.startswith("eval/") for key in evaluation)
+        own = {key.removeprefix("eval/"): value for key, value in evaluation.items() if key.startswith("eval/")}
+        for name in SETS:
+            assert own.keys() == {key.split("/", 2)[2] for key in evaluation if key.startswith(f"valid/{name}/")}
+        assert len(evaluation) == 1 + 3 * len(own)
+        assert all(evaluation[f"valid/front/{key}"] == value for key, value in own.items()), "eval/ is the first set"
     assert evaluations[1]["eval/loss"] != evaluations[0]["eval/loss"]
 
 
-def test_the_exported_model_loads_in_transformers_and_scores_as_the_trainer_did(run):
+def test_each_named_set_is_shown_and_the_first_decides_the_best_checkpoint(run):
+    done, folder, _ = run
+    for name, lines in SETS.items():
+        assert f"{lines.stop - lines.start} held out {name}" in done.stdout
+        assert len([line for line in done.stdout.splitlines() if line.startswith(f"held-out pairs {name} after")]) == 2
+    page = (folder / "run" / "report.html").read_text()
+    assert "<td>front</td>" in page and "<td>back</td>" in page
+    facts = json.loads((folder / "run" / "iter_0000003" / "COMMIT.json").read_text())["facts"]
+    _, evaluations = records_of(folder)
+    accuracy = "rewards/accuracies"
+    assert facts["metrics"][f"eval/{accuracy}"] == evaluations[-1][f"valid/front/{accuracy}"]
+
+
+@pytest.mark.parametrize("held_out", SETS)
+def test_the_exported_model_loads_in_transformers_and_scores_as_the_trainer_did(run, held_out):
     """A log-prob of 7 in fp32 is good to 4e-7 and the mean of many to less: 1e-5 (measured: 3e-8)."""
     _, folder, options = run
     model = AutoModelForCausalLM.from_pretrained(folder / "hf", dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(folder / "hf")
     config = load_config(options)
-    demo = prepare_demo(folder / "cache" / "demo")
-    dataset = build_preference_dataset([str(demo.valid_file)], tokenizer, config.pairs, folder / "twin_cache")
+    files = [str(folder / f"{held_out}.jsonl")]
+    dataset = build_preference_dataset(files, tokenizer, config.pairs, folder / "twin_cache")
     averages = {"chosen": [], "rejected": []}
     with torch.no_grad():
         for pair in dataset:
@@ -117,7 +145,7 @@ def test_the_exported_model_loads_in_transformers_and_scores_as_the_trainer_did(
                 found.append(float(log_probs.mean()))
     _, evaluations = records_of(folder)
     for name, found in averages.items():
-        expected = evaluations[-1][f"eval/logps/{name}"]
+        expected = evaluations[-1][f"valid/{held_out}/logps/{name}"]
         difference = abs(sum(found) / len(found) - expected)
         print(f"{name}: {difference:.1e}")
         assert difference <= 1e-5

@@ -89,7 +89,7 @@ def run_tool(arguments, folder):
 def test_the_tool_prints_the_diagnosis_and_writes_a_page(tmp_path):
     llama_like().save_pretrained(tmp_path / "model")
     sick_file(tmp_path / "sick.jsonl")
-    arguments = ["--model", "model", "--data", "sick.jsonl", "--valid-data", "sick.jsonl", "--show", "2"]
+    arguments = ["--model", "model", "--data", "sick.jsonl", "--valid-data", "held=sick.jsonl", "--show", "2"]
     arguments += ["--html", "page.html", "--max-length", "64", "--max-prompt-length", "32"]
     run = run_tool(arguments, tmp_path)
     assert run.returncode == 0, run.stderr

@@ -279,7 +279,13 @@ def test_validation_sets_have_names():
     named = parse_named_sources(["help=a.jsonl", "harmless.jsonl.gz", "help=b.jsonl"])
     assert named == {"help": ["a.jsonl", "b.jsonl"], "harmless": ["harmless.jsonl.gz"]}
     with pytest.raises(ConfigError, match="two sets are called 'test'"):
-        parse_named_sources(["a/test.jsonl", "b/test.jsonl"])
+        parse_named_sources(["help=a.jsonl", "a/test.jsonl", "b/test.jsonl"])
+
+
+def test_validation_files_without_a_name_are_one_set():
+    assert parse_named_sources(["a/test.jsonl", "./lr=1/b.jsonl"]) == {"": ["a/test.jsonl", "./lr=1/b.jsonl"]}
+    assert parse_named_sources(["0.3", "a.jsonl", "0.7", "b.jsonl"]) == {"": ["0.3", "a.jsonl", "0.7", "b.jsonl"]}
+    assert parse_named_sources([]) == {}
 
 
 def test_an_error_of_json_on_the_last_line_with_a_newline_is_not_called_truncated():

@@ -61,6 +61,7 @@ MISTAKES = {
     "another family": (["--model", "{tmp}/other_family", "--data", "{pairs}"], {}, 2, r"'mamba' is not supported"),
     "no such data": (["--model", "{model}", "--data", "{tmp}/none.jsonl"], {}, 3, r"none.jsonl: no such file"),
     "no such held-out data": (["--valid-data", "{tmp}/none.jsonl"], {}, 3, r"none.jsonl: no such file"),
+    "no such held-out set": (["--valid-data", "a={pairs}", "b={tmp}/none.jsonl"], {}, 3, r"none.jsonl: no such file"),
 }
 
 

@@ -45,7 +45,7 @@ def test_a_record_is_on_disk_when_the_call_returns(tmp_path):
     with log:
         log.step(1, STEP)
         assert records(tmp_path / "run/metrics.jsonl") == [{"iteration": 1, **STEP}]
-        log.evaluation(1, {"rewards/accuracies": 0.5})
+        log.evaluation(1, {"eval/rewards/accuracies": 0.5})
     assert records(tmp_path / "run/metrics.jsonl")[1] == {"iteration": 1, "eval/rewards/accuracies": 0.5}
 
 
@@ -118,7 +118,7 @@ def test_tensorboard_gets_every_number_and_no_text(tmp_path):
         config_from(model="m", tensorboard_dir=str(tmp_path)), train_iters=3, is_logging_rank=True
     ) as log:
         log.step(1, {**STEP, "pair_ids": "abc", "done": True})
-        log.evaluation(1, {"loss": 0.5})
+        log.evaluation(1, {"eval/loss": 0.5})
     events = EventAccumulator(str(tmp_path)).Reload()
     assert set(events.Tags()["scalars"]) == {*STEP, "eval/loss"}
     (loss,) = events.Scalars("loss")
@@ -169,6 +169,17 @@ def test_an_evaluation_is_a_line_of_its_own():
     )
     shown.close()
     assert file.getvalue() == "held-out pairs after 0 steps: loss 0.7000, margin -0.0100, accuracy 50.0%\n"
+
+
+def test_each_named_set_has_a_line_of_its_own():
+    shown, file = terminal(is_terminal=False)
+    numbers = {"eval/loss": 0.7, "valid/help/loss": 0.7, "valid/harmless-2/loss": 0.8}
+    shown.write({"iteration": 4, **numbers, "valid/harmless-2/rewards/accuracies": 0.25})
+    shown.close()
+    assert file.getvalue().splitlines() == [
+        "held-out pairs help after 4 steps: loss 0.7000",
+        "held-out pairs harmless-2 after 4 steps: loss 0.8000, accuracy 25.0%",
+    ]
 
 
 def test_what_is_said_is_not_taken_for_markup():
