@@ -35,3 +35,12 @@ class ParallelError(SimPOError):
     """Ranks that disagree, or a rank that did not arrive."""
 
     exit_code = 6
+
+
+class StoppedBySignal(SimPOError):
+    """No mistake: a signal asked the run to stop, and it did after a whole step; the same command continues it.
+
+    The exit code is sysexits' EX_TEMPFAIL, which schedulers can be told to restart on.
+    """
+
+    exit_code = 75

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from simpo_megatron import parallel
 from simpo_megatron.config import Config, lint, to_table
 from simpo_megatron.convert import export_hf
+from simpo_megatron.errors import StoppedBySignal
 from simpo_megatron.mcore import device
 from simpo_megatron.mcore.optimizer import gather_parameters
 from simpo_megatron.mcore.precision import parameter_dtype
@@ -23,6 +24,7 @@ from simpo_megatron.training.checkpoint import (
     start_run,
 )
 from simpo_megatron.training.evaluation import evaluate
+from simpo_megatron.training.guard import StopSignals
 from simpo_megatron.training.loggers import RunLog, open_run_log
 from simpo_megatron.training.metrics import reduce_sums, throughput
 from simpo_megatron.training.report import model_card, write_report
@@ -37,6 +39,7 @@ def train(config: Config) -> None:
 
     Raises:
         SimPOError: whatever the user can mend; what the configuration alone tells, before any collective.
+        StoppedBySignal: on every rank alike, after a whole step and a checkpoint, when a rank was told to stop.
     """
     device.install()
     plan = plan_run(config, int(os.environ.get("WORLD_SIZE", 1)))
@@ -50,10 +53,15 @@ def train(config: Config) -> None:
         start = start_run(config, job, found)
         with open_run_log(config, train_iters=job.train_iters, is_logging_rank=dist.get_rank() == 0) as log:
             _introduce(config, job, found.notes + start.notes, log)
+            stopped = None
             if start.iteration < job.train_iters:
-                _run_steps(config, job, start, log)
-            _finish(config, job, log)
+                with StopSignals() as signals:
+                    stopped = _run_steps(config, job, start, log, signals)
+            if stopped is None:
+                _finish(config, job, log)
     parallel.shut_down()
+    if stopped is not None:
+        raise stopped
 
 
 def _introduce(config: Config, job: Job, notes: Sequence[str], log: RunLog) -> None:
@@ -85,7 +93,10 @@ def describe_job(config: Config, job: Job) -> list[str]:
     ]
 
 
-def _run_steps(config: Config, job: Job, start: Start, log: RunLog) -> None:
+def _run_steps(
+    config: Config, job: Job, start: Start, log: RunLog, signals: StopSignals
+) -> StoppedBySignal | None:
+    """Why the run is to leave before its end, if it is; every rank is told the same, after the same step."""
     trainer, run = job.trainer, config.run
     if start.iteration == 0:
         _evaluate(job, log, 0)
@@ -97,7 +108,8 @@ def _run_steps(config: Config, job: Job, start: Start, log: RunLog) -> None:
         consumed_pairs += computed.num_pairs
         window.add(computed)
         is_last = iteration == job.train_iters
-        saves = run.save is not None and (is_last or _is_due(iteration, run.save_interval))
+        stop = signals.agreed()
+        saves = run.save is not None and (is_last or stop is not None or _is_due(iteration, run.save_interval))
         # What a window has summed is in no checkpoint, so a window ends where a run may have to start again.
         if saves or is_last or _is_due(iteration, run.log_interval):
             metrics = window.close(trainer.groups)
@@ -109,8 +121,20 @@ def _run_steps(config: Config, job: Job, start: Start, log: RunLog) -> None:
             held_out = _evaluate(job, log, iteration)
         if saves:
             _save(config, job, log, iteration=iteration, consumed_pairs=consumed_pairs, metrics=held_out)
+        if saves or is_last:
+            # A signal that came while a checkpoint was written needs no other one.
+            stop = stop or signals.agreed()
+        if stop is not None:
+            return _stopped(config, stop.name, iteration)
         if saves or held_out:
             window.restart_clock()
+    return None
+
+
+def _stopped(config: Config, signal_name: str, iteration: int) -> StoppedBySignal:
+    save = config.run.save
+    kept = "nothing is kept: no --save" if save is None else f"saved in {save}; the same command continues from there"
+    return StoppedBySignal(f"{signal_name}: stopped after step {iteration}, {kept}")
 
 
 def _is_due(iteration: int, interval: int | None) -> bool:

@@ -28,7 +28,7 @@ from ranks import free_port  # noqa: E402
 from transformers import AutoTokenizer, PreTrainedTokenizerFast  # noqa: E402, F401
 
 from simpo_megatron.config import config_from  # noqa: E402
-from simpo_megatron.errors import SimPOError  # noqa: E402
+from simpo_megatron.errors import SimPOError, StoppedBySignal  # noqa: E402
 from simpo_megatron.training import loop, step  # noqa: E402
 from simpo_megatron.training.state import write_state  # noqa: E402
 
@@ -51,9 +51,12 @@ class Run:
     file_limit: list | None = None
     """[rank, bytes]: that rank can write no larger file, as on a full disk."""
     kill: list | None = None
-    """[rank, audit event, pattern, n]: that rank dies just before the nth event with such an argument."""
+    """[rank, audit event, pattern, n, signal]: that rank, and the writer it has forked, get a signal, SIGKILL if not
+    named, just before the nth event with such arguments."""
     kill_after_seconds: float | None = None
     """The whole job dies this long after its first draft appears."""
+    signals: list | None = None
+    """[rank, n, names]: that rank gets these signals, one after the other, at the start of its nth step of this run."""
 
 
 def main(folder: Path) -> None:
@@ -92,7 +95,8 @@ def start(run: Run, folder: Path) -> tuple[list[int], str]:
         if saves and kill_at is None:
             kill_at = time.monotonic() + run.kill_after_seconds
         # As torchrun does: the first rank that fails takes the others with it.
-        must_end = any(codes.values()) or time.monotonic() > (kill_at or deadline)
+        failed = any(code not in (0, StoppedBySignal.exit_code) for code in codes.values())
+        must_end = failed or time.monotonic() > (kill_at or deadline)
         if must_end:
             for rank, process in enumerate(processes):
                 if rank not in codes:
@@ -115,7 +119,9 @@ def fork_rank(rank: int, run: Run, folder: Path) -> int:
         if rank == 0:
             record_pairs(Path(f"{folder / run.name}.pairs"))
         if run.kill and run.kill[0] == rank:
-            die_at(*run.kill[1:])
+            signal_at(*run.kill[1:])
+        if run.signals and run.signals[0] == rank:
+            signal_at_step(*run.signals[1:])
         if run.file_limit and run.file_limit[0] == rank:
             resource.setrlimit(resource.RLIMIT_FSIZE, (run.file_limit[1], run.file_limit[1]))
         if run.write_again:
@@ -159,23 +165,36 @@ def write_after_start(target: Path) -> None:
     loop.start_run = start_and_write
 
 
+def signal_at_step(nth: int, names: list[str]) -> None:
+    train_step, count = loop.train_step, 0
+
+    def signalled(*arguments):
+        nonlocal count
+        count += 1
+        for name in names if count == nth else []:
+            os.kill(os.getpid(), signal.Signals[name])
+        return train_step(*arguments)
+
+    loop.train_step = signalled
+
+
 def flip_byte(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
 
 
-def die_at(event: str, pattern: str, nth: int) -> None:
+def signal_at(event: str, pattern: str, nth: int, signal_name: str = "SIGKILL") -> None:
     main, count = os.getpid(), 0
 
     def hook(name: str, arguments: tuple) -> None:
         nonlocal count
-        if name == event and any(re.search(pattern, str(argument)) for argument in arguments):
+        if name == event and re.search(pattern, repr(arguments)):
             count += 1
             if count == nth:
                 # The event may be one of a writer that the rank has forked.
-                os.kill(main, signal.SIGKILL)
-                os.kill(os.getpid(), signal.SIGKILL)
+                for process in {main, os.getpid()}:
+                    os.kill(process, signal.Signals[signal_name])
 
     sys.addaudithook(hook)
 

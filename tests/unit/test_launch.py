@@ -11,7 +11,7 @@ import torch.distributed.run
 from simpo_megatron import parallel
 from simpo_megatron.config import Config
 from simpo_megatron.demo import prepare_demo
-from simpo_megatron.errors import DataError, SimPOError
+from simpo_megatron.errors import DataError, SimPOError, StoppedBySignal
 from simpo_megatron.training import launch, loop
 
 SCRIPT = "examples/pretrain_simpo.py"
@@ -91,6 +91,14 @@ def test_peers_leave_the_word_to_the_first_rank(monkeypatch, capfd):
 
     assert launch.main(["--tp", "2"], train, SCRIPT) == 3
     assert capfd.readouterr().err == ""
+
+
+def test_a_run_that_was_told_to_stop_does_not_call_it_an_error(capfd):
+    def train(_: Config) -> None:
+        raise StoppedBySignal("SIGTERM: stopped after step 3")
+
+    assert launch.main([], train, SCRIPT) == 75
+    assert capfd.readouterr().err == "STOPPED simpo_megatron rank 0: SIGTERM: stopped after step 3\n"
 
 
 def test_what_nobody_expected_says_what_it_is_on_the_rank_where_it_happened(monkeypatch, capfd):

@@ -1,0 +1,127 @@
+"""Told to stop by a signal, a run loses nothing: it ends after a whole step, saved, and goes on as if never told.
+
+"As if never told": the shard files of the last checkpoint (weights, moments, random states) have the hashes of the
+uninterrupted run's, and metrics.jsonl the same lines.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+from ranks import run_ranks
+
+from simpo_megatron.demo import prepare_demo
+from simpo_megatron.training.guard import STOP_SIGNALS, StopSignals
+
+WORKER = Path(__file__).parents[1] / "distributed" / "checkpoint_worker.py"
+SPEED = ("pairs_per_second", "tokens_per_second", "peak_memory_gib")
+NUM_STEPS = 4
+STOPPED = 75
+# What happens to which rank (checkpoint_worker.py), and the step after which the run then leaves.
+STOPS = {
+    "the_second_rank_is_told_in_step_2": ({"signals": [1, 2, ["SIGTERM"]]}, 2),
+    "the_first_rank_is_told_in_the_last_step": ({"signals": [0, NUM_STEPS, ["SIGUSR1"]]}, NUM_STEPS),
+    "the_second_rank_is_told_while_it_saves": (
+        {
+            "kill": [1, "open", r"iter_0000002\.tmp-.*/__1_0\.distcp', 'w'", 1, "SIGTERM"],
+            "options": {"save_interval": 2},
+        },
+        2,
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("signals")
+    demo = prepare_demo(folder / "demo")
+    (folder / "pairs.jsonl").write_text("\n".join(Path(demo.train_file).read_text().splitlines()[:20]) + "\n")
+    options = {
+        "model": str(demo.model_dir),
+        "data": [str(folder / "pairs.jsonl")],
+        "data_cache": str(folder / "cache"),
+        "bf16": False,
+        "global_batch_size": 8,
+        "max_length": 256,
+        "max_prompt_length": 128,
+        "tokens_per_microbatch": 512,
+        "lr": 1e-3,
+        "hidden_dropout": 0.1,
+        "train_iters": NUM_STEPS,
+        "tensor_model_parallel_size": 2,
+    }
+    runs = [{"name": "uninterrupted", "options": options}]
+    for name, (fault, _) in STOPS.items():
+        own = {**options, **fault.get("options", {}), "save": str(folder / name)}
+        runs += [{**fault, "name": f"{name}_stopped", "options": own}, {"name": name, "options": own}]
+    twice = {"signals": [1, 2, ["SIGTERM", "SIGTERM"]], "options": {**options, "save_interval": 1}}
+    runs.append({**twice, "name": "told_twice"})
+    runs.append({"signals": [1, 2, ["SIGTERM"]], "name": "unsaved", "options": {**options, "save": None}})
+    (folder / "runs.json").write_text(json.dumps(runs))
+    run_ranks(WORKER, 1, str(folder), timeout=300)
+    return folder
+
+
+def outcome(folder, name):
+    return json.loads((folder / f"{name}.json").read_text())
+
+
+def last_state(folder, name):
+    files = json.loads((folder / name / f"iter_{NUM_STEPS:07d}" / "COMMIT.json").read_text())["files"]
+    return {file: digest for file, digest in files.items() if file.endswith(".distcp")}
+
+
+def metrics(folder, name):
+    lines = (folder / name / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k not in SPEED} for line in lines]
+
+
+@pytest.mark.parametrize("name", STOPS)
+def test_the_run_stops_saved_and_goes_on_as_if_never_told(folder, name):
+    fault, saved = STOPS[name]
+    stopped, resumed = outcome(folder, f"{name}_stopped"), outcome(folder, name)
+    assert stopped["codes"] == [STOPPED, STOPPED], stopped["output"][-2000:]
+    told = fault.get("signals") or fault["kill"]
+    told_signal = "SIGUSR1" if "SIGUSR1" in told[-1] else "SIGTERM"
+    assert f"StoppedBySignal: {told_signal}: stopped after step {saved}, saved in" in stopped["output"]
+    own_log = (folder / f"{name}_stopped.rank{told[0]}.log").read_text()
+    assert own_log.count(f"rank {told[0]}: {told_signal} received; stopping after this step") == 1
+    assert resumed["codes"] == [0, 0], resumed["output"][-2000:]
+    assert f"resume    from {folder / name}/iter_{saved:07d}: step {saved}" in resumed["output"]
+    assert last_state(folder, name) == last_state(folder, "uninterrupted")
+    assert metrics(folder, name) == metrics(folder, "uninterrupted")
+
+
+def test_a_second_signal_ends_the_process_at_once_and_what_was_saved_before_is_whole(folder):
+    assert outcome(folder, "told_twice")["codes"][1] == -signal.SIGTERM
+    assert [entry.name for entry in (folder / "told_twice").glob("iter_*")] == ["iter_0000001"]
+
+
+def test_a_run_that_saves_nothing_stops_and_says_that_nothing_is_kept(folder):
+    unsaved = outcome(folder, "unsaved")
+    assert unsaved["codes"] == [STOPPED, STOPPED]
+    assert "stopped after step 2, nothing is kept: no --save" in unsaved["output"]
+
+
+@pytest.mark.parametrize("number", STOP_SIGNALS)
+def test_the_handlers_that_were_there_are_back_after_the_first_signal_and_after_the_run(number, monkeypatch):
+    heard = []
+    before = signal.signal(number, lambda *_: heard.append("mine"))
+    monkeypatch.setattr("torch.distributed.get_rank", lambda: 3)
+    mine = signal.getsignal(number)
+    try:
+        with StopSignals():
+            os.kill(os.getpid(), number)
+            assert heard == []
+            os.kill(os.getpid(), number)
+            assert heard == ["mine"]
+        assert signal.getsignal(number) is mine
+        with pytest.raises(ValueError, match="in the run"), StopSignals():
+            raise ValueError("in the run")
+        assert signal.getsignal(number) is mine
+    finally:
+        signal.signal(number, before)
