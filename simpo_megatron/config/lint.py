@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from simpo_megatron.config.sections import DEMO, Config
+from simpo_megatron.loss import SimPOObjective
 
 
 def lint(config: Config) -> list[str]:
@@ -13,7 +14,22 @@ def lint(config: Config) -> list[str]:
     """
     if config.run.preset == DEMO:
         return []
-    objective, lr, pairs = config.objective, config.optimizer.lr, config.batch.global_batch_size
+    lr, pairs = config.optimizer.lr, config.batch.global_batch_size
+    warnings = _simpo_warnings(config.objective) if isinstance(config.objective, SimPOObjective) else []
+    if lr >= 1e-5:
+        warnings.append(f"lr {lr:g}: published runs use 3e-7 to 1e-6; at 1e-5 models fell into repetition")
+    if pairs != 128:
+        warnings.append(
+            f"global_batch_size {pairs}: published runs use 128; one user saw AlpacaEval 2 fall from 50.3 at "
+            "128 to 34.8 at 1024"
+        )
+    if config.model.hidden_dropout > 0 or config.model.attention_dropout > 0:
+        warnings.append("dropout: published runs switch it off; it makes a pair's responses incomparable")
+    return warnings
+
+
+def _simpo_warnings(objective: SimPOObjective) -> list[str]:
+    """Of the constants of SimPO itself."""
     warnings = []
     if objective.beta < 1:
         warnings.append(
@@ -32,13 +48,4 @@ def lint(config: Config) -> list[str]:
         warnings.append(
             f"sft_normalization {objective.sft_normalization}: without effect while sft_weight is 0"
         )
-    if lr >= 1e-5:
-        warnings.append(f"lr {lr:g}: published runs use 3e-7 to 1e-6; at 1e-5 models fell into repetition")
-    if pairs != 128:
-        warnings.append(
-            f"global_batch_size {pairs}: published runs use 128; one user saw AlpacaEval 2 fall from 50.3 at "
-            "128 to 34.8 at 1024"
-        )
-    if config.model.hidden_dropout > 0 or config.model.attention_dropout > 0:
-        warnings.append("dropout: published runs switch it off; it makes a pair's responses incomparable")
     return warnings

@@ -12,10 +12,10 @@ import textwrap
 import types
 import typing
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cache
 
-from simpo_megatron.config.sections import Config
+from simpo_megatron.config.sections import OBJECTIVES, Config
 from simpo_megatron.errors import ConfigError
 
 # Short or Megatron-style names beside the fields' own.
@@ -51,6 +51,7 @@ class Option:
     choices: tuple[str, ...] = ()
     is_list: bool = False
     is_optional: bool = False
+    note: str = ""
 
     @property
     def expected(self) -> str:
@@ -64,7 +65,7 @@ class Option:
                 float: "a number such as 5e-7",
                 str: "text",
             }[self.kind]
-        return f"{one}, or several" if self.is_list else one
+        return f"{one}, or several" if self.is_list else one + self.note
 
     def parse(self, text: str, where: str, *, quoted: bool = False) -> typing.Any:
         """One value from its text.
@@ -98,17 +99,11 @@ def option_table() -> dict[str, Option]:
     table: dict[str, Option] = {}
     section_types = typing.get_type_hints(Config)
     for section, section_type in section_types.items():
-        prose, annotations = field_prose(section_type), typing.get_type_hints(section_type)
-        for entry in fields(section_type):
-            if entry.name in table:
-                raise AssertionError(f"{entry.name} stands in two sections")
-            table[entry.name] = Option(
-                name=entry.name,
-                section=section,
-                help=prose.get(entry.name, ""),
-                default=entry.default,
-                **_describe_type(annotations[entry.name]),
-            )
+        found = _objective_options() if section == "objective" else _options(section, section_type)
+        for option in found:
+            if option.name in table:
+                raise AssertionError(f"{option.name} stands in two sections")
+            table[option.name] = option
     table["gamma"] = Option(
         name="gamma",
         section="objective",
@@ -119,6 +114,44 @@ def option_table() -> dict[str, Option]:
         name="fp32", section="precision", kind=bool, help="Everything in fp32: bf16 false."
     )
     return table
+
+
+def _options(section: str, section_type: type) -> list[Option]:
+    """An option for each field of a section that may be set."""
+    prose, annotations = field_prose(section_type), typing.get_type_hints(section_type)
+    return [
+        Option(
+            name=entry.name,
+            section=section,
+            help=prose.get(entry.name, ""),
+            default=entry.default,
+            **_describe_type(annotations[entry.name]),
+        )
+        for entry in fields(section_type)
+        if entry.init
+    ]
+
+
+def _objective_options() -> list[Option]:
+    """Which objective, and the options of all of them; what several share is one option with several defaults."""
+    first = next(iter(OBJECTIVES))
+    which = Option(
+        name="objective",
+        section="objective",
+        kind=str,
+        choices=tuple(OBJECTIVES),
+        default=first,
+        help="What is optimised: SimPO, or a baseline to compare it with; options of another one are refused.",
+        note=" (kto is not among them: it learns from single responses labelled good or bad, and these are pairs)",
+    )
+    merged = {option.name: option for option in _options("objective", OBJECTIVES[first])}
+    for name, objective in itertools.islice(OBJECTIVES.items(), 1, None):
+        for option in _options("objective", objective):
+            shared = merged.get(option.name)
+            text = f"{shared.help} With {name}" if shared else f"With {name}"
+            text += f": {option.help}" if not shared else f" the default is {option.default}."
+            merged[option.name] = replace(shared or option, help=text)
+    return [which, *merged.values()]
 
 
 def _describe_type(annotation: typing.Any) -> dict[str, typing.Any]:

@@ -9,7 +9,7 @@ import sys
 import textwrap
 import typing
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import yaml
@@ -25,12 +25,13 @@ from simpo_megatron.config.options import (
     refuse_both,
 )
 from simpo_megatron.config.presets import PRESETS
-from simpo_megatron.config.sections import DEMO, Config, require
+from simpo_megatron.config.sections import DEMO, OBJECTIVES, Config, require
 from simpo_megatron.errors import ConfigError
 
 _MAX_YAML_BYTES = 1 << 20
 _PLAIN_TAG = "tag:yaml.org,2002:"
 _COMMAND_LINE = "command line"
+_DEFAULT_OBJECTIVE = next(iter(OBJECTIVES))
 
 
 @dataclass(frozen=True)
@@ -172,7 +173,9 @@ def _parser() -> _Parser:
     section_types = typing.get_type_hints(Config)
     for option in option_table().values():
         if option.section not in groups:
-            summary = " ".join(inspect.getdoc(section_types[option.section]).split("\n\n")[0].split())
+            section_type = section_types[option.section]
+            documented = next(iter(typing.get_args(section_type)), section_type)
+            summary = " ".join(inspect.getdoc(documented).split("\n\n")[0].split())
             groups[option.section] = parser.add_argument_group(option.section, textwrap.fill(summary, 105))
         groups[option.section].add_argument(*_flags(option), dest=option.name, **_argument(option))
     return parser
@@ -214,7 +217,11 @@ def _preset_layer(asked: Layer) -> Layer:
         return {}
     if name not in PRESETS:
         raise ConfigError(f"{asked['preset'].where}: preset: found {cut(name)!r}{nearest(name, PRESETS)}")
-    return {option: Setting(value, f"preset {name}") for option, value in PRESETS[name].options.items()}
+    options = PRESETS[name].options
+    if "objective" in asked and asked["objective"].value != options.get("objective", _DEFAULT_OBJECTIVE):
+        # The constants of one objective say nothing of another's.
+        options = {key: value for key, value in options.items() if option_table()[key].section != "objective"}
+    return {option: Setting(value, f"preset {name}") for option, value in options.items()}
 
 
 def _merge(lower: Layer, upper: Layer) -> Layer:
@@ -228,11 +235,29 @@ def _build(layer: Layer) -> Config:
     sections = {}
     for section, section_type in typing.get_type_hints(Config).items():
         own = {name: setting for name, setting in layer.items() if option_table()[name].section == section}
+        if section == "objective":
+            section_type = _objective_type(own)
         try:
             sections[section] = section_type(**_field_values(own))
         except ConfigError as error:
             raise ConfigError(_with_origin(str(error), own)) from None
     return Config(**sections)
+
+
+def _objective_type(settings: Layer) -> type:
+    """The class of the objective that `settings` name, the name taken out of them.
+
+    Raises: ConfigError for an option that only another objective has.
+    """
+    asked = settings.pop("objective", Setting(_DEFAULT_OBJECTIVE, "default"))
+    name = option_table()["objective"].parse(asked.value, asked.where)
+    options = [entry.name for entry in fields(OBJECTIVES[name]) if entry.init]
+    second_names = ["gamma"] if "gamma_beta_ratio" in options else []
+    for key, setting in settings.items():
+        if key not in options + second_names:
+            expected = f"an option that {name} has: {', '.join(options)}"
+            raise ConfigError(f"{setting.where}: {key}: found with objective {name}, expected {expected}")
+    return OBJECTIVES[name]
 
 
 def _field_values(settings: Layer) -> dict[str, typing.Any]:

@@ -11,13 +11,18 @@ import hashlib
 import json
 import math
 import re
+import typing
 from dataclasses import asdict, dataclass, field, fields
 from typing import Literal
 
 from simpo_megatron.data import BatchOptions, PairOptions
 from simpo_megatron.errors import ConfigError
-from simpo_megatron.loss.simpo import SimPOObjective
+from simpo_megatron.loss import CPOObjective, ORPOObjective, SimPOObjective
 from simpo_megatron.parallel import ParallelSizes
+
+Objective = SimPOObjective | CPOObjective | ORPOObjective
+OBJECTIVES: dict[str, type[Objective]] = {kind().objective: kind for kind in typing.get_args(Objective)}
+"""The objectives by the names that users give them; the first is the default."""
 
 DEMO = "demo"  # as `model` or `data`: the tiny model and the preference pairs that come with the package
 _MAX_PATH_LENGTH = 1000
@@ -345,7 +350,7 @@ class RunConfig:
 class Config:
     """Everything a run is told. Sections group the options for the reader; their names are flat."""
 
-    objective: SimPOObjective = field(default_factory=SimPOObjective)
+    objective: Objective = field(default_factory=SimPOObjective)
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     pairs: PairOptions = field(default_factory=PairOptions)

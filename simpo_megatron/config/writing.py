@@ -9,7 +9,6 @@ import yaml
 from rich.table import Table
 from rich.text import Text
 
-from simpo_megatron.config.options import option_table
 from simpo_megatron.config.sections import Config
 
 
@@ -30,14 +29,14 @@ def to_table(config: Config) -> Table:
     table.add_column(style="dim")
     table.add_column()
     table.add_column(overflow="fold")
-    options = option_table()
     for section, values in _sections_in_force(config).items():
         heading = section
         for name, value in values.items():
             if value in (None, [], ""):
                 continue
             shown = " ".join(value) if isinstance(value, list) else _readable(value)
-            is_default = getattr(getattr(config, section), name) == options[name].default
+            own = getattr(config, section)
+            is_default = getattr(own, name) == getattr(type(own), name)
             # Text, not markup: a file name may hold square brackets.
             table.add_row(heading, name, Text(shown), style=None if is_default else "bold")
             heading = ""

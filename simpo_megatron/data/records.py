@@ -81,6 +81,8 @@ def to_record(row: dict, options: PairOptions) -> PreferenceRecord:
 
     Raises: BadRecord, with a reason for each way in which a row can fail to be a pair.
     """
+    if "completion" in row and "label" in row and "chosen" not in row:
+        raise BadRecord("unpaired", "a completion with a label is KTO's data; a pair has a chosen and a rejected one")
     chosen = _column(row, "chosen", options.chosen_column)
     rejected = _column(row, "rejected", options.rejected_column)
     prompt_key = options.prompt_column or ("conversations" if row.get("prompt") is None else "prompt")

@@ -1,22 +1,29 @@
 """The SimPO loss for any training loop: tensors and a process group in, loss and sums out. Needs torch."""
 
+from simpo_megatron.loss.baselines import CPOObjective, DPOObjective, IPOObjective, ORPOObjective
 from simpo_megatron.loss.fused_linear import DEFAULT_LOGITS_BUDGET_BYTES, fused_linear_log_probs
 from simpo_megatron.loss.fused_simpo import fused_linear_simpo
 from simpo_megatron.loss.log_probs import vocab_parallel_log_probs
+from simpo_megatron.loss.objective import PreferenceObjective, PreferenceResult, preference_loss
 from simpo_megatron.loss.reduce import average_log_probs
-from simpo_megatron.loss.simpo import SimPOObjective, SimPOResult, simpo_loss
+from simpo_megatron.loss.simpo import SimPOObjective
 from simpo_megatron.loss.tokens import IGNORE_INDEX, ResponseTokens, VocabShard
 
 __all__ = [
     "DEFAULT_LOGITS_BUDGET_BYTES",
     "IGNORE_INDEX",
+    "CPOObjective",
+    "DPOObjective",
+    "IPOObjective",
+    "ORPOObjective",
+    "PreferenceObjective",
+    "PreferenceResult",
     "ResponseTokens",
     "SimPOObjective",
-    "SimPOResult",
     "VocabShard",
     "average_log_probs",
     "fused_linear_log_probs",
     "fused_linear_simpo",
-    "simpo_loss",
+    "preference_loss",
     "vocab_parallel_log_probs",
 ]

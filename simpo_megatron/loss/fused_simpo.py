@@ -9,8 +9,9 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from simpo_megatron.loss.fused_linear import fused_linear_log_probs
+from simpo_megatron.loss.objective import PreferenceResult, preference_loss
 from simpo_megatron.loss.reduce import average_log_probs
-from simpo_megatron.loss.simpo import SimPOObjective, SimPOResult, simpo_loss
+from simpo_megatron.loss.simpo import SimPOObjective
 from simpo_megatron.loss.tokens import IGNORE_INDEX, ResponseTokens, VocabShard
 
 
@@ -23,7 +24,7 @@ def fused_linear_simpo(
     vocab: VocabShard | None = None,
     tp_group: ProcessGroup | None = None,
     ignore_index: int = IGNORE_INDEX,
-) -> SimPOResult:
+) -> PreferenceResult:
     """Returns the SimPO loss of padded rows, summed over pairs, and the sums of its metrics.
 
     Args:
@@ -45,4 +46,4 @@ def fused_linear_simpo(
     vocab = vocab or VocabShard(start=0, size=weight_vH.shape[0])
     logp_N = fused_linear_log_probs(hidden_RSH, weight_vH, tokens, vocab=vocab, tp_group=tp_group)
     avg_R, counts_R = average_log_probs(logp_N, tokens.sequence_N, 2 * tokens.num_pairs)
-    return simpo_loss(avg_R, counts_R, objective=objective or SimPOObjective())
+    return preference_loss(avg_R, counts_R, objective=objective or SimPOObjective())

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from simpo_megatron.loss import SimPOObjective, average_log_probs, simpo_loss
+from simpo_megatron.loss import PreferenceObjective, average_log_probs, preference_loss
 from simpo_megatron.mcore.batch import Microbatch
 
 LossFunction = Callable[[Tensor], tuple[Tensor, Tensor, dict[str, Tensor]]]
@@ -22,7 +22,7 @@ class ForwardStep:
     microbatches.
     """
 
-    objective: SimPOObjective
+    objective: PreferenceObjective
     pairs_per_chosen_token: float
     """Pairs over chosen response tokens of the whole global batch; the weight of a token in the `token` SFT term."""
 
@@ -46,7 +46,7 @@ class ForwardStep:
         The sums are tensors of their own: schedules scale the returned loss in place.
         """
         tokens = microbatch.layout.tokens
-        result = simpo_loss(
+        result = preference_loss(
             *average_log_probs(log_probs_N, tokens.sequence_N, 2 * tokens.num_pairs),
             objective=self.objective,
             pairs_per_chosen_token=self.pairs_per_chosen_token,

@@ -33,7 +33,7 @@ SUMMED = (
 def reduce_sums(
     sums: Sequence[dict[str, Tensor]], num_pairs: int, groups: ParallelGroups
 ) -> dict[str, float]:
-    """Means over `num_pairs` pairs of the metrics that SimPOResult sums, the same on every rank.
+    """Means over `num_pairs` pairs of the metrics that PreferenceResult sums, the same on every rank.
 
     Args:
         sums: one dict per microbatch of this rank; only the last pipeline stage has any.

@@ -30,13 +30,13 @@ _HELD_OUT_ROWS = (
         "{:.1%}",
         "share of pairs whose chosen response has the higher reward",
     ),
-    ("rewards/margins", "reward margin", "{:+.3f}", "chosen minus rejected reward; the target is gamma"),
-    ("loss", "loss", "{:.4f}", "the SimPO loss"),
+    ("rewards/margins", "reward margin", "{:+.3f}", "chosen minus rejected reward"),
+    ("loss", "loss", "{:.4f}", "what training lowers"),
     (
         "logps/chosen",
         "log-prob of chosen",
         "{:.3f}",
-        "average per token, nats; it may fall, SimPO has no anchor",
+        "average per token, nats; it may fall while its lead over the rejected grows",
     ),
     ("logps/rejected", "log-prob of rejected", "{:.3f}", "average per token, nats"),
 )
@@ -80,15 +80,17 @@ def write_report(run_folder: str | Path) -> Report:
 
 def model_card(config: Config, headline: str) -> str:
     """The README.md of an exported model: what it was made of and how, and how it went."""
+    objective = config.objective
     return "\n".join(
         [
             "---",
             "library_name: transformers",
-            "tags: [simpo, simpo_megatron]",
+            f"tags: [{objective.objective}, simpo_megatron]",
             "---",
             f"# {Path(config.model.export_hf or '').name}",
             "",
-            f"Trained from `{Path(config.model.model or '').name}` with SimPO (arXiv 2405.14734) by simpo_megatron.",
+            f"Trained from `{Path(config.model.model or '').name}` with {objective.title} ({objective.paper}) "
+            "by simpo_megatron.",
             headline,
             "",
             "```yaml",
@@ -153,7 +155,7 @@ def draw_curves(curves: Curves, config: Config, path: Path) -> None:
 
     panels = (
         ("loss", "loss", None, ""),
-        ("rewards/margins", "reward margin", config.objective.gamma, "target margin"),
+        ("rewards/margins", "reward margin", config.objective.target_margin, "target margin"),
         ("rewards/accuracies", "accuracy", 0.5, "chance"),
     )
     style = {"axes.spines.top": False, "axes.spines.right": False, "font.size": 11, "axes.titlesize": 13}
@@ -254,7 +256,7 @@ def _page(curves: Curves, config: Config, report: Report) -> str:
         f"<tr><td>{escape(name)}</td><td>{escape(value)}</td></tr>" for name, value in _facts(curves, config)
     )
     return _PAGE.substitute(
-        title=escape(f"SimPO run {folder.resolve().name}"),
+        title=escape(f"{config.objective.title} run {folder.resolve().name}"),
         headline=escape(report.headline),
         held_out=_held_out_table(curves),
         named_sets=_named_sets_table(curves),
@@ -313,13 +315,11 @@ def _named_sets_table(curves: Curves) -> str:
 
 def _facts(curves: Curves, config: Config) -> list[tuple[str, str]]:
     objective, sizes = config.objective, config.parallel.sizes
-    ratio = objective.gamma_beta_ratio
-    margin = f"beta {objective.beta:g}, gamma {objective.gamma:g} (gamma_beta_ratio {ratio:g})"
     facts = [
         ("started from", config.model.model or "-"),
         ("trained model", config.model.export_hf or "not exported (--export-hf DIR)"),
         ("pairs", " ".join(config.data.data)),
-        ("objective", f"{objective.loss_type}, {margin}"),
+        ("objective", f"{objective.title}, {objective.describe()}"),
         ("layout", f"tp {sizes.tensor} x pp {sizes.pipeline} x cp {sizes.context}"),
     ]
     steps = [iteration for iteration, _ in curves.training.get("loss", [])]

@@ -20,7 +20,7 @@ from simpo_megatron.data import (
     plan_evaluation,
     plan_step,
 )
-from simpo_megatron.loss import SimPOObjective
+from simpo_megatron.loss import PreferenceObjective
 from simpo_megatron.mcore import device
 from simpo_megatron.mcore.batch import Microbatch, read_pairs, to_microbatch
 from simpo_megatron.mcore.forward_step import ForwardStep
@@ -39,7 +39,7 @@ class Trainer:
     chunks: list[DistributedDataParallel]
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
-    objective: SimPOObjective
+    objective: PreferenceObjective
     batch_options: BatchOptions
     layout: Layout
 

@@ -21,7 +21,7 @@ from simpo_megatron.loss import (
     VocabShard,
     average_log_probs,
     fused_linear_log_probs,
-    simpo_loss,
+    preference_loss,
     vocab_parallel_log_probs,
 )
 
@@ -332,7 +332,7 @@ def check_the_whole_objective_is_the_same_number_on_every_rank_and_layout():
     objective = SimPOObjective(beta=2.5, sft_weight=0.2, label_smoothing=0.1)
 
     def loss_of(logp):
-        return simpo_loss(*average_log_probs(logp, SEQUENCE, 4), objective=objective).loss
+        return preference_loss(*average_log_probs(logp, SEQUENCE, 4), objective=objective).loss
 
     exact = loss_of(dense_log_probs(hidden.double(), weight.double()))
     for size, group in groups():

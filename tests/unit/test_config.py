@@ -9,6 +9,7 @@ from rich.console import Console
 from simpo_megatron.config import PRESETS, Config, config_from, load_config, read_yaml, to_table, to_yaml
 from simpo_megatron.config.options import ALIASES, EXCLUSIVE, option_table
 from simpo_megatron.errors import ConfigError
+from simpo_megatron.loss import CPOObjective, ORPOObjective, SimPOObjective
 
 
 def load_yaml(tmp_path, text, *arguments):
@@ -327,6 +328,8 @@ def test_both_margins_are_printed():
             "s",
         ],
         ["--model", "null", "--valid-fraction", "0.1", "--save", "12:30", "--wandb-project", "yes"],
+        ["--model", "m", "--objective", "cpo", "--beta", "0.2"],
+        ["--preset", "gemma2-9b-it", "--objective", "orpo"],
     ],
 )
 def test_a_saved_configuration_loads_again_unchanged(tmp_path, arguments):
@@ -367,3 +370,47 @@ def test_a_file_read_alone_knows_where_each_value_stands(tmp_path):
     (tmp_path / "a.yaml").write_text("# comment\n\nlr: 1e-6\n")
     setting = read_yaml(tmp_path / "a.yaml")["lr"]
     assert (setting.value, setting.where) == (1e-6, f"{tmp_path}/a.yaml:3")
+
+
+def test_the_objective_is_simpo_unless_another_is_named():
+    assert load_config([]).objective == SimPOObjective()
+    assert load_config(["--objective", "simpo", "--beta", "3"]).objective == SimPOObjective(beta=3.0)
+    assert load_config(["--objective", "cpo", "--beta", "3"]).objective == CPOObjective(beta=3.0)
+    assert config_from(objective="orpo").objective == ORPOObjective()
+    assert config_from(objective="orpo").flat()["objective"] == "orpo"
+
+
+def test_an_option_of_another_objective_is_refused_by_name_and_place(tmp_path):
+    found = refusal(tmp_path, "gamma_beta_ratio: 0.3\n", "--objective", "cpo")
+    assert found == (
+        "run.yaml:1: gamma_beta_ratio: found with objective cpo, expected an option that cpo has: beta, sft_weight"
+    )
+    for flag in ("--gamma", "--alpha", "--beta", "--sft-weight", "--label-smoothing"):
+        found = refusal(tmp_path, "objective: orpo\n", flag, "0.3")
+        assert found.startswith(f"command line: {flag}: ") and "odds_ratio_weight" in found
+    assert "found with objective simpo" in refusal(tmp_path, "lr: 1e-6\n", "--odds-ratio-weight", "0.1")
+
+
+def test_the_constants_a_preset_has_for_simpo_are_not_taken_for_another_objective():
+    config = load_config(["--preset", "llama3-instruct-v0.2", "--objective", "cpo"])
+    assert config.objective == CPOObjective()
+    assert config.optimizer.lr == 1e-6, "the rest of the preset stays"
+    assert load_config(["--preset", "llama3-instruct-v0.2", "--objective", "simpo"]).objective.beta == 10.0
+
+
+def test_objectives_with_equal_constants_have_fingerprints_of_their_own():
+    assert config_from(objective="cpo").fingerprint("objective") != config_from(beta=0.1).fingerprint("objective")
+
+
+def test_an_objective_for_unpaired_data_is_refused_with_the_reason(tmp_path):
+    assert "single responses labelled good or bad" in refusal(tmp_path, "objective: kto\n")
+    with pytest.raises(ConfigError, match="single responses"):
+        config_from(objective="kto")
+
+
+def test_the_table_shows_an_objectives_own_constants_bold_where_they_are_not_its_defaults():
+    table = to_table(load_config(["--objective", "cpo", "--sft-weight", "0.5"]))
+    names = list(table.columns[1].cells)
+    styles = {name: row.style for name, row in zip(names, table.rows, strict=True)}
+    assert (styles["beta"], styles["sft_weight"], styles["objective"]) == (None, "bold", None)
+    assert "gamma" not in names

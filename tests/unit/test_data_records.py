@@ -95,6 +95,7 @@ def test_strings_stay_strings_and_columns_can_be_renamed():
 
 BAD_ROWS = {
     "missing_key:chosen": {"prompt": "Why?", "rejected": "No."},
+    "unpaired": {"prompt": "Why?", "completion": "Because.", "label": True},
     "missing_key:rejected": {"prompt": "Why?", "chosen": "Yes."},
     "missing_key:prompt": {"chosen": "Yes.", "rejected": "No."},
     "bad_type:chosen": GOOD | {"chosen": None},

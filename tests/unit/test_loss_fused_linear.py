@@ -13,7 +13,7 @@ from simpo_megatron.loss import (
     average_log_probs,
     fused_linear_log_probs,
     fused_linear_simpo,
-    simpo_loss,
+    preference_loss,
 )
 
 # Row 3 predicts two tokens, as under prefix sharing; targets hold both ends of the vocabulary and repeat.
@@ -326,7 +326,7 @@ def test_one_call_on_padded_rows_equals_the_parts():
 
     mask = labels != -100
     logp = (hidden @ weight.t()).log_softmax(-1).gather(-1, labels.clamp(min=0)[..., None])[..., 0] * mask
-    expected = simpo_loss(logp.sum(1) / mask.sum(1), mask.sum(1), objective=objective)
+    expected = preference_loss(logp.sum(1) / mask.sum(1), mask.sum(1), objective=objective)
     assert result.num_pairs == 2
     got = torch.autograd.grad(result.loss, (hidden, weight))
     want = torch.autograd.grad(expected.loss, (hidden, weight))

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from simpo_megatron.errors import ConfigError
-from simpo_megatron.loss import SimPOObjective, average_log_probs, simpo_loss
+from simpo_megatron.loss import SimPOObjective, average_log_probs, preference_loss
 
 # fp32 keeps 24 bits, 6e-8; a pair goes through about ten roundings, and the sigmoid multiplies the error of
 # its argument by at most beta.
@@ -86,7 +86,7 @@ def test_loss_and_gradient_equal_the_float64_twin(options, dtype):
     expected_grad = torch.cat(torch.autograd.grad(expected, leaves))
 
     logps, sequence, order = flat(pairs, dtype)
-    result = simpo_loss(*average_log_probs(logps, sequence, 6), objective=objective)
+    result = preference_loss(*average_log_probs(logps, sequence, 6), objective=objective)
     (grad,) = torch.autograd.grad(result.loss, logps)
 
     budget = FP32 if dtype == torch.float32 else 1e-12
@@ -99,7 +99,7 @@ def test_sums_are_those_of_the_pairs_and_detached():
     pairs = make_pairs([(2, 3), (4, 1)])
     logps, sequence, _ = flat(pairs, torch.float64)
     objective = SimPOObjective(beta=2.5, sft_weight=0.5)
-    result = simpo_loss(*average_log_probs(logps, sequence, 4), objective=objective)
+    result = preference_loss(*average_log_probs(logps, sequence, 4), objective=objective)
     chosen = torch.stack([c.mean() for c, _ in pairs])
     rejected = torch.stack([r.mean() for _, r in pairs])
     expected = {
@@ -125,7 +125,7 @@ def test_sums_are_those_of_the_pairs_and_detached():
 
 def test_sums_survive_a_loss_that_is_scaled_in_place():
     logps, sequence, _ = flat(make_pairs([(2, 3)]), torch.float32)
-    result = simpo_loss(*average_log_probs(logps, sequence, 2), objective=SimPOObjective())
+    result = preference_loss(*average_log_probs(logps, sequence, 2), objective=SimPOObjective())
     before = result.sums["loss"].item()
     result.loss.data.div_(7)
     assert result.sums["loss"].item() == before
@@ -141,7 +141,7 @@ def test_sft_term_by_token_does_not_depend_on_the_cut_into_microbatches():
         for start, stop in pairwise(cuts):
             logps, sequence, _ = flat(pairs[start:stop], torch.float64)
             averages = average_log_probs(logps, sequence, 2 * (stop - start))
-            total += simpo_loss(*averages, objective=objective, pairs_per_chosen_token=per_token).loss.item()
+            total += preference_loss(*averages, objective=objective, pairs_per_chosen_token=per_token).loss.item()
         totals.append(total)
     assert totals == pytest.approx([float(twin(pairs, objective))] * 4, rel=1e-12)
 
@@ -151,7 +151,7 @@ def test_sft_term_by_token_does_not_depend_on_the_cut_into_microbatches():
 def test_huge_margins_stay_finite_and_exact(loss_type, margin):
     objective = SimPOObjective(beta=10.0, loss_type=loss_type)
     averages = torch.tensor([-1.0 + min(margin, 0), -1.0 - max(margin, 0)], requires_grad=True)
-    result = simpo_loss(averages, torch.tensor([1, 8192]), objective=objective)
+    result = preference_loss(averages, torch.tensor([1, 8192]), objective=objective)
     (grad,) = torch.autograd.grad(result.loss, averages)
     reference = averages.detach().double().requires_grad_()
     expected = twin([(reference[0:1], reference[1:2])], objective)
@@ -170,7 +170,7 @@ def test_lengths_1_and_8192_keep_fp32_accuracy():
     # Only the token values and the result are rounded to fp32; the sum between them is not.
     assert (averages - exact).abs().max() <= 2 * 6e-8 * exact.abs().max()
     assert counts.tolist() == [1, 8192, 8192, 1]
-    (grad,) = torch.autograd.grad(simpo_loss(averages, counts, objective=SimPOObjective()).loss, logps)
+    (grad,) = torch.autograd.grad(preference_loss(averages, counts, objective=SimPOObjective()).loss, logps)
     torch.testing.assert_close(grad.double(), torch.cat(expected)[order], rtol=FP32, atol=0)
 
 
@@ -179,22 +179,22 @@ def test_an_empty_response_has_average_zero_and_no_nan_gradient():
     averages, counts = average_log_probs(logps, torch.tensor([0, 0]), 4)
     assert averages.tolist() == [-2.0, 0.0, 0.0, 0.0] and counts.tolist() == [2, 0, 0, 0]
     objective = SimPOObjective(sft_weight=1.0)
-    (grad,) = torch.autograd.grad(simpo_loss(averages, counts, objective=objective).loss, logps)
+    (grad,) = torch.autograd.grad(preference_loss(averages, counts, objective=objective).loss, logps)
     assert grad.isfinite().all() and (grad != 0).all()
 
 
 def test_no_tokens_at_all_give_zero_gradient_and_no_nan():
     logps = torch.zeros(0, requires_grad=True)
     averages, counts = average_log_probs(logps, torch.zeros(0, dtype=torch.long), 2)
-    result = simpo_loss(averages, counts, objective=SimPOObjective(sft_weight=1.0))
+    result = preference_loss(averages, counts, objective=SimPOObjective(sft_weight=1.0))
     result.loss.backward()
     assert result.loss.isfinite() and logps.grad.shape == (0,)
 
 
 def test_small_alpha_approaches_simpo():
     averages, counts = torch.tensor([-1.5, -2.5]), torch.tensor([3, 4])
-    plain = simpo_loss(averages, counts, objective=SimPOObjective()).loss
-    nearly = simpo_loss(averages, counts, objective=SimPOObjective(alpha=1e-7)).loss
+    plain = preference_loss(averages, counts, objective=SimPOObjective()).loss
+    nearly = preference_loss(averages, counts, objective=SimPOObjective(alpha=1e-7)).loss
     # r differs from the average by alpha * average**2 / 2; expm1 keeps the rest at fp32's roundings.
     assert nearly.item() == pytest.approx(plain.item(), rel=2e-6)
 

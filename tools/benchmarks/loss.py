@@ -67,7 +67,7 @@ def ours(budget_bytes=None):
         vocab = lib.VocabShard(start=start, size=size)
         logps = lib.fused_linear_log_probs(hidden, weight, tokens, vocab=vocab, tp_group=group, **options)
         avg, counts = lib.average_log_probs(logps, tokens.sequence_N, len(labels))
-        return lib.simpo_loss(avg, counts, objective=objective).loss / tokens.num_pairs
+        return lib.preference_loss(avg, counts, objective=objective).loss / tokens.num_pairs
 
     return run
 

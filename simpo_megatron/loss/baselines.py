@@ -1,0 +1,144 @@
+"""The objectives that SimPO is compared with, on the same pairs, model and trainer.
+
+Only what learns from pairs: KTO learns from single responses labelled good or bad, which are other data.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from simpo_megatron.loss.objective import Comparison, PreferenceObjective, Responses, require
+
+
+@dataclass(frozen=True, kw_only=True)
+class CPOObjective(PreferenceObjective):
+    """CPO (arXiv 2401.08417, eq. 3 and 5): DPO without its reference, and the likelihood of the chosen.
+
+    `-logsigmoid(beta * (log pi(w) - log pi(l)))`, log-probabilities of whole responses, plus `sft_weight` times
+    the negative log-likelihood of the chosen, averaged over tokens as the authors' code does.
+    """
+
+    title = "CPO"
+    paper = "arXiv 2401.08417"
+
+    objective: str = field(default="cpo", init=False)
+
+    beta: float = 0.1
+    """Scale of the rewards, > 0. The paper uses 0.1."""
+
+    sft_weight: float = 1.0
+    """Weight of the negative log-likelihood of the chosen responses, >= 0. The paper uses 1."""
+
+    def compare(self, chosen: Responses, rejected: Responses) -> Comparison:
+        return _log_sigmoid(self.beta * chosen.sum_P, self.beta * rejected.sum_P)
+
+    def describe(self) -> str:
+        return f"beta {self.beta:g}, sft_weight {self.sft_weight:g}"
+
+    def _check(self) -> None:
+        require(self.beta > 0, "beta", self.beta, "a number > 0")
+        require(self.sft_weight >= 0, "sft_weight", self.sft_weight, "a number >= 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ORPOObjective(PreferenceObjective):
+    """ORPO (arXiv 2403.07691, eq. 6 and 7): the likelihood of the chosen, and the ratio of the odds.
+
+    With p = exp(average log-probability) and odds = p / (1 - p), `-logsigmoid(log(odds(w) / odds(l)))` times
+    `odds_ratio_weight`, plus the negative log-likelihood of the chosen, mean over tokens. Rewards are
+    `odds_ratio_weight` times the average log-probability, which orders responses as the odds do.
+    """
+
+    title = "ORPO"
+    paper = "arXiv 2403.07691"
+
+    objective: str = field(default="orpo", init=False)
+
+    odds_ratio_weight: float = 0.1
+    """The paper's lambda, > 0, the weight of the odds ratio. The paper tries 0.1 to 1."""
+
+    # Eq. 6 has the likelihood at weight one; lambda weighs the other term.
+    sft_weight = 1.0
+
+    def compare(self, chosen: Responses, rejected: Responses) -> Comparison:
+        weight = self.odds_ratio_weight
+        loss_P = -weight * F.logsigmoid(_log_odds(chosen.avg_P) - _log_odds(rejected.avg_P))
+        return Comparison(loss_P, weight * chosen.avg_P, weight * rejected.avg_P)
+
+    def describe(self) -> str:
+        return f"odds_ratio_weight {self.odds_ratio_weight:g}"
+
+    def _check(self) -> None:
+        require(self.odds_ratio_weight > 0, "odds_ratio_weight", self.odds_ratio_weight, "a number > 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class IPOObjective(PreferenceObjective):
+    """IPO (arXiv 2310.12036, eq. 17): the distance of the log-ratio margin from a fixed one.
+
+    `(h - 1 / (2 * tau))**2` for h = log(pi(w) / pi_ref(w)) - log(pi(l) / pi_ref(l)). Each log-ratio is per token:
+    TRL's maintainers report from the authors that the paper's results are of this form. Rewards are tau times
+    the log-ratio, so that the margin aimed at is 1/2.
+    """
+
+    title = "IPO"
+    paper = "arXiv 2310.12036"
+    needs_reference = True
+
+    objective: str = field(default="ipo", init=False)
+
+    tau: float = 0.1
+    """Strength of the pull towards the reference, > 0; the log-ratio margin aimed at is 1 / (2 tau) nats a token."""
+
+    @property
+    def target_margin(self) -> float:
+        return 0.5
+
+    def compare(self, chosen: Responses, rejected: Responses) -> Comparison:
+        h_P = chosen.avg_ratio_P - rejected.avg_ratio_P
+        loss_P = (h_P - 1 / (2 * self.tau)).square()
+        return Comparison(loss_P, self.tau * chosen.avg_ratio_P, self.tau * rejected.avg_ratio_P)
+
+    def describe(self) -> str:
+        return f"tau {self.tau:g}"
+
+    def _check(self) -> None:
+        require(self.tau > 0, "tau", self.tau, "a number > 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DPOObjective(PreferenceObjective):
+    """DPO (arXiv 2305.18290, eq. 7): `-logsigmoid` of the margin of rewards beta * log(pi(y) / pi_ref(y))."""
+
+    title = "DPO"
+    paper = "arXiv 2305.18290"
+    needs_reference = True
+
+    objective: str = field(default="dpo", init=False)
+
+    beta: float = 0.1
+    """Strength of the pull towards the reference, > 0. The paper uses 0.1 and 0.5."""
+
+    def compare(self, chosen: Responses, rejected: Responses) -> Comparison:
+        return _log_sigmoid(self.beta * chosen.ratio_P, self.beta * rejected.ratio_P)
+
+    def describe(self) -> str:
+        return f"beta {self.beta:g}"
+
+    def _check(self) -> None:
+        require(self.beta > 0, "beta", self.beta, "a number > 0")
+
+
+def _log_sigmoid(chosen_reward_P: Tensor, rejected_reward_P: Tensor) -> Comparison:
+    """The Bradley-Terry loss of rewards."""
+    return Comparison(-F.logsigmoid(chosen_reward_P - rejected_reward_P), chosen_reward_P, rejected_reward_P)
+
+
+def _log_odds(avg_P: Tensor) -> Tensor:
+    """log(p / (1 - p)) for p = exp(average), p one rounding below 1 at most: a certain response has no odds."""
+    avg_P = avg_P.clamp(max=-torch.finfo(avg_P.dtype).eps)
+    return avg_P - torch.log(-torch.expm1(avg_P))
