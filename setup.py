@@ -10,7 +10,9 @@ VERSION = re.search(r'__version__ = "(.+?)"', (ROOT / "simpo_megatron/__init__.p
 README = ROOT / "README.md"
 
 GGUF = ["gguf>=0.10"]
-TEST = [*GGUF, "pytest>=8", "hypothesis>=6.100", "ruff>=0.14", "trl>=0.29,<2", "accelerate>=1.4"]
+# NeMo 3 stops before 2.4.
+OMEGACONF = "omegaconf>=2.3,<2.4"
+TEST = [*GGUF, OMEGACONF, "pytest>=8", "hypothesis>=6.100", "ruff>=0.14", "trl>=0.29,<2", "accelerate>=1.4"]
 
 setup(
     name="simpo-megatron",
@@ -43,7 +45,7 @@ setup(
         # Never the bare package: without its compiled core it breaks megatron-core's import.
         "te": ["transformer-engine[pytorch,core_cu12]>=2.9"],
         "te-cu13": ["transformer-engine[pytorch,core_cu13]>=2.9"],
-        "nemo": ["nemo_toolkit[core]>=3.0,<4", "omegaconf>=2.3,<2.4", "einops", "sentencepiece"],
+        "nemo": ["nemo_toolkit[core]>=3.0,<4", OMEGACONF, "einops", "sentencepiece"],
         "wandb": ["wandb>=0.17"],
         # To make a Hugging Face folder of SmolLM2 for `make demo-smollm2`.
         "gguf": GGUF,

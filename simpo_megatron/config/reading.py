@@ -66,6 +66,11 @@ def config_from(**options: typing.Any) -> Config:
         find_option(name, "config_from").name: Setting(value, "config_from")
         for name, value in options.items()
     }
+    return config_of(layer)
+
+
+def config_of(layer: Layer) -> Config:
+    """The configuration of the settings in `layer`, above those of the preset they may name."""
     refuse_both({name: setting.where for name, setting in layer.items()})
     return _build(_merge(_preset_layer(layer), layer))
 
@@ -158,7 +163,8 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> _Parser:
     """One flag per option, grouped by section; a flag nobody gave leaves no trace in the parsed namespace."""
     parser = _Parser(
-        usage="torchrun --nproc-per-node N examples/pretrain_simpo.py [--config FILE] [--KEY VALUE]",
+        usage="torchrun --nproc-per-node N examples/pretrain_simpo.py [--config FILE] [--KEY VALUE]\n"
+        "       torchrun --nproc-per-node N examples/pretrain_simpo.py --nemo-config FILE [key=value ...]",
         description="SimPO on Megatron-Core. Each flag is also a key of the YAML file given with --config; "
         "the command line wins over the file, the file over the preset.",
         epilog=_preset_help(),

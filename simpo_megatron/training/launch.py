@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from simpo_megatron.config import Config, load_config
 from simpo_megatron.errors import SimPOError, StoppedBySignal
 from simpo_megatron.mcore import device
+from simpo_megatron.nemo import load_nemo_command, names_nemo_config
 
 if not device.has_cuda():
     # megatron-core warns of each package for GPUs that is not installed, every rank anew; here none is missed.
@@ -27,11 +28,13 @@ def main(argv: Sequence[str], train: Callable[[Config], None], script: str) -> i
     says it.
     """
     try:
-        config = load_config(argv)
+        config, notes = _read(argv)
         num_ranks = config.parallel.sizes.model
         if _world_size() == 1 and num_ranks > 1:
             plan_run(config, num_ranks)
             return _start_local_ranks(num_ranks, script, argv)
+        if notes and _rank() == 0:
+            print(*notes, sep="\n", flush=True)
         train(config)
     except SimPOError as error:
         _say(error)
@@ -41,6 +44,14 @@ def main(argv: Sequence[str], train: Callable[[Config], None], script: str) -> i
         traceback.print_exc()
         return 1
     return 0
+
+
+def _read(argv: Sequence[str]) -> tuple[Config, list[str]]:
+    """The configuration, and for the reader what became of the keys of a NeMo file, if it is one."""
+    if not names_nemo_config(argv):
+        return load_config(argv), []
+    config, report = load_nemo_command(argv)
+    return config, report.lines()
 
 
 def _rank() -> int:

@@ -19,7 +19,8 @@ MAY_IMPORT = {
     "config": {"errors", "loss", "data", "parallel"},
     "mcore": {"errors", "loss", "data", "parallel", "config"},
     "convert": {"errors", "parallel", "config", "mcore"},
-    "training": {"errors", "loss", "data", "parallel", "demo", "config", "mcore", "convert"},
+    "nemo": {"errors", "data", "config"},
+    "training": {"errors", "loss", "data", "parallel", "demo", "config", "mcore", "convert", "nemo"},
 }
 # Outside packages that a room must do without, at import and in its functions alike.
 FORBIDDEN = {
@@ -28,6 +29,7 @@ FORBIDDEN = {
     "data": {"megatron"},
     "config": {"megatron", "transformers", "datasets"},
     "convert": {"transformers"},
+    "nemo": {"torch", "megatron", "transformers", "nemo", "hydra"},
 }
 MODULES = sorted(PACKAGE.rglob("*.py"))
 

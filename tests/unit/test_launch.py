@@ -36,6 +36,7 @@ def files(tmp_path, demo):
     """Paths for the arguments below, by name."""
     (tmp_path / "unknown_key.yaml").write_text("model: demo\ndata: demo\nweight_decya: 0.1\n")
     (tmp_path / "broken.yaml").write_text("model: demo\n  data: [demo\n")
+    (tmp_path / "nemo.yaml").write_text("trainer: {max_steps: 2}\nmodel: {simpo: {preset: demo}, optim: {lr: 1e-4}}\n")
     (tmp_path / "not_a_model").mkdir()
     description = json.loads((demo.model_dir / "config.json").read_text())
     (tmp_path / "other_family").mkdir()
@@ -56,6 +57,9 @@ MISTAKES = {
     "batch below the ranks": (["--global-batch-size", "2"], {"WORLD_SIZE": "4"}, 2, r"global_batch_size: found 2"),
     "sequence longer than the model": (["--max-length", "4096"], {}, 2, r"max_length: found 4096, .*at most 512"),
     "a model and no data": (["--model", "{model}"], {}, 2, r"data: .*--data FILE"),
+    "no NeMo file": (["--nemo-config", "{tmp}/none.yaml"], {}, 2, r"none.yaml: cannot be read"),
+    "unknown NeMo key": (["--nemo-config", "{tmp}/nemo.yaml", "model.optm.lr=1"], {}, 2, r"'model.optm.lr' of a"),
+    "a flag beside a NeMo file": (["--nemo-config", "{tmp}/nemo.yaml", "--lr", "1"], {}, 2, r"found '--lr' beside"),
     "no such model": (["--model", "{tmp}/none", "--data", "{pairs}"], {}, 4, r"none/config.json: not found"),
     "a folder without a model": (["--model", "{tmp}/not_a_model", "--data", "{pairs}"], {}, 4, r"not found"),
     "another family": (["--model", "{tmp}/other_family", "--data", "{pairs}"], {}, 2, r"'mamba' is not supported"),
@@ -73,7 +77,8 @@ def test_a_mistake_gives_one_line_and_its_exit_code_before_any_rank_speaks(
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     argv = [argument.format(**files) for argument in arguments]
-    argv += ["--data-cache", str(tmp_path / "cache"), "--save", str(tmp_path / "run")]
+    if "--nemo-config" not in argv:
+        argv += ["--data-cache", str(tmp_path / "cache"), "--save", str(tmp_path / "run")]
     assert launch.main(argv, loop.train, SCRIPT) == exit_code
     printed = capfd.readouterr()
     (line,) = printed.err.strip().splitlines()
@@ -137,6 +142,17 @@ def test_one_rank_alone_is_enough_for_a_layout_of_one():
     trained = []
     assert launch.main([], trained.append, SCRIPT) == 0
     assert len(trained) == 1
+
+
+def test_a_nemo_file_is_a_configuration_and_its_keys_are_accounted_for(files, capfd):
+    trained = []
+    argv = ["--nemo-config", str(files["tmp"] / "nemo.yaml"), "model.optim.lr=2e-4", "++model.simpo.seed=3"]
+    assert launch.main(argv, trained.append, SCRIPT) == 0
+    (config,) = trained
+    assert (config.optimizer.train_iters, config.optimizer.lr, config.run.seed) == (2, 2e-4, 3)
+    printed = capfd.readouterr().out
+    assert "NeMo 1 / Aligner configuration, keys: 3 taken, 1 translated, 0 ignored" in printed
+    assert "  translated  trainer.max_steps -> train_iters=2\n" in printed
 
 
 def test_every_error_has_an_exit_code_of_its_own():

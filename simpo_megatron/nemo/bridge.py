@@ -1,0 +1,188 @@
+"""Megatron-Bridge: a ConfigContainer as it is written to YAML, whole or only what a recipe is overridden with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from simpo_megatron.errors import ConfigError
+from simpo_megatron.nemo import translations as to
+from simpo_megatron.nemo.megatron_keys import (
+    fp8,
+    megatron_ddp,
+    megatron_optimizer,
+    megatron_scheduler,
+    transformer,
+)
+from simpo_megatron.nemo.nemo2 import dataset_folder
+from simpo_megatron.nemo.rules import Asked, Dialect, Ignored, Only, Rule, Translated
+
+_LENGTHS = ("model.seq_length", "dataset.seq_length", "dataset.sequence_length")
+_RECIPES = {
+    "bf16_mixed": None,
+    "bf16_with_fp8_delayed_scaling_mixed": "delayed",
+    "bf16_with_fp8_current_scaling_mixed": "tensorwise",
+    "bf16_with_fp8_subchannel_scaling_mixed": "blockwise",
+    "bf16_with_mxfp8_mixed": "mxfp8",
+}
+_OTHER_PARTS = "a part of Megatron-Bridge that does not run here"
+
+
+def _named_precision(value: Any, asked: Asked) -> dict[str, Any]:
+    if str(value) not in _RECIPES:
+        raise ConfigError(f"found {value!r}, expected one of {', '.join(_RECIPES)}")
+    recipe = _RECIPES[str(value)]
+    return {"bf16": True} | ({"fp8_recipe": recipe} if recipe else {})
+
+
+def _unless_mixed_precision(rule: Rule) -> Translated:
+    """A precision key of the model, which mixed_precision overrides."""
+
+    def of_the_model(value: Any, asked: Asked) -> dict[str, Any] | str:
+        if any(key.startswith("mixed_precision") and asked.get(key) is not None for key in asked.values):
+            return "mixed_precision decides"
+        return {rule: value} if isinstance(rule, str) else rule.function(value, asked)
+
+    return Translated(of_the_model, (rule,) if isinstance(rule, str) else rule.options)
+
+
+def _resume(value: Any, asked: Asked) -> dict[str, Any]:
+    save = asked.simpo.get("save") or asked.get("checkpoint.save")
+    if value != save:
+        raise ConfigError(f"found {value!r}, expected the folder of checkpoint.save, {save!r}, or null")
+    return {"resume": "required" if asked.get("checkpoint.exit_on_missing_checkpoint") else "latest"}
+
+
+_MODEL: dict[str, Rule] = {
+    **transformer("model."),
+    **to.taken(
+        "model.",
+        """tensor_model_parallel_size pipeline_model_parallel_size virtual_pipeline_model_parallel_size
+        context_parallel_size expert_model_parallel_size""",
+    ),
+    "model.sequence_parallel": to.sequence_parallel_of("model.tensor_model_parallel_size"),
+    "model.seq_length": to.LENGTH,
+    "model.hf_model_id": "model",
+    **fp8("model."),
+    "model.fp8": _unless_mixed_precision(fp8("model.")["model.fp8"]),
+    "model.bf16": _unless_mixed_precision("bf16"),
+    "model.fp16": Only((False,), "loss scaling is not here; bf16 or fp32"),
+}
+
+_PRECISION: dict[str, Rule] = {
+    "mixed_precision": Translated(_named_precision, ("bf16", "fp8_recipe")),
+    "mixed_precision.bf16": "bf16",
+    "mixed_precision.fp32": Ignored("mixed_precision.bf16 decides"),
+    "mixed_precision.fp16": Only((False,), "loss scaling is not here; bf16 or fp32"),
+    **fp8("mixed_precision."),
+    **to.ignored(
+        to.OF_KERNELS,
+        "mixed_precision.",
+        """params_dtype params_dtype.* pipeline_dtype pipeline_dtype.* autocast_dtype autocast_dtype.*
+        autocast_enabled grad_reduce_in_fp32 loss_scale initial_loss_scale min_loss_scale loss_scale_window
+        hysteresis""",
+    ),
+}
+
+_TRAIN: dict[str, Rule] = {
+    **to.taken("train.", "train_iters global_batch_size"),
+    "train.micro_batch_size": to.micro_batch_of(*_LENGTHS),
+    "train.rampup_batch_size": Only((None,), "the batch size is constant here"),
+    "train.train_samples": Only((None,), "a run counts steps here: train.train_iters"),
+    "train.decrease_batch_size_if_needed": Only((False,), "the batch size is constant here"),
+    "train.skip_train": Only((False,), "there is nothing to run without training"),
+    "train.eval_interval": to.EVAL_INTERVAL,
+    "validation.eval_interval": to.EVAL_INTERVAL,
+    **to.ignored(to.OF_EVALUATION, "", "train.eval_iters validation.eval_iters validation.eval_* validation.skip_*"),
+    **to.ignored(
+        _OTHER_PARTS,
+        "train.",
+        """empty_unused_memory_level check_weight_hash_across_dp_replicas_interval train_sync_interval
+        exit_interval exit_duration_in_mins exit_signal exit_signal.* exit_signal_handler
+        exit_signal_handler_for_dataloader manual_gc manual_gc_interval manual_gc_eval iterations_to_skip""",
+    ),
+    "rng.seed": "seed",
+    **to.ignored(to.OF_THE_MACHINE, "rng.", "te_rng_tracker inference_rng_tracker data_parallel_random_init"),
+}
+
+_CHECKPOINT: dict[str, Rule] = {
+    **to.taken("checkpoint.", "save save_interval"),
+    "checkpoint.load": Translated(_resume, ("resume",)),
+    "checkpoint.most_recent_k": to.KEEP_CHECKPOINTS,
+    "checkpoint.pretrained_checkpoint": to.checkpoint_elsewhere("a Megatron checkpoint"),
+    "checkpoint.ckpt_step": Only((None,), "give the step as the SimPO key resume", ("resume",)),
+    **to.ignored(
+        to.OF_FILES,
+        "checkpoint.",
+        """exit_on_missing_checkpoint finetune save_optim save_rng load_optim load_rng load_main_params_from_ckpt
+        non_persistent_* use_checkpoint_args use_mp_args_from_checkpoint_args
+        use_tokenizer_model_from_checkpoint_args ckpt_* fully_parallel_save fully_parallel_load async_*
+        use_persistent_ckpt_worker strict_fsdp_dtensor_load dist_ckpt_* distrib_optim_* save_tokenizer_assets
+        replication replication_* auto_detect_ckpt_format custom_manager_class save_dgrads_interval
+        save_wgrads_interval save_retain_interval storage_writers_per_rank""",
+    ),
+}
+
+_LOGGER: dict[str, Rule] = {
+    **to.taken("logger.", "log_interval tensorboard_dir wandb_project"),
+    **to.ignored(
+        to.OF_LOGS,
+        "logger.",
+        """log_params_norm log_throughput* throughput_window_size log_progress timing_log_*
+        tensorboard_log_interval tensorboard_queue_size log_*_to_tensorboard log_energy log_memory_interval
+        log_device_memory_used log_max_attention_logit log_num_zeros_in_grad memory_keys memory_keys.*
+        runtime_time_unit wandb_exp_name wandb_save_dir wandb_entity mlflow_* comet_* logging_level
+        filter_warnings modules_to_filter set_level_for_all_loggers save_config_filepath skip_train_metrics_log
+        barrier_with_L1_time""",
+    ),
+}
+
+_DATASET: dict[str, Rule] = {
+    "dataset.seq_length": to.LENGTH,
+    "dataset.sequence_length": to.LENGTH,
+    "dataset.dataset_root": dataset_folder("dataset.do_validation"),
+    **to.each(
+        "dataset.", "blend blend_per_split data_path blend.* blend_per_split.*", to.data_elsewhere("tokenised text")
+    ),
+    **to.ignored(
+        to.OF_DATA,
+        "dataset.",
+        """seed random_seed num_workers memmap_workers max_train_samples dataloader_type data_sharding pin_memory
+        persistent_workers trust_remote_code do_validation do_test packed_sequence_specs
+        packed_sequence_specs.* dataset_kwargs dataset_kwargs.* split split_matrix path_to_cache
+        reset_position_ids reset_attention_mask eod_mask_loss create_attention_mask drop_last
+        drop_last_partial_validation_sequence add_extra_token_to_sequence
+        skip_getting_attention_mask_from_dataset enable_offline_packing offline_packing_specs
+        offline_packing_specs.* allow_ambiguous_pad_tokens context_parallel_size data_parallel_size
+        defer_npy_index_mmap fast_cache_load full_validation hybrid_context_parallel mid_level_dataset_surplus
+        mmap_bin_files mock multiple_validation_sets num_dataset_builder_threads num_samples
+        object_storage_cache_path object_storage_cache_path.* sequence_parallel_size sequences_per_dataset
+        token_dtype_code tokenizer tokenizer.*""",
+    ),
+}
+
+BRIDGE = Dialect(
+    name="Megatron-Bridge",
+    marks=(("train.", "model."), ("train.", "optimizer."), ("train.", "checkpoint.")),
+    table={
+        **_MODEL,
+        **_PRECISION,
+        **_TRAIN,
+        **megatron_optimizer("optimizer."),
+        **megatron_scheduler("scheduler.", "train.train_iters"),
+        **megatron_ddp("ddp.", "optimizer.use_distributed_optimizer"),
+        **_CHECKPOINT,
+        **_LOGGER,
+        **_DATASET,
+        **to.each("", "peft peft.* peft._target_", to.ALL_TRAINED),
+        **to.ignored(to.OF_THE_MACHINE, "", "dist dist.*"),
+        **to.ignored(to.OF_THE_TOKENIZER, "", "tokenizer tokenizer.*"),
+        **to.ignored(to.OF_KERNELS, "", "comm_overlap comm_overlap.*"),
+        **to.ignored(
+            _OTHER_PARTS,
+            "",
+            """ft ft.* straggler straggler.* nvrx_straggler nvrx_straggler.* profiling profiling.* tensor_inspect
+            tensor_inspect.* inprocess_restart inprocess_restart.* rerun_state_machine rerun_state_machine.*
+            optimizer_config_override_provider optimizer_config_override_provider.*""",
+        ),
+    },
+)

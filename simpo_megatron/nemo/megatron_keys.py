@@ -1,0 +1,209 @@
+"""The keys of megatron-core's own configurations, which NeMo 2, NeMo-RL and Megatron-Bridge hold under other roofs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from simpo_megatron.nemo.rules import Asked, Ignored, Only, Rule, Translated
+from simpo_megatron.nemo.translations import (
+    OF_KERNELS,
+    OF_ROUTERS,
+    OF_SCHEDULE,
+    OF_THE_MODEL,
+    READ_WITH_ANOTHER,
+    each,
+    ignored,
+    taken,
+    warmup_of,
+)
+
+
+def recompute(prefix: str, granularity: str = "recompute_granularity") -> dict[str, Rule]:
+    """The keys of activation recomputation; method and number of layers belong to `full` alone."""
+    stem = granularity.removesuffix("granularity")
+
+    def of_full(option: str) -> Translated:
+        def detail(value: Any, asked: Asked) -> dict[str, Any] | str:
+            asked_for = asked.simpo.get("recompute_granularity") or asked.get(prefix + granularity)
+            return {option: value} if asked_for == "full" else "only full recomputation has it"
+
+        return Translated(detail, (option,))
+
+    return {
+        prefix + granularity: "recompute_granularity",
+        f"{prefix}{stem}method": of_full("recompute_method"),
+        f"{prefix}{stem}num_layers": of_full("recompute_num_layers"),
+    }
+
+
+def fp8(prefix: str) -> dict[str, Rule]:
+    """The FP8 keys of megatron-core's configurations: a format (null for none) and a recipe."""
+
+    def recipe(value: Any, asked: Asked) -> dict[str, Any] | str:
+        return {"fp8_recipe": asked.get(f"{prefix}fp8_recipe") or "delayed"} if value else "no FP8"
+
+    return {
+        f"{prefix}fp8": Translated(recipe, ("fp8_recipe",)),
+        f"{prefix}fp8_recipe": Ignored(READ_WITH_ANOTHER),
+        **ignored(
+            "a recipe brings its own format, history and layers in bf16",
+            prefix,
+            """fp8_margin fp8_interval fp8_amax_history_len fp8_amax_compute_algo fp8_wgrad fp8_param fp8_params
+            fp8_param_gather fp8_dot_product_attention fp8_multi_head_attention first_last_layers_bf16
+            num_layers_at_start_in_bf16 num_layers_at_end_in_bf16 reuse_grad_buf_for_mxfp8_param_ag
+            fp8_quantizer_factory tp_only_amax_red""",
+        ),
+        f"{prefix}fp4": Only((None,), "there is no FP4 here"),
+        **ignored("there is no FP4 here", prefix, "fp4_recipe fp4_param fp4_quantizer_factory"),
+    }
+
+
+def megatron_optimizer(prefix: str) -> dict[str, Rule]:
+    """The keys of megatron-core's OptimizerConfig."""
+    adam = "AdamW in megatron-core's form is what trains here"
+    return {
+        **taken(prefix, "lr weight_decay adam_beta1 adam_beta2 adam_eps clip_grad use_distributed_optimizer"),
+        f"{prefix}min_lr": "min_lr",
+        f"{prefix}optimizer": Only(("adam",), adam),
+        f"{prefix}decoupled_weight_decay": Only((True,), adam),
+        f"{prefix}fp16": Only((False,), "loss scaling is not here; bf16 or fp32"),
+        **ignored(
+            "weights, gradients and moments have the dtypes of bf16 or fp32 training here",
+            prefix,
+            """bf16 params_dtype use_precision_aware_optimizer store_param_remainders main_grads_dtype
+            main_params_dtype exp_avg_dtype exp_avg_sq_dtype loss_scale initial_loss_scale min_loss_scale
+            loss_scale_window hysteresis fp8_recipe reuse_grad_buf_for_mxfp8_param_ag""",
+        ),
+        **ignored(
+            adam,
+            prefix,
+            """sgd_momentum muon_* decoupled_lr decoupled_min_lr log_num_zeros_in_grad timers config_logger_dir
+            barrier_with_L1_time apply_wd_to_qk_layernorm overlap_param_gather_with_optimizer_step
+            use_layer_wise_distributed_optimizer""",
+        ),
+        f"{prefix}overlap_param_gather": Ignored("the key of the data-parallel section decides"),
+        f"{prefix}optimizer_cpu_offload": Only((False,), "the optimizer's state stays on the GPU here"),
+        **ignored(
+            "the optimizer's state stays on the GPU here",
+            prefix,
+            """optimizer_offload_fraction use_torch_optimizer_for_cpu_offload overlap_cpu_optimizer_d2h_h2d
+            pin_cpu_grads pin_cpu_params""",
+        ),
+    }
+
+
+def megatron_ddp(prefix: str, optimizers: str) -> dict[str, Rule]:
+    """The keys of megatron-core's DistributedDataParallelConfig beside an optimizer's key of the same meaning."""
+    own = f"{prefix}use_distributed_optimizer"
+
+    def distributed_optimizer(value: Any, asked: Asked) -> dict[str, Any] | str:
+        return {"use_distributed_optimizer": value} if asked.get(optimizers) is None else f"{optimizers} decides"
+
+    def param_gather(value: Any, asked: Asked) -> dict[str, Any] | str:
+        divided = asked.simpo.get("use_distributed_optimizer", asked.get(optimizers, own))
+        return {"overlap_param_gather": value} if divided else "nothing to gather without the distributed optimizer"
+
+    return {
+        f"{prefix}overlap_grad_reduce": "overlap_grad_reduce",
+        f"{prefix}overlap_param_gather": Translated(param_gather, ("overlap_param_gather",)),
+        own: Translated(distributed_optimizer, ("use_distributed_optimizer",)),
+        **each(prefix, "use_megatron_fsdp use_custom_fsdp", Only((False,), "weights are not sharded by FSDP here")),
+        **ignored(
+            OF_KERNELS,
+            prefix,
+            """grad_reduce_in_fp32 align_param_gather average_in_collective bucket_size check_for_large_grads
+            check_for_nan_in_grad data_parallel_sharding_strategy delay_wgrad_compute
+            disable_symmetric_registration fp8_param_gather fsdp_* gradient_reduce_div_fusion
+            keep_fp8_transpose_cache megatron_fsdp_* nccl_ub num_distributed_optimizer_instances
+            outer_dp_sharding_strategy pad_buckets_for_high_nccl_busbw
+            param_name_patterns_for_fp32_local_accumulation preserve_fp32_weights
+            reduce_scatter_with_fp32_accumulation reuse_grad_buf_for_mxfp8_param_ag
+            suggested_communication_unit_size finalize_model_grads_func""",
+        ),
+    }
+
+
+def megatron_scheduler(prefix: str, *steps: str) -> dict[str, Rule]:
+    """The keys of Megatron's learning-rate schedule, for a run of as many steps as the first key of `steps` says."""
+    return {
+        f"{prefix}lr_decay_style": "lr_decay_style",
+        f"{prefix}lr_warmup_iters": _warmup_iters(prefix, *steps),
+        f"{prefix}lr_warmup_fraction": "lr_warmup_fraction",
+        f"{prefix}weight_decay_incr_style": Only(("constant",), "weight decay is constant here"),
+        **ignored(
+            OF_SCHEDULE,
+            prefix,
+            """lr_warmup_init lr_decay_iters start_weight_decay end_weight_decay override_opt_param_scheduler
+            use_checkpoint_opt_param_scheduler lr_wsd_decay_style lr_wsd_decay_iters lr_warmup_steps
+            lr_decay_steps wd_incr_steps wsd_decay_steps no_weight_decay_cond_type""",
+        ),
+        **each(
+            prefix,
+            "lr_decay_samples lr_warmup_samples lr_wsd_decay_samples",
+            Only((0,), "a schedule counts steps here, not samples"),
+        ),
+    }
+
+
+def _warmup_iters(prefix: str, *steps: str) -> Translated:
+    by_steps = warmup_of(*steps)
+
+    def warmup(value: Any, asked: Asked) -> dict[str, Any] | str:
+        if asked.get(f"{prefix}lr_warmup_fraction") is not None:
+            return f"{prefix}lr_warmup_fraction decides"
+        return by_steps.function(value, asked)
+
+    return Translated(warmup, by_steps.options)
+
+
+def transformer(prefix: str) -> dict[str, Rule]:
+    """The keys of megatron-core's TransformerConfig and of the GPT models built on it, layout and precision apart."""
+    return {
+        **taken(prefix, "hidden_dropout attention_dropout recompute_modules"),
+        **recompute(prefix),
+        **ignored(OF_THE_MODEL, prefix, _ARCHITECTURE),
+        **ignored(OF_KERNELS, prefix, _KERNELS),
+        f"{prefix}mtp_num_layers": Only((None, 0), "multi-token prediction is not trained here"),
+        f"{prefix}cpu_offloading": Only((False,), "activations stay on the GPU here"),
+        f"{prefix}freeze_moe_router": Ignored(OF_ROUTERS),
+    }
+
+
+_ARCHITECTURE = """
+num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups kv_channels normalization
+layernorm_epsilon layernorm_zero_centered_gamma add_bias_linear add_qkv_bias gated_linear_unit glu_linear_offset
+activation_func activation_func.* activation_func_clamp_value init_method init_method.* init_method_std
+output_layer_init_method output_layer_init_method.* embedding_init_method embedding_init_method_std
+apply_residual_connection_post_layernorm apply_query_key_layer_scaling attention_softmax_in_fp32 softmax_scale
+softmax_type attention_output_gate window_size window_attn_skip_freq no_rope_freq mrope_section
+position_embedding_type rotary_* rope_* yarn_* mscale mscale_all_dim beta_fast beta_slow
+original_max_position_embeddings seq_len_interpolation_factor multi_latent_attention q_lora_rank kv_lora_rank qk_*
+v_head_dim cache_mla_latents cross_attention_* num_moe_experts moe_* mtp_* mup_* use_mup is_hybrid_model hybrid_*
+mamba_* linear_* dsa_* experimental_attention_variant heterogeneous_block_specs hetereogenous_dist_checkpoint
+share_embeddings_and_output_weights make_vocab_size_divisible_by vocab_size should_pad_vocab max_position_embeddings
+scale_factor old_context_len low_freq_factor high_freq_factor parallel_output transformer_layer_spec
+transformer_layer_spec.* scatter_embedding_sequence_parallel pre_process post_process restore_modelopt_state
+generation_config.* generation_config fp16_lm_cross_entropy fp32_residual_connection calculate_per_token_loss
+perform_initialization init_model_with_meta_device num_layers_in_first_pipeline_stage
+num_layers_in_last_pipeline_stage account_for_embedding_in_pipeline_split account_for_loss_in_pipeline_split
+pipeline_model_parallel_layout expert_tensor_parallel_size quant_recipe
+"""
+
+_KERNELS = """
+transformer_impl attention_backend apply_rope_fusion fused_* bias_activation_fusion bias_dropout_fusion
+masked_softmax_fusion persist_layer_norm memory_efficient_layer_norm gradient_accumulation_fusion cross_entropy_*
+activation_func_fp8_input_store distribute_saved_activations tp_comm_* overlap_* batch_p2p_* batch_invariant_mode
+use_ring_exchange_p2p deallocate_pipeline_outputs defer_embedding_wgrad_compute wgrad_deferral_limit
+delay_wgrad_compute variable_seq_lengths microbatch_group_size_per_vp_stage
+num_microbatches_with_partial_activation_checkpoints pipeline_model_parallel_comm_backend
+async_tensor_model_parallel_allreduce hierarchical_context_parallel_sizes cp_comm_type max_seqlen_per_dp_cp_rank
+cuda_graph_* enable_cuda_graph external_cuda_graph use_te_rng_tracker use_te_* inference_* flash_decode
+mlp_chunks_for_prefill nccl_all_reduce_for_prefill symmetric_ar_type use_kitchen use_kitchen_attention kitchen_*
+use_fused_* use_inference_optimized_layers use_mamba_mem_eff_path use_transformer_engine_*
+use_arbitrary_attention_mask cpu_offloading_* offload_modules fine_grained_* min_offloaded_tensor_size
+ep_overlap_early_attn_memory_release clone_scatter_output_in_embedding disable_parameter_transpose_cache
+disable_bf16_reduced_precision_matmul deterministic_mode log_max_attention_logit test_mode timers config_logger_dir
+barrier_with_L1_time use_cpu_initialization autocast_dtype autocast_dtype.* enable_autocast params_dtype
+params_dtype.* pipeline_dtype pipeline_dtype.* grad_scale_func no_sync_func grad_sync_func param_sync_func
+finalize_model_grads_func gradient_reduce_div_fusion _cpu_offloading_context
+"""

@@ -1,0 +1,163 @@
+"""A NeMo configuration as one flat mapping of dotted keys, read with OmegaConf; nothing in it is instantiated."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from simpo_megatron.errors import ConfigError
+
+# What NeMo 1 (multiply, sum, int_div) and NeMo-RL (the others) register for their files to call.
+_RESOLVERS = {
+    "multiply": lambda a, b: a * b,
+    "sum": lambda *terms: sum(terms),
+    "int_div": lambda a, b: a // b,
+    "add": lambda a, b: a + b,
+    "sub": lambda a, b: a - b,
+    "mul": lambda a, b: a * b,
+    "div": lambda a, b: a / b,
+    "max": lambda a, b: max(a, b),
+}
+_MAX_PARENTS = 32
+
+
+@dataclass(frozen=True)
+class Unset:
+    """Stands for a value that the file leaves open; `why` says how."""
+
+    why: str
+
+
+def read_flat(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
+    """The leaves of a YAML file by dotted key, its parents below it and `overrides` (key=value) above it.
+
+    `defaults` names parents as NeMo-RL and hydra do: files, relative to the one that names them, later ones over
+    earlier ones, a section with `_override_: true` in place of the parents' instead of over it. Interpolations
+    are resolved; one that cannot be, and a value still to be given (`???`), becomes Unset. A list is one value.
+
+    Raises: ConfigError when omegaconf is not installed, a file is not such YAML, or an override not key=value.
+    """
+    omegaconf = _omegaconf()
+    try:
+        with _resolvers(omegaconf.OmegaConf):
+            config = _read_with_parents(omegaconf, Path(path), ())
+            config = omegaconf.OmegaConf.merge(config, _read_overrides(omegaconf, overrides))
+            return dict(_leaves(omegaconf, config, ""))
+    except omegaconf.errors.OmegaConfBaseException as error:
+        raise ConfigError(f"{path}: not a configuration OmegaConf can read: {_first_line(error)}") from None
+    except RecursionError:
+        raise ConfigError(f"{path}: an interpolation leads back to itself, expected one that ends") from None
+
+
+def _omegaconf() -> Any:
+    try:
+        return importlib.import_module("omegaconf")
+    except ImportError:
+        raise ConfigError(
+            "a NeMo configuration is read with omegaconf, which is not installed; pip install 'simpo-megatron[nemo]'"
+        ) from None
+
+
+@contextmanager
+def _resolvers(omega_conf: Any) -> Iterator[None]:
+    """The resolvers above for as long as a file is read; those that somebody registered before are kept."""
+    ours = [name for name in _RESOLVERS if not omega_conf.has_resolver(name)]
+    for name in ours:
+        omega_conf.register_new_resolver(name, _RESOLVERS[name])
+    try:
+        yield
+    finally:
+        for name in ours:
+            omega_conf.clear_resolver(name)
+
+
+def _read_with_parents(omegaconf: Any, path: Path, children: tuple[Path, ...]) -> Any:
+    if path.resolve() in children or len(children) > _MAX_PARENTS:
+        raise ConfigError(f"{path}: found itself among the parents it names in defaults, expected a file without it")
+    own = _load(omegaconf, path)
+    defaults = own.pop("defaults", [])
+    if omegaconf.OmegaConf.is_config(defaults):
+        defaults = omegaconf.OmegaConf.to_container(defaults)
+    merged, own_is_merged = omegaconf.OmegaConf.create({}), False
+    for parent in _parents(defaults, path):
+        if parent is None:
+            merged, own_is_merged = _merge(omegaconf, merged, own), True
+        else:
+            above = _read_with_parents(omegaconf, parent, (*children, path.resolve()))
+            merged = _merge(omegaconf, merged, above)
+    return merged if own_is_merged else _merge(omegaconf, merged, own)
+
+
+def _load(omegaconf: Any, path: Path) -> Any:
+    try:
+        config = omegaconf.OmegaConf.load(path)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}), expected a YAML file") from None
+    except omegaconf.errors.OmegaConfBaseException:
+        raise
+    except Exception as error:  # yaml's own errors, and what its constructors raise on malformed scalars
+        line = getattr(getattr(error, "problem_mark", None), "line", 0) + 1
+        problem = getattr(error, "problem", None) or _first_line(error)
+        raise ConfigError(f"{path}:{line}: not valid YAML: {problem}") from None
+    if not isinstance(config, omegaconf.DictConfig):
+        raise ConfigError(f"{path}: found a list, expected a mapping with sections such as model and trainer")
+    return config
+
+
+def _parents(defaults: Any, path: Path) -> Iterator[Path | None]:
+    """The files that `defaults` names, in order; None where it names the file itself (`_self_`)."""
+    for entry in defaults if isinstance(defaults, list) else [defaults]:
+        if isinstance(entry, str):
+            name = entry if Path(entry).suffix in (".yaml", ".yml") else f"{entry}.yaml"
+            yield None if entry == "_self_" else path.parent / name
+        elif not isinstance(entry, dict) or not all(str(group).startswith("optional ") for group in entry):
+            raise ConfigError(
+                f"{path}: defaults: found {str(entry)[:60]}, expected file names; write a config group's settings out"
+            )
+
+
+def _merge(omegaconf: Any, lower: Any, upper: Any) -> Any:
+    """`upper` over `lower`; a section marked `_override_: true` takes the place of the one below it."""
+    for key in list(upper):
+        if omegaconf.OmegaConf.is_dict(upper._get_node(key)) and upper._get_node(key).pop("_override_", False):
+            lower.pop(key, None)
+    return omegaconf.OmegaConf.merge(lower, upper)
+
+
+def _read_overrides(omegaconf: Any, overrides: Sequence[str]) -> Any:
+    """`overrides` as a configuration; hydra's `+` and `++`, which say that a key may be new, change nothing here."""
+    for override in overrides:
+        key = override.split("=")[0].lstrip("+")
+        if "=" not in override or not key or key.startswith(("~", "-")):
+            raise ConfigError(f"command line: found {override[:60]!r}, expected key=value after --nemo-config FILE")
+    try:
+        return omegaconf.OmegaConf.from_dotlist([override.lstrip("+") for override in overrides])
+    except Exception as error:  # yaml's, for a value such as [a,
+        raise ConfigError(f"command line: an override's value is not YAML: {_first_line(error)}") from None
+
+
+def _leaves(omegaconf: Any, config: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+    for key in config:
+        name = f"{prefix}{key}"
+        if omegaconf.OmegaConf.is_missing(config, key):
+            yield name, Unset("???")
+            continue
+        try:
+            value = config[key]
+            if isinstance(value, omegaconf.ListConfig):
+                value = omegaconf.OmegaConf.to_container(value, resolve=True)
+        except omegaconf.errors.OmegaConfBaseException as error:
+            yield name, Unset(f"{config._get_node(key)._value()} ({_first_line(error)})")
+            continue
+        if isinstance(value, omegaconf.DictConfig):
+            yield from _leaves(omegaconf, value, f"{name}.")
+        else:
+            yield name, value
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,370 @@
+"""NeMo's four dialects as our configuration: what each file asks for, and no key without a word about it."""
+
+from __future__ import annotations
+
+import math
+import re
+import subprocess
+import sys
+from dataclasses import fields
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from simpo_megatron.config import Config
+from simpo_megatron.errors import ConfigError
+from simpo_megatron.nemo import load_nemo_config
+from simpo_megatron.nemo.bridge import BRIDGE
+from simpo_megatron.nemo.loading import DIALECTS
+from simpo_megatron.nemo.reading import read_flat
+from simpo_megatron.nemo.rules import Only, Translated
+
+CONFIGS = Path(__file__).parent / "nemo_configs"
+# What each file asks for beyond our defaults.
+GOLDEN = {
+    "aligner_dpo.yaml": dict(
+        beta=2.5,
+        gamma_beta_ratio=0.4,
+        model="checkpoints/llama",
+        data=("0.7", "pairs/a.jsonl", "0.3", "pairs/b.jsonl"),
+        valid_data=("pairs/held_out.jsonl",),
+        prompt_column="question",
+        chosen_column="chosen_response",
+        rejected_column="rejected_response",
+        max_length=1024,
+        max_prompt_length=900,
+        global_batch_size=64,
+        micro_batch_size=2,
+        tokens_per_microbatch=4096,
+        lr=8e-7,
+        min_lr=8e-8,
+        lr_warmup_fraction=math.nextafter(0.07, 0),
+        weight_decay=0.01,
+        adam_beta2=0.98,
+        clip_grad=0.5,
+        train_iters=400,
+        tensor_model_parallel_size=4,
+        pipeline_model_parallel_size=2,
+        sequence_parallel=True,
+        use_distributed_optimizer=True,
+        overlap_grad_reduce=True,
+        fp8_recipe="delayed",
+        recompute_granularity="full",
+        recompute_method="block",
+        recompute_num_layers=3,
+        seed=1234,
+        save="runs/aligner",
+        save_interval=100,
+        resume="required",
+        keep_checkpoints=4,
+        eval_interval=50,
+        wandb_project="preferences",
+    ),
+    "nemo2_finetune.yaml": dict(
+        beta=10.0,
+        gamma_beta_ratio=0.3,
+        model="checkpoints/llama",
+        data=("pairs/training.jsonl",),
+        valid_data=("pairs/validation.jsonl",),
+        max_length=4096,
+        max_prompt_length=3600,
+        lr=5e-6,
+        lr_warmup_fraction=0.05,
+        weight_decay=0.1,
+        adam_beta2=0.98,
+        adam_eps=1e-5,
+        train_iters=1000,
+        pipeline_model_parallel_size=4,
+        virtual_pipeline_model_parallel_size=2,
+        context_parallel_size=2,
+        use_distributed_optimizer=True,
+        overlap_grad_reduce=True,
+        overlap_param_gather=True,
+        fp8_recipe="tensorwise",
+        recompute_granularity="selective",
+        recompute_modules=("core_attn", "mlp"),
+        save="runs/recipe",
+        save_interval=50,
+        resume="none",
+        eval_interval=30,
+        log_interval=5,
+        tensorboard_dir="tb_logs",
+    ),
+    "rl_megatron.yaml": dict(
+        gamma_beta_ratio=0.8,
+        loss_type="hinge",
+        model="checkpoints/llama",
+        data=("pairs/train.jsonl",),
+        valid_data=("hub:some-org/held-out:test",),
+        prompt_column="question",
+        max_length=1024,
+        max_prompt_length=900,
+        global_batch_size=32,
+        micro_batch_size=2,
+        tokens_per_microbatch=4096,
+        lr=5e-6,
+        min_lr=5e-6 * 0.1,
+        lr_decay_style="linear",
+        weight_decay=0.1,
+        adam_beta2=0.98,
+        train_iters=200,
+        tensor_model_parallel_size=4,
+        sequence_parallel=True,
+        use_distributed_optimizer=True,
+        overlap_grad_reduce=True,
+        fp8_recipe="blockwise",
+        recompute_granularity="full",
+        recompute_method="uniform",
+        recompute_num_layers=1,
+        seed=7,
+        save="results/child",
+        save_interval=40,
+        keep_checkpoints=3,
+        eval_interval=25,
+        tensorboard_dir="tb_logs",
+    ),
+    "bridge_container.yaml": dict(
+        preset="llama3-base",
+        sft_weight=0.1,
+        model="checkpoints/llama",
+        template_mode="princeton",
+        data=("pairs/training.jsonl",),
+        global_batch_size=64,
+        tokens_per_microbatch=4096,
+        lr=6e-7,
+        min_lr=6e-8,
+        weight_decay=0.033,
+        adam_beta2=0.95,
+        clip_grad=0.5,
+        train_iters=300,
+        tensor_model_parallel_size=8,
+        pipeline_model_parallel_size=2,
+        sequence_parallel=True,
+        use_distributed_optimizer=True,
+        overlap_grad_reduce=True,
+        overlap_param_gather=True,
+        fp8_recipe="blockwise",
+        recompute_granularity="full",
+        recompute_method="uniform",
+        recompute_num_layers=2,
+        seed=99,
+        save="runs/bridge",
+        save_interval=60,
+        resume="required",
+        keep_checkpoints=5,
+        log_interval=10,
+        tensorboard_dir="tb",
+    ),
+}
+DIALECT_OF = {
+    "aligner_dpo.yaml": "NeMo 1 / Aligner",
+    "nemo2_finetune.yaml": "NeMo 2",
+    "rl_megatron.yaml": "NeMo-RL",
+    "bridge_container.yaml": "Megatron-Bridge",
+}
+
+
+def beyond_defaults(config):
+    defaults = Config().flat()
+    return {name: value for name, value in config.flat().items() if value != defaults[name]}
+
+
+def refusal(name, *overrides):
+    """The one line a user sees, with the folder of the tests cut away."""
+    with pytest.raises(ConfigError) as refused:
+        load_nemo_config(CONFIGS / name, overrides)
+    message = str(refused.value)
+    assert "\n" not in message
+    return message.replace(f"{CONFIGS}/", "")
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_a_file_of_each_dialect_asks_for_what_it_says(name):
+    config, report = load_nemo_config(CONFIGS / name)
+    assert beyond_defaults(config) == GOLDEN[name]
+    assert report.dialect == DIALECT_OF[name]
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_every_key_is_reported_once(name):
+    _, report = load_nemo_config(CONFIGS / name)
+    reported = [*report.taken, *report.translated, *report.ignored]
+    assert sorted(reported) == sorted(read_flat(CONFIGS / name, []))
+    assert all(report.taken.values()) and all(report.translated.values()) and all(report.ignored.values())
+    text = "\n".join(report.lines())
+    assert all(key in text for key in reported)
+
+
+@pytest.mark.parametrize("dialect", DIALECTS, ids=lambda dialect: dialect.name)
+def test_tables_speak_of_options_that_exist(dialect):
+    options = {*Config().flat(), "gamma", "fp32"}
+    for key, rule in dialect.table.items():
+        named = {rule} if isinstance(rule, str) else set(getattr(rule, "options", ()))
+        assert named <= options, key
+        assert isinstance(rule, str) or rule.__class__ in (Translated, Only) or rule.reason, key
+
+
+def test_every_setting_of_megatron_core_is_known_to_the_bridge_table():
+    from megatron.core.distributed import DistributedDataParallelConfig
+    from megatron.core.optimizer import OptimizerConfig
+    from megatron.core.transformer import TransformerConfig
+
+    sections = {"model.": TransformerConfig, "optimizer.": OptimizerConfig, "ddp.": DistributedDataParallelConfig}
+    names = [prefix + field.name for prefix, section in sections.items() for field in fields(section)]
+    assert len(names) > 200
+    assert [name for name in names if not any(fnmatchcase(name, key) for key in BRIDGE.table)] == []
+
+
+def test_overrides_win_and_may_be_new_keys():
+    config, report = load_nemo_config(
+        CONFIGS / "aligner_dpo.yaml",
+        ["model.optim.lr=1e-6", "++model.simpo.label_smoothing=0.1", "+model.context_parallel_size=2"],
+    )
+    assert (config.optimizer.lr, config.objective.label_smoothing) == (1e-6, 0.1)
+    assert config.parallel.context_parallel_size == 2
+    assert report.taken["model.context_parallel_size"] == "context_parallel_size=2"
+
+
+def test_a_simpo_key_wins_over_what_the_dialect_says_and_the_report_says_so():
+    config, report = load_nemo_config(
+        CONFIGS / "aligner_dpo.yaml",
+        ["model.simpo.lr=3e-7", "model.simpo.max_length=512", "model.simpo.max_prompt_length=256"],
+    )
+    assert (config.optimizer.lr, config.pairs.max_length, config.pairs.max_prompt_length) == (3e-7, 512, 256)
+    assert config.batch.tokens_per_microbatch == 2 * 2 * 512
+    assert report.ignored["model.optim.lr"] == "model.simpo.* decides"
+    assert report.ignored["model.encoder_seq_length"] == "model.simpo.* decides"
+
+
+def test_epochs_as_a_simpo_key_put_the_dialects_steps_away():
+    config, report = load_nemo_config(
+        CONFIGS / "aligner_dpo.yaml", ["model.simpo.epochs=2", "model.simpo.lr_warmup_fraction=0.1"]
+    )
+    assert (config.optimizer.epochs, config.optimizer.train_iters) == (2, None)
+    assert report.ignored["trainer.dpo.max_steps"] == "model.simpo.* decides"
+
+
+@pytest.mark.parametrize("steps", [1, 3, 7, 28, 29, 57, 99, 199])
+def test_warmup_steps_survive_the_way_over_a_share(steps):
+    config, _ = load_nemo_config(
+        CONFIGS / "aligner_dpo.yaml", ["trainer.dpo.max_steps=200", f"model.optim.sched.warmup_steps={steps}"]
+    )
+    assert math.ceil(config.optimizer.lr_warmup_fraction * 200) == steps
+
+
+def test_a_child_file_replaces_a_section_marked_override(tmp_path):
+    (tmp_path / "grandparent.yaml").write_text("policy: {model_name: a}\ndata: {dataset_name: x, num_workers: 3}\n")
+    (tmp_path / "parent.yaml").write_text("defaults: grandparent.yaml\ndpo: {seed: 1, max_num_steps: 5}\n")
+    (tmp_path / "child.yaml").write_text(
+        "defaults: [parent.yaml]\ndata: {_override_: true, num_workers: 4}\ndpo: {seed: 2}\n"
+    )
+    assert read_flat(tmp_path / "child.yaml", []) == {
+        "policy.model_name": "a",
+        "data.num_workers": 4,
+        "dpo.seed": 2,
+        "dpo.max_num_steps": 5,
+    }
+
+
+def test_files_that_name_each_other_are_refused(tmp_path):
+    (tmp_path / "a.yaml").write_text("defaults: b.yaml\n")
+    (tmp_path / "b.yaml").write_text("defaults: a.yaml\n")
+    with pytest.raises(ConfigError, match=r"a\.yaml: found itself among the parents"):
+        load_nemo_config(tmp_path / "a.yaml")
+
+
+REFUSED = {
+    "unknown key": (["model.optim.lrr=1"], "unknown key 'model.optim.lrr' .* nearest known is 'model.optim.lr'"),
+    "unknown SimPO key": (["model.simpo.betta=1"], "model.simpo.betta: unknown key 'betta'; did you mean 'beta'"),
+    "text for a number": (["model.optim.lr=fast"], 'model.optim.lr: lr: found "fast"'),
+    "fp16": (["trainer.precision=16"], "trainer.precision: found 16, expected one of bf16"),
+    "LoRA": (["model.peft.peft_scheme=lora"], "peft_scheme: found lora, expected none or false: all weights"),
+    "frozen layers": (["+model.freeze_updates.enabled=true"], "freeze_updates.enabled: found true, expected none or"),
+    "one option twice": (["+model.simpo.tp=2", "+model.simpo.tensor_model_parallel_size=2"], "found twice, first in"),
+    "two lengths": (["model.data.seq_length=512"], "max_length: found 512, and 1024 in .*encoder_seq_length"),
+    "not given": (["model.optim.lr=${nowhere}"], r"model.optim.lr: found \$\{nowhere\} .* or give model.simpo.lr"),
+    "not an override": (["lr"], "command line: found 'lr', expected key=value"),
+    "hydra's deletion": (["~model.fp8=1"], "command line: found '~model.fp8=1', expected key=value"),
+    "broken override": (["model.optim.betas=[0.9"], "command line: an override's value is not YAML"),
+    "warm-up of unknown length": (["trainer.dpo.max_steps=-1"], "found 28 steps .* trainer.dpo.max_steps above 0"),
+    "unknown schedule": (["model.optim.sched.name=Noam"], "sched.name: found 'Noam', expected CosineAnnealing or"),
+    "another optimizer": (["model.optim.name=adafactor"], "optim.name: found 'adafactor', expected an AdamW"),
+    "token ids": (["model.data.data_impl=mmap"], "data_impl: found 'mmap', expected jsonl"),
+    "out of range": (["model.simpo.beta=-1"], "aligner_dpo.yaml: model.simpo.beta: beta: found -1"),
+    "gamma twice": (["model.simpo.gamma_beta_ratio=0.5"], "found both gamma_beta_ratio and gamma"),
+}
+
+
+@pytest.mark.parametrize("mistake", REFUSED)
+def test_a_mistake_is_named_with_its_key_and_what_to_do(mistake):
+    overrides, expected = REFUSED[mistake]
+    assert re.search(expected, refusal("aligner_dpo.yaml", *overrides))
+
+
+def test_other_dialects_refuse_what_cannot_be_had():
+    assert "policy.megatron_cfg.enabled=true" in refusal("rl_base.yaml", "policy.dtensor_cfg.enabled=false")
+    assert "found 'HelpSteer3'" in refusal(
+        "rl_base.yaml", "policy.megatron_cfg.enabled=true", "policy.dtensor_cfg.enabled=false"
+    )
+    assert "a NeMo checkpoint is not read" in refusal("nemo2_finetune.yaml", "simpo.model=null")
+    assert "peft._target_: found nemo.LoRA" in refusal("nemo2_finetune.yaml", "peft={_target_: nemo.LoRA}")
+    assert "expected the folder of checkpoint.save, 'runs/bridge'" in refusal(
+        "bridge_container.yaml", "checkpoint.load=elsewhere"
+    )
+    assert "expected one of bf16_mixed" in refusal("bridge_container.yaml", "mixed_precision=fp16_mixed")
+
+
+def test_megatron_bridges_named_precision():
+    config, _ = load_nemo_config(
+        CONFIGS / "bridge_container.yaml", ["mixed_precision=bf16_with_fp8_current_scaling_mixed"]
+    )
+    assert (config.precision.bf16, config.precision.fp8_recipe) == (True, "tensorwise")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("lr: 1e-6\n", "of no dialect known here"),
+        ("- a\n", "found a list"),
+        ("model: [\n", "not valid YAML"),
+        ("a: 1\na: 2\n", "not valid YAML"),
+        ("model: !!python/object/apply:os.system ['true']\n", "not valid YAML"),
+        ("model: {a: '${b', c: 1}\n", "not a configuration OmegaConf can read|of no dialect"),
+        ("defaults:\n  - model: llama\nmodel: {lr: 1}\n", "defaults: found {'model': 'llama'}"),
+        ("defaults: 3\nmodel: {lr: 1}\n", "defaults: found 3, expected file names"),
+        ("defaults: nowhere\n", r"nowhere\.yaml: cannot be read"),
+    ],
+)
+def test_files_that_are_no_configuration(tmp_path, text, expected):
+    path = tmp_path / "file.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=expected) as refused:
+        load_nemo_config(path)
+    assert "\n" not in str(refused.value)
+
+
+def test_resolvers_of_others_stay_and_ours_go():
+    OmegaConf.register_new_resolver("multiply", lambda a, b: a * b, replace=True)
+    try:
+        load_nemo_config(CONFIGS / "aligner_dpo.yaml")
+        assert OmegaConf.has_resolver("multiply")
+        assert not OmegaConf.has_resolver("int_div")
+    finally:
+        OmegaConf.clear_resolver("multiply")
+
+
+def test_without_omegaconf_it_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "omegaconf", None)
+    assert "pip install 'simpo-megatron[nemo]'" in refusal("aligner_dpo.yaml")
+
+
+def test_nothing_a_file_names_is_imported():
+    script = (
+        "import sys; from simpo_megatron.nemo import load_nemo_config; "
+        f"load_nemo_config({str(CONFIGS / 'nemo2_finetune.yaml')!r}); "
+        "print([name for name in ('nemo', 'megatron', 'lightning') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False)
+    assert done.stdout.strip() == "[]", done.stderr
