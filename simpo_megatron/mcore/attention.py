@@ -162,17 +162,26 @@ class SegmentedAttention(torch.nn.Module):
         no real token sees it.
         """
         layout = packed_seq_params or MicrobatchLayout()
-        segments = layout.segments or (Segment(0, len(query_SBAD), 0, 0),)
-        outputs = []
-        for segment in segments:
-            own = slice(segment.start, segment.end)
-            prefix = slice(segment.prefix_start, segment.prefix_end)
-            key, value = key_SBGD[own], value_SBGD[own]
-            if segment.prefix_end > segment.prefix_start:
-                key, value = torch.cat((key_SBGD[prefix], key)), torch.cat((value_SBGD[prefix], value))
-            mask = layout.mask(segment, self.window, query_SBAD.device)
-            outputs.append(self._attend(query_SBAD[own], key, value, mask))
-        return _merge_heads(torch.cat(outputs, dim=2) if len(outputs) > 1 else outputs[0])
+        if layout.segments is None:
+            whole = Segment(0, len(query_SBAD), 0, 0)
+            mask = layout.mask(whole, self.window, query_SBAD.device)
+            return _merge_heads(self._attend(query_SBAD, key_SBGD, value_SBGD, mask))
+        # One gather and one split for all segments: a slice each would cost the backward a zeroed pack per slice.
+        rows_T = layout.variable_lengths(query_SBAD.device).key_rows_T
+        num_queries = [s.end - s.start for s in layout.segments]
+        num_keys = [s.prefix_end - s.prefix_start + n for s, n in zip(layout.segments, num_queries, strict=True)]
+        parts = zip(
+            layout.segments,
+            query_SBAD.split(num_queries),
+            key_SBGD.index_select(0, rows_T).split(num_keys),
+            value_SBGD.index_select(0, rows_T).split(num_keys),
+            strict=True,
+        )
+        outputs = [
+            self._attend(query, key, value, layout.mask(segment, self.window, query.device))
+            for segment, query, key, value in parts
+        ]
+        return _merge_heads(torch.cat(outputs, dim=2))
 
     def _attend(self, query_LBAD: Tensor, key_TBGD: Tensor, value_TBGD: Tensor, mask_LT: Tensor | None) -> Tensor:
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query_LBAD, key_TBGD, value_TBGD))
