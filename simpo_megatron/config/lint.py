@@ -16,14 +16,20 @@ def lint(config: Config) -> list[str]:
         return []
     lr, pairs = config.optimizer.lr, config.batch.global_batch_size
     warnings = _simpo_warnings(config.objective) if isinstance(config.objective, SimPOObjective) else []
-    if lr >= 1e-5:
+    if config.lora.lora_rank is not None:
+        if lr < 1e-6:
+            warnings.append(
+                f"lr {lr:g} with adapters: they take about ten times a full model's; alignment-handbook's "
+                "zephyr-7b-dpo-qlora (DPO, no SimPO run is published) uses 5e-6"
+            )
+    elif lr >= 1e-5:
         warnings.append(f"lr {lr:g}: published runs use 3e-7 to 1e-6; at 1e-5 models fell into repetition")
     if pairs != 128:
         warnings.append(
             f"global_batch_size {pairs}: published runs use 128; one user saw AlpacaEval 2 fall from 50.3 at "
             "128 to 34.8 at 1024"
         )
-    if config.model.hidden_dropout > 0 or config.model.attention_dropout > 0:
+    if max(config.model.hidden_dropout, config.model.attention_dropout, config.lora.lora_dropout) > 0:
         warnings.append("dropout: published runs switch it off; it makes a pair's responses incomparable")
     return warnings
 

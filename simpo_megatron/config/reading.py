@@ -14,6 +14,7 @@ from pathlib import Path
 
 import yaml
 
+from simpo_megatron.config.checks import require
 from simpo_megatron.config.options import (
     ALIASES,
     EXCLUSIVE,
@@ -25,7 +26,7 @@ from simpo_megatron.config.options import (
     refuse_both,
 )
 from simpo_megatron.config.presets import PRESETS
-from simpo_megatron.config.sections import DEMO, OBJECTIVES, Config, require
+from simpo_megatron.config.sections import DEMO, OBJECTIVES, Config
 from simpo_megatron.errors import ConfigError
 
 _MAX_YAML_BYTES = 1 << 20

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from simpo_megatron.config.checks import require
 from simpo_megatron.config.presets import PRESETS
-from simpo_megatron.config.sections import Config, require
+from simpo_megatron.config.sections import Config
 from simpo_megatron.errors import ConfigError
 
 # Rows and columns of Transformer Engine's matrix products come in multiples of this.
@@ -114,6 +115,8 @@ def _check_model(config: Config, model: Mapping[str, Any]) -> None:
         ep,
         f"a divisor of the model's experts, of which it has {experts}",
     )
+    rank, side = config.lora.lora_rank, min(model["hidden_size"], width)
+    require((rank or 1) <= side, "lora_rank", rank, f"at most {side}, the shorter side of the model's layers")
 
 
 def _check_batches(config: Config, layout: Layout) -> None:

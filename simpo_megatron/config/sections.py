@@ -15,8 +15,9 @@ import typing
 from dataclasses import asdict, dataclass, field, fields
 from typing import Literal
 
+from simpo_megatron.config.checks import require, require_positive, require_writable_name
+from simpo_megatron.config.lora import LoRAConfig
 from simpo_megatron.data import BatchOptions, PairOptions
-from simpo_megatron.errors import ConfigError
 from simpo_megatron.loss import CPOObjective, ORPOObjective, SimPOObjective
 from simpo_megatron.parallel import ParallelSizes
 
@@ -25,32 +26,6 @@ OBJECTIVES: dict[str, type[Objective]] = {kind().objective: kind for kind in typ
 """The objectives by the names that users give them; the first is the default."""
 
 DEMO = "demo"  # as `model` or `data`: the tiny model and the preference pairs that come with the package
-_MAX_PATH_LENGTH = 1000
-
-
-def require(holds: bool, key: str, found: object, expected: str) -> None:
-    """Raises: ConfigError, the one line a user reads, unless `holds`."""
-    if not holds:
-        raise ConfigError(f"{key}: found {found!r}, expected {expected}")
-
-
-def _require_positive(section: object, *keys: str) -> None:
-    for key in keys:
-        found = getattr(section, key)
-        require(found is None or found > 0, key, found, "a number above 0")
-
-
-def _require_writable_name(section: object, *keys: str) -> None:
-    """A folder or name that a log line, a URL and a shell command can carry."""
-    for key in keys:
-        found = getattr(section, key)
-        if found is None:
-            continue
-        # A quotation cut short: the name itself may be what makes a log unreadable.
-        shown = found if len(found) <= 60 else found[:60] + "..."
-        require(0 < len(found) <= _MAX_PATH_LENGTH, key, shown, f"1 to {_MAX_PATH_LENGTH} characters")
-        require(found.isprintable(), key, shown, "no line breaks or control characters")
-        require(".." not in re.split(r"[/\\]", found), key, shown, "a folder written without '..'")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +46,7 @@ class ModelConfig:
     """Dropout on attention weights; off for the same reason."""
 
     def __post_init__(self) -> None:
-        _require_writable_name(self, "export_hf")
+        require_writable_name(self, "export_hf")
         for key in ("hidden_dropout", "attention_dropout"):
             found = getattr(self, key)
             require(0 <= found < 1, key, found, "a number from 0 up to, not including, 1")
@@ -119,7 +94,7 @@ class ParallelConfig:
         )
 
     def __post_init__(self) -> None:
-        _require_positive(
+        require_positive(
             self,
             "tensor_model_parallel_size",
             "pipeline_model_parallel_size",
@@ -181,7 +156,7 @@ class RecomputeConfig:
     """With selective: the parts of a layer to recompute, by megatron-core's names (core_attn, mlp, ...)."""
 
     def __post_init__(self) -> None:
-        _require_positive(self, "recompute_num_layers")
+        require_positive(self, "recompute_num_layers")
         if self.recompute_granularity == "full":
             object.__setattr__(self, "recompute_method", self.recompute_method or "uniform")
             object.__setattr__(self, "recompute_num_layers", self.recompute_num_layers or 1)
@@ -210,7 +185,7 @@ class DataConfig:
     """Folder for tokenised data, made once and shared by all runs; beside the run's folder when not given."""
 
     def __post_init__(self) -> None:
-        _require_writable_name(self, "data_cache")
+        require_writable_name(self, "data_cache")
         require(0 <= self.valid_fraction < 1, "valid_fraction", self.valid_fraction, "a share in [0, 1)")
 
 
@@ -234,7 +209,7 @@ class BatchConfig:
     """Pairs per microbatch with --no-packing."""
 
     def __post_init__(self) -> None:
-        _require_positive(self, "global_batch_size", "micro_batch_size", "tokens_per_microbatch")
+        require_positive(self, "global_batch_size", "micro_batch_size", "tokens_per_microbatch")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -275,7 +250,7 @@ class OptimizerConfig:
     """Optimizer steps, instead of epochs."""
 
     def __post_init__(self) -> None:
-        _require_positive(self, "lr", "adam_eps", "epochs", "train_iters")
+        require_positive(self, "lr", "adam_eps", "epochs", "train_iters")
         require(0 <= self.min_lr <= self.lr, "min_lr", self.min_lr, f"a number from 0 to lr ({self.lr})")
         for key in ("lr_warmup_fraction", "adam_beta1", "adam_beta2"):
             found = getattr(self, key)
@@ -323,8 +298,8 @@ class RunConfig:
     """Project on Weights & Biases; its key comes from the environment and is never stored."""
 
     def __post_init__(self) -> None:
-        _require_writable_name(self, "save", "tensorboard_dir", "wandb_project")
-        _require_positive(self, "save_interval", "eval_interval", "log_interval", "keep_checkpoints")
+        require_writable_name(self, "save", "tensorboard_dir", "wandb_project")
+        require_positive(self, "save_interval", "eval_interval", "log_interval", "keep_checkpoints")
         require(0 <= self.seed < 2**31, "seed", self.seed, "a whole number from 0 to 2147483647")
         require(
             re.fullmatch(r"latest|required|none|[0-9]{1,9}", self.resume) is not None,
@@ -352,6 +327,7 @@ class Config:
 
     objective: Objective = field(default_factory=SimPOObjective)
     model: ModelConfig = field(default_factory=ModelConfig)
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
     data: DataConfig = field(default_factory=DataConfig)
     pairs: PairOptions = field(default_factory=PairOptions)
     batch: BatchConfig = field(default_factory=BatchConfig)

@@ -49,6 +49,7 @@ def export_hf(
 ) -> None:
     """Write the model as a Hugging Face folder that appears under `out_folder` only when it is whole.
 
+    Adapters are merged into what is written, each weight's sum taken in fp32; the model stays as it is.
     Every pipeline stage writes its own files, one tensor in memory at a time. Configuration, tokenizer and
     chat template come from `source_folder`; `model_card` becomes README.md. Called on every rank; those that
     hold a copy of another rank's weights return at once.
@@ -127,7 +128,10 @@ def gather_tensor(
     parts = []
     is_first = tp_group.rank() == 0
     for piece in pieces_of_tensor:
-        part = piece.view.reshape(piece.hf_shape).to(dtype).contiguous()
+        part = piece.view.reshape(piece.hf_shape)
+        if piece.added is not None:
+            part = part.float() + piece.added()
+        part = part.to(dtype).contiguous()
         if piece.layout.cut is not None and tp_group.size() > 1:
             slices = [torch.empty_like(part) for _ in range(tp_group.size())] if is_first else None
             dist.gather(part, slices, dst=dist.get_global_rank(tp_group, 0), group=tp_group)

@@ -13,12 +13,14 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from simpo_megatron.mcore.families import ModelDescription
+from simpo_megatron.mcore.lora import ADAPTER_SUFFIX, Adapter
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,8 @@ class Piece:
     first_row: int
     """Where the whole view's rows start in the tensor; above zero in fused tensors only."""
     layout: Layout
+    added: Callable[[], Tensor] | None = None
+    """fp32, of `hf_shape`: what an adapter adds to these elements; None without adapter."""
 
 
 def _model_rules(description: ModelDescription) -> tuple[Rule, ...]:
@@ -176,13 +180,18 @@ def hf_tensors(description: ModelDescription) -> dict[str, tuple[int, ...]]:
 def pieces(chunk: torch.nn.Module, description: ModelDescription, *, tp_size: int) -> list[Piece]:
     """Every parameter of this rank's GPTModel `chunk`, as the parts of the Hugging Face tensors it holds.
 
-    The head of a last pipeline stage, when tied, counts as the embedding, like the embedding itself.
+    The head of a last pipeline stage, when tied, counts as the embedding, like the embedding itself. An adapter is no
+    piece of its own: it comes with the pieces it adds to.
     """
-    return [
-        piece
-        for name, parameter in chunk.named_parameters()
-        for piece in pieces_of(chunk, name, parameter.detach(), description, tp_size=tp_size)
-    ]
+    adapters = {name: module for name, module in chunk.named_modules() if isinstance(module, Adapter)}
+    found = []
+    for name, parameter in chunk.named_parameters():
+        if name.rpartition(".")[0] in adapters:
+            continue
+        own = pieces_of(chunk, name, parameter.detach(), description, tp_size=tp_size)
+        adapter = adapters.get(name.removesuffix(".weight") + ADAPTER_SUFFIX)
+        found += own if adapter is None else _with_adapter(own, adapter, description)
+    return found
 
 
 def pieces_of(
@@ -197,6 +206,15 @@ def pieces_of(
         layer, rule = None, _by_parameter(_model_rules(description)).get(name)
     assert rule is not None, f"no rule for megatron's parameter {name} of family {description.family}"
     return _pieces_of(values, rule, layer, description, tp_size)
+
+
+def _with_adapter(pieces_of_weight: list[Piece], adapter: Adapter, description: ModelDescription) -> list[Piece]:
+    """The pieces, each with what its rows of B, laid out as the weight's, add to it."""
+    rows_of_B = pieces_of_weight[0].layout.views(adapter.lora_B.detach(), description)
+    return [
+        replace(piece, added=partial(adapter.added_weight, rows))
+        for piece, rows in zip(pieces_of_weight, rows_of_B, strict=True)
+    ]
 
 
 def _pieces_of(

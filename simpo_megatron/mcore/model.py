@@ -21,6 +21,7 @@ from simpo_megatron.loss import VocabShard, fused_linear_log_probs
 from simpo_megatron.mcore import device
 from simpo_megatron.mcore.attention import MicrobatchLayout
 from simpo_megatron.mcore.families import ModelDescription, padded_vocab_size
+from simpo_megatron.mcore.lora import add_adapters
 from simpo_megatron.mcore.precision import precision_options
 from simpo_megatron.mcore.specs import block_spec
 from simpo_megatron.parallel import ParallelGroups
@@ -65,10 +66,13 @@ class PreferenceGPTModel(GPTModel):
         """megatron's embedding and rotary frequencies, the latter put in the order of the pack's positions."""
         prepared = super()._preprocess(input_ids, position_ids, *args, **kwargs)
         layout = kwargs.get("packed_seq_params")
-        if not isinstance(layout, MicrobatchLayout) or layout.position_ids_S is None:
-            return prepared
         hidden, frequencies, *rest = prepared
-        return hidden, frequencies[layout.position_ids_S], *rest
+        if hidden is not None and torch.is_grad_enabled():
+            # After a frozen embedding, too: recomputation finds gradients only from an input that wants one.
+            hidden.requires_grad_()
+        if isinstance(layout, MicrobatchLayout) and layout.position_ids_S is not None:
+            frequencies = frequencies[layout.position_ids_S]
+        return hidden, frequencies, *rest
 
     def _postprocess(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Hidden states between stages; from the last, log-probs, or logits [B, S, v] without response tokens."""
@@ -138,7 +142,12 @@ def build_model(description: ModelDescription, config: Config, groups: ParallelG
         vp_stage = stage if num_chunks > 1 else None
         chunk = PreferenceGPTModel(
             mcore_config,
-            block_spec(mcore_config, vp_stage, transformer_engine=machine.has_cuda and machine.has_transformer_engine),
+            block_spec(
+                mcore_config,
+                vp_stage,
+                transformer_engine=machine.has_cuda and machine.has_transformer_engine,
+                fuse_norms=config.lora.lora_rank is None,
+            ),
             padded_vocab_size(description.vocab_size, groups.tp.size()),
             pre_process=groups.is_first_stage and stage == 0,
             post_process=groups.is_last_stage and stage == num_chunks - 1,
@@ -147,6 +156,8 @@ def build_model(description: ModelDescription, config: Config, groups: ParallelG
             **description.gpt,
         )
         _mark_divided_weights(chunk)
+        if config.lora.lora_rank is not None:
+            add_adapters(chunk, config.lora, tp_group=groups.tp, seed=config.run.seed)
         chunks.append(chunk.to(device.current_device()))
     return chunks
 

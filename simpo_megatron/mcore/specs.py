@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from megatron.core.extensions.transformer_engine import TENorm
+from megatron.core.extensions.transformer_engine import TEColumnParallelLinear, TENorm
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
@@ -43,8 +43,12 @@ def local_layer_spec(config: TransformerConfig) -> ModuleSpec:
     return spec
 
 
-def transformer_engine_layer_spec(config: TransformerConfig) -> ModuleSpec:
-    """One transformer layer of Transformer Engine's modules, which FP8 needs."""
+def transformer_engine_layer_spec(config: TransformerConfig, *, fuse_norms: bool = True) -> ModuleSpec:
+    """One transformer layer of Transformer Engine's modules, which FP8 needs.
+
+    Without `fuse_norms` the norms before attention and MLP are layers of their own, as adapters need them: of a layer
+    that fuses its norm, nobody else sees the normed input.
+    """
     from simpo_megatron.mcore.te_attention import TESegmentedAttention
 
     spec = get_gpt_layer_with_transformer_engine_spec(
@@ -52,17 +56,21 @@ def transformer_engine_layer_spec(config: TransformerConfig) -> ModuleSpec:
         moe_grouped_gemm=config.moe_grouped_gemm,
         qk_layernorm=config.qk_layernorm,
     )
-    spec.submodules.self_attention.submodules.core_attention = TESegmentedAttention
+    layer = spec.submodules
+    layer.self_attention.submodules.core_attention = TESegmentedAttention
+    if not fuse_norms:
+        layer.input_layernorm = layer.pre_mlp_layernorm = TENorm
+        layer.self_attention.submodules.linear_qkv = layer.mlp.submodules.linear_fc1 = TEColumnParallelLinear
     return spec
 
 
 def block_spec(
-    config: TransformerConfig, vp_stage: int | None, *, transformer_engine: bool
+    config: TransformerConfig, vp_stage: int | None, *, transformer_engine: bool, fuse_norms: bool = True
 ) -> TransformerBlockSubmodules:
     """The decoder of this rank's (virtual) pipeline stage: its layers and the norm that ends the last stage."""
     num_layers = get_num_layers_to_build(config, vp_stage)
     if transformer_engine:
-        layer, norm = transformer_engine_layer_spec(config), TENorm
+        layer, norm = transformer_engine_layer_spec(config, fuse_norms=fuse_norms), TENorm
     else:
         layer, norm = local_layer_spec(config), RMSNorm
     return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=norm)

@@ -203,14 +203,16 @@ def _describe(config: Config, job: Job) -> dict[str, Any]:
     """What a run is, as JSON values: what a resume compares, the layout, and all options."""
     description, options = job.plan.description, config.flat()
     identity = json.dumps(tokenizer_identity(job.tokenizer, config.pairs), sort_keys=True)
-    training = ("hidden_dropout", "attention_dropout", "global_batch_size", "seed")
+    training = ("hidden_dropout", "attention_dropout", "lora_dropout", "global_batch_size", "seed")
     schedule = {key: value for key, value in asdict(config.optimizer).items() if key != "epochs"}
+    adapters = ("lora_rank", "lora_alpha", "lora_targets") if config.lora.lora_rank else ()
     facts = {
         "model": {
             "family": description.family,
             "vocab_size": description.vocab_size,
             **description.transformer,
             **description.gpt,
+            **{key: options[key] for key in adapters},
         },
         "precision": {key: options[key] for key in ("bf16", "use_distributed_optimizer")},
         "inputs": {

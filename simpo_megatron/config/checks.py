@@ -1,0 +1,35 @@
+"""What the sections check their fields with."""
+
+from __future__ import annotations
+
+import re
+
+from simpo_megatron.errors import ConfigError
+
+_MAX_PATH_LENGTH = 1000
+
+
+def require(holds: bool, key: str, found: object, expected: str) -> None:
+    """Raises: ConfigError, the one line a user reads, unless `holds`."""
+    if not holds:
+        raise ConfigError(f"{key}: found {found!r}, expected {expected}")
+
+
+def require_positive(section: object, *keys: str) -> None:
+    """Raises: ConfigError for the first of the section's `keys` that is given and not above 0."""
+    for key in keys:
+        found = getattr(section, key)
+        require(found is None or found > 0, key, found, "a number above 0")
+
+
+def require_writable_name(section: object, *keys: str) -> None:
+    """Raises: ConfigError for the first folder or name that a log line, a URL and a shell command cannot carry."""
+    for key in keys:
+        found = getattr(section, key)
+        if found is None:
+            continue
+        # A quotation cut short: the name itself may be what makes a log unreadable.
+        shown = found if len(found) <= 60 else found[:60] + "..."
+        require(0 < len(found) <= _MAX_PATH_LENGTH, key, shown, f"1 to {_MAX_PATH_LENGTH} characters")
+        require(found.isprintable(), key, shown, "no line breaks or control characters")
+        require(".." not in re.split(r"[/\\]", found), key, shown, "a folder written without '..'")

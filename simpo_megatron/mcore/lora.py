@@ -1,0 +1,201 @@
+"""Low-rank adapters (LoRA) beside megatron's parallel linear layers: y = W x + scale * B A x, W frozen.
+
+Of a column-parallel layer, A is replicated over tp and B is divided with the layer's outputs; of a row-parallel
+layer, A is divided with the layer's inputs and B is replicated. What crosses ranks is then always A x, of width r,
+never an activation of the model's width. linear_qkv and linear_fc1 share one A among query, key and value (gate and
+up) because megatron joins them in one layer; their B has the rows of the layer's weight, in its order.
+
+An adapter adds to its layer's output in a forward hook, so that the layer itself stays megatron's or Transformer
+Engine's own, with its parameters' names. It is a sibling of the layer, which knows nothing of it.
+
+Shapes: S sequence (this rank's part under sequence parallelism), B batch, I and O this rank's inputs and outputs of
+the layer, r rank.
+
+Source: arXiv 2106.09685, equation 3 and section 4.1.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+
+import torch
+import torch.nn.functional as F
+from megatron.core.tensor_parallel import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+    get_cuda_rng_tracker,
+    reduce_from_tensor_model_parallel_region,
+    reduce_scatter_to_sequence_parallel_region,
+    set_tensor_model_parallel_attributes,
+)
+from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from simpo_megatron.config.lora import LoRAConfig
+
+ADAPTER_SUFFIX = "_adapter"
+"""What the name of an adapter adds to its layer's."""
+
+
+class Adapter(torch.nn.Module):
+    """A [r, I] and B [O, r] of one layer, and what both kinds of layers have in common."""
+
+    divided: str
+    """Which of the two is divided over tp, along its longer dimension."""
+
+    def __init__(
+        self,
+        weight_OI: Tensor,
+        settings: LoRAConfig,
+        *,
+        tp_group: ProcessGroup,
+        sequence_parallel: bool,
+        is_gated: bool,
+        draw: torch.Generator,
+    ) -> None:
+        """Parameters in the dtype of `weight_OI`: B zero, A as `initial_A` draws it; `is_gated`: B is [gate, up]."""
+        super().__init__()
+        num_outputs, num_inputs = weight_OI.shape
+        rank = settings.lora_rank
+        self.scale, self.dropout = settings.scale, settings.lora_dropout
+        self.tp_group, self.sequence_parallel, self.is_gated = tp_group, sequence_parallel, is_gated
+        like = {"dtype": weight_OI.dtype, "device": weight_OI.device}
+        whole_A = initial_A(rank, num_inputs * (tp_group.size() if self.divided == "lora_A" else 1), draw)
+        first = tp_group.rank() * num_inputs if self.divided == "lora_A" else 0
+        self.lora_A = torch.nn.Parameter(whole_A[:, first : first + num_inputs].to(**like).contiguous())
+        self.lora_B = torch.nn.Parameter(torch.zeros(num_outputs, rank, **like))
+        divided, replicated = self.lora_A, self.lora_B
+        if self.divided == "lora_B":
+            divided, replicated = replicated, divided
+        set_tensor_model_parallel_attributes(divided, True, self._divided_dimension, 1)
+        # Under sequence parallelism each rank sees its own tokens only: finalize_model_grads sums over tp by this mark.
+        replicated.sequence_parallel = sequence_parallel
+
+    @property
+    def _divided_dimension(self) -> int:
+        return 0 if self.divided == "lora_B" else 1
+
+    def add_to(self, layer: torch.nn.Module, inputs: tuple, outputs: tuple) -> tuple:
+        """The layer's forward hook: its (output, bias) with the adapter's share in the output."""
+        output, bias = outputs
+        return self(inputs[0], output), bias
+
+    def _sum(self, output_SBO: Tensor, low_SBr: Tensor) -> Tensor:
+        """output + scale * B low, in one product."""
+        added = torch.addmm(output_SBO.flatten(0, 1), low_SBr.flatten(0, 1), self.lora_B.t(), alpha=self.scale)
+        return added.view_as(output_SBO)
+
+    def _dropped(self, input_SBI: Tensor, *, same_on_all_ranks: bool) -> Tensor:
+        if not self.training or self.dropout == 0:
+            return input_SBI
+        if same_on_all_ranks:
+            return F.dropout(input_SBI, self.dropout)
+        with get_cuda_rng_tracker().fork():
+            return F.dropout(input_SBI, self.dropout)
+
+    @torch.no_grad()
+    def added_weight(self, rows_of_B: Tensor) -> Tensor:
+        """fp32 [rows, I]: what is added to the rows of the layer's weight that `rows_of_B` [..., r] belong to."""
+        return self.scale * (rows_of_B.reshape(-1, self.lora_A.shape[0]).float() @ self.lora_A.float())
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
+        """A and B with their places in the whole, as megatron's dist_checkpointing asks for them."""
+        state = make_sharded_tensors_for_checkpoint(
+            self.state_dict(keep_vars=True),
+            prefix,
+            {self.divided: self._divided_dimension},
+            sharded_offsets,
+            tp_group=self.tp_group,
+            dp_cp_group=metadata["dp_cp_group"],
+        )
+        if self.is_gated:
+            name = f"{prefix}lora_B"
+            singly = metadata.get("singleton_local_shards", False)
+            state[name] = apply_swiglu_sharded_factory(state[name], sharded_offsets, singly)
+        return state
+
+
+class ColumnParallelAdapter(Adapter):
+    """Beside a layer whose outputs are divided over tp; its inputs are replicated or divided along the sequence."""
+
+    divided = "lora_B"
+
+    def forward(self, input_SBI: Tensor, output_SBO: Tensor) -> Tensor:
+        """[S, B, O]: `output_SBO` plus this rank's outputs of the adapter.
+
+        Collectives, over tp: backward one all-reduce of [S, B, r]; with sequence parallelism an all-gather of
+        [S, B, r] in the forward and a reduce-scatter in the backward instead.
+        """
+        dropped_SBI = self._dropped(input_SBI, same_on_all_ranks=not self.sequence_parallel)
+        low_SBr = F.linear(dropped_SBI, self.lora_A)
+        if self.sequence_parallel:
+            low_SBr = gather_from_sequence_parallel_region(low_SBr, group=self.tp_group)
+        else:
+            low_SBr = copy_to_tensor_model_parallel_region(low_SBr, group=self.tp_group)
+        return self._sum(output_SBO, low_SBr)
+
+
+class RowParallelAdapter(Adapter):
+    """Beside a layer whose inputs are divided over tp; its outputs are replicated or divided along the sequence."""
+
+    divided = "lora_A"
+
+    def forward(self, input_SBI: Tensor, output_SBO: Tensor) -> Tensor:
+        """[S, B, O]: `output_SBO` plus the adapter's outputs.
+
+        Collectives, over tp: forward one all-reduce of [S, B, r]; with sequence parallelism a reduce-scatter in the
+        forward and an all-gather in the backward instead.
+        """
+        low_SBr = F.linear(self._dropped(input_SBI, same_on_all_ranks=False), self.lora_A)
+        if self.sequence_parallel:
+            low_SBr = reduce_scatter_to_sequence_parallel_region(low_SBr, group=self.tp_group)
+        else:
+            low_SBr = reduce_from_tensor_model_parallel_region(low_SBr, group=self.tp_group)
+        return self._sum(output_SBO, low_SBr)
+
+
+_PLACES: dict[str, tuple[str, type[Adapter]]] = {
+    "linear_qkv": ("self_attention", ColumnParallelAdapter),
+    "linear_proj": ("self_attention", RowParallelAdapter),
+    "linear_fc1": ("mlp", ColumnParallelAdapter),
+    "linear_fc2": ("mlp", RowParallelAdapter),
+}
+"""The part of a layer that holds a target, and the kind of adapter it gets."""
+
+
+def initial_A(rank: int, num_inputs: int, draw: torch.Generator) -> Tensor:
+    """fp32 [r, num_inputs] on the CPU, uniform within 1/sqrt(num_inputs), as PEFT starts."""
+    bound = 1 / math.sqrt(num_inputs)
+    return torch.empty(rank, num_inputs, device="cpu").uniform_(-bound, bound, generator=draw)
+
+
+def generator_of(seed: int, layer_number: int, target: str) -> torch.Generator:
+    """What draws the A of one layer, counted from 1: a function of these alone, so of no parallel layout."""
+    digest = hashlib.sha256(f"{seed} {layer_number} {target}".encode()).digest()
+    return torch.Generator(device="cpu").manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+def add_adapters(chunk: torch.nn.Module, settings: LoRAConfig, *, tp_group: ProcessGroup, seed: int) -> None:
+    """Freeze every parameter of the GPTModel `chunk` and give the chosen layers adapters, which alone are trained.
+
+    An adapter computes from what enters its layer: a layer that fuses its norm gets the norm's input, not its own.
+    """
+    chunk.requires_grad_(False)
+    for layer in chunk.decoder.layers:
+        for target in settings.lora_targets:
+            owner_name, kind = _PLACES[target]
+            owner = getattr(layer, owner_name)
+            linear = getattr(owner, target)
+            adapter = kind(
+                linear.weight,
+                settings,
+                tp_group=tp_group,
+                sequence_parallel=chunk.config.sequence_parallel,
+                is_gated=target == "linear_fc1" and chunk.config.gated_linear_unit,
+                draw=generator_of(seed, layer.layer_number, target),
+            )
+            owner.add_module(target + ADAPTER_SUFFIX, adapter)
+            linear.register_forward_hook(adapter.add_to)
