@@ -109,7 +109,7 @@ def _layer_rules(description: ModelDescription) -> tuple[Rule, ...]:
     hidden, ffn, head_dim = (arguments[key] for key in ("hidden_size", "ffn_hidden_size", "kv_channels"))
     num_heads, num_groups = arguments["num_attention_heads"], arguments["num_query_groups"]
     qkv_rows, query_rows = (num_heads + 2 * num_groups) * head_dim, num_heads * head_dim
-    norm = (hidden,)
+    norm, has_post_norms = (hidden,), arguments.get("post_layernorms", False)
     if description.family == "phi3":
         qkv, gate_up = ("self_attn.qkv_proj",) * 3, ("mlp.gate_up_proj",) * 2
     else:
@@ -127,7 +127,7 @@ def _layer_rules(description: ModelDescription) -> tuple[Rule, ...]:
         ("self_attention.linear_proj.weight", ("self_attn.o_proj",), COLUMNS, (hidden, query_rows), None),
         (
             "pre_mlp_layernorm.weight",
-            ("post_attention_layernorm",),
+            ("pre_feedforward_layernorm" if has_post_norms else "post_attention_layernorm",),
             REPLICATED,
             norm,
             "mlp.linear_fc1.layer_norm_weight",
@@ -147,6 +147,11 @@ def _layer_rules(description: ModelDescription) -> tuple[Rule, ...]:
         table += [
             ("self_attention.q_layernorm.weight", ("self_attn.q_norm",), REPLICATED, (head_dim,), None),
             ("self_attention.k_layernorm.weight", ("self_attn.k_norm",), REPLICATED, (head_dim,), None),
+        ]
+    if has_post_norms:
+        table += [
+            ("self_attention.linear_proj.post_layernorm.weight", ("post_attention_layernorm",), REPLICATED, norm, None),
+            ("mlp.linear_fc2.post_layernorm.weight", ("post_feedforward_layernorm",), REPLICATED, norm, None),
         ]
     return tuple(
         Rule(

@@ -30,6 +30,7 @@ from torch.distributed import ProcessGroup
 from simpo_megatron.errors import ConfigError, DataError
 from simpo_megatron.loss.log_probs import merge_shards
 from simpo_megatron.loss.rows import RowSelection
+from simpo_megatron.loss.softcap import SoftCap
 from simpo_megatron.loss.tokens import ResponseTokens, VocabShard, check_targets
 
 # The bf16 logits of 8,192 response rows of a 70B model's microbatch at tp 8, 263 MB, and room to work in.
@@ -45,6 +46,7 @@ def fused_linear_log_probs(
     vocab: VocabShard,
     tp_group: ProcessGroup | None,
     sequence_parallel: bool = False,
+    logit_softcap: float | None = None,
     logits_budget_bytes: int = DEFAULT_LOGITS_BUDGET_BYTES,
     accumulate_into_main_grad: bool = False,
 ) -> Tensor:
@@ -60,6 +62,7 @@ def fused_linear_log_probs(
         vocab: which token ids the weight's rows are; padding rows take no part and get a zero gradient.
         tp_group: the ranks that share the vocabulary; None for a whole vocabulary without process group.
         sequence_parallel: whether `hidden_SBH` is a part of the sequence.
+        logit_softcap: each logit becomes cap * tanh(logit / cap) before the softmax; None: it stays as it is.
         logits_budget_bytes: the most bytes of logits to hold, between forward and backward and while
             computing. What does not fit is computed again in the backward, for one GEMM more.
         accumulate_into_main_grad: add the weight gradient to `weight_vH.main_grad` where there is one, as
@@ -70,12 +73,13 @@ def fused_linear_log_probs(
     exchanges the selected rows, and the backward's collective returns to each rank the gradient of its own.
 
     Raises:
-        ConfigError: shapes or dtypes that do not fit together.
+        ConfigError: shapes or dtypes that do not fit together, or a cap that is no number above 0.
         DataError: a target outside the vocabulary, or rows unsorted or outside the sequence (on every rank).
     """
     _check_tensors(hidden_SBH, weight_vH, vocab, tp_group)
     num_local = hidden_SBH.shape[0] * hidden_SBH.shape[1]
     _check_tokens(tokens, num_local * (tp_group.size() if sequence_parallel and tp_group else 1), vocab)
+    softcap = None if logit_softcap is None else SoftCap(logit_softcap)
     selection = RowSelection.of(tokens.rows_N, num_local, group=tp_group, sharded=sequence_parallel)
     layout = _Layout.of(
         tokens.targets_N,
@@ -83,10 +87,11 @@ def fused_linear_log_probs(
         width=vocab.num_real(weight_vH.shape[0]),
         dtype=hidden_SBH.dtype,
         budget_bytes=logits_budget_bytes,
+        capped=softcap is not None,
         differentiable=torch.is_grad_enabled() and (hidden_SBH.requires_grad or weight_vH.requires_grad),
     )
     device = hidden_SBH.device
-    head = _Head(selection.to(device), layout.to(device), tp_group, accumulate_into_main_grad)
+    head = _Head(selection.to(device), layout.to(device), tp_group, softcap, accumulate_into_main_grad)
     return _FusedLinearLogProbs.apply(hidden_SBH, weight_vH, head)
 
 
@@ -116,7 +121,7 @@ class _Layout:
     width: int
 
     @classmethod
-    def of(cls, targets_N, vocab, *, width, dtype, budget_bytes, differentiable) -> _Layout:
+    def of(cls, targets_N, vocab, *, width, dtype, budget_bytes, capped, differentiable) -> _Layout:
         """Returns the layout for `width` real columns of logits of `dtype`."""
         num_bytes_column = max(targets_N.numel(), 1) * dtype.itemsize
         budget = budget_bytes // num_bytes_column
@@ -124,8 +129,9 @@ class _Layout:
         block_width = min(max(budget // 8, MIN_BLOCK_WIDTH), MAX_BLOCK_WIDTH)
         num_blocks = -(-width // block_width)
         block_width = -(-width // max(num_blocks, 1))
-        if dtype.itemsize < 4:
-            budget -= block_width * 4 // dtype.itemsize  # the block in work, once more in fp32
+        # The block in work, once more in fp32, and its slopes.
+        num_wide_blocks = (dtype.itemsize < 4) + capped
+        budget -= num_wide_blocks * block_width * max(4, dtype.itemsize) // dtype.itemsize
         num_kept = num_blocks if num_blocks * block_width <= budget else budget // max(block_width, 1) - 1
 
         column_N = targets_N - vocab.start
@@ -159,6 +165,7 @@ class _Head:
     selection: RowSelection
     layout: _Layout
     tp_group: ProcessGroup | None
+    softcap: SoftCap | None
     accumulate_into_main_grad: bool
 
 
@@ -168,14 +175,14 @@ class _FusedLinearLogProbs(torch.autograd.Function):
     A block's logits z become e = exp(z - shift) in place, with the running maximum of the row as shift; the
     softmax of the row is then e * exp(shift - lse), once lse is known. The backward never builds it: the
     factor goes to the [N, H] side of both GEMMs, and the one at the target is a row of W or of the hidden
-    states, so kept blocks are only ever read.
+    states, so kept blocks are only ever read. Under a soft cap what is kept is e times the cap's slope there.
     """
 
     @staticmethod
     def forward(ctx, hidden_SBH, weight_vH, head):
         layout = head.layout
         rows_NH = head.selection.gather(hidden_SBH)
-        work = _BlockWork(rows_NH, weight_vH, layout)
+        work = _BlockWork(rows_NH, weight_vH, head)
         sum_N = rows_NH.new_zeros(rows_NH.shape[0], dtype=work.dtype)
         # Finite, so that a row that is -inf so far subtracts to -inf and not to NaN.
         max_N = torch.full_like(sum_N, torch.finfo(work.dtype).min)
@@ -183,36 +190,43 @@ class _FusedLinearLogProbs(torch.autograd.Function):
         kept, shifts = [], []
         for index, block in enumerate(layout.blocks):
             keep = index < layout.num_kept
-            logits_Nb = work.logits(block, fresh=keep)
+            stored_Nb = work.logits(block, fresh=keep)
+            logits_Nb = work.capped(stored_Nb)
             token_n, column_n = layout.targets_in(block)
             target_N[token_n] = logits_Nb[token_n, column_n].to(work.dtype)
             shift_N = torch.maximum(max_N, logits_Nb.amax(1))
+            slopes_Nb = head.softcap.slope(logits_Nb) if keep and head.softcap else None
             exps_Nb = work.exponentials(logits_Nb, shift_N)
             sum_N = sum_N * torch.exp(max_N - shift_N) + exps_Nb.sum(1)
             max_N = shift_N
             if keep:
-                kept.append(logits_Nb if exps_Nb is logits_Nb else logits_Nb.copy_(exps_Nb))
+                exps_Nb = exps_Nb if slopes_Nb is None else exps_Nb.mul_(slopes_Nb)
+                kept.append(stored_Nb if exps_Nb is stored_Nb else stored_Nb.copy_(exps_Nb))
                 shifts.append(shift_N)
         lse_N, target_N = merge_shards(max_N + torch.log(sum_N), target_N, head.tp_group)
         ctx.head = head
         ctx.main_grad = getattr(weight_vH, "main_grad", None) if head.accumulate_into_main_grad else None
-        ctx.save_for_backward(hidden_SBH, weight_vH, rows_NH, lse_N, *kept, *shifts)
+        ctx.save_for_backward(hidden_SBH, weight_vH, rows_NH, lse_N, target_N, *kept, *shifts)
         return target_N - lse_N
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_N):
         head, layout = ctx.head, ctx.head.layout
-        hidden_SBH, weight_vH, rows_NH, lse_N, *saved = ctx.saved_tensors
+        hidden_SBH, weight_vH, rows_NH, lse_N, target_N, *saved = ctx.saved_tensors
         kept, shifts = saved[: layout.num_kept], saved[layout.num_kept :]
-        work = _BlockWork(rows_NH, weight_vH, layout)
-        hidden_grad = _HiddenGrad(work, grad_N) if ctx.needs_input_grad[0] else None
-        weight_grad = _WeightGrad(work, grad_N, ctx.main_grad) if ctx.needs_input_grad[1] else None
+        work = _BlockWork(rows_NH, weight_vH, head)
+        slope_N = head.softcap.slope(target_N) if head.softcap else None
+        hidden_grad = _HiddenGrad(work, grad_N, slope_N) if ctx.needs_input_grad[0] else None
+        weight_grad = _WeightGrad(work, grad_N, slope_N, ctx.main_grad) if ctx.needs_input_grad[1] else None
 
         for block in layout.blocks[layout.num_kept :]:
-            logits_Nb = work.logits(block, fresh=False)
+            stored_Nb = work.logits(block, fresh=False)
+            logits_Nb = work.capped(stored_Nb)
+            slopes_Nb = head.softcap.slope(logits_Nb) if head.softcap else None
             exps_Nb = work.exponentials(logits_Nb, lse_N)
-            exps_Nb = logits_Nb if exps_Nb is logits_Nb else logits_Nb.copy_(exps_Nb)
+            exps_Nb = exps_Nb if slopes_Nb is None else exps_Nb.mul_(slopes_Nb)
+            exps_Nb = stored_Nb if exps_Nb is stored_Nb else stored_Nb.copy_(exps_Nb)
             ones_N = torch.ones_like(lse_N)
             if hidden_grad:
                 hidden_grad.add(block, exps_Nb, ones_N)
@@ -240,8 +254,8 @@ class _FusedLinearLogProbs(torch.autograd.Function):
 class _BlockWork:
     """Logits and exponentials of one block at a time, in buffers that are allocated once."""
 
-    def __init__(self, rows_NH: Tensor, weight_vH: Tensor, layout: _Layout):
-        self.rows_NH, self.weight_vH, self.layout = rows_NH, weight_vH, layout
+    def __init__(self, rows_NH: Tensor, weight_vH: Tensor, head: _Head):
+        self.rows_NH, self.weight_vH, self.layout, self.softcap = rows_NH, weight_vH, head.layout, head.softcap
         self.dtype = torch.promote_types(rows_NH.dtype, torch.float32)
         self._buffers: dict[torch.dtype, Tensor] = {}
         self._rows: Tensor | None = None
@@ -251,6 +265,14 @@ class _BlockWork:
         shape = (self.rows_NH.shape[0], block.stop - block.start)
         out_Nb = self.rows_NH.new_empty(shape) if fresh else self._buffer(shape, self.rows_NH.dtype)
         return torch.mm(self.rows_NH, self.weight_vH[block.start : block.stop].t(), out=out_Nb)
+
+    def capped(self, logits_Nb: Tensor) -> Tensor:
+        """Returns the logits under the soft cap: the same without one, else in fp32 at least, like `exponentials`."""
+        if self.softcap is None:
+            return logits_Nb
+        in_place = logits_Nb.dtype == self.dtype
+        out_Nb = logits_Nb if in_place else self._buffer(logits_Nb.shape, self.dtype).copy_(logits_Nb)
+        return self.softcap.apply_(out_Nb)
 
     def exponentials(self, logits_Nb: Tensor, shift_N: Tensor) -> Tensor:
         """Returns exp(logits - shift) in fp32 at least: in place where the logits are, else in a buffer."""
@@ -276,10 +298,10 @@ class _BlockWork:
 
 
 class _HiddenGrad:
-    """Sums grad * (W[target] - softmax @ W) over blocks, in fp32 at least."""
+    """Sums grad * (W[target] - softmax @ W) over blocks, in fp32 at least; slope_N: the soft cap's at the target."""
 
-    def __init__(self, work: _BlockWork, grad_N: Tensor):
-        self.work, self.grad_N = work, grad_N
+    def __init__(self, work: _BlockWork, grad_N: Tensor, slope_N: Tensor | None):
+        self.work, self.grad_N, self.slope_N = work, grad_N, slope_N
         self.sum_NH = torch.zeros_like(work.rows_NH, dtype=work.dtype)
 
     def add(self, block: _Block, exps_Nb: Tensor, scale_N: Tensor) -> None:
@@ -287,7 +309,10 @@ class _HiddenGrad:
         product_NH = torch.mm(exps_Nb, weight_bH, out=self.work.rows_buffer())
         self.sum_NH.addcmul_(product_NH.to(self.sum_NH.dtype), scale_N[:, None], value=-1)
         token_n, column_n = self.work.layout.targets_in(block)
-        self.sum_NH.index_add_(0, token_n, weight_bH[column_n].to(self.sum_NH.dtype))
+        at_target_nH = weight_bH[column_n].to(self.sum_NH.dtype)
+        if self.slope_N is not None:
+            at_target_nH *= self.slope_N[token_n, None]
+        self.sum_NH.index_add_(0, token_n, at_target_nH)
 
     def result(self) -> Tensor:
         """Returns the gradient of the rows, [N, H] in their dtype, this rank's contribution."""
@@ -297,8 +322,9 @@ class _HiddenGrad:
 class _WeightGrad:
     """Collects the weight gradient, block by block, in a new tensor or on top of Megatron's `main_grad`."""
 
-    def __init__(self, work: _BlockWork, grad_N: Tensor, main_grad_vH: Tensor | None):
+    def __init__(self, work: _BlockWork, grad_N: Tensor, slope_N: Tensor | None, main_grad_vH: Tensor | None):
         self.work, self.grad_N, self.main_grad_vH = work, grad_N, main_grad_vH
+        self.target_grad_N = grad_N if slope_N is None else grad_N * slope_N
         self.out_vH = main_grad_vH
         if main_grad_vH is None:
             self.out_vH = torch.empty_like(work.weight_vH)
@@ -309,7 +335,7 @@ class _WeightGrad:
         token_n, column_n = work.layout.targets_in(block)
         out_bH = self.out_vH[block.start : block.stop]
         scaled_NH = torch.mul(work.rows_NH, -(self.grad_N * scale_N)[:, None], out=work.rows_buffer())
-        at_target_nH = work.rows_NH[token_n] * self.grad_N[token_n, None]
+        at_target_nH = work.rows_NH[token_n] * self.target_grad_N[token_n, None]
         keep_old = self.main_grad_vH is not None
         if out_bH.dtype == exps_Nb.dtype == work.dtype:
             torch.addmm(out_bH, exps_Nb.t(), scaled_NH, beta=int(keep_old), out=out_bH)

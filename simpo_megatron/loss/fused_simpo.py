@@ -23,6 +23,7 @@ def fused_linear_simpo(
     objective: SimPOObjective | None = None,
     vocab: VocabShard | None = None,
     tp_group: ProcessGroup | None = None,
+    logit_softcap: float | None = None,
     ignore_index: int = IGNORE_INDEX,
 ) -> PreferenceResult:
     """Returns the SimPO loss of padded rows, summed over pairs, and the sums of its metrics.
@@ -34,6 +35,7 @@ def fused_linear_simpo(
         objective: the objective and its constants; None: the paper's, `SimPOObjective()`.
         vocab: which token ids the weight's rows are; None: all of them.
         tp_group: the ranks that share the vocabulary; None without process group.
+        logit_softcap: as in `fused_linear_log_probs`.
         ignore_index: the label that marks a position without a token.
 
     Collectives: those of `fused_linear_log_probs`.
@@ -44,6 +46,8 @@ def fused_linear_simpo(
     """
     tokens = ResponseTokens.from_labels(labels_RS, ignore_index)
     vocab = vocab or VocabShard(start=0, size=weight_vH.shape[0])
-    logp_N = fused_linear_log_probs(hidden_RSH, weight_vH, tokens, vocab=vocab, tp_group=tp_group)
+    logp_N = fused_linear_log_probs(
+        hidden_RSH, weight_vH, tokens, vocab=vocab, tp_group=tp_group, logit_softcap=logit_softcap
+    )
     avg_R, counts_R = average_log_probs(logp_N, tokens.sequence_N, 2 * tokens.num_pairs)
     return preference_loss(avg_R, counts_R, objective=objective or SimPOObjective())

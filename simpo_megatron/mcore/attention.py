@@ -1,7 +1,7 @@
 """Core attention over packs in which chosen and rejected share their prompt, and the layout that describes a pack.
 
-Shapes: S sequence, B batch, L queries of a segment, T keys of a segment, A attention heads, G key/value groups, D head
-size; heads and groups are this tensor-parallel rank's.
+Shapes: S sequence, B batch, L queries of a segment, T keys of a segment, A attention heads, G key/value groups, R heads
+of a group, D head size; heads and groups are this tensor-parallel rank's.
 """
 
 from __future__ import annotations
@@ -141,6 +141,7 @@ class SegmentedAttention(torch.nn.Module):
     ) -> None:
         super().__init__()
         self.softmax_scale = softmax_scale
+        self.softcap = config.attn_logit_softcapping
         is_windowed = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)
         # megatron counts the keys to the left of a query; with its own they are one more.
         self.window = config.window_size[0] + 1 if is_windowed else None
@@ -185,16 +186,43 @@ class SegmentedAttention(torch.nn.Module):
 
     def _attend(self, query_LBAD: Tensor, key_TBGD: Tensor, value_TBGD: Tensor, mask_LT: Tensor | None) -> Tensor:
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query_LBAD, key_TBGD, value_TBGD))
+        dropout = self.dropout if self.training else 0.0
+        if self.softcap is not None:
+            return _capped_attention(query, key, value, mask_LT, self.softmax_scale, self.softcap, dropout)
         return F.scaled_dot_product_attention(
             query,
             key,
             value,
             attn_mask=mask_LT,
             is_causal=mask_LT is None,
-            dropout_p=self.dropout if self.training else 0.0,
+            dropout_p=dropout,
             scale=self.softmax_scale,
             enable_gqa=query.size(1) != key.size(1),
         )
+
+
+def _capped_attention(
+    query_BALD: Tensor,
+    key_BGTD: Tensor,
+    value_BGTD: Tensor,
+    mask_LT: Tensor | None,
+    scale: float | None,
+    cap: float,
+    dropout: float,
+) -> Tensor:
+    """[B, A, L, D], with scores held within `cap`, which no kernel of torch does; scores in fp32 at least.
+
+    Source: transformers.models.gemma2.modeling_gemma2.eager_attention_forward.
+    """
+    num_queries, size = query_BALD.shape[2:]
+    if mask_LT is None:
+        mask_LT = torch.ones(num_queries, num_queries, dtype=torch.bool, device=query_BALD.device).tril_()
+    scaled = query_BALD * (size**-0.5 if scale is None else scale)
+    scores_BGRLT = scaled.unflatten(1, (key_BGTD.size(1), -1)) @ key_BGTD[:, :, None].transpose(-1, -2)
+    scores_BGRLT = scores_BGRLT.to(torch.promote_types(scores_BGRLT.dtype, torch.float32))
+    scores_BGRLT = (cap * torch.tanh(scores_BGRLT / cap)).masked_fill(~mask_LT, -torch.inf)
+    weights_BGRLT = F.dropout(scores_BGRLT.softmax(dim=-1), dropout).to(value_BGTD.dtype)
+    return (weights_BGRLT @ value_BGTD[:, :, None]).flatten(1, 2)
 
 
 def _merge_heads(out_BASD: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch.nn.functional as F
+from torch import Tensor
 
 from simpo_megatron.errors import CheckpointError, ConfigError
 
@@ -56,7 +57,7 @@ def describe_hf_model(folder: str | Path) -> ModelDescription:
         gpt = {
             "position_embedding_type": "rope",
             **_rope_arguments(config),
-            "share_embeddings_and_output_weights": bool(config.get("tie_word_embeddings", False)),
+            "share_embeddings_and_output_weights": bool(config.get("tie_word_embeddings", family == "gemma2")),
             "max_sequence_length": _count(config, "max_position_embeddings"),
         }
         vocab_size = _count(config, "vocab_size")
@@ -112,11 +113,28 @@ def _transformer_arguments(config: dict[str, Any]) -> dict[str, Any]:
         "normalization": "RMSNorm",
         "layernorm_epsilon": epsilon,
         "gated_linear_unit": True,
-        "activation_func": F.silu,
+        "activation_func": _activation(config),
         "add_bias_linear": False,
         "add_qkv_bias": False,
         "qk_layernorm": False,
     }
+
+
+def gelu_tanh(gate: Tensor) -> Tensor:
+    """The gelu that transformers calls `gelu_pytorch_tanh`."""
+    return F.gelu(gate, approximate="tanh")
+
+
+_ACTIVATIONS = {"silu": F.silu, "swish": F.silu, "gelu_pytorch_tanh": gelu_tanh}
+_DEFAULT_ACTIVATIONS = {"hidden_activation": "gelu_pytorch_tanh"}
+
+
+def _activation(config: dict[str, Any]) -> Callable[[Tensor], Tensor]:
+    key = "hidden_activation" if config["model_type"] == "gemma2" else "hidden_act"
+    found = config.get(key, _DEFAULT_ACTIVATIONS.get(key))
+    if found not in _ACTIVATIONS:
+        raise ConfigError(f"{key} is {found!r}: only {', '.join(_ACTIVATIONS)} are supported")
+    return _ACTIVATIONS[found]
 
 
 def _llama(config: dict[str, Any]) -> dict[str, Any]:
@@ -135,6 +153,28 @@ def _mistral(config: dict[str, Any]) -> dict[str, Any]:
 
 def _phi3(config: dict[str, Any]) -> dict[str, Any]:
     return _same_window_everywhere(config, config.get("sliding_window"))
+
+
+def _gemma2(config: dict[str, Any]) -> dict[str, Any]:
+    _refuse(config, _GEMMA2_REFUSALS)
+    alternating = [(_FULL, _WINDOWED)[i % 2 == 0] for i in range(config["num_hidden_layers"])]
+    return {
+        "kv_channels": _count(config, "head_dim", default=256),
+        "softmax_scale": _count(config, "query_pre_attn_scalar", default=256) ** -0.5,
+        "layernorm_zero_centered_gamma": True,
+        "post_layernorms": True,
+        "embedding_multiplier": config["hidden_size"] ** 0.5,
+        "attn_logit_softcapping": _soft_cap(config, "attn_logit_softcapping", default=50.0),
+        "final_logit_softcapping": _soft_cap(config, "final_logit_softcapping", default=30.0),
+        **_sliding_window(config, config.get("sliding_window", 4096), config.get("layer_types") or alternating),
+    }
+
+
+def _soft_cap(config: dict[str, Any], key: str, *, default: float) -> float | None:
+    found = config.get(key, default)
+    if found is not None and (isinstance(found, bool) or not isinstance(found, int | float) or not found > 0):
+        raise ConfigError(f"{key} is {found!r}, expected a number above 0, or null for no cap")
+    return found
 
 
 def _qwen2(config: dict[str, Any]) -> dict[str, Any]:
@@ -181,6 +221,7 @@ def _sliding_window(config: dict[str, Any], window: int | None, kinds: list[str]
 
 
 _FAMILY_OPTIONS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    "gemma2": _gemma2,
     "llama": _llama,
     "mistral": _mistral,
     "phi3": _phi3,
@@ -191,20 +232,22 @@ _FAMILY_OPTIONS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
 
 _MIXTURE_OF_EXPERTS = " yet: mixture-of-experts layers are neither mapped nor trained"
 _WHY_NOT: dict[Any, str] = {
-    "gemma2": " yet: megatron-core has no logit soft cap, no post-norms and no scaled embedding",
     "mixtral": _MIXTURE_OF_EXPERTS,
     "qwen2_moe": _MIXTURE_OF_EXPERTS,
     "qwen3_moe": _MIXTURE_OF_EXPERTS,
 }
 
 _COMMON_REFUSALS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "hidden_act": (lambda act: act in ("silu", "swish"), "only silu is supported"),
     "quantization_config": (
         lambda quantization: not quantization,
         "quantized weights cannot be trained; give the original ones",
     ),
 }
 """Key of config.json: (what its value must fulfil, why)."""
+_GEMMA2_REFUSALS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "attention_bias": (lambda bias: not bias, "megatron-core's linear layers have biases all or none"),
+    "use_bidirectional_attention": (lambda wanted: not wanted, "a language model attends to the left only"),
+}
 
 
 def _refuse(config: dict[str, Any], refusals: dict[str, tuple[Callable[[Any], bool], str]]) -> None:

@@ -198,4 +198,4 @@ def add_adapters(chunk: torch.nn.Module, settings: LoRAConfig, *, tp_group: Proc
                 draw=generator_of(seed, layer.layer_number, target),
             )
             owner.add_module(target + ADAPTER_SUFFIX, adapter)
-            linear.register_forward_hook(adapter.add_to)
+            linear.register_forward_hook(adapter.add_to, prepend=True)  # before a norm of the output

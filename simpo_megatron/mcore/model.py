@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import (
@@ -13,12 +14,12 @@ from megatron.core.tensor_parallel import (
     VocabParallelEmbedding,
     set_tensor_model_parallel_attributes,
 )
-from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
 from simpo_megatron.config import Config
 from simpo_megatron.loss import VocabShard, fused_linear_log_probs
 from simpo_megatron.mcore import device
+from simpo_megatron.mcore.architecture import ArchitectureConfig
 from simpo_megatron.mcore.attention import MicrobatchLayout
 from simpo_megatron.mcore.families import ModelDescription, padded_vocab_size
 from simpo_megatron.mcore.lora import add_adapters
@@ -39,8 +40,10 @@ class LogProbHead(ColumnParallelLinear):
 
     def forward(self, input_: Tensor, weight: Tensor | None = None, *, tokens: Any = None) -> Any:
         """fp32 [N] log-probs of `tokens` with gradients, or this rank's logits [S, B, v] where `tokens` is None."""
+        cap = self.config.final_logit_softcapping
         if tokens is None:
-            return super().forward(input_, weight)[0]
+            logits = super().forward(input_, weight)[0]
+            return logits if cap is None else cap * torch.tanh(logits / cap)
         return fused_linear_log_probs(
             input_,
             self.weight if weight is None else weight,
@@ -48,6 +51,7 @@ class LogProbHead(ColumnParallelLinear):
             vocab=VocabShard(start=self.tp_group.rank() * self.output_size_per_partition, size=self.true_vocab_size),
             tp_group=self.tp_group,
             sequence_parallel=self.sequence_parallel,
+            logit_softcap=cap,
             accumulate_into_main_grad=True,
         )
 
@@ -63,13 +67,15 @@ class PreferenceGPTModel(GPTModel):
             self.output_layer.true_vocab_size = true_vocab_size
 
     def _preprocess(self, input_ids: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any) -> tuple:
-        """megatron's embedding and rotary frequencies, the latter put in the order of the pack's positions."""
-        prepared = super()._preprocess(input_ids, position_ids, *args, **kwargs)
-        layout = kwargs.get("packed_seq_params")
-        hidden, frequencies, *rest = prepared
+        """megatron's embedding, scaled, and rotary frequencies, put in the order of the pack's positions."""
+        hidden, frequencies, *rest = super()._preprocess(input_ids, position_ids, *args, **kwargs)
+        multiplier = self.config.embedding_multiplier
+        if hidden is not None and multiplier != 1:
+            hidden = hidden * torch.tensor(multiplier, dtype=hidden.dtype)
         if hidden is not None and torch.is_grad_enabled():
             # After a frozen embedding, too: recomputation finds gradients only from an input that wants one.
             hidden.requires_grad_()
+        layout = kwargs.get("packed_seq_params")
         if isinstance(layout, MicrobatchLayout) and layout.position_ids_S is not None:
             frequencies = frequencies[layout.position_ids_S]
         return hidden, frequencies, *rest
@@ -85,11 +91,11 @@ class PreferenceGPTModel(GPTModel):
         return output if tokens is not None else output.transpose(0, 1).contiguous()
 
 
-def transformer_config(description: ModelDescription, config: Config) -> TransformerConfig:
+def transformer_config(description: ModelDescription, config: Config) -> ArchitectureConfig:
     """megatron's TransformerConfig: the architecture from `description`, everything else from `config`."""
     sizes = config.parallel.sizes
     interleaved = sizes.virtual_pipeline is not None
-    return TransformerConfig(
+    return ArchitectureConfig(
         **description.transformer,
         tensor_model_parallel_size=sizes.tensor,
         pipeline_model_parallel_size=sizes.pipeline,
@@ -115,15 +121,15 @@ def transformer_config(description: ModelDescription, config: Config) -> Transfo
         use_cpu_initialization=not device.has_cuda(),
         perform_initialization=False,
         **precision_options(config.precision),
-        **_fusions(),
+        **_fusions(description),
     )
 
 
-def _fusions() -> dict[str, bool]:
+def _fusions(description: ModelDescription) -> dict[str, bool]:
     """Fused kernels where there is a GPU; on the CPU they would compile for seconds or are not there at all."""
     fused = device.has_cuda()
     return {
-        "bias_activation_fusion": fused,
+        "bias_activation_fusion": fused and description.transformer["activation_func"] is F.silu,
         "bias_dropout_fusion": fused,
         "masked_softmax_fusion": fused,
         "apply_rope_fusion": fused and device.machine().has_transformer_engine,

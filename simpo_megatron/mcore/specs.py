@@ -2,31 +2,60 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
-from megatron.core.extensions.transformer_engine import TEColumnParallelLinear, TENorm
+import torch.nn.functional as F
+from megatron.core.extensions.transformer_engine import TEColumnParallelLinear, TENorm, TERowParallelLinear
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
 )
+from megatron.core.tensor_parallel import RowParallelLinear
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
-from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
 
+from simpo_megatron.mcore.architecture import ArchitectureConfig
 from simpo_megatron.mcore.attention import SegmentedAttention
 
 
 class RMSNorm(torch.nn.RMSNorm):
     """torch's RMSNorm under megatron's constructor, its weight marked for the sequence-parallel gradient all-reduce.
 
-    megatron's stock torch norm refuses sequence parallelism because it lacks the mark that finalize_model_grads reads.
+    megatron's stock torch norm refuses sequence parallelism because it lacks the mark that finalize_model_grads reads;
+    it also refuses weights that are zero where they change nothing, which stay as they are in the file here.
     """
 
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_) -> None:
+    def __init__(self, config: ArchitectureConfig, hidden_size: int, eps: float = 1e-5, **_) -> None:
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
         self.weight.sequence_parallel = config.sequence_parallel
+        self.is_zero_centered = config.layernorm_zero_centered_gamma
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """The norm of the last dimension, in the dtype of `hidden`."""
+        if not self.is_zero_centered:
+            return super().forward(hidden)
+        # One plus a small weight would lose the weight in bf16.
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        return F.rms_norm(hidden.to(wide), self.normalized_shape, 1 + self.weight.to(wide), self.eps).to(hidden.dtype)
 
 
-def local_layer_spec(config: TransformerConfig) -> ModuleSpec:
+@functools.cache
+def with_post_norm(linear: type[torch.nn.Module], norm: type) -> type[torch.nn.Module]:
+    """megatron's row-parallel `linear` with a `norm` on its output: what a layer adds to the residual, normalised."""
+
+    class PostNormLinear(linear):
+        def __init__(self, *args, config: ArchitectureConfig, **kwargs) -> None:
+            super().__init__(*args, config=config, **kwargs)
+            self.post_layernorm = norm(config, config.hidden_size, eps=config.layernorm_epsilon)
+            # A hook, so that an adapter beside the layer can come before it.
+            self.register_forward_hook(lambda layer, _, outputs: (layer.post_layernorm(outputs[0]), outputs[1]))
+
+    return PostNormLinear
+
+
+def local_layer_spec(config: ArchitectureConfig) -> ModuleSpec:
     """One transformer layer of megatron's own torch modules, for machines without Transformer Engine."""
     spec = get_gpt_layer_local_spec(
         num_experts=config.num_moe_experts,
@@ -40,10 +69,12 @@ def local_layer_spec(config: TransformerConfig) -> ModuleSpec:
     attention.core_attention = SegmentedAttention
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
+    if config.post_layernorms:
+        attention.linear_proj = layer.mlp.submodules.linear_fc2 = with_post_norm(RowParallelLinear, RMSNorm)
     return spec
 
 
-def transformer_engine_layer_spec(config: TransformerConfig, *, fuse_norms: bool = True) -> ModuleSpec:
+def transformer_engine_layer_spec(config: ArchitectureConfig, *, fuse_norms: bool = True) -> ModuleSpec:
     """One transformer layer of Transformer Engine's modules, which FP8 needs.
 
     Without `fuse_norms` the norms before attention and MLP are layers of their own, as adapters need them: of a layer
@@ -57,15 +88,20 @@ def transformer_engine_layer_spec(config: TransformerConfig, *, fuse_norms: bool
         qk_layernorm=config.qk_layernorm,
     )
     layer = spec.submodules
-    layer.self_attention.submodules.core_attention = TESegmentedAttention
+    attention = layer.self_attention.submodules
+    # Transformer Engine's kernels have no soft cap; torch's operations, which write the scores out, have.
+    is_capped = config.attn_logit_softcapping is not None
+    attention.core_attention = SegmentedAttention if is_capped else TESegmentedAttention
     if not fuse_norms:
         layer.input_layernorm = layer.pre_mlp_layernorm = TENorm
-        layer.self_attention.submodules.linear_qkv = layer.mlp.submodules.linear_fc1 = TEColumnParallelLinear
+        attention.linear_qkv = layer.mlp.submodules.linear_fc1 = TEColumnParallelLinear
+    if config.post_layernorms:
+        attention.linear_proj = layer.mlp.submodules.linear_fc2 = with_post_norm(TERowParallelLinear, TENorm)
     return spec
 
 
 def block_spec(
-    config: TransformerConfig, vp_stage: int | None, *, transformer_engine: bool, fuse_norms: bool = True
+    config: ArchitectureConfig, vp_stage: int | None, *, transformer_engine: bool, fuse_norms: bool = True
 ) -> TransformerBlockSubmodules:
     """The decoder of this rank's (virtual) pipeline stage: its layers and the norm that ends the last stage."""
     num_layers = get_num_layers_to_build(config, vp_stage)

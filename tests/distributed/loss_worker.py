@@ -102,9 +102,10 @@ def check_gradcheck_from_hidden_states_on_1_2_and_3_ranks():
     hidden, weight, _ = make()
     for _, group in groups():
         for sp in (False, True):
-            for budget in (0, 2**20):
+            for budget, cap in ((0, None), (2**20, None), (300, 3.0)):
+                options = {"sp": sp, "logits_budget_bytes": budget, "logit_softcap": cap}
                 assert torch.autograd.gradcheck(
-                    lambda *leaves: sharded_log_probs(*leaves, group, sp=sp, logits_budget_bytes=budget),  # noqa: B023
+                    lambda *leaves: sharded_log_probs(*leaves, group, **options),  # noqa: B023
                     (hidden.requires_grad_(), weight.requires_grad_()),
                 )
 

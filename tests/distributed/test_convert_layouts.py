@@ -16,6 +16,7 @@ from ranks import run_ranks
 from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
+    Gemma2Config,
     LlamaConfig,
     MistralConfig,
     Phi3Config,
@@ -76,6 +77,18 @@ MODELS = {
         "float32",
     ),
 }
+MODELS["gemma2"] = (
+    # Caps at which scores and logits of this size bend.
+    Gemma2Config(
+        **TINY,
+        head_dim=16,
+        query_pre_attn_scalar=12,
+        sliding_window=8,
+        attn_logit_softcapping=1.0,
+        final_logit_softcapping=2.0,
+    ),
+    "bfloat16",
+)
 # Two ranks: what tp and pp leave over is data parallelism, of which one rank writes.
 LAYOUTS = {
     "tp1": {},

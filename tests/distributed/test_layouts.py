@@ -16,7 +16,7 @@ import pytest
 import torch
 from ranks import run_ranks
 from safetensors.torch import load_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig
 from twin import TwinSettings, train
 
 from simpo_megatron.data import BatchOptions, plan_step
@@ -100,6 +100,37 @@ LAYOUTS = {
 }
 
 
+TINY = {
+    "vocab_size": VOCAB,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 64,
+}
+# Name: (configuration, layouts). A tied model only adds the gradient that two stages share, and Gemma-2 its own norms,
+# caps and windows: the layouts that cut these differently will do.
+MODELS = {
+    "untied": (LlamaConfig(**TINY, tie_word_embeddings=False), tuple(LAYOUTS)),
+    "tied": (
+        LlamaConfig(**TINY, tie_word_embeddings=True),
+        ("dp4_distributed_optimizer_overlapped", "tp4", "pp2_tp2", "pp2_vpp2_dp2"),
+    ),
+    "gemma2": (
+        Gemma2Config(
+            **TINY,
+            head_dim=8,
+            query_pre_attn_scalar=8,
+            sliding_window=9,
+            attn_logit_softcapping=1.0,
+            final_logit_softcapping=2.0,
+        ),
+        ("pp2_vpp2_tp2_sequence_parallel", "pp2_tp2_sequence_parallel_selective_recompute", "padded_rows_tp2"),
+    ),
+}
+
+
 def random_pairs(num_pairs: int) -> list[list[list[int]]]:
     """Ragged pairs, one-token responses among them, over the whole vocabulary."""
     random = np.random.default_rng(7)
@@ -112,27 +143,16 @@ def random_pairs(num_pairs: int) -> list[list[list[int]]]:
     return pairs
 
 
-@pytest.fixture(scope="module", params=["untied", "tied"])
+@pytest.fixture(scope="module", params=MODELS)
 def runs(request, tmp_path_factory):
     """(the twin's record, its weights, the folder of the layouts' results) for one model."""
     folder = tmp_path_factory.mktemp(request.param)
     torch.manual_seed(3)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=VOCAB,
-            hidden_size=48,
-            intermediate_size=80,
-            num_hidden_layers=4,
-            num_attention_heads=8,
-            num_key_value_heads=4,
-            tie_word_embeddings=request.param == "tied",
-            max_position_embeddings=64,
-        )
-    )
+    config, names = MODELS[request.param]
+    model = AutoModelForCausalLM.from_config(config)
     model.save_pretrained(folder / "model")
     pairs = random_pairs(3 * BATCH + 1)
-    # The tied model only adds the gradient that two stages share: the layouts that cut it differently will do.
-    chosen = LAYOUTS if request.param == "untied" else {k: LAYOUTS[k] for k in TIED_LAYOUTS}
+    chosen = {name: LAYOUTS[name] for name in names}
     job = dict(
         model=str(folder / "model"),
         pairs=pairs,
@@ -161,7 +181,6 @@ def fp32(layouts: dict) -> list[str]:
 
 # After its last step, one weight of one rank turns NaN: the worker checks that the next step is refused everywhere.
 POISONED = ("dp4_distributed_optimizer", "tp2_dp2_sequence_parallel", "pp2_tp2")
-TIED_LAYOUTS = ("dp4_distributed_optimizer_overlapped", "tp4", "pp2_tp2", "pp2_vpp2_dp2")
 
 
 def test_every_layout_takes_the_twins_steps(runs):

@@ -34,13 +34,15 @@ PACKS = {
 HEADS = {"as many groups as heads": (4, 4), "grouped": (6, 2), "one group": (3, 1)}
 
 
-# Windows of one key, of a few, and of as many as the longest sequence above has.
-WINDOWS = [None, 1, 4, 52]
 
 
-def attention(window: int | None = None) -> SegmentedAttention:
-    window_size = None if window is None else (window - 1, 0)
-    config = SimpleNamespace(attention_dropout=0.0, window_size=window_size, window_attn_skip_freq=None)
+def attention(window: int | None = None, cap: float | None = None) -> SegmentedAttention:
+    config = SimpleNamespace(
+        attention_dropout=0.0,
+        window_size=None if window is None else (window - 1, 0),
+        window_attn_skip_freq=None,
+        attn_logit_softcapping=cap,
+    )
     return SegmentedAttention(config, 1, None, "self")
 
 
@@ -49,7 +51,7 @@ def layout_of(segments) -> MicrobatchLayout:
     return MicrobatchLayout.of_pack(torch.arange(length), tuple(Segment(*s) for s in segments), tokens=None)
 
 
-def dense_attention(query, key, value, segments, window=None) -> torch.Tensor:
+def dense_attention(query, key, value, segments, window=None, cap=None) -> torch.Tensor:
     """The definition, one query at a time: softmax over the last `window` of its prefix and segment up to itself."""
     length, _, num_heads, size = query.shape
     heads_per_group = num_heads // key.shape[2]
@@ -60,14 +62,15 @@ def dense_attention(query, key, value, segments, window=None) -> torch.Tensor:
             for head in range(num_heads):
                 group = head // heads_per_group
                 scores = key[seen, 0, group] @ query[position, 0, head] / size**0.5
+                scores = scores if cap is None else cap * torch.tanh(scores / cap)
                 rows.append(torch.softmax(scores, dim=0) @ value[seen, 0, group])
     return torch.stack(rows).view(length, 1, num_heads * size)
 
 
 @pytest.mark.parametrize("heads", HEADS.values(), ids=HEADS)
 @pytest.mark.parametrize("segments", PACKS.values(), ids=PACKS)
-@pytest.mark.parametrize("window", WINDOWS)
-def test_a_pack_attends_as_its_definition_says(segments, heads, window):
+@pytest.mark.parametrize(("window", "cap"), [(None, None), (1, None), (4, None), (52, None), (None, 0.7), (4, 0.7)])
+def test_a_pack_attends_as_its_definition_says(segments, heads, window, cap):
     torch.manual_seed(1)
     num_heads, num_groups = heads
     length = segments[-1][1]
@@ -76,8 +79,8 @@ def test_a_pack_attends_as_its_definition_says(segments, heads, window):
         for number in (num_heads, num_groups, num_groups)
     ]
     cotangent = torch.randn(length, 1, num_heads * 5, dtype=torch.float64)
-    found = attention(window)(*inputs, packed_seq_params=layout_of(segments))
-    expected = dense_attention(*inputs, segments, window)
+    found = attention(window, cap)(*inputs, packed_seq_params=layout_of(segments))
+    expected = dense_attention(*inputs, segments, window, cap)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
     found_grads = torch.autograd.grad((found * cotangent).sum(), inputs)
     expected_grads = torch.autograd.grad((expected * cotangent).sum(), inputs)
@@ -128,6 +131,8 @@ FAMILIES = {
     "llama": {},
     "mistral": {"sliding_window": 9},
     "qwen2": {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
+    "gemma2": {"sliding_window": 9, "head_dim": 16, "query_pre_attn_scalar": 12, "tie_word_embeddings": True}
+    | {"attn_logit_softcapping": 0.5, "final_logit_softcapping": 2.0},
 }
 
 
@@ -154,7 +159,7 @@ def gpt(request, groups, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
     torch.manual_seed(3)
     twin = AutoModelForCausalLM.from_config(
-        AutoConfig.for_model(request.param, **TINY, **FAMILIES[request.param]), attn_implementation="eager"
+        AutoConfig.for_model(request.param, **TINY | FAMILIES[request.param]), attn_implementation="eager"
     )
     with torch.no_grad():
         for parameter in twin.parameters():

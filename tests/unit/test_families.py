@@ -72,6 +72,21 @@ def test_a_llama_without_optional_keys_has_their_defaults(tmp_path: Path) -> Non
             {"add_qkv_bias": True},
         ),
         ({"attention_bias": True, "mlp_bias": True}, {"add_bias_linear": True}),
+        (
+            # What its config.json leaves out has transformers' defaults, not those of other families.
+            {"model_type": "gemma2", "hidden_act": "absent", "attn_logit_softcapping": None},
+            {
+                "kv_channels": 256,
+                "softmax_scale": 1 / 16,
+                "embedding_multiplier": 64.0,
+                "attn_logit_softcapping": None,
+                "final_logit_softcapping": 30.0,
+                "window_size": (4095, 0),
+                "window_attn_skip_freq": [1, 0] * 16,
+                "post_layernorms": True,
+                "layernorm_zero_centered_gamma": True,
+            },
+        ),
         ({"model_type": "mistral"}, {"window_size": (4095, 0), "window_attn_skip_freq": None}),
         ({"model_type": "phi3", "sliding_window": 2047}, {"window_size": (2046, 0), "window_attn_skip_freq": None}),
         (
@@ -97,7 +112,10 @@ def test_each_family_says_what_it_adds(tmp_path: Path, changes: dict, expected: 
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"model_type": "gemma2"}, "soft cap"),
+        ({"model_type": "gemma2", "hidden_activation": "gelu"}, "hidden_activation is 'gelu'"),
+        ({"model_type": "gemma2", "attention_bias": True}, "attention_bias is True"),
+        ({"model_type": "gemma2", "use_bidirectional_attention": True}, "use_bidirectional_attention"),
+        ({"model_type": "gemma2", "final_logit_softcapping": -1}, "final_logit_softcapping is -1"),
         ({"model_type": "mixtral"}, "mixture-of-experts"),
         ({"model_type": "unheard_of", "auto_map": {"AutoConfig": "code.Config"}}, "'unheard_of'"),
         ({"model_type": "absent"}, "model_type None"),

@@ -15,13 +15,14 @@ device.install()
 
 from megatron.core.extensions import transformer_engine  # noqa: E402
 from megatron.core.models.gpt import gpt_layer_specs  # noqa: E402
-from megatron.core.transformer import TransformerConfig  # noqa: E402
-from transformers import LlamaConfig  # noqa: E402
+from transformers import Gemma2Config, LlamaConfig  # noqa: E402
 
 from simpo_megatron import parallel  # noqa: E402
 from simpo_megatron.config import Machine, config_from, lint, resolve  # noqa: E402
 from simpo_megatron.config.lora import LORA_TARGETS  # noqa: E402
 from simpo_megatron.errors import ConfigError  # noqa: E402
+from simpo_megatron.mcore.architecture import ArchitectureConfig  # noqa: E402
+from simpo_megatron.mcore.attention import SegmentedAttention  # noqa: E402
 from simpo_megatron.mcore.families import describe_hf_model  # noqa: E402
 from simpo_megatron.mcore.lora import Adapter  # noqa: E402
 from simpo_megatron.mcore.model import build_model, wrap_in_ddp  # noqa: E402
@@ -40,19 +41,22 @@ def groups():
     parallel.shut_down()
 
 
+TINY = {
+    "vocab_size": 128,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "tie_word_embeddings": False,
+    "max_position_embeddings": 64,
+}
+
+
 @pytest.fixture(scope="module")
 def description(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
-    LlamaConfig(
-        vocab_size=128,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        tie_word_embeddings=False,
-        max_position_embeddings=64,
-    ).save_pretrained(folder)
+    LlamaConfig(**TINY).save_pretrained(folder)
     return describe_hf_model(folder)
 
 
@@ -138,6 +142,21 @@ def test_recomputation_loses_no_gradient_behind_a_frozen_embedding(groups, descr
         assert torch.equal(recomputed, expected)
 
 
+def test_an_adapter_adds_before_the_norm_of_its_layers_output(groups, tmp_path):
+    Gemma2Config(**TINY, head_dim=8).save_pretrained(tmp_path)
+    chunk = model_of(describe_hf_model(tmp_path), groups, lora_rank=RANK)
+    fill_b(chunk)
+    with torch.no_grad():
+        adapted = logits(chunk)
+        for module in chunk.modules():
+            for name, adapter in module.named_children():
+                if isinstance(adapter, Adapter):
+                    linear = getattr(module, name.removesuffix("_adapter"))
+                    linear.weight += adapter.added_weight(adapter.lora_B)
+                    adapter.lora_B.zero_()
+        torch.testing.assert_close(logits(chunk), adapted, rtol=0, atol=1e-4 * float(adapted.std()))
+
+
 def test_dropout_meets_only_what_enters_an_adapter_in_training(groups, description):
     chunk = model_of(description, groups, lora_rank=RANK, lora_dropout=0.5)
     fill_b(chunk)
@@ -161,7 +180,7 @@ def test_transformer_engines_layers_leave_the_norm_outside_for_adapters(monkeypa
     provider = importlib.import_module("megatron.core.extensions.transformer_engine_spec_provider")
     monkeypatch.setattr(provider, "is_te_min_version", lambda version: True)
     monkeypatch.setattr(gpt_layer_specs, "TESpecProvider", provider.TESpecProvider, raising=False)
-    config = TransformerConfig(num_layers=2, hidden_size=64, num_attention_heads=4)
+    config = ArchitectureConfig(num_layers=2, hidden_size=64, num_attention_heads=4)
     layer = transformer_engine_layer_spec(config).submodules
     fused = transformer_engine.TELayerNormColumnParallelLinear
     assert layer.self_attention.submodules.linear_qkv is layer.mlp.submodules.linear_fc1 is fused
@@ -169,6 +188,9 @@ def test_transformer_engines_layers_leave_the_norm_outside_for_adapters(monkeypa
     plain = transformer_engine.TEColumnParallelLinear
     assert layer.self_attention.submodules.linear_qkv is layer.mlp.submodules.linear_fc1 is plain
     assert layer.input_layernorm is layer.pre_mlp_layernorm is transformer_engine.TENorm
+    config.attn_logit_softcapping = 50.0
+    attention = transformer_engine_layer_spec(config).submodules.self_attention.submodules
+    assert attention.core_attention is SegmentedAttention
 
 
 @pytest.mark.parametrize(

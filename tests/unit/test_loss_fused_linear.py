@@ -27,6 +27,8 @@ VOCAB = VocabShard(start=0, size=V)
 # are of 64 columns at the least, so that the vocabulary is cut into five at most.
 ALL_BYTES = 7 * V * 8
 BUDGETS = {"all kept": 2**20, "some kept": ALL_BYTES // 2, "none kept": 0}
+# Logits here have a standard deviation of 3.5: a cap that bends most of them, and flattens some.
+CAPS = [None, 3.0]
 
 
 def make(dtype=torch.float64, seed=0):
@@ -37,10 +39,14 @@ def make(dtype=torch.float64, seed=0):
     return hidden, weight, slope
 
 
-def dense(hidden, weight, slope):
+def capped(logits, cap):
+    return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
+def dense(hidden, weight, slope, cap=None):
     """Values and gradients by float64 autograd through whole logits of every position."""
     hidden, weight = (leaf.detach().double().requires_grad_() for leaf in (hidden, weight))
-    logp = (hidden.flatten(0, 1) @ weight[:V].t()).log_softmax(-1)[ROWS, TARGETS]
+    logp = capped(hidden.flatten(0, 1) @ weight[:V].t(), cap).log_softmax(-1)[ROWS, TARGETS]
     return logp.detach(), *torch.autograd.grad((logp * slope).sum(), (hidden, weight))
 
 
@@ -54,26 +60,28 @@ def relative(got, want):
     return ((got.double() - want.double()).norm() / want.double().norm()).item()
 
 
+@pytest.mark.parametrize("cap", CAPS)
 @pytest.mark.parametrize("budget", BUDGETS.values(), ids=BUDGETS.keys())
 @pytest.mark.parametrize(
     # A dot product of 12, a sum of 300 exponentials, and the way back: some ten roundings of the dtype's eps.
     ("dtype", "tolerance"), [(torch.float64, 1e-14), (torch.float32, 2e-6)], ids=["fp64", "fp32"]
 )
-def test_values_and_gradients_equal_dense_autograd(dtype, tolerance, budget):
+def test_values_and_gradients_equal_dense_autograd(dtype, tolerance, budget, cap):
     inputs = make(dtype)
-    for got, want in zip(fused(*inputs, logits_budget_bytes=budget), dense(*inputs)):
+    found = fused(*inputs, logits_budget_bytes=budget, logit_softcap=cap)
+    for got, want in zip(found, dense(*inputs, cap)):
         assert got.dtype == dtype
         assert relative(got, want) <= tolerance
 
 
+@pytest.mark.parametrize("cap", CAPS)
 @pytest.mark.parametrize("budget", BUDGETS.values(), ids=BUDGETS.keys())
-def test_gradcheck_in_float64(budget):
+def test_gradcheck_in_float64(budget, cap):
     hidden, weight, _ = make()
 
     def function(hidden, weight):
-        return fused_linear_log_probs(
-            hidden, weight, TOKENS, vocab=VOCAB, tp_group=None, logits_budget_bytes=budget
-        )
+        options = {"logits_budget_bytes": budget, "logit_softcap": cap}
+        return fused_linear_log_probs(hidden, weight, TOKENS, vocab=VOCAB, tp_group=None, **options)
 
     leaves = hidden.requires_grad_(), weight.requires_grad_()
     assert torch.autograd.gradcheck(function, leaves, fast_mode=True)
@@ -186,7 +194,8 @@ def test_main_grad_is_left_alone_unless_asked():
     assert relative(weight.grad, dense(hidden, weight.detach(), slope)[2]) <= 1e-14
 
 
-def test_bf16_errs_no_more_than_plain_bf16_autograd():
+@pytest.mark.parametrize("cap", CAPS)
+def test_bf16_errs_no_more_than_plain_bf16_autograd(cap):
     generator = torch.Generator().manual_seed(3)
     hidden = torch.randn(4, 16, 64, generator=generator).bfloat16()
     weight = (torch.randn(500, 64, generator=generator) / 4).bfloat16()
@@ -204,7 +213,7 @@ def test_bf16_errs_no_more_than_plain_bf16_autograd():
 
     def plain(hidden, weight):
         logits = hidden.flatten(0, 1)[rows] @ weight.t()
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        logits = capped(logits.to(torch.promote_types(logits.dtype, torch.float32)), cap)
         return logits.log_softmax(-1).gather(1, targets[:, None])[:, 0]
 
     vocab = VocabShard(start=0, size=500)
@@ -214,7 +223,7 @@ def test_bf16_errs_no_more_than_plain_bf16_autograd():
         ours = gradients(
             torch.bfloat16,
             lambda *leaves: fused_linear_log_probs(
-                *leaves, tokens, vocab=vocab, tp_group=None, logits_budget_bytes=budget  # noqa: B023
+                *leaves, tokens, vocab=vocab, tp_group=None, logits_budget_bytes=budget, logit_softcap=cap  # noqa: B023
             ),
         )
         for got, plainly, want in zip(ours, reference, exact):
@@ -276,6 +285,20 @@ def test_logits_of_huge_spread_stay_exact():
     for budget in BUDGETS.values():
         for got, want in zip(fused(hidden, weight, slope, logits_budget_bytes=budget), expected):
             assert got.isfinite().all() and relative(got, want) <= 1e-13
+
+
+def test_a_cap_flattens_logits_of_huge_spread_without_nan():
+    hidden, weight, slope = make()
+    weight[:150] *= 1e5
+    expected = dense(hidden, weight, slope, 30.0)
+    for budget in BUDGETS.values():
+        found = fused(hidden, weight, slope, logits_budget_bytes=budget, logit_softcap=30.0)
+        for got, want in zip(found, expected):
+            # Near the cap its slope is the small difference of two numbers near one.
+            assert got.isfinite().all() and relative(got, want) <= 1e-10
+    for nonsense in (0, -30.0, float("inf"), float("nan")):
+        with pytest.raises(ConfigError, match="logit_softcap: found"):
+            fused(hidden, weight, slope, logit_softcap=nonsense)
 
 
 def test_a_block_of_minus_infinity_is_probability_zero():

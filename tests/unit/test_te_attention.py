@@ -74,7 +74,9 @@ def test_a_pack_means_the_same_to_the_kernel_as_to_the_attention_on_the_cpu(atte
     torch.manual_seed(0)
     attention.window_size = window_size
     tensors = rows(HEADS), rows(GROUPS), rows(GROUPS)
-    config = SimpleNamespace(attention_dropout=0.0, window_size=window_size, window_attn_skip_freq=None)
+    config = SimpleNamespace(
+        attention_dropout=0.0, window_size=window_size, window_attn_skip_freq=None, attn_logit_softcapping=None
+    )
     expected = SegmentedAttention(config, 1, None, "self")(*tensors, packed_seq_params=layout())
     found = attention(*tensors, packed_seq_params=layout())
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)

@@ -1,0 +1,24 @@
+"""What some families compute and megatron-core's TransformerConfig has no word for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron.core.transformer import TransformerConfig
+
+
+@dataclass
+class ArchitectureConfig(TransformerConfig):
+    """megatron's TransformerConfig and, by transformers' names, what our specs and model add to its layers."""
+
+    attn_logit_softcapping: float | None = None
+    """Attention scores become cap * tanh(score / cap) before the softmax."""
+
+    final_logit_softcapping: float | None = None
+    """The same for the output layer's logits."""
+
+    embedding_multiplier: float = 1.0
+    """What the embedding's output is multiplied by, rounded to its dtype first."""
+
+    post_layernorms: bool = False
+    """Norms on what attention and MLP add to the residual, beside those on what they take from it."""
