@@ -17,6 +17,7 @@ from typing import Literal
 
 from simpo_megatron.config.checks import require, require_positive, require_writable_name
 from simpo_megatron.config.lora import LoRAConfig
+from simpo_megatron.config.monitors import MonitorConfig
 from simpo_megatron.data import BatchOptions, PairOptions
 from simpo_megatron.loss import CPOObjective, ORPOObjective, SimPOObjective
 from simpo_megatron.parallel import ParallelSizes
@@ -336,6 +337,7 @@ class Config:
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     recompute: RecomputeConfig = field(default_factory=RecomputeConfig)
     run: RunConfig = field(default_factory=RunConfig)
+    monitors: MonitorConfig = field(default_factory=MonitorConfig)
 
     def flat(self) -> dict[str, object]:
         """Every option's value by its name, in the order of the sections."""

@@ -157,6 +157,43 @@ def plan_step(
     return _plan(lengths, indices, options, dp_size * microbatch_multiple, dp_size)
 
 
+def heaviest_step(
+    lengths: np.ndarray,
+    consumed_pairs: int,
+    options: BatchOptions,
+    *,
+    num_steps: int,
+    dp_size: int,
+    microbatch_multiple: int = 1,
+) -> tuple[int, StepPlan]:
+    """Returns (its number from 0, its plan) of the one of the next `num_steps` steps with the largest microbatch.
+
+    In this plan each rank's largest microbatches come first. Largest is what has the most tokens, padding included;
+    of several, what has the most response tokens.
+    """
+    def size(microbatch: Microbatch) -> tuple[int, int]:
+        chosen = lengths[list(microbatch)]
+        return microbatch_tokens(chosen, options), int(chosen[:, 1:].sum())
+
+    def largest(number: int) -> tuple[int, int]:
+        return max(size(microbatch) for rank in plan(number) for microbatch in rank)
+
+    def plan(number: int) -> StepPlan:
+        consumed = consumed_pairs + number * options.global_batch_size
+        return plan_step(lengths, consumed, options, dp_size=dp_size, microbatch_multiple=microbatch_multiple)
+
+    number = max(range(num_steps), key=largest)
+    return number, tuple(tuple(sorted(rank, key=size, reverse=True)) for rank in plan(number))
+
+
+def microbatch_tokens(lengths: np.ndarray, options: BatchOptions) -> int:
+    """Returns the tokens, padding included, of a microbatch of pairs with these lengths [num_pairs, 3]."""
+    if options.packing or options.prefix_sharing or not len(lengths):
+        return _round_up(max(1, int(pair_tokens(lengths, options).sum())), options.sequence_multiple)
+    longest = int((lengths[:, 0] + lengths[:, 1:].max(axis=1)).max())
+    return 2 * len(lengths) * _round_up(longest, options.sequence_multiple)
+
+
 def plan_evaluation(
     lengths: np.ndarray, options: BatchOptions, *, dp_size: int, microbatch_multiple: int = 1
 ) -> list[StepPlan]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import os
 import queue
 import sys
 import types
@@ -46,6 +47,20 @@ def backend() -> str:
 def current_device() -> torch.device:
     """The device this rank's tensors live on."""
     return torch.device("cuda", torch.cuda.current_device()) if has_cuda() else torch.device("cpu")
+
+
+def memory_bytes() -> int:
+    """The memory of this rank's GPU, or of the machine where there is none."""
+    if has_cuda():
+        return torch.cuda.get_device_properties(current_device()).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether `error` says that memory did not suffice, of the GPU or, as far as the system refuses any, of the CPU."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return any(sign in str(error) for sign in ("DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED"))
 
 
 def machine() -> Machine:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 
+import torch
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from torch import Tensor
 
 from simpo_megatron.config import Config
 from simpo_megatron.errors import NumericsError
@@ -100,6 +102,17 @@ def update(optimizer: MegatronOptimizer, scheduler: OptimizerParamScheduler) -> 
     optimizer.step()
     scheduler.step(increment=1)
     return grad_norm, learning_rate
+
+
+def reserve_moments(optimizer: MegatronOptimizer) -> list[Tensor]:
+    """Memory for the moments that Adam allocates only in its first update; dropping the list frees it."""
+    return [
+        torch.empty(2 * parameter.numel(), dtype=torch.float32, device=parameter.device)
+        for single in optimizer.chained_optimizers
+        for group in single.optimizer.param_groups
+        for parameter in group["params"]
+        if parameter not in single.optimizer.state
+    ]
 
 
 def gather_parameters(chunks: list[DistributedDataParallel]) -> None:

@@ -27,6 +27,7 @@ from simpo_megatron.training.evaluation import evaluate
 from simpo_megatron.training.guard import StopSignals
 from simpo_megatron.training.loggers import RunLog, open_run_log
 from simpo_megatron.training.metrics import reduce_sums, throughput
+from simpo_megatron.training.probe import probe_memory
 from simpo_megatron.training.report import model_card, write_report
 from simpo_megatron.training.step import Pass, train_step
 
@@ -98,6 +99,8 @@ def _run_steps(
 ) -> StoppedBySignal | None:
     """Why the run is to leave before its end, if it is; every rank is told the same, after the same step."""
     trainer, run = job.trainer, config.run
+    for line in probe_memory(config, job, start):
+        log.say(line)
     if start.iteration == 0:
         _evaluate(job, log, 0)
     consumed_pairs = start.consumed_pairs

@@ -90,7 +90,7 @@ def read_state(
         group.update(settings)
     trainer.scheduler.step(increment=iteration)
     if same_layout:
-        _restore_rng(loaded["rng"])
+        restore_rng(loaded["rng"])
 
 
 def check_index(folder: Path) -> None:
@@ -192,11 +192,11 @@ def _sharded_rng() -> dict[str, ShardedTensor]:
     rank, world = dist.get_rank(), dist.get_world_size()
     return {
         name: ShardedTensor.from_rank_offsets(f"rng.{name}", state, (0, rank, world))
-        for name, state in _rng_states().items()
+        for name, state in rng_states().items()
     }
 
 
-def _rng_states() -> dict[str, torch.Tensor]:
+def rng_states() -> dict[str, torch.Tensor]:
     """uint8 states on the CPU by name; python's and numpy's generators take no part in training."""
     states = {"torch": torch.get_rng_state()}
     if device.has_cuda():
@@ -205,7 +205,8 @@ def _rng_states() -> dict[str, torch.Tensor]:
     return {**states, **{f"tracker.{name}": state.cpu() for name, state in tracked.items()}}
 
 
-def _restore_rng(states: Mapping[str, torch.Tensor]) -> None:
+def restore_rng(states: Mapping[str, torch.Tensor]) -> None:
+    """Make the random states on this rank those of `rng_states`."""
     torch.set_rng_state(states["torch"])
     if device.has_cuda():
         torch.cuda.set_rng_state(states["cuda"])

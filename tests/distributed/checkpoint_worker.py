@@ -50,6 +50,8 @@ class Run:
     """After a resume, write the state that was read to FOLDER/<name>.state."""
     file_limit: list | None = None
     """[rank, bytes]: that rank can write no larger file, as on a full disk."""
+    memory_limit: list | None = None
+    """[rank, bytes]: that rank may map only so many bytes more once the memory probe begins."""
     kill: list | None = None
     """[rank, audit event, pattern, n, signal]: that rank, and the writer it has forked, get a signal, SIGKILL if not
     named, just before the nth event with such arguments."""
@@ -124,6 +126,8 @@ def fork_rank(rank: int, run: Run, folder: Path) -> int:
             signal_at_step(*run.signals[1:])
         if run.file_limit and run.file_limit[0] == rank:
             resource.setrlimit(resource.RLIMIT_FSIZE, (run.file_limit[1], run.file_limit[1]))
+        if run.memory_limit and run.memory_limit[0] == rank:
+            limit_memory(run.memory_limit[1])
         if run.write_again:
             write_after_start(Path(f"{folder / run.name}.state"))
         loop.train(config_from(**run.options))
@@ -176,6 +180,17 @@ def signal_at_step(nth: int, names: list[str]) -> None:
         return train_step(*arguments)
 
     loop.train_step = signalled
+
+
+def limit_memory(num_bytes: int) -> None:
+    probe_memory = loop.probe_memory
+
+    def probe_within_limit(*arguments):
+        mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (mapped + num_bytes, mapped + num_bytes))
+        return probe_memory(*arguments)
+
+    loop.probe_memory = probe_within_limit
 
 
 def flip_byte(path: Path) -> None:

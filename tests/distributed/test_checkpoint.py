@@ -8,6 +8,7 @@ written, and losses within 1e-5 relative of the uninterrupted run's, the budget 
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -32,6 +33,8 @@ SHARDED = {"use_distributed_optimizer": True}
 DROPOUT_TP2 = {**TP2, "sequence_parallel": True, "hidden_dropout": 0.1, "attention_dropout": 0.1}
 OVERLAPPED_DP2 = {**SHARDED, "overlap_grad_reduce": True, "overlap_param_gather": True, "bf16": True}
 
+ONE_LARGE_PACK = {"data": "all", "global_batch_size": 384, "tokens_per_microbatch": 32768}
+
 
 def resumed(name, of, at, options, **run):
     return {"name": name, "copy_of": of, "options": {**options, "resume": str(at)}, **run}
@@ -41,7 +44,9 @@ RUNS = [
     {"name": "tp2", "options": DROPOUT_TP2},
     resumed("tp2_at_1", "tp2", 1, DROPOUT_TP2),
     resumed("tp2_at_3", "tp2", 3, {**DROPOUT_TP2, "model": "without weights"}),
+    {"name": "tp2_unprobed", "options": {**DROPOUT_TP2, "probe_memory": False}},
     {"name": "dp2", "options": OVERLAPPED_DP2},
+    {"name": "dp2_unprobed", "options": {**OVERLAPPED_DP2, "probe_memory": False}},
     resumed("dp2_at_2", "dp2", 2, OVERLAPPED_DP2),
     {"name": "plain", "options": TP2},
     resumed("plain_to_pp2", "plain", 2, PP2, write_again=True),
@@ -55,6 +60,7 @@ RUNS = [
     resumed("changed", "plain", 3, {"beta": 3.0, "data": "other"}, num_ranks=1),
     resumed("overridden", "plain", 3, {"beta": 3.0, "lr": 5e-4, "override_on_resume": True}, num_ranks=1),
     resumed("disk_full", "plain", 3, TP2, file_limit=[1, 20_000]),
+    {"name": "too_small", "options": {**TP2, **ONE_LARGE_PACK}, "memory_limit": [1, 1 << 20]},
     {"name": "anew", "copy_of": "plain", "options": {"resume": "none", "train_iters": 1}, "num_ranks": 1},
 ]
 
@@ -103,6 +109,8 @@ def folder(tmp_path_factory):
     for run in runs:
         if run["options"]["data"] == "other":
             run["options"]["data"] = [str(folder / "other.jsonl")]
+        if run["options"]["data"] == "all":
+            run["options"]["data"] = [str(demo.train_file)]
         if run["options"]["model"] == "without weights":
             run["options"]["model"] = str(folder / "bare")
     (folder / "runs.json").write_text(json.dumps(runs))
@@ -164,6 +172,29 @@ def test_a_resume_in_the_same_layout_is_bit_identical(folder, whole, name, at):
         assert shards(folder, name, step) == shards(folder, whole, step)
     assert metrics(folder, name) == metrics(folder, whole)
     assert pairs_seen(folder, name) == pairs_seen(folder, whole)[at:]
+
+
+@pytest.mark.parametrize("name", ["tp2", "dp2"])
+def test_the_memory_probe_changes_nothing(folder, name):
+    output, without = finished(folder, name), finished(folder, f"{name}_unprobed")
+    (line,) = [line for line in output.splitlines() if line.startswith("memory ")]
+    print(line)
+    assert "GiB on the fullest rank" in line and "\nmemory  " not in without
+    for step in range(1, NUM_STEPS + 1):
+        assert shards(folder, name, step) == shards(folder, f"{name}_unprobed", step)
+    assert metrics(folder, name) == metrics(folder, f"{name}_unprobed")
+
+
+def test_memory_that_does_not_suffice_is_told_once_before_the_first_step(folder):
+    codes, _ = outcome(folder, "too_small")
+    told = [(folder / f"too_small.rank{rank}.log").read_text() for rank in (0, 1)]
+    assert codes[1] == 2 and not list((folder / "too_small").glob("iter_*"))
+    (line,) = [line for text in told for line in text.splitlines() if line.startswith("ConfigError")]
+    print(line)
+    assert "tokens_per_microbatch: found 32768" in line
+    assert re.search(r" \d{5} tokens in step \d \(pairs (\d+ ){8}and 376 more\)", line)
+    assert "memory of rank 1" in line and "lower it" in line
+    assert "held-out pairs after" not in told[0]
 
 
 def test_steps_of_a_run_change_its_state_so_that_equal_hashes_mean_something(folder):

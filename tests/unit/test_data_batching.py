@@ -24,7 +24,9 @@ from simpo_megatron.data import (
     check_batches,
     check_budget,
     collate,
+    heaviest_step,
     iterate_steps,
+    microbatch_tokens,
     plan_evaluation,
     plan_step,
 )
@@ -188,6 +190,29 @@ def test_the_order_of_pairs_depends_on_seed_epoch_and_consumption_only():
 def test_the_order_never_changes_between_versions():
     two_epochs = step_pairs(10, 0, BatchOptions(global_batch_size=20, seed=42)).tolist()
     assert two_epochs == [4, 3, 2, 0, 5, 6, 1, 8, 7, 9, 8, 7, 5, 1, 9, 4, 0, 3, 2, 6]
+
+
+@pytest.mark.parametrize(("packing", "sharing"), MODES)
+def test_the_heaviest_step_holds_the_largest_batch_of_all_that_are_collated(packing, sharing):
+    pairs = some_pairs(50, seed=3)
+    lengths = np.array([[len(ids) for ids in (p.prompt_ids, p.chosen_ids, p.rejected_ids)] for p in pairs])
+    modes = dict(packing=packing, prefix_sharing=sharing, tokens_per_microbatch=64, micro_batch_size=2)
+    options = BatchOptions(global_batch_size=12, sequence_multiple=2, **modes)
+    sizes = {}
+    for number in range(9):
+        for rank in plan_step(lengths, 7 + 12 * number, options, dp_size=2):
+            for microbatch in rank:
+                batch = collate([pairs[i] for i in microbatch], microbatch, options)
+                assert microbatch_tokens(lengths[list(microbatch)], options) == batch.tokens_BS.numel()
+                sizes.setdefault(number, []).append((batch.tokens_BS.numel(), len(batch.rows_N)))
+    number, plan = heaviest_step(lengths, 7, options, num_steps=9, dp_size=2)
+    assert max(sizes[number]) == max(max(several) for several in sizes.values())
+    assert len({max(several) for several in sizes.values()}) > 1, "steps differ, so that finding one means something"
+    assert max(microbatch_tokens(lengths[list(first)], options) for first, *_ in plan) == max(sizes[number])[0]
+    for rank, whole in zip(plan, plan_step(lengths, 7 + 12 * number, options, dp_size=2), strict=True):
+        assert sorted(rank) == sorted(whole)
+        tokens = [microbatch_tokens(lengths[list(microbatch)], options) for microbatch in rank]
+        assert tokens == sorted(tokens, reverse=True)
 
 
 def test_packs_are_balanced():

@@ -1,0 +1,89 @@
+"""The memory probe: the largest packs of a run, forward and backward, before its first step and without any effect."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+
+from simpo_megatron.config import Config
+from simpo_megatron.data import PreferenceDataset, microbatch_tokens
+from simpo_megatron.errors import ConfigError
+from simpo_megatron.mcore import device
+from simpo_megatron.mcore.optimizer import reserve_moments, zero_gradients
+from simpo_megatron.training.assembly import Job
+from simpo_megatron.training.checkpoint import Start
+from simpo_megatron.training.metrics import peak_memory_bytes
+from simpo_megatron.training.state import restore_rng, rng_states
+from simpo_megatron.training.step import StepPlan, Trainer, run_pass
+
+_MAX_SHOWN = 8
+
+
+def probe_memory(config: Config, job: Job, start: Start) -> list[str]:
+    """What the steps after `start` will take at most, in a line to say; nothing where the probe is off.
+
+    The step that holds the largest pack is computed as it will be, cut to the microbatches that a pipeline holds at
+    once. Afterwards weights, moments, schedule and random states are what they were, and gradients are cleared. What
+    Adam will hold after its first update is counted in.
+
+    Collectives: those of one forward and backward pass, and one all-reduce of 8 bytes, world.
+
+    Raises:
+        ConfigError: the memory of this rank does not suffice; other ranks may wait for it in vain.
+    """
+    if not config.monitors.probe_memory:
+        return []
+    if config.precision.fp8_recipe == "delayed":
+        return ["memory    not probed: the delayed FP8 recipe would keep the probe in its scaling histories"]
+    trainer, dataset = job.trainer, job.train_data
+    number, plan = trainer.plan_heaviest(dataset, start.consumed_pairs, job.train_iters - start.iteration)
+    tokens, pack = max(
+        (microbatch_tokens(dataset.lengths[list(pack)], trainer.batch_options), pack) for pack, *_ in plan
+    )
+    step = start.iteration + 1 + number
+    described = f"the largest pack of the run, {tokens} tokens in step {step} (pairs {_shown(pack)})"
+    try:
+        _rehearse(trainer, dataset, _cut_to_what_is_held(trainer, plan))
+    except Exception as error:
+        if not device.is_out_of_memory(error):
+            raise
+        raise _too_large(described, config) from error
+    peak = torch.tensor(peak_memory_bytes(), dtype=torch.int64, device=device.current_device())
+    dist.all_reduce(peak, op=dist.ReduceOp.MAX)
+    available = device.memory_bytes() / 2**30
+    return [f"memory    {described}, fits: {int(peak) / 2**30:.1f} of {available:.1f} GiB on the fullest rank"]
+
+
+def _rehearse(trainer: Trainer, dataset: PreferenceDataset, plan: StepPlan) -> None:
+    states = rng_states()
+    moments = reserve_moments(trainer.optimizer)
+    for chunk in trainer.chunks:
+        chunk.train()
+    zero_gradients(trainer.chunks, trainer.optimizer)
+    run_pass(trainer, dataset, plan, forward_only=False)
+    zero_gradients(trainer.chunks, trainer.optimizer)
+    del moments
+    restore_rng(states)
+
+
+def _cut_to_what_is_held(trainer: Trainer, plan: StepPlan) -> StepPlan:
+    """The heaviest microbatches of each rank, as many as its schedule holds activations of at once."""
+    sizes = trainer.groups.sizes
+    num_held = sizes.pipeline * (2 if (sizes.virtual_pipeline or 1) > 1 else 1)
+    return [microbatches[:num_held] for microbatches in plan]
+
+
+def _too_large(described: str, config: Config) -> ConfigError:
+    key = "tokens_per_microbatch" if config.batch.packing else "micro_batch_size"
+    return ConfigError(
+        f"{key}: found {getattr(config.batch, key)}, but {described}, does not fit in the memory of rank "
+        f"{dist.get_rank()} ({device.memory_bytes() / 2**30:.1f} GiB); lower it, or max_length if a pair alone is too "
+        "long, or recompute activations with --recompute full"
+    )
+
+
+def _shown(pair_ids: Sequence[int]) -> str:
+    more = len(pair_ids) - _MAX_SHOWN
+    return " ".join(map(str, pair_ids[:_MAX_SHOWN])) + (f" and {more} more" if more > 0 else "")
