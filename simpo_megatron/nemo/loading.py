@@ -6,7 +6,7 @@ import argparse
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from simpo_megatron.config import Config
 from simpo_megatron.config.reading import config_of
@@ -15,26 +15,30 @@ from simpo_megatron.nemo.bridge import BRIDGE
 from simpo_megatron.nemo.nemo1 import NEMO_1
 from simpo_megatron.nemo.nemo2 import NEMO_2
 from simpo_megatron.nemo.nemo_rl import NEMO_RL
-from simpo_megatron.nemo.reading import read_flat
+from simpo_megatron.nemo.reading import place_of, read_flat
 from simpo_megatron.nemo.rules import Dialect, Report, apply
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
 # A NeMo 2 file bears the marks of NeMo 1 as well, so it is looked for first.
 DIALECTS = (NEMO_RL, NEMO_2, BRIDGE, NEMO_1)
 _FLAG = "--nemo-config"
 
 
-def load_nemo_config(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Config, Report]:
-    """The configuration that a NeMo YAML file asks for, and what became of each of its keys.
+def load_nemo_config(source: str | Path | DictConfig, overrides: Sequence[str] = ()) -> tuple[Config, Report]:
+    """The configuration that NeMo's `source` asks for, and what became of each of its keys.
 
-    `overrides` are key=value in the file's own dialect, above the file. Every option of ours can be given by name
-    under the dialect's SimPO section (`model.simpo.beta=2.5` in NeMo 1, `simpo.beta=2.5` elsewhere), and then wins
-    over the dialect's own keys. Nothing that the file names (`_target_`) is imported or called.
+    `source` is a YAML file, or what OmegaConf or hydra has read of one already. `overrides` are key=value in its own
+    dialect, above it. Every option of ours can be given by name under the dialect's SimPO section
+    (`model.simpo.beta=2.5` in NeMo 1, `simpo.beta=2.5` elsewhere), and then wins over the dialect's own keys. Nothing
+    that the source names (`_target_`) is imported or called.
 
     Raises: ConfigError naming file and key: of no dialect, unknown keys, values that cannot be had here, two keys
     that differ on one option; and when omegaconf is not installed.
     """
-    values = read_flat(Path(path), overrides)
-    layer, report = apply(_dialect(values, path), values, str(path))
+    values, where = read_flat(source, overrides), place_of(source)
+    layer, report = apply(_dialect(values, where), values, where)
     return config_of(layer), report
 
 
@@ -65,10 +69,10 @@ class _Parser(argparse.ArgumentParser):
         raise ConfigError(f"command line: {message}")
 
 
-def _dialect(values: Mapping[str, Any], path: str | Path) -> Dialect:
+def _dialect(values: Mapping[str, Any], where: str) -> Dialect:
     for dialect in DIALECTS:
         for group in dialect.marks:
             if all(any(key.startswith(mark) for key in values) for mark in group):
                 return dialect
     marks = "; ".join(f"{dialect.name}: {' and '.join(dialect.marks[0])}" for dialect in DIALECTS)
-    raise ConfigError(f"{path}: of no dialect known here, expected keys that begin with ({marks})")
+    raise ConfigError(f"{where}: of no dialect known here, expected keys that begin with ({marks})")

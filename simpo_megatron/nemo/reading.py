@@ -7,9 +7,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from simpo_megatron.errors import ConfigError
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
 # What NeMo 1 (multiply, sum, int_div) and NeMo-RL (the others) register for their files to call.
 _RESOLVERS = {
@@ -32,8 +35,8 @@ class Unset:
     why: str
 
 
-def read_flat(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
-    """The leaves of a YAML file by dotted key, its parents below it and `overrides` (key=value) above it.
+def read_flat(source: str | Path | DictConfig, overrides: Sequence[str]) -> dict[str, Any]:
+    """The leaves of a configuration by dotted key, a file's parents below it and `overrides` (key=value) above it.
 
     `defaults` names parents as NeMo-RL and hydra do: files, relative to the one that names them, later ones over
     earlier ones, a section with `_override_: true` in place of the parents' instead of over it. Interpolations
@@ -41,16 +44,24 @@ def read_flat(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
 
     Raises: ConfigError when omegaconf is not installed, a file is not such YAML, or an override not key=value.
     """
-    omegaconf = _omegaconf()
+    omegaconf, place = _omegaconf(), place_of(source)
     try:
         with _resolvers(omegaconf.OmegaConf):
-            config = _read_with_parents(omegaconf, Path(path), ())
+            if isinstance(source, str | Path):
+                config = _read_with_parents(omegaconf, Path(source), ())
+            else:  # in a copy, for hydra's own takes no new keys
+                config = omegaconf.OmegaConf.create(omegaconf.OmegaConf.to_container(source))
             config = omegaconf.OmegaConf.merge(config, _read_overrides(omegaconf, overrides))
             return dict(_leaves(omegaconf, config, ""))
     except omegaconf.errors.OmegaConfBaseException as error:
-        raise ConfigError(f"{path}: not a configuration OmegaConf can read: {_first_line(error)}") from None
+        raise ConfigError(f"{place}: not a configuration OmegaConf can read: {_first_line(error)}") from None
     except RecursionError:
-        raise ConfigError(f"{path}: an interpolation leads back to itself, expected one that ends") from None
+        raise ConfigError(f"{place}: an interpolation leads back to itself, expected one that ends") from None
+
+
+def place_of(source: str | Path | DictConfig) -> str:
+    """What messages call `source`: the file, or a word for what was read elsewhere."""
+    return str(source) if isinstance(source, str | Path) else "configuration"
 
 
 def _omegaconf() -> Any:

@@ -94,8 +94,10 @@ class RunLog:
             sink.close()
 
 
-def open_run_log(config: Config, *, train_iters: int, is_logging_rank: bool) -> RunLog:
-    """The log of a run: what `config` asks for on the logging rank, nothing on any other.
+def open_run_log(
+    config: Config, extra_sinks: Sequence[Sink] = (), *, train_iters: int, is_logging_rank: bool
+) -> RunLog:
+    """The log of a run: what `config` asks for and `extra_sinks` on the logging rank, nothing on any other.
 
     The run's folder is made, config.yaml is written into it, and metrics.jsonl is continued if it is there.
 
@@ -112,7 +114,7 @@ def open_run_log(config: Config, *, train_iters: int, is_logging_rank: bool) -> 
     if run.wandb_project is not None:
         sinks.append(WeightsAndBiases(run.wandb_project, config))
     terminal = Terminal(train_iters)
-    return RunLog([*sinks, terminal], terminal)
+    return RunLog([*sinks, *extra_sinks, terminal], terminal)
 
 
 def _made_run_folder(config: Config, folder: Path) -> Path:

@@ -25,7 +25,7 @@ from simpo_megatron.training.checkpoint import (
 )
 from simpo_megatron.training.evaluation import evaluate
 from simpo_megatron.training.guard import StopSignals
-from simpo_megatron.training.loggers import RunLog, open_run_log
+from simpo_megatron.training.loggers import RunLog, Sink, open_run_log
 from simpo_megatron.training.metrics import reduce_sums, throughput
 from simpo_megatron.training.probe import probe_memory
 from simpo_megatron.training.report import model_card, write_report
@@ -35,8 +35,8 @@ from simpo_megatron.training.step import Pass, train_step
 _GROUP_TIMEOUT_MINUTES = 60.0
 
 
-def train(config: Config) -> None:
-    """Run `config` on the ranks that torchrun started.
+def train(config: Config, sinks: Sequence[Sink] = ()) -> None:
+    """Run `config` on the ranks that torchrun started; `sinks` get its records beside those that `config` asks for.
 
     Raises:
         SimPOError: whatever the user can mend; what the configuration alone tells, before any collective.
@@ -52,7 +52,8 @@ def train(config: Config) -> None:
         found = find_checkpoint(config)
         job = assemble(config, plan, groups, load_weights=found.checkpoint is None)
         start = start_run(config, job, found)
-        with open_run_log(config, train_iters=job.train_iters, is_logging_rank=dist.get_rank() == 0) as log:
+        is_logging_rank = dist.get_rank() == 0
+        with open_run_log(config, sinks, train_iters=job.train_iters, is_logging_rank=is_logging_rank) as log:
             _introduce(config, job, found.notes + start.notes, log)
             stopped = None
             if start.iteration < job.train_iters:

@@ -227,6 +227,16 @@ def test_overrides_win_and_may_be_new_keys():
     assert report.taken["model.context_parallel_size"] == "context_parallel_size=2"
 
 
+def test_a_configuration_that_hydra_has_read_takes_new_keys_and_stays_as_it_is():
+    composed = OmegaConf.load(CONFIGS / "aligner_dpo.yaml")
+    OmegaConf.set_struct(composed, True)
+    before = OmegaConf.to_container(composed)
+    config, report = load_nemo_config(composed, ["model.simpo.save=elsewhere"])
+    assert (config.run.save, config.optimizer.lr) == ("elsewhere", 8e-7)
+    assert report.lines()[0].startswith("configuration: NeMo 1 / Aligner configuration, keys: ")
+    assert OmegaConf.to_container(composed) == before
+
+
 def test_a_simpo_key_wins_over_what_the_dialect_says_and_the_report_says_so():
     config, report = load_nemo_config(
         CONFIGS / "aligner_dpo.yaml",
