@@ -29,10 +29,10 @@ _FLAG = "--nemo-config"
 def load_nemo_config(source: str | Path | DictConfig, overrides: Sequence[str] = ()) -> tuple[Config, Report]:
     """The configuration that NeMo's `source` asks for, and what became of each of its keys.
 
-    `source` is a YAML file, or what OmegaConf or hydra has read of one already. `overrides` are key=value in its own
-    dialect, above it. Every option of ours can be given by name under the dialect's SimPO section
-    (`model.simpo.beta=2.5` in NeMo 1, `simpo.beta=2.5` elsewhere), and then wins over the dialect's own keys. Nothing
-    that the source names (`_target_`) is imported or called.
+    `source` is a YAML file, or what hydra has composed of one. `overrides` are key=value in its own dialect, above it.
+    Every option of ours can be given by name under the dialect's SimPO section (`model.simpo.beta=2.5` in NeMo 1,
+    `simpo.beta=2.5` elsewhere), and then wins over the dialect's own keys. Nothing that the source names (`_target_`)
+    is imported or called.
 
     Raises: ConfigError naming file and key: of no dialect, unknown keys, values that cannot be had here, two keys
     that differ on one option; and when omegaconf is not installed.
