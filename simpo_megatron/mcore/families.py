@@ -42,8 +42,15 @@ def describe_hf_model(folder: str | Path) -> ModelDescription:
         CheckpointError: the folder or its config.json is missing or unreadable.
         ConfigError: the family, or an option of it, is not one that megatron-core computes like transformers.
     """
-    config = read_hf_json(folder, "config.json")
-    where = str(Path(folder) / "config.json")
+    return describe_hf_config(read_hf_json(folder, "config.json"), str(Path(folder) / "config.json"))
+
+
+def describe_hf_config(config: dict[str, Any], where: str) -> ModelDescription:
+    """The architecture that `config`, the object in a config.json, describes; `where` begins a refusal.
+
+    Raises:
+        ConfigError: the family, or an option of it, is not one that megatron-core computes like transformers.
+    """
     family = config.get("model_type")
     if family not in _FAMILY_OPTIONS:
         raise ConfigError(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from simpo_megatron.config import DEMO, Config, Layout, resolve
+from simpo_megatron.config import DEMO, Config, Layout, refuse_unbuilt, resolve
 from simpo_megatron.convert import load_hf_weights, refuse_existing_export
 from simpo_megatron.data import (
     PreferenceDataset,
@@ -75,7 +75,7 @@ def plan_run(config: Config, world_size: int) -> Plan:
     """
     if config.model.export_hf is not None:
         refuse_existing_export(config.model.export_hf)
-    _refuse_what_is_not_built(config)
+    refuse_unbuilt(config)
     sources = locate_sources(config)
     _check_files(sources)
     description = describe_hf_model(sources.model)
@@ -87,14 +87,6 @@ def plan_run(config: Config, world_size: int) -> Plan:
         )
     layout = resolve(config, world_size=world_size, model=description.transformer, machine=device.machine())
     return Plan(sources=sources, description=description, layout=layout)
-
-
-def _refuse_what_is_not_built(config: Config) -> None:
-    """Megatron would take these sizes and, with the attention and experts of this version, compute something else."""
-    for key in ("context_parallel_size", "expert_model_parallel_size"):
-        found = getattr(config.parallel, key)
-        if found != 1:
-            raise ConfigError(f"{key}: found {found}, expected 1: sequences and experts cannot be divided yet")
 
 
 def _check_files(sources: Sources) -> None:

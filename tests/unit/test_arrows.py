@@ -20,6 +20,7 @@ MAY_IMPORT = {
     "mcore": {"errors", "loss", "data", "parallel", "config"},
     "convert": {"errors", "parallel", "config", "mcore"},
     "nemo": {"errors", "data", "config"},
+    "planning": {"errors", "parallel", "loss", "config", "mcore"},
     "training": {"errors", "loss", "data", "parallel", "demo", "config", "mcore", "convert", "nemo"},
 }
 # Outside packages that a room must do without, at import and in its functions alike.

@@ -1,0 +1,1 @@
+"""Before GPUs are rented: which layouts fit, what they need and how fast they should be."""

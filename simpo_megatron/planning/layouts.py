@@ -1,0 +1,222 @@
+"""Every way to lay a model out on a number of GPUs: what fits, how fast it should be, and why the rest does not."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from simpo_megatron.config import Config, refuse_unbuilt, resolve
+from simpo_megatron.errors import ConfigError
+from simpo_megatron.mcore.families import ModelDescription
+from simpo_megatron.planning.gpus import ASSUMED, GIB, Gpu
+from simpo_megatron.planning.memory import Load, StageMemory, stage_memory
+from simpo_megatron.planning.shapes import ModelShape, Pack
+from simpo_megatron.planning.speed import StepTime, step_time, useful_flops
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What is to be planned; `config` holds everything but the layout, whose sizes above 1 are kept as given."""
+
+    description: ModelDescription
+    config: Config
+    num_gpus: int
+    gpu: Gpu
+    pack: Pack
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """A layout that fits."""
+
+    config: Config
+    load: Load
+    memory: tuple[StageMemory, ...]
+    """Of a rank of each pipeline stage."""
+    time: StepTime
+    tokens_per_microbatch: float
+    """Mean tokens of a microbatch: a step's tokens, dealt evenly."""
+    num_gpus: int
+    gpu: Gpu
+
+    @property
+    def fullest(self) -> StageMemory:
+        return max(self.memory, key=lambda stage: stage.total)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Over all GPUs."""
+        num_tokens = self.tokens_per_microbatch * self.load.num_microbatches * self.load.data_parallel_size
+        return num_tokens / self.time.total
+
+    @property
+    def utilization(self) -> float:
+        """Model flops utilization: useful operations over the bf16 rate of all GPUs."""
+        flops = useful_flops(self.load, self.tokens_per_microbatch) * self.load.data_parallel_size
+        return flops / self.time.total / (self.num_gpus * self.gpu.bf16_flops)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Refusal:
+    """A layout that cannot be run, and the reason in one line."""
+
+    name: str
+    reason: str
+    too_many_bytes: float = 0.0
+    """What the fullest rank needs, where that is the reason."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Survey:
+    """Everything that was looked at: what fits, fastest first, and what does not."""
+
+    job: Job
+    candidates: tuple[Candidate, ...]
+    refusals: tuple[Refusal, ...]
+
+
+def survey(job: Job) -> Survey:
+    """All layouts of `job`, each with the least recomputation that fits (or with what the configuration asks for)."""
+    candidates, refusals = [], []
+    for layout in _layouts(job):
+        answer = _try(job, layout)
+        (candidates if isinstance(answer, Candidate) else refusals).append(answer)
+    candidates.sort(key=lambda candidate: candidate.time.total)
+    return Survey(job=job, candidates=tuple(candidates), refusals=tuple(refusals))
+
+
+def plan_one(job: Job) -> Candidate:
+    """The layout that the configuration itself states, as it is.
+
+    Raises:
+        ConfigError: it cannot be run, or does not fit the GPUs' memory.
+    """
+    answer = _evaluate(job, job.config)
+    if isinstance(answer, Refusal):
+        raise ConfigError(f"{answer.name}: {answer.reason}")
+    return answer
+
+
+def layout_name(config: Config) -> str:
+    """Such as `tp 8 pp 4 vpp 5`; sizes of 1 are left out, but for tp."""
+    sizes = config.parallel.sizes
+    named = {"pp": sizes.pipeline, "vpp": sizes.virtual_pipeline or 1, "cp": sizes.context}
+    return " ".join([f"tp {sizes.tensor}", *(f"{name} {size}" for name, size in named.items() if size > 1)])
+
+
+def recomputation(config: Config) -> str:
+    """What is computed again in the backward pass, in words."""
+    recompute = config.recompute
+    if recompute.recompute_granularity == "selective":
+        return f"{' and '.join(recompute.recompute_modules)} recomputed"
+    return "whole layers recomputed" if recompute.recompute_granularity == "full" else "nothing recomputed"
+
+
+def _layouts(job: Job) -> Iterator[Config]:
+    given = job.config.parallel
+    num_layers = job.description.transformer["num_layers"]
+    for tensor in _sizes(given.tensor_model_parallel_size, _divisors(job.gpu.per_node)):
+        for context in _sizes(given.context_parallel_size, (1, 2, 4)):
+            beside = job.num_gpus // (tensor * context)
+            if beside == 0 or job.num_gpus % (tensor * context):
+                continue
+            for pipeline in _sizes(given.pipeline_model_parallel_size, _divisors(beside)):
+                layers = num_layers // pipeline if num_layers % pipeline == 0 else 0
+                virtual = _divisors(layers) if pipeline > 1 and layers > 1 else [1]
+                if pipeline > num_layers:
+                    continue
+                for chunks in _sizes(given.virtual_pipeline_model_parallel_size or 1, virtual):
+                    yield _with_layout(job, tensor, pipeline, chunks, context)
+
+
+def _sizes(given: int, otherwise: list[int] | tuple[int, ...]) -> list[int] | tuple[int, ...]:
+    return [given] if given > 1 else otherwise
+
+
+def _divisors(number: int) -> list[int]:
+    return [size for size in range(1, number + 1) if number % size == 0]
+
+
+def _with_layout(job: Job, tensor: int, pipeline: int, chunks: int, context: int) -> Config:
+    replicas = job.num_gpus // (tensor * pipeline)
+    return replace(
+        job.config,
+        parallel=replace(
+            job.config.parallel,
+            tensor_model_parallel_size=tensor,
+            pipeline_model_parallel_size=pipeline,
+            virtual_pipeline_model_parallel_size=chunks if chunks > 1 else None,
+            context_parallel_size=context,
+            sequence_parallel=tensor > 1,
+            use_distributed_optimizer=replicas > 1,
+            overlap_grad_reduce=replicas > 1,
+            overlap_param_gather=replicas > 1,
+        ),
+    )
+
+
+def _try(job: Job, config: Config) -> Candidate | Refusal:
+    """`config` with the least recomputation that fits: none, core attention, MLPs with it, then whole layers."""
+    if config.recompute.recompute_granularity is not None:
+        return _evaluate(job, config)
+    for options in (
+        {},
+        {"recompute_granularity": "selective"},
+        {"recompute_granularity": "selective", "recompute_modules": ("core_attn", "mlp")},
+        {"recompute_granularity": "full"},
+    ):
+        answer = _evaluate(job, replace(config, recompute=replace(config.recompute, **options)))
+        if isinstance(answer, Candidate):
+            return answer
+    return answer
+
+
+def _evaluate(job: Job, config: Config) -> Candidate | Refusal:
+    try:
+        refuse_unbuilt(config)
+        layout = resolve(
+            config, world_size=job.num_gpus, model=job.description.transformer, machine=job.gpu.machine
+        )
+    except ConfigError as error:
+        return Refusal(name=layout_name(config), reason=str(error))
+    dp = layout.data_parallel_size
+    step_tokens = config.batch.global_batch_size * job.pack.pair_tokens
+    multiple = layout.microbatch_multiple
+    num_microbatches = math.ceil(math.ceil(step_tokens / job.pack.tokens / dp) / multiple) * multiple
+    load = Load(
+        shape=ModelShape.of(job.description),
+        config=config,
+        pack=job.pack,
+        data_parallel_size=dp,
+        num_microbatches=num_microbatches,
+    )
+    memory = tuple(stage_memory(load, stage) for stage in range(load.sizes.pipeline))
+    refusal = _too_much(job, config, memory)
+    if refusal is not None:
+        return refusal
+    tokens = step_tokens / (dp * num_microbatches)
+    return Candidate(
+        config=config,
+        load=load,
+        memory=memory,
+        time=step_time(load, tokens, job.gpu),
+        tokens_per_microbatch=tokens,
+        num_gpus=job.num_gpus,
+        gpu=job.gpu,
+    )
+
+
+def _too_much(job: Job, config: Config, memory: tuple[StageMemory, ...]) -> Refusal | None:
+    usable = job.gpu.memory_gib * ASSUMED.usable_memory * GIB
+    stage, fullest = max(enumerate(memory), key=lambda entry: entry[1].total)
+    if fullest.total <= usable:
+        return None
+    state = fullest.weights + fullest.gradients + fullest.optimizer
+    work = fullest.activations + fullest.loss
+    return Refusal(
+        name=layout_name(config),
+        reason=f"stage {stage} needs {fullest.total / GIB:.1f} GiB with {recomputation(config)} (weights, gradients "
+        f"and optimizer {state / GIB:.1f}, activations and loss {work / GIB:.1f}); {usable / GIB:.1f} are usable",
+        too_many_bytes=fullest.total,
+    )

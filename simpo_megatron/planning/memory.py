@@ -1,0 +1,322 @@
+"""Bytes on one rank of a run, by part, as a pure function of shape, layout, precision, recomputation and pack.
+
+Each term names what it counts and where that is allocated. e is the bytes of a weight or activation outside FP8
+(2 in bf16, 4 in fp32), S the tokens of a pack, N its response tokens, H the hidden size, F the MLP width, A, G and D
+attention heads, key/value groups and head size, v a rank's slice of the padded vocabulary, tp the tensor ranks; s is
+tp under sequence parallelism and else 1. One more rank of context parallelism takes its share off S.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+from typing import Literal
+
+from simpo_megatron.config import Config
+from simpo_megatron.loss.fused_linear import DEFAULT_LOGITS_BUDGET_BYTES, MAX_BLOCK_WIDTH, MIN_BLOCK_WIDTH
+from simpo_megatron.mcore.families import padded_vocab_size
+from simpo_megatron.parallel import ParallelSizes
+from simpo_megatron.planning.shapes import ModelShape, Pack
+
+GIB = 2**30
+Engine = Literal["transformer_engine", "torch"]
+"""Whose layers compute: Transformer Engine's on GPUs, megatron's local torch modules on the CPU."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Load:
+    """What a rank's memory depends on, its pipeline stage apart."""
+
+    shape: ModelShape
+    config: Config
+    pack: Pack
+    data_parallel_size: int
+    num_microbatches: int
+    """Of one data-parallel rank and step."""
+    engine: Engine = "transformer_engine"
+
+    @property
+    def sizes(self) -> ParallelSizes:
+        return self.config.parallel.sizes
+
+    @property
+    def itemsize(self) -> int:
+        return 2 if self.config.precision.bf16 else 4
+
+    @property
+    def sequence_ranks(self) -> int:
+        return self.sizes.tensor if self.config.parallel.sequence_parallel else 1
+
+    @property
+    def tokens(self) -> float:
+        """S: a rank's tokens of a pack."""
+        return self.pack.tokens / self.sizes.context
+
+    @property
+    def hidden_bytes(self) -> float:
+        """Of [S, H], divided over the tensor ranks under sequence parallelism: what stages hand on."""
+        return self.tokens * self.shape.hidden_size * self.itemsize / self.sequence_ranks
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageMemory:
+    """Bytes on a rank of one pipeline stage at the peak of a step, by part; they add up to `total`."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float
+    loss: float
+    communication: float
+    runtime: float
+
+    @property
+    def total(self) -> float:
+        return sum(getattr(self, part.name) for part in fields(self))
+
+
+def stage_memory(load: Load, stage: int) -> StageMemory:
+    """The parts of a rank of pipeline stage `stage` (from 0).
+
+    On top of what the layers keep, the peak is the larger of two moments: the loss at work, or, what it kept given
+    back, the backward of the layer before it. What the latter needs beyond the former is counted with activations.
+    """
+    parameters = stage_parameters(load.shape, load.sizes, stage)
+    loss = sum(head_bytes(load)) if stage == load.sizes.pipeline - 1 else 0.0
+    excess = max(0.0, backward_work_bytes(load) - loss)
+    return StageMemory(
+        weights=parameters * load.itemsize + fp8_copies_bytes(load),
+        gradients=gradient_bytes(parameters),
+        optimizer=optimizer_bytes(load, parameters),
+        activations=activation_bytes(load, stage) + excess,
+        loss=loss,
+        communication=communication_bytes(load),
+        runtime=runtime_bytes(load),
+    )
+
+
+def layer_parameters(shape: ModelShape, tensor_ranks: int) -> int:
+    """Parameters of one layer on a tensor-parallel rank: matrices divided, norms and row-parallel biases whole.
+
+    Source: megatron.core SelfAttention (linear_qkv [(A + 2G) D / tp, H], linear_proj), MLP (linear_fc1 [2F / tp, H],
+    linear_fc2), two RMSNorms and, with qk_layernorm, two of the head size.
+    """
+    matrices = shape.layer_matrices // tensor_ranks
+    qkv_out = (shape.query_size + 2 * shape.key_size) // tensor_ranks
+    biases = qkv_out if shape.add_bias_linear or shape.add_qkv_bias else 0
+    if shape.add_bias_linear:
+        biases += 2 * shape.ffn_hidden_size // tensor_ranks + 2 * shape.hidden_size
+    norms = 2 * shape.hidden_size + (2 * shape.kv_channels if shape.qk_layernorm else 0)
+    return matrices + biases + norms
+
+
+def stage_parameters(shape: ModelShape, sizes: ParallelSizes, stage: int) -> int:
+    """Parameters on one tensor-parallel rank of a pipeline stage; virtual stages only order them differently.
+
+    Source: megatron.core GPTModel: the embedding on the first stage, final norm and output layer on the last, each
+    with the vocabulary padded to 128 tp; a tied table is one where both are on one stage and else two.
+    """
+    is_first, is_last = stage == 0, stage == sizes.pipeline - 1
+    num_tables = int(is_first) + int(is_last and not (is_first and shape.tied))
+    table = padded_vocab_size(shape.vocab_size, sizes.tensor) // sizes.tensor * shape.hidden_size
+    layers = shape.num_layers // sizes.pipeline * layer_parameters(shape, sizes.tensor)
+    return layers + num_tables * table + (shape.hidden_size if is_last else 0)
+
+
+def gradient_bytes(parameters: int) -> int:
+    """fp32 `main_grad` of every parameter.
+
+    Source: megatron.core _ParamAndGradBuffer with grad_reduce_in_fp32. Its padding under the distributed optimizer is
+    left out: each parameter starts at a multiple of 64 elements, each bucket ends at one of lcm(dp, 128).
+    """
+    return 4 * parameters
+
+
+def optimizer_bytes(load: Load, parameters: int) -> float:
+    """Adam's two fp32 moments and, beside bf16 weights, an fp32 copy; divided over dp x cp when distributed.
+
+    Source: megatron.core DistributedOptimizer (shard_fp32_from_float16_groups) and
+    Float16OptimizerWithFloat16Params; Adam's exp_avg and exp_avg_sq.
+    """
+    num_bytes = (12 if load.config.precision.bf16 else 8) * parameters
+    if load.config.parallel.use_distributed_optimizer:
+        return num_bytes / (load.data_parallel_size * load.sizes.context)
+    return num_bytes
+
+
+def fp8_copies_bytes(load: Load) -> float:
+    """Two FP8 versions of each matrix of a stage's layers, as they are and transposed, kept over the microbatches.
+
+    Source: transformer_engine.pytorch Linear's weight workspace, rowwise and columnwise; weights stay bf16 beside.
+    """
+    if load.config.precision.fp8_recipe is None:
+        return 0.0
+    layers = load.shape.num_layers // load.sizes.pipeline
+    return 2.0 * layers * load.shape.layer_matrices / load.sizes.tensor
+
+
+def layer_activation_bytes(load: Load) -> dict[str, float]:
+    """What one layer keeps of a pack for its backward, by part, nothing recomputed.
+
+    Source: for the torch engine the tensors that autograd saves in megatron.core's local layer; for Transformer
+    Engine those of its LayerNormLinear, Linear and fused attention and of megatron's fused SwiGLU and rotary
+    embedding. FP8 keeps the inputs of matrix products in one byte.
+    """
+    shape, e, tp, pack = load.shape, load.itemsize, load.sizes.tensor, load.pack
+    query, key = _query_key_bytes(load)
+    mlp = load.tokens * shape.ffn_hidden_size / tp * e
+    # The keys and values of all segments are gathered, a shared prompt's once more for the rejected response.
+    attention = query + 2 * key * (1 + pack.repeated_keys / pack.tokens)
+    attention += 4 * load.tokens * shape.num_attention_heads / tp  # log-sum-exp, fp32
+    if load.engine == "transformer_engine":
+        is_fp8 = load.config.precision.fp8_recipe is not None
+        product = 0.5 if is_fp8 else 1.0  # bytes of a matrix product's input, in units of e
+        return {
+            "norms": 2 * load.hidden_bytes,
+            "attention in": product * load.hidden_bytes,
+            "attention": attention,
+            "attention out": query + (0.5 * query if is_fp8 else 0),
+            "mlp in": product * load.hidden_bytes,
+            "mlp": 2 * mlp + product * mlp,
+        }
+    # Unfused: a norm keeps its input and that normalised, in fp32, rotation its cosines and sines, SwiGLU each
+    # factor; the attention over segments its outputs before they are put together, and the masks behind a prefix.
+    masks = pack.num_pairs * pack.response * (pack.prompt + pack.response) * e if pack.prefix_sharing else 0.0
+    return {
+        "norms": 4 * load.hidden_bytes * 4 / e,
+        "attention in": load.hidden_bytes + 4 * load.tokens * shape.kv_channels * e,
+        "attention": attention + query + masks,
+        "attention out": query,
+        "mlp in": load.hidden_bytes,
+        "mlp": 5 * mlp,
+    }
+
+
+def _query_key_bytes(load: Load) -> tuple[float, float]:
+    """Of [S, A / tp, D] and [S, G / tp, D]."""
+    per_width = load.tokens / load.sizes.tensor * load.itemsize
+    return per_width * load.shape.query_size, per_width * load.shape.key_size
+
+
+def kept_layer_bytes(load: Load) -> float:
+    """What one layer keeps between forward and backward, selective recomputation taken into account.
+
+    Source: megatron.core Attention._checkpointed_attention_forward keeps the rotated query and key and, because the
+    value is a view of it, the whole output of linear_qkv.
+    """
+    parts, modules = layer_activation_bytes(load), load.config.recompute.recompute_modules
+    if load.config.recompute.recompute_granularity == "selective":
+        if "core_attn" in modules:
+            query, key = _query_key_bytes(load)
+            parts["attention"] = 2 * query + 3 * key
+        if "mlp" in modules:
+            parts["mlp"] = 0.0
+    return sum(parts.values())
+
+
+def chunk_layers(load: Load) -> int:
+    """Layers of one model chunk: of a stage, or of one of its virtual stages."""
+    return load.shape.num_layers // load.sizes.pipeline // (load.sizes.virtual_pipeline or 1)
+
+
+def chunks_in_flight(load: Load, stage: int) -> int:
+    """Model chunks of this stage whose forward is done and whose backward is not, at most.
+
+    Source: megatron.core schedules: the warm-up of 1F1B and of interleaved 1F1B, and one more in the steady state.
+    """
+    sizes, num_chunks = load.sizes, load.sizes.virtual_pipeline or 1
+    if sizes.pipeline == 1:
+        return 1
+    warm_up = sizes.pipeline - stage - 1
+    if num_chunks > 1:
+        warm_up = 2 * warm_up + (num_chunks - 1) * sizes.pipeline
+    return min(load.num_microbatches * num_chunks, warm_up + 1)
+
+
+def activation_bytes(load: Load, stage: int) -> float:
+    """What all chunks in flight on a stage keep: their layers, and with pipelining each chunk's output.
+
+    Source: megatron.core TransformerBlock._checkpointed_forward for full recomputation; schedules keep the outputs
+    (deallocate_pipeline_outputs is off).
+    """
+    recompute = load.config.recompute
+    num_layers = chunk_layers(load)
+    kept = num_layers * kept_layer_bytes(load)
+    if recompute.recompute_granularity == "full":
+        unit = recompute.recompute_num_layers
+        if recompute.recompute_method == "block":
+            checkpointed = min(unit, num_layers)
+            kept = checkpointed * load.hidden_bytes + (num_layers - checkpointed) * kept_layer_bytes(load)
+        else:
+            kept = math.ceil(num_layers / unit) * load.hidden_bytes
+    if load.sizes.pipeline > 1:
+        kept += load.hidden_bytes
+    return kept * chunks_in_flight(load, stage)
+
+
+def backward_work_bytes(load: Load) -> float:
+    """Peak of one layer's backward beyond what was kept, what it computes again included.
+
+    Gradients travel along the residual stream and through the MLP's widest activations, a weight gradient beside
+    them (weight gradients are not fused into `main_grad`). A layer, or a unit of layers, that is recomputed as a whole
+    is there in full first; a recomputed core attention is needed only when the layer's MLP has given back what it kept.
+    """
+    shape, e, tp = load.shape, load.itemsize, load.sizes.tensor
+    parts, recompute = layer_activation_bytes(load), load.config.recompute
+    # Fused SwiGLU hands on both halves' gradient at once.
+    width = (2 if load.engine == "transformer_engine" else 1) * shape.ffn_hidden_size / tp
+    gradients = 2 * load.hidden_bytes + load.tokens * width * e + width * shape.hidden_size * e
+    again = 0.0
+    if recompute.recompute_granularity == "full":
+        num_layers = chunk_layers(load)
+        unit = min(recompute.recompute_num_layers, num_layers)
+        if recompute.recompute_method == "uniform":
+            again = unit * sum(parts.values())
+        elif unit == num_layers:  # else layers that kept everything have given it back by then
+            again = sum(parts.values())
+    elif recompute.recompute_granularity == "selective":
+        mlp = parts["mlp"] if "mlp" in recompute.recompute_modules else 0.0
+        attention = parts["attention"] if "core_attn" in recompute.recompute_modules else 0.0
+        again = max(mlp, attention - (parts["mlp"] - mlp))
+    return gradients + max(0.0, again)
+
+
+def head_bytes(load: Load) -> tuple[float, float]:
+    """(what the final norm and the head keep of a pack, their peak beyond that).
+
+    Source: simpo_megatron.loss.fused_linear: the selected rows and logits within the byte budget are kept; a block
+    in fp32 is worked on; the backward sums the rows' gradient in fp32, hands it back in e, and gives autograd an
+    empty stand-in for the weight gradient it has added to `main_grad`.
+    """
+    shape, e, tp = load.shape, load.itemsize, load.sizes.tensor
+    rows_N = load.pack.response_rows / load.sizes.context
+    rows = rows_N * shape.hidden_size * e
+    v = padded_vocab_size(shape.vocab_size, tp) // tp
+    budget = DEFAULT_LOGITS_BUDGET_BYTES
+    width = min(max(budget / (rows_N * e) / 8, MIN_BLOCK_WIDTH), MAX_BLOCK_WIDTH, v)
+    logits = min(rows_N * v * e, budget)
+    norm = load.hidden_bytes * (2 if load.engine == "transformer_engine" else 1 + 2 * 4 / e)
+    block = rows_N * width * 4 if e < 4 else 0.0
+    backward = rows * (4 / e + 1) + width * shape.hidden_size * (4 + e)
+    # Rows travel to every tensor rank and back under sequence parallelism; then the gradient of all positions.
+    returned = rows * (2 if load.sequence_ranks > 1 else 1) + load.hidden_bytes + v * shape.hidden_size * e
+    return norm + rows + logits, max(block, backward, returned)
+
+
+def communication_bytes(load: Load) -> float:
+    """Buffers of collectives and pipeline messages outside NCCL.
+
+    Source: megatron.core's global memory buffer holds one gathered [S, H] under sequence parallelism (Transformer
+    Engine allocates the same anew); p2p messages hold an activation and a gradient each way.
+    """
+    gathered = load.hidden_bytes * load.sequence_ranks if load.sequence_ranks > 1 else 0.0
+    return gathered + (4 * load.hidden_bytes if load.sizes.pipeline > 1 else 0.0)
+
+
+def runtime_bytes(load: Load) -> float:
+    """CUDA context, kernels and workspaces, and NCCL's channels for each kind of group. Assumed, not measured."""
+    if load.engine == "torch":
+        return 0.0
+    sizes = load.sizes
+    kinds = 1 + sum(ranks > 1 for ranks in (sizes.tensor, sizes.pipeline, sizes.context, load.data_parallel_size))
+    return 1.0 * GIB + 0.3 * GIB * kinds

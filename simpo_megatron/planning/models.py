@@ -1,0 +1,60 @@
+"""The model of a plan: a folder, a config.json, a published model by name, or the model of a preset."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from simpo_megatron.config import PRESETS
+from simpo_megatron.errors import ConfigError
+from simpo_megatron.mcore.families import ModelDescription, describe_hf_config, describe_hf_model, read_hf_json
+
+
+def _published(model_type: str, *sizes: int, **more: Any) -> dict[str, Any]:
+    names = (
+        "num_hidden_layers",
+        "hidden_size",
+        "intermediate_size",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "vocab_size",
+        "max_position_embeddings",
+    )
+    fixed = {"model_type": model_type, "hidden_act": "silu", "rms_norm_eps": 1e-5}
+    return fixed | dict(zip(names, sizes, strict=True)) | more
+
+
+_LLAMA_3_8B = _published("llama", 32, 4096, 14336, 32, 8, 128256, 8192)
+_MISTRAL_7B = ("mistral", 32, 4096, 14336, 32, 8, 32000, 32768)
+PUBLISHED = {
+    "meta-llama/Llama-3.1-70B-Instruct": _published("llama", 80, 8192, 28672, 64, 8, 128256, 131072),
+    "Qwen/Qwen2.5-72B-Instruct": _published("qwen2", 80, 8192, 29568, 64, 8, 152064, 32768),
+    "meta-llama/Meta-Llama-3-8B-Instruct": _LLAMA_3_8B,
+    "princeton-nlp/Llama-3-Base-8B-SFT": _LLAMA_3_8B,
+    "mistralai/Mistral-7B-Instruct-v0.2": _published(*_MISTRAL_7B, sliding_window=None),
+    "alignment-handbook/zephyr-7b-sft-full": _published(*_MISTRAL_7B, sliding_window=4096),
+}
+"""The sizes in the config.json of models that the shipped configurations are for."""
+
+
+def find_model(name: str) -> ModelDescription:
+    """The architecture of `name`: a Hugging Face folder, a config.json, a published model or a preset.
+
+    Raises:
+        ConfigError: none of these, or a family that cannot be trained.
+        CheckpointError: a folder or file that cannot be read.
+    """
+    path = Path(name)
+    if path.is_dir():
+        return describe_hf_model(path)
+    if path.is_file():
+        return describe_hf_config(read_hf_json(path.parent, path.name), name)
+    if name in PRESETS:
+        name = PRESETS[name].summary.split(" on ")[0]
+    wanted = name.lower().rpartition("/")[2]
+    for published, config in PUBLISHED.items():
+        if published.lower().rpartition("/")[2] in (wanted, wanted + "-instruct"):
+            return describe_hf_config(config, published)
+    raise ConfigError(
+        f"model: found {name!r}, expected a Hugging Face folder, a config.json or one of {', '.join(PUBLISHED)}"
+    )

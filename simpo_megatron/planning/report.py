@@ -1,0 +1,148 @@
+"""A survey as people read it, and the chosen layout as the trainer and the cluster take it."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterable
+from dataclasses import asdict, fields
+from pathlib import Path
+
+import yaml
+from rich.table import Table
+
+from simpo_megatron.config import Config
+from simpo_megatron.planning.gpus import ASSUMED, GIB
+from simpo_megatron.planning.layouts import Candidate, Job, Refusal, Survey, layout_name, recomputation
+from simpo_megatron.planning.memory import StageMemory
+from simpo_megatron.planning.shapes import ModelShape
+from simpo_megatron.planning.speed import StepTime
+
+
+def describe_job(job: Job) -> list[str]:
+    """What is planned for, a line each."""
+    pack, precision, num_pairs = job.pack, job.config.precision, job.config.batch.global_batch_size
+    shape = ModelShape.of(job.description)
+    format_ = f"FP8 {precision.fp8_recipe} over bf16" if precision.fp8_recipe else "bf16" if precision.bf16 else "fp32"
+    return [
+        f"model     {job.description.family}: {shape.num_layers} layers, hidden {shape.hidden_size}, vocabulary "
+        f"{shape.vocab_size:,}, {shape.num_parameters / 1e9:.1f} billion parameters",
+        f"GPUs      {job.num_gpus} x {job.gpu.memory_gib:.1f} GiB, {job.gpu.per_node} a node",
+        f"step      {num_pairs} pairs of {pack.prompt:g} prompt and 2 x {pack.response:g} response tokens: "
+        f"{num_pairs * pack.pair_tokens:,.0f} tokens, prompts {'once' if pack.prefix_sharing else 'twice'}, "
+        f"in packs of up to {pack.tokens:,}",
+        f"format    {format_}; gradients and sums in fp32",
+    ]
+
+
+def layouts_table(candidates: Iterable[Candidate]) -> Table:
+    """One row a layout: recomputation, microbatches, memory of the fullest rank, speed."""
+    table = Table(title="layouts that fit, fastest first", title_justify="left")
+    table.add_column("layout", no_wrap=True)
+    for heading in ("dp", "recompute"):
+        table.add_column(heading)
+    for heading in ("micro-\nbatches", "GiB", "bubble", "s/step", "tokens/s", "MFU"):
+        table.add_column(heading, justify="right")
+    for candidate in candidates:
+        load, time = candidate.load, candidate.time
+        table.add_row(
+            layout_name(candidate.config),
+            str(load.data_parallel_size),
+            recomputation(candidate.config).removesuffix(" recomputed"),
+            str(load.num_microbatches),
+            f"{candidate.fullest.total / GIB:.1f}",
+            f"{time.bubble / time.total:.0%}",
+            f"{time.total:.1f}",
+            f"{candidate.tokens_per_second:,.0f}",
+            f"{candidate.utilization:.0%}",
+        )
+    return table
+
+
+def memory_table(candidate: Candidate) -> Table:
+    """GiB by part on a rank of each pipeline stage."""
+    table = Table(title=f"GiB a GPU, {layout_name(candidate.config)}", title_justify="left")
+    table.add_column("stage", justify="right")
+    for part in fields(StageMemory):
+        table.add_column(part.name, justify="right")
+    table.add_column("total", justify="right")
+    for stage, memory in enumerate(candidate.memory):
+        values = [getattr(memory, part.name) for part in fields(StageMemory)] + [memory.total]
+        table.add_row(str(stage), *(f"{value / GIB:.2f}" for value in values))
+    return table
+
+
+def time_line(candidate: Candidate) -> str:
+    """Seconds of a step by part, the parts that take any."""
+    time = candidate.time
+    parts = [(part.name, getattr(time, part.name)) for part in fields(StepTime)]
+    shown = ", ".join(f"{name.replace('_', ' ')} {seconds:.2f}" for name, seconds in parts if seconds > 0.005)
+    return f"a step of {time.total:.2f} s: {shown}"
+
+
+def refusals_table(refusals: Iterable[Refusal]) -> Table:
+    """The layouts that cannot be run: those of one reason together, and of those that need too much the least."""
+    table = Table(title="layouts that cannot be run", title_justify="left")
+    table.add_column("layouts", ratio=1)
+    table.add_column("reason", ratio=3)
+    groups: dict[str, list[Refusal]] = {}
+    for refusal in refusals:
+        too_large = refusal.name.split(" vpp")[0]
+        groups.setdefault(too_large if refusal.too_many_bytes else refusal.reason, []).append(refusal)
+    for group in groups.values():
+        first = min(group, key=lambda refusal: refusal.too_many_bytes)
+        others = f" and {len(group) - 1} more" if len(group) > 1 else ""
+        table.add_row(first.name + others, first.reason)
+    return table
+
+
+def assumptions() -> list[str]:
+    """What the figures rest on."""
+    return [
+        "memory: full packs, mean pairs; weights, gradients and optimizer as megatron-core allocates them (tested), "
+        "activations as Transformer Engine's layers keep them, 1 GiB and 0.3 GiB for each kind of group for CUDA and "
+        f"NCCL; {ASSUMED.usable_memory:.0%} of a GPU is usable",
+        f"speed: matrix products at {ASSUMED.bf16:.0%} of the bf16 and {ASSUMED.fp8:.0%} of the FP8 rate, attention at "
+        f"{ASSUMED.attention:.0%}, links at {ASSUMED.links:.0%}, memory at {ASSUMED.elementwise:.0%}; tensor-parallel "
+        "collectives not overlapped. An estimate to compare layouts by; nothing here was measured on a GPU",
+    ]
+
+
+def run_yaml(candidate: Candidate, heading: str) -> str:
+    """The trainer's YAML: `heading` as comments, then every option that is not its default.
+
+    The model's folder and the preference files stay for the command line; options that a preset sets are repeated.
+    """
+    comments = "".join(f"# {line}\n" for line in heading.splitlines())
+    defaults = asdict(Config())
+    options = {
+        name: list(value) if isinstance(value, tuple) else value
+        for section, values in asdict(candidate.config).items()
+        for name, value in values.items()
+        if name not in ("model", "data") and value != defaults[section].get(name)
+    }
+    return comments + yaml.safe_dump(options, sort_keys=False, width=110)
+
+
+def launch_command(candidate: Candidate, config_file: str, model: str) -> str:
+    """The command that starts the run: on the one node it needs, or on each node of several.
+
+    A `model` that is a name and no folder becomes MODEL_DIR, as PAIRS and HOST for the reader to fill in.
+    """
+    per_node = min(candidate.gpu.per_node, candidate.num_gpus)
+    num_nodes = -(-candidate.num_gpus // per_node)
+    folder = model if Path(model).is_dir() else "MODEL_DIR"
+    training = ["examples/pretrain_simpo.py", "--config", config_file, "--model", folder, "--data", "PAIRS"]
+    if num_nodes == 1:
+        return shlex.join(["torchrun", "--standalone", "--nproc-per-node", str(per_node), *training])
+    rendezvous = f"--rdzv-backend c10d --rdzv-endpoint HOST:29500 --nnodes {num_nodes} --nproc-per-node {per_node}"
+    return f"torchrun {rendezvous} {shlex.join(training)}"
+
+
+def summarize(survey: Survey, best: Candidate) -> str:
+    """The recommendation in one line."""
+    return (
+        f"recommended: {layout_name(best.config)}, dp {best.load.data_parallel_size}, "
+        f"{recomputation(best.config)}: {best.fullest.total / GIB:.1f} GiB on the fullest GPU, "
+        f"{best.tokens_per_second:,.0f} tokens/s; {len(survey.candidates)} layouts fit, "
+        f"{len(survey.refusals)} do not"
+    )

@@ -1,0 +1,105 @@
+"""What a plan is made for: the shape of a model, and how full a pack is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from simpo_megatron.mcore.families import ModelDescription
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelShape:
+    """The sizes of a dense decoder that memory and time follow from, under megatron's names."""
+
+    num_layers: int
+    hidden_size: int
+    ffn_hidden_size: int
+    num_attention_heads: int
+    num_query_groups: int
+    kv_channels: int
+    vocab_size: int
+    add_bias_linear: bool = False
+    add_qkv_bias: bool = False
+    qk_layernorm: bool = False
+    tied: bool = False
+
+    @classmethod
+    def of(cls, description: ModelDescription) -> ModelShape:
+        """The shape of a model that config.json describes."""
+        keys = (
+            "num_layers",
+            "hidden_size",
+            "ffn_hidden_size",
+            "num_attention_heads",
+            "num_query_groups",
+            "kv_channels",
+            "add_bias_linear",
+            "add_qkv_bias",
+            "qk_layernorm",
+        )
+        return cls(
+            **{key: description.transformer[key] for key in keys},
+            vocab_size=description.vocab_size,
+            tied=description.gpt["share_embeddings_and_output_weights"],
+        )
+
+    @property
+    def query_size(self) -> int:
+        return self.num_attention_heads * self.kv_channels
+
+    @property
+    def key_size(self) -> int:
+        """Width of all keys; the values' is the same."""
+        return self.num_query_groups * self.kv_channels
+
+    @property
+    def layer_matrices(self) -> int:
+        """Weights of a layer's four matrices, over all tensor-parallel ranks."""
+        attention = self.hidden_size * (2 * self.query_size + 2 * self.key_size)
+        return attention + 3 * self.hidden_size * self.ffn_hidden_size
+
+    @property
+    def num_parameters(self) -> int:
+        """Weights of the whole model, norms and biases apart (below a thousandth)."""
+        tables = (1 if self.tied else 2) * self.vocab_size * self.hidden_size
+        return self.num_layers * self.layer_matrices + tables
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pack:
+    """One microbatch, filled with pairs of mean length."""
+
+    tokens: int
+    """Tokens of the pack, S."""
+    prompt: float
+    """Mean tokens of a prompt."""
+    response: float
+    """Mean tokens of one response; a pair has two."""
+    prefix_sharing: bool = True
+    """Whether a pair's prompt is in the pack once, or once for each response."""
+
+    @property
+    def pair_tokens(self) -> float:
+        """Tokens that a pair takes of a pack."""
+        return (1 if self.prefix_sharing else 2) * self.prompt + 2 * self.response
+
+    @property
+    def num_pairs(self) -> float:
+        return self.tokens / self.pair_tokens
+
+    @property
+    def response_rows(self) -> float:
+        """Rows that predict a response token, N: the only ones that meet the vocabulary."""
+        return self.num_pairs * 2 * self.response
+
+    @property
+    def repeated_keys(self) -> float:
+        """Keys of prompts that are gathered a second time, for the rejected response."""
+        return self.num_pairs * self.prompt if self.prefix_sharing else 0.0
+
+    @property
+    def attended(self) -> float:
+        """Pairs of a query and a key that it sees, causally."""
+        whole = self.prompt + self.response
+        second = self.response * (self.prompt + self.response / 2) if self.prefix_sharing else whole**2 / 2
+        return self.num_pairs * (whole**2 / 2 + second)

@@ -1,0 +1,129 @@
+"""Seconds of a training step by part, from operations and bytes over assumed rates.
+
+Tensor-parallel collectives are not overlapped with compute, data-parallel ones are as far as the options say; the
+slowest pipeline stage sets the pace. Operations count a multiplication and an addition as two.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+from simpo_megatron.planning.gpus import ASSUMED, Assumptions, Gpu
+from simpo_megatron.planning.memory import Load, stage_parameters
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepTime:
+    """Seconds of one optimizer step by part; they add up to `total`."""
+
+    matrices: float
+    attention: float
+    head: float
+    elementwise: float
+    recompute: float
+    tensor_parallel: float
+    pipeline_messages: float
+    bubble: float
+    data_parallel: float
+    optimizer: float
+
+    @property
+    def total(self) -> float:
+        return sum(getattr(self, part.name) for part in fields(self))
+
+
+def step_time(load: Load, tokens: float, gpu: Gpu, assumed: Assumptions = ASSUMED) -> StepTime:
+    """The parts of a step whose microbatches hold `tokens` tokens each, on average."""
+    num, sizes = load.num_microbatches, load.sizes
+    share = tokens / load.pack.tokens
+    stage = _forward_backward(load, share, gpu, assumed)
+    busy = sum(stage.values())
+    # Warm-up and cool-down of the pipeline, in units of a microbatch's time on a stage.
+    bubble = (sizes.pipeline - 1) / (sizes.virtual_pipeline or 1) * busy
+    return StepTime(
+        **{name: num * seconds for name, seconds in stage.items()},
+        bubble=bubble,
+        data_parallel=_data_parallel(load, busy, gpu, assumed),
+        optimizer=_optimizer(load, gpu, assumed),
+    )
+
+
+def useful_flops(load: Load, tokens: float) -> float:
+    """Operations of one data-parallel rank's step that training needs, recomputation apart, over its whole model."""
+    share = tokens / load.pack.tokens * load.num_microbatches
+    shape, pack = load.shape, load.pack
+    layers = shape.num_layers * (6 * pack.tokens * shape.layer_matrices + 12 * pack.attended * shape.query_size)
+    return share * (layers + 6 * pack.response_rows * shape.vocab_size * shape.hidden_size)
+
+
+def _forward_backward(load: Load, share: float, gpu: Gpu, assumed: Assumptions) -> dict[str, float]:
+    """Seconds of one microbatch on the slowest stage, the last: its layers and the head."""
+    shape, pack, sizes, e = load.shape, load.pack, load.sizes, load.itemsize
+    layers, ranks = shape.num_layers / sizes.pipeline, sizes.tensor * sizes.context
+    bf16 = gpu.bf16_flops * assumed.bf16
+    is_fp8 = load.config.precision.fp8_recipe is not None and gpu.fp8_flops
+    rate = gpu.fp8_flops * assumed.fp8 if is_fp8 else bf16
+    tokens = pack.tokens * share / sizes.context
+    matrices = 6 * tokens * shape.layer_matrices / sizes.tensor * layers / rate
+    attention = 12 * pack.attended * share * shape.query_size / ranks * layers / (gpu.bf16_flops * assumed.attention)
+    head = 6 * pack.response_rows * share * shape.vocab_size * shape.hidden_size / ranks / bf16
+    # Forward and backward read or write about 16 activations of [S, H / s] and 8 of [S, F / tp] a layer.
+    touched = (16 * shape.hidden_size / load.sequence_ranks + 8 * shape.ffn_hidden_size / sizes.tensor) * tokens * e
+    elementwise = touched * layers / (gpu.memory_bytes_rate * assumed.elementwise)
+    # Two all-gathers and two reduce-scatters of [S, H] a layer, forward as backward (two all-reduces without
+    # sequence parallelism: the same bytes).
+    gathered = tokens * shape.hidden_size * e * (sizes.tensor - 1) / sizes.tensor
+    tensor_parallel = 8 * gathered * layers / (gpu.nvlink_bytes_rate * assumed.links)
+    network = gpu.network_bytes_rate * assumed.links
+    num_chunks = sizes.virtual_pipeline or 1
+    sent = 2 * num_chunks * load.hidden_bytes * share if sizes.pipeline > 1 else 0.0
+    # Plain 1F1B waits for its messages; interleaving sends more of them and hides, it is assumed, half.
+    messages = sent / network * (0.5 if num_chunks > 1 else 1.0)
+    return {
+        "matrices": matrices,
+        "attention": attention,
+        "head": head,
+        "elementwise": elementwise,
+        "recompute": _recompute(load, matrices, attention, tensor_parallel),
+        "tensor_parallel": tensor_parallel,
+        "pipeline_messages": messages,
+    }
+
+
+def _recompute(load: Load, matrices: float, attention: float, tensor_parallel: float) -> float:
+    recompute = load.config.recompute
+    if recompute.recompute_granularity == "full":
+        return (matrices + attention) / 3 + tensor_parallel / 2
+    if recompute.recompute_granularity == "selective":
+        mlp = 3 * load.shape.hidden_size * load.shape.ffn_hidden_size / load.shape.layer_matrices
+        seconds = attention / 3 if "core_attn" in recompute.recompute_modules else 0.0
+        if "mlp" in recompute.recompute_modules:
+            seconds += mlp * matrices / 3 + tensor_parallel / 4
+        return seconds
+    return 0.0
+
+
+def _data_parallel(load: Load, busy: float, gpu: Gpu, assumed: Assumptions) -> float:
+    """Reducing fp32 gradients and gathering bf16 weights, less what overlaps with half of a microbatch's time each."""
+    ranks = load.data_parallel_size * load.sizes.context
+    if ranks == 1:
+        return 0.0
+    within_node = load.sizes.model * load.data_parallel_size <= gpu.per_node
+    rate = (gpu.nvlink_bytes_rate if within_node else gpu.network_bytes_rate) * assumed.links
+    parameters = stage_parameters(load.shape, load.sizes, load.sizes.pipeline - 1)
+    parallel, each_way = load.config.parallel, parameters * (ranks - 1) / ranks / rate
+    distributed = parallel.use_distributed_optimizer
+    gradients, weights = (4 * each_way, load.itemsize * each_way) if distributed else (8 * each_way, 0.0)
+    if parallel.overlap_grad_reduce:
+        gradients = max(0.0, gradients - busy / 2)
+    if parallel.overlap_param_gather:
+        weights = max(0.0, weights - busy / 2)
+    return gradients + weights
+
+
+def _optimizer(load: Load, gpu: Gpu, assumed: Assumptions) -> float:
+    """Adam reads and writes its shard (30 bytes a parameter), the norm reads and zeroing writes all gradients."""
+    parameters = stage_parameters(load.shape, load.sizes, load.sizes.pipeline - 1)
+    distributed = load.config.parallel.use_distributed_optimizer
+    shard = parameters / (load.data_parallel_size * load.sizes.context if distributed else 1)
+    return (30 * shard + 8 * parameters) / (gpu.memory_bytes_rate * assumed.elementwise)

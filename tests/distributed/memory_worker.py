@@ -1,0 +1,100 @@
+"""Measure what steps of real training take in memory, on the ranks this script is started on.
+
+`memory_worker.py FOLDER`: FOLDER/job.json names the cases; each rank leaves FOLDER/<case>.<rank>.json with the bytes
+that autograd keeps of one forward (`kept`, without pipelining) and the allocator's peak over one step (`peak`), both
+beyond weights, gradients and optimizer.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+from simpo_megatron.mcore import device
+
+device.install()
+
+import torch  # noqa: E402
+from layout_worker import ListDataset  # noqa: E402
+from megatron.core import parallel_state  # noqa: E402
+from planning_cases import description_of, pairs_of  # noqa: E402
+from torch.profiler import ProfilerActivity, profile  # noqa: E402
+
+from simpo_megatron import parallel  # noqa: E402
+from simpo_megatron.config import config_from, resolve  # noqa: E402
+from simpo_megatron.mcore.forward_step import ForwardStep  # noqa: E402
+from simpo_megatron.mcore.model import build_model, wrap_in_ddp  # noqa: E402
+from simpo_megatron.mcore.optimizer import build_optimizer  # noqa: E402
+from simpo_megatron.training.step import Trainer, _materialise, batch_options, train_step  # noqa: E402
+
+
+def build(case: dict, world_size: int) -> Trainer:
+    description, config = description_of(case), config_from(**case["options"])
+    layout = resolve(config, world_size=world_size, model=description.transformer, machine=device.machine())
+    groups = parallel.initialize(config.parallel.sizes, backend="gloo", timeout_minutes=3)
+    parallel.seed_everything(1)
+    bare = build_model(description, config, groups)
+    for parameter in (parameter for chunk in bare for parameter in chunk.parameters()):
+        torch.nn.init.normal_(parameter.data, std=0.02)
+    chunks = wrap_in_ddp(bare, config)
+    optimizer, scheduler = build_optimizer(chunks, config, 10)
+    return Trainer(
+        groups=groups,
+        chunks=chunks,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        objective=config.objective,
+        batch_options=batch_options(config, layout, pad_id=0),
+        layout=layout,
+    )
+
+
+def kept_bytes(trainer: Trainer, dataset: ListDataset) -> int:
+    """Storages that autograd saves in the forward of one microbatch, weights apart, each counted once."""
+    weights = {p.untyped_storage().data_ptr() for chunk in trainer.chunks for p in chunk.parameters()}
+    saved: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        saved[storage.data_ptr()] = storage
+        return tensor
+
+    (microbatch, *_) = _materialise(trainer, dataset, trainer.plan_step(dataset, 0)[0])
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        step = ForwardStep(objective=trainer.objective, pairs_per_chosen_token=1.0)
+        output, loss = step(iter([microbatch]), trainer.chunks[0])
+        loss(output)
+    return sum(storage.nbytes() for pointer, storage in saved.items() if pointer not in weights)
+
+
+def peak_bytes(trainer: Trainer, dataset: ListDataset) -> int:
+    """The allocator's highest level over one whole step, above where the step began."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        train_step(trainer, dataset, trainer.plan_step(dataset, 0))
+    level = highest = 0
+    for event in profiled.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            level += event.nbytes()
+            highest = max(highest, level)
+    return highest
+
+
+def main(folder: Path) -> None:
+    world_size, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
+    for name, case in json.loads((folder / "job.json").read_text()).items():
+        trainer = build(case, world_size)
+        dataset = ListDataset(pairs_of(case))
+        train_step(trainer, dataset, trainer.plan_step(dataset, 0))  # allocates the optimizer's state
+        measured = {"peak": peak_bytes(trainer, dataset)}
+        if world_size == 1:
+            measured["kept"] = kept_bytes(trainer, dataset)
+        measured["microbatches"] = len(trainer.plan_step(dataset, 0)[0])
+        (folder / f"{name}.{rank}.json").write_text(json.dumps(measured))
+        parallel_state.destroy_model_parallel()
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

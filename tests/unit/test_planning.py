@@ -1,0 +1,167 @@
+"""The planner's arithmetic against counts made another way, and what it tells people."""
+
+import json
+import runpy
+from dataclasses import replace
+
+import pytest
+from planning_cases import HF_CONFIG, shape_of
+from ranks import REPOSITORY
+
+from simpo_megatron.config import PRESETS, config_from, load_config
+from simpo_megatron.errors import ConfigError
+from simpo_megatron.planning.gpus import GPUS
+from simpo_megatron.planning.layouts import Job, layout_name, plan_one, survey
+from simpo_megatron.planning.memory import Load, chunks_in_flight, stage_memory, stage_parameters
+from simpo_megatron.planning.models import PUBLISHED, find_model
+from simpo_megatron.planning.report import run_yaml
+from simpo_megatron.planning.shapes import ModelShape, Pack
+
+PACK = Pack(tokens=8192, prompt=300, response=400)
+
+
+def job(model="Llama-3.1-70B", num_gpus=64, gpu="h100-80gb", pack=PACK, **options):
+    config = config_from(model="m", data=("d",), tokens_per_microbatch=pack.tokens, **options)
+    return Job(description=find_model(model), config=config, num_gpus=num_gpus, gpu=GPUS[gpu], pack=pack)
+
+
+@pytest.mark.parametrize(
+    ("model", "billions"),
+    [("Llama-3.1-70B-Instruct", 70.55), ("Qwen2.5-72B-Instruct", 72.71), ("Meta-Llama-3-8B-Instruct", 8.03)],
+)
+def test_a_published_model_has_the_parameters_its_name_promises(model, billions):
+    """The figures of the model cards, on one rank and summed over many."""
+    shape, one = ModelShape.of(find_model(model)), config_from().parallel.sizes
+    assert stage_parameters(shape, one, 0) / 1e9 == pytest.approx(billions, abs=0.01)
+    four = config_from(tp=4, pp=4).parallel.sizes
+    assert 4 * sum(stage_parameters(shape, four, stage) for stage in range(4)) / 1e9 == pytest.approx(
+        billions, rel=2e-3
+    )
+
+
+def test_the_tokens_of_a_pack_add_up_pair_by_pair():
+    shared, apart = Pack(tokens=440, prompt=20, response=100), Pack(
+        tokens=480, prompt=20, response=100, prefix_sharing=False
+    )
+    assert (shared.num_pairs, shared.response_rows, shared.repeated_keys) == (2, 400, 40)
+    assert (apart.num_pairs, apart.response_rows, apart.repeated_keys) == (2, 400, 0)
+    # Keys that each query sees, counted one by one; a continuous count misses half a key a query.
+    causal = sum(range(1, 121))
+    assert shared.attended == pytest.approx(2 * (causal + sum(range(21, 121))), rel=0.01)
+    assert apart.attended == pytest.approx(2 * 2 * causal, rel=0.01)
+
+
+def in_flight_by_schedule(pp, vpp, stage, num_microbatches):
+    """The most chunks between forward and backward, by running a stage's schedule: warm-up, then one of each."""
+    total = num_microbatches * vpp
+    warm_up = pp - stage - 1 if vpp == 1 else 2 * (pp - stage - 1) + (vpp - 1) * pp
+    order = ["F"] * min(warm_up, total)
+    order += ["F", "B"] * (total - len(order))
+    level = highest = 0
+    for step in order:
+        level += 1 if step == "F" else -1
+        highest = max(highest, level)
+    return highest
+
+
+@pytest.mark.parametrize(("pp", "vpp"), [(1, 1), (4, 1), (4, 2), (2, 5)])
+def test_chunks_in_flight_are_those_of_the_schedule(pp, vpp):
+    for num_microbatches in (pp, 2 * pp, 8 * pp):
+        for stage in range(pp):
+            load = Load(
+                shape=shape_of({}),
+                config=config_from(pp=pp, vpp=vpp if vpp > 1 else None),
+                pack=PACK,
+                data_parallel_size=1,
+                num_microbatches=num_microbatches,
+            )
+            assert chunks_in_flight(load, stage) == in_flight_by_schedule(pp, vpp, stage, num_microbatches)
+
+
+def test_the_distributed_optimizer_divides_the_optimizer_and_nothing_else():
+    load = Load(
+        shape=shape_of({}), config=config_from(), pack=PACK, data_parallel_size=8, num_microbatches=1
+    )
+    divided = replace(load, config=config_from(use_distributed_optimizer=True))
+    before, after = stage_memory(load, 0), stage_memory(divided, 0)
+    assert after.optimizer == before.optimizer / 8
+    assert replace(after, optimizer=before.optimizer) == before
+
+
+def test_what_fits_is_sorted_by_speed_and_what_does_not_says_why():
+    found = survey(job())
+    times = [candidate.time.total for candidate in found.candidates]
+    assert times == sorted(times) and len(times) > 10
+    assert all(candidate.fullest.total < 79.6 * 2**30 for candidate in found.candidates)
+    names = {layout_name(candidate.config) for candidate in found.candidates}
+    assert "tp 8 pp 4 vpp 5" in names and "tp 1" not in names
+    reasons = {refusal.name: refusal.reason for refusal in found.refusals}
+    assert "GiB with whole layers recomputed" in reasons["tp 1"] and "are usable" in reasons["tp 1"]
+    assert "context_parallel_size: found 2" in reasons["tp 8 cp 2"]
+    assert "a divisor of the model's 80 layers" in reasons["tp 2 pp 32"]
+    assert names.isdisjoint(reasons)
+
+
+def test_sizes_that_are_given_are_kept_and_the_others_searched():
+    found = survey(job(tp=8, pp=4))
+    assert {c.config.parallel.pipeline_model_parallel_size for c in found.candidates} == {4}
+    assert {c.config.parallel.tensor_model_parallel_size for c in found.candidates} == {8}
+    assert len(found.candidates) > 3
+
+
+def test_recomputation_is_bought_only_where_memory_asks_for_it():
+    options = {"tp": 8, "pp": 4, "vpp": 5}
+    small = survey(job(**options)).candidates[0]
+    large = survey(job(pack=replace(PACK, tokens=65536), **options)).candidates[0]
+    assert small.config.recompute.recompute_granularity is None
+    assert large.config.recompute.recompute_granularity is not None
+    assert large.time.recompute > 0 == small.time.recompute
+
+
+def test_fp8_is_faster_keeps_less_and_is_refused_where_the_trainer_would():
+    options = {"tp": 8, "pp": 4, "vpp": 5}
+    plain, fp8 = (plan_one(job(**options, sequence_parallel=True, **more)) for more in ({}, {"fp8": "tensorwise"}))
+    assert fp8.time.matrices < plain.time.matrices
+    assert fp8.fullest.activations < plain.fullest.activations and fp8.fullest.weights > plain.fullest.weights
+    with pytest.raises(ConfigError, match="MLP width per rank, 3696, to be a multiple of 128"):
+        plan_one(job("Qwen2.5-72B", **options, fp8="blockwise"))
+    with pytest.raises(ConfigError, match=r"compute capability 8\.9, found 8\.0"):
+        plan_one(job(**options, gpu="a100-80gb", fp8="tensorwise"))
+
+
+def test_the_yaml_loads_as_the_configuration_that_was_planned(tmp_path):
+    best = survey(job(preset="llama3-instruct-v0.2", fp8="tensorwise")).candidates[0]
+    file = tmp_path / "plan.yaml"
+    file.write_text(run_yaml(best, "a heading\nof two lines"))
+    assert load_config(["--config", str(file), "--model", "m", "--data", "d"]) == best.config
+
+
+@pytest.mark.parametrize("name", [*PUBLISHED, "llama3-instruct-v0.2", "mistral-base"])
+def test_a_model_is_found_by_name_or_preset(name):
+    assert find_model(name).transformer["hidden_size"] in (4096, 8192)
+
+
+def test_a_model_nobody_knows_and_one_that_cannot_be_trained_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match="found 'nobody/knows', expected a Hugging Face folder, a config.json or"):
+        find_model("nobody/knows")
+    assert "gemma2-9b-it" in PRESETS
+    with pytest.raises(ConfigError, match="gemma-2-9b-it"):
+        find_model("gemma2-9b-it")
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(HF_CONFIG))
+    assert find_model(str(file)).transformer == find_model(str(tmp_path)).transformer
+
+
+def test_the_tool_prints_a_plan_and_writes_its_yaml(tmp_path, capsys):
+    main, file = runpy.run_path(str(REPOSITORY / "tools/plan.py"))["main"], tmp_path / "plan.yaml"
+    question = ["--model", "llama3-instruct-v0.2", "--preset", "llama3-instruct-v0.2"]
+    assert main([*question, "--gpus", "8", "--write", str(file)]) == 0
+    printed = capsys.readouterr().out
+    for expected in ("layouts that fit", "layouts that cannot be run", "recommended: tp", "optimizer", "on a GPU"):
+        assert expected in printed
+    command = f"torchrun --standalone --nproc-per-node 8 examples/pretrain_simpo.py --config {file} --model MODEL_DIR"
+    assert printed.strip().splitlines()[-1].startswith(command)
+    assert load_config(["--config", str(file), "--model", "m", "--data", "d"]).objective.beta == 10
+    assert main([*question, "--gpus", "1"]) == 2
+    refusal = capsys.readouterr().err.strip()
+    assert "no layout fits" in refusal and "\n" not in refusal

@@ -1,0 +1,136 @@
+"""Plans a run before GPUs are rented: which layouts fit, what each needs, how fast it should be, how to start it.
+
+python tools/plan.py --model Llama-3.1-70B --gpus 64 --gpu h100-80gb --tokens-per-microbatch 8192 --fp8 tensorwise
+python tools/plan.py --model DIR --gpus 8 --preset llama3-instruct-v0.2 --write runs/plan.yaml
+python tools/plan.py --model llama3-instruct --gpus 8 --config configs/llama3_8b_instruct_8xh100.yaml --as-is
+
+--model takes a Hugging Face folder, a config.json, a published model or the name of a preset. Every option of the
+trainer may follow, and its YAML files too; sizes above 1 (--tp 8 --pp 4 ...) are kept, the others are searched.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from rich.console import Console
+
+from simpo_megatron.config import load_config
+from simpo_megatron.errors import ConfigError, SimPOError
+from simpo_megatron.planning.gpus import GPUS
+from simpo_megatron.planning.layouts import Candidate, Job, Survey, plan_one, survey
+from simpo_megatron.planning.models import find_model
+from simpo_megatron.planning.report import (
+    assumptions,
+    describe_job,
+    launch_command,
+    layouts_table,
+    memory_table,
+    refusals_table,
+    run_yaml,
+    summarize,
+    time_line,
+)
+from simpo_megatron.planning.shapes import Pack
+
+
+def parse_arguments(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
+    """Returns the planner's own options and, untouched, those of the trainer."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--model", required=True, metavar="NAME", help="folder, config.json, published name or preset")
+    parser.add_argument("--gpus", required=True, type=int, metavar="N", help="how many GPUs, over all nodes")
+    parser.add_argument("--gpu", default="h100-80gb", choices=sorted(GPUS), help="default h100-80gb")
+    parser.add_argument(
+        "--prompt-tokens", type=float, default=300, metavar="N", help="mean length of a prompt, default 300"
+    )
+    parser.add_argument(
+        "--response-tokens",
+        type=float,
+        default=400,
+        metavar="N",
+        help="mean length of one response, default 400; tools/inspect_data.py tells both of your pairs",
+    )
+    parser.add_argument("--top", type=int, default=10, metavar="N", help="layouts to list, default 10")
+    parser.add_argument("--as-is", action="store_true", help="plan the layout of --config as it stands, search none")
+    parser.add_argument("--write", metavar="FILE", help="write the trainer's YAML of the recommended layout to FILE")
+    return parser.parse_known_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit code: 0 with a plan, 2 when nothing fits or the question cannot be answered."""
+    arguments, of_the_trainer = parse_arguments(argv)
+    console = Console(width=120, soft_wrap=False) if not sys.stdout.isatty() else Console()
+    try:
+        job = _job(arguments, of_the_trainer)
+        for line in describe_job(job):
+            _say(line, console)
+        if arguments.as_is:
+            best = plan_one(job)
+        else:
+            found = survey(job)
+            best = _show(found, arguments.top, console)
+        _explain(best, arguments, console)
+    except SimPOError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+def _job(arguments: argparse.Namespace, of_the_trainer: list[str]) -> Job:
+    for name in ("gpus", "prompt_tokens", "response_tokens"):
+        if getattr(arguments, name) <= 0:
+            raise ConfigError(f"{name}: found {getattr(arguments, name):g}, expected a number above 0")
+    description = find_model(arguments.model)
+    config = load_config([*of_the_trainer, "--model", arguments.model, "--data", "pairs.jsonl"])
+    if not config.batch.packing:
+        raise ConfigError("packing: found False, expected true: plans are made for packs")
+    return Job(
+        description=description,
+        config=config,
+        num_gpus=arguments.gpus,
+        gpu=GPUS[arguments.gpu],
+        pack=Pack(
+            tokens=config.batch.tokens_per_microbatch,
+            prompt=arguments.prompt_tokens,
+            response=arguments.response_tokens,
+            prefix_sharing=config.batch.prefix_sharing,
+        ),
+    )
+
+
+def _show(found: Survey, top: int, console: Console) -> Candidate:
+    if not found.candidates:
+        console.print(refusals_table(found.refusals))
+        raise ConfigError(
+            f"gpus: found {found.job.num_gpus}, and no layout fits; expected more GPUs, smaller packs or LoRA"
+        )
+    console.print(layouts_table(found.candidates[:top]))
+    console.print(refusals_table(found.refusals))
+    console.print(summarize(found, found.candidates[0]), style="bold", highlight=False, soft_wrap=True)
+    return found.candidates[0]
+
+
+def _explain(best: Candidate, arguments: argparse.Namespace, console: Console) -> None:
+    console.print(memory_table(best))
+    for line in (time_line(best), *assumptions()):
+        _say(line, console)
+    file = arguments.write or "plan.yaml"
+    command = launch_command(best, file, arguments.model)
+    heading = f"{arguments.model} on {arguments.gpus} {arguments.gpu}, planned and not measured.\n{command}"
+    text = run_yaml(best, heading)
+    if arguments.write:
+        Path(file).write_text(text, encoding="utf-8")
+        _say(f"\nwrote {file}; start it on every node with:\n", console)
+    else:
+        _say(f"\n{file} (--write FILE writes it):\n\n{text}", console)
+    _say(command, console)
+
+
+def _say(text: str, console: Console) -> None:
+    """As it is: no line broken, so that a command can be copied."""
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
