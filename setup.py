@@ -12,7 +12,16 @@ README = ROOT / "README.md"
 GGUF = ["gguf>=0.10"]
 # NeMo 3 stops before 2.4.
 OMEGACONF = "omegaconf>=2.3,<2.4"
-TEST = [*GGUF, OMEGACONF, "pytest>=8", "hypothesis>=6.100", "ruff>=0.14", "trl>=0.29,<2", "accelerate>=1.4"]
+TEST = [
+    *GGUF,
+    OMEGACONF,
+    "pytest>=8",
+    "hypothesis>=6.100",
+    "ruff>=0.14",
+    "trl>=0.29,<2",
+    "accelerate>=1.4",
+    "peft>=0.21",
+]
 
 setup(
     name="simpo-megatron",

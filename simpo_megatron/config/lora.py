@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
-from simpo_megatron.config.checks import require, require_positive
+from simpo_megatron.config.checks import require, require_positive, require_writable_name
 
 LORA_TARGETS = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
 
@@ -26,6 +26,9 @@ class LoRAConfig:
     """Layers that get adapters, by megatron's names: linear_qkv, linear_proj (attention), linear_fc1, linear_fc2
     (MLP); all when not given."""
 
+    export_adapter: str | None = None
+    """Folder for the trained adapters in PEFT's form."""
+
     @property
     def scale(self) -> float:
         """The factor of what the adapters add."""
@@ -33,6 +36,7 @@ class LoRAConfig:
 
     def __post_init__(self) -> None:
         require_positive(self, "lora_rank", "lora_alpha")
+        require_writable_name(self, "export_adapter")
         dropout = self.lora_dropout
         require(0 <= dropout < 1, "lora_dropout", dropout, "a number from 0 up to, not including, 1")
         known = set(LORA_TARGETS)
@@ -41,5 +45,6 @@ class LoRAConfig:
         require(is_choice, "lora_targets", " ".join(self.lora_targets), one_or_more)
         if self.lora_rank is None:
             needs_rank = "lora_rank with it: there are no adapters without"
-            for key, default in (("lora_alpha", None), ("lora_dropout", 0.0), ("lora_targets", LORA_TARGETS)):
-                require(getattr(self, key) == default, key, getattr(self, key), needs_rank)
+            for entry in fields(self):
+                found = getattr(self, entry.name)
+                require(found == entry.default, entry.name, found, needs_rank)

@@ -49,6 +49,7 @@ def resolve(config: Config, *, world_size: int, model: Mapping[str, Any], machin
     _check_inputs_are_named(config)
     data_parallel_size = _data_parallel_size(config, world_size)
     _check_model(config, model)
+    _check_lora(config, model)
     _check_fp8(config, model, machine)
     layout = Layout(
         data_parallel_size=data_parallel_size,
@@ -125,8 +126,14 @@ def _check_model(config: Config, model: Mapping[str, Any]) -> None:
         ep,
         f"a divisor of the model's experts, of which it has {experts}",
     )
-    rank, side = config.lora.lora_rank, min(model["hidden_size"], width)
+
+
+def _check_lora(config: Config, model: Mapping[str, Any]) -> None:
+    rank, side = config.lora.lora_rank, min(model["hidden_size"], model["ffn_hidden_size"])
     require((rank or 1) <= side, "lora_rank", rank, f"at most {side}, the shorter side of the model's layers")
+    folder = config.lora.export_adapter
+    is_apart = folder is None or folder != config.model.export_hf
+    require(is_apart, "export_adapter", folder, "another folder than export_hf's, which it would replace")
 
 
 def _check_batches(config: Config, layout: Layout) -> None:

@@ -1,7 +1,8 @@
 """Hugging Face folders in and out of megatron-core, without a conversion step and without pickles."""
 
+from simpo_megatron.convert.adapter import export_adapter, trained_share
 from simpo_megatron.convert.export import export_hf
 from simpo_megatron.convert.folder import refuse_existing_export
 from simpo_megatron.convert.load import load_hf_weights
 
-__all__ = ["export_hf", "load_hf_weights", "refuse_existing_export"]
+__all__ = ["export_adapter", "export_hf", "load_hf_weights", "refuse_existing_export", "trained_share"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +25,9 @@ from simpo_megatron.convert.mapping import Piece, hf_tensors, pieces
 from simpo_megatron.errors import CheckpointError
 from simpo_megatron.mcore.families import ModelDescription
 from simpo_megatron.parallel import ParallelGroups
+
+Files = dict[str, dict[str, TensorSpec]]
+"""The tensors of each weight file, by its name."""
 
 
 @dataclass(frozen=True)
@@ -60,28 +63,53 @@ def export_hf(
         CheckpointError: on every rank that takes part, when `out_folder` holds anything but an earlier export, or one
             of them cannot write.
     """
-    if groups.dp_cp.rank() != 0:
-        return
-    out_folder = Path(out_folder)
     owned: dict[str, list[Piece]] = {}
     for chunk in model_chunks:
         for name, found in _pieces_by_name(chunk, description, groups.tp.size()).items():
             owned.setdefault(name, found)
     specs = {name: TensorSpec(shape, dtype) for name, shape in hf_tensors(description).items()}
+
+    def complete(staging: Path, files: Files) -> None:
+        complete_folder(staging, Path(source_folder), description.hf_config, files, model_card)
+
+    export_tensors(owned, specs, description, out_folder, complete, groups=groups, max_shard_bytes=max_shard_bytes)
+
+
+def export_tensors(
+    owned: Mapping[str, list[Piece]],
+    specs: dict[str, TensorSpec],
+    description: ModelDescription,
+    out_folder: str | Path,
+    complete: Callable[[Path, Files], None],
+    *,
+    groups: ParallelGroups,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Write tensors that ranks hold in `owned` pieces as a folder that appears only when it is whole.
+
+    Args:
+        specs: all tensors of the folder, the same on every rank; each is owned by one pipeline stage.
+        complete: what the first rank does to the staged folder of weight files before it is published.
+
+    Collectives and Raises: as `export_hf`.
+    """
+    if groups.dp_cp.rank() != 0:
+        return
+    out_folder = Path(out_folder)
     shards = _plan_shards(specs, list(owned), max_shard_bytes, groups=groups)
     is_committer = groups.tp.rank() == 0 and groups.pp.rank() == 0
     staging = _agreed_staging_folder(out_folder, is_committer, groups)
     failure = None
     for shard in shards:
         if shard.stage == groups.pp.rank():
-            tensors = (gather_tensor(owned[name], description, dtype, tp_group=groups.tp) for name in shard.specs)
+            tensors = (
+                gather_tensor(owned[name], description, spec.dtype, tp_group=groups.tp)
+                for name, spec in shard.specs.items()
+            )
             failure = _write_or_drain(staging / shard.file_name, shard, tensors, groups, failure)
     _raise_together(failure, staging, groups)
     if is_committer:
-        files = {shard.file_name: shard.specs for shard in shards}
-        failure = _attempt(
-            complete_folder, staging, Path(source_folder), description.hf_config, files, model_card
-        )
+        failure = _attempt(complete, staging, {shard.file_name: shard.specs for shard in shards})
         failure = failure or _attempt(publish, staging, out_folder)
     _raise_together(failure, staging, groups)
 

@@ -79,15 +79,20 @@ def complete_folder(
     model_card: str | None = None,
 ) -> None:
     """Write everything beside the weights: the index of `files`, configuration, tokenizer, model card and marker."""
-    _write_json(staging / "config.json", _with_dtype(hf_config, files))
+    write_json(staging / "config.json", _with_dtype(hf_config, files))
     if len(files) > 1:
         weight_map = {name: file for file, specs in files.items() for name in specs}
         num_bytes = sum(spec.num_bytes for specs in files.values() for spec in specs.values())
-        _write_json(staging / INDEX_FILE, {"metadata": {"total_size": num_bytes}, "weight_map": weight_map})
+        write_json(staging / INDEX_FILE, {"metadata": {"total_size": num_bytes}, "weight_map": weight_map})
     copy_model_files(source_folder, staging)
+    mark(staging, model_card)
+
+
+def mark(staging: Path, model_card: str | None = None) -> None:
+    """Write the model card, and the marker by which a later export knows what it may replace."""
     if model_card is not None:
         (staging / "README.md").write_text(model_card, encoding="utf-8")
-    _write_json(staging / MARKER_FILE, {"exported_by": "simpo_megatron", "version": __version__})
+    write_json(staging / MARKER_FILE, {"exported_by": "simpo_megatron", "version": __version__})
 
 
 def copy_model_files(source_folder: Path, target: Path) -> None:
@@ -110,7 +115,8 @@ def _with_dtype(hf_config: Mapping[str, Any], files: Mapping[str, Mapping[str, T
     return config
 
 
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write `content` as JSON that people can read."""
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -104,7 +104,8 @@ def _model_rules(description: ModelDescription) -> tuple[Rule, ...]:
     )
 
 
-def _layer_rules(description: ModelDescription) -> tuple[Rule, ...]:
+def layer_rules(description: ModelDescription) -> tuple[Rule, ...]:
+    """The lines of the table that every transformer layer has."""
     arguments = description.transformer
     hidden, ffn, head_dim = (arguments[key] for key in ("hidden_size", "ffn_hidden_size", "kv_channels"))
     num_heads, num_groups = arguments["num_attention_heads"], arguments["num_query_groups"]
@@ -167,13 +168,22 @@ def _layer_rules(description: ModelDescription) -> tuple[Rule, ...]:
 
 def hf_tensors(description: ModelDescription) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor in this model's Hugging Face folder, in the order of the forward."""
-    shapes: dict[str, tuple[int, ...]] = {}
     first, *last = _model_rules(description)
-    placed = [(first, None)]
-    placed += [
-        (rule, layer) for layer in range(description.transformer["num_layers"]) for rule in _layer_rules(description)
-    ]
-    placed += [(rule, None) for rule in last]
+    layers = in_every_layer(layer_rules(description), description)
+    return shapes_by_rule([(first, None), *layers, *((rule, None) for rule in last)], description)
+
+
+def in_every_layer(rules: Iterable[Rule], description: ModelDescription) -> list[tuple[Rule, int]]:
+    """(rule, layer counted from zero) for all layers of the model."""
+    rules = tuple(rules)
+    return [(rule, layer) for layer in range(description.transformer["num_layers"]) for rule in rules]
+
+
+def shapes_by_rule(
+    placed: Iterable[tuple[Rule, int | None]], description: ModelDescription
+) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every Hugging Face tensor that rules, each with its layer or None, make up."""
+    shapes: dict[str, tuple[int, ...]] = {}
     for rule, layer in placed:
         whole = torch.empty(rule.shape, device="meta")
         for name, shape in _named_shapes(rule, layer, rule.layout.views(whole, description), whole):
@@ -206,11 +216,11 @@ def pieces_of(
     in_layer = re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)", name)
     if in_layer:
         layer = chunk.decoder.layers[int(in_layer[1])].layer_number - 1
-        rule = _by_parameter(_layer_rules(description)).get(in_layer[2])
+        rule = _by_parameter(layer_rules(description)).get(in_layer[2])
     else:
         layer, rule = None, _by_parameter(_model_rules(description)).get(name)
     assert rule is not None, f"no rule for megatron's parameter {name} of family {description.family}"
-    return _pieces_of(values, rule, layer, description, tp_size)
+    return pieces_by_rule(values, rule, layer, description, tp_size)
 
 
 def _with_adapter(pieces_of_weight: list[Piece], adapter: Adapter, description: ModelDescription) -> list[Piece]:
@@ -222,9 +232,10 @@ def _with_adapter(pieces_of_weight: list[Piece], adapter: Adapter, description: 
     ]
 
 
-def _pieces_of(
+def pieces_by_rule(
     parameter: Tensor, rule: Rule, layer: int | None, description: ModelDescription, tp_size: int
 ) -> list[Piece]:
+    """This rank's `parameter` of `rule` as parts of Hugging Face tensors."""
     views = rule.layout.views(parameter, description)
     found, first_row = [], 0
     for view, (name, shape) in zip(views, _named_shapes(rule, layer, views, parameter), strict=True):

@@ -73,8 +73,8 @@ def plan_run(config: Config, world_size: int) -> Plan:
         CheckpointError: the model's folder is not one, or the export would overwrite something.
         DataError: a preference file is not there or cannot be read.
     """
-    if config.model.export_hf is not None:
-        refuse_existing_export(config.model.export_hf)
+    for folder in filter(None, (config.model.export_hf, config.lora.export_adapter)):
+        refuse_existing_export(folder)
     refuse_unbuilt(config)
     sources = locate_sources(config)
     _check_files(sources)

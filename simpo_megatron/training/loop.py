@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from simpo_megatron import parallel
 from simpo_megatron.config import Config, lint, to_table
-from simpo_megatron.convert import export_hf
+from simpo_megatron.convert import export_adapter, export_hf, trained_share
 from simpo_megatron.errors import StoppedBySignal
 from simpo_megatron.mcore import device
 from simpo_megatron.mcore.optimizer import gather_parameters
@@ -88,6 +88,7 @@ def describe_job(config: Config, job: Job) -> list[str]:
     return [
         f"model     {description.family} from {job.plan.sources.model}: {shape['num_layers']} layers, hidden "
         f"{shape['hidden_size']}, {vocabulary}",
+        f"trained   {trained_share(description, config.lora)}",
         f"pairs     {len(job.train_data)} to train on, {held_out or 'none held out'}",
         f"ranks     {dist.get_world_size()} ({device.backend()}): tp {sizes.tensor} x pp {sizes.pipeline} x cp "
         f"{sizes.context} x dp {job.plan.layout.data_parallel_size}",
@@ -198,8 +199,8 @@ def _finish(config: Config, job: Job, log: RunLog) -> None:
         headline = report.headline
         log.say(f"result    {headline}")
         log.say(f"report    {report.page} (curves: {report.picture})")
+    gather_parameters(job.trainer.chunks)
     if config.model.export_hf is not None:
-        gather_parameters(job.trainer.chunks)
         export_hf(
             job.model,
             job.plan.description,
@@ -210,3 +211,14 @@ def _finish(config: Config, job: Job, log: RunLog) -> None:
             model_card=model_card(config, headline),
         )
         log.say(f"model     {config.model.export_hf} (AutoModelForCausalLM loads it)")
+    if config.lora.export_adapter is not None:
+        export_adapter(
+            job.model,
+            job.plan.description,
+            config.lora,
+            job.plan.sources.model,
+            config.lora.export_adapter,
+            groups=job.trainer.groups,
+            dtype=parameter_dtype(config.precision),
+        )
+        log.say(f"adapters  {config.lora.export_adapter} (PeftModel loads them onto {job.plan.sources.model})")
