@@ -121,8 +121,8 @@ def shut_down() -> None:
         dist.destroy_process_group()
 
 
-def first_rank_first(work: Callable[[bool], Result]) -> Result:
-    """`work(True)` of rank 0; on the others `work(False)`, called once rank 0 is done and may be relied on.
+def on_first_rank(work: Callable[[], Result]) -> Result:
+    """`work()` of rank 0, its result on every rank.
 
     Collectives: one object broadcast, world.
 
@@ -134,10 +134,11 @@ def first_rank_first(work: Callable[[bool], Result]) -> Result:
     result = None
     if dist.get_rank() == 0:
         try:
-            result = work(True)
+            result = work()
         except Exception as error:
             failure = error
-    heard = [None if failure is None else (f"{type(failure).__name__}: {failure}", getattr(failure, "exit_code", 1))]
+    told = None if failure is None else (f"{type(failure).__name__}: {failure}", getattr(failure, "exit_code", 1))
+    heard = [told, result]
     dist.broadcast_object_list(heard, src=0)
     if failure is not None:
         raise failure
@@ -147,4 +148,14 @@ def first_rank_first(work: Callable[[bool], Result]) -> Result:
         # Whichever rank ends first, whoever started them learns the cause.
         stopped.exit_code = exit_code
         raise stopped
-    return result if dist.get_rank() == 0 else work(False)
+    return heard[1]
+
+
+def first_rank_first(work: Callable[[bool], Result]) -> Result:
+    """`work(True)` of rank 0; on the others `work(False)`, called once rank 0 is done and may be relied on.
+
+    Collectives and errors: those of `on_first_rank`.
+    """
+    own: list[Result] = []
+    on_first_rank(lambda: own.append(work(True)))
+    return own[0] if own else work(False)

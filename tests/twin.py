@@ -6,7 +6,7 @@ log-probs over their number, and the mean over the pairs of the global batch (ar
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -61,8 +61,12 @@ def batch_loss(model: torch.nn.Module, pairs: Sequence, settings: TwinSettings) 
     return loss, sum(margins) / len(margins)
 
 
-def train(model: torch.nn.Module, batches: Sequence[Sequence], settings: TwinSettings) -> TwinRecord:
+def train(
+    model: torch.nn.Module, batches: Sequence[Sequence], settings: TwinSettings, loss_of: Callable = batch_loss
+) -> TwinRecord:
     """One AdamW step per batch at a constant learning rate; the model, in float64, is trained in place.
+
+    `loss_of` takes the place of SimPO's `batch_loss`.
 
     As in megatron, weight decay spares biases and norms, which are the one-dimensional parameters.
     """
@@ -79,7 +83,7 @@ def train(model: torch.nn.Module, batches: Sequence[Sequence], settings: TwinSet
     record = TwinRecord()
     for pairs in batches:
         optimizer.zero_grad()
-        loss, margin = batch_loss(model, pairs, settings)
+        loss, margin = loss_of(model, pairs, settings)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(parameters, settings.clip_grad)
         optimizer.step()

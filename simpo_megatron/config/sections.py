@@ -19,10 +19,10 @@ from simpo_megatron.config.checks import require, require_positive, require_writ
 from simpo_megatron.config.lora import LoRAConfig
 from simpo_megatron.config.monitors import MonitorConfig
 from simpo_megatron.data import BatchOptions, PairOptions
-from simpo_megatron.loss import CPOObjective, ORPOObjective, SimPOObjective
+from simpo_megatron.loss import CPOObjective, DPOObjective, IPOObjective, ORPOObjective, SimPOObjective
 from simpo_megatron.parallel import ParallelSizes
 
-Objective = SimPOObjective | CPOObjective | ORPOObjective
+Objective = SimPOObjective | CPOObjective | ORPOObjective | IPOObjective | DPOObjective
 OBJECTIVES: dict[str, type[Objective]] = {kind().objective: kind for kind in typing.get_args(Objective)}
 """The objectives by the names that users give them; the first is the default."""
 

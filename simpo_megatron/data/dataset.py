@@ -1,5 +1,6 @@
 """A preference dataset: the tokenised pairs of some files, the weight of each file, and a split."""
 
+import copy
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +21,7 @@ class PreferenceDataset:
 
     `lengths` is an int32 array [num_pairs, 3] (prompt, chosen, rejected, in tokens); `fingerprint` changes
     whenever a token or the choice of pairs does, and with nothing else; `report` says what became of the
-    files' records.
+    files' records. `reference_avg` is what `with_reference` was given, if anything.
     """
 
     def __init__(self, stores: Sequence[PairStore], chosen: np.ndarray | None = None):
@@ -38,6 +39,7 @@ class PreferenceDataset:
         for store in stores:
             digest.update(store.fingerprint.encode())
         self.fingerprint = digest.hexdigest()
+        self.reference_avg: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self._chosen)
@@ -56,6 +58,16 @@ class PreferenceDataset:
     def select(self, indices: np.ndarray) -> "PreferenceDataset":
         """Returns a dataset of the pairs at `indices` of this one, in that order."""
         return PreferenceDataset(self._stores, self._chosen[indices])
+
+    def with_reference(self, reference_avg: np.ndarray) -> "PreferenceDataset":
+        """Returns this dataset with what a reference model says of its pairs, for objectives that compare with one.
+
+        Args:
+            reference_avg: float32 [num_pairs, 2], average log-probability of chosen and rejected, nats per token.
+        """
+        known = copy.copy(self)
+        known.reference_avg = reference_avg
+        return known
 
     def _locate(self, index: int) -> tuple[PairStore, int]:
         flat = int(self._chosen[index])

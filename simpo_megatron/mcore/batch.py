@@ -85,10 +85,17 @@ class Microbatch:
     tokens_BS: Tensor
     position_ids_BS: Tensor
     layout: MicrobatchLayout
+    reference_avg_R: Tensor | None = None
+    """fp32 [2 * pairs], the responses' average log-probs under the reference model, where the objective needs them."""
 
 
-def to_microbatch(batch: PreferenceBatch, device: torch.device) -> Microbatch:
-    """`batch` on `device`, its segments as the layout that the attention and the head read."""
+def to_microbatch(
+    batch: PreferenceBatch, device: torch.device, reference_avg: np.ndarray | None = None
+) -> Microbatch:
+    """`batch` on `device`, its segments as the layout that the attention and the head read.
+
+    `reference_avg`, [num_pairs, 2] of the dataset that `batch` comes from, is what an objective with a reference needs.
+    """
     # These stay on the CPU, where checking and counting them costs no synchronisation; the head moves what it needs.
     response = ResponseTokens(batch.rows_N, batch.targets_N, batch.sequence_N, num_pairs=batch.num_pairs)
     position_ids_BS = batch.position_ids_BS.to(device)
@@ -97,8 +104,12 @@ def to_microbatch(batch: PreferenceBatch, device: torch.device) -> Microbatch:
     else:
         segments = tuple(Segment(*row) for row in batch.segments_G4.tolist())
         layout = MicrobatchLayout.of_pack(position_ids_BS[0], segments, response)
+    reference_avg_R = None
+    if reference_avg is not None:
+        reference_avg_R = torch.from_numpy(reference_avg[batch.pair_ids_P.numpy()]).flatten().to(device)
     return Microbatch(
         tokens_BS=batch.tokens_BS.to(device),
         position_ids_BS=position_ids_BS,
         layout=layout,
+        reference_avg_R=reference_avg_R,
     )

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,20 +13,15 @@ from torch import Tensor
 from simpo_megatron.loss import PreferenceObjective, average_log_probs, preference_loss
 from simpo_megatron.mcore.batch import Microbatch
 
-LossFunction = Callable[[Tensor], tuple[Tensor, Tensor, dict[str, Tensor]]]
+LossFunction = Callable[[Tensor], tuple[Tensor, Tensor, Any]]
 
 
-@dataclass(frozen=True)
-class ForwardStep:
-    """`forward_step(data_iterator, model)` of one step: model output, and the loss of that output.
+class MicrobatchStep(ABC):
+    """`forward_step(data_iterator, model)` of one pass: model output, and what `loss` makes of that output.
 
     Schedules call it once a microbatch and model chunk; each chunk has an iterator of its own over the same
     microbatches.
     """
-
-    objective: PreferenceObjective
-    pairs_per_chosen_token: float
-    """Pairs over chosen response tokens of the whole global batch; the weight of a token in the `token` SFT term."""
 
     def __call__(self, data_iterator: Iterator[Microbatch], model: torch.nn.Module) -> tuple[Tensor, LossFunction]:
         microbatch = next(data_iterator)
@@ -35,21 +32,52 @@ class ForwardStep:
             packed_seq_params=microbatch.layout,
         )
 
-        def loss(log_probs_N: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        def loss(log_probs_N: Tensor) -> tuple[Tensor, Tensor, Any]:
             return self.loss(log_probs_N, microbatch)
 
         return output, loss
 
+    @abstractmethod
+    def loss(self, log_probs_N: Tensor, microbatch: Microbatch) -> tuple[Tensor, Tensor, Any]:
+        """(sum of the loss over pairs, pairs, what to keep), as schedules take them with `calculate_per_token_loss`."""
+
+
+@dataclass(frozen=True)
+class ForwardStep(MicrobatchStep):
+    """The pass of a training or evaluation step, which keeps the sums of the metrics."""
+
+    objective: PreferenceObjective
+    pairs_per_chosen_token: float
+    """Pairs over chosen response tokens of the whole global batch; the weight of a token in the `token` SFT term."""
+
     def loss(self, log_probs_N: Tensor, microbatch: Microbatch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """(sum of the loss over pairs, pairs, metric sums), as schedules take them with `calculate_per_token_loss`.
+        """(sum of the loss over pairs, pairs, metric sums).
 
         The sums are tensors of their own: schedules scale the returned loss in place.
         """
-        tokens = microbatch.layout.tokens
         result = preference_loss(
-            *average_log_probs(log_probs_N, tokens.sequence_N, 2 * tokens.num_pairs),
+            *_averages(log_probs_N, microbatch),
             objective=self.objective,
+            reference_avg_R=microbatch.reference_avg_R,
             pairs_per_chosen_token=self.pairs_per_chosen_token,
         )
-        num_pairs = torch.tensor(result.num_pairs, dtype=torch.int, device=log_probs_N.device)
-        return result.loss, num_pairs, result.sums
+        return result.loss, _num_pairs(log_probs_N, microbatch), result.sums
+
+
+class AverageLogProbs(MicrobatchStep):
+    """A pass without gradients that keeps the average log-prob of every response."""
+
+    def loss(self, log_probs_N: Tensor, microbatch: Microbatch) -> tuple[Tensor, Tensor, Tensor]:
+        """(0, pairs, averages [2 * pairs], nats per token)."""
+        averages_R, _ = _averages(log_probs_N, microbatch)
+        return log_probs_N.new_zeros(()), _num_pairs(log_probs_N, microbatch), averages_R
+
+
+def _averages(log_probs_N: Tensor, microbatch: Microbatch) -> tuple[Tensor, Tensor]:
+    """(average log-prob, tokens) of each response of the microbatch."""
+    tokens = microbatch.layout.tokens
+    return average_log_probs(log_probs_N, tokens.sequence_N, 2 * tokens.num_pairs)
+
+
+def _num_pairs(log_probs_N: Tensor, microbatch: Microbatch) -> Tensor:
+    return torch.tensor(microbatch.layout.tokens.num_pairs, dtype=torch.int, device=log_probs_N.device)

@@ -63,6 +63,8 @@ class Job:
     model: list[PreferenceGPTModel]
     trainer: Trainer
     train_iters: int
+    reference_model: str | None = None
+    """Fingerprint of the initial model, where the pairs hold what it says of them."""
 
 
 def plan_run(config: Config, world_size: int) -> Plan:

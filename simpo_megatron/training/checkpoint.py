@@ -131,7 +131,7 @@ def start_run(config: Config, job: Job, found: Found) -> Start:
         iteration, consumed_pairs = checkpoint.iteration, checkpoint.facts["consumed_pairs"]
         same_layout = checkpoint.facts["layout"] == now["layout"]
         read_state(job.model, job.trainer, iteration, checkpoint.folder, same_layout=same_layout)
-        notes.append(f"resume    weights are those of the checkpoint; {job.plan.sources.model} was not read")
+        notes.append(f"resume    weights are those of the checkpoint, not those in {job.plan.sources.model}")
         if not same_layout:
             notes.append("resume    another layout: dropout, if any, draws other numbers from here on")
     notes += _gathered(lambda: _tidy(save, checkpoint) if dist.get_rank() == 0 else [])[0]
@@ -219,6 +219,7 @@ def _describe(config: Config, job: Job) -> dict[str, Any]:
             "tokenizer": commit.hash_text(identity),
             "data": job.train_data.fingerprint,
             "num_pairs": len(job.train_data),
+            "reference_model": job.reference_model,
         },
         "training": {
             **asdict(config.objective),

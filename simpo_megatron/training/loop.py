@@ -28,6 +28,7 @@ from simpo_megatron.training.guard import StopSignals
 from simpo_megatron.training.loggers import RunLog, Sink, open_run_log
 from simpo_megatron.training.metrics import reduce_sums, throughput
 from simpo_megatron.training.probe import probe_memory
+from simpo_megatron.training.reference import with_reference
 from simpo_megatron.training.report import model_card, write_report
 from simpo_megatron.training.step import Pass, train_step
 
@@ -51,10 +52,11 @@ def train(config: Config, sinks: Sequence[Sink] = ()) -> None:
     with held_run_folder(config):
         found = find_checkpoint(config)
         job = assemble(config, plan, groups, load_weights=found.checkpoint is None)
+        job, reference_notes = with_reference(config, job, has_initial_weights=found.checkpoint is None)
         start = start_run(config, job, found)
         is_logging_rank = dist.get_rank() == 0
         with open_run_log(config, sinks, train_iters=job.train_iters, is_logging_rank=is_logging_rank) as log:
-            _introduce(config, job, found.notes + start.notes, log)
+            _introduce(config, job, found.notes + reference_notes + start.notes, log)
             stopped = None
             if start.iteration < job.train_iters:
                 with StopSignals() as signals:

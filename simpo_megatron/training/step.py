@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
@@ -24,7 +26,7 @@ from simpo_megatron.data import (
 from simpo_megatron.loss import PreferenceObjective
 from simpo_megatron.mcore import device
 from simpo_megatron.mcore.batch import Microbatch, read_pairs, to_microbatch
-from simpo_megatron.mcore.forward_step import ForwardStep
+from simpo_megatron.mcore.forward_step import ForwardStep, MicrobatchStep
 from simpo_megatron.mcore.optimizer import update, zero_gradients
 from simpo_megatron.parallel import ParallelGroups
 
@@ -98,26 +100,39 @@ def run_pass(trainer: Trainer, dataset: PreferenceDataset, plan: StepPlan, *, fo
     """The metric sums of one step's pairs; unless `forward_only`, gradients are in the DDP buffers afterwards,
     reduced over every group and divided by the pairs of the step.
 
+    Collectives: those of `run_microbatches`.
+    """
+    lengths = dataset.lengths[[index for rank in plan for microbatch in rank for index in microbatch]]
+    num_pairs, num_chosen_tokens = len(lengths), int(lengths[:, 1].sum())
+    forward_step = ForwardStep(
+        objective=trainer.objective, pairs_per_chosen_token=num_pairs / max(1, num_chosen_tokens)
+    )
+    sums = run_microbatches(trainer, dataset, plan, forward_step, forward_only=forward_only)
+    num_tokens = int(pair_tokens(lengths, trainer.batch_options).sum())
+    return Pass(sums=sums, num_pairs=num_pairs, num_tokens=num_tokens)
+
+
+def run_microbatches(
+    trainer: Trainer, dataset: PreferenceDataset, plan: StepPlan, forward_step: MicrobatchStep, *, forward_only: bool
+) -> list[Any]:
+    """What `forward_step` kept of each microbatch of this rank: on the last pipeline stage, nothing elsewhere.
+
     Collectives: one broadcast over tp for the tokens, then megatron's own.
     """
     microbatches = _materialise(trainer, dataset, plan[trainer.groups.dp.rank()])
-    lengths = dataset.lengths[[index for rank in plan for microbatch in rank for index in microbatch]]
-    num_pairs, num_chosen_tokens = len(lengths), int(lengths[:, 1].sum())
     forward_backward = get_forward_backward_func()
-    sums = forward_backward(
-        forward_step_func=ForwardStep(
-            objective=trainer.objective, pairs_per_chosen_token=num_pairs / max(1, num_chosen_tokens)
-        ),
-        data_iterator=[iter(microbatches) for _ in trainer.chunks],
-        model=trainer.chunks,
-        num_microbatches=len(microbatches),
-        # Lengths vary and travel with the activations; these two only have to be there.
-        seq_length=max(microbatch.tokens_BS.size(1) for microbatch in microbatches),
-        micro_batch_size=1,
-        forward_only=forward_only,
-    )
-    num_tokens = int(pair_tokens(lengths, trainer.batch_options).sum())
-    return Pass(sums=sums, num_pairs=num_pairs, num_tokens=num_tokens)
+    # megatron's forward_only runs no backward, yet keeps all that one would need.
+    with torch.set_grad_enabled(not forward_only):
+        return forward_backward(
+            forward_step_func=forward_step,
+            data_iterator=[iter(microbatches) for _ in trainer.chunks],
+            model=trainer.chunks,
+            num_microbatches=len(microbatches),
+            # Lengths vary and travel with the activations; these two only have to be there.
+            seq_length=max(microbatch.tokens_BS.size(1) for microbatch in microbatches),
+            micro_batch_size=1,
+            forward_only=forward_only,
+        )
 
 
 def train_step(trainer: Trainer, dataset: PreferenceDataset, plan: StepPlan) -> tuple[Pass, float, float]:
@@ -140,6 +155,8 @@ def _materialise(
     indices = [index for microbatch in microbatch_indices for index in microbatch]
     pairs = iter(read_pairs(dataset, indices, tp_group=trainer.groups.tp, device=here))
     return [
-        to_microbatch(collate([next(pairs) for _ in chosen], chosen, trainer.batch_options), here)
+        to_microbatch(
+            collate([next(pairs) for _ in chosen], chosen, trainer.batch_options), here, dataset.reference_avg
+        )
         for chosen in microbatch_indices
     ]

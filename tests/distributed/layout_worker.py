@@ -28,6 +28,7 @@ from simpo_megatron.mcore.families import describe_hf_model  # noqa: E402
 from simpo_megatron.mcore.model import build_model, wrap_in_ddp  # noqa: E402
 from simpo_megatron.mcore.optimizer import build_optimizer, gather_parameters  # noqa: E402
 from simpo_megatron.training.metrics import reduce_sums  # noqa: E402
+from simpo_megatron.training.reference import reference_log_probs  # noqa: E402
 from simpo_megatron.training.step import Trainer, batch_options, train_step  # noqa: E402
 
 
@@ -36,6 +37,7 @@ class ListDataset:
 
     def __init__(self, pairs: list) -> None:
         self.pairs = [TokenizedPair(*(np.asarray(ids, dtype=np.int32) for ids in pair)) for pair in pairs]
+        self.reference_avg = None
         self.lengths = np.array([[len(ids) for ids in pair] for pair in pairs], dtype=np.int32)
 
     def __len__(self) -> int:
@@ -70,6 +72,8 @@ def run(name: str, config: Config, job: dict, folder: Path) -> None:
         layout=layout,
     )
     dataset = ListDataset(job["pairs"])
+    if config.objective.needs_reference:
+        dataset.reference_avg = reference_log_probs(trainer, dataset)
     records = []
     for step in range(job["num_steps"]):
         plan = trainer.plan_step(dataset, step * config.batch.global_batch_size)

@@ -1,0 +1,183 @@
+"""What the model that training starts from says of every pair: computed once, before the first step, and kept.
+
+An objective that compares with a reference needs two numbers a pair of it, so they are computed with the weights that
+are loaded anyway, and no second model is ever in memory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from simpo_megatron.config import Config
+from simpo_megatron.convert import load_hf_weights
+from simpo_megatron.data import PreferenceDataset
+from simpo_megatron.errors import DataError, NumericsError
+from simpo_megatron.mcore import device
+from simpo_megatron.mcore.forward_step import AverageLogProbs
+from simpo_megatron.parallel import on_first_rank
+from simpo_megatron.training.assembly import Job, cache_folder
+from simpo_megatron.training.step import Trainer, run_microbatches
+
+FORMAT_VERSION = 1
+_SAMPLES_A_FILE, _SAMPLE_BYTES = 256, 1 << 16
+_SECONDS_BETWEEN_LINES = 30.0
+
+
+def with_reference(config: Config, job: Job, *, has_initial_weights: bool) -> tuple[Job, tuple[str, ...]]:
+    """(`job`, whose pairs know their reference log-probs where the objective needs them, what was done for it).
+
+    They are read from the cache beside the tokenised data, and computed, and put there, where they are not in it.
+
+    Args:
+        has_initial_weights: whether the model holds them; they are loaded otherwise, if anything is to be computed.
+
+    Collectives: one object broadcast, world, for each set of pairs; those of one forward pass over the pairs that were
+    not in the cache, and one all-reduce of 8 bytes a pair over dp.
+
+    Raises:
+        DataError: on every rank alike, when the cache cannot be read or written.
+        NumericsError: on every rank alike, when a log-prob is not finite.
+    """
+    if not job.trainer.objective.needs_reference:
+        return job, ()
+    model = on_first_rank(lambda: model_fingerprint(job.plan.sources.model))
+    notes: list[str] = []
+
+    def known(dataset: PreferenceDataset) -> PreferenceDataset:
+        nonlocal has_initial_weights
+        path = _cache_path(config, model, dataset)
+        avg = on_first_rank(lambda: _read(path, len(dataset)))
+        if avg is not None:
+            notes.append(f"reference {len(dataset)} pairs, from {path}")
+            return dataset.with_reference(avg)
+        if not has_initial_weights:
+            _load_initial_weights(job)
+            has_initial_weights = True
+        started = time.perf_counter()
+        avg = reference_log_probs(job.trainer, dataset)
+        on_first_rank(lambda: _write(path, avg))
+        seconds = time.perf_counter() - started
+        notes.append(f"reference {len(dataset)} pairs in {seconds:.1f} s with the initial weights, kept in {path}")
+        return dataset.with_reference(avg)
+
+    train_data = known(job.train_data)
+    valid_data = {name: known(dataset) for name, dataset in job.valid_data.items()}
+    return replace(job, train_data=train_data, valid_data=valid_data, reference_model=model), tuple(notes)
+
+
+def reference_log_probs(trainer: Trainer, dataset: PreferenceDataset) -> np.ndarray:
+    """float32 [num_pairs, 2]: average log-probs, nats per token, of each pair's responses under the present weights.
+
+    Each data-parallel rank computes its share; the result is the same on every rank.
+
+    Collectives: those of one forward pass for each global batch, then one all-reduce of 8 bytes a pair over dp on the
+    last pipeline stage and one broadcast over pp.
+
+    Raises:
+        NumericsError: a log-prob is not finite.
+    """
+    groups = trainer.groups
+    for chunk in trainer.chunks:
+        chunk.eval()
+    averages = torch.zeros(len(dataset), 2, device=device.current_device())
+    for plan in _told(trainer.plan_evaluation(dataset), len(dataset)):
+        computed = run_microbatches(trainer, dataset, plan, AverageLogProbs(), forward_only=True)
+        if groups.is_last_stage:
+            for indices, averages_R in zip(plan[groups.dp.rank()], computed, strict=True):
+                averages[list(indices)] = averages_R.view(-1, 2)
+    if groups.is_last_stage:
+        dist.all_reduce(averages, group=groups.dp)
+    found = groups.broadcast_from_last_stage(averages).cpu().numpy()
+    bad = np.flatnonzero(~np.isfinite(found).all(axis=1))
+    if len(bad):
+        raise NumericsError(
+            f"reference: the initial model gives pair {bad[0]} the log-probs {found[bad[0]].tolist()}, expected finite "
+            "numbers; check its weights and the precision"
+        )
+    return found
+
+
+def _told(plans: list, num_pairs: int) -> Iterator:
+    """The plans, with a line from time to time, for a large model takes minutes over them."""
+    done, last = 0, time.monotonic()
+    for plan in plans:
+        if dist.get_rank() == 0 and time.monotonic() - last > _SECONDS_BETWEEN_LINES:
+            print(f"reference {done} of {num_pairs} pairs", flush=True)
+            last = time.monotonic()
+        yield plan
+        done += sum(len(microbatch) for rank in plan for microbatch in rank)
+
+
+def model_fingerprint(folder: Path) -> str:
+    """Hex digits that differ when config.json or the weights in `folder` differ.
+
+    Of a large file, 256 pieces spread over it are read: training moves every weight, and reading all of them takes
+    minutes.
+    """
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    for path in sorted(folder.glob("*.safetensors")):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}".encode())
+        with path.open("rb") as file:
+            if size <= _SAMPLES_A_FILE * _SAMPLE_BYTES:
+                digest.update(file.read())
+                continue
+            for start in np.linspace(0, size - _SAMPLE_BYTES, _SAMPLES_A_FILE).astype(int):
+                file.seek(start)
+                digest.update(file.read(_SAMPLE_BYTES))
+    return digest.hexdigest()
+
+
+def _load_initial_weights(job: Job) -> None:
+    tp = job.trainer.groups.tp
+    load_hf_weights(job.model, job.plan.sources.model, job.plan.description, tp_rank=tp.rank(), tp_size=tp.size())
+
+
+def _cache_path(config: Config, model: str, dataset: PreferenceDataset) -> Path:
+    identity = {
+        "format": FORMAT_VERSION,
+        "model": model,
+        "data": dataset.fingerprint,
+        "precision": asdict(config.precision),
+    }
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+    return cache_folder(config) / "reference" / f"{digest[:24]}.npy"
+
+
+def _read(path: Path, num_pairs: int) -> np.ndarray | None:
+    """What the cache holds, if anything."""
+    if not path.exists():
+        return None
+    try:
+        found = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise DataError(f"{path}: cannot be read ({error}); delete it to compute it again") from None
+    if found.shape != (num_pairs, 2) or found.dtype != np.float32 or not np.isfinite(found).all():
+        raise DataError(
+            f"{path}: found {found.dtype} {list(found.shape)}, expected finite float32 [{num_pairs}, 2]; delete it to "
+            "compute it again"
+        )
+    return found
+
+
+def _write(path: Path, averages: np.ndarray) -> None:
+    """Whole, by one rename, or not at all."""
+    unfinished = path.with_name(f".{path.stem}.{os.getpid()}.npy")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.save(unfinished, averages)
+        os.replace(unfinished, path)
+    except OSError as error:
+        if unfinished.exists():
+            unfinished.unlink()
+        raise DataError(f"{path}: cannot be written ({error.strerror}); name another folder with data_cache") from None
