@@ -13,6 +13,7 @@ from dataclasses import dataclass, fields
 from typing import Literal
 
 from simpo_megatron.config import Config
+from simpo_megatron.config.lora import LORA_TARGETS
 from simpo_megatron.loss.fused_linear import DEFAULT_LOGITS_BUDGET_BYTES, MAX_BLOCK_WIDTH, MIN_BLOCK_WIDTH
 from simpo_megatron.mcore.families import padded_vocab_size
 from simpo_megatron.parallel import ParallelSizes
@@ -81,13 +82,14 @@ def stage_memory(load: Load, stage: int) -> StageMemory:
     On top of what the layers keep, the peak is the larger of two moments: the loss at work, or, what it kept given
     back, the backward of the layer before it. What the latter needs beyond the former is counted with activations.
     """
-    parameters = stage_parameters(load.shape, load.sizes, stage)
+    parameters, adapters = stage_parameters(load.shape, load.sizes, stage), adapter_parameters(load)
+    trained = adapters or parameters
     loss = sum(head_bytes(load)) if stage == load.sizes.pipeline - 1 else 0.0
     excess = max(0.0, backward_work_bytes(load) - loss)
     return StageMemory(
-        weights=parameters * load.itemsize + fp8_copies_bytes(load),
-        gradients=gradient_bytes(parameters),
-        optimizer=optimizer_bytes(load, parameters),
+        weights=(parameters + adapters) * load.itemsize + fp8_copies_bytes(load),
+        gradients=gradient_bytes(trained),
+        optimizer=optimizer_bytes(load, trained),
         activations=activation_bytes(load, stage) + excess,
         loss=loss,
         communication=communication_bytes(load),
@@ -99,14 +101,15 @@ def layer_parameters(shape: ModelShape, tensor_ranks: int) -> int:
     """Parameters of one layer on a tensor-parallel rank: matrices divided, norms and row-parallel biases whole.
 
     Source: megatron.core SelfAttention (linear_qkv [(A + 2G) D / tp, H], linear_proj), MLP (linear_fc1 [2F / tp, H],
-    linear_fc2), two RMSNorms and, with qk_layernorm, two of the head size.
+    linear_fc2), two RMSNorms (four with post-norms) and, with qk_layernorm, two of the head size.
     """
     matrices = shape.layer_matrices // tensor_ranks
     qkv_out = (shape.query_size + 2 * shape.key_size) // tensor_ranks
     biases = qkv_out if shape.add_bias_linear or shape.add_qkv_bias else 0
     if shape.add_bias_linear:
         biases += 2 * shape.ffn_hidden_size // tensor_ranks + 2 * shape.hidden_size
-    norms = 2 * shape.hidden_size + (2 * shape.kv_channels if shape.qk_layernorm else 0)
+    norms = (4 if shape.post_layernorms else 2) * shape.hidden_size
+    norms += 2 * shape.kv_channels if shape.qk_layernorm else 0
     return matrices + biases + norms
 
 
@@ -123,8 +126,25 @@ def stage_parameters(shape: ModelShape, sizes: ParallelSizes, stage: int) -> int
     return layers + num_tables * table + (shape.hidden_size if is_last else 0)
 
 
+def adapter_parameters(load: Load) -> int:
+    """Parameters of a stage's low-rank adapters on a tensor-parallel rank; 0 without adapters.
+
+    Source: simpo_megatron.mcore.lora: A [r, inputs] and B [outputs, r] of each target, one of the two divided.
+    """
+    lora, shape, tp = load.config.lora, load.shape, load.sizes.tensor
+    if lora.lora_rank is None:
+        return 0
+    sides = {
+        "linear_qkv": shape.hidden_size + (shape.query_size + 2 * shape.key_size) // tp,
+        "linear_proj": shape.query_size // tp + shape.hidden_size,
+        "linear_fc1": shape.hidden_size + 2 * shape.ffn_hidden_size // tp,
+        "linear_fc2": shape.ffn_hidden_size // tp + shape.hidden_size,
+    }
+    return shape.num_layers // load.sizes.pipeline * lora.lora_rank * sum(sides[name] for name in lora.lora_targets)
+
+
 def gradient_bytes(parameters: int) -> int:
-    """fp32 `main_grad` of every parameter.
+    """fp32 `main_grad` of every parameter that is trained.
 
     Source: megatron.core _ParamAndGradBuffer with grad_reduce_in_fp32. Its padding under the distributed optimizer is
     left out: each parameter starts at a multiple of 64 elements, each bucket ends at one of lcm(dp, 128).
@@ -160,36 +180,57 @@ def layer_activation_bytes(load: Load) -> dict[str, float]:
 
     Source: for the torch engine the tensors that autograd saves in megatron.core's local layer; for Transformer
     Engine those of its LayerNormLinear, Linear and fused attention and of megatron's fused SwiGLU and rotary
-    embedding. FP8 keeps the inputs of matrix products in one byte.
+    embedding. FP8 keeps the inputs of matrix products in one byte. A frozen layer keeps none, but its adapter does.
+    """
+    shape, e, tp = load.shape, load.itemsize, load.sizes.tensor
+    query, _ = _query_key_bytes(load)
+    mlp = load.tokens * shape.ffn_hidden_size / tp * e
+    is_lora = load.config.lora.lora_rank is not None
+    needs = {name: not is_lora or name in load.config.lora.lora_targets for name in LORA_TARGETS}
+    low = load.tokens * (load.config.lora.lora_rank or 0) * sum(needs.values()) * e
+    num_norms = 4 if shape.post_layernorms else 2
+    if load.engine == "transformer_engine":
+        is_fp8 = load.config.precision.fp8_recipe is not None
+        product = 0.5 if is_fp8 and not is_lora else 1.0  # bytes of a matrix product's input, in units of e
+        return {
+            "norms": num_norms * load.hidden_bytes,
+            "attention in": product * load.hidden_bytes * needs["linear_qkv"],
+            "attention": _attention_bytes(load),
+            "attention out": query + (0.5 * query if is_fp8 else 0),
+            "mlp in": product * load.hidden_bytes * needs["linear_fc1"],
+            "mlp": ((2 if shape.fuses_activation else 4) + product * needs["linear_fc2"]) * mlp,
+            "adapters": low,
+        }
+    # Unfused: a norm keeps its input and, while its weight is trained, that normalised, in fp32, rotation its cosines
+    # and sines, SwiGLU each factor; attention its outputs before they are put together, and the masks of its segments.
+    return {
+        "norms": num_norms * (1 if is_lora else 2) * load.hidden_bytes * 4 / e,
+        "attention in": load.hidden_bytes * needs["linear_qkv"] + 4 * load.tokens * shape.kv_channels * e,
+        "attention": _attention_bytes(load),
+        "attention out": query * needs["linear_proj"],
+        "mlp in": load.hidden_bytes * needs["linear_fc1"],
+        "mlp": (4 + needs["linear_fc2"]) * mlp,
+        "adapters": low,
+    }
+
+
+def _attention_bytes(load: Load) -> float:
+    """What the core attention keeps: queries, the gathered keys and values of all segments, and its own sums.
+
+    A prompt's keys are gathered once more for the rejected response. With capped scores torch's operations keep
+    scores and weights in fp32, and keys and values for each head.
     """
     shape, e, tp, pack = load.shape, load.itemsize, load.sizes.tensor, load.pack
     query, key = _query_key_bytes(load)
-    mlp = load.tokens * shape.ffn_hidden_size / tp * e
-    # The keys and values of all segments are gathered, a shared prompt's once more for the rejected response.
-    attention = query + 2 * key * (1 + pack.repeated_keys / pack.tokens)
-    attention += 4 * load.tokens * shape.num_attention_heads / tp  # log-sum-exp, fp32
+    gathered = 1 + pack.repeated_keys / pack.tokens
+    if shape.attn_logit_softcapping is not None:
+        scores = pack.scores / load.sizes.context * shape.num_attention_heads / tp
+        return query + 2 * query * gathered + scores * (8 + (e if e < 4 else 0))
+    log_sum_exp = 4 * load.tokens * shape.num_attention_heads / tp
     if load.engine == "transformer_engine":
-        is_fp8 = load.config.precision.fp8_recipe is not None
-        product = 0.5 if is_fp8 else 1.0  # bytes of a matrix product's input, in units of e
-        return {
-            "norms": 2 * load.hidden_bytes,
-            "attention in": product * load.hidden_bytes,
-            "attention": attention,
-            "attention out": query + (0.5 * query if is_fp8 else 0),
-            "mlp in": product * load.hidden_bytes,
-            "mlp": 2 * mlp + product * mlp,
-        }
-    # Unfused: a norm keeps its input and that normalised, in fp32, rotation its cosines and sines, SwiGLU each
-    # factor; the attention over segments its outputs before they are put together, and the masks behind a prefix.
+        return query + 2 * key * gathered + log_sum_exp
     masks = pack.num_pairs * pack.response * (pack.prompt + pack.response) * e if pack.prefix_sharing else 0.0
-    return {
-        "norms": 4 * load.hidden_bytes * 4 / e,
-        "attention in": load.hidden_bytes + 4 * load.tokens * shape.kv_channels * e,
-        "attention": attention + query + masks,
-        "attention out": query,
-        "mlp in": load.hidden_bytes,
-        "mlp": 5 * mlp,
-    }
+    return query + 2 * key * gathered + log_sum_exp + query + masks
 
 
 def _query_key_bytes(load: Load) -> tuple[float, float]:
@@ -265,7 +306,8 @@ def backward_work_bytes(load: Load) -> float:
     parts, recompute = layer_activation_bytes(load), load.config.recompute
     # Fused SwiGLU hands on both halves' gradient at once.
     width = (2 if load.engine == "transformer_engine" else 1) * shape.ffn_hidden_size / tp
-    gradients = 2 * load.hidden_bytes + load.tokens * width * e + width * shape.hidden_size * e
+    is_frozen = load.config.lora.lora_rank is not None
+    gradients = 2 * load.hidden_bytes + load.tokens * width * e + (0 if is_frozen else width * shape.hidden_size * e)
     again = 0.0
     if recompute.recompute_granularity == "full":
         num_layers = chunk_layers(load)
@@ -295,11 +337,13 @@ def head_bytes(load: Load) -> tuple[float, float]:
     budget = DEFAULT_LOGITS_BUDGET_BYTES
     width = min(max(budget / (rows_N * e) / 8, MIN_BLOCK_WIDTH), MAX_BLOCK_WIDTH, v)
     logits = min(rows_N * v * e, budget)
-    norm = load.hidden_bytes * (2 if load.engine == "transformer_engine" else 1 + 2 * 4 / e)
+    is_frozen = load.config.lora.lora_rank is not None
+    norm = load.hidden_bytes * (2 if load.engine == "transformer_engine" else 1 + (1 if is_frozen else 2) * 4 / e)
     block = rows_N * width * 4 if e < 4 else 0.0
-    backward = rows * (4 / e + 1) + width * shape.hidden_size * (4 + e)
+    backward = rows * (4 / e + 1) + (0 if is_frozen else width * shape.hidden_size * (4 + e))
     # Rows travel to every tensor rank and back under sequence parallelism; then the gradient of all positions.
-    returned = rows * (2 if load.sequence_ranks > 1 else 1) + load.hidden_bytes + v * shape.hidden_size * e
+    returned = rows * (2 if load.sequence_ranks > 1 else 1) + load.hidden_bytes
+    returned += 0 if is_frozen else v * shape.hidden_size * e
     return norm + rows + logits, max(block, backward, returned)
 
 

@@ -32,6 +32,7 @@ PUBLISHED = {
     "meta-llama/Meta-Llama-3-8B-Instruct": _LLAMA_3_8B,
     "princeton-nlp/Llama-3-Base-8B-SFT": _LLAMA_3_8B,
     "mistralai/Mistral-7B-Instruct-v0.2": _published(*_MISTRAL_7B, sliding_window=None),
+    "google/gemma-2-9b-it": _published("gemma2", 42, 3584, 14336, 16, 8, 256000, 8192),
     "alignment-handbook/zephyr-7b-sft-full": _published(*_MISTRAL_7B, sliding_window=4096),
 }
 """The sizes in the config.json of models that the shipped configurations are for."""

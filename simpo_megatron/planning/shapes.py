@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch.nn.functional as F
+
 from simpo_megatron.mcore.families import ModelDescription
 
 
@@ -21,6 +23,12 @@ class ModelShape:
     add_bias_linear: bool = False
     add_qkv_bias: bool = False
     qk_layernorm: bool = False
+    post_layernorms: bool = False
+    """Norms on what attention and MLP add to the residual, too."""
+    attn_logit_softcapping: float | None = None
+    """Attention scores are capped, and so written out."""
+    fuses_activation: bool = True
+    """On a GPU: megatron has a fused kernel of SwiGLU and of no other gated unit."""
     tied: bool = False
 
     @classmethod
@@ -39,6 +47,9 @@ class ModelShape:
         )
         return cls(
             **{key: description.transformer[key] for key in keys},
+            post_layernorms=description.transformer.get("post_layernorms", False),
+            attn_logit_softcapping=description.transformer.get("attn_logit_softcapping"),
+            fuses_activation=description.transformer["activation_func"] is F.silu,
             vocab_size=description.vocab_size,
             tied=description.gpt["share_embeddings_and_output_weights"],
         )
@@ -96,6 +107,12 @@ class Pack:
     def repeated_keys(self) -> float:
         """Keys of prompts that are gathered a second time, for the rejected response."""
         return self.num_pairs * self.prompt if self.prefix_sharing else 0.0
+
+    @property
+    def scores(self) -> float:
+        """Pairs of a query and a key of its segment, seen or not."""
+        whole = self.prompt + self.response
+        return self.num_pairs * whole * (whole + (self.response if self.prefix_sharing else whole))
 
     @property
     def attended(self) -> float:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 
 from simpo_megatron.planning.gpus import ASSUMED, Assumptions, Gpu
-from simpo_megatron.planning.memory import Load, stage_parameters
+from simpo_megatron.planning.memory import Load, adapter_parameters, stage_parameters
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,9 +51,9 @@ def step_time(load: Load, tokens: float, gpu: Gpu, assumed: Assumptions = ASSUME
 def useful_flops(load: Load, tokens: float) -> float:
     """Operations of one data-parallel rank's step that training needs, recomputation apart, over its whole model."""
     share = tokens / load.pack.tokens * load.num_microbatches
-    shape, pack = load.shape, load.pack
-    layers = shape.num_layers * (6 * pack.tokens * shape.layer_matrices + 12 * pack.attended * shape.query_size)
-    return share * (layers + 6 * pack.response_rows * shape.vocab_size * shape.hidden_size)
+    shape, pack, products = load.shape, load.pack, _products(load)
+    layers = shape.num_layers * (products * pack.tokens * shape.layer_matrices + 12 * pack.attended * shape.query_size)
+    return share * (layers + products * pack.response_rows * shape.vocab_size * shape.hidden_size)
 
 
 def _forward_backward(load: Load, share: float, gpu: Gpu, assumed: Assumptions) -> dict[str, float]:
@@ -64,9 +64,10 @@ def _forward_backward(load: Load, share: float, gpu: Gpu, assumed: Assumptions) 
     is_fp8 = load.config.precision.fp8_recipe is not None and gpu.fp8_flops
     rate = gpu.fp8_flops * assumed.fp8 if is_fp8 else bf16
     tokens = pack.tokens * share / sizes.context
-    matrices = 6 * tokens * shape.layer_matrices / sizes.tensor * layers / rate
+    products = _products(load)
+    matrices = products * tokens * shape.layer_matrices / sizes.tensor * layers / rate
     attention = 12 * pack.attended * share * shape.query_size / ranks * layers / (gpu.bf16_flops * assumed.attention)
-    head = 6 * pack.response_rows * share * shape.vocab_size * shape.hidden_size / ranks / bf16
+    head = products * pack.response_rows * share * shape.vocab_size * shape.hidden_size / ranks / bf16
     # Forward and backward read or write about 16 activations of [S, H / s] and 8 of [S, F / tp] a layer.
     touched = (16 * shape.hidden_size / load.sequence_ranks + 8 * shape.ffn_hidden_size / sizes.tensor) * tokens * e
     elementwise = touched * layers / (gpu.memory_bytes_rate * assumed.elementwise)
@@ -90,15 +91,21 @@ def _forward_backward(load: Load, share: float, gpu: Gpu, assumed: Assumptions) 
     }
 
 
+def _products(load: Load) -> int:
+    """Operations for each weight and token: three products, or two of a frozen weight, which gets no gradient."""
+    return 6 if load.config.lora.lora_rank is None else 4
+
+
 def _recompute(load: Load, matrices: float, attention: float, tensor_parallel: float) -> float:
     recompute = load.config.recompute
+    forward = 2 / _products(load)
     if recompute.recompute_granularity == "full":
-        return (matrices + attention) / 3 + tensor_parallel / 2
+        return matrices * forward + attention / 3 + tensor_parallel / 2
     if recompute.recompute_granularity == "selective":
         mlp = 3 * load.shape.hidden_size * load.shape.ffn_hidden_size / load.shape.layer_matrices
         seconds = attention / 3 if "core_attn" in recompute.recompute_modules else 0.0
         if "mlp" in recompute.recompute_modules:
-            seconds += mlp * matrices / 3 + tensor_parallel / 4
+            seconds += mlp * matrices * forward + tensor_parallel / 4
         return seconds
     return 0.0
 
@@ -110,7 +117,7 @@ def _data_parallel(load: Load, busy: float, gpu: Gpu, assumed: Assumptions) -> f
         return 0.0
     within_node = load.sizes.model * load.data_parallel_size <= gpu.per_node
     rate = (gpu.nvlink_bytes_rate if within_node else gpu.network_bytes_rate) * assumed.links
-    parameters = stage_parameters(load.shape, load.sizes, load.sizes.pipeline - 1)
+    parameters = _trained(load)
     parallel, each_way = load.config.parallel, parameters * (ranks - 1) / ranks / rate
     distributed = parallel.use_distributed_optimizer
     gradients, weights = (4 * each_way, load.itemsize * each_way) if distributed else (8 * each_way, 0.0)
@@ -123,7 +130,12 @@ def _data_parallel(load: Load, busy: float, gpu: Gpu, assumed: Assumptions) -> f
 
 def _optimizer(load: Load, gpu: Gpu, assumed: Assumptions) -> float:
     """Adam reads and writes its shard (30 bytes a parameter), the norm reads and zeroing writes all gradients."""
-    parameters = stage_parameters(load.shape, load.sizes, load.sizes.pipeline - 1)
+    parameters = _trained(load)
     distributed = load.config.parallel.use_distributed_optimizer
     shard = parameters / (load.data_parallel_size * load.sizes.context if distributed else 1)
     return (30 * shard + 8 * parameters) / (gpu.memory_bytes_rate * assumed.elementwise)
+
+
+def _trained(load: Load) -> int:
+    """Parameters of the last stage that an optimizer step changes."""
+    return adapter_parameters(load) or stage_parameters(load.shape, load.sizes, load.sizes.pipeline - 1)

@@ -57,7 +57,7 @@ def allocated(case: dict, rank: int) -> dict[str, int]:
     measured = {
         "parameters": sum(parameter.numel() for parameter in parameters),
         "weights": storage_bytes(parameters),
-        "gradients": storage_bytes([parameter.main_grad for parameter in parameters]),
+        "gradients": storage_bytes([parameter.main_grad for parameter in parameters if parameter.requires_grad]),
         "optimizer": storage_bytes(state),
     }
     parallel_state.destroy_model_parallel()

@@ -9,13 +9,21 @@ from ranks import REPOSITORY, run_ranks
 
 from simpo_megatron.config import config_from
 from simpo_megatron.mcore.families import describe_hf_config
-from simpo_megatron.planning.memory import Load, activation_bytes, head_bytes, stage_memory, stage_parameters
+from simpo_megatron.planning.memory import (
+    Load,
+    activation_bytes,
+    adapter_parameters,
+    head_bytes,
+    stage_memory,
+    stage_parameters,
+)
 from simpo_megatron.planning.models import PUBLISHED
 from simpo_megatron.planning.shapes import ModelShape, Pack
 
 WORKERS = REPOSITORY / "tests" / "distributed"
 LAYOUT = {"tp": 8, "pp": 4, "sequence_parallel": True, "use_distributed_optimizer": True}
 LLAMA, QWEN = PUBLISHED["meta-llama/Llama-3.1-70B-Instruct"], PUBLISHED["Qwen/Qwen2.5-72B-Instruct"]
+GEMMA = PUBLISHED["google/gemma-2-9b-it"]
 TIED = HF_CONFIG | {"model_type": "qwen3", "head_dim": 64, "tie_word_embeddings": True}
 OVERLAPPED = {**LAYOUT, "vpp": 5, "overlap_grad_reduce": True, "overlap_param_gather": True}
 ALLOCATIONS = {
@@ -30,6 +38,13 @@ ALLOCATIONS = {
     },
     "biases": {"model": QWEN, "options": LAYOUT, "world": 32, "ranks": [0, 16, 31]},
     "tied on two stages": {"model": TIED, "options": {"tp": 2, "pp": 2, "fp32": True}, "world": 4, "ranks": [1, 3]},
+    "adapters": {
+        "model": LLAMA,
+        "options": {**LAYOUT, "lora_rank": 16, "lora_targets": ("linear_qkv", "linear_fc2")},
+        "world": 64,
+        "ranks": [0, 63],
+    },
+    "gemma-2": {"model": GEMMA, "options": {"tp": 8}, "world": 8, "ranks": [3]},
     "tied on one": {"model": TIED, "options": {"tp": 2, "use_distributed_optimizer": True}, "world": 4, "ranks": [2]},
 }
 
@@ -55,7 +70,7 @@ def test_weights_gradients_and_optimizer_are_what_megatron_allocates(tmp_path):
             stage = rank // (case["world"] // sizes.pipeline)
             memory = stage_memory(load, stage)
             planned = {
-                "parameters": stage_parameters(load.shape, sizes, stage),
+                "parameters": stage_parameters(load.shape, sizes, stage) + adapter_parameters(load),
                 "weights": memory.weights,
                 "gradients": memory.gradients,
                 "optimizer": memory.optimizer,
@@ -73,6 +88,8 @@ ONE_RANK = {
         "options": SMALL | {"recompute": "selective", "recompute_modules": ("core_attn", "mlp")}
     },
     "whole layers, two a unit": {"options": SMALL | {"recompute": "full", "recompute_num_layers": 2}},
+    "adapters": {"options": SMALL | {"lora_rank": 16, "lora_targets": ("linear_qkv", "linear_fc1")}},
+    "gemma-2": {"options": SMALL, "model": {"model_type": "gemma2", "hidden_activation": "gelu_pytorch_tanh"}},
     "a large vocabulary, tied": {"options": SMALL, "model": {"vocab_size": 32768, "tie_word_embeddings": True}},
 }
 TWO_RANKS = {

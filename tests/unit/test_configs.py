@@ -1,53 +1,60 @@
-"""Every file in configs/ loads, fits the model it is for, and raises no warning it does not explain."""
+"""Every file in configs/ loads, fits the model and the GPUs it is for, and raises no warning it does not explain."""
 
 from pathlib import Path
 
 import pytest
 
-from simpo_megatron.config import Machine, lint, load_config, resolve
+from simpo_megatron.config import DEMO, PRESETS, Machine, lint, load_config, resolve
+from simpo_megatron.planning.gpus import GPUS
+from simpo_megatron.planning.layouts import Job, plan_one
+from simpo_megatron.planning.models import find_model
+from simpo_megatron.planning.shapes import Pack
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
-H100 = Machine(has_cuda=True, has_transformer_engine=True, compute_capability=(9, 0))
-SHAPES = {
-    "smollm2": {
-        "num_layers": 30,
-        "num_attention_heads": 9,
-        "num_query_groups": 3,
-        "hidden_size": 576,
-        "ffn_hidden_size": 1536,
-    },
-    "llama3_8b": {
-        "num_layers": 32,
-        "num_attention_heads": 32,
-        "num_query_groups": 8,
-        "hidden_size": 4096,
-        "ffn_hidden_size": 14336,
-    },
-    "llama3_70b": {
-        "num_layers": 80,
-        "num_attention_heads": 64,
-        "num_query_groups": 8,
-        "hidden_size": 8192,
-        "ffn_hidden_size": 28672,
-    },
+ON_GPUS = [path for path in CONFIGS if path.stem.endswith("h100")]
+MODELS = {"llama3_70b": "Llama-3.1-70B-Instruct", "qwen2.5_72b": "Qwen2.5-72B-Instruct"}
+SMOLLM2 = {
+    "num_layers": 30,
+    "num_attention_heads": 9,
+    "num_query_groups": 3,
+    "hidden_size": 576,
+    "ffn_hidden_size": 1536,
 }
-NUM_RANKS = {"smollm2_cpu": 2, "llama3_8b_instruct_v0.2_8xh100": 8, "llama3_70b_32xh100": 32}
 
 
-def test_there_are_configs_to_test():
-    assert {path.stem for path in CONFIGS} == set(NUM_RANKS)
+def loaded(path):
+    return load_config(["--config", str(path), "--model", "m", "--data", "d"])
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_a_shipped_config_fits_its_model_and_its_ranks(path):
-    config = load_config(["--config", str(path), "--model", "m", "--data", "d"])
-    (shape,) = [shape for name, shape in SHAPES.items() if path.stem.startswith(name)]
-    layout = resolve(config, world_size=NUM_RANKS[path.stem], model=shape, machine=H100)
-    assert layout.data_parallel_size * config.parallel.sizes.model == NUM_RANKS[path.stem]
+def test_the_config_for_a_cpu_fits_its_model_and_two_ranks():
+    (path,) = set(CONFIGS) - set(ON_GPUS)
+    assert resolve(loaded(path), world_size=2, model=SMOLLM2, machine=Machine()).data_parallel_size == 2
 
 
-@pytest.mark.parametrize(
-    "path", [path for path in CONFIGS if "h100" in path.stem], ids=lambda path: path.stem
-)
+def test_each_published_setting_and_each_size_has_its_config():
+    presets = {loaded(path).run.preset for path in ON_GPUS}
+    assert presets - {None} == set(PRESETS) - {DEMO}
+    large = {path.stem for path in ON_GPUS if loaded(path).run.preset is None}
+    assert large == {f"{model}_{gpus}xh100" for model in MODELS for gpus in (32, 64, 128)} | {"llama3_70b_lora_8xh100"}
+
+
+@pytest.mark.parametrize("path", ON_GPUS, ids=lambda path: path.stem)
+def test_a_config_for_gpus_fits_them_and_keeps_them_busy(path):
+    config = loaded(path)
+    (model,) = [name for stem, name in MODELS.items() if path.stem.startswith(stem)] or [config.run.preset]
+    num_gpus = int(path.stem.rpartition("_")[2].removesuffix("xh100"))
+    job = Job(
+        description=find_model(model),
+        config=config,
+        num_gpus=num_gpus,
+        gpu=GPUS["h100-80gb"],
+        pack=Pack(tokens=config.batch.tokens_per_microbatch, prompt=300, response=400),
+    )
+    plan = plan_one(job)
+    assert plan.load.data_parallel_size * config.parallel.sizes.model == num_gpus
+    assert plan.utilization > 0.4, f"{plan.utilization:.0%} planned"
+
+
+@pytest.mark.parametrize("path", ON_GPUS, ids=lambda path: path.stem)
 def test_a_config_for_gpus_stays_within_published_settings(path):
-    assert lint(load_config(["--config", str(path)])) == []
+    assert lint(loaded(path)) == []
