@@ -22,7 +22,7 @@ from simpo_megatron.planning.models import find_model
 from simpo_megatron.planning.report import (
     assumptions,
     describe_job,
-    launch_command,
+    launch_commands,
     layouts_table,
     memory_table,
     refusals_table,
@@ -116,15 +116,16 @@ def _explain(best: Candidate, arguments: argparse.Namespace, console: Console) -
     for line in (time_line(best), *assumptions()):
         _say(line, console)
     file = arguments.write or "plan.yaml"
-    command = launch_command(best, file, arguments.model)
-    heading = f"{arguments.model} on {arguments.gpus} {arguments.gpu}, planned and not measured.\n{command}"
-    text = run_yaml(best, heading)
+    commands = launch_commands(best, file, arguments.model)
+    heading = f"{arguments.model} on {arguments.gpus} {arguments.gpu}, planned and not measured."
+    text = run_yaml(best, "\n".join([heading, *(f"  {command}" for command in commands.values())]))
     if arguments.write:
         Path(file).write_text(text, encoding="utf-8")
-        _say(f"\nwrote {file}; start it on every node with:\n", console)
+        _say(f"\nwrote {file}", console)
     else:
         _say(f"\n{file} (--write FILE writes it):\n\n{text}", console)
-    _say(command, console)
+    for where, command in commands.items():
+        _say(f"{where}:\n  {command}", console)
 
 
 def _say(text: str, console: Console) -> None:

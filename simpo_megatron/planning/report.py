@@ -123,19 +123,23 @@ def run_yaml(candidate: Candidate, heading: str) -> str:
     return comments + yaml.safe_dump(options, sort_keys=False, width=110)
 
 
-def launch_command(candidate: Candidate, config_file: str, model: str) -> str:
-    """The command that starts the run: on the one node it needs, or on each node of several.
+def launch_commands(candidate: Candidate, config_file: str, model: str) -> dict[str, str]:
+    """The commands that start the run, by where they are to be typed.
 
     A `model` that is a name and no folder becomes MODEL_DIR, as PAIRS and HOST for the reader to fill in.
     """
     per_node = min(candidate.gpu.per_node, candidate.num_gpus)
     num_nodes = -(-candidate.num_gpus // per_node)
     folder = model if Path(model).is_dir() else "MODEL_DIR"
-    training = ["examples/pretrain_simpo.py", "--config", config_file, "--model", folder, "--data", "PAIRS"]
+    options = shlex.join(["--config", config_file, "--model", folder, "--data", "PAIRS"])
+    training = f"--nproc-per-node {per_node} examples/pretrain_simpo.py {options}"
     if num_nodes == 1:
-        return shlex.join(["torchrun", "--standalone", "--nproc-per-node", str(per_node), *training])
-    rendezvous = f"--rdzv-backend c10d --rdzv-endpoint HOST:29500 --nnodes {num_nodes} --nproc-per-node {per_node}"
-    return f"torchrun {rendezvous} {shlex.join(training)}"
+        return {"on the node": f"torchrun --standalone {training}"}
+    meeting = f"--rdzv-backend c10d --rdzv-endpoint HOST:29500 --nnodes {num_nodes}"
+    return {
+        "on each node": f"torchrun {meeting} {training}",
+        "or once, under Slurm": f"sbatch --nodes {num_nodes} examples/launch/slurm.sbatch {options}",
+    }
 
 
 def summarize(survey: Survey, best: Candidate) -> str:

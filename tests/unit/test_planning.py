@@ -162,7 +162,7 @@ def test_the_tool_prints_a_plan_and_writes_its_yaml(tmp_path, capsys):
     for expected in ("layouts that fit", "layouts that cannot be run", "recommended: tp", "optimizer", "on a GPU"):
         assert expected in printed
     command = f"torchrun --standalone --nproc-per-node 8 examples/pretrain_simpo.py --config {file} --model MODEL_DIR"
-    assert printed.strip().splitlines()[-1].startswith(command)
+    assert printed.strip().splitlines()[-1].strip().startswith(command)
     assert load_config(["--config", str(file), "--model", "m", "--data", "d"]).objective.beta == 10
     assert main([*question, "--gpus", "1"]) == 2
     refusal = capsys.readouterr().err.strip()

@@ -1,0 +1,39 @@
+#!/usr/bin/env bash
+# Start the ranks of this node by torchrun, on one node or, alike, on each of several:
+#
+#   examples/launch/torchrun.sh --config FILE --model DIR --data FILE
+#   NODES=8 HOST=node0:29500 examples/launch/torchrun.sh --config FILE --model DIR --data FILE
+#
+# NODES     how many nodes (1)
+# HOST      name and port of one of them, where they meet; the others need to reach it
+# PER_NODE  GPUs of a node (8)
+#
+# A job of Kubeflow's training operator says all this in variables of its own (PET_...), which torchrun reads.
+# SIGTERM and SIGUSR1 are passed on to the ranks as SIGUSR1: they finish their step, save, and end, so that the same
+# command continues from there. torchrun by itself would kill them 30 seconds after a SIGTERM.
+set -u
+
+rendezvous=(--nnodes "${NODES:-1}" --nproc-per-node "${PER_NODE:-8}")
+if [ -n "${PET_NNODES:-}" ]; then
+  rendezvous=()
+elif [ "${NODES:-1}" = 1 ]; then
+  rendezvous+=(--standalone)
+else
+  rendezvous+=(--rdzv-backend c10d --rdzv-endpoint "${HOST:?name and port of the node where all meet}")
+fi
+
+# megatron-core's tensor parallelism relies on kernels being queued in order.
+export CUDA_DEVICE_MAX_CONNECTIONS=1
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-8}"
+
+torchrun "${rendezvous[@]}" examples/pretrain_simpo.py "$@" &
+agent=$!
+trap 'pkill -USR1 -P "$agent"' TERM USR1
+wait "$agent"
+code=$?
+# A signal ends a wait, not the agent.
+while kill -0 "$agent" 2>/dev/null; do
+  wait "$agent"
+  code=$?
+done
+exit "$code"
