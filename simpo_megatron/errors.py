@@ -37,6 +37,12 @@ class ParallelError(SimPOError):
     exit_code = 6
 
 
+class StoppedByMonitor(SimPOError):
+    """A monitor that `stop_on` names found what it watches for; what it found was not saved."""
+
+    exit_code = 7
+
+
 class StoppedBySignal(SimPOError):
     """No mistake: a signal asked the run to stop, and it did after a whole step; the same command continues it.
 

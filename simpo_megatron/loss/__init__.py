@@ -4,6 +4,7 @@ from simpo_megatron.loss.baselines import CPOObjective, DPOObjective, IPOObjecti
 from simpo_megatron.loss.fused_linear import DEFAULT_LOGITS_BUDGET_BYTES, fused_linear_log_probs
 from simpo_megatron.loss.fused_simpo import fused_linear_simpo
 from simpo_megatron.loss.log_probs import vocab_parallel_log_probs
+from simpo_megatron.loss.monitored import MONITORED, length_correlation, monitored_sums
 from simpo_megatron.loss.objective import PreferenceObjective, PreferenceResult, preference_loss
 from simpo_megatron.loss.reduce import average_log_probs
 from simpo_megatron.loss.simpo import SimPOObjective
@@ -12,6 +13,7 @@ from simpo_megatron.loss.tokens import IGNORE_INDEX, ResponseTokens, VocabShard
 __all__ = [
     "DEFAULT_LOGITS_BUDGET_BYTES",
     "IGNORE_INDEX",
+    "MONITORED",
     "CPOObjective",
     "DPOObjective",
     "IPOObjective",
@@ -24,6 +26,8 @@ __all__ = [
     "average_log_probs",
     "fused_linear_log_probs",
     "fused_linear_simpo",
+    "length_correlation",
+    "monitored_sums",
     "preference_loss",
     "vocab_parallel_log_probs",
 ]

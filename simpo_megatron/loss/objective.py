@@ -113,6 +113,7 @@ class PreferenceResult:
     num_pairs: the pairs of the microbatch.
     sums: 0-dim detached tensors, each the sum over pairs of the metric it is named for.
     chosen_avg_P, rejected_avg_P: detached average log-probabilities, nats per token.
+    preference_loss_P: detached, the loss of each pair, the SFT term apart.
     """
 
     loss: Tensor
@@ -120,6 +121,7 @@ class PreferenceResult:
     sums: dict[str, Tensor]
     chosen_avg_P: Tensor
     rejected_avg_P: Tensor
+    preference_loss_P: Tensor
 
 
 def preference_loss(
@@ -177,7 +179,8 @@ def preference_loss(
         "response_length/chosen": chosen.count_P.sum(),
         "response_length/rejected": rejected.count_P.sum(),
     }
-    return PreferenceResult(loss_P.sum(), margin_P.numel(), sums, chosen.avg_P.detach(), rejected.avg_P.detach())
+    detached = (tensor_P.detach() for tensor_P in (chosen.avg_P, rejected.avg_P, compared.loss_P))
+    return PreferenceResult(loss_P.sum(), margin_P.numel(), sums, *detached)
 
 
 def _responses(avg_R: Tensor, counts_R: Tensor, reference_avg_R: Tensor | None) -> tuple[Responses, Responses]:

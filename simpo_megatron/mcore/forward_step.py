@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from simpo_megatron.loss import PreferenceObjective, average_log_probs, preference_loss
+from simpo_megatron.loss import PreferenceObjective, average_log_probs, monitored_sums, preference_loss
 from simpo_megatron.mcore.batch import Microbatch
 
 LossFunction = Callable[[Tensor], tuple[Tensor, Tensor, Any]]
@@ -55,13 +55,15 @@ class ForwardStep(MicrobatchStep):
 
         The sums are tensors of their own: schedules scale the returned loss in place.
         """
+        avg_R, counts_R = _averages(log_probs_N, microbatch)
         result = preference_loss(
-            *_averages(log_probs_N, microbatch),
+            avg_R,
+            counts_R,
             objective=self.objective,
             reference_avg_R=microbatch.reference_avg_R,
             pairs_per_chosen_token=self.pairs_per_chosen_token,
         )
-        return result.loss, _num_pairs(log_probs_N, microbatch), result.sums
+        return result.loss, _num_pairs(log_probs_N, microbatch), result.sums | monitored_sums(result, counts_R)
 
 
 class AverageLogProbs(MicrobatchStep):

@@ -11,7 +11,7 @@ import shutil
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
@@ -49,6 +49,8 @@ class Start:
     iteration: int = 0
     consumed_pairs: int = 0
     notes: tuple[str, ...] = ()
+    monitors: Mapping[str, Any] = field(default_factory=dict)
+    """What the monitors remembered."""
 
 
 @contextmanager
@@ -135,16 +137,24 @@ def start_run(config: Config, job: Job, found: Found) -> Start:
         if not same_layout:
             notes.append("resume    another layout: dropout, if any, draws other numbers from here on")
     notes += _gathered(lambda: _tidy(save, checkpoint) if dist.get_rank() == 0 else [])[0]
-    return Start(iteration, consumed_pairs, tuple(notes))
+    monitors = checkpoint.facts.get("monitors", {}) if checkpoint is not None else {}
+    return Start(iteration, consumed_pairs, tuple(notes), monitors)
 
 
 def save_checkpoint(
-    config: Config, job: Job, *, iteration: int, consumed_pairs: int, metrics: Mapping[str, float]
+    config: Config,
+    job: Job,
+    *,
+    iteration: int,
+    consumed_pairs: int,
+    metrics: Mapping[str, float],
+    monitors: Mapping[str, Any],
 ) -> Checkpoint:
     """The committed checkpoint of the run as it stands after `iteration` steps; older ones may be gone afterwards.
 
     Args:
         metrics: the latest numbers, held-out ones under `eval/`; by them the best checkpoint is kept.
+        monitors: what the monitors are to remember, JSON values.
 
     Collectives: megatron's for saving, and three object gathers, world.
 
@@ -161,6 +171,7 @@ def save_checkpoint(
             "consumed_pairs": consumed_pairs,
             "epoch": consumed_pairs / len(job.train_data),
             "metrics": {name: value for name, value in metrics.items() if abs(value) < float("inf")},
+            "monitors": dict(monitors),
         }
         files = {name: digest for part in digests for name, digest in part.items()}
         checkpoint = _gathered(lambda: commit.commit(draft, iteration, files, facts) if rank == 0 else None)[0]

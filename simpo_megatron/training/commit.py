@@ -203,7 +203,7 @@ def committed(save: Path) -> list[Path]:
     if not save.is_dir():
         return []
     folders = [entry for entry in save.iterdir() if _NAME.fullmatch(entry.name) and _is_real_folder(entry)]
-    return sorted((folder for folder in folders if (folder / RECORD_FILE).is_file()), key=_iteration)
+    return sorted((folder for folder in folders if (folder / RECORD_FILE).is_file()), key=iteration_of)
 
 
 def candidates(save: Path, resume: str) -> list[Path]:
@@ -219,9 +219,9 @@ def candidates(save: Path, resume: str) -> list[Path]:
         if resume == "required" and not folders:
             raise CheckpointError(f"resume: required, but {save} holds no complete checkpoint")
         return folders[::-1]
-    found = [folder for folder in folders if _iteration(folder) == int(resume)]
+    found = [folder for folder in folders if iteration_of(folder) == int(resume)]
     if not found:
-        steps = ", ".join(str(_iteration(folder)) for folder in folders) or "none"
+        steps = ", ".join(str(iteration_of(folder)) for folder in folders) or "none"
         raise CheckpointError(f"resume: {save} has no complete checkpoint of step {int(resume)}; it has: {steps}")
     return found
 
@@ -258,7 +258,7 @@ def set_aside_after(save: Path, iteration: int) -> list[Path]:
     """
     moved = []
     for folder in reversed(committed(save)):
-        if _iteration(folder) > iteration:
+        if iteration_of(folder) > iteration:
             moved.append(folder.with_name(f"{folder.name}.aside-{uuid.uuid4().hex[:8]}"))
             os.rename(folder, moved[-1])
     if moved:
@@ -299,7 +299,8 @@ def _name(iteration: int) -> str:
     return f"iter_{iteration:07d}"
 
 
-def _iteration(folder: Path) -> int:
+def iteration_of(folder: Path) -> int:
+    """The number of steps after which the checkpoint in `folder` was saved, from its name."""
     return int(_NAME.fullmatch(folder.name)[1])
 
 
@@ -353,7 +354,7 @@ def _read_record(folder: Path) -> Checkpoint:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror}), so the checkpoint is not complete") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path}: not a whole record of a checkpoint ({error})") from None
-    if checkpoint.iteration != _iteration(folder):
+    if checkpoint.iteration != iteration_of(folder):
         raise CheckpointError(f"{path}: records step {checkpoint.iteration}, which is not its folder's")
     return checkpoint
 

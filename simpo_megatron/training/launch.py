@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Sequence
 
 from simpo_megatron.config import Config, load_config
-from simpo_megatron.errors import SimPOError, StoppedBySignal
+from simpo_megatron.errors import SimPOError, StoppedByMonitor, StoppedBySignal
 from simpo_megatron.mcore import device
 from simpo_megatron.nemo import load_nemo_command, names_nemo_config
 
@@ -65,7 +65,7 @@ def _world_size() -> int:
 def _say(error: object) -> None:
     """One line; peers that stop because of another rank's error, or share rank 0's, stay quiet about it."""
     if _rank() == 0 or not isinstance(error, SimPOError):
-        kind = "STOPPED" if isinstance(error, StoppedBySignal) else "ERROR"
+        kind = "STOPPED" if isinstance(error, (StoppedByMonitor, StoppedBySignal)) else "ERROR"
         print(f"{kind} simpo_megatron rank {_rank()}: {error}", file=sys.stderr, flush=True)
 
 

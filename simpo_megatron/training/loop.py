@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import torch.distributed as dist
 
 from simpo_megatron import parallel
 from simpo_megatron.config import Config, lint, to_table
 from simpo_megatron.convert import export_adapter, export_hf, trained_share
-from simpo_megatron.errors import StoppedBySignal
+from simpo_megatron.errors import StoppedByMonitor, StoppedBySignal
 from simpo_megatron.mcore import device
 from simpo_megatron.mcore.optimizer import gather_parameters
 from simpo_megatron.mcore.precision import parameter_dtype
@@ -27,6 +28,7 @@ from simpo_megatron.training.evaluation import evaluate
 from simpo_megatron.training.guard import StopSignals
 from simpo_megatron.training.loggers import RunLog, Sink, open_run_log
 from simpo_megatron.training.metrics import reduce_sums, throughput
+from simpo_megatron.training.monitors import Monitors
 from simpo_megatron.training.probe import probe_memory
 from simpo_megatron.training.reference import with_reference
 from simpo_megatron.training.report import model_card, write_report
@@ -42,6 +44,7 @@ def train(config: Config, sinks: Sequence[Sink] = ()) -> None:
     Raises:
         SimPOError: whatever the user can mend; what the configuration alone tells, before any collective.
         StoppedBySignal: on every rank alike, after a whole step and a checkpoint, when a rank was told to stop.
+        StoppedByMonitor: on every rank alike, after a whole step, when a monitor that `stop_on` names found something.
     """
     device.install()
     plan = plan_run(config, int(os.environ.get("WORLD_SIZE", 1)))
@@ -100,13 +103,14 @@ def describe_job(config: Config, job: Job) -> list[str]:
 
 def _run_steps(
     config: Config, job: Job, start: Start, log: RunLog, signals: StopSignals
-) -> StoppedBySignal | None:
+) -> StoppedBySignal | StoppedByMonitor | None:
     """Why the run is to leave before its end, if it is; every rank is told the same, after the same step."""
     trainer, run = job.trainer, config.run
+    monitors = Monitors(config, job, start)
     for line in probe_memory(config, job, start):
         log.say(line)
     if start.iteration == 0:
-        _evaluate(job, log, 0)
+        _evaluate(job, monitors, log, 0)
     consumed_pairs = start.consumed_pairs
     window = _Window()
     for iteration in range(start.iteration + 1, job.train_iters + 1):
@@ -119,15 +123,19 @@ def _run_steps(
         saves = run.save is not None and (is_last or stop is not None or _is_due(iteration, run.save_interval))
         # What a window has summed is in no checkpoint, so a window ends where a run may have to start again.
         if saves or is_last or _is_due(iteration, run.log_interval):
-            metrics = window.close(trainer.groups)
-            log.step(iteration, metrics | {"grad_norm": grad_norm, "learning_rate": learning_rate})
+            metrics = window.close(trainer.groups) | {"grad_norm": grad_norm, "learning_rate": learning_rate}
+            log.step(iteration, monitors.step(iteration, metrics, consumed_pairs))
         else:
             log.advance(iteration)
         held_out = {}
-        if is_last or _is_due(iteration, run.eval_interval):
-            held_out = _evaluate(job, log, iteration)
+        if is_last or _is_due(iteration, run.eval_interval) or (saves and not stop and monitors.evaluate_before_saving):
+            held_out = _evaluate(job, monitors, log, iteration)
+        found = monitors.judge(iteration, log)
+        if found is not None:
+            return found
         if saves:
-            _save(config, job, log, iteration=iteration, consumed_pairs=consumed_pairs, metrics=held_out)
+            facts = {"metrics": held_out, "monitors": monitors.remembered()}
+            _save(config, job, log, iteration=iteration, consumed_pairs=consumed_pairs, **facts)
         if saves or is_last:
             # A signal that came while a checkpoint was written needs no other one.
             stop = stop or signals.agreed()
@@ -148,11 +156,9 @@ def _is_due(iteration: int, interval: int | None) -> bool:
     return interval is not None and iteration % interval == 0
 
 
-def _save(
-    config: Config, job: Job, log: RunLog, *, iteration: int, consumed_pairs: int, metrics: dict[str, float]
-) -> None:
+def _save(config: Config, job: Job, log: RunLog, **state: Any) -> None:
     started = time.perf_counter()
-    checkpoint = save_checkpoint(config, job, iteration=iteration, consumed_pairs=consumed_pairs, metrics=metrics)
+    checkpoint = save_checkpoint(config, job, **state)
     seconds = time.perf_counter() - started
     log.say(f"saved     {checkpoint.folder} ({checkpoint.num_bytes / 2**20:.1f} MiB in {seconds:.1f} s)")
 
@@ -185,9 +191,9 @@ class _Window:
         return means | throughput(num_pairs=num_pairs, num_tokens=num_tokens, seconds=seconds)
 
 
-def _evaluate(job: Job, log: RunLog, iteration: int) -> dict[str, float]:
+def _evaluate(job: Job, monitors: Monitors, log: RunLog, iteration: int) -> dict[str, float]:
     """The metrics of the held-out pairs by the names they are logged under; none without such pairs."""
-    metrics = evaluate(job.trainer, job.valid_data)
+    metrics = monitors.evaluation(iteration, evaluate(job.trainer, job.valid_data))
     if metrics:
         log.evaluation(iteration, metrics)
     return metrics

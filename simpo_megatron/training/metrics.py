@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from simpo_megatron.loss import MONITORED, length_correlation
 from simpo_megatron.mcore import device
 from simpo_megatron.parallel import ParallelGroups
 
@@ -26,6 +27,7 @@ SUMMED = (
     "logps/rejected",
     "response_length/chosen",
     "response_length/rejected",
+    *MONITORED,
     "sft_loss",
 )
 
@@ -33,15 +35,16 @@ SUMMED = (
 def reduce_sums(
     sums: Sequence[dict[str, Tensor]], num_pairs: int, groups: ParallelGroups
 ) -> dict[str, float]:
-    """Means over `num_pairs` pairs of the metrics that PreferenceResult sums, the same on every rank.
+    """Means over `num_pairs` pairs of the metrics that PreferenceResult and the monitors sum, the same on every rank.
 
     Args:
         sums: one dict per microbatch of this rank; only the last pipeline stage has any.
         num_pairs: pairs in the sums of all data-parallel ranks together.
 
-    `sft_loss` is among them only when some rank summed it.
+    `sft_loss` is among them only when some rank summed it, and `rewards/length_correlation` in place of the sums it
+    comes from, unless all lengths or all rewards are the same.
 
-    Collectives: one all-reduce of 88 bytes over dp on the last stage, then one broadcast over pp.
+    Collectives: one all-reduce of 136 bytes over dp on the last stage, then one broadcast over pp.
     """
     # In float64, because a sum of token counts passes the integers that float32 holds; the last entry counts
     # the microbatches that had an sft term.
@@ -57,7 +60,11 @@ def reduce_sums(
     means = {name: value / num_pairs for name, value in zip(SUMMED, values, strict=True)}
     if not num_with_sft:
         del means["sft_loss"]
-    return means
+    # Two responses a pair: their sums over the pairs are twice their means.
+    correlation = length_correlation(means, num_responses=2)
+    if correlation is not None:
+        means["rewards/length_correlation"] = correlation
+    return {name: mean for name, mean in means.items() if not name.startswith("_")}
 
 
 def throughput(*, num_pairs: int, num_tokens: int, seconds: float) -> dict[str, float]:

@@ -107,6 +107,8 @@ def test_every_step_and_evaluation_is_in_the_metrics_file_under_its_documented_k
         assert step["rewards/margins"] == pytest.approx(step["rewards/chosen"] - step["rewards/rejected"], abs=1e-5)
         assert step["loss"] > 0 and step["grad_norm"] > 0
     for evaluation in evaluations:
+        moved = evaluation.pop("eval/logps/chosen_displacement")
+        assert moved == evaluation["eval/logps/chosen"] - evaluations[0]["eval/logps/chosen"]
         own = {key.removeprefix("eval/"): value for key, value in evaluation.items() if key.startswith("eval/")}
         for name in SETS:
             assert own.keys() == {key.split("/", 2)[2] for key in evaluation if key.startswith(f"valid/{name}/")}

@@ -1,0 +1,202 @@
+"""Monitors: what a run without a reference model can run into, told from its numbers while it runs.
+
+They judge log lines and evaluations, never single microbatches, and change nothing in training. What they remember is
+kept in checkpoints, so that a resumed run warns as the uninterrupted one does.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from simpo_megatron.config import Config
+from simpo_megatron.data.batching import step_pairs
+from simpo_megatron.errors import ConfigError, StoppedByMonitor
+from simpo_megatron.mcore import device
+from simpo_megatron.training import commit
+from simpo_megatron.training.assembly import Job
+from simpo_megatron.training.checkpoint import Start
+from simpo_megatron.training.loggers import EVALUATION_PREFIX, RunLog
+
+DISPLACEMENT = EVALUATION_PREFIX + "logps/chosen_displacement"
+_CHOSEN = EVALUATION_PREFIX + "logps/chosen"
+_MEDIAN_DISTANCE_TO_DEVIATION = 1.4826
+_SMALLEST_DEVIATION = 0.01
+_MAX_SHOWN = 16
+
+
+@dataclass(frozen=True)
+class Alarm:
+    """What a monitor found, in words."""
+
+    monitor: str
+    text: str
+    num_sound_steps: int
+    """After so many steps the model was not under suspicion yet."""
+
+
+def spike_limit(losses: Sequence[float], num_deviations: float) -> float:
+    """The loss that lies `num_deviations` robust standard deviations above the median of `losses`.
+
+    A deviation is 1.4826 times the median distance from the median, which for a normal distribution is the standard
+    deviation, and at least a hundredth of the median, so that losses that hardly vary do not make a spike of nothing.
+    """
+    middle = median(losses)
+    deviation = _MEDIAN_DISTANCE_TO_DEVIATION * median(abs(loss - middle) for loss in losses)
+    return middle + num_deviations * max(deviation, _SMALLEST_DEVIATION * abs(middle))
+
+
+def is_beyond(values: Sequence[float], limit: float) -> bool:
+    """Whether the median of `values` is above `limit` or below `-limit`."""
+    return abs(median(values)) > limit
+
+
+class Monitors:
+    """The monitors of a run, on every rank alike.
+
+    Args:
+        start: where the run starts, with what `remembered()` said when that was saved.
+
+    Raises:
+        ConfigError: the run is to stop by held-out pairs and has none.
+    """
+
+    def __init__(self, config: Config, job: Job, start: Start) -> None:
+        self._config, self._job, self._settings = config, job, config.monitors
+        remembered = start.monitors
+        if "displacement" in self._settings.stop_on and not job.valid_data:
+            raise ConfigError(
+                "stop_on: found displacement, but there are no held-out pairs; add --valid-data or --valid-fraction"
+            )
+        self._lines = {
+            name: deque(remembered.get(name, ()), maxlen=self._settings.monitor_window)
+            for name in ("loss", "rewards/saturated", "rewards/length_correlation")
+        }
+        self._told: set[str] = set(remembered.get("told", ()))
+        self._start: dict[str, Any] | None = remembered.get("start")
+        self._logged_steps, self._logged_pairs = start.iteration, start.consumed_pairs
+        self._alarms: list[Alarm] = []
+
+    @property
+    def evaluate_before_saving(self) -> bool:
+        """Whether a checkpoint is to be saved only after held-out pairs were looked at."""
+        return "displacement" in self._settings.stop_on
+
+    def step(self, iteration: int, metrics: Mapping[str, float], consumed_pairs: int) -> dict[str, Any]:
+        """`metrics` of the log line after `iteration`, with the `pair_ids` of its steps where the loss is a spike."""
+        record, settings = dict(metrics), self._settings
+        losses = self._lines["loss"]
+        if settings.max_loss_spike is not None and self._is_long_enough(losses):
+            limit = spike_limit(losses, settings.max_loss_spike)
+            # A loss that is not a number is not below anything.
+            if not metrics["loss"] <= limit:
+                record["pair_ids"] = self._pairs_until(consumed_pairs)
+                text = _spike_text(metrics["loss"], limit, losses, record["pair_ids"])
+                # The loss is of the model that this line's first step began with.
+                self._alarms.append(Alarm("loss_spike", text, self._logged_steps - 1))
+        for name, values in self._lines.items():
+            if math.isfinite(metrics.get(name, math.nan)):
+                values.append(metrics[name])
+        self._watch_level(iteration, "saturated", "{:.0%} of the pairs are saturated, with hardly a gradient left")
+        self._watch_level(iteration, "length_correlation", "rewards go with response lengths, correlation {:+.2f}")
+        self._logged_steps, self._logged_pairs = iteration, consumed_pairs
+        return record
+
+    def evaluation(self, iteration: int, metrics: Mapping[str, float]) -> dict[str, float]:
+        """`metrics` of an evaluation, with the displacement of the first set's chosen responses since step 0."""
+        if _CHOSEN not in metrics:
+            return dict(metrics)
+        pairs = next(iter(self._job.valid_data.values())).fingerprint
+        if iteration == 0 and math.isfinite(metrics[_CHOSEN]):
+            self._start = {"chosen": metrics[_CHOSEN], "pairs": pairs}
+        if self._start is None or self._start["pairs"] != pairs:
+            return dict(metrics)
+        moved, limit = metrics[_CHOSEN] - self._start["chosen"], self._settings.max_displacement
+        self._tell_once(
+            iteration,
+            "displacement",
+            limit is not None and not moved >= -limit,
+            f"held-out chosen responses have {moved:+.3f} nats per token since step 0 (max_displacement {limit})",
+        )
+        return {**metrics, DISPLACEMENT: moved}
+
+    def remembered(self) -> dict[str, Any]:
+        """What a checkpoint has to keep, as JSON values."""
+        lines = {name: list(values) for name, values in self._lines.items()}
+        return {**lines, "told": sorted(self._told), "start": self._start}
+
+    def judge(self, iteration: int, log: RunLog) -> StoppedByMonitor | None:
+        """Say what was found, and why the run is to end before this step is saved, if `stop_on` says so.
+
+        Collectives: one broadcast of 4 bytes, world, where `stop_on` names any; every rank ends with the first.
+        """
+        alarms, self._alarms = self._alarms, []
+        for alarm in alarms:
+            log.say(f"WARNING {alarm.monitor} in step {iteration}: {alarm.text}")
+        stopping = [alarm for alarm in alarms if alarm.monitor in self._settings.stop_on]
+        if not self._settings.stop_on or not _first_rank_says(bool(stopping)):
+            return None
+        kept = self._last_checkpoint_within(min((alarm.num_sound_steps for alarm in stopping), default=0))
+        found = "; ".join(f"{alarm.monitor}: {alarm.text}" for alarm in stopping)
+        return StoppedByMonitor(
+            f"{found}; stopped after step {iteration}, which was not saved; {kept}"
+        )
+
+    def _last_checkpoint_within(self, num_steps: int) -> str:
+        save = self._config.run.save
+        saved = {} if save is None else {commit.iteration_of(path): path for path in commit.committed(Path(save))}
+        sound = [iteration for iteration in saved if iteration <= num_steps]
+        if not sound:
+            return "there is no checkpoint from before; start anew with a lower lr"
+        last = max(sound)
+        return (
+            f"the last checkpoint from before is {saved[last]}; to go on from there with a lower lr, add "
+            f"--resume {last} --override-on-resume"
+        )
+
+    def _is_long_enough(self, values: Sequence[float]) -> bool:
+        return len(values) >= max(2, self._settings.monitor_window // 4)
+
+    def _watch_level(self, iteration: int, monitor: str, text: str) -> None:
+        values, limit = self._lines[f"rewards/{monitor}"], getattr(self._settings, f"max_{monitor}")
+        if limit is None or not self._is_long_enough(values):
+            return
+        told = text.format(median(values)) + f", median of {len(values)} log lines (max_{monitor} {limit:g})"
+        self._tell_once(iteration, monitor, is_beyond(values, limit), told)
+
+    def _tell_once(self, iteration: int, monitor: str, is_beyond_limit: bool, text: str) -> None:
+        """An alarm when the limit is crossed; the next one only after a way back."""
+        if is_beyond_limit and monitor not in self._told:
+            self._alarms.append(Alarm(monitor, text, iteration - 1))
+            self._told.add(monitor)
+        elif not is_beyond_limit:
+            self._told.discard(monitor)
+
+    def _pairs_until(self, consumed_pairs: int) -> list[int]:
+        """The pairs of the steps since the last log line, in order of their numbers."""
+        num_pairs, options = len(self._job.train_data), self._job.trainer.batch_options
+        starts = range(self._logged_pairs, consumed_pairs, options.global_batch_size)
+        return sorted(int(pair) for start in starts for pair in step_pairs(num_pairs, start, options))
+
+
+def _spike_text(loss: float, limit: float, losses: Sequence[float], pair_ids: Sequence[int]) -> str:
+    shown = " ".join(map(str, pair_ids[:_MAX_SHOWN]))
+    more = f" and {len(pair_ids) - _MAX_SHOWN} more, in metrics.jsonl" if len(pair_ids) > _MAX_SHOWN else ""
+    return (
+        f"the loss is {loss:.4f}, above {limit:.4f}, with a median of {median(losses):.4f} in the {len(losses)} log "
+        f"lines before; pairs {shown}{more}"
+    )
+
+
+def _first_rank_says(yes: bool) -> bool:
+    said = torch.tensor(int(yes), dtype=torch.int32, device=device.current_device())
+    dist.broadcast(said, src=0)
+    return bool(said)
