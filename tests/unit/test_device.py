@@ -138,10 +138,11 @@ def test_every_option_given_to_megatron_is_one_of_its_own():
     """A misspelt field of a dataclass fails at once; one set on an instance, or removed upstream, would not."""
     from megatron.core.distributed import DistributedDataParallelConfig
     from megatron.core.optimizer import OptimizerConfig
-    from megatron.core.transformer import TransformerConfig
+
+    from simpo_megatron.mcore.architecture import ArchitectureConfig
 
     owners = {
-        "TransformerConfig": TransformerConfig,
+        "ArchitectureConfig": ArchitectureConfig,
         "DistributedDataParallelConfig": DistributedDataParallelConfig,
         "OptimizerConfig": OptimizerConfig,
     }
@@ -157,6 +158,6 @@ def test_every_option_given_to_megatron_is_one_of_its_own():
             if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Attribute):
                 target = node.targets[0]
                 if isinstance(target.value, ast.Name) and target.value.id == "mcore_config":
-                    assert target.attr in known["TransformerConfig"], f"{file.name}: {target.attr}"
+                    assert target.attr in known["ArchitectureConfig"], f"{file.name}: {target.attr}"
                     seen.add("mcore_config")
     assert seen == {*owners, "mcore_config"}, "the search above finds no call any more"
