@@ -178,6 +178,8 @@ def num_train_iters(config: Config, num_pairs: int) -> int:
 def assemble(config: Config, plan: Plan, groups: ParallelGroups, *, load_weights: bool = True) -> Job:
     """The pieces of the run on this rank, nothing trained yet; weights are the model's, or zero for a resume to fill.
 
+    Beside adapters they are always the model's: a checkpoint holds the adapters alone.
+
     Raises:
         ConfigError, DataError, CheckpointError: on every rank alike, before the first step.
     """
@@ -196,7 +198,7 @@ def assemble(config: Config, plan: Plan, groups: ParallelGroups, *, load_weights
     )
 
     model = build_model(description, config, groups)
-    if load_weights:
+    if load_weights or config.lora.lora_rank is not None:
         load_hf_weights(
             model, sources.model, description, tp_rank=groups.tp.rank(), tp_size=groups.tp.size()
         )

@@ -5,6 +5,7 @@ Ranks act together: what one finds wrong, all raise.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
@@ -21,10 +22,12 @@ import torch.distributed as dist
 from simpo_megatron.config import Config
 from simpo_megatron.data.tokenization import tokenizer_identity
 from simpo_megatron.errors import CheckpointError, SimPOError
+from simpo_megatron.parallel import on_first_rank
 from simpo_megatron.training import commit
 from simpo_megatron.training.assembly import Job
 from simpo_megatron.training.commit import Checkpoint
 from simpo_megatron.training.loggers import METRICS_FILE
+from simpo_megatron.training.reference import model_fingerprint
 from simpo_megatron.training.state import read_state, write_state
 
 Result = TypeVar("Result")
@@ -127,13 +130,17 @@ def start_run(config: Config, job: Job, found: Found) -> Start:
     save, checkpoint = Path(config.run.save), found.checkpoint
     notes: list[str] = []
     iteration = consumed_pairs = 0
+    now = _describe(config, job)
     if checkpoint is not None:
-        now = _describe(config, job)
         notes += _refuse_changes(checkpoint, now, override=config.run.override_on_resume)
         iteration, consumed_pairs = checkpoint.iteration, checkpoint.facts["consumed_pairs"]
         same_layout = checkpoint.facts["layout"] == now["layout"]
         read_state(job.model, job.trainer, iteration, checkpoint.folder, same_layout=same_layout)
-        notes.append(f"resume    weights are those of the checkpoint, not those in {job.plan.sources.model}")
+        source = job.plan.sources.model
+        if config.lora.lora_rank is None:
+            notes.append(f"resume    weights are those of the checkpoint, not those in {source}")
+        else:
+            notes.append(f"resume    adapters are those of the checkpoint, on the weights in {source}")
         if not same_layout:
             notes.append("resume    another layout: dropout, if any, draws other numbers from here on")
     notes += _gathered(lambda: _tidy(save, checkpoint) if dist.get_rank() == 0 else [])[0]
@@ -216,14 +223,13 @@ def _describe(config: Config, job: Job) -> dict[str, Any]:
     identity = json.dumps(tokenizer_identity(job.tokenizer, config.pairs), sort_keys=True)
     training = ("hidden_dropout", "attention_dropout", "lora_dropout", "global_batch_size", "seed")
     schedule = {key: value for key, value in asdict(config.optimizer).items() if key != "epochs"}
-    adapters = ("lora_rank", "lora_alpha", "lora_targets") if config.lora.lora_rank else ()
     facts = {
         "model": {
             "family": description.family,
             "vocab_size": description.vocab_size,
             **description.transformer,
             **description.gpt,
-            **{key: options[key] for key in adapters},
+            **_describe_adapters(config, job),
         },
         "precision": {key: options[key] for key in ("bf16", "use_distributed_optimizer")},
         "inputs": {
@@ -244,6 +250,27 @@ def _describe(config: Config, job: Job) -> dict[str, Any]:
     }
     # Functions, such as an activation, by their names.
     return json.loads(json.dumps(facts, default=lambda value: getattr(value, "__name__", str(value))))
+
+
+def _describe_adapters(config: Config, job: Job) -> dict[str, Any]:
+    """What a checkpoint of adapters, which holds them alone, can be continued with.
+
+    Collectives: one object broadcast, world, the first time.
+    """
+    lora = config.lora
+    if lora.lora_rank is None:
+        return {}
+    own = {"lora_rank": lora.lora_rank, "lora_alpha": lora.lora_alpha, "lora_targets": lora.lora_targets}
+    return {**own, "base_model": _fingerprint(job.plan.sources.model)}
+
+
+@functools.cache
+def _fingerprint(folder: Path) -> str:
+    """Of a model that stays the same while the run lasts.
+
+    Collectives: one object broadcast, world.
+    """
+    return on_first_rank(lambda: model_fingerprint(folder))
 
 
 def _refuse_changes(checkpoint: Checkpoint, now: Mapping[str, Any], *, override: bool) -> list[str]:

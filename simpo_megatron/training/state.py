@@ -1,5 +1,7 @@
 """The tensors of a run as megatron-core's dist_checkpointing stores and finds them, whatever the layout.
 
+Weights that are frozen, the model's own beside adapters, are not among them: the run reads them where it found them.
+
 Only tensors are stored: an object would be unpickled without a check when it is read. What Transformer Engine keeps
 as objects (FP8 scaling histories) starts anew on a resume.
 """
@@ -142,9 +144,7 @@ def _sharded_state(
     metadata = {**_content(), "dp_cp_group": trainer.groups.dp_cp}
     state: dict[str, Any] = {}
     for name, chunk in _named_chunks(model):
-        _, state[name] = extract_matching_values(
-            chunk.sharded_state_dict(metadata=metadata), lambda value: isinstance(value, ShardedObject)
-        )
+        _, state[name] = extract_matching_values(chunk.sharded_state_dict(metadata=metadata), _is_left_out)
     if is_loading:
         for optimizer in trainer.optimizer.chained_optimizers:
             if isinstance(optimizer, DistributedOptimizer):
@@ -152,6 +152,12 @@ def _sharded_state(
                 optimizer._init_optimizer_states_with_dummy_values()
     state["optimizer"] = trainer.optimizer.sharded_state_dict(state, is_loading=is_loading, metadata=metadata)
     return state
+
+
+def _is_left_out(value: Any) -> bool:
+    """Of a chunk's state: objects, and weights that nothing trains."""
+    weight = getattr(value, "data", None)
+    return isinstance(value, ShardedObject) or (isinstance(weight, torch.nn.Parameter) and not weight.requires_grad)
 
 
 def _content() -> dict[str, Any]:
@@ -168,7 +174,8 @@ def _named_chunks(model: list[PreferenceGPTModel]) -> list[tuple[str, Preference
 
 def _load_chunk(chunk: PreferenceGPTModel, state: Mapping[str, Any], folder: Path) -> None:
     missing, unexpected = chunk.load_state_dict(state, strict=False)
-    problems = [name for name in missing if not name.endswith("_extra_state")] + unexpected
+    frozen = {name for name, parameter in chunk.named_parameters() if not parameter.requires_grad}
+    problems = [name for name in missing if name not in frozen and not name.endswith("_extra_state")] + unexpected
     if problems:
         shown = ", ".join(sorted(problems)[:10])
         raise CheckpointError(f"{folder}: {len(problems)} names do not match the model's: {shown}")

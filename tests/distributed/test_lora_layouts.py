@@ -47,10 +47,13 @@ LAYOUTS = {
     "dp4_overlapped": LORA | OVERLAPPED,
     "tp2_dp2": LORA | {"tensor_model_parallel_size": 2},
     "tp2_dp2_sequence_parallel": LORA | TP2_SEQUENCE_PARALLEL | {"use_distributed_optimizer": True},
-    "tp2_pp2_full_recompute": LORA
+    "tp2_pp2_vpp2_full_recompute": LORA
     | TP2_SEQUENCE_PARALLEL
-    | {"pipeline_model_parallel_size": 2, "recompute_granularity": "full"},
-    "pp2_vpp2": LORA | {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2},
+    | {
+        "pipeline_model_parallel_size": 2,
+        "virtual_pipeline_model_parallel_size": 2,
+        "recompute_granularity": "full",
+    },
     "bf16": LORA | TP2_SEQUENCE_PARALLEL | {"use_distributed_optimizer": True, "bf16": True},
     "without_adapters": TP2_SEQUENCE_PARALLEL | {"use_distributed_optimizer": True},
 }
