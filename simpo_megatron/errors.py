@@ -37,6 +37,10 @@ class ParallelError(SimPOError):
     exit_code = 6
 
 
+class PeerError(ParallelError):
+    """This rank stopped because of another one, and what there is to say was said."""
+
+
 class StoppedByMonitor(SimPOError):
     """A monitor that `stop_on` names found what it watches for; what it found was not saved."""
 

@@ -62,19 +62,28 @@ class ParallelGroups:
         return tensor
 
 
-def initialize(sizes: ParallelSizes, *, backend: str, timeout_minutes: float = 30.0) -> ParallelGroups:
-    """The groups of this rank, after torch.distributed and megatron's parallel_state were set up.
+def join(backend: str, timeout_minutes: float) -> None:
+    """Join the ranks that were started together, unless this process has.
 
     `RANK`, `WORLD_SIZE`, `MASTER_ADDR` and `MASTER_PORT` come from torchrun.
 
-    Collectives: the rendezvous and one group construction per kind of group, world.
+    Collectives: the rendezvous, world.
+    """
+    if dist.is_initialized():
+        return
+    if backend == "nccl":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes))
+
+
+def initialize(sizes: ParallelSizes, *, backend: str, timeout_minutes: float = 30.0) -> ParallelGroups:
+    """The groups of this rank, after torch.distributed and megatron's parallel_state were set up.
+
+    Collectives: those of `join`, and one group construction per kind of group, world.
     """
     from megatron.core import parallel_state
 
-    if not dist.is_initialized():
-        if backend == "nccl":
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-        dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes))
+    join(backend, timeout_minutes)
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=sizes.tensor,

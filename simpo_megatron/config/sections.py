@@ -292,6 +292,12 @@ class RunConfig:
     log_interval: int = 1
     """Steps between log lines."""
 
+    skip_nonfinite_steps: int = 0
+    """Steps with a loss or gradient that is not finite to leave out, at most, before the run stops."""
+
+    distributed_timeout_seconds_after_init: int = 600
+    """Longest that a step may last; then the rank that did not arrive is named and the run ends."""
+
     tensorboard_dir: str | None = None
     """Folder for TensorBoard."""
 
@@ -301,6 +307,8 @@ class RunConfig:
     def __post_init__(self) -> None:
         require_writable_name(self, "save", "tensorboard_dir", "wandb_project")
         require_positive(self, "save_interval", "eval_interval", "log_interval", "keep_checkpoints")
+        require_positive(self, "distributed_timeout_seconds_after_init")
+        require(self.skip_nonfinite_steps >= 0, "skip_nonfinite_steps", self.skip_nonfinite_steps, "0 or more")
         require(0 <= self.seed < 2**31, "seed", self.seed, "a whole number from 0 to 2147483647")
         require(
             re.fullmatch(r"latest|required|none|[0-9]{1,9}", self.resume) is not None,

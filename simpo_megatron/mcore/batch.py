@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from simpo_megatron import faults
 from simpo_megatron.data import PreferenceBatch, PreferenceDataset, TokenizedPair
 from simpo_megatron.errors import DataError, ParallelError, SimPOError
 from simpo_megatron.loss import ResponseTokens
@@ -37,6 +38,7 @@ def read_pairs(
     failure: Exception | None = None
     if tp_group.rank() == 0:
         try:
+            faults.at("data")
             _fill(message, dataset, indices, lengths)
         except Exception as error:
             failure, message[0] = error, _FAILED

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from simpo_megatron import faults
 from simpo_megatron.loss import PreferenceObjective, average_log_probs, monitored_sums, preference_loss
 from simpo_megatron.mcore.batch import Microbatch
 
@@ -35,7 +36,7 @@ class MicrobatchStep(ABC):
         def loss(log_probs_N: Tensor) -> tuple[Tensor, Tensor, Any]:
             return self.loss(log_probs_N, microbatch)
 
-        return output, loss
+        return faults.at("forward", output), loss
 
     @abstractmethod
     def loss(self, log_probs_N: Tensor, microbatch: Microbatch) -> tuple[Tensor, Tensor, Any]:

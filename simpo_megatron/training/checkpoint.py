@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
+from simpo_megatron import faults
 from simpo_megatron.config import Config
 from simpo_megatron.data.tokenization import tokenizer_identity
 from simpo_megatron.errors import CheckpointError, SimPOError
@@ -171,6 +172,7 @@ def save_checkpoint(
     save, rank = Path(config.run.save), dist.get_rank()
     draft = _gathered(lambda: commit.begin(save, iteration) if rank == 0 else None)[0]
     try:
+        faults.at("save")
         write_state(job.model, job.trainer, iteration, draft)
         digests = _gathered(lambda: _digest_own_files(save, draft))
         facts = {

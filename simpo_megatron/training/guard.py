@@ -1,4 +1,4 @@
-"""What keeps a run from losing work when its machines are taken away: signals that ask it to stop."""
+"""What keeps ranks together: a problem of one is raised on all, and a signal to one stops all after a whole step."""
 
 from __future__ import annotations
 
@@ -9,10 +9,39 @@ from types import FrameType, TracebackType
 import torch
 import torch.distributed as dist
 
+from simpo_megatron.errors import ParallelError, SimPOError
 from simpo_megatron.mcore import device
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 """SIGTERM is what torchrun, Kubernetes and Slurm send; SIGUSR1 what Slurm's `--signal=USR1@300` sends ahead of it."""
+
+
+def agree(problem: SimPOError | None, number: int = 0) -> int:
+    """The largest `number` of any rank, when no rank has a problem.
+
+    Called by every rank where one may fail alone, before a collective in which its peers would wait for it.
+
+    Collectives: one all-reduce of 16 bytes, world; when a rank has a problem, one object gather.
+
+    Raises:
+        SimPOError: on every rank alike, the problem of the first rank that has one of its own, and which rank it is.
+    """
+    # Integers: a MAX over floats may lose a NaN.
+    word = torch.tensor([problem is not None, number], dtype=torch.int64, device=device.current_device())
+    dist.all_reduce(word, op=dist.ReduceOp.MAX)
+    failed, largest = word.tolist()
+    if not failed:
+        return largest
+    problems: list[SimPOError | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(problems, problem)
+    # A rank that heard of a failure from a peer of its group has nothing of its own to say.
+    told = sorted(
+        (isinstance(heard, ParallelError), rank, heard) for rank, heard in enumerate(problems) if heard is not None
+    )
+    _, rank, first = told[0]
+    error = type(first)(f"{first} (rank {rank})")
+    error.exit_code = first.exit_code
+    raise error from problem
 
 
 class StopSignals:
@@ -37,14 +66,9 @@ class StopSignals:
     ) -> None:
         self._restore()
 
-    def agreed(self) -> signal.Signals | None:
-        """The signal that a rank has noted, the same on every rank; None when none has.
-
-        Collectives: one all-reduce of 4 bytes, world.
-        """
-        noted = torch.tensor(self._noted, dtype=torch.int32, device=device.current_device())
-        dist.all_reduce(noted, op=dist.ReduceOp.MAX)
-        return signal.Signals(int(noted)) if noted else None
+    def noted(self) -> int:
+        """The number of the signal that this rank has noted; 0 when none has come."""
+        return self._noted
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._process:

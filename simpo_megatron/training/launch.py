@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import sys
+import time
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from simpo_megatron.config import Config, load_config
-from simpo_megatron.errors import SimPOError, StoppedByMonitor, StoppedBySignal
+from simpo_megatron.errors import PeerError, SimPOError, StoppedByMonitor, StoppedBySignal
 from simpo_megatron.mcore import device
 from simpo_megatron.nemo import load_nemo_command, names_nemo_config
 
@@ -38,9 +41,11 @@ def main(argv: Sequence[str], train: Callable[[Config], None], script: str) -> i
         train(config)
     except SimPOError as error:
         _say(error)
+        _tell_torchrun(error)
         return error.exit_code
     except Exception as error:
         _say(f"unexpected {type(error).__name__}: {error}")
+        _tell_torchrun(error)
         traceback.print_exc()
         return 1
     return 0
@@ -64,9 +69,20 @@ def _world_size() -> int:
 
 def _say(error: object) -> None:
     """One line; peers that stop because of another rank's error, or share rank 0's, stay quiet about it."""
+    if isinstance(error, PeerError):
+        return
     if _rank() == 0 or not isinstance(error, SimPOError):
         kind = "STOPPED" if isinstance(error, (StoppedByMonitor, StoppedBySignal)) else "ERROR"
         print(f"{kind} simpo_megatron rank {_rank()}: {error}", file=sys.stderr, flush=True)
+
+
+def _tell_torchrun(error: Exception) -> None:
+    """Put the line where torchrun looks for what its report calls the root cause."""
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if file:
+        line = f"{type(error).__name__}: {error}"
+        told = {"message": line, "extraInfo": {"py_callstack": line, "timestamp": str(int(time.time()))}}
+        Path(file).write_text(json.dumps({"message": told}), encoding="utf-8")
 
 
 def _start_local_ranks(num_ranks: int, script: str, argv: Sequence[str]) -> int:

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import os
+import signal
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch.distributed as dist
 
-from simpo_megatron import parallel
+from simpo_megatron import faults, parallel
 from simpo_megatron.config import Config, lint, to_table
 from simpo_megatron.convert import export_adapter, export_hf, trained_share
-from simpo_megatron.errors import StoppedByMonitor, StoppedBySignal
+from simpo_megatron.errors import NumericsError, StoppedByMonitor, StoppedBySignal
 from simpo_megatron.mcore import device
 from simpo_megatron.mcore.optimizer import gather_parameters
 from simpo_megatron.mcore.precision import parameter_dtype
-from simpo_megatron.training.assembly import Job, assemble, plan_run
+from simpo_megatron.training.assembly import Job, Plan, assemble, plan_run
 from simpo_megatron.training.checkpoint import (
     Start,
     find_checkpoint,
@@ -25,17 +27,22 @@ from simpo_megatron.training.checkpoint import (
     start_run,
 )
 from simpo_megatron.training.evaluation import evaluate
-from simpo_megatron.training.guard import StopSignals
+from simpo_megatron.training.guard import StopSignals, agree
 from simpo_megatron.training.loggers import RunLog, Sink, open_run_log
 from simpo_megatron.training.metrics import reduce_sums, throughput
 from simpo_megatron.training.monitors import Monitors
 from simpo_megatron.training.probe import probe_memory
 from simpo_megatron.training.reference import with_reference
+from simpo_megatron.training.replicas import check_replicas, check_same, job_facts, startup_facts
 from simpo_megatron.training.report import model_card, write_report
-from simpo_megatron.training.step import Pass, train_step
+from simpo_megatron.training.step import Pass, Step, train_step
+from simpo_megatron.training.watch import Watch
 
 # Everything a rank does alone, such as tokenising for the others, must fit into a wait of the others.
 _GROUP_TIMEOUT_MINUTES = 60.0
+_LONG_SECONDS = 60 * _GROUP_TIMEOUT_MINUTES
+
+Stopped = StoppedBySignal | StoppedByMonitor
 
 
 def train(config: Config, sinks: Sequence[Sink] = ()) -> None:
@@ -43,11 +50,24 @@ def train(config: Config, sinks: Sequence[Sink] = ()) -> None:
 
     Raises:
         SimPOError: whatever the user can mend; what the configuration alone tells, before any collective.
+        PeerError: another rank failed.
         StoppedBySignal: on every rank alike, after a whole step and a checkpoint, when a rank was told to stop.
         StoppedByMonitor: on every rank alike, after a whole step, when a monitor that `stop_on` names found something.
     """
     device.install()
+    faults.arm()
     plan = plan_run(config, int(os.environ.get("WORLD_SIZE", 1)))
+    parallel.join(device.backend(), _GROUP_TIMEOUT_MINUTES)
+    with Watch() as watch:
+        # Before the groups are made: ranks that divide themselves differently would wait for each other there.
+        check_same(startup_facts(config))
+        stopped = _train(config, sinks, plan, watch)
+    parallel.shut_down()
+    if stopped is not None:
+        raise stopped
+
+
+def _train(config: Config, sinks: Sequence[Sink], plan: Plan, watch: Watch) -> Stopped | None:
     groups = parallel.initialize(
         config.parallel.sizes, backend=device.backend(), timeout_minutes=_GROUP_TIMEOUT_MINUTES
     )
@@ -57,18 +77,19 @@ def train(config: Config, sinks: Sequence[Sink] = ()) -> None:
         job = assemble(config, plan, groups, load_weights=found.checkpoint is None)
         job, reference_notes = with_reference(config, job, has_initial_weights=found.checkpoint is None)
         start = start_run(config, job, found)
+        check_same(job_facts(job))
+        check_replicas(job.trainer.chunks, groups)
         is_logging_rank = dist.get_rank() == 0
         with open_run_log(config, sinks, train_iters=job.train_iters, is_logging_rank=is_logging_rank) as log:
             _introduce(config, job, found.notes + reference_notes + start.notes, log)
             stopped = None
             if start.iteration < job.train_iters:
                 with StopSignals() as signals:
-                    stopped = _run_steps(config, job, start, log, signals)
+                    stopped = _run_steps(config, job, start, log, signals, watch)
             if stopped is None:
+                watch.at("the end", limit_seconds=_LONG_SECONDS)
                 _finish(config, job, log)
-    parallel.shut_down()
-    if stopped is not None:
-        raise stopped
+    return stopped
 
 
 def _introduce(config: Config, job: Job, notes: Sequence[str], log: RunLog) -> None:
@@ -102,48 +123,82 @@ def describe_job(config: Config, job: Job) -> list[str]:
 
 
 def _run_steps(
-    config: Config, job: Job, start: Start, log: RunLog, signals: StopSignals
-) -> StoppedBySignal | StoppedByMonitor | None:
+    config: Config, job: Job, start: Start, log: RunLog, signals: StopSignals, watch: Watch
+) -> Stopped | None:
     """Why the run is to leave before its end, if it is; every rank is told the same, after the same step."""
     trainer, run = job.trainer, config.run
     monitors = Monitors(config, job, start)
+    watch.at("the memory probe", limit_seconds=_LONG_SECONDS)
     for line in probe_memory(config, job, start):
         log.say(line)
     if start.iteration == 0:
+        watch.at("the evaluation before step 1", limit_seconds=_LONG_SECONDS)
         _evaluate(job, monitors, log, 0)
-    consumed_pairs = start.consumed_pairs
+    taken = _Taken(start.consumed_pairs)
     window = _Window()
     for iteration in range(start.iteration + 1, job.train_iters + 1):
-        plan = trainer.plan_step(job.train_data, consumed_pairs)
-        computed, grad_norm, learning_rate = train_step(trainer, job.train_data, plan)
-        consumed_pairs += computed.num_pairs
+        watch.at(f"step {iteration}", limit_seconds=run.distributed_timeout_seconds_after_init)
+        faults.at("step")
+        computed, grad_norm, learning_rate, stop = _finite_step(config, job, log, taken, signals)
         window.add(computed)
         is_last = iteration == job.train_iters
-        stop = signals.agreed()
-        saves = run.save is not None and (is_last or stop is not None or _is_due(iteration, run.save_interval))
+        saves = run.save is not None and (is_last or stop or _is_due(iteration, run.save_interval))
         # What a window has summed is in no checkpoint, so a window ends where a run may have to start again.
         if saves or is_last or _is_due(iteration, run.log_interval):
             metrics = window.close(trainer.groups) | {"grad_norm": grad_norm, "learning_rate": learning_rate}
-            log.step(iteration, monitors.step(iteration, metrics, consumed_pairs))
+            log.step(iteration, monitors.step(iteration, metrics, taken.pairs))
         else:
             log.advance(iteration)
         held_out = {}
         if is_last or _is_due(iteration, run.eval_interval) or (saves and not stop and monitors.evaluate_before_saving):
+            watch.at(f"the evaluation after step {iteration}", limit_seconds=_LONG_SECONDS)
             held_out = _evaluate(job, monitors, log, iteration)
         found = monitors.judge(iteration, log)
         if found is not None:
             return found
         if saves:
+            watch.at(f"the checkpoint of step {iteration}", limit_seconds=_LONG_SECONDS)
+            check_replicas(trainer.chunks, trainer.groups)
             facts = {"metrics": held_out, "monitors": monitors.remembered()}
-            _save(config, job, log, iteration=iteration, consumed_pairs=consumed_pairs, **facts)
+            _save(config, job, log, iteration=iteration, consumed_pairs=taken.pairs, **facts)
         if saves or is_last:
             # A signal that came while a checkpoint was written needs no other one.
-            stop = stop or signals.agreed()
-        if stop is not None:
-            return _stopped(config, stop.name, iteration)
+            stop = stop or agree(None, signals.noted())
+        if stop:
+            return _stopped(config, signal.Signals(stop).name, iteration)
         if saves or held_out:
             window.restart_clock()
     return None
+
+
+@dataclass
+class _Taken:
+    """What was taken from the data so far."""
+
+    pairs: int
+    num_skipped_steps: int = 0
+
+
+def _finite_step(config: Config, job: Job, log: RunLog, taken: _Taken, signals: StopSignals) -> Step:
+    """The next step whose losses and gradient are finite; the pairs of one that is not are passed over.
+
+    Raises:
+        NumericsError: on every rank alike, when that has happened more than `skip_nonfinite_steps` times in this run.
+    """
+    at_most = config.run.skip_nonfinite_steps
+    while True:
+        plan = job.trainer.plan_step(job.train_data, taken.pairs)
+        taken.pairs += config.batch.global_batch_size
+        try:
+            return train_step(job.trainer, job.train_data, plan, signals.noted)
+        except NumericsError as error:
+            taken.num_skipped_steps += 1
+            if taken.num_skipped_steps > at_most:
+                raise NumericsError(
+                    f"{error}; {taken.num_skipped_steps - 1} such steps were left out in this run, and "
+                    f"skip_nonfinite_steps allows {at_most}"
+                ) from None
+            log.say(f"WARNING   left out ({taken.num_skipped_steps} of at most {at_most}): {error}")
 
 
 def _stopped(config: Config, signal_name: str, iteration: int) -> StoppedBySignal:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
@@ -23,15 +23,19 @@ from simpo_megatron.data import (
     plan_evaluation,
     plan_step,
 )
+from simpo_megatron.errors import NumericsError, SimPOError
 from simpo_megatron.loss import PreferenceObjective
 from simpo_megatron.mcore import device
 from simpo_megatron.mcore.batch import Microbatch, read_pairs, to_microbatch
 from simpo_megatron.mcore.forward_step import ForwardStep, MicrobatchStep
 from simpo_megatron.mcore.optimizer import update, zero_gradients
 from simpo_megatron.parallel import ParallelGroups
+from simpo_megatron.training.guard import agree
 
 StepPlan = Sequence[Sequence[Sequence[int]]]
 """Pair indices by data-parallel rank and microbatch; every rank has the same number of microbatches."""
+
+_MAX_PAIRS_SHOWN = 32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,6 +105,9 @@ def run_pass(trainer: Trainer, dataset: PreferenceDataset, plan: StepPlan, *, fo
     reduced over every group and divided by the pairs of the step.
 
     Collectives: those of `run_microbatches`.
+
+    Raises:
+        DataError: on every rank alike, when one could not read its pairs.
     """
     lengths = dataset.lengths[[index for rank in plan for microbatch in rank for index in microbatch]]
     num_pairs, num_chosen_tokens = len(lengths), int(lengths[:, 1].sum())
@@ -117,9 +124,13 @@ def run_microbatches(
 ) -> list[Any]:
     """What `forward_step` kept of each microbatch of this rank: on the last pipeline stage, nothing elsewhere.
 
-    Collectives: one broadcast over tp for the tokens, then megatron's own.
+    Collectives: one broadcast over tp for the tokens, that of `agree`, then megatron's own.
+
+    Raises:
+        DataError: on every rank alike, when one could not read its pairs.
     """
-    microbatches = _materialise(trainer, dataset, plan[trainer.groups.dp.rank()])
+    microbatches, problem = _read(trainer, dataset, plan[trainer.groups.dp.rank()])
+    agree(problem)
     forward_backward = get_forward_backward_func()
     # megatron's forward_only runs no backward, yet keeps all that one would need.
     with torch.set_grad_enabled(not forward_only):
@@ -135,17 +146,72 @@ def run_microbatches(
         )
 
 
-def train_step(trainer: Trainer, dataset: PreferenceDataset, plan: StepPlan) -> tuple[Pass, float, float]:
-    """(what the pass computed, gradient norm before clipping, learning rate used) of one optimizer step.
+class Step(NamedTuple):
+    """What one optimizer step did."""
+
+    computed: Pass
+    grad_norm: float
+    """Before clipping."""
+    learning_rate: float
+    """The one used."""
+    noted: int
+    """The largest that a rank had noted."""
+
+
+def train_step(trainer: Trainer, dataset: PreferenceDataset, plan: StepPlan, noted: Callable[[], int] = int) -> Step:
+    """One optimizer step.
+
+    Args:
+        noted: asked once, when gradients are there; the largest answer of any rank is in what is returned.
+
+    Collectives: those of `run_pass`, of `agree`, and of `update`.
 
     Raises:
-        NumericsError: on every rank alike, before anything was updated, when the gradient is not finite.
+        DataError: on every rank alike, before anything was computed, when one could not read its pairs.
+        NumericsError: on every rank alike, with the pairs, when a loss or the gradient is not finite; weights, moments
+            and schedule are then as they were.
     """
     for chunk in trainer.chunks:
         chunk.train()
     zero_gradients(trainer.chunks, trainer.optimizer)
     computed = run_pass(trainer, dataset, plan, forward_only=False)
-    return computed, *update(trainer.optimizer, trainer.scheduler)
+    # A loss can be infinite and its gradient finite, so the norm alone does not tell.
+    largest = agree(_not_finite(computed.sums, plan[trainer.groups.dp.rank()]), noted())
+    try:
+        return Step(computed, *update(trainer.optimizer, trainer.scheduler), largest)
+    except NumericsError as error:
+        pairs = [index for rank in plan for microbatch in rank for index in microbatch]
+        raise NumericsError(f"{error}; the step's losses are finite, its pairs are {_listed(pairs)}") from None
+
+
+def _not_finite(sums: Sequence[dict[str, Tensor]], microbatches: Sequence[Sequence[int]]) -> NumericsError | None:
+    """What is wrong with the losses of this rank's microbatches."""
+    if not sums:
+        return None
+    losses = torch.stack([microbatch["loss"] for microbatch in sums])
+    bad = (~losses.isfinite()).nonzero().flatten().tolist()
+    if not bad:
+        return None
+    pairs = [pair for number in bad for pair in microbatches[number]]
+    return NumericsError(
+        f"the loss is {float(losses[bad[0]])} in the microbatch of pairs {_listed(pairs)}; weights, moments and "
+        "schedule are as before the step"
+    )
+
+
+def _listed(pairs: Sequence[int]) -> str:
+    shown = ", ".join(str(pair) for pair in sorted(pairs)[:_MAX_PAIRS_SHOWN])
+    return shown if len(pairs) <= _MAX_PAIRS_SHOWN else f"{shown}, ... ({len(pairs)})"
+
+
+def _read(
+    trainer: Trainer, dataset: PreferenceDataset, microbatch_indices: Sequence[Sequence[int]]
+) -> tuple[list[Microbatch], SimPOError | None]:
+    """(microbatches, None), or what kept this rank from reading them."""
+    try:
+        return _materialise(trainer, dataset, microbatch_indices), None
+    except SimPOError as error:
+        return [], error
 
 
 def _materialise(

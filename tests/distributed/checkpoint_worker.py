@@ -23,6 +23,7 @@ from simpo_megatron.mcore import device
 device.install()
 
 import matplotlib.pyplot  # noqa: E402, F401
+import torch  # noqa: E402
 import transformers.models.llama  # noqa: E402, F401
 from ranks import free_port  # noqa: E402
 from transformers import AutoTokenizer, PreTrainedTokenizerFast  # noqa: E402, F401
@@ -57,6 +58,16 @@ class Run:
     named, just before the nth event with such arguments."""
     kill_after_seconds: float | None = None
     """The whole job dies this long after its first draft appears."""
+    fault: str | None = None
+    """SIMPO_FAULT of this run."""
+    other_options: list | None = None
+    """[rank, options] that this rank alone was started with."""
+    disturb: list | None = None
+    """[rank, n]: a replicated weight of this rank is changed a little after its nth step, 0: before the first."""
+    compare_state: bool = False
+    """Say of each step that raises whether weights, moments and schedule are, bit for bit, as before it."""
+    grace_seconds: float = 0.0
+    """How long ranks have to end by themselves once one has failed; torchrun gives 30."""
     signals: list | None = None
     """[rank, n, names]: that rank gets these signals, one after the other, at the start of its nth step of this run."""
 
@@ -70,14 +81,14 @@ def main(folder: Path) -> None:
         if run.flip:
             flip_byte(folder / run.name / run.flip)
         started = time.monotonic()
-        codes, output = start(run, folder)
+        codes, output, apart = start(run, folder)
         seconds = time.monotonic() - started
         print(f"{run.name}: {codes} in {seconds:.1f} s", flush=True)
-        (folder / f"{run.name}.json").write_text(json.dumps({"codes": codes, "output": output}))
+        (folder / f"{run.name}.json").write_text(json.dumps({"codes": codes, "output": output, "apart": apart}))
 
 
-def start(run: Run, folder: Path) -> tuple[list[int], str]:
-    """(exit code of each rank, negative for a signal; what the first rank printed)."""
+def start(run: Run, folder: Path) -> tuple[list[int], str, float]:
+    """(exit code of each rank, negative for a signal; what the first rank printed; seconds from first end to last)."""
     os.environ.update(
         WORLD_SIZE=str(run.num_ranks),
         LOCAL_WORLD_SIZE=str(run.num_ranks),
@@ -86,26 +97,32 @@ def start(run: Run, folder: Path) -> tuple[list[int], str]:
     )
     processes = [fork_rank(rank, run, folder) for rank in range(run.num_ranks)]
     codes: dict[int, int] = {}
+    ends: list[float] = []
     deadline, kill_at = time.monotonic() + LIMIT_SECONDS, None
+    failed_at = None
     while len(codes) < run.num_ranks:
         for rank, process in enumerate(processes):
             if rank not in codes:
                 done, status = os.waitpid(process, os.WNOHANG)
                 if done:
                     codes[rank] = os.waitstatus_to_exitcode(status)
+                    ends.append(time.monotonic())
         saves = run.kill_after_seconds is not None and any(Path(run.options["save"]).glob("*.tmp-*"))
         if saves and kill_at is None:
             kill_at = time.monotonic() + run.kill_after_seconds
         # As torchrun does: the first rank that fails takes the others with it.
-        failed = any(code not in (0, StoppedBySignal.exit_code) for code in codes.values())
-        must_end = failed or time.monotonic() > (kill_at or deadline)
+        if failed_at is None and any(code not in (0, StoppedBySignal.exit_code) for code in codes.values()):
+            failed_at = time.monotonic()
+        must_end = failed_at is not None and time.monotonic() > failed_at + run.grace_seconds
+        must_end = must_end or time.monotonic() > (kill_at or deadline)
         if must_end:
             for rank, process in enumerate(processes):
                 if rank not in codes:
                     os.kill(process, signal.SIGKILL)
         time.sleep(0.005)
     log = folder / f"{run.name}.rank0.log"
-    return [codes[rank] for rank in range(run.num_ranks)], log.read_text() if log.exists() else ""
+    output = log.read_text() if log.exists() else ""
+    return [codes[rank] for rank in range(run.num_ranks)], output, ends[-1] - ends[0]
 
 
 def fork_rank(rank: int, run: Run, folder: Path) -> int:
@@ -128,6 +145,14 @@ def fork_rank(rank: int, run: Run, folder: Path) -> int:
             resource.setrlimit(resource.RLIMIT_FSIZE, (run.file_limit[1], run.file_limit[1]))
         if run.memory_limit and run.memory_limit[0] == rank:
             limit_memory(run.memory_limit[1])
+        if run.fault:
+            os.environ["SIMPO_FAULT"] = run.fault
+        if run.disturb and run.disturb[0] == rank:
+            disturb_weight(run.disturb[1])
+        if run.compare_state:
+            compare_state_of_steps()
+        if run.other_options and run.other_options[0] == rank:
+            run.options.update(run.other_options[1])
         if run.write_again:
             write_after_start(Path(f"{folder / run.name}.state"))
         loop.train(config_from(**run.options))
@@ -167,6 +192,57 @@ def write_after_start(target: Path) -> None:
         return start
 
     loop.start_run = start_and_write
+
+
+def disturb_weight(nth: int) -> None:
+    start_run, train_step, count = loop.start_run, loop.train_step, 0
+
+    def disturb(model):
+        with torch.no_grad():
+            dict(model[0].named_parameters())["decoder.final_layernorm.weight"][3] += 1e-3
+
+    def start_and_disturb(config, job, found):
+        start = start_run(config, job, found)
+        if nth == 0:
+            disturb(job.model)
+        return start
+
+    def step_and_disturb(trainer, *arguments):
+        nonlocal count
+        count += 1
+        done = train_step(trainer, *arguments)
+        if count == nth:
+            disturb([trainer.chunks[0].module])
+        return done
+
+    loop.start_run, loop.train_step = start_and_disturb, step_and_disturb
+
+
+def compare_state_of_steps() -> None:
+    train_step = loop.train_step
+
+    def state_of(trainer):
+        states = trainer.optimizer.chained_optimizers[0].optimizer.state.values()
+        moments = [value for state in states for _, value in sorted(state.items())]
+        weights = [weight for chunk in trainer.chunks for weight in chunk.parameters()]
+        schedule = json.dumps(trainer.scheduler.state_dict())
+        return [[tensor.detach().clone() for tensor in part] for part in (weights, moments)], schedule
+
+    def compared(trainer, *arguments):
+        before, schedule = state_of(trainer)
+        try:
+            return train_step(trainer, *arguments)
+        except SimPOError:
+            after, schedule_after = state_of(trainer)
+            weights, moments = (
+                [torch.equal(one, other) for one, other in zip(*parts, strict=True)]
+                for parts in zip(before, after, strict=True)
+            )
+            same = schedule == schedule_after and all(weights + moments)
+            print(f"{len(weights)} weights, {len(moments)} moments and the schedule are as before: {same}", flush=True)
+            raise
+
+    loop.train_step = compared
 
 
 def signal_at_step(nth: int, names: list[str]) -> None:

@@ -77,7 +77,7 @@ def run(name: str, config: Config, job: dict, folder: Path) -> None:
     records = []
     for step in range(job["num_steps"]):
         plan = trainer.plan_step(dataset, step * config.batch.global_batch_size)
-        computed, grad_norm, _ = train_step(trainer, dataset, plan)
+        computed, grad_norm, *_ = train_step(trainer, dataset, plan)
         metrics = reduce_sums(computed.sums, computed.num_pairs, groups)
         records.append({**metrics, "grad_norm": grad_norm})
     gather_parameters(chunks)

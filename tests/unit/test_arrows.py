@@ -12,16 +12,17 @@ PACKAGE = Path(__file__).parents[2] / "simpo_megatron"
 # What each room may import of the package, itself apart.
 MAY_IMPORT = {
     "errors": set(),
+    "faults": {"errors"},
     "loss": {"errors"},
     "data": {"errors"},
     "parallel": {"errors"},
     "demo": {"errors", "data"},
     "config": {"errors", "loss", "data", "parallel"},
-    "mcore": {"errors", "loss", "data", "parallel", "config"},
+    "mcore": {"errors", "faults", "loss", "data", "parallel", "config"},
     "convert": {"errors", "parallel", "config", "mcore"},
     "nemo": {"errors", "data", "config"},
     "planning": {"errors", "parallel", "loss", "config", "mcore"},
-    "training": {"errors", "loss", "data", "parallel", "demo", "config", "mcore", "convert", "nemo"},
+    "training": {"errors", "faults", "loss", "data", "parallel", "demo", "config", "mcore", "convert", "nemo"},
 }
 # Outside packages that a room must do without, at import and in its functions alike.
 FORBIDDEN = {

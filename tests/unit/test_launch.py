@@ -23,6 +23,7 @@ def no_ranks(monkeypatch):
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(parallel, "initialize", lambda *_, **__: pytest.fail("a process group was made"))
+    monkeypatch.setattr(parallel, "join", lambda *_, **__: pytest.fail("a process group was made"))
     monkeypatch.setattr(torch.distributed.run, "main", lambda _: pytest.fail("ranks were started"))
 
 

@@ -1,0 +1,169 @@
+"""Whether ranks are what they take each other for: the same run, and bit for bit the same copies of its weights."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+import simpo_megatron
+from simpo_megatron.config import Config
+from simpo_megatron.errors import NumericsError, ParallelError
+from simpo_megatron.mcore.optimizer import gather_parameters
+from simpo_megatron.parallel import ParallelGroups
+from simpo_megatron.training.assembly import Job
+from simpo_megatron.training.guard import agree
+
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32}
+_MAX_SHOWN = 6
+
+
+def startup_facts(config: Config) -> dict[str, Any]:
+    """What every rank of a run is started with: each option, the seed among them, and the versions of the code."""
+    versions = {name: version(name) for name in ("torch", "megatron-core")}
+    return {**config.flat(), "simpo_megatron": _code_hash(), **versions}
+
+
+def job_facts(job: Job) -> dict[str, Any]:
+    """What every rank must have found alike: the pairs, the model's shape, the number of steps."""
+    held_out = {f"held out {name}": dataset.fingerprint for name, dataset in job.valid_data.items()}
+    description = job.plan.description
+    return {
+        "data": job.train_data.fingerprint,
+        **held_out,
+        "num_pairs": len(job.train_data),
+        "train_iters": job.train_iters,
+        "family": description.family,
+        "vocab_size": description.vocab_size,
+        **description.transformer,
+        **description.gpt,
+    }
+
+
+def check_same(facts: Mapping[str, Any]) -> None:
+    """Nothing, when `facts` are the same on every rank.
+
+    Collectives: one object gather, world.
+
+    Raises:
+        ParallelError: on every rank alike, with each fact that differs and the ranks on which it does.
+    """
+    every: list[dict[str, str]] = [{}] * dist.get_world_size()
+    dist.all_gather_object(every, {name: _text(value) for name, value in facts.items()})
+    # More ranks share the right value than a wrong one.
+    problems = [
+        f"{name} is {_ranks_by_value([stated.get(name, 'not there') for stated in every])}"
+        for name in sorted(set().union(*every))
+        if len({stated.get(name) for stated in every}) > 1
+    ]
+    if problems:
+        raise ParallelError(
+            f"ranks were not started alike: {'; '.join(problems[:_MAX_SHOWN])}; start all ranks with the same command, "
+            "code and files"
+        )
+
+
+def _text(value: object) -> str:
+    """A function, such as an activation, by its name: its address differs from process to process."""
+    return value.__qualname__ if callable(value) else str(value)
+
+
+def check_replicas(chunks: Sequence[DistributedDataParallel], groups: ParallelGroups) -> None:
+    """Nothing, when every weight is finite and equals its copies on other ranks, bit for bit.
+
+    Data-parallel (and context-parallel) ranks hold copies of every weight, tensor-parallel ones of those that are not
+    divided. Copies are compared by the sum of their bits, which differences that cancel out exactly would escape.
+
+    The copy of a tied embedding on the last pipeline stage is not compared with that on the first.
+
+    Collectives: one all-reduce of 16 bytes a weight over dp and cp, one over tp, and those of `agree`; under
+    `overlap_param_gather` one all-gather of the weights before.
+
+    Raises:
+        NumericsError, ParallelError: on every rank alike, with a weight and its rank.
+    """
+    gather_parameters(chunks)
+    weights = {name: weight for chunk in chunks for name, weight in _named_weights(chunk)}
+    undivided = {name: w for name, w in weights.items() if not getattr(w, "tensor_model_parallel", False)}
+    problems = [
+        _not_finite(weights),
+        _differing("data-parallel", groups.dp_cp, weights),
+        _differing("tensor-parallel", groups.tp, undivided),
+    ]
+    agree(next((problem for problem in problems if problem is not None), None))
+
+
+def _named_weights(chunk: DistributedDataParallel) -> Iterable[tuple[str, Tensor]]:
+    """Each under a name that no other chunk of this rank has."""
+    stage = getattr(chunk.module, "vp_stage", None)
+    prefix = "" if stage is None else f"chunk {stage} "
+    return ((prefix + name, weight) for name, weight in chunk.module.named_parameters())
+
+
+def _not_finite(weights: Mapping[str, Tensor]) -> NumericsError | None:
+    # Much faster than isfinite() of every value, and a NaN is the smallest and the largest of what it is among.
+    extremes = [torch.stack(torch.aminmax(weight.detach())) for weight in weights.values()]
+    are_finite = torch.stack([pair.isfinite().all() for pair in extremes]).tolist()
+    bad = [name for name, is_finite in zip(weights, are_finite, strict=True) if not is_finite]
+    if not bad:
+        return None
+    return NumericsError(f"{len(bad)} weights are not finite, {bad[0]} first; the last checkpoint is sound")
+
+
+def _differing(kind: str, group: ProcessGroup, weights: Mapping[str, Tensor]) -> ParallelError | None:
+    """What is wrong with the copies in `group`, the same on each of its ranks."""
+    if group.size() == 1:
+        return None
+    names = list(weights)
+    sums = torch.stack([_sum_of_bits(weight.detach().flatten()) for weight in weights.values()])
+    extremes = torch.cat([sums, -sums])
+    dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=group)
+    largest, smallest = extremes[: len(names)], -extremes[len(names) :]
+    differing = (largest != smallest).nonzero().flatten().tolist()
+    if not differing:
+        return None
+    first = differing[0]
+    every: list[int] = [0] * group.size()
+    dist.all_gather_object(every, int(sums[first]), group=group)
+    ranks = [dist.get_global_rank(group, member) for member in range(group.size())]
+    return ParallelError(
+        f"{kind} copies of {len(differing)} weights differ, {names[first]} first; its checksum is "
+        f"{_ranks_by_value([f'{value % 2**64:016x}' for value in every], ranks)}; start again from the last checkpoint"
+    )
+
+
+def _sum_of_bits(weight: Tensor) -> Tensor:
+    """The bits of a flat tensor, in integers of 8 bytes where its length allows, added up modulo 2**64."""
+    size = weight.element_size()
+    if weight.numel() * size % 8:
+        return weight.view(_INTEGERS[size]).sum(dtype=torch.int64)
+    is_aligned = weight.storage_offset() * size % 8 == 0
+    return (weight if is_aligned else weight.clone()).view(torch.int64).sum()
+
+
+def _ranks_by_value(values: Sequence[str], ranks: Sequence[int] | None = None) -> str:
+    """`43 on rank 1, 42 on ranks 0, 2, 3`: the rarest value first, a value in full up to 60 characters."""
+    holders: dict[str, list[int]] = {}
+    for rank, value in zip(ranks or range(len(values)), values, strict=True):
+        holders.setdefault(value, []).append(rank)
+    parts = []
+    for value, where in sorted(holders.items(), key=lambda entry: (len(entry[1]), -entry[1][0])):
+        shown = ", ".join(str(rank) for rank in where[:_MAX_SHOWN]) + (", ..." if len(where) > _MAX_SHOWN else "")
+        parts.append(f"{value[:60]} on rank{'s' if len(where) > 1 else ''} {shown}")
+    return ", ".join(parts[:_MAX_SHOWN])
+
+
+def _code_hash() -> str:
+    """16 hex digits of the package's own source, as this rank sees it."""
+    package, sha256 = Path(simpo_megatron.__file__).parent, hashlib.sha256()
+    for path in sorted(package.rglob("*.py")):
+        sha256.update(str(path.relative_to(package)).encode() + b"\0" + path.read_bytes())
+    return sha256.hexdigest()[:16]

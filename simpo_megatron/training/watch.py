@@ -1,0 +1,234 @@
+"""Who is where: a rank that fails, or does not come, is named, and the run ends instead of waiting for it.
+
+Ranks talk through the store of their rendezvous, beside all collectives, and so also while a collective hangs.
+"""
+
+from __future__ import annotations
+
+import json
+import linecache
+import os
+import sys
+import threading
+import time
+import traceback
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any
+
+import torch.distributed as dist
+
+from simpo_megatron.errors import ParallelError, PeerError, SimPOError
+
+_PACKAGE = Path(__file__).parents[1]
+_ALARM = "alarm"
+_POLL_SECONDS = 1.0
+# Within this time every rank that lives has heard an alarm, and answered or left.
+_ANSWER_SECONDS = 4.0
+_LOST = ("Connection closed", "Connection reset", "Broken pipe", "Timed out", "timeout", "NCCL", "gloo")
+_MAX_NAMED = 8
+
+
+class Watch:
+    """While the context lasts, the end of one rank ends all ranks, and one line says which rank it was and why.
+
+    `at` names the phase that starts and how long it may last. When one lasts longer, or a connection is lost, every
+    rank is asked where it is; one of them says which did not arrive or does not answer, and all end with the exit code
+    of a ParallelError. When a rank raises an error alone, the others learn its words and end within seconds, whatever
+    they wait for.
+
+    Costs: one message to the store for each phase, and, from a thread, one a second.
+    """
+
+    def __init__(self) -> None:
+        self._rank, self._world = dist.get_rank(), dist.get_world_size()
+        restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        # A connection for each thread: neither may wait for what the other asks.
+        self._store, self._thread_store = (
+            dist.PrefixStore(f"simpo_megatron/{restart}", next(dist.rendezvous("env://"))[0]) for _ in range(2)
+        )
+        self._number, self._where, self._limit = 0, "start-up", float("inf")
+        self._started = time.monotonic()
+        self._main = threading.get_ident()
+        self._lost_at: FrameType | None = None
+        self._leaving = threading.Event()
+        self._thread = threading.Thread(target=self._listen, name="watch", daemon=True)
+
+    def __enter__(self) -> Watch:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if not isinstance(error, Exception):
+            self._leaving.set()
+            self._thread.join(_POLL_SECONDS)
+        elif not _is_lost_connection(error):
+            self._leaving.set()
+            self._raise_alarm(self._store, "failed", _failure(error, self._rank, self._where), error)
+            if self._rank == 0 and "TORCHELASTIC_RUN_ID" not in os.environ:
+                # Without torchrun this process keeps the store, in which the others still have to read.
+                time.sleep(_POLL_SECONDS)
+        else:
+            self._lost_at = _innermost(trace)
+            alarm = self._raise_alarm(self._store, "lost", f"a connection was lost in {self._where}")
+            if alarm["kind"] == "failed":
+                self._leaving.set()
+                raise self._peer_error(alarm) from error
+            # The thread asks or answers, and ends the process.
+            self._thread.join()
+
+    def at(self, where: str, *, limit_seconds: float) -> None:
+        """Note that this rank has come to `where`; phases are the same, in the same order, on every rank."""
+        self._number, self._where, self._limit, self._started = self._number + 1, where, limit_seconds, time.monotonic()
+        self._store.set(f"at/{self._rank}", where)
+
+    def _listen(self) -> None:
+        store = self._thread_store
+        while not self._leaving.wait(_POLL_SECONDS):
+            try:
+                if store.check([_ALARM]):
+                    self._heed(json.loads(store.get(_ALARM)))
+                elif time.monotonic() - self._started > self._limit:
+                    self._raise_alarm(store, "late", f"{self._where} was not over after its {self._limit:g} s")
+            except dist.DistError:
+                # Whoever kept the store is gone; the main thread's next collective or message fails.
+                return
+
+    def _raise_alarm(
+        self, store: dist.Store, kind: str, says: str, error: Exception | None = None
+    ) -> dict[str, Any]:
+        """The first alarm of any rank, this one's if there was none."""
+        alarm = {
+            "kind": kind,
+            "rank": self._rank,
+            "says": says,
+            "exit_code": getattr(error, "exit_code", ParallelError.exit_code),
+            "is_said_there": not isinstance(error, SimPOError),
+        }
+        try:
+            return json.loads(store.compare_set(_ALARM, "", json.dumps(alarm)))
+        except dist.DistError:
+            gone = {"kind": "failed", "says": "the rank or launcher that kept the ranks' store is gone"}
+            return {**alarm, **gone, "is_said_there": False}
+
+    def _heed(self, alarm: dict[str, Any]) -> None:
+        """End this process, once what is to be said about the alarm was said."""
+        if alarm["kind"] == "failed":
+            # What is ours the ranks have mostly agreed on: this one may be leaving already, closing what is open.
+            if self._leaving.wait(_ANSWER_SECONDS if alarm["is_said_there"] else 2 * _ANSWER_SECONDS):
+                return
+            exit_code = self._peer_error(alarm).exit_code
+        else:
+            self._answer()
+            time.sleep(_ANSWER_SECONDS)
+            exit_code = ParallelError.exit_code
+            if alarm["rank"] == self._rank:
+                _say("ERROR", self._rank, f"{alarm['says']}: {self._verdict()}")
+            else:
+                time.sleep(_POLL_SECONDS)
+        sys.stdout.flush()
+        os._exit(exit_code)
+
+    def _peer_error(self, alarm: dict[str, Any]) -> PeerError:
+        error = PeerError(f"stopped because {alarm['says']}")
+        if alarm["is_said_there"]:
+            error.exit_code = ParallelError.exit_code
+        else:
+            error.exit_code = alarm["exit_code"]
+        if self._rank == 0:
+            _say("STOPPED" if alarm["is_said_there"] else "ERROR", self._rank, str(error))
+        return error
+
+    def _answer(self) -> None:
+        frame = self._lost_at or sys._current_frames()[self._main]
+        here = {"number": self._number, "where": self._where, "line": _own_line(frame), "waits": _waits(frame)}
+        self._thread_store.set(f"here/{self._rank}", json.dumps(here))
+
+    def _verdict(self) -> str:
+        store = self._thread_store
+        answers = {
+            rank: json.loads(store.get(f"here/{rank}"))
+            for rank in range(self._world)
+            if store.check([f"here/{rank}"])
+        }
+        silent = {
+            rank: store.get(f"at/{rank}").decode() if store.check([f"at/{rank}"]) else "start-up"
+            for rank in range(self._world)
+            if rank not in answers
+        }
+        return verdict(answers, silent)
+
+
+def verdict(answers: dict[int, dict[str, Any]], silent: dict[int, str]) -> str:
+    """Which rank did not arrive and where it is, from what ranks answered and where the silent ones were last seen.
+
+    An answer has `number` (phases begun), `where` (the last one), `line` (of this package) and `waits` (for others).
+    """
+    if silent:
+        shown = _listed(f"rank {rank} (last seen in {where})" for rank, where in silent.items())
+        return f"no answer from {shown}; killed, out of memory, stopped or cut off: look at that machine and its log"
+    furthest = max(answer["number"] for answer in answers.values())
+    missing = {rank: a for rank, a in answers.items() if a["number"] < furthest}
+    missing = missing or {rank: a for rank, a in answers.items() if not a["waits"]}
+    told_apart = missing and len(missing) < len(answers)
+    shown = _listed(f"rank {rank} is in {a['where']} at {a['line']}" for rank, a in (missing or answers).items())
+    if not told_apart:
+        return f"no rank stands out; {shown}"
+    waiting = next(a for rank, a in answers.items() if rank not in missing)
+    return f"{shown}; the others wait for it in {waiting['where']} at {waiting['line']}"
+
+
+def _listed(things: Any) -> str:
+    every = list(things)
+    more = f", and {len(every) - _MAX_NAMED} more" if len(every) > _MAX_NAMED else ""
+    return ", ".join(every[:_MAX_NAMED]) + more
+
+
+def _say(word: str, rank: int, text: str) -> None:
+    print(f"{word} simpo_megatron rank {rank}: {text}", file=sys.stderr, flush=True)
+
+
+def _is_lost_connection(error: Exception) -> bool:
+    """Whether a peer's end, and not this rank's own mistake, is what `error` comes from."""
+    is_told = isinstance(error, RuntimeError) and any(sign in str(error) for sign in _LOST)
+    if isinstance(error, dist.DistError) or is_told:
+        return True
+    return isinstance(error.__cause__, Exception) and _is_lost_connection(error.__cause__)
+
+
+def _failure(error: Exception, rank: int, where: str) -> str:
+    text = str(error).splitlines()[0] if str(error) else ""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f"rank {rank} failed in {where}: {type(error).__name__}: {text} ({frame.filename}:{frame.lineno})"
+
+
+def _innermost(trace: TracebackType | None) -> FrameType | None:
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace.tb_frame if trace is not None else None
+
+
+def _own_line(frame: FrameType | None) -> str:
+    """`file:line (function)` of the innermost frame of this package."""
+    while frame is not None and not _is_own(frame):
+        frame = frame.f_back
+    if frame is None:
+        return "its end"
+    file = Path(frame.f_code.co_filename).relative_to(_PACKAGE.parent)
+    return f"{file}:{frame.f_lineno} ({frame.f_code.co_name})"
+
+
+def _is_own(frame: FrameType) -> bool:
+    return Path(frame.f_code.co_filename).is_relative_to(_PACKAGE)
+
+
+def _waits(frame: FrameType | None) -> bool:
+    """Whether a main thread at `frame` waits for other ranks: in a collective, or for one that was begun before."""
+    line = linecache.getline(frame.f_code.co_filename, frame.f_lineno)
+    inside = []
+    while frame is not None and not _is_own(frame):
+        inside.append(frame.f_code.co_filename)
+        frame = frame.f_back
+    return ".wait(" in line or any("/torch/distributed/" in file for file in inside)

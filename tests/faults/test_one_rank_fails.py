@@ -1,0 +1,162 @@
+"""One rank fails, hangs or differs: all ranks end soon, with the right exit code and one line that names it and why.
+
+What is not finite reaches no weight, and no secret of the environment reaches a file.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+
+import pytest
+from ranks import run_ranks
+
+from simpo_megatron.demo import prepare_demo
+
+WORKER = Path(__file__).parents[1] / "distributed" / "checkpoint_worker.py"
+CANARY = "canary-5f0c4d2e"
+STEP_SECONDS = 15
+DP2 = {"tensor_model_parallel_size": 1}
+# What happens in which run (see checkpoint_worker.py), the exit code of each rank, and what a rank's output holds.
+RUNS = {
+    "the_reader_of_one_copy_cannot_read": (
+        {"fault": "data@2:1:raise", "options": DP2},
+        [3, 3],
+        {0: r"DataError: rank 1 could not read a batch: InjectedError: injected at data by SIMPO_FAULT \(rank 1\)"},
+    ),
+    "one_rank_raises_in_forward": (
+        {"fault": "forward@2:1:raise"},
+        [6, 1],
+        {
+            0: r"STOPPED simpo_megatron rank 0: stopped because rank 1 failed in step [12]: InjectedError: injected at "
+            r"forward by SIMPO_FAULT \(.*faults.py:\d+\)",
+            1: r"^InjectedError: injected at forward",
+        },
+    ),
+    "one_rank_raises_when_it_saves": (
+        {"fault": "save:1:raise", "options": {"save_interval": 1, "save": "FOLDER/one_rank_raises_when_it_saves"}},
+        [6, 1],
+        {0: r"STOPPED simpo_megatron rank 0: stopped because rank 1 failed in the checkpoint of step 1: InjectedError"},
+    ),
+    "one_rank_does_not_arrive": (
+        {"fault": "step@2:1:hang", "options": {"distributed_timeout_seconds_after_init": STEP_SECONDS}},
+        [6, 6],
+        {
+            None: r"ERROR simpo_megatron rank \d: step 2 was not over after its 15 s: rank 1 is in step 2 at "
+            r"simpo_megatron/faults.py:\d+ \(_arrive\); the others wait for it in step 2 at simpo_megatron/mcore/"
+        },
+    ),
+    "one_rank_leaves_with_code_0": (
+        {"fault": "forward@2:1:exit"},
+        [6, 0],
+        {
+            0: r"ERROR simpo_megatron rank 0: a connection was lost in step [12]: no answer from rank 1 \(last seen in "
+            r"step [12]\); killed, out of memory, stopped or cut off"
+        },
+    ),
+    "one_rank_was_started_with_another_seed": (
+        {"other_options": [1, {"seed": 43}]},
+        [6, 6],
+        {0: r"ParallelError: ranks were not started alike: seed is 43 on rank 1, 42 on rank 0; start all ranks"},
+    ),
+    "one_rank_was_started_for_another_layout": (
+        {"other_options": [1, DP2]},
+        [6, 6],
+        {0: r"tensor_model_parallel_size is 1 on rank 1, 2 on rank 0"},
+    ),
+    "a_tensor_parallel_copy_differs_at_the_start": (
+        {"disturb": [1, 0]},
+        [6, 6],
+        {0: r"ParallelError: tensor-parallel copies of 1 weights differ, decoder.final_layernorm.weight first"},
+    ),
+    "a_data_parallel_copy_differs_at_a_save": (
+        {"disturb": [1, 1], "options": {**DP2, "save": "FOLDER/a_data_parallel_copy_differs_at_a_save"}},
+        [6, 6],
+        {0: r"ParallelError: data-parallel copies of 1 weights differ, .* on rank 1, \w{16} on rank 0; start again"},
+    ),
+    "a_loss_is_not_a_number": (
+        {"fault": "forward@6:1:nan", "compare_state": True},
+        [5, 5],
+        {0: r"NumericsError: the loss is nan in the microbatch of pairs \d+, .*\(rank 1\); .*skip_nonfinite_steps"},
+    ),
+    "a_loss_is_not_a_number_and_the_step_is_left_out": (
+        {
+            "fault": "forward@6:1:nan",
+            "compare_state": True,
+            "options": {
+                "skip_nonfinite_steps": 1,
+                "save": "FOLDER/a_loss_is_not_a_number_and_the_step_is_left_out",
+            },
+        },
+        [0, 0],
+        {0: r"WARNING   left out \(1 of at most 1\): the loss is nan in the microbatch of pairs \d+, .*\(rank 1\)"},
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("one_rank")
+    demo = prepare_demo(folder / "demo")
+    (folder / "pairs.jsonl").write_text("\n".join(Path(demo.train_file).read_text().splitlines()[:20]) + "\n")
+    options = {
+        "model": str(demo.model_dir),
+        "data": [str(folder / "pairs.jsonl")],
+        "data_cache": str(folder / "cache"),
+        "bf16": False,
+        "global_batch_size": 8,
+        "max_length": 256,
+        "max_prompt_length": 128,
+        "tokens_per_microbatch": 512,
+        "lr": 1e-3,
+        "train_iters": 3,
+        "probe_memory": False,
+        "tensor_model_parallel_size": 2,
+        "save": None,
+    }
+    runs = []
+    for name, (what, _, _) in RUNS.items():
+        own = json.loads(json.dumps(what.get("options", {})).replace("FOLDER", str(folder)))
+        runs.append({**what, "name": name, "options": {**options, **own}, "grace_seconds": 20})
+    (folder / "runs.json").write_text(json.dumps(runs))
+    secrets = {"HF_TOKEN": CANARY, "WANDB_API_KEY": CANARY, "AWS_SECRET_ACCESS_KEY": CANARY}
+    before = {name: os.environ.get(name) for name in secrets}
+    os.environ.update(secrets)
+    try:
+        run_ranks(WORKER, 1, str(folder), timeout=400)
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+    return folder
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_all_ranks_end_and_the_cause_is_named(folder, name):
+    _, codes, expected = RUNS[name]
+    outcome = json.loads((folder / f"{name}.json").read_text())
+    logs = [(folder / f"{name}.rank{rank}.log").read_text() for rank in range(2)]
+    assert outcome["codes"] == codes, logs
+    assert outcome["apart"] < 15
+    for rank, pattern in expected.items():
+        said = "\n".join(logs) if rank is None else logs[rank]
+        assert re.search(pattern, said, re.MULTILINE), said[-3000:]
+    assert sum(len(re.findall("^ERROR ", log, re.MULTILINE)) for log in logs) <= 1
+    committed = list((folder / name).glob("iter_*/COMMIT.json"))
+    assert bool(committed) == (codes == [0, 0])
+
+
+@pytest.mark.parametrize("name", [name for name, (what, *_) in RUNS.items() if "compare_state" in what])
+def test_a_step_that_is_not_finite_touches_nothing(folder, name):
+    for rank in range(2):
+        log = (folder / f"{name}.rank{rank}.log").read_text()
+        ((num_moments, same),) = re.findall(r"\d+ weights, (\d+) moments and the schedule are as before: (\w+)", log)
+        assert int(num_moments) > 0 and same == "True"
+
+
+def test_no_secret_of_the_environment_is_in_a_log_a_configuration_or_a_checkpoint(folder):
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    names = {path.name for path in files}
+    assert {"config.yaml", "metrics.jsonl", "COMMIT.json", "report.html"} <= names
+    assert [path for path in files if CANARY.encode() in path.read_bytes()] == []

@@ -1,0 +1,44 @@
+"""The checksum of a weight sees one changed bit wherever it is, and what is not finite is found without a copy."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from simpo_megatron.errors import NumericsError
+from simpo_megatron.training.replicas import _not_finite, _ranks_by_value, _sum_of_bits, _text
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("num", [1, 3, 64, 65])
+@pytest.mark.parametrize("start", [0, 1])
+def test_every_bit_counts(dtype, num, start):
+    weight = torch.randn(num + start, generator=torch.Generator().manual_seed(0)).to(dtype)[start:]
+    before = int(_sum_of_bits(weight))
+    assert int(_sum_of_bits(weight.clone())) == before
+    integers = weight.view(torch.int32 if dtype == torch.float32 else torch.int16)
+    for index in range(num):
+        integers[index] ^= 1
+        assert int(_sum_of_bits(weight)) != before
+        integers[index] ^= 1
+    assert int(_sum_of_bits(weight)) == before
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("index", [0, 5, 9])
+def test_a_weight_that_is_not_finite_is_named(value, index):
+    weights = {"first": torch.ones(3), "second": torch.arange(10.0)}
+    assert _not_finite(weights) is None
+    weights["second"][index] = value
+    error = _not_finite(weights)
+    assert isinstance(error, NumericsError) and "1 weights are not finite, second first" in str(error)
+
+
+def test_the_rarest_value_comes_first_with_its_ranks():
+    said = _ranks_by_value(["42", "42", "43", "42"])
+    assert said == "43 on rank 2, 42 on ranks 0, 1, 3"
+
+
+def test_a_function_is_the_same_fact_in_every_process():
+    assert _text(torch.nn.functional.silu) == "silu"
+    assert _text(True) == "True" and _text(None) == "None"
