@@ -103,6 +103,13 @@ def initialize(sizes: ParallelSizes, *, backend: str, timeout_minutes: float = 3
     )
 
 
+def data_parallel_rank() -> int:
+    """Which share of a step's pairs this rank takes, where somebody else has set up megatron's groups."""
+    from megatron.core import parallel_state
+
+    return parallel_state.get_data_parallel_rank()
+
+
 def seed_everything(seed: int) -> None:
     """Seed python, numpy, torch and megatron's tensor-parallel random states.
 

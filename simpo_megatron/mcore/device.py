@@ -15,6 +15,7 @@ import queue
 import sys
 import types
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -136,6 +137,16 @@ def install() -> None:
     _replace_random_state()
     _name_cpu_tensors_as_the_optimizers_expect()
     _restore_adam_step_of_the_distributed_optimizer()
+
+
+def keep_compiled_helpers() -> None:
+    """Let Megatron-LM's training start from megatron-core's wheel, where its data helpers are compiled already.
+
+    It runs `make` beside them at every start and ends the process where that fails; the wheel has no Makefile.
+    """
+    utils = importlib.import_module("megatron.core.datasets.utils")
+    if not Path(utils.__file__).with_name("Makefile").exists():
+        utils.compile_helpers = lambda: None
 
 
 def _replace_cuda_runtime() -> None:

@@ -21,6 +21,7 @@ MAY_IMPORT = {
     "mcore": {"errors", "faults", "loss", "data", "parallel", "config"},
     "convert": {"errors", "parallel", "config", "mcore"},
     "nemo": {"errors", "data", "config"},
+    "megatron_lm": {"errors", "loss", "data", "parallel", "config", "mcore"},
     "planning": {"errors", "parallel", "loss", "config", "mcore"},
     "training": {"errors", "faults", "loss", "data", "parallel", "demo", "config", "mcore", "convert", "nemo"},
 }

@@ -1,0 +1,102 @@
+"""Our options among Megatron-LM's arguments, as `--simpo-...`; whatever it has a word for keeps that word."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import typing
+from dataclasses import Field, fields
+
+from simpo_megatron.config.options import field_prose
+from simpo_megatron.data import BatchOptions, PairOptions
+from simpo_megatron.errors import ConfigError
+from simpo_megatron.loss import SimPOObjective
+
+# Tokens of a rank's share come in such multiples in FP8, by Megatron's names of the recipes.
+_FP8_MULTIPLE = {"delayed": 16, "tensorwise": 16, "blockwise": 128, "mxfp8": 32}
+
+
+def add_simpo_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """`parser` with SimPO's arguments; give it to Megatron-LM as `extra_args_provider`.
+
+    Microbatches differ in length and come from `train_valid_test_datasets_provider`, so `--dataloader-type` is
+    external; the loss is a sum over pairs, so `--calculate-per-token-loss` divides it by those of the global batch.
+    `--seq-length` is the most tokens of a prompt with one response, a sample is a pair, and nothing is evaluated
+    without `--eval-iters`.
+    """
+    group = parser.add_argument_group("SimPO")
+    group.add_argument("--simpo-data", nargs="+", metavar="FILE", help="Preference files; weights and files in turn.")
+    group.add_argument("--simpo-valid-data", nargs="+", metavar="FILE", help="Held-out preference files.")
+    group.add_argument("--simpo-data-cache", metavar="DIR", default="runs/cache", help="Folder for tokenised pairs.")
+    for section in (SimPOObjective, PairOptions):
+        _add_fields(group, section)
+    # What fits --seq-length, unless it is said.
+    parser.set_defaults(simpo_max_prompt_length=None)
+    parser.set_defaults(dataloader_type="external", calculate_per_token_loss=True, eval_iters=0, eval_interval=1000)
+    return parser
+
+
+def _add_fields(group: argparse._ArgumentGroup, section: type) -> None:
+    prose, kinds = field_prose(section), typing.get_type_hints(section)
+    for entry in _own_fields(section):
+        flag, kind = f"--simpo-{entry.name.replace('_', '-')}", kinds[entry.name]
+        how = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}
+        group.add_argument(flag, default=entry.default, help=prose[entry.name].replace("%", "%%"), **how)
+
+
+def objective_of(args: argparse.Namespace) -> SimPOObjective:
+    """The objective of Megatron-LM's parsed arguments.
+
+    Raises: ConfigError for a value outside its range.
+    """
+    return SimPOObjective(**_given(args, SimPOObjective))
+
+
+def pair_options(args: argparse.Namespace) -> PairOptions:
+    """How records become pairs of at most `--seq-length` tokens.
+
+    Raises: ConfigError for a value outside its range.
+    """
+    given = _given(args, PairOptions)
+    if given["max_prompt_length"] is None:
+        given["max_prompt_length"] = args.seq_length * PairOptions.max_prompt_length // PairOptions.max_length
+    return PairOptions(max_length=args.seq_length, **given)
+
+
+def _given(args: argparse.Namespace, section: type) -> dict[str, typing.Any]:
+    return {entry.name: getattr(args, f"simpo_{entry.name}") for entry in _own_fields(section)}
+
+
+def _own_fields(section: type) -> list[Field]:
+    """The fields that are options and that Megatron-LM has no word for."""
+    return [entry for entry in fields(section) if entry.init and entry.name != "max_length"]
+
+
+def batch_options(args: argparse.Namespace) -> BatchOptions:
+    """Microbatches of `--micro-batch-size` pairs, each one row in which a pair's prompt stands once.
+
+    Raises: ConfigError when pairs do not divide into such microbatches, or a size is not 1 that has to be.
+    """
+    for size in ("context_parallel_size", "expert_model_parallel_size"):
+        if getattr(args, size) != 1:
+            flag = f"--{size.replace('_', '-')}"
+            raise ConfigError(f"{flag}: found {getattr(args, size)}, expected 1: sequences and experts are not divided")
+    at_once = args.micro_batch_size * args.data_parallel_size
+    if args.rampup_batch_size is not None or args.global_batch_size % at_once:
+        raise ConfigError(
+            f"--global-batch-size: found {args.global_batch_size}, expected a multiple of {at_once} "
+            "(--micro-batch-size times data-parallel ranks) and no --rampup-batch-size"
+        )
+    return BatchOptions(
+        global_batch_size=args.global_batch_size,
+        packing=False,
+        prefix_sharing=True,
+        micro_batch_size=args.micro_batch_size,
+        sequence_multiple=math.prod(
+            (
+                _FP8_MULTIPLE[args.fp8_recipe] if args.fp8 else 1,
+                args.tensor_model_parallel_size if args.sequence_parallel else 1,
+            )
+        ),
+        seed=args.seed,
+    )

@@ -1,0 +1,95 @@
+"""Endless microbatches of pairs where Megatron-LM expects datasets; each step's pairs are those of our own trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from simpo_megatron.data import (
+    BatchOptions,
+    PreferenceBatch,
+    PreferenceDataset,
+    build_preference_dataset,
+    check_batches,
+    check_vocabulary,
+    collate,
+    plan_step,
+)
+from simpo_megatron.errors import ConfigError
+from simpo_megatron.megatron_lm.arguments import batch_options, pair_options
+from simpo_megatron.parallel import data_parallel_rank, first_rank_first
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What Megatron-LM's iterator hands to `forward_step`: one microbatch, on the CPU."""
+
+    batch: PreferenceBatch
+    pairs_per_chosen_token: float
+    """Pairs over chosen response tokens of the whole global batch; the weight of a token in the `token` SFT term."""
+
+
+def train_valid_test_datasets_provider(
+    train_valid_test_num_samples: object, vp_stage: int | None = None
+) -> tuple[Iterator[Sample], Iterator[Sample] | None, None]:
+    """Endless iterators over training pairs from the first one not yet consumed, over held-out pairs, and None.
+
+    Every rank reads for itself (`is_distributed`), and each virtual pipeline stage has iterators of its own. Tokenised
+    once by rank 0. Collectives: those of `first_rank_first`, once a file set.
+
+    Raises: ConfigError, DataError: what is wrong with arguments or files, on every rank.
+    """
+    from megatron.training import get_args
+
+    args = get_args()
+    if not args.simpo_data:
+        raise ConfigError("--simpo-data: none given, expected preference files")
+    if bool(args.simpo_valid_data) != bool(args.eval_iters):
+        raise ConfigError(
+            f"--eval-iters: found {args.eval_iters}, expected steps of held-out pairs with --simpo-valid-data and 0 "
+            "without"
+        )
+    options = batch_options(args)
+
+    def endless(files: list[str], consumed_pairs: int) -> Iterator[Sample]:
+        dataset = _dataset(files, args)
+        check_batches(dataset.lengths, options, dp_size=args.data_parallel_size)
+        return _samples(
+            dataset,
+            options,
+            dp_rank=data_parallel_rank(),
+            dp_size=args.data_parallel_size,
+            consumed_pairs=consumed_pairs,
+        )
+
+    train = endless(args.simpo_data, args.consumed_train_samples)
+    valid = endless(args.simpo_valid_data, args.consumed_valid_samples) if args.simpo_valid_data else None
+    return train, valid, None
+
+
+train_valid_test_datasets_provider.is_distributed = True
+
+
+def _dataset(files: list[str], args) -> PreferenceDataset:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(args.tokenizer_model, trust_remote_code=False)
+    pairs = pair_options(args)
+    dataset = first_rank_first(
+        lambda is_first: build_preference_dataset(files, tokenizer, pairs, args.simpo_data_cache, build=is_first)
+    )
+    check_vocabulary(dataset, args.padded_vocab_size)
+    return dataset
+
+
+def _samples(
+    dataset: PreferenceDataset, options: BatchOptions, *, dp_rank: int, dp_size: int, consumed_pairs: int
+) -> Iterator[Sample]:
+    while True:
+        plan = plan_step(dataset.lengths, consumed_pairs, options, dp_size=dp_size)
+        step = [pair for rank in plan for microbatch in rank for pair in microbatch]
+        pairs_per_chosen_token = len(step) / int(dataset.lengths[step, 1].sum())
+        for microbatch in plan[dp_rank]:
+            batch = collate([dataset[pair] for pair in microbatch], microbatch, options)
+            yield Sample(batch, pairs_per_chosen_token)
+        consumed_pairs += len(step)

@@ -1,0 +1,93 @@
+"""The model, the forward step and the loss that Megatron-LM's `pretrain()` calls.
+
+Shapes: N response tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core.transformer import TransformerConfig
+from torch import Tensor
+
+from simpo_megatron.loss import ResponseTokens, average_log_probs, preference_loss
+from simpo_megatron.mcore import device
+from simpo_megatron.mcore.architecture import ArchitectureConfig
+from simpo_megatron.mcore.batch import to_microbatch
+from simpo_megatron.mcore.model import PreferenceGPTModel
+from simpo_megatron.mcore.specs import block_spec
+from simpo_megatron.megatron_lm.arguments import objective_of
+from simpo_megatron.megatron_lm.datasets import Sample
+
+
+def model_provider(
+    pre_process: bool = True,
+    post_process: bool = True,
+    vp_stage: int | None = None,
+    config: TransformerConfig | None = None,
+    pg_collection: Any = None,
+) -> PreferenceGPTModel:
+    """Megatron-LM's GPT model of its arguments, whose last stage yields log-probs and never the logits.
+
+    `config` is made here, whatever is given, for our layers read more of it than Megatron-LM's do.
+    """
+    from megatron.training import get_args, get_tokenizer
+    from megatron.training.arguments import core_transformer_config_from_args
+
+    args = get_args()
+    config = core_transformer_config_from_args(args, ArchitectureConfig)
+    # Rows differ in length; Megatron-LM's arguments cannot say so.
+    config.variable_seq_lengths = args.pipeline_model_parallel_size > 1
+    uses_transformer_engine = args.transformer_impl == "transformer_engine"
+    return PreferenceGPTModel(
+        config,
+        block_spec(config, vp_stage, transformer_engine=uses_transformer_engine),
+        args.padded_vocab_size,
+        args.max_position_embeddings,
+        pre_process=pre_process,
+        post_process=post_process,
+        share_embeddings_and_output_weights=not args.untie_embeddings_and_output_weights,
+        position_embedding_type=args.position_embedding_type,
+        rotary_percent=args.rotary_percent,
+        rotary_base=args.rotary_base,
+        rope_scaling=args.use_rope_scaling,
+        seq_len_interpolation_factor=args.rotary_seq_len_interpolation_factor,
+        vp_stage=vp_stage,
+        pg_collection=pg_collection,
+        true_vocab_size=args.vocab_size or get_tokenizer().vocab_size,
+    )
+
+
+def forward_step(data_iterator: Iterator[Sample], model: torch.nn.Module) -> tuple[Tensor, Callable]:
+    """(the model's output for the next microbatch, `loss_func` of it)."""
+    sample = next(data_iterator)
+    microbatch = to_microbatch(sample.batch, device.current_device())
+    output = model(microbatch.tokens_BS, microbatch.position_ids_BS, None, packed_seq_params=microbatch.layout)
+    return output, partial(loss_func, microbatch.layout.tokens, sample.pairs_per_chosen_token)
+
+
+def loss_func(
+    tokens: ResponseTokens, pairs_per_chosen_token: float, log_probs_N: Tensor
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """(sum of the loss over pairs, pairs, {metric: [sum over pairs, pairs]}), as Megatron-LM divides and logs them.
+
+    Args:
+        tokens: the microbatch's response tokens.
+        pairs_per_chosen_token: pairs over chosen response tokens of the whole global batch.
+        log_probs_N: fp32 [N], natural log, of these tokens; replicated over tp.
+
+    Collectives: none; Megatron-LM adds up over data-parallel ranks and microbatches.
+    """
+    from megatron.training import get_args
+
+    result = preference_loss(
+        *average_log_probs(log_probs_N, tokens.sequence_N, 2 * tokens.num_pairs),
+        objective=objective_of(get_args()),
+        pairs_per_chosen_token=pairs_per_chosen_token,
+    )
+    num_pairs = torch.tensor(result.num_pairs, dtype=torch.int, device=log_probs_N.device)
+    metrics = {name: torch.stack((total.float(), num_pairs.float())) for name, total in result.sums.items()}
+    return result.loss, num_pairs, metrics

@@ -1,0 +1,155 @@
+"""The hooks for Megatron-LM without it: arguments, microbatches, loss, and the three forms of its pretrain()."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from simpo_megatron.data import build_preference_dataset
+from simpo_megatron.demo import prepare_demo
+from simpo_megatron.errors import ConfigError
+from simpo_megatron.loss import ResponseTokens
+from simpo_megatron.megatron_lm import add_simpo_args, forward_step, loss_func, pretrain_arguments
+from simpo_megatron.megatron_lm.arguments import batch_options, objective_of, pair_options
+from simpo_megatron.megatron_lm.datasets import _samples
+
+MEGATRON = dict(seq_length=512, micro_batch_size=2, global_batch_size=8, data_parallel_size=2, rampup_batch_size=None)
+MEGATRON |= dict(fp8=None, fp8_recipe="delayed", tensor_model_parallel_size=2, sequence_parallel=True, seed=7)
+MEGATRON |= dict(context_parallel_size=1, expert_model_parallel_size=1)
+
+
+def parsed(*flags: str, **megatron) -> argparse.Namespace:
+    """Our arguments as Megatron-LM parses them, between some of its own."""
+    args = add_simpo_args(argparse.ArgumentParser()).parse_args(flags)
+    return argparse.Namespace(**{**vars(args), **MEGATRON, **megatron})
+
+
+@pytest.fixture
+def megatron_args(monkeypatch):
+    """A stand-in for megatron.training, which megatron-core has from 0.17 on: get_args() gives what the test sets."""
+    stand_in = ModuleType("megatron.training")
+    stand_in.get_args = lambda: stand_in.args
+    monkeypatch.setitem(sys.modules, "megatron.training", stand_in)
+    return stand_in
+
+
+def test_flags_are_our_options_and_megatrons_words_stay_megatrons():
+    args = parsed("--simpo-beta", "10", "--simpo-gamma-beta-ratio", "0.3", "--simpo-template-mode", "princeton")
+    objective, pairs, batch = objective_of(args), pair_options(args), batch_options(args)
+    assert (objective.beta, objective.gamma, objective.loss_type) == (10, 3, "sigmoid")
+    assert (pairs.max_length, pairs.max_prompt_length, pairs.template_mode) == (512, 450, "princeton")
+    assert (batch.global_batch_size, batch.micro_batch_size, batch.sequence_multiple) == (8, 2, 2)
+    assert (args.dataloader_type, args.calculate_per_token_loss, args.eval_iters) == ("external", True, 0)
+    assert batch_options(parsed(fp8="hybrid", fp8_recipe="blockwise")).sequence_multiple == 256
+
+
+def test_batches_that_do_not_divide_are_refused():
+    with pytest.raises(ConfigError, match="--global-batch-size: found 10, expected a multiple of 4"):
+        batch_options(parsed(global_batch_size=10))
+    with pytest.raises(ConfigError, match="--context-parallel-size: found 2, expected 1"):
+        batch_options(parsed(context_parallel_size=2))
+    with pytest.raises(ConfigError, match="beta: found -1"):
+        objective_of(parsed("--simpo-beta", "-1"))
+
+
+def test_microbatches_of_all_ranks_are_the_pairs_of_each_step_and_a_resumed_run_goes_on(tmp_path):
+    demo = prepare_demo(tmp_path / "demo")
+    args = parsed()
+    tokenizer = AutoTokenizer.from_pretrained(demo.model_dir)
+    dataset = build_preference_dataset([str(demo.train_file)], tokenizer, pair_options(args), tmp_path / "cache")
+
+    def steps(consumed_pairs: int, count: int) -> list[list]:
+        ranks = [
+            _samples(dataset, batch_options(args), dp_rank=rank, dp_size=2, consumed_pairs=consumed_pairs)
+            for rank in range(2)
+        ]
+        return [[next(rank) for rank in ranks for _ in range(2)] for _ in range(count)]
+
+    first, second = steps(0, 2)
+    ids = [sorted(int(i) for sample in step for i in sample.batch.pair_ids_P) for step in (first, second)]
+    assert all(len(set(step)) == 8 for step in ids) and not set(ids[0]) & set(ids[1])
+    assert all(sample.batch.num_pairs == 2 for sample in first + second)
+    (again,) = steps(8, 1)
+    assert [s.batch.tokens_BS.tolist() for s in again] == [s.batch.tokens_BS.tolist() for s in second]
+    expected = 8 / int(dataset.lengths[ids[0], 1].sum())
+    assert {sample.pairs_per_chosen_token for sample in first} == {expected}
+
+
+def test_the_loss_is_a_sum_over_pairs_and_every_metric_carries_its_count(megatron_args):
+    megatron_args.args = parsed("--simpo-sft-weight", "0.5")
+    torch.manual_seed(0)
+    log_probs_N = (-3 * torch.rand(9)).requires_grad_()
+    sequence_N = torch.tensor([0, 0, 0, 1, 1, 2, 3, 3, 3])
+    tokens = ResponseTokens(torch.arange(9), torch.zeros(9, dtype=torch.int64), sequence_N, num_pairs=2)
+    loss, num_pairs, metrics = loss_func(tokens, 2 / 4, log_probs_N)
+    averages = [log_probs_N[sequence_N == response].double().mean() for response in range(4)]
+    margins = [2.0 * float(averages[2 * pair] - averages[2 * pair + 1]) for pair in range(2)]
+    preference = sum(math.log1p(math.exp(-(margin - 1.0))) for margin in margins)
+    sft = -float(log_probs_N[(sequence_N == 0) | (sequence_N == 2)].double().mean()) * 2
+    assert float(loss) == pytest.approx(preference + 0.5 * sft, rel=1e-6)
+    assert (int(num_pairs), num_pairs.dtype) == (2, torch.int)
+    assert metrics["loss"].tolist() == pytest.approx([float(loss), 2])
+    assert metrics["rewards/margins"].tolist() == pytest.approx([sum(margins), 2])
+    assert all(metric.shape == (2,) and not metric.requires_grad for metric in metrics.values())
+    loss.backward()
+    assert log_probs_N.grad.abs().min() > 0
+
+
+def test_forward_step_hands_the_model_a_pack_and_the_loss_its_tokens(megatron_args, tmp_path):
+    megatron_args.args = args = parsed()
+    demo = prepare_demo(tmp_path / "demo")
+    tokenizer = AutoTokenizer.from_pretrained(demo.model_dir)
+    dataset = build_preference_dataset([str(demo.train_file)], tokenizer, pair_options(args), tmp_path / "cache")
+    samples = _samples(dataset, batch_options(args), dp_rank=0, dp_size=2, consumed_pairs=0)
+
+    def model(tokens_BS, position_ids_BS, attention_mask, packed_seq_params):
+        assert tokens_BS.shape == position_ids_BS.shape and attention_mask is None
+        return torch.full((len(packed_seq_params.tokens.targets_N),), -1.0)
+
+    log_probs_N, loss = forward_step(samples, model)
+    total, num_pairs, metrics = loss(log_probs_N)
+    assert int(num_pairs) == 2 and metrics["logps/chosen"].tolist() == [-2, 2]
+    assert float(total) == pytest.approx(2 * math.log1p(math.exp(1.0)), rel=1e-6)
+
+
+def pretrain_of_0_17(train_valid_test_dataset_provider, model_provider, model_type, forward_step_func,
+                     process_non_loss_data_func=None, extra_args_provider=None, args_defaults=None): ...
+
+
+def pretrain_of_0_18(cfg_container, train_valid_test_dataset_provider, model_provider, model_type,
+                     forward_step_func): ...
+
+
+def pretrain_of_0_19(cfg_container, train_valid_test_dataset_provider, model_type, forward_step_func,
+                     model_provider=None): ...
+
+
+@pytest.mark.parametrize("function", [pretrain_of_0_17, pretrain_of_0_18, pretrain_of_0_19])
+def test_every_form_of_pretrain_gets_what_it_takes(function, monkeypatch):
+    seen = {}
+
+    def parse_and_validate_args(extra_args_provider, args_defaults):
+        seen.update(provider=extra_args_provider, defaults=args_defaults)
+        return "args"
+
+    stand_ins = {
+        "megatron.training": {},
+        "megatron.training.arguments": {"parse_and_validate_args": parse_and_validate_args},
+        "megatron.training.argument_utils": {"pretrain_cfg_container_from_args": lambda args: f"container of {args}"},
+    }
+    for name, contents in stand_ins.items():
+        monkeypatch.setitem(sys.modules, name, SimpleNamespace(__path__=[], **contents))
+    arguments = pretrain_arguments(function)
+    function(**arguments)
+    assert arguments["forward_step_func"] is forward_step
+    assert getattr(arguments["train_valid_test_dataset_provider"], "is_distributed", False)
+    if function is pretrain_of_0_17:
+        assert arguments["extra_args_provider"] is add_simpo_args and "cfg_container" not in arguments
+    else:
+        assert arguments["cfg_container"] == "container of args" and seen["provider"] is add_simpo_args
