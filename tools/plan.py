@@ -107,8 +107,8 @@ def _show(found: Survey, top: int, console: Console) -> Candidate:
         )
     console.print(layouts_table(found.candidates[:top]))
     console.print(refusals_table(found.refusals))
-    console.print(summarize(found, found.candidates[0]), style="bold", highlight=False, soft_wrap=True)
-    return found.candidates[0]
+    console.print(summarize(found, found.recommended), style="bold", highlight=False, soft_wrap=True)
+    return found.recommended
 
 
 def _explain(best: Candidate, arguments: argparse.Namespace, console: Console) -> None:

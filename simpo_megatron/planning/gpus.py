@@ -78,6 +78,8 @@ class Assumptions:
     """Of NVLink's and the network's rates, in collectives."""
     elementwise: float = 0.7
     """Of the memory's rate, in norms, SwiGLU, rotation and the optimizer."""
+    speed_error: float = 0.03
+    """Share of a step's time below which two layouts count as equally fast."""
 
 
 ASSUMED = Assumptions()

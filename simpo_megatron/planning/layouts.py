@@ -75,6 +75,13 @@ class Survey:
     candidates: tuple[Candidate, ...]
     refusals: tuple[Refusal, ...]
 
+    @property
+    def recommended(self) -> Candidate:
+        """Of those as fast as the fastest, within the estimate's error, the one with the most whole GiB left."""
+        limit = self.candidates[0].time.total * (1 + ASSUMED.speed_error)
+        equals = [candidate for candidate in self.candidates if candidate.time.total <= limit]
+        return min(equals, key=lambda candidate: (round(candidate.fullest.total / GIB), candidate.time.total))
+
 
 def survey(job: Job) -> Survey:
     """All layouts of `job`, each with the least recomputation that fits (or with what the configuration asks for)."""

@@ -147,6 +147,6 @@ def summarize(survey: Survey, best: Candidate) -> str:
     return (
         f"recommended: {layout_name(best.config)}, dp {best.load.data_parallel_size}, "
         f"{recomputation(best.config)}: {best.fullest.total / GIB:.1f} GiB on the fullest GPU, "
-        f"{best.tokens_per_second:,.0f} tokens/s; {len(survey.candidates)} layouts fit, "
-        f"{len(survey.refusals)} do not"
+        f"{best.tokens_per_second:,.0f} tokens/s, most memory left within {ASSUMED.speed_error:.0%} of the fastest; "
+        f"{len(survey.candidates)} layouts fit, {len(survey.refusals)} do not"
     )

@@ -114,6 +114,14 @@ def test_sizes_that_are_given_are_kept_and_the_others_searched():
     assert len(found.candidates) > 3
 
 
+def test_of_layouts_as_fast_as_the_fastest_the_one_with_the_most_memory_left_is_recommended():
+    found = survey(job(fp8="tensorwise"))
+    best, fastest = found.recommended, found.candidates[0]
+    assert best.fullest.total < fastest.fullest.total
+    assert fastest.time.total < best.time.total <= 1.03 * fastest.time.total
+    assert survey(job(tp=8, pp=4, vpp=5)).recommended.config.parallel.tensor_model_parallel_size == 8
+
+
 def test_recomputation_is_bought_only_where_memory_asks_for_it():
     options = {"tp": 8, "pp": 4, "vpp": 5}
     small = survey(job(**options)).candidates[0]
