@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from simpo_megatron.config.checks import require, require_positive
 
-MONITORS = ("loss_spike", "saturated", "length_correlation", "displacement")
+MONITORS = ("loss_spike", "saturated", "length_correlation", "displacement", "repetition")
 """What `stop_on` may name."""
 
 
@@ -37,15 +37,31 @@ class MonitorConfig:
     """Warn when the average log-prob of held-out chosen responses has fallen by more than this many nats per token
     since step 0."""
 
+    max_repetition: float | None = 0.5
+    """Warn when more than this share of the 4-grams of greedy continuations of held-out prompts is repeated."""
+
+    repetition_prompts: int = 0
+    """Held-out prompts to continue greedily at every evaluation; 0 for none. Each token is a forward pass."""
+
+    repetition_tokens: int = 64
+    """Tokens of a continuation, at most."""
+
     stop_on: tuple[str, ...] = ()
-    """Monitors (loss_spike, saturated, length_correlation, displacement) that stop the run instead of warning alone,
-    without saving what they found; displacement evaluates held-out pairs before every checkpoint but a signal's."""
+    """Monitors (loss_spike, saturated, length_correlation, displacement, repetition) that stop the run instead of
+    warning alone, without saving what they found; the last two evaluate before every checkpoint but a signal's."""
 
     def __post_init__(self) -> None:
-        require_positive(self, "monitor_window", "max_loss_spike", "max_displacement")
-        for key in ("max_saturated", "max_length_correlation"):
+        require_positive(self, "monitor_window", "max_loss_spike", "max_displacement", "repetition_tokens")
+        require(self.repetition_prompts >= 0, "repetition_prompts", self.repetition_prompts, "0 or more")
+        for key in ("max_saturated", "max_length_correlation", "max_repetition"):
             found = getattr(self, key)
             require(found is None or 0 < found < 1, key, found, "a number between 0 and 1")
         for name in self.stop_on:
             require(name in MONITORS, "stop_on", name, " or ".join(MONITORS))
             require(getattr(self, f"max_{name}") is not None, "stop_on", name, f"max_{name} not null with it")
+        require(
+            "repetition" not in self.stop_on or self.repetition_prompts > 0,
+            "stop_on",
+            "repetition",
+            "repetition_prompts above 0 with it",
+        )

@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 from typing import Any
 
 import torch
@@ -25,12 +25,16 @@ from simpo_megatron.training import commit
 from simpo_megatron.training.assembly import Job
 from simpo_megatron.training.checkpoint import Start
 from simpo_megatron.training.loggers import EVALUATION_PREFIX, RunLog
+from simpo_megatron.training.repetition import greedy_samples, held_out_prompts, repetition
 
 DISPLACEMENT = EVALUATION_PREFIX + "logps/chosen_displacement"
+REPETITION = EVALUATION_PREFIX + "repetition"
 _CHOSEN = EVALUATION_PREFIX + "logps/chosen"
 _MEDIAN_DISTANCE_TO_DEVIATION = 1.4826
 _SMALLEST_DEVIATION = 0.01
+_BY_HELD_OUT_PAIRS = {"displacement", "repetition"}
 _MAX_SHOWN = 16
+_MAX_TEXT = 100
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,7 @@ class Alarm:
 
     monitor: str
     text: str
+    iteration: int
     num_sound_steps: int
     """After so many steps the model was not under suspicion yet."""
 
@@ -72,9 +77,10 @@ class Monitors:
     def __init__(self, config: Config, job: Job, start: Start) -> None:
         self._config, self._job, self._settings = config, job, config.monitors
         remembered = start.monitors
-        if "displacement" in self._settings.stop_on and not job.valid_data:
+        if self.evaluate_before_saving and not job.valid_data:
             raise ConfigError(
-                "stop_on: found displacement, but there are no held-out pairs; add --valid-data or --valid-fraction"
+                f"stop_on: found {' '.join(self._settings.stop_on)}, but there are no held-out pairs; add --valid-data "
+                "or --valid-fraction"
             )
         self._lines = {
             name: deque(remembered.get(name, ()), maxlen=self._settings.monitor_window)
@@ -84,11 +90,15 @@ class Monitors:
         self._start: dict[str, Any] | None = remembered.get("start")
         self._logged_steps, self._logged_pairs = start.iteration, start.consumed_pairs
         self._alarms: list[Alarm] = []
+        self._prompts = None
+        if self._settings.repetition_prompts and job.valid_data:
+            first_set = next(iter(job.valid_data.values()))
+            self._prompts = held_out_prompts(first_set, self._settings.repetition_prompts, job.trainer.groups)
 
     @property
     def evaluate_before_saving(self) -> bool:
         """Whether a checkpoint is to be saved only after held-out pairs were looked at."""
-        return "displacement" in self._settings.stop_on
+        return not _BY_HELD_OUT_PAIRS.isdisjoint(self._settings.stop_on)
 
     def step(self, iteration: int, metrics: Mapping[str, float], consumed_pairs: int) -> dict[str, Any]:
         """`metrics` of the log line after `iteration`, with the `pair_ids` of its steps where the loss is a spike."""
@@ -101,7 +111,7 @@ class Monitors:
                 record["pair_ids"] = self._pairs_until(consumed_pairs)
                 text = _spike_text(metrics["loss"], limit, losses, record["pair_ids"])
                 # The loss is of the model that this line's first step began with.
-                self._alarms.append(Alarm("loss_spike", text, self._logged_steps - 1))
+                self._alarms.append(Alarm("loss_spike", text, iteration, self._logged_steps - 1))
         for name, values in self._lines.items():
             if math.isfinite(metrics.get(name, math.nan)):
                 values.append(metrics[name])
@@ -111,14 +121,21 @@ class Monitors:
         return record
 
     def evaluation(self, iteration: int, metrics: Mapping[str, float]) -> dict[str, float]:
-        """`metrics` of an evaluation, with the displacement of the first set's chosen responses since step 0."""
+        """`metrics` of an evaluation, with what the monitors add to those of the first set.
+
+        Collectives: those of `greedy_samples`, where the repetition probe is on.
+        """
         if _CHOSEN not in metrics:
             return dict(metrics)
+        return {**metrics, **self._displacement(iteration, metrics), **self._repetition(iteration)}
+
+    def _displacement(self, iteration: int, metrics: Mapping[str, float]) -> dict[str, float]:
+        """How far the average log-prob of the chosen responses has come since step 0, where that is known."""
         pairs = next(iter(self._job.valid_data.values())).fingerprint
         if iteration == 0 and math.isfinite(metrics[_CHOSEN]):
             self._start = {"chosen": metrics[_CHOSEN], "pairs": pairs}
         if self._start is None or self._start["pairs"] != pairs:
-            return dict(metrics)
+            return {}
         moved, limit = metrics[_CHOSEN] - self._start["chosen"], self._settings.max_displacement
         self._tell_once(
             iteration,
@@ -126,7 +143,28 @@ class Monitors:
             limit is not None and not moved >= -limit,
             f"held-out chosen responses have {moved:+.3f} nats per token since step 0 (max_displacement {limit})",
         )
-        return {**metrics, DISPLACEMENT: moved}
+        return {DISPLACEMENT: moved}
+
+    def _repetition(self, iteration: int) -> dict[str, float]:
+        """The mean repetition of greedy continuations, where the probe is on."""
+        if self._prompts is None:
+            return {}
+        samples = greedy_samples(
+            self._job.trainer,
+            self._prompts.ids,
+            num_tokens=self._settings.repetition_tokens,
+            end_ids=self._prompts.end_ids,
+            vocab_size=self._job.plan.description.vocab_size,
+        )
+        share, limit = fmean(map(repetition, samples)), self._settings.max_repetition
+        worst = self._job.tokenizer.decode(max(samples, key=repetition))[:_MAX_TEXT]
+        self._tell_once(
+            iteration,
+            "repetition",
+            limit is not None and share > limit,
+            f"{share:.0%} of 4-grams in greedy continuations are repeated (max_repetition {limit}), as in {worst!r}",
+        )
+        return {REPETITION: share}
 
     def remembered(self) -> dict[str, Any]:
         """What a checkpoint has to keep, as JSON values."""
@@ -140,7 +178,7 @@ class Monitors:
         """
         alarms, self._alarms = self._alarms, []
         for alarm in alarms:
-            log.say(f"WARNING {alarm.monitor} in step {iteration}: {alarm.text}")
+            log.say(f"WARNING {alarm.monitor} after step {alarm.iteration}: {alarm.text}")
         stopping = [alarm for alarm in alarms if alarm.monitor in self._settings.stop_on]
         if not self._settings.stop_on or not _first_rank_says(bool(stopping)):
             return None
@@ -175,7 +213,7 @@ class Monitors:
     def _tell_once(self, iteration: int, monitor: str, is_beyond_limit: bool, text: str) -> None:
         """An alarm when the limit is crossed; the next one only after a way back."""
         if is_beyond_limit and monitor not in self._told:
-            self._alarms.append(Alarm(monitor, text, iteration - 1))
+            self._alarms.append(Alarm(monitor, text, iteration, iteration - 1))
             self._told.add(monitor)
         elif not is_beyond_limit:
             self._told.discard(monitor)

@@ -1,7 +1,8 @@
 """Train the same pairs under several parallel layouts, one after the other, on the ranks this script is started on.
 
 `layout_worker.py FOLDER`: FOLDER/job.json holds the model folder, the pairs and the layouts; each layout leaves
-FOLDER/<name>.json (loss, gradient norm and margin of each step) and FOLDER/<name>/ (the trained weights, fp32).
+FOLDER/<name>.json (loss, gradient norm and margin of each step), FOLDER/<name>.samples<rank>.json (the greedy
+continuations of the job's prompts by the trained weights) and FOLDER/<name>/ (those weights, fp32).
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from simpo_megatron.mcore.model import build_model, wrap_in_ddp  # noqa: E402
 from simpo_megatron.mcore.optimizer import build_optimizer, gather_parameters  # noqa: E402
 from simpo_megatron.training.metrics import reduce_sums  # noqa: E402
 from simpo_megatron.training.reference import reference_log_probs  # noqa: E402
+from simpo_megatron.training.repetition import greedy_samples  # noqa: E402
 from simpo_megatron.training.step import Trainer, batch_options, train_step  # noqa: E402
 
 
@@ -80,6 +82,8 @@ def run(name: str, config: Config, job: dict, folder: Path) -> None:
         computed, grad_norm, *_ = train_step(trainer, dataset, plan)
         metrics = reduce_sums(computed.sums, computed.num_pairs, groups)
         records.append({**metrics, "grad_norm": grad_norm})
+    samples = greedy_samples(trainer, job["prompts"], num_tokens=8, end_ids=(), vocab_size=description.vocab_size)
+    (folder / f"{name}.samples{torch.distributed.get_rank()}.json").write_text(json.dumps(samples))
     gather_parameters(chunks)
     export_hf(bare, description, job["model"], folder / name, groups=groups, dtype=torch.float32)
     if torch.distributed.get_rank() == 0:

@@ -23,6 +23,7 @@ from simpo_megatron.data import BatchOptions, plan_step
 
 WORKER = Path(__file__).with_name("layout_worker.py")
 NUM_RANKS, NUM_STEPS, BATCH = 4, 10, 8
+PROMPTS = [[5, 9, 200, 31], [77], [3, 3, 258, 1, 40, 41, 42]]
 RELATIVE = 1e-5
 VOCAB = 259  # prime: divides over no number of ranks
 
@@ -156,6 +157,7 @@ def runs(request, tmp_path_factory):
     job = dict(
         model=str(folder / "model"),
         pairs=pairs,
+        prompts=PROMPTS,
         num_steps=NUM_STEPS,
         options=OPTIONS,
         layouts=chosen,
@@ -173,6 +175,22 @@ def runs(request, tmp_path_factory):
     ]
     record = train(twin, batches, SETTINGS)
     return record, {name: value.detach() for name, value in twin.named_parameters()}, folder, chosen
+
+
+def test_every_layout_continues_prompts_as_the_twin_does(runs):
+    _, weights, folder, layouts = runs
+    twin = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float64)
+    twin.load_state_dict(weights, strict=False)
+    expected = []
+    for prompt in PROMPTS:
+        ids = list(prompt)
+        for _ in range(8):
+            ids.append(int(twin(torch.tensor([ids])).logits[0, -1].argmax()))
+        expected.append(ids[len(prompt) :])
+    assert len({tuple(ids) for ids in expected}) == len(PROMPTS), "prompts lead to different text"
+    for name in fp32(layouts):
+        for rank in range(NUM_RANKS):
+            assert json.loads((folder / f"{name}.samples{rank}.json").read_text()) == expected, f"{name}, rank {rank}"
 
 
 def fp32(layouts: dict) -> list[str]:

@@ -14,7 +14,7 @@ WORKER = Path(__file__).parents[1] / "distributed" / "checkpoint_worker.py"
 NUM_STEPS = 4
 # The warm-up makes the first step one without effect; the second ruins the model, the third sees its loss.
 RUNS = [
-    {"name": "warned", "options": {}},
+    {"name": "warned", "options": {"repetition_prompts": 2, "repetition_tokens": 16}},
     {"name": "spiked", "options": {"stop_on": ["loss_spike"]}},
     {"name": "displaced", "options": {"stop_on": ["displacement"]}},
     {"name": "mended", "copy_of": "displaced", "options": {"lr": 1e-4, "override_on_resume": True}},
@@ -71,11 +71,12 @@ def test_a_spike_is_told_with_its_pairs_and_the_run_goes_on_when_not_told_otherw
     assert codes == [0, 0]
     (line, *_) = [line for line in output.splitlines() if line.startswith("WARNING loss_spike")]
     spike = next(record for record in metrics(folder, "warned") if "pair_ids" in record)
-    assert "in step 3:" in line and spike["iteration"] == 3 and len(spike["pair_ids"]) == 8
+    assert "after step 3:" in line and spike["iteration"] == 3 and len(spike["pair_ids"]) == 8
     assert f"pairs {' '.join(map(str, spike['pair_ids']))}" in line
     (pairs,) = [p for consumed, p in map(json.loads, (folder / "warned.pairs").open()) if consumed == 16]
     assert spike["pair_ids"] == pairs, "the pairs that the third step took"
-    assert "WARNING displacement in step 4:" in output
+    assert "WARNING displacement after step 4:" in output
+    assert "WARNING repetition after step" in output and metrics(folder, "warned")[-1]["eval/repetition"] > 0.5
     assert saved(folder, "warned")[-1] == "iter_0000004"
 
 

@@ -18,6 +18,7 @@ from simpo_megatron.loss import MONITORED, SimPOObjective, length_correlation, m
 from simpo_megatron.training.checkpoint import Start
 from simpo_megatron.training.loggers import RunLog, Terminal
 from simpo_megatron.training.monitors import DISPLACEMENT, Monitors, spike_limit
+from simpo_megatron.training.repetition import held_out_prompts, repetition
 
 OPTIONS = BatchOptions(global_batch_size=4, seed=5)
 STEADY = [1.30, 1.31, 1.29, 1.30, 1.32, 1.28, 1.30, 1.31]
@@ -42,8 +43,8 @@ def said(watching: Monitors, tmp_path) -> list[str]:
     return (tmp_path / "said").read_text().splitlines()
 
 
-def feed(watching: Monitors, losses, **metrics) -> None:
-    for number, loss in enumerate(losses, start=1):
+def feed(watching: Monitors, losses, start: int = 1, **metrics) -> None:
+    for number, loss in enumerate(losses, start=start):
         watching.step(number, {"loss": loss, **metrics}, 4 * number)
 
 
@@ -68,7 +69,8 @@ def test_a_spike_is_told_with_the_pairs_of_the_steps_since_the_last_line(loss, t
     expected = sorted([*step_pairs(10, 16, OPTIONS), *step_pairs(10, 20, OPTIONS)])
     assert record == {"loss": pytest.approx(loss, nan_ok=True), "grad_norm": 1.0, "pair_ids": expected}
     (line,) = said(watching, tmp_path)
-    assert line.startswith("WARNING loss_spike in step 7: the loss is") and f"pairs {expected[0]} {expected[1]}" in line
+    assert line.startswith("WARNING loss_spike after step 6: the loss is")
+    assert f"pairs {' '.join(map(str, expected))}" in line
     assert said(watching, tmp_path) == []
 
 
@@ -108,7 +110,7 @@ def test_a_level_is_told_when_it_is_crossed_and_again_only_after_a_way_back(metr
     assert lines(well, 16) == []
     assert lines(beyond, 8) == [], "the median of half a window is not beyond yet"
     (line,) = lines(beyond, 8)
-    assert line.startswith(f"WARNING {metric} in step 7:") and f"max_{metric}" in line
+    assert line.startswith(f"WARNING {metric} after step ") and f"max_{metric}" in line
     assert lines(beyond, 8) == []
     assert lines(well, 16) == []
     assert len(lines(beyond, 16)) == 1
@@ -140,12 +142,33 @@ def test_a_resumed_run_warns_as_the_uninterrupted_one(tmp_path):
         first = monitors()
         feed(first, losses[:cut])
         second = monitors(json.loads(json.dumps(first.remembered())))
-        feed(second, losses[cut:])
+        feed(second, losses[cut:], start=cut + 1)
         told = [line.split("; pairs")[0] for line in said(first, tmp_path) + said(second, tmp_path)]
         if cut == 0:
             expected = told
             assert len(expected) == 2
         assert told == expected
+
+
+def test_repetition_is_the_share_of_4_grams_that_were_there_before():
+    assert repetition([7] * 64) == pytest.approx(60 / 61)
+    assert repetition(list(range(64))) == repetition([1, 2, 3]) == repetition([]) == 0
+    assert repetition([1, 2, 3, 4, 5, 1, 2, 3, 4]) == pytest.approx(1 / 6), "1 2 3 4 comes back, 2 3 4 5 does not"
+
+
+def test_prompts_differ_and_are_short(monkeypatch):
+    lengths = np.array([[300, 2, 2], [5, 2, 1], [5, 1, 1], [256, 1, 1], [9, 1, 1]])
+    dataset = SimpleNamespace(prompt_keys=np.array([1, 2, 2, 3, 4]), lengths=lengths)
+    asked = []
+
+    def read(dataset, indices, **_):
+        asked.extend(indices)
+        return [SimpleNamespace(prompt_ids=np.arange(i), chosen_ids=np.array([8, 90 + i % 2])) for i in indices]
+
+    monkeypatch.setattr("simpo_megatron.training.repetition.read_pairs", read)
+    prompts = held_out_prompts(dataset, 2, SimpleNamespace(tp=None))
+    assert asked == [1, 3] and prompts.ids == [[0], [0, 1, 2]] and prompts.end_ids == {91}
+    assert len(held_out_prompts(dataset, 9, SimpleNamespace(tp=None)).ids) == 3
 
 
 def responses(counts, averages) -> tuple[torch.Tensor, torch.Tensor]:
@@ -186,6 +209,7 @@ def test_what_does_not_vary_has_no_correlation(counts):
         ({"stop_on": ("spike",)}, "stop_on: found 'spike', expected loss_spike or saturated"),
         ({"stop_on": ("saturated",), "max_saturated": None}, "max_saturated not null"),
         ({"max_saturated": 1.5}, "max_saturated: found 1.5"),
+        ({"stop_on": ("repetition",)}, "repetition_prompts above 0"),
         ({"monitor_window": 0}, "monitor_window"),
     ],
 )
