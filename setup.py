@@ -54,6 +54,8 @@ setup(
         # Never the bare package: without its compiled core it breaks megatron-core's import.
         "te": ["transformer-engine[pytorch,core_cu12]>=2.9"],
         "te-cu13": ["transformer-engine[pytorch,core_cu13]>=2.9"],
+        # Not together with nemo: they want different versions of urllib3. A later leptonai breaks its import.
+        "nemo-run": ["nemo-run>=0.11.1,<0.12", "leptonai>=0.26.6,<0.27"],
         "nemo": ["nemo_toolkit[core]>=3.0,<4", OMEGACONF, "einops", "sentencepiece"],
         "wandb": ["wandb>=0.17"],
         # To make a Hugging Face folder of SmolLM2 for `make demo-smollm2`.

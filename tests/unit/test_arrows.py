@@ -23,6 +23,7 @@ MAY_IMPORT = {
     "nemo": {"errors", "data", "config"},
     "megatron_lm": {"errors", "loss", "data", "parallel", "config", "mcore"},
     "planning": {"errors", "parallel", "loss", "config", "mcore"},
+    "recipes": {"errors", "config", "training"},
     "training": {"errors", "faults", "loss", "data", "parallel", "demo", "config", "mcore", "convert", "nemo"},
 }
 # Outside packages that a room must do without, at import and in its functions alike.
