@@ -39,6 +39,19 @@ _HELD_OUT_ROWS = (
         "average per token, nats; it may fall while its lead over the rejected grows",
     ),
     ("logps/rejected", "log-prob of rejected", "{:.3f}", "average per token, nats"),
+    (
+        "rewards/saturated",
+        "saturated",
+        "{:.1%}",
+        "share of pairs whose loss is below 0.01, with hardly a gradient left",
+    ),
+    (
+        "rewards/length_correlation",
+        "length correlation",
+        "{:+.2f}",
+        "of a response's average log-prob with its length",
+    ),
+    ("repetition", "repetition", "{:.1%}", "share of repeated 4-grams in greedy continuations"),
 )
 
 

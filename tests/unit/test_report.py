@@ -40,6 +40,13 @@ def test_a_report_says_before_and_after_and_stands_alone(tmp_path):
     assert not re.search(r'(src|href)="(?!data:)', page), "nothing is loaded from elsewhere"
 
 
+def test_what_the_monitors_saw_of_held_out_pairs_stands_beside_it(tmp_path):
+    lines = [evaluation(i, 0.5, 0.0) | {"eval/repetition": i / 8, "eval/rewards/saturated": 0.0} for i in (0, 3)]
+    page = write_report(write_run(tmp_path / "run", lines)).page.read_text()
+    assert re.search(r"<tr><td>repetition</td><td[^>]*>0.0%</td><td[^>]*>37.5%</td>", page)
+    assert "<td>saturated</td>" in page and "<td>length correlation</td>" not in page
+
+
 def test_every_named_set_has_a_row_of_its_own(tmp_path):
     def named(iteration, accuracy):
         return {f"valid/{name}/rewards/accuracies": a for name, a in (("help", accuracy), ("harm<less", 1 - accuracy))}
