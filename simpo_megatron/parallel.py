@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar
@@ -108,6 +109,16 @@ def data_parallel_rank() -> int:
     from megatron.core import parallel_state
 
     return parallel_state.get_data_parallel_rank()
+
+
+@contextmanager
+def alone() -> Iterator[ParallelGroups]:
+    """The groups of a process that works by itself on the CPU, for megatron's layers ask for some."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield initialize(ParallelSizes(), backend="gloo")
+    finally:
+        shut_down()
 
 
 def seed_everything(seed: int) -> None:

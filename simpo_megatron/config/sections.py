@@ -34,8 +34,8 @@ class ModelConfig:
     """What is trained, and where the result goes."""
 
     model: str | None = None
-    """Hugging Face folder to start from: config.json, *.safetensors, tokenizer and chat template; the word
-    demo stands for a tiny model made on the spot."""
+    """What to start from: a Hugging Face folder (config.json, *.safetensors, tokenizer and chat template) or a
+    committed checkpoint, a run's newest one included; the word demo stands for a tiny model made on the spot."""
 
     export_hf: str | None = None
     """Folder for the trained model in Hugging Face form."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from simpo_megatron.config import DEMO, Config, Layout, refuse_unbuilt, resolve
-from simpo_megatron.convert import load_hf_weights, refuse_existing_export
+from simpo_megatron.convert import refuse_existing_export
 from simpo_megatron.data import (
     PreferenceDataset,
     build_preference_dataset,
@@ -25,7 +25,9 @@ from simpo_megatron.mcore.families import ModelDescription, describe_hf_model
 from simpo_megatron.mcore.model import PreferenceGPTModel, build_model, wrap_in_ddp, zero_weights
 from simpo_megatron.mcore.optimizer import build_optimizer
 from simpo_megatron.parallel import ParallelGroups, first_rank_first
+from simpo_megatron.training import commit
 from simpo_megatron.training.step import Trainer, batch_options
+from simpo_megatron.training.weights import fill_weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -114,7 +116,8 @@ def locate_sources(config: Config) -> Sources:
         raise ConfigError("model: none given; name a Hugging Face folder with --model DIR")
     if not train:
         raise ConfigError("data: none given; name preference files with --data FILE...")
-    return Sources(model=Path(model), train=train, valid=parse_named_sources(valid))
+    folder = commit.named(Path(model)) or Path(model)
+    return Sources(model=folder, train=train, valid=parse_named_sources(valid))
 
 
 def cache_folder(config: Config) -> Path:
@@ -199,9 +202,7 @@ def assemble(config: Config, plan: Plan, groups: ParallelGroups, *, load_weights
 
     model = build_model(description, config, groups)
     if load_weights or config.lora.lora_rank is not None:
-        load_hf_weights(
-            model, sources.model, description, tp_rank=groups.tp.rank(), tp_size=groups.tp.size()
-        )
+        fill_weights(model, sources.model, description, groups)
     else:
         zero_weights(model)
     chunks = wrap_in_ddp(model, config)

@@ -10,28 +10,30 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch.distributed as dist
 
 from simpo_megatron import faults
 from simpo_megatron.config import Config
+from simpo_megatron.convert.folder import copy_model_files, write_json
 from simpo_megatron.data.tokenization import tokenizer_identity
-from simpo_megatron.errors import CheckpointError, SimPOError
+from simpo_megatron.errors import CheckpointError
+from simpo_megatron.mcore.families import ModelDescription
 from simpo_megatron.parallel import on_first_rank
 from simpo_megatron.training import commit
 from simpo_megatron.training.assembly import Job
 from simpo_megatron.training.commit import Checkpoint
+from simpo_megatron.training.lock import check_same_folder, holder, lock
 from simpo_megatron.training.loggers import METRICS_FILE
 from simpo_megatron.training.reference import model_fingerprint
 from simpo_megatron.training.state import read_state, write_state
-
-Result = TypeVar("Result")
+from simpo_megatron.training.together import agreed, gathered
 
 _NEVER_CHANGES = ("model", "precision")
 _CHANGES_IF_TOLD = ("inputs", "training")
@@ -71,11 +73,11 @@ def held_run_folder(config: Config) -> Iterator[None]:
         return
     save = Path(config.run.save)
     is_first = dist.get_rank() == 0
-    held = _agreed(lambda: commit.lock(save) if is_first else None)
+    held = agreed(lambda: lock(save) if is_first else None)
     try:
-        nonce = _gathered(lambda: commit.holder(held) if is_first else None)[0]
+        nonce = gathered(lambda: holder(held) if is_first else None)[0]
         # The first rank stays away from the file: a process loses its lock with the first file of that name it closes.
-        _agreed(lambda: is_first or commit.check_same_folder(save, nonce))
+        agreed(lambda: is_first or check_same_folder(save, nonce))
         yield
     finally:
         if held is not None:
@@ -97,7 +99,7 @@ def find_checkpoint(config: Config) -> Found:
     def search() -> tuple[list[Path], list[Path]]:
         return commit.remove_drafts(save), commit.candidates(save, resume)
 
-    drafts, folders = _gathered(lambda: search() if dist.get_rank() == 0 else None)[0]
+    drafts, folders = gathered(lambda: search() if dist.get_rank() == 0 else None)[0]
     notes = [f"resume    ignored {draft.name}, which was never completed" for draft in drafts]
     checkpoint, problems = commit.first_sound(folders, resume, _verified)
     notes += [f"WARNING   resume: passed over a damaged checkpoint: {problem}" for problem in problems]
@@ -112,7 +114,7 @@ def _verified(folder: Path) -> Checkpoint:
         commit.check_hashes(checkpoint, sorted(checkpoint.files)[dist.get_rank() :: dist.get_world_size()])
         return checkpoint
 
-    return _agreed(check)
+    return agreed(check)
 
 
 def start_run(config: Config, job: Job, found: Found) -> Start:
@@ -144,7 +146,7 @@ def start_run(config: Config, job: Job, found: Found) -> Start:
             notes.append(f"resume    adapters are those of the checkpoint, on the weights in {source}")
         if not same_layout:
             notes.append("resume    another layout: dropout, if any, draws other numbers from here on")
-    notes += _gathered(lambda: _tidy(save, checkpoint) if dist.get_rank() == 0 else [])[0]
+    notes += gathered(lambda: _tidy(save, checkpoint) if dist.get_rank() == 0 else [])[0]
     monitors = checkpoint.facts.get("monitors", {}) if checkpoint is not None else {}
     return Start(iteration, consumed_pairs, tuple(notes), monitors)
 
@@ -164,17 +166,18 @@ def save_checkpoint(
         metrics: the latest numbers, held-out ones under `eval/`; by them the best checkpoint is kept.
         monitors: what the monitors are to remember, JSON values.
 
-    Collectives: megatron's for saving, and three object gathers, world.
+    Collectives: megatron's for saving, and four object gathers, world.
 
     Raises:
         CheckpointError: on every rank alike; the checkpoints before this one are as they were.
     """
     save, rank = Path(config.run.save), dist.get_rank()
-    draft = _gathered(lambda: commit.begin(save, iteration) if rank == 0 else None)[0]
+    draft = gathered(lambda: commit.begin(save, iteration) if rank == 0 else None)[0]
     try:
         faults.at("save")
         write_state(job.model, job.trainer, iteration, draft)
-        digests = _gathered(lambda: _digest_own_files(save, draft))
+        agreed(lambda: _add_small_files(save, draft, job) if rank == 0 else None)
+        digests = gathered(lambda: _digest_own_files(draft))
         facts = {
             **_describe(config, job),
             "consumed_pairs": consumed_pairs,
@@ -183,21 +186,27 @@ def save_checkpoint(
             "monitors": dict(monitors),
         }
         files = {name: digest for part in digests for name, digest in part.items()}
-        checkpoint = _gathered(lambda: commit.commit(draft, iteration, files, facts) if rank == 0 else None)[0]
+        checkpoint = gathered(lambda: commit.commit(draft, iteration, files, facts) if rank == 0 else None)[0]
     except CheckpointError as error:
         if rank == 0:
             shutil.rmtree(draft, ignore_errors=True)
         free = shutil.disk_usage(save).free / 2**30
         raise CheckpointError(f"no checkpoint of step {iteration} ({free:.2f} GiB free): {error}") from error
-    _gathered(lambda: commit.prune(save, config.run.keep_checkpoints) if rank == 0 else None)
+    gathered(lambda: commit.prune(save, config.run.keep_checkpoints) if rank == 0 else None)
     return checkpoint
 
 
-def _digest_own_files(save: Path, draft: Path) -> dict[str, commit.Digest]:
-    """Digests of the files of `draft` that this rank wrote; the first rank adds the metrics so far."""
-    rank = dist.get_rank()
-    if rank == 0 and (save / METRICS_FILE).exists():
+def _add_small_files(save: Path, draft: Path, job: Job) -> None:
+    """The metrics so far, and what makes a model of the weights: configuration, tokenizer, chat template."""
+    if (save / METRICS_FILE).exists():
         shutil.copyfile(save / METRICS_FILE, draft / METRICS_FILE)
+    copy_model_files(job.plan.sources.model, draft)
+    write_json(draft / "config.json", job.plan.description.hf_config)
+
+
+def _digest_own_files(draft: Path) -> dict[str, commit.Digest]:
+    """Digests of the files of `draft` that this rank wrote."""
+    rank = dist.get_rank()
     shards = {path.name for path in draft.glob("*.distcp")}
     own = {name for name in shards if name.startswith(f"__{rank}_")}
     if rank == 0:
@@ -219,6 +228,17 @@ def _tidy(save: Path, checkpoint: Checkpoint | None) -> list[str]:
     return [f"WARNING   {path.name} is not of this run's history; it was renamed and is kept" for path in moved]
 
 
+def model_facts(description: ModelDescription) -> dict[str, Any]:
+    """What a checkpoint says of its model, as JSON values."""
+    shape = {**description.transformer, **description.gpt}
+    return _as_json({"family": description.family, "vocab_size": description.vocab_size, **shape})
+
+
+def _as_json(facts: Mapping[str, Any]) -> dict[str, Any]:
+    # Functions, such as an activation, by their names.
+    return json.loads(json.dumps(facts, default=lambda value: getattr(value, "__name__", str(value))))
+
+
 def _describe(config: Config, job: Job) -> dict[str, Any]:
     """What a run is, as JSON values: what a resume compares, the layout, and all options."""
     description, options = job.plan.description, config.flat()
@@ -226,13 +246,7 @@ def _describe(config: Config, job: Job) -> dict[str, Any]:
     training = ("hidden_dropout", "attention_dropout", "lora_dropout", "global_batch_size", "seed")
     schedule = {key: value for key, value in asdict(config.optimizer).items() if key != "epochs"}
     facts = {
-        "model": {
-            "family": description.family,
-            "vocab_size": description.vocab_size,
-            **description.transformer,
-            **description.gpt,
-            **_describe_adapters(config, job),
-        },
+        "model": {**model_facts(description), **_describe_adapters(config, job)},
         "precision": {key: options[key] for key in ("bf16", "use_distributed_optimizer")},
         "inputs": {
             "tokenizer": commit.hash_text(identity),
@@ -250,8 +264,7 @@ def _describe(config: Config, job: Job) -> dict[str, Any]:
         "config": options,
         "versions": {name: version(name) for name in ("torch", "megatron-core")},
     }
-    # Functions, such as an activation, by their names.
-    return json.loads(json.dumps(facts, default=lambda value: getattr(value, "__name__", str(value))))
+    return _as_json(facts)
 
 
 def _describe_adapters(config: Config, job: Job) -> dict[str, Any]:
@@ -307,33 +320,3 @@ def _changes(saved: Mapping[str, Any], now: Mapping[str, Any], sections: Sequenc
 def _quoted(value: object) -> str:
     text = str(value)
     return text if len(text) <= 40 else text[:40] + "..."
-
-
-def _agreed(work: Callable[[], Result]) -> Result:
-    """What `work` returned on this rank; what it raised on any rank is raised on all.
-
-    Collectives: one object gather, world.
-    """
-    own: list[Result] = []
-    _gathered(lambda: own.append(work()))
-    return own[0]
-
-
-def _gathered(work: Callable[[], Result]) -> list[Result]:
-    """What `work` returned on each rank; what it raised on any rank is raised on all.
-
-    Collectives: one object gather, world.
-    """
-    result, problem = None, None
-    try:
-        result = work()
-    except SimPOError as error:
-        problem = error
-    except Exception as error:
-        problem = CheckpointError(f"rank {dist.get_rank()}: {type(error).__name__}: {error}")
-    outcomes: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(outcomes, (result, problem))
-    for _, heard in outcomes:
-        if heard is not None:
-            raise heard
-    return [outcome for outcome, _ in outcomes]

@@ -7,18 +7,16 @@ trusts nothing but their COMMIT.json. A committed folder is never written to aga
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
 import re
 import shutil
-import socket
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from simpo_megatron.errors import CheckpointError
 
@@ -26,13 +24,13 @@ FORMAT = 1
 RECORD_FILE = "COMMIT.json"
 LATEST_FILE = "latest_checkpointed_iteration.txt"
 """Where Megatron's own readers look for the newest iteration; here it is written and never read."""
+RELEASE = "release"
+"""Megatron's name for the folder, and the pointer, of weights that no run of its own has trained."""
 BEST_METRIC = "eval/rewards/accuracies"
 
-_LOCK_FILE = ".lock"
 _NAME = re.compile(r"iter_([0-9]{7,9})")
 _DRAFT = re.compile(r"iter_[0-9]{7,9}\.tmp-[0-9a-f]{32}")
 _MAX_RECORD_BYTES = 64 << 20
-_MAX_HOLDER = 400
 _CHUNK_BYTES = 4 << 20
 
 
@@ -61,56 +59,6 @@ class Checkpoint:
     @property
     def num_bytes(self) -> int:
         return sum(digest.size for digest in self.files.values())
-
-
-def lock(save: Path) -> IO[str]:
-    """The open lock file of the run's folder, which is made; the lock lasts until the file or the process ends.
-
-    Raises:
-        CheckpointError: another process holds it, or the folder cannot be written.
-    """
-    try:
-        save.mkdir(parents=True, exist_ok=True)
-        # A lock of the process, not of the open file: helper processes that outlive a killed run do not keep it.
-        file = (save / _LOCK_FILE).open("a+", encoding="utf-8")
-    except OSError as error:
-        raise CheckpointError(f"save: {save} cannot be written ({error.strerror}); name a folder of yours") from None
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        other = holder(file) or "unknown"
-        file.close()
-        raise CheckpointError(
-            f"save: {save} is in use by another run ({other}); wait for it or choose another folder"
-        ) from None
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}, {uuid.uuid4().hex}")
-    file.flush()
-    os.fsync(file.fileno())
-    return file
-
-
-def holder(held: IO[str]) -> str:
-    """What the open lock file says of its holder, which no other run's does."""
-    held.seek(0)
-    return held.read(_MAX_HOLDER)
-
-
-def check_same_folder(save: Path, expected_holder: str) -> None:
-    """Nothing, when this machine sees the folder that `expected_holder` locked. Not for the holder's own process.
-
-    Raises:
-        CheckpointError: it does not.
-    """
-    try:
-        found = (save / _LOCK_FILE).read_text(encoding="utf-8")
-    except OSError:
-        found = ""
-    if found != expected_holder:
-        raise CheckpointError(
-            f"save: {save} on {socket.gethostname()} is not the folder that the first rank sees; name one that all "
-            "machines share"
-        )
 
 
 def begin(save: Path, iteration: int) -> Path:
@@ -145,16 +93,45 @@ def commit(draft: Path, iteration: int, files: Mapping[str, Digest], facts: Mapp
     if folder.exists():
         raise CheckpointError(f"{folder}: exists already, and a checkpoint is never overwritten")
     checkpoint = Checkpoint(folder, iteration, facts, files)
-    _check_sizes(draft, files)
-    for name in files:
-        _sync(draft / name)
-    (draft / RECORD_FILE).write_text(_to_text(checkpoint), encoding="utf-8")
-    _sync(draft / RECORD_FILE)
-    _sync(draft)
+    _seal(draft, checkpoint)
     os.rename(draft, folder)
     _sync(folder.parent)
     write_latest(folder.parent, iteration)
     return checkpoint
+
+
+def release(root: Path, facts: Mapping[str, Any]) -> Checkpoint:
+    """The checkpoint that the files in `root`/release become, and Megatron's pointer to it.
+
+    A run neither continues from it nor removes it: it has weights, but no history. Whoever calls gives `root` its
+    name afterwards, so that nothing is there before everything is.
+    """
+    folder = root / RELEASE
+    files = {path.name: digest_file(path) for path in sorted(folder.iterdir())}
+    checkpoint = Checkpoint(folder, 0, facts, files)
+    _seal(folder, checkpoint)
+    replace_text(root / LATEST_FILE, f"{RELEASE}\n")
+    return checkpoint
+
+
+def named(path: Path) -> Path | None:
+    """The committed folder that `path` means: itself, or the newest in it; None when it is nothing of ours."""
+    if (path / RECORD_FILE).is_file():
+        return path
+    in_it = committed(path)
+    if not in_it and (path / RELEASE / RECORD_FILE).is_file():
+        return path / RELEASE
+    return in_it[-1] if in_it else None
+
+
+def _seal(folder: Path, checkpoint: Checkpoint) -> None:
+    """Write the record of `checkpoint` into its `folder`, after everything else in it is on the disk."""
+    _check_sizes(folder, checkpoint.files)
+    for name in checkpoint.files:
+        _sync(folder / name)
+    (folder / RECORD_FILE).write_text(_to_text(checkpoint), encoding="utf-8")
+    _sync(folder / RECORD_FILE)
+    _sync(folder)
 
 
 def write_latest(save: Path, iteration: int) -> None:
@@ -301,7 +278,8 @@ def _name(iteration: int) -> str:
 
 def iteration_of(folder: Path) -> int:
     """The number of steps after which the checkpoint in `folder` was saved, from its name."""
-    return int(_NAME.fullmatch(folder.name)[1])
+    named = _NAME.fullmatch(folder.name)
+    return int(named[1]) if named else 0
 
 
 def _is_real_folder(path: Path) -> bool:

@@ -19,14 +19,15 @@ import torch
 import torch.distributed as dist
 
 from simpo_megatron.config import Config
-from simpo_megatron.convert import load_hf_weights
 from simpo_megatron.data import PreferenceDataset
 from simpo_megatron.errors import DataError, NumericsError
 from simpo_megatron.mcore import device
 from simpo_megatron.mcore.forward_step import AverageLogProbs
 from simpo_megatron.parallel import on_first_rank
+from simpo_megatron.training import commit
 from simpo_megatron.training.assembly import Job, cache_folder
 from simpo_megatron.training.step import Trainer, run_microbatches
+from simpo_megatron.training.weights import fill_weights
 
 FORMAT_VERSION = 1
 _SAMPLES_A_FILE, _SAMPLE_BYTES = 256, 1 << 16
@@ -125,7 +126,8 @@ def model_fingerprint(folder: Path) -> str:
     minutes.
     """
     digest = hashlib.sha256((folder / "config.json").read_bytes())
-    for path in sorted(folder.glob("*.safetensors")):
+    # The record of a checkpoint holds the hashes of its files.
+    for path in sorted([*folder.glob("*.safetensors"), *folder.glob(commit.RECORD_FILE)]):
         size = path.stat().st_size
         digest.update(f"{path.name} {size}".encode())
         with path.open("rb") as file:
@@ -139,8 +141,7 @@ def model_fingerprint(folder: Path) -> str:
 
 
 def _load_initial_weights(job: Job) -> None:
-    tp = job.trainer.groups.tp
-    load_hf_weights(job.model, job.plan.sources.model, job.plan.description, tp_rank=tp.rank(), tp_size=tp.size())
+    fill_weights(job.model, job.plan.sources.model, job.plan.description, job.trainer.groups)
 
 
 def _cache_path(config: Config, model: str, dataset: PreferenceDataset) -> Path:

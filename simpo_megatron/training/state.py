@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import io
 import pickle
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,8 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedObject, ShardedTensor
-from megatron.core.dist_checkpointing.dict_utils import extract_matching_values
+from megatron.core.dist_checkpointing.dict_utils import extract_matching_values, nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 from megatron.core.dist_checkpointing.serialization import get_default_save_sharded_strategy
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
@@ -28,11 +29,15 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from simpo_megatron.errors import CheckpointError
 from simpo_megatron.mcore import device
+from simpo_megatron.mcore.lora import ADAPTER_SUFFIX
 from simpo_megatron.mcore.model import PreferenceGPTModel
 from simpo_megatron.mcore.optimizer import gather_parameters
+from simpo_megatron.parallel import ParallelGroups
 from simpo_megatron.training.step import Trainer
 
 _INDEX_FILE = ".metadata"
+# How the names begin of what is stored beside a model's weights.
+_NO_WEIGHTS = ("optimizer.", "rng.", "common_state")
 # The index of tensors is made of these: modules of data classes, and single names.
 _INDEX_MODULES = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.planner")
 _INDEX_NAMES = {
@@ -76,15 +81,12 @@ def read_state(
     Raises:
         CheckpointError: a tensor is missing or has another shape.
     """
-    check_index(folder)
+    stored = check_index(folder)
     own_settings = [_settings(group) for group in trainer.optimizer.param_groups]
     state = _sharded_state(model, trainer, is_loading=True)
     if same_layout:
         state["rng"] = _sharded_rng()
-    try:
-        loaded = dist_checkpointing.load(state, str(folder), strict="raise_unexpected")
-    except (Exception, CheckpointException) as error:
-        raise CheckpointError(f"{folder}: does not fit this run ({_reason(error)})") from error
+    loaded = _load(state, stored, folder)
     for name, chunk in _named_chunks(model):
         _load_chunk(chunk, loaded[name], folder)
     trainer.optimizer.load_state_dict(loaded["optimizer"])
@@ -95,8 +97,65 @@ def read_state(
         restore_rng(loaded["rng"])
 
 
-def check_index(folder: Path) -> None:
-    """Nothing, when the index of tensors in `folder` is data, and so is what it leads to, in `folder` alone.
+def read_weights(model: list[PreferenceGPTModel], groups: ParallelGroups, folder: Path) -> None:
+    """Fill the model alone from `folder`; adapters, which no run starts with, stay as they are.
+
+    Collectives: megatron's, world.
+
+    Raises:
+        CheckpointError: a tensor is missing or has another shape, or is no part of the model.
+    """
+    stored = check_index(folder)
+    refuse_other_weights(stored, {name for name in stored if ADAPTER_SUFFIX not in name}, folder)
+    state = _sharded_model(model, groups, _is_object)
+    adapters = {}
+    for name, chunk in _named_chunks(model):
+        adapters[name] = {key: value for key, value in chunk.state_dict().items() if ADAPTER_SUFFIX in key}
+        state[name] = {key: value for key, value in state[name].items() if key not in adapters[name]}
+        for key in state[name]:
+            # Rows that pad the vocabulary are not stored for every number of ranks.
+            chunk.get_parameter(key).detach().zero_()
+    loaded = _load(state, stored, folder)
+    for name, chunk in _named_chunks(model):
+        _load_chunk(chunk, {**adapters[name], **loaded[name]}, folder)
+
+
+def refuse_other_weights(stored: set[str], expected: set[str], folder: Path) -> None:
+    """Nothing, when all that is stored belongs to the model, or to a run's optimizer and random states.
+
+    Raises:
+        CheckpointError: naming what the model has not, such as the adapters of a run that trains nothing else.
+    """
+    others = sorted(name for name in stored - expected if not name.startswith(_NO_WEIGHTS))
+    if others:
+        raise CheckpointError(
+            f"{folder}: holds {len(others)} tensors that are no part of its config.json's model: "
+            f"{', '.join(others[:3])}; of a run with adapters, take what --export-hf writes, where they are merged"
+        )
+
+
+def _load(state: dict[str, Any], stored: set[str], folder: Path) -> dict[str, Any]:
+    """megatron's load, after a check of the names: its own does not work with torch 2.14 and later."""
+    expected = {tensor.key for tensor in _tensors(state)}
+    missing = sorted(expected - stored)
+    if missing:
+        raise CheckpointError(f"{folder}: {len(missing)} tensors of this run are not in it: {', '.join(missing[:10])}")
+    try:
+        return dist_checkpointing.load(state, str(folder))
+    except (Exception, CheckpointException) as error:
+        raise CheckpointError(f"{folder}: does not fit this run ({_reason(error)})") from error
+
+
+def _tensors(state: Mapping[str, Any]) -> Iterator[ShardedTensor]:
+    for value in nested_values(state):
+        if isinstance(value, ShardedTensorFactory):
+            yield from _tensors({"": value.build()})
+        elif isinstance(value, ShardedTensor):
+            yield value
+
+
+def check_index(folder: Path) -> set[str]:
+    """What the index of tensors in `folder` names, when it is data, and so is what it leads to, in `folder` alone.
 
     torch unpickles the index, and what the index calls an object (the newest megatron-core keeps its settings so),
     whatever they may call.
@@ -117,6 +176,7 @@ def check_index(folder: Path) -> None:
                 with (folder / stored.relative_path).open("rb") as file:
                     file.seek(stored.offset)
                     torch.load(io.BytesIO(file.read(stored.length)), weights_only=True)
+        return set(index.state_dict_metadata)
     except Exception as error:
         raise CheckpointError(f"{path}: not an index of tensors ({error})") from None
 
@@ -141,23 +201,39 @@ def _sharded_state(
     model: list[PreferenceGPTModel], trainer: Trainer, *, is_loading: bool = False
 ) -> dict[str, Any]:
     """Model and optimizer, each tensor with its place in the whole."""
-    metadata = {**_content(), "dp_cp_group": trainer.groups.dp_cp}
-    state: dict[str, Any] = {}
-    for name, chunk in _named_chunks(model):
-        _, state[name] = extract_matching_values(chunk.sharded_state_dict(metadata=metadata), _is_left_out)
+    state = _sharded_model(model, trainer.groups, _is_left_out)
     if is_loading:
         for optimizer in trainer.optimizer.chained_optimizers:
             if isinstance(optimizer, DistributedOptimizer):
                 # torch's AdamW has no state to describe before its first step.
                 optimizer._init_optimizer_states_with_dummy_values()
+    metadata = _metadata(trainer.groups)
     state["optimizer"] = trainer.optimizer.sharded_state_dict(state, is_loading=is_loading, metadata=metadata)
     return state
+
+
+def _is_object(value: Any) -> bool:
+    return isinstance(value, ShardedObject)
 
 
 def _is_left_out(value: Any) -> bool:
     """Of a chunk's state: objects, and weights that nothing trains."""
     weight = getattr(value, "data", None)
-    return isinstance(value, ShardedObject) or (isinstance(weight, torch.nn.Parameter) and not weight.requires_grad)
+    return _is_object(value) or (isinstance(weight, torch.nn.Parameter) and not weight.requires_grad)
+
+
+def _sharded_model(
+    model: list[PreferenceGPTModel], groups: ParallelGroups, leave_out: Callable[[Any], bool]
+) -> dict[str, Any]:
+    """Every parameter that is not to be left out, with its place in the whole."""
+    return {
+        name: extract_matching_values(chunk.sharded_state_dict(metadata=_metadata(groups)), leave_out)[1]
+        for name, chunk in _named_chunks(model)
+    }
+
+
+def _metadata(groups: ParallelGroups) -> dict[str, Any]:
+    return {**_content(), "dp_cp_group": groups.dp_cp}
 
 
 def _content() -> dict[str, Any]:

@@ -25,6 +25,7 @@ MAY_IMPORT = {
     "planning": {"errors", "parallel", "loss", "config", "mcore"},
     "recipes": {"errors", "config", "training"},
     "training": {"errors", "faults", "loss", "data", "parallel", "demo", "config", "mcore", "convert", "nemo"},
+    "offline": {"errors", "data", "parallel", "config", "mcore", "convert", "training"},
 }
 # Outside packages that a room must do without, at import and in its functions alike.
 FORBIDDEN = {

@@ -21,7 +21,7 @@ from simpo_megatron.mcore import device
 
 device.install()
 
-from simpo_megatron.training.state import check_index  # noqa: E402
+from simpo_megatron.training.state import check_index, refuse_other_weights  # noqa: E402
 
 
 def index(entry=None, file="__0_0.distcp", length=16):
@@ -50,6 +50,14 @@ class Calls:
 
 def test_an_index_of_tensors_passes(tmp_path):
     check(tmp_path, index())
+    assert check_index(tmp_path) == {"weight"}
+
+
+def test_weights_that_are_no_part_of_the_model_are_named_and_a_runs_own_state_is_not(tmp_path):
+    stored = {"weight", "optimizer.state.exp_avg.weight", "rng.torch", "common_state/shard_0_1"}
+    refuse_other_weights(stored, {"weight"}, tmp_path)
+    with pytest.raises(CheckpointError, match="holds 1 tensors.*: linear_adapter.lora_A; of a run with adapters"):
+        refuse_other_weights({*stored, "linear_adapter.lora_A"}, {"weight"}, tmp_path)
 
 
 @pytest.mark.parametrize("function", [os.mkdir, os.system, eval, getattr, torch.load, __import__])

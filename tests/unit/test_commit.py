@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from simpo_megatron.errors import CheckpointError
-from simpo_megatron.training import commit
+from simpo_megatron.training import commit, lock
 
 CONTENT = {"__0_0.distcp": b"a" * 1000, "__1_0.distcp": b"b" * 999, ".metadata": b"index", "empty": b""}
 
@@ -258,7 +258,7 @@ def test_a_run_that_goes_back_puts_later_checkpoints_aside(tmp_path):
     assert steps(tmp_path) == [2, 4]
 
 
-LOCKER = "import sys, pathlib; from simpo_megatron.training import commit; commit.lock(pathlib.Path(sys.argv[1]))"
+LOCKER = "import sys, pathlib; from simpo_megatron.training import lock; lock.lock(pathlib.Path(sys.argv[1]))"
 
 
 def try_to_lock(folder):
@@ -267,7 +267,7 @@ def try_to_lock(folder):
 
 
 def test_a_second_run_cannot_have_the_same_folder_and_a_later_one_can(tmp_path):
-    held = commit.lock(tmp_path / "run")
+    held = lock.lock(tmp_path / "run")
     refused = try_to_lock(tmp_path / "run")
     assert refused.returncode and f"in use by another run (process {os.getpid()} on" in refused.stderr
     held.close()
@@ -275,19 +275,19 @@ def test_a_second_run_cannot_have_the_same_folder_and_a_later_one_can(tmp_path):
 
 
 def test_a_machine_that_sees_another_folder_is_refused(tmp_path):
-    held = commit.lock(tmp_path / "run")
-    nonce = commit.holder(held)
+    held = lock.lock(tmp_path / "run")
+    nonce = lock.holder(held)
     (tmp_path / "other").mkdir()
     for name in ("other", "absent"):
         with pytest.raises(CheckpointError, match="not the folder that the first rank sees"):
-            commit.check_same_folder(tmp_path / name, nonce)
-    commit.check_same_folder(tmp_path / "run", nonce)
+            lock.check_same_folder(tmp_path / name, nonce)
+    lock.check_same_folder(tmp_path / "run", nonce)
 
 
 def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(CheckpointError, match="cannot be written"):
-        commit.lock(tmp_path / "file")
+        lock.lock(tmp_path / "file")
 
 
 def save_and_die(folder, iteration, num_operations):

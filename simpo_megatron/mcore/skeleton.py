@@ -1,0 +1,74 @@
+"""The whole model on one rank without memory for its weights: what its parameters are called, and where they lie."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
+from torch import Tensor
+
+from simpo_megatron.config import config_from
+from simpo_megatron.mcore.families import ModelDescription, padded_vocab_size
+from simpo_megatron.mcore.model import PreferenceGPTModel, transformer_config
+from simpo_megatron.mcore.specs import block_spec
+from simpo_megatron.parallel import ParallelGroups
+
+
+@dataclass(frozen=True)
+class StoredPart:
+    """A part of a parameter and its place in one tensor of a distributed checkpoint, which stacks all layers."""
+
+    key: str
+    global_shape: tuple[int, ...]
+    offset: tuple[int, ...]
+    values: Tensor
+    """A view of the parameter with as many dimensions as the stored tensor."""
+    num_true_rows: int | None
+    """Of a vocabulary, whose stored tensor may have any number of rows beyond these."""
+
+
+class Skeleton:
+    """Parameters by name, none of them with memory, and the places megatron-core stores them in.
+
+    Its vocabulary is padded for one tensor-parallel rank.
+    """
+
+    def __init__(self, description: ModelDescription, groups: ParallelGroups) -> None:
+        config = transformer_config(description, config_from(model="unused", data=("unused",)))
+        # Megatron names a CUDA device outright otherwise.
+        config.use_cpu_initialization = True
+        with torch.device("meta"):
+            self.chunk = PreferenceGPTModel(
+                config,
+                block_spec(config, None, transformer_engine=False),
+                padded_vocab_size(description.vocab_size, 1),
+                true_vocab_size=description.vocab_size,
+                **description.gpt,
+            )
+        self._vocab_size = description.vocab_size
+        self.state: dict[str, Any] = self.chunk.sharded_state_dict(metadata={"dp_cp_group": groups.dp_cp})
+        self.shapes = {name: tuple(parameter.shape) for name, parameter in self.chunk.named_parameters()}
+        self.state = {name: self.state[name] for name in self.shapes}
+
+    def parts(self, name: str, values: Tensor) -> list[StoredPart]:
+        """Where the `values` of the parameter `name` are stored."""
+        entry = self.state[name]
+        if isinstance(entry, ShardedTensorFactory):
+            found = nested_values(entry.build_fn(entry.key, values, entry.replica_id, entry.flattened_range))
+        else:
+            found = [replace(entry, data=values, dtype=values.dtype)]
+        return [self._stored_part(part) for part in found]
+
+    def _stored_part(self, part: ShardedTensor) -> StoredPart:
+        stacked = part.data.view((1,) * part.prepend_axis_num + tuple(part.data.shape))
+        return StoredPart(
+            key=part.key,
+            global_shape=tuple(part.global_shape),
+            offset=tuple(part.global_offset),
+            values=stacked,
+            num_true_rows=self._vocab_size if part.allow_shape_mismatch else None,
+        )

@@ -1,0 +1,27 @@
+"""What every command on whole models does around its work."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Callable
+
+from simpo_megatron.errors import SimPOError
+from simpo_megatron.mcore import device
+from simpo_megatron.parallel import ParallelGroups, alone
+
+
+def run_command(work: Callable[[ParallelGroups], int]) -> int:
+    """The exit code of a command: what `work` returns, or that of its error, which is printed in one line.
+
+    Modules that import megatron are to be imported by `work`, which runs after megatron is made to run on this machine.
+    """
+    # Of what megatron, torch and transformers say to their own developers, nothing is the user's to mend.
+    warnings.simplefilter("ignore")
+    device.install()
+    try:
+        with alone() as groups:
+            return work(groups)
+    except SimPOError as error:
+        print(f"ERROR {error}", file=sys.stderr)
+        return error.exit_code

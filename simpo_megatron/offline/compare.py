@@ -1,0 +1,107 @@
+"""Whether two models are the same: every tensor by its hash, and what both say of given pairs."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from simpo_megatron.config import config_from
+from simpo_megatron.convert.files import TensorSpec
+from simpo_megatron.data import PairOptions, PreferenceDataset, build_preference_dataset
+from simpo_megatron.mcore.families import ModelDescription
+from simpo_megatron.mcore.model import build_model
+from simpo_megatron.offline.weights import HfWeights, Weights
+from simpo_megatron.parallel import ParallelGroups
+from simpo_megatron.training.assembly import load_tokenizer
+from simpo_megatron.training.weights import fill_weights
+
+
+@dataclass(frozen=True)
+class ComparedTensor:
+    """One tensor of either model; None where a model has no tensor of that name."""
+
+    name: str
+    specs: tuple[TensorSpec | None, TensorSpec | None]
+    sha256: tuple[str | None, str | None]
+    largest_difference: float | None
+    """Of two elements in the same place, None where the shapes differ or a tensor is missing; zero when equal."""
+
+    @property
+    def is_equal(self) -> bool:
+        return None not in self.sha256 and self.specs[0] == self.specs[1] and self.sha256[0] == self.sha256[1]
+
+
+def compare_tensors(first: Weights, second: Weights) -> Iterator[ComparedTensor]:
+    """Every tensor of either model, one of each in memory at a time."""
+    for name in {**first.specs, **second.specs}:
+        specs = first.specs.get(name), second.specs.get(name)
+        tensors = [weights.read(name) if name in weights.specs else None for weights in (first, second)]
+        hashes = [None if tensor is None else hash_tensor(tensor) for tensor in tensors]
+        yield ComparedTensor(name, specs, tuple(hashes), _largest_difference(*tensors))
+
+
+def hash_tensor(tensor: Tensor) -> str:
+    """64 hex digits of the bytes of `tensor` in its own dtype."""
+    return hashlib.sha256(tensor.contiguous().flatten().view(torch.uint8).numpy()).hexdigest()
+
+
+def _largest_difference(first: Tensor | None, second: Tensor | None) -> float | None:
+    if first is None or second is None or first.shape != second.shape:
+        return None
+    if first.dtype == second.dtype and torch.equal(first, second):
+        return 0.0
+    # Row by row, for a whole table in fp64 would be four times its size.
+    rows = zip(first.reshape(len(first), -1), second.reshape(len(second), -1), strict=True)
+    return max(float((a.double() - b.double()).abs().max()) for a, b in rows)
+
+
+def read_pairs(files: Sequence[str], folder: Path, cache: Path, max_pairs: int) -> PreferenceDataset:
+    """The first `max_pairs` pairs of `files`, tokenised with the tokenizer of `folder`."""
+    dataset = build_preference_dataset(files, load_tokenizer(folder), PairOptions(), cache)
+    return dataset.select(torch.arange(min(max_pairs, len(dataset))).numpy())
+
+
+@torch.no_grad()
+def average_log_probs(weights: Weights, pairs: PreferenceDataset, groups: ParallelGroups) -> list[tuple[float, float]]:
+    """(chosen, rejected) average log-prob per response token of each pair, computed in fp32 on the CPU.
+
+    A Hugging Face folder is computed by transformers, a checkpoint by megatron-core, so that neither vouches for the
+    other. The whole model is in memory, in fp32.
+    """
+    logits_of = _transformers(weights.folder) if isinstance(weights, HfWeights) else _megatron(weights, groups)
+    averages = []
+    for index in range(len(pairs)):
+        pair = pairs[index]
+        prompt = torch.tensor(pair.prompt_ids, dtype=torch.long)
+        responses = [torch.tensor(ids, dtype=torch.long) for ids in (pair.chosen_ids, pair.rejected_ids)]
+        averages.append(tuple(_average(logits_of, prompt, response, weights.description) for response in responses))
+    return averages
+
+
+def _average(logits_of, prompt: Tensor, response: Tensor, description: ModelDescription) -> float:
+    logits = logits_of(torch.cat((prompt, response))[None])[0, len(prompt) - 1 : -1, : description.vocab_size]
+    return float(logits.log_softmax(-1).gather(1, response[:, None]).mean())
+
+
+def _transformers(folder: Path):
+    from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, trust_remote_code=False, local_files_only=True
+    ).eval()
+    return lambda tokens: model(tokens).logits
+
+
+def _megatron(weights: Weights, groups: ParallelGroups):
+    config = config_from(model=str(weights.folder), data=("unused",), bf16=False)
+    (chunk,) = model = build_model(weights.description, config, groups)
+    fill_weights(model, weights.folder, weights.description, groups)
+    chunk.eval()
+    return lambda tokens: chunk(tokens, torch.arange(tokens.shape[1])[None], None)

@@ -1,0 +1,123 @@
+"""A Hugging Face folder as a Megatron checkpoint, and a checkpoint as a Hugging Face folder, tensor by tensor."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from simpo_megatron import __version__
+from simpo_megatron.convert.files import TensorSpec, write_safetensors
+from simpo_megatron.convert.folder import (
+    MAX_SHARD_BYTES,
+    complete_folder,
+    copy_model_files,
+    divide,
+    file_names,
+    refuse_existing_export,
+    write_json,
+)
+from simpo_megatron.convert.load import fill
+from simpo_megatron.convert.mapping import pieces_of
+from simpo_megatron.errors import CheckpointError
+from simpo_megatron.mcore.skeleton import Skeleton
+from simpo_megatron.offline.progress import Transfer
+from simpo_megatron.offline.staging import new_folder
+from simpo_megatron.offline.torch_dist import write_parameters
+from simpo_megatron.offline.weights import Weights
+from simpo_megatron.parallel import ParallelGroups
+from simpo_megatron.training import commit
+from simpo_megatron.training.checkpoint import model_facts
+
+
+def to_mcore(
+    weights: Weights, out_folder: Path, groups: ParallelGroups, *, dtype: torch.dtype | None = None
+) -> None:
+    """Write `weights` as a checkpoint of megatron-core, committed, that any layout reads.
+
+    `out_folder`/release holds it, with configuration and tokenizer; Megatron's pointer file beside it names it. Memory:
+    twice the largest tensor and what the libraries take.
+
+    Args:
+        dtype: of all parameters; None leaves each tensor as it is stored.
+
+    Raises:
+        CheckpointError: `out_folder` exists, or cannot be written, or tensors that Megatron joins differ in dtype.
+    """
+    if out_folder.exists() and (not out_folder.is_dir() or any(out_folder.iterdir())):
+        raise CheckpointError(f"{out_folder}: exists already; remove it or name another folder")
+    skeleton = Skeleton(weights.description, groups)
+    dtypes = {
+        name: dtype or _common_dtype(weights, {piece.hf_name for piece in _pieces(weights, skeleton, name)})
+        for name in skeleton.shapes
+    }
+    num_bytes = sum(
+        TensorSpec(shape, dtypes[name]).num_bytes for name, shape in skeleton.shapes.items()
+    )
+    with new_folder(out_folder) as staging, Transfer("write megatron", num_bytes) as transfer:
+        folder = staging / commit.RELEASE
+        folder.mkdir()
+
+        def compute(name: str) -> Tensor:
+            values = torch.empty(skeleton.shapes[name], dtype=dtypes[name])
+            for piece in _pieces(weights, skeleton, name, values):
+                fill(piece, weights.read(piece.hf_name), 0, weights.description)
+            transfer.advance(values.nbytes)
+            return values
+
+        write_parameters(skeleton, dtypes, compute, folder)
+        copy_model_files(weights.folder, folder)
+        write_json(folder / "config.json", weights.description.hf_config)
+        facts = {"model": model_facts(weights.description), "converted_by": f"simpo_megatron {__version__}"}
+        commit.release(staging, facts)
+
+
+def to_hf(
+    weights: Weights,
+    out_folder: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    model_card: str | None = None,
+) -> None:
+    """Write `weights` as a Hugging Face folder; an earlier export there is replaced.
+
+    Memory: twice the largest tensor and what the libraries take.
+
+    Args:
+        dtype: of all tensors; None leaves each as it is stored.
+
+    Raises:
+        CheckpointError: `out_folder` is something else, or cannot be written.
+    """
+    refuse_existing_export(out_folder)
+    specs = {name: replace(spec, dtype=dtype or spec.dtype) for name, spec in weights.specs.items()}
+    parts = divide(specs, max_shard_bytes)
+    files = dict(zip(file_names(len(parts)), parts, strict=True))
+    num_bytes = sum(spec.num_bytes for spec in specs.values())
+    with new_folder(out_folder) as staging, Transfer("write hf", num_bytes) as transfer:
+
+        def tensor(name: str) -> Tensor:
+            transfer.advance(specs[name].num_bytes)
+            return weights.read(name).to(specs[name].dtype)
+
+        for file, part in files.items():
+            write_safetensors(staging / file, part, map(tensor, part))
+        complete_folder(staging, weights.folder, weights.description.hf_config, files, model_card)
+
+
+def _pieces(weights: Weights, skeleton: Skeleton, name: str, values: Tensor | None = None) -> list:
+    values = torch.empty(skeleton.shapes[name], device="meta") if values is None else values
+    return pieces_of(skeleton.chunk, name, values, weights.description, tp_size=1)
+
+
+def _common_dtype(weights: Weights, hf_names: set[str]) -> torch.dtype:
+    dtypes = {weights.specs[name].dtype for name in hf_names}
+    if len(dtypes) > 1:
+        raise CheckpointError(
+            f"{weights.folder}: {', '.join(sorted(hf_names))} become one tensor of Megatron's and are stored as "
+            f"{', '.join(sorted(map(str, dtypes)))}; name one with --dtype"
+        )
+    return dtypes.pop()

@@ -1,0 +1,168 @@
+"""megatron-core's distributed checkpoints, written and read one parameter at a time.
+
+megatron-core saves from, and loads into, tensors that are all in memory. torch's checkpoint library beneath it asks
+for each tensor when it comes to it; that is all that is made use of here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+from torch import Tensor
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, create_default_global_save_plan
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import (
+    LoadPlan,
+    SavePlan,
+    SavePlanner,
+    TensorWriteData,
+    WriteItem,
+    WriteItemType,
+)
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+
+from simpo_megatron.errors import CheckpointError
+from simpo_megatron.mcore.skeleton import Skeleton, StoredPart
+from simpo_megatron.training.state import check_index
+
+COMMON_FILE = "common.pt"
+"""What megatron-core calls the file of all that is no tensor."""
+
+
+def write_parameters(
+    skeleton: Skeleton, dtypes: dict[str, torch.dtype], compute: Callable[[str], Tensor], folder: Path
+) -> None:
+    """Write a checkpoint of weights alone into the empty `folder`, holding one parameter at a time.
+
+    Args:
+        dtypes: of each parameter, by its name.
+        compute: the values of a parameter, by its name.
+    """
+    # The form that every version of megatron-core reads; the newest writes another, which older ones do not read.
+    torch.save({"checkpoint_version": 3.0, "iteration": 0}, folder / COMMON_FILE)
+    writer = _Writer(folder, sync_files=False)
+    dcp.save({}, storage_writer=writer, planner=_Planner(skeleton, dtypes, compute))
+    save_config(CheckpointingConfig("torch_dist", 1), str(folder))
+
+
+class _Writer(dcp.FileSystemWriter):
+    """torch's writer, saying nothing of the folder it wrote in, which has another name when it is done."""
+
+    def storage_meta(self) -> None:
+        return None
+
+
+class _Planner(SavePlanner):
+    """Announces every parameter, and computes it when it is its turn to be written."""
+
+    def __init__(
+        self, skeleton: Skeleton, dtypes: dict[str, torch.dtype], compute: Callable[[str], Tensor]
+    ) -> None:
+        self.skeleton, self.dtypes, self.compute = skeleton, dtypes, compute
+        self.parameter_of: dict[tuple[str, tuple[int, ...]], str] = {}
+        self.current: tuple[str, dict[tuple[str, tuple[int, ...]], Tensor]] = ("", {})
+
+    def set_up_planner(self, state_dict: Any, storage_meta: Any = None, is_coordinator: bool = False) -> None:
+        pass
+
+    def create_local_plan(self) -> SavePlan:
+        items = []
+        for name, shape in self.skeleton.shapes.items():
+            for part in self.skeleton.parts(name, torch.empty(shape, dtype=self.dtypes[name], device="meta")):
+                self.parameter_of[part.key, part.offset] = name
+                items.append(_write_item(part))
+        return SavePlan(items)
+
+    def create_global_plan(self, all_plans: list[SavePlan]) -> Any:
+        return create_default_global_save_plan(all_plans)
+
+    def finish_plan(self, new_plan: SavePlan) -> SavePlan:
+        return new_plan
+
+    def resolve_data(self, write_item: WriteItem) -> Tensor:
+        place = write_item.index.fqn, tuple(write_item.index.offset)
+        name = self.parameter_of[place]
+        if self.current[0] != name:
+            self.current = ("", {})
+            parts = self.skeleton.parts(name, self.compute(name))
+            self.current = (name, {(part.key, part.offset): part.values for part in parts})
+        return self.current[1][place]
+
+
+def _write_item(part: StoredPart) -> WriteItem:
+    size = torch.Size(part.global_shape)
+    chunk = ChunkStorageMetadata(offsets=torch.Size(part.offset), sizes=part.values.shape)
+    properties = TensorProperties(dtype=part.values.dtype)
+    return WriteItem(
+        index=MetadataIndex(part.key, part.offset),
+        type=WriteItemType.SHARD,
+        tensor_data=TensorWriteData(chunk=chunk, properties=properties, size=size),
+    )
+
+
+class CheckpointReader:
+    """The tensors of a distributed checkpoint, whatever layout wrote them."""
+
+    def __init__(self, folder: Path) -> None:
+        """Raises: CheckpointError, when the index of `folder` is more than an index."""
+        check_index(folder)
+        self.folder = folder
+        self.reader = dcp.FileSystemReader(folder)
+        metadata = self.reader.read_metadata()
+        self.reader.set_up_storage_reader(metadata, is_coordinator=True)
+        entries = metadata.state_dict_metadata.items()
+        self.tensors = {key: entry for key, entry in entries if isinstance(entry, TensorStorageMetadata)}
+
+    def tensor(self, part: StoredPart) -> TensorStorageMetadata:
+        """What is stored under the key of `part`.
+
+        Raises:
+            CheckpointError: nothing, or a tensor of another shape; the rows that pad a vocabulary may differ in number.
+        """
+        stored = self.tensors.get(part.key)
+        if stored is None:
+            raise CheckpointError(f"{self.folder}: holds no {part.key}, which a model with this config.json has")
+        found, expected = tuple(stored.size), part.global_shape
+        if part.num_true_rows is not None and len(found) == len(expected) and found[0] >= part.num_true_rows:
+            expected = (found[0], *expected[1:])
+        if found != expected:
+            raise CheckpointError(
+                f"{self.folder}: {part.key} has shape {list(found)}, config.json makes it {list(expected)}"
+            )
+        return stored
+
+    def fill(self, part: StoredPart) -> None:
+        """Fill the values of `part` from the checkpoint; rows that only padded the vocabulary may stay as they are.
+
+        Raises:
+            CheckpointError: a part of it is stored nowhere.
+        """
+        stored = self.tensor(part)
+        num_rows = min(part.values.shape[0], stored.size[0] - part.offset[0])
+        wanted = part.values[:num_rows]
+        chunk = ChunkStorageMetadata(offsets=torch.Size(part.offset), sizes=wanted.shape)
+        items = create_read_items_for_chunk_list(part.key, stored, [chunk])
+        if sum(item.lengths.numel() for item in items) != wanted.numel():
+            raise CheckpointError(f"{self.folder}: a part of {part.key} is in no file")
+        self.reader.read_data(LoadPlan(items), _Into(wanted)).wait()
+
+
+class _Into(DefaultLoadPlanner):
+    """Reads into one tensor."""
+
+    def __init__(self, target: Tensor) -> None:
+        super().__init__()
+        self.target = target
+
+    def lookup_tensor(self, index: MetadataIndex) -> Tensor:
+        return self.target

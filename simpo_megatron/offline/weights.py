@@ -1,0 +1,117 @@
+"""The tensors of a model under their Hugging Face names, one at a time, from a folder or from a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from simpo_megatron.convert.export import gather_tensor
+from simpo_megatron.convert.files import DTYPE_NAMES, TensorSpec, open_safetensors
+from simpo_megatron.convert.load import checked_tensors
+from simpo_megatron.convert.mapping import hf_tensors, pieces_of
+from simpo_megatron.errors import CheckpointError
+from simpo_megatron.mcore.families import ModelDescription, describe_hf_model
+from simpo_megatron.mcore.skeleton import Skeleton
+from simpo_megatron.offline.torch_dist import CheckpointReader
+from simpo_megatron.parallel import ParallelGroups
+from simpo_megatron.training import commit
+from simpo_megatron.training.state import refuse_other_weights
+
+_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+
+
+class Weights(Protocol):
+    """A model whose tensors can be had one by one."""
+
+    folder: Path
+    """Where configuration and tokenizer are too."""
+    description: ModelDescription
+    specs: Mapping[str, TensorSpec]
+    """Every tensor of the model, in the order of the forward."""
+
+    def read(self, name: str) -> Tensor:
+        """The tensor `name` on the CPU, as it is stored."""
+        ...
+
+
+def open_weights(path: str | Path, groups: ParallelGroups) -> Weights:
+    """The model at `path`: a Hugging Face folder, a committed checkpoint, or a folder whose newest one counts.
+
+    Raises:
+        CheckpointError: it is none of them, damaged, or holds another model than its config.json describes.
+        ConfigError: its family, or an option of it, is not supported.
+    """
+    folder = commit.named(Path(path))
+    return HfWeights(Path(path)) if folder is None else MegatronWeights(folder, groups)
+
+
+class HfWeights:
+    """A folder of safetensors."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.description = describe_hf_model(folder)
+        self._stored = checked_tensors(folder, self.description)
+        self.specs = {
+            name: TensorSpec(shape, _DTYPES[self._stored[name].dtype])
+            for name, shape in hf_tensors(self.description).items()
+        }
+
+    def read(self, name: str) -> Tensor:
+        # Opened anew each time: the pages of a file count as this process's memory until it is closed.
+        with open_safetensors(self._stored[name].file) as file:
+            return file.get_tensor(name)
+
+
+class MegatronWeights:
+    """A committed checkpoint, every file of it verified."""
+
+    def __init__(self, folder: Path, groups: ParallelGroups) -> None:
+        self.folder, self._tp_group = folder, groups.tp
+        self.checkpoint = commit.read(folder)
+        if "config.json" not in self.checkpoint.files:
+            raise CheckpointError(f"{folder}: has no config.json; an earlier version saved it, resume that run once")
+        commit.check_hashes(self.checkpoint, self.checkpoint.files)
+        self.description = describe_hf_model(folder)
+        self._skeleton = Skeleton(self.description, groups)
+        self._reader = CheckpointReader(folder)
+        self._parameters: dict[str, dict[str, None]] = {}
+        self._dtypes: dict[str, torch.dtype] = {}
+        on_meta = {name: torch.empty(shape, device="meta") for name, shape in self._skeleton.shapes.items()}
+        parts = {name: self._skeleton.parts(name, values) for name, values in on_meta.items()}
+        refuse_other_weights(set(self._reader.tensors), {part.key for own in parts.values() for part in own}, folder)
+        for parameter, values in on_meta.items():
+            self._dtypes[parameter] = self._reader.tensor(parts[parameter][0]).properties.dtype
+            for piece in self._pieces(parameter, values):
+                self._parameters.setdefault(piece.hf_name, {})[parameter] = None
+        self.specs = {
+            name: TensorSpec(shape, self._dtypes[next(iter(self._parameters[name]))])
+            for name, shape in hf_tensors(self.description).items()
+        }
+        self._last: tuple[str, Tensor] | None = None
+
+    def read(self, name: str) -> Tensor:
+        found = [
+            piece
+            for parameter in self._parameters[name]
+            for piece in self._pieces(parameter, self._values(parameter))
+            if piece.hf_name == name
+        ]
+        return gather_tensor(found, self.description, self.specs[name].dtype, tp_group=self._tp_group)
+
+    def _pieces(self, parameter: str, values: Tensor) -> list:
+        return pieces_of(self._skeleton.chunk, parameter, values, self.description, tp_size=1)
+
+    def _values(self, parameter: str) -> Tensor:
+        """The whole parameter; the last one stays, for it may be several Hugging Face tensors."""
+        if self._last is None or self._last[0] != parameter:
+            self._last = None
+            values = torch.empty(self._skeleton.shapes[parameter], dtype=self._dtypes[parameter])
+            for part in self._skeleton.parts(parameter, values):
+                self._reader.fill(part)
+            self._last = (parameter, values)
+        return self._last[1]

@@ -1,0 +1,65 @@
+"""The lock on a run's folder: one run at a time, and the same folder on every machine."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+import uuid
+from pathlib import Path
+from typing import IO
+
+from simpo_megatron.errors import CheckpointError
+
+_LOCK_FILE = ".lock"
+_MAX_HOLDER = 400
+
+
+def lock(save: Path) -> IO[str]:
+    """The open lock file of the run's folder, which is made; the lock lasts until the file or the process ends.
+
+    Raises:
+        CheckpointError: another process holds it, or the folder cannot be written.
+    """
+    try:
+        save.mkdir(parents=True, exist_ok=True)
+        # A lock of the process, not of the open file: helper processes that outlive a killed run do not keep it.
+        file = (save / _LOCK_FILE).open("a+", encoding="utf-8")
+    except OSError as error:
+        raise CheckpointError(f"save: {save} cannot be written ({error.strerror}); name a folder of yours") from None
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        other = holder(file) or "unknown"
+        file.close()
+        raise CheckpointError(
+            f"save: {save} is in use by another run ({other}); wait for it or choose another folder"
+        ) from None
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}, {uuid.uuid4().hex}")
+    file.flush()
+    os.fsync(file.fileno())
+    return file
+
+
+def holder(held: IO[str]) -> str:
+    """What the open lock file says of its holder, which no other run's does."""
+    held.seek(0)
+    return held.read(_MAX_HOLDER)
+
+
+def check_same_folder(save: Path, expected_holder: str) -> None:
+    """Nothing, when this machine sees the folder that `expected_holder` locked. Not for the holder's own process.
+
+    Raises:
+        CheckpointError: it does not.
+    """
+    try:
+        found = (save / _LOCK_FILE).read_text(encoding="utf-8")
+    except OSError:
+        found = ""
+    if found != expected_holder:
+        raise CheckpointError(
+            f"save: {save} on {socket.gethostname()} is not the folder that the first rank sees; name one that all "
+            "machines share"
+        )

@@ -1,0 +1,95 @@
+"""Read converted checkpoints under parallel layouts, by this package and by megatron-core alone, and write some.
+
+`offline_worker.py FOLDER`: FOLDER/job.json names models and layouts. FOLDER/<model> is a Hugging Face folder,
+FOLDER/<model>.megatron its conversion. Each layout leaves FOLDER/<model>.<layout>, a checkpoint of the same weights.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+from simpo_megatron.mcore import device
+
+device.install()
+
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+from megatron.core import dist_checkpointing, parallel_state  # noqa: E402
+from megatron.core.dist_checkpointing.dict_utils import extract_matching_values  # noqa: E402
+from megatron.core.dist_checkpointing.mapping import ShardedObject  # noqa: E402
+
+from simpo_megatron import parallel  # noqa: E402
+from simpo_megatron.config import config_from  # noqa: E402
+from simpo_megatron.convert import load_hf_weights  # noqa: E402
+from simpo_megatron.mcore.families import describe_hf_model  # noqa: E402
+from simpo_megatron.mcore.model import build_model  # noqa: E402
+from simpo_megatron.training import commit  # noqa: E402
+from simpo_megatron.training.weights import fill_weights  # noqa: E402
+
+
+def run(model: Path, layout: str, options: dict) -> None:
+    config = config_from(model=str(model), data=("unused",), bf16=False, **options)
+    groups = parallel.initialize(config.parallel.sizes, backend="gloo", timeout_minutes=3)
+    parallel.seed_everything(1)
+    description = describe_hf_model(model)
+    expected, found, megatrons = (build_model(description, config, groups) for _ in range(3))
+    for chunk in (*expected, *found, *megatrons):
+        for parameter in chunk.parameters():
+            parameter.data.fill_(float("nan"))
+    load_hf_weights(expected, model, description, tp_rank=groups.tp.rank(), tp_size=groups.tp.size())
+    release = Path(f"{model}.megatron") / "release"
+    fill_weights(found, release, description, groups)
+    for before, after in zip(expected, found, strict=True):
+        for name, parameter in before.named_parameters():
+            assert torch.equal(after.get_parameter(name), parameter), f"{model.name} {layout} {name}"
+    read_as_megatron_does(megatrons, expected, release, description.vocab_size)
+    write(expected, Path(f"{model}.{layout}"), release)
+    dist.barrier()
+    parallel_state.destroy_model_parallel()
+
+
+def sharded(chunks: list) -> dict:
+    names = ["model"] if len(chunks) == 1 else [f"model{number}" for number in range(len(chunks))]
+    whole = {name: chunk.sharded_state_dict() for name, chunk in zip(names, chunks, strict=True)}
+    return extract_matching_values(whole, lambda value: isinstance(value, ShardedObject))[1]
+
+
+def read_as_megatron_does(chunks: list, expected: list, release: Path, vocab_size: int) -> None:
+    """With nothing of this package: what megatron.training's load_checkpoint calls."""
+    assert dist_checkpointing.check_is_distributed_checkpoint(str(release))
+    common = dist_checkpointing.load_common_state_dict(str(release))
+    assert (common["checkpoint_version"], common["iteration"]) == (3.0, 0)
+    state = dist_checkpointing.load(sharded(chunks), str(release), strict="raise_all")
+    for name, chunk, before in zip(state.keys() - common.keys(), chunks, expected, strict=False):
+        if len(chunks) > 1:
+            continue
+        chunk.load_state_dict(state[name], strict=False)
+        for key, parameter in before.named_parameters():
+            assert torch.equal(chunk.get_parameter(key), parameter), key
+
+
+def write(chunks: list, save: Path, release: Path) -> None:
+    """A committed checkpoint as a run of this layout leaves it, without an optimizer."""
+    draft = save / "draft"
+    if dist.get_rank() == 0:
+        draft.mkdir(parents=True)
+    dist.barrier()
+    device.save_without_helper_process()
+    dist_checkpointing.save({"iteration": 7, **sharded(chunks)}, str(draft))
+    if dist.get_rank() == 0:
+        shutil.copyfile(release / "config.json", draft / "config.json")
+        files = {path.name: commit.digest_file(path) for path in draft.iterdir()}
+        commit.commit(draft, 7, files, {})
+    dist.barrier()
+
+
+if __name__ == "__main__":
+    folder = Path(sys.argv[1])
+    job = json.loads((folder / "job.json").read_text())
+    for layout_name, layout_options in job["layouts"].items():
+        for model_name in job["models"]:
+            run(folder / model_name, layout_name, layout_options)
+    dist.destroy_process_group()

@@ -1,0 +1,164 @@
+"""Averages are what float64 says, comparisons see a single bit, and what cannot be averaged is refused by name."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from data_tokenizers import llama_like, qwen_like
+from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from simpo_megatron.demo import prepare_demo
+from simpo_megatron.errors import CheckpointError
+from simpo_megatron.mcore import device
+from simpo_megatron.offline.staging import new_folder
+from tools import merge_checkpoints, verify_checkpoint
+
+device.install()
+
+TINY = {
+    "vocab_size": 1003,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 2048,
+}
+
+
+def write_model(folder: Path, seed: int, dtype=torch.bfloat16, tokenizer=None, **changes) -> Path:
+    torch.manual_seed(seed)
+    LlamaForCausalLM(LlamaConfig(**{**TINY, **changes})).to(dtype).save_pretrained(folder)
+    if tokenizer:
+        tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    for seed, name in enumerate(("a", "b", "c")):
+        write_model(folder / name, seed, tokenizer=llama_like(), dtype=torch.float32 if name == "c" else torch.bfloat16)
+    return folder
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def merge(*arguments: object) -> int:
+    return merge_checkpoints.main(list(map(str, arguments)))
+
+
+def test_an_average_is_the_fp64_one_rounded_once(models, tmp_path):
+    out = tmp_path / "out"
+    assert merge(out, models / "a", models / "b", models / "c", "--shares", 3, 1, -0.5) == 0
+    found, *sources = map(weights, (out, models / "a", models / "b", models / "c"))
+    changed = 0
+    for name, tensor in found.items():
+        exact = sum(share * source[name].double() for share, source in zip((3, 1, -0.5), sources, strict=True)) / 3.5
+        assert tensor.dtype == torch.bfloat16
+        # Half a unit in the last place of bf16, and what fp32 sums add.
+        assert ((tensor.double() - exact).abs() <= exact.abs() * 2**-7.99 + 1e-8).all(), name
+        changed += not torch.equal(tensor, sources[0][name])
+    assert changed > 10
+    assert (out / "tokenizer.json").read_bytes() == (models / "a" / "tokenizer.json").read_bytes()
+    assert "0.857143 x `a`" in (out / "README.md").read_text()
+
+
+def test_the_average_of_a_model_with_itself_is_itself(models, tmp_path):
+    assert merge(tmp_path / "out", models / "a", models / "a") == 0
+    assert all(torch.equal(tensor, weights(models / "a")[name]) for name, tensor in weights(tmp_path / "out").items())
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"rms_norm_eps": 1e-5}, "layernorm_epsilon is 1e-06 and 1e-05"),
+        ({"num_hidden_layers": 3}, "num_layers is 2 and 3"),
+        ({"vocab_size": 1100}, "vocab_size is 1003 and 1100"),
+        ({"tokenizer": qwen_like()}, "tokenizers differ in"),
+        ({"tokenizer": None}, "only one has a tokenizer"),
+    ],
+)
+def test_models_that_are_not_one_are_refused(models, tmp_path, capsys, changes, said):
+    other = write_model(tmp_path / "other", 7, **{"tokenizer": llama_like(), **changes})
+    assert merge(tmp_path / "out", models / "a", other) == 4
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_another_chat_template_is_refused(models, tmp_path, capsys):
+    tokenizer = llama_like()
+    tokenizer.chat_template += " "
+    other = write_model(tmp_path / "other", 7, tokenizer=tokenizer)
+    assert merge(tmp_path / "out", models / "a", other) == 4
+    assert "tokenizers differ in chat_template" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("shares", [(1,), (1, -1), (float("nan"), 1), (float("inf"), 1)])
+def test_shares_that_make_no_average_are_refused(models, tmp_path, capsys, shares):
+    assert merge(tmp_path / "out", models / "a", models / "b", "--shares", *shares) == 2
+    assert "shares: found" in capsys.readouterr().err
+
+
+def test_a_single_bit_is_seen_and_named(models, tmp_path, capsys):
+    assert verify_checkpoint.main([str(models / "a"), str(models / "a")]) == 0
+    assert "equal in every byte" in capsys.readouterr().out
+    copy = tmp_path / "copy"
+    shutil.copytree(models / "a", copy)
+    changed = weights(copy)
+    name = "model.layers.1.mlp.up_proj.weight"
+    changed[name].view(torch.int16)[5, 7] ^= 1
+    save_file(changed, copy / "model.safetensors")
+    assert verify_checkpoint.main([str(models / "a"), str(copy)]) == 1
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "DIFFERS" in line]
+    assert name in line and "at most" in line
+
+
+def test_the_same_numbers_in_another_dtype_are_not_the_same_model(models, tmp_path, capsys):
+    copy = tmp_path / "copy"
+    shutil.copytree(models / "a", copy)
+    save_file({name: tensor.float() for name, tensor in weights(copy).items()}, copy / "model.safetensors")
+    assert verify_checkpoint.main([str(models / "a"), str(copy)]) == 1
+    out = capsys.readouterr().out
+    assert "DIFFERS by 0 at most" in out and "bfloat16 [32] / float32 [32]" in out
+
+
+def test_log_probs_of_both_sides_are_printed_and_judged(models, tmp_path, capsys):
+    pairs = prepare_demo(tmp_path / "demo").valid_file
+    arguments = ["--pairs", str(pairs), "--max-pairs", "2"]
+    assert verify_checkpoint.main([str(models / "a"), str(models / "b"), *arguments]) == 1
+    out = capsys.readouterr().out
+    assert "largest difference of 4 average log-probs" in out and "average log-prob of a token" in out
+
+
+def test_two_writers_of_one_output_do_not_meet(tmp_path):
+    with new_folder(tmp_path / "out") as staging:
+        (staging / "file").write_text("first")
+        with pytest.raises(CheckpointError, match="another process is writing it"), new_folder(tmp_path / "out"):
+            pass
+        assert (staging / "file").exists()
+    assert (tmp_path / "out" / "file").read_text() == "first"
+
+
+def test_what_a_killed_writer_left_is_removed_and_an_error_leaves_nothing(tmp_path):
+    left = tmp_path / ".out.partial" / "half"
+    left.mkdir(parents=True)
+    (left / "file").write_text("half")
+    with pytest.raises(RuntimeError), new_folder(tmp_path / "out") as staging:
+        assert not list(staging.iterdir())
+        raise RuntimeError
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "file").touch()
+    with pytest.raises(CheckpointError, match="cannot be written"), new_folder(tmp_path / "file" / "out"):
+        pass
+
+
+def test_json_of_a_model_is_what_a_merge_keeps(models, tmp_path):
+    assert merge(tmp_path / "out", models / "b", models / "a") == 0
+    kept = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert kept == json.loads((models / "b" / "config.json").read_text())

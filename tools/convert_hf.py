@@ -1,0 +1,59 @@
+"""Converts between Hugging Face folders and Megatron checkpoints, in the dtype that is stored, tensor by tensor.
+
+python tools/convert_hf.py hf-to-mcore Llama-3.1-8B checkpoints/llama    # writes checkpoints/llama/release
+python tools/convert_hf.py mcore-to-hf runs/mine out                     # the newest checkpoint of a run
+python tools/convert_hf.py mcore-to-hf runs/mine/iter_0000100 out --dtype bfloat16
+
+Needs memory for twice the largest tensor (70B: about 5 GiB), no GPU. The output appears when it is whole; after a kill,
+the same command starts again cleanly.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from simpo_megatron.offline.command import run_command
+from simpo_megatron.parallel import ParallelGroups
+
+DTYPES = ("bfloat16", "float16", "float32")
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """Returns the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    to_mcore = commands.add_parser("hf-to-mcore", help="a Hugging Face folder to a Megatron checkpoint")
+    to_mcore.add_argument("source", type=Path, metavar="HF_FOLDER")
+    to_hf = commands.add_parser("mcore-to-hf", help="a committed Megatron checkpoint to a Hugging Face folder")
+    to_hf.add_argument("source", type=Path, metavar="CHECKPOINT", help="it, or a folder whose newest one counts")
+    for command in (to_mcore, to_hf):
+        command.add_argument("out", type=Path, metavar="OUT_FOLDER")
+        command.add_argument("--dtype", choices=DTYPES, help="write all weights so; as stored when not given")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit code: 0, or that of the error, which is printed."""
+    arguments = parse_arguments(argv)
+    return run_command(lambda groups: convert(arguments, groups))
+
+
+def convert(arguments: argparse.Namespace, groups: ParallelGroups) -> int:
+    """Writes the output and returns 0."""
+    import torch
+
+    from simpo_megatron.offline.convert import to_hf, to_mcore
+    from simpo_megatron.offline.weights import open_weights
+
+    dtype = getattr(torch, arguments.dtype) if arguments.dtype else None
+    weights = open_weights(arguments.source, groups)
+    if arguments.command == "hf-to-mcore":
+        to_mcore(weights, arguments.out, groups, dtype=dtype)
+    else:
+        to_hf(weights, arguments.out, dtype=dtype)
+    print(arguments.out)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
