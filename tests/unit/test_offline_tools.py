@@ -1,5 +1,6 @@
 """Averages are what float64 says, comparisons see a single bit, and what cannot be averaged is refused by name."""
 
+import copy
 import json
 import shutil
 from pathlib import Path
@@ -92,7 +93,7 @@ def test_models_that_are_not_one_are_refused(models, tmp_path, capsys, changes, 
 
 
 def test_another_chat_template_is_refused(models, tmp_path, capsys):
-    tokenizer = llama_like()
+    tokenizer = copy.deepcopy(llama_like())
     tokenizer.chat_template += " "
     other = write_model(tmp_path / "other", 7, tokenizer=tokenizer)
     assert merge(tmp_path / "out", models / "a", other) == 4

@@ -1,0 +1,154 @@
+"""A resume refuses another model, precision, tokenizer, order of pairs or objective, naming each with both values."""
+
+import copy
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from data_tokenizers import llama_like
+from tokenizers import Tokenizer
+
+from simpo_megatron.config import config_from
+from simpo_megatron.data import PairOptions, build_preference_dataset
+from simpo_megatron.errors import CheckpointError
+from simpo_megatron.mcore import device
+from simpo_megatron.mcore.families import describe_hf_model
+
+device.install()
+
+from megatron.core.dist_checkpointing import ShardedTensor  # noqa: E402
+
+from simpo_megatron.training import checkpoint, state  # noqa: E402
+from simpo_megatron.training.commit import Checkpoint  # noqa: E402
+
+MODEL = {
+    "model_type": "llama",
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 1003,
+    "max_position_embeddings": 256,
+    "rms_norm_eps": 1e-5,
+    "hidden_act": "silu",
+}
+PAIRS = [{"prompt": f"What is {n}?", "chosen": f"It is {n}.", "rejected": f"It is {n + 1}."} for n in range(4)]
+OPTIONS = {"beta": 2.0, "gamma_beta_ratio": 0.5, "lr": 1e-6, "train_iters": 8, "global_batch_size": 2}
+
+
+@dataclass
+class Plan:
+    description: Any
+
+
+@dataclass
+class Job:
+    """What `_describe` reads of a job."""
+
+    plan: Plan
+    tokenizer: Any
+    train_data: Any
+    train_iters: int
+    reference_model: str | None = None
+
+
+def other_merges():
+    """A tokenizer of the same vocabulary, two of whose merges have changed places."""
+    tokenizer = llama_like()
+    spec = json.loads(tokenizer.backend_tokenizer.to_str())
+    merges = spec["model"]["merges"]
+    merges[0], merges[1] = merges[1], merges[0]
+    backend, names = Tokenizer.from_str(json.dumps(spec)), ("bos_token", "eos_token")
+    other = type(tokenizer)(tokenizer_object=backend, **{name: getattr(tokenizer, name) for name in names})
+    other.chat_template = tokenizer.chat_template
+    assert len(other) == len(tokenizer)
+    return other
+
+
+def other_template():
+    tokenizer = copy.deepcopy(llama_like())
+    tokenizer.chat_template = tokenizer.chat_template.replace("\n\n", "\n")
+    return tokenizer
+
+
+def describe(folder: Path, *, model=None, tokenizer=None, pairs=None, **options) -> dict[str, Any]:
+    """What a run of these would write into its checkpoints."""
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({**MODEL, **(model or {})}))
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs or PAIRS))
+    config = config_from(model=str(folder), data=(str(folder / "pairs.jsonl"),), **{**OPTIONS, **options})
+    tokenizer = tokenizer or llama_like()
+    data = build_preference_dataset([str(folder / "pairs.jsonl")], tokenizer, PairOptions(), folder / "cache")
+    job = Job(Plan(describe_hf_model(folder)), tokenizer, data, config.optimizer.train_iters)
+    return checkpoint._describe(config, job)
+
+
+@pytest.fixture
+def saved(tmp_path, monkeypatch) -> Checkpoint:
+    monkeypatch.setattr(checkpoint.dist, "get_world_size", lambda: 1)
+    return Checkpoint(tmp_path / "iter_0000004", 4, describe(tmp_path / "saved"), {})
+
+
+def refused(saved: Checkpoint, now: dict[str, Any], *, override: bool = False) -> str:
+    with pytest.raises(CheckpointError) as caught:
+        checkpoint._refuse_changes(saved, now, override=override)
+    return str(caught.value)
+
+
+def test_the_same_run_is_not_refused(saved, tmp_path):
+    assert checkpoint._refuse_changes(saved, describe(tmp_path / "now"), override=False) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"model": {"hidden_size": 64}}, "model.hidden_size: 32 when saved, 64 now"),
+        ({"model": {"num_hidden_layers": 3}}, "model.num_layers: 2 when saved, 3 now"),
+        ({"model": {"vocab_size": 1004}}, "model.vocab_size: 1003 when saved, 1004 now"),
+        ({"model": {"rope_theta": 5e5}}, "model.rotary_base: 10000.0 when saved, 500000.0 now"),
+        ({"bf16": False}, "precision.bf16: True when saved, False now"),
+        ({"use_distributed_optimizer": True}, "precision.use_distributed_optimizer: False when saved, True now"),
+    ],
+)
+def test_another_model_or_precision_is_refused_whatever_is_said(saved, tmp_path, changes, said):
+    now = describe(tmp_path / "now", **changes)
+    for override in (False, True):
+        message = refused(saved, now, override=override)
+        assert said in message and "cannot change within a run" in message
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"beta": 2.5}, "training.beta: 2.0 when saved, 2.5 now"),
+        ({"gamma_beta_ratio": 0.3}, "training.gamma"),
+        ({"lr": 2e-6}, "training.lr: 1e-06 when saved, 2e-06 now"),
+        ({"train_iters": 9}, "training.train_iters: 8 when saved, 9 now"),
+        ({"global_batch_size": 4}, "training.global_batch_size: 2 when saved, 4 now"),
+        ({"seed": 1}, "training.seed: 42 when saved, 1 now"),
+        ({"tokenizer": other_merges}, "inputs.tokenizer: "),
+        ({"tokenizer": other_template}, "inputs.tokenizer: "),
+        ({"pairs": [*PAIRS[:3], {**PAIRS[3], "chosen": "It is 3!"}]}, "inputs.data: "),
+        ({"pairs": [PAIRS[1], PAIRS[0], *PAIRS[2:]]}, "inputs.data: "),
+        ({"pairs": PAIRS[:3]}, "inputs.num_pairs: 4 when saved, 3 now"),
+    ],
+)
+def test_another_objective_tokenizer_or_data_is_refused_unless_told(saved, tmp_path, changes, said):
+    changes = {key: value() if callable(value) else value for key, value in changes.items()}
+    now = describe(tmp_path / "now", **changes)
+    message = refused(saved, now)
+    assert said in message and "--override-on-resume" in message
+    notes = checkpoint._refuse_changes(saved, now, override=True)
+    assert any(said in note for note in notes) and all(note.startswith("WARNING") for note in notes)
+
+
+def test_tensors_that_a_checkpoint_lacks_are_counted_and_ten_are_named(tmp_path):
+    wanted = {f"w{n:02}": ShardedTensor.from_rank_offsets(f"w{n:02}", torch.zeros(2)) for n in range(14)}
+    with pytest.raises(CheckpointError) as caught:
+        state._load({"model": wanted}, {"w00", "w01"}, tmp_path)
+    assert "12 tensors of this run are not in it: w02, w03" in str(caught.value)
+    assert "w11" in str(caught.value) and "w12" not in str(caught.value)
