@@ -64,6 +64,8 @@ class Run:
     """[rank, options] that this rank alone was started with."""
     disturb: list | None = None
     """[rank, n]: a replicated weight of this rank is changed a little after its nth step, 0: before the first."""
+    spoil_gradient: list | None = None
+    """[rank, n]: a value of this rank's gradient overflows in its nth step, with a finite loss."""
     compare_state: bool = False
     """Say of each step that raises whether weights, moments and schedule are, bit for bit, as before it."""
     grace_seconds: float = 0.0
@@ -149,6 +151,8 @@ def fork_rank(rank: int, run: Run, folder: Path) -> int:
             os.environ["SIMPO_FAULT"] = run.fault
         if run.disturb and run.disturb[0] == rank:
             disturb_weight(run.disturb[1])
+        if run.spoil_gradient and run.spoil_gradient[0] == rank:
+            spoil_gradient(run.spoil_gradient[1])
         if run.compare_state:
             compare_state_of_steps()
         if run.other_options and run.other_options[0] == rank:
@@ -216,6 +220,20 @@ def disturb_weight(nth: int) -> None:
         return done
 
     loop.start_run, loop.train_step = start_and_disturb, step_and_disturb
+
+
+def spoil_gradient(nth: int) -> None:
+    run_pass, count = step.run_pass, 0
+
+    def spoilt(trainer, *arguments, **options):
+        nonlocal count
+        computed = run_pass(trainer, *arguments, **options)
+        count += 1
+        if count == nth:
+            next(trainer.chunks[0].parameters()).main_grad.view(-1)[5] = float("inf")
+        return computed
+
+    step.run_pass = spoilt
 
 
 def compare_state_of_steps() -> None:

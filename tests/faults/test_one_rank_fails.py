@@ -77,9 +77,14 @@ RUNS = {
         {0: r"ParallelError: data-parallel copies of 1 weights differ, .* on rank 1, \w{16} on rank 0; start again"},
     ),
     "a_loss_is_not_a_number": (
-        {"fault": "forward@6:1:nan", "compare_state": True},
+        {"fault": "forward@2:1:nan", "compare_state": True, "options": DP2},
         [5, 5],
         {0: r"NumericsError: the loss is nan in the microbatch of pairs \d+, .*\(rank 1\); .*skip_nonfinite_steps"},
+    ),
+    "a_gradient_overflows": (
+        {"spoil_gradient": [1, 2], "compare_state": True},
+        [5, 5],
+        {0: r"NumericsError: the gradient norm is (inf|nan); .* the step's losses are finite, its pairs are \d+, "},
     ),
     "a_loss_is_not_a_number_and_the_step_is_left_out": (
         {
