@@ -12,8 +12,10 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_with_transformer_engine_spec,
 )
 from megatron.core.tensor_parallel import RowParallelLinear
+from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 from torch import Tensor
 
 from simpo_megatron.mcore.architecture import ArchitectureConfig
@@ -70,7 +72,7 @@ def local_layer_spec(config: ArchitectureConfig) -> ModuleSpec:
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
     if config.post_layernorms:
-        attention.linear_proj = layer.mlp.submodules.linear_fc2 = with_post_norm(RowParallelLinear, RMSNorm)
+        attention.linear_proj = mlp_submodules(layer).linear_fc2 = with_post_norm(RowParallelLinear, RMSNorm)
     return spec
 
 
@@ -94,10 +96,16 @@ def transformer_engine_layer_spec(config: ArchitectureConfig, *, fuse_norms: boo
     attention.core_attention = SegmentedAttention if is_capped else TESegmentedAttention
     if not fuse_norms:
         layer.input_layernorm = layer.pre_mlp_layernorm = TENorm
-        attention.linear_qkv = layer.mlp.submodules.linear_fc1 = TEColumnParallelLinear
+        attention.linear_qkv = mlp_submodules(layer).linear_fc1 = TEColumnParallelLinear
     if config.post_layernorms:
-        attention.linear_proj = layer.mlp.submodules.linear_fc2 = with_post_norm(TERowParallelLinear, TENorm)
+        attention.linear_proj = mlp_submodules(layer).linear_fc2 = with_post_norm(TERowParallelLinear, TENorm)
     return spec
+
+
+def mlp_submodules(layer: TransformerLayerSubmodules) -> MLPSubmodules:
+    """The parts of the layer's MLP, which the newest megatron-core no longer keeps in a ModuleSpec."""
+    mlp = layer.mlp
+    return mlp.submodules if isinstance(mlp, ModuleSpec) else mlp.keywords["submodules"]
 
 
 def block_spec(

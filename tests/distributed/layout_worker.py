@@ -2,7 +2,7 @@
 
 `layout_worker.py FOLDER`: FOLDER/job.json holds the model folder, the pairs and the layouts; each layout leaves
 FOLDER/<name>.json (loss, gradient norm and margin of each step), FOLDER/<name>.samples<rank>.json (the greedy
-continuations of the job's prompts by the trained weights) and FOLDER/<name>/ (those weights, fp32).
+continuations of the job's prompts, if it has any, by the trained weights) and FOLDER/<name>/ (those weights, fp32).
 """
 
 from __future__ import annotations
@@ -82,8 +82,9 @@ def run(name: str, config: Config, job: dict, folder: Path) -> None:
         computed, grad_norm, *_ = train_step(trainer, dataset, plan)
         metrics = reduce_sums(computed.sums, computed.num_pairs, groups)
         records.append({**metrics, "grad_norm": grad_norm})
-    samples = greedy_samples(trainer, job["prompts"], num_tokens=8, end_ids=(), vocab_size=description.vocab_size)
-    (folder / f"{name}.samples{torch.distributed.get_rank()}.json").write_text(json.dumps(samples))
+    if "prompts" in job:
+        samples = greedy_samples(trainer, job["prompts"], num_tokens=8, end_ids=(), vocab_size=description.vocab_size)
+        (folder / f"{name}.samples{torch.distributed.get_rank()}.json").write_text(json.dumps(samples))
     gather_parameters(chunks)
     export_hf(bare, description, job["model"], folder / name, groups=groups, dtype=torch.float32)
     if torch.distributed.get_rank() == 0:

@@ -27,7 +27,7 @@ from simpo_megatron.mcore.families import describe_hf_model  # noqa: E402
 from simpo_megatron.mcore.lora import Adapter  # noqa: E402
 from simpo_megatron.mcore.model import build_model, wrap_in_ddp  # noqa: E402
 from simpo_megatron.mcore.optimizer import build_optimizer  # noqa: E402
-from simpo_megatron.mcore.specs import transformer_engine_layer_spec  # noqa: E402
+from simpo_megatron.mcore.specs import mlp_submodules, transformer_engine_layer_spec  # noqa: E402
 
 RANK = 4
 
@@ -183,10 +183,10 @@ def test_transformer_engines_layers_leave_the_norm_outside_for_adapters(monkeypa
     config = ArchitectureConfig(num_layers=2, hidden_size=64, num_attention_heads=4)
     layer = transformer_engine_layer_spec(config).submodules
     fused = transformer_engine.TELayerNormColumnParallelLinear
-    assert layer.self_attention.submodules.linear_qkv is layer.mlp.submodules.linear_fc1 is fused
+    assert layer.self_attention.submodules.linear_qkv is mlp_submodules(layer).linear_fc1 is fused
     layer = transformer_engine_layer_spec(config, fuse_norms=False).submodules
     plain = transformer_engine.TEColumnParallelLinear
-    assert layer.self_attention.submodules.linear_qkv is layer.mlp.submodules.linear_fc1 is plain
+    assert layer.self_attention.submodules.linear_qkv is mlp_submodules(layer).linear_fc1 is plain
     assert layer.input_layernorm is layer.pre_mlp_layernorm is transformer_engine.TENorm
     config.attn_logit_softcapping = 50.0
     attention = transformer_engine_layer_spec(config).submodules.self_attention.submodules
