@@ -6,6 +6,7 @@ from typing import Any
 
 from simpo_megatron.errors import ConfigError
 from simpo_megatron.nemo import translations as to
+from simpo_megatron.nemo.adapters import megatron_lora
 from simpo_megatron.nemo.megatron_keys import (
     fp8,
     megatron_ddp,
@@ -173,7 +174,8 @@ BRIDGE = Dialect(
         **_CHECKPOINT,
         **_LOGGER,
         **_DATASET,
-        **to.each("", "peft peft.* peft._target_", to.ALL_TRAINED),
+        **megatron_lora("peft._target_", "peft."),
+        "peft": Only((None,), "write the section of a LoRA"),
         **to.ignored(to.OF_THE_MACHINE, "", "dist dist.*"),
         **to.ignored(to.OF_THE_TOKENIZER, "", "tokenizer tokenizer.*"),
         **to.ignored(to.OF_KERNELS, "", "comm_overlap comm_overlap.*"),

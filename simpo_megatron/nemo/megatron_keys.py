@@ -51,7 +51,7 @@ def fp8(prefix: str) -> dict[str, Rule]:
             """fp8_margin fp8_interval fp8_amax_history_len fp8_amax_compute_algo fp8_wgrad fp8_param fp8_params
             fp8_param_gather fp8_dot_product_attention fp8_multi_head_attention first_last_layers_bf16
             num_layers_at_start_in_bf16 num_layers_at_end_in_bf16 reuse_grad_buf_for_mxfp8_param_ag
-            fp8_quantizer_factory tp_only_amax_red""",
+            fp8_quantizer_factory fp8_output_proj tp_only_amax_red""",
         ),
         f"{prefix}fp4": Only((None,), "there is no FP4 here"),
         **ignored("there is no FP4 here", prefix, "fp4_recipe fp4_param fp4_quantizer_factory"),
@@ -77,11 +77,12 @@ def megatron_optimizer(prefix: str) -> dict[str, Rule]:
         **ignored(
             adam,
             prefix,
-            """sgd_momentum muon_* decoupled_lr decoupled_min_lr log_num_zeros_in_grad timers config_logger_dir
-            barrier_with_L1_time apply_wd_to_qk_layernorm overlap_param_gather_with_optimizer_step
-            use_layer_wise_distributed_optimizer""",
+            """sgd_momentum muon_* adaptive_muon_* lion_* soap_* decoupled_lr decoupled_min_lr log_num_zeros_in_grad
+            timers config_logger_dir barrier_with_L1_time apply_wd_to_qk_layernorm
+            overlap_param_gather_with_optimizer_step use_layer_wise_distributed_optimizer optimizer_cuda_graph""",
         ),
         f"{prefix}overlap_param_gather": Ignored("the key of the data-parallel section decides"),
+        f"{prefix}grad_norm_skip_threshold": Ignored("no step is skipped for a large gradient; clip_grad limits it"),
         f"{prefix}optimizer_cpu_offload": Only((False,), "the optimizer's state stays on the GPU here"),
         **ignored(
             "the optimizer's state stays on the GPU here",
@@ -118,7 +119,7 @@ def megatron_ddp(prefix: str, optimizers: str) -> dict[str, Rule]:
             outer_dp_sharding_strategy pad_buckets_for_high_nccl_busbw
             param_name_patterns_for_fp32_local_accumulation preserve_fp32_weights
             reduce_scatter_with_fp32_accumulation reuse_grad_buf_for_mxfp8_param_ag
-            suggested_communication_unit_size finalize_model_grads_func""",
+            suggested_communication_unit_size finalize_model_grads_func num_buckets fp4_param_gather""",
         ),
     }
 
@@ -179,7 +180,7 @@ softmax_type attention_output_gate window_size window_attn_skip_freq no_rope_fre
 position_embedding_type rotary_* rope_* yarn_* mscale mscale_all_dim beta_fast beta_slow
 original_max_position_embeddings seq_len_interpolation_factor multi_latent_attention q_lora_rank kv_lora_rank qk_*
 v_head_dim cache_mla_latents cross_attention_* num_moe_experts moe_* mtp_* mup_* use_mup is_hybrid_model hybrid_*
-mamba_* linear_* dsa_* experimental_attention_variant heterogeneous_block_specs hetereogenous_dist_checkpoint
+mamba_* linear_* dsa_* experimental_attention_variant* heterogeneous_block_specs hetereogenous_dist_checkpoint
 share_embeddings_and_output_weights make_vocab_size_divisible_by vocab_size should_pad_vocab max_position_embeddings
 scale_factor old_context_len low_freq_factor high_freq_factor parallel_output transformer_layer_spec
 transformer_layer_spec.* scatter_embedding_sequence_parallel pre_process post_process restore_modelopt_state
@@ -198,12 +199,15 @@ delay_wgrad_compute variable_seq_lengths microbatch_group_size_per_vp_stage
 num_microbatches_with_partial_activation_checkpoints pipeline_model_parallel_comm_backend
 async_tensor_model_parallel_allreduce hierarchical_context_parallel_sizes cp_comm_type max_seqlen_per_dp_cp_rank
 cuda_graph_* enable_cuda_graph external_cuda_graph use_te_rng_tracker use_te_* inference_* flash_decode
-mlp_chunks_for_prefill nccl_all_reduce_for_prefill symmetric_ar_type use_kitchen use_kitchen_attention kitchen_*
+mlp_chunks_for_* nccl_all_reduce_for_prefill symmetric_ar_type use_kitchen use_kitchen_attention kitchen_*
 use_fused_* use_inference_optimized_layers use_mamba_mem_eff_path use_transformer_engine_*
 use_arbitrary_attention_mask cpu_offloading_* offload_modules fine_grained_* min_offloaded_tensor_size
 ep_overlap_early_attn_memory_release clone_scatter_output_in_embedding disable_parameter_transpose_cache
 disable_bf16_reduced_precision_matmul deterministic_mode log_max_attention_logit test_mode timers config_logger_dir
 barrier_with_L1_time use_cpu_initialization autocast_dtype autocast_dtype.* enable_autocast params_dtype
 params_dtype.* pipeline_dtype pipeline_dtype.* grad_scale_func no_sync_func grad_sync_func param_sync_func
-finalize_model_grads_func gradient_reduce_div_fusion _cpu_offloading_context
+finalize_model_grads_func gradient_reduce_div_fusion _cpu_offloading_context flash_attention_version
+tensor_parallel_num_weight_shards expert_tensor_parallel_num_weight_shards gtp_weight_remat_size
+expert_gtp_weight_remat_size high_priority_a2a_comm_stream use_grouped_gemm_* delay_offload_until_cuda_graph
+delta_offload_bytes_across_pp_ranks activation_offload_fraction
 """

@@ -8,6 +8,7 @@ from typing import Any
 
 from simpo_megatron.errors import ConfigError
 from simpo_megatron.nemo import translations as to
+from simpo_megatron.nemo.adapters import nemo1_lora
 from simpo_megatron.nemo.megatron_keys import recompute
 from simpo_megatron.nemo.rules import Asked, Dialect, Ignored, Only, Rule, Translated
 
@@ -148,8 +149,9 @@ _MODEL: Mapping[str, Rule] = {
     ),
     "model.restore_from_path": to.checkpoint_elsewhere("a .nemo file"),
     "model.resume_from_checkpoint": Only((None,), "a run continues from its own folder: exp_manager.exp_dir"),
-    **to.each("model.", "peft.peft_scheme freeze_updates.enabled", to.ALL_TRAINED),
-    **to.ignored(to.READ_WITH_ANOTHER, "model.", "peft.* freeze_updates.*"),
+    **nemo1_lora("model.peft."),
+    "model.freeze_updates.enabled": Only((False,), "whole layers cannot be frozen here"),
+    "model.freeze_updates.*": Ignored(to.READ_WITH_ANOTHER),
     **to.ignored(to.OF_DPO, "model.", "dpo.*"),
     **to.ignored(
         to.OF_THE_MODEL,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from simpo_megatron.nemo import translations as to
+from simpo_megatron.nemo.adapters import megatron_lora
 from simpo_megatron.nemo.megatron_keys import fp8, megatron_ddp, megatron_optimizer, transformer
 from simpo_megatron.nemo.rules import Asked, Dialect, Ignored, Only, Rule, Translated
 
@@ -146,7 +147,8 @@ NEMO_2 = Dialect(
         **transformer("model.config."),
         **to.ignored("trainer.plugins decides", "model.config.", "bf16 fp16 fp8 fp8_* fp4 fp4_* seq_length"),
         **to.ignored(to.OF_THE_MODEL, "model.", "config optim model_transform"),
-        **to.each("", "peft peft.* peft._target_", to.ALL_TRAINED),
+        **megatron_lora("peft._target_", "peft."),
+        "peft": Only((None,), "write the section of a LoRA"),
         **to.ignored(to.OF_THE_TOKENIZER, "", "tokenizer tokenizer.* model.tokenizer model.tokenizer.*"),
     },
 )

@@ -7,6 +7,7 @@ from typing import Any
 
 from simpo_megatron.errors import ConfigError
 from simpo_megatron.nemo import translations as to
+from simpo_megatron.nemo.adapters import megatron_lora
 from simpo_megatron.nemo.megatron_keys import megatron_ddp, megatron_optimizer, megatron_scheduler
 from simpo_megatron.nemo.rules import Asked, Dialect, Ignored, Only, Rule, Translated
 
@@ -140,9 +141,8 @@ _MEGATRON_CFG: dict[str, Rule] = {
     f"{_MEGATRON}recompute_modules": "recompute_modules",
     f"{_MEGATRON}fp8_cfg.enabled": Translated(_fp8, ("fp8_recipe",)),
     **to.ignored(to.READ_WITH_ANOTHER, f"{_MEGATRON}fp8_cfg.", "fp8 fp8_recipe fp8_param force_clear_fp8_caches"),
-    f"{_MEGATRON}peft.enabled": to.ALL_TRAINED,
+    **megatron_lora(f"{_MEGATRON}peft.enabled", f"{_MEGATRON}peft."),
     f"{_MEGATRON}freeze_moe_router": Ignored(to.OF_ROUTERS),
-    **to.ignored(to.READ_WITH_ANOTHER, _MEGATRON, "peft.*"),
     **megatron_optimizer(f"{_MEGATRON}optimizer."),
     **megatron_scheduler(f"{_MEGATRON}scheduler.", *_STEPS),
     **megatron_ddp(

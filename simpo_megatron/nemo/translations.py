@@ -22,8 +22,6 @@ OF_DPO = "SimPO has no reference policy and always averages; its own settings ar
 OF_ROUTERS = "routers, where a model has them, are trained with the rest"
 READ_WITH_ANOTHER = "read together with the key it belongs to"
 
-ALL_TRAINED = Only((None, "none", False), "all weights are trained here")
-
 _BF16 = ("bf16", "bf16-mixed", "bf16-true", "bfloat16")
 _FP32 = ("32", "32-true", "fp32", "float32")
 _SCHEDULES = {"CosineAnnealing": "cosine", "WarmupAnnealing": "linear"}

@@ -14,6 +14,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from simpo_megatron.config import Config
+from simpo_megatron.config.lora import LORA_TARGETS
 from simpo_megatron.errors import ConfigError
 from simpo_megatron.nemo import load_nemo_config
 from simpo_megatron.nemo.bridge import BRIDGE
@@ -249,6 +250,31 @@ def test_a_simpo_key_wins_over_what_the_dialect_says_and_the_report_says_so():
     assert report.ignored["model.encoder_seq_length"] == "model.simpo.* decides"
 
 
+ADAPTERS = {
+    "aligner_dpo.yaml": (
+        "model.peft={peft_scheme: lora, lora_tuning: {adapter_dim: 16, target_modules: [attention, mlp_fc2]}}",
+        (16, 16, ("linear_qkv", "linear_proj", "linear_fc2")),
+    ),
+    "nemo2_finetune.yaml": (
+        "peft={_target_: nemo.collections.llm.peft.lora.LoRA, dim: 8, alpha: 16, target_modules: [linear_qkv]}",
+        (8, 16, ("linear_qkv",)),
+    ),
+    "rl_megatron.yaml": (
+        "policy.megatron_cfg.peft={enabled: true, target_modules: [], dim: 8, alpha: 32, lora_A_init_method: xavier}",
+        (8, 32, LORA_TARGETS),
+    ),
+    "bridge_container.yaml": ("peft={_target_: megatron.bridge.peft.lora.LoRA}", (32, 32, LORA_TARGETS)),
+}
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_adapters_are_asked_for_in_every_dialect(name):
+    override, expected = ADAPTERS[name]
+    config, report = load_nemo_config(CONFIGS / name, [override])
+    assert (config.lora.lora_rank, config.lora.lora_alpha, config.lora.lora_targets) == expected
+    assert [key for key, settings in report.translated.items() if "lora_rank" in settings] != []
+
+
 def test_epochs_as_a_simpo_key_put_the_dialects_steps_away():
     config, report = load_nemo_config(
         CONFIGS / "aligner_dpo.yaml", ["model.simpo.epochs=2", "model.simpo.lr_warmup_fraction=0.1"]
@@ -291,8 +317,12 @@ REFUSED = {
     "unknown SimPO key": (["model.simpo.betta=1"], "model.simpo.betta: unknown key 'betta'; did you mean 'beta'"),
     "text for a number": (["model.optim.lr=fast"], 'model.optim.lr: lr: found "fast"'),
     "fp16": (["trainer.precision=16"], "trainer.precision: found 16, expected one of bf16"),
-    "LoRA": (["model.peft.peft_scheme=lora"], "peft_scheme: found lora, expected none or false: all weights"),
-    "frozen layers": (["+model.freeze_updates.enabled=true"], "freeze_updates.enabled: found true, expected none or"),
+    "another adapter": (["model.peft.peft_scheme=ia3"], "peft_scheme: found 'ia3', expected LoRA, the one kind"),
+    "unknown layers": (
+        ["model.peft.peft_scheme=lora", "model.peft.lora_tuning.target_modules=[head]"],
+        "peft_scheme: found 'head' in model.peft.lora_tuning.target_modules, expected attention_qkv, ",
+    ),
+    "frozen layers": (["+model.freeze_updates.enabled=true"], "enabled: found true, expected false: whole"),
     "one option twice": (["+model.simpo.tp=2", "+model.simpo.tensor_model_parallel_size=2"], "found twice, first in"),
     "two lengths": (["model.data.seq_length=512"], "max_length: found 512, and 1024 in .*encoder_seq_length"),
     "not given": (["model.optim.lr=${nowhere}"], r"model.optim.lr: found \$\{nowhere\} .* or give model.simpo.lr"),
@@ -320,7 +350,10 @@ def test_other_dialects_refuse_what_cannot_be_had():
         "rl_base.yaml", "policy.megatron_cfg.enabled=true", "policy.dtensor_cfg.enabled=false"
     )
     assert "a NeMo checkpoint is not read" in refusal("nemo2_finetune.yaml", "simpo.model=null")
-    assert "peft._target_: found nemo.LoRA" in refusal("nemo2_finetune.yaml", "peft={_target_: nemo.LoRA}")
+    assert "peft._target_: found 'nemo.DoRA'" in refusal("nemo2_finetune.yaml", "peft={_target_: nemo.DoRA}")
+    assert "position post, expected pre" in refusal(
+        "bridge_container.yaml", "peft={_target_: peft.LoRA, dropout: 0.1, dropout_position: post}"
+    )
     assert "expected the folder of checkpoint.save, 'runs/bridge'" in refusal(
         "bridge_container.yaml", "checkpoint.load=elsewhere"
     )
