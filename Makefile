@@ -2,6 +2,8 @@
 PYTHON ?= python3
 ARGS ?=
 PYTEST ?=
+# For the newest megatron-core, which asks for Python 3.12.
+NEWEST_PYTHON ?= python3.12
 SIMPO_REAL_PAIRS ?=
 
 VENV := .venv
@@ -19,14 +21,15 @@ export OMP_NUM_THREADS TOKENIZERS_PARALLELISM PIP_DISABLE_PIP_VERSION_CHECK SIMP
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-smollm2 test lint clean
+.PHONY: help demo demo-smollm2 test test-newest lint clean
 
 help:
 	@echo "make demo          train a tiny model on bundled preference pairs, on two ranks (ARGS='--beta 2.5 ...')"
 	@echo "make demo-smollm2  train SmolLM2-135M-Instruct (a 93 MB download) on SIMPO_REAL_PAIRS=FILE or the bundled pairs"
 	@echo "make test          run the tests (PYTEST='-k loss -x')"
+	@echo "make test-newest   run a selection on the newest megatron-core, given python3.12 (NEWEST_PYTHON=...)"
 	@echo "make lint          check the style"
-	@echo "make clean         remove .venv and runs"
+	@echo "make clean         remove .venv, .venv-newest and runs"
 
 demo: $(VENV)/.ready
 	@$(BIN)/torchrun --standalone --nproc-per-node 2 examples/pretrain_simpo.py --tp 2 $(ARGS)
@@ -42,12 +45,36 @@ test: $(VENV)/.ready-test
 	@echo "== tests"
 	@$(BIN)/python -m pytest $(PYTEST)
 
+# What a new megatron-core may break first: names of its options, layer specs, attention, what it allocates, and a run.
+NEWEST := .venv-newest
+NEWEST_TESTS := tests/unit/test_device.py tests/unit/test_precision.py tests/unit/test_te_attention.py \
+  tests/unit/test_attention.py tests/unit/test_hybrid_model.py tests/unit/test_configs.py \
+  tests/distributed/test_planned_memory.py::test_weights_gradients_and_optimizer_are_what_megatron_allocates \
+  tests/end_to_end/test_pretrain.py
+
+test-newest:
+	@if $(NEWEST_PYTHON) -c '' 2>/dev/null; then \
+	  $(MAKE) --no-print-directory $(NEWEST)/.ready-test && \
+	  echo "== tests on megatron-core" \
+	    "$$($(NEWEST)/bin/python -c 'from importlib.metadata import version; print(version("megatron-core"))')" && \
+	  $(NEWEST)/bin/python -m pytest $(NEWEST_TESTS) $(PYTEST); \
+	else \
+	  echo "== NOT TESTED on the newest megatron-core: no $(NEWEST_PYTHON) here; NEWEST_PYTHON=PATH names one"; \
+	fi
+
+$(NEWEST)/.ready-test: constraints.txt setup.py
+	@echo "== environment for the newest megatron-core: $(NEWEST) (once; as long as the download takes)"
+	@$(NEWEST_PYTHON) -m venv $(NEWEST)
+	@grep -v '^megatron-core==' constraints.txt > $(NEWEST)/constraints.txt
+	@$(NEWEST)/bin/pip install -qq --no-compile --constraint $(NEWEST)/constraints.txt --editable '.[test]'
+	@touch $@
+
 lint: $(VENV)/.ready-test
 	@echo "== style"
 	@$(BIN)/ruff check .
 
 clean:
-	rm -rf $(VENV) runs build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(NEWEST) runs build *.egg-info .pytest_cache .ruff_cache .hypothesis
 
 # A CUDA torch that is there stays as it is, with everything it came with. Elsewhere the versions are those of
 # constraints.txt, which are proven on Python 3.11 and exist from there on; Python 3.10 gets the ranges of setup.py.

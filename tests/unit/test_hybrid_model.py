@@ -1,0 +1,106 @@
+"""HybridModel, which megatron-core 0.19 announces as GPTModel's successor, yields what our head takes.
+
+Built without CUDA as far as that goes: attention and MLP layers of our local specification; Mamba layers need
+mamba-ssm. Its block names Transformer Engine's norm outright, so that one name is replaced here.
+"""
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from simpo_megatron import parallel
+from simpo_megatron.loss import ResponseTokens, VocabShard, fused_linear_log_probs
+from simpo_megatron.mcore import device
+
+device.install()
+hybrid_block = pytest.importorskip("megatron.core.models.hybrid.hybrid_block", reason="megatron-core before 0.19")
+
+VOCAB_SIZE, LENGTH = 512, 32
+
+
+@pytest.fixture
+def tp_group(monkeypatch):
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}.items():
+        monkeypatch.setenv(name, value)
+    groups = parallel.initialize(parallel.ParallelSizes(), backend="gloo")
+    parallel.seed_everything(1)
+    yield groups.tp
+    parallel.shut_down()
+
+
+@pytest.fixture
+def model(tp_group, monkeypatch):
+    from megatron.core.models.hybrid.hybrid_layer_specs import MLPLayer, hybrid_stack_spec
+    from megatron.core.models.hybrid.hybrid_model import HybridModel
+    from megatron.core.transformer.spec_utils import ModuleSpec
+    from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+
+    from simpo_megatron.mcore.architecture import ArchitectureConfig
+    from simpo_megatron.mcore.specs import RMSNorm, local_layer_spec
+
+    monkeypatch.setattr(hybrid_block, "TENorm", RMSNorm)
+    config = ArchitectureConfig(
+        num_layers=4,
+        hidden_size=64,
+        ffn_hidden_size=128,
+        num_attention_heads=4,
+        num_query_groups=2,
+        normalization="RMSNorm",
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        use_cpu_initialization=True,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        persist_layer_norm=False,
+        gradient_accumulation_fusion=False,
+    )
+    # HybridModel counts attention and MLP as layers of their own.
+    whole = local_layer_spec(config).submodules
+    attention, mlp = (
+        TransformerLayerSubmodules(**{name: getattr(whole, name) for name in names})
+        for names in (
+            ("input_layernorm", "self_attention", "self_attn_bda"),
+            ("pre_mlp_layernorm", "mlp", "mlp_bda"),
+        )
+    )
+    layers = replace(
+        hybrid_stack_spec.submodules,
+        attention_layer=ModuleSpec(module=TransformerLayer, submodules=attention),
+        mlp_layer=ModuleSpec(module=MLPLayer, submodules=mlp),
+    )
+    return HybridModel(
+        config,
+        ModuleSpec(module=hybrid_block.HybridStack, submodules=layers),
+        vocab_size=VOCAB_SIZE,
+        max_sequence_length=LENGTH,
+        hybrid_layer_pattern="*-*-",
+        position_embedding_type="rope",
+    )
+
+
+def test_hidden_states_and_output_weight_of_a_hybrid_model_fit_our_head(model, tp_group):
+    """Log-probs and gradients are those of the model's own logits."""
+    given = {}
+    model.output_layer.register_forward_pre_hook(lambda layer, inputs: given.update(hidden_SBH=inputs[0]))
+    ids_BS = torch.randint(VOCAB_SIZE, (1, LENGTH))
+    rows_N, targets_N = torch.arange(10, 30), ids_BS[0, 11:31]
+    logits = model(ids_BS, torch.arange(LENGTH)[None], None)
+    expected = logits[0].double().log_softmax(-1)[rows_N, targets_N]
+    weights = [model.embedding.word_embeddings.weight, model.output_layer.weight]
+    expected_gradients = torch.autograd.grad(expected.sum(), weights, retain_graph=True)
+    tokens = ResponseTokens(rows_N, targets_N, torch.zeros(len(rows_N), dtype=torch.long), num_pairs=1)
+    log_probs = fused_linear_log_probs(
+        given["hidden_SBH"],
+        model.output_layer.weight,
+        tokens,
+        vocab=VocabShard(start=0, size=VOCAB_SIZE),
+        tp_group=tp_group,
+    )
+    torch.testing.assert_close(log_probs.double(), expected, rtol=1e-5, atol=1e-5)
+    gradients = torch.autograd.grad(log_probs.sum(), weights)
+    torch.testing.assert_close(gradients, expected_gradients, rtol=1e-4, atol=1e-5)
