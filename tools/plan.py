@@ -106,7 +106,8 @@ def _show(found: Survey, top: int, console: Console) -> Candidate:
             f"gpus: found {found.job.num_gpus}, and no layout fits; expected more GPUs, smaller packs or LoRA"
         )
     console.print(layouts_table(found.candidates[:top]))
-    console.print(refusals_table(found.refusals))
+    if found.refusals:
+        console.print(refusals_table(found.refusals))
     console.print(summarize(found, found.recommended), style="bold", highlight=False, soft_wrap=True)
     return found.recommended
 

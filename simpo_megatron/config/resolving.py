@@ -61,13 +61,12 @@ def resolve(config: Config, *, world_size: int, model: Mapping[str, Any], machin
 
 
 def refuse_unbuilt(config: Config) -> None:
-    """Megatron would take these sizes and, with the attention and experts of this version, compute something else.
+    """Megatron would take this size and, with the experts of this version, compute something else.
 
     Raises: ConfigError naming the size.
     """
-    for key in ("context_parallel_size", "expert_model_parallel_size"):
-        found = getattr(config.parallel, key)
-        require(found == 1, key, found, "1: sequences and experts cannot be divided yet")
+    found = config.parallel.expert_model_parallel_size
+    require(found == 1, "expert_model_parallel_size", found, "1: experts cannot be divided yet")
 
 
 def _check_inputs_are_named(config: Config) -> None:

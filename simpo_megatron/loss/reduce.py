@@ -4,10 +4,14 @@ Shapes: N response tokens, R responses.
 """
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 
-def average_log_probs(logp_N: Tensor, sequence_N: Tensor, num_sequences: int) -> tuple[Tensor, Tensor]:
+def average_log_probs(
+    logp_N: Tensor, sequence_N: Tensor, num_sequences: int, cp_group: ProcessGroup | None = None
+) -> tuple[Tensor, Tensor]:
     """Returns the average log-probability of each response and its length.
 
     A response without tokens has average 0 and passes no gradient on: its count is clamped to one before the
@@ -18,11 +22,33 @@ def average_log_probs(logp_N: Tensor, sequence_N: Tensor, num_sequences: int) ->
         logp_N: fp32, natural log, nats.
         sequence_N: int64 in [0, num_sequences), the response of each token, on any device.
         num_sequences: the number of responses, R.
+        cp_group: the ranks that share every sequence, of which each has its own tokens, or none; None without
+            context parallelism.
 
     Returns:
-        averages [R] in the dtype of `logp_N`, nats per token; counts [R] int64, tokens.
+        averages [R] in the dtype of `logp_N`, nats per token; counts [R] int64, tokens; replicated over cp.
+
+    Collectives: under context parallelism one all-reduce of [2, R] float64 over `cp_group`. The backward has none:
+    all its ranks compute the same loss, and each passes on the gradient of its own tokens.
     """
     sequence_N = sequence_N.to(logp_N.device, non_blocking=True)
     sums_R = logp_N.new_zeros(num_sequences, dtype=torch.float64).index_add(0, sequence_N, logp_N.double())
     counts_R = sequence_N.new_zeros(num_sequences).index_add_(0, sequence_N, torch.ones_like(sequence_N))
+    if cp_group is not None and cp_group.size() > 1:
+        sums_R, counts = _SumOverRanks.apply(torch.stack((sums_R, counts_R.double())), cp_group).unbind(0)
+        counts_R = counts.long()
     return (sums_R / counts_R.clamp(min=1)).to(logp_N.dtype), counts_R
+
+
+class _SumOverRanks(torch.autograd.Function):
+    """The sum over a group's ranks, each of which goes on to compute the same from it."""
+
+    @staticmethod
+    def forward(ctx, own, group):
+        total = own.contiguous().clone()
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, None

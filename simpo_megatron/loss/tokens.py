@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from simpo_megatron.errors import ConfigError, DataError
@@ -78,6 +79,25 @@ class ResponseTokens:
             targets_N=labels_RS[row_N, position_N],
             sequence_N=row_N,
             num_pairs=num_rows // 2,
+        )
+
+    def of_rows(self, rows: Tensor, num_rows: int, batch_size: int) -> ResponseTokens:
+        """Returns the tokens that some rows of the sequence predict, flat indices into these rows alone.
+
+        Args:
+            rows: int64, ascending: the rows of [num_rows, batch_size, H] that a context-parallel rank holds.
+            num_rows: the rows of the whole sequence.
+            batch_size: B.
+        """
+        place = torch.full((num_rows,), -1)
+        place[rows] = torch.arange(len(rows))
+        place_N = place[self.rows_N // batch_size]
+        own = place_N >= 0
+        return ResponseTokens(
+            rows_N=(place_N * batch_size + self.rows_N % batch_size)[own],
+            targets_N=self.targets_N[own],
+            sequence_N=self.sequence_N[own],
+            num_pairs=self.num_pairs,
         )
 
 

@@ -6,7 +6,7 @@ of a group, D head size; heads and groups are this tensor-parallel rank's.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -17,15 +17,28 @@ from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor
 
 from simpo_megatron.loss import ResponseTokens
+from simpo_megatron.mcore.context import ContextShare
 
 
 class Segment(NamedTuple):
-    """Queries `[start, end)` see, causally from the bottom right, the keys of the prefix and then their own."""
+    """Queries `[start, end)` see, causally from the bottom right, the keys of the prefix and then their own.
+
+    Of a segment that is divided over context-parallel ranks, the queries are those from `first_query` on alone.
+    """
 
     start: int
     end: int
     prefix_start: int
     prefix_end: int
+    first_query: int | None = None
+
+    @property
+    def num_queries(self) -> int:
+        return self.end - (self.start if self.first_query is None else self.first_query)
+
+    @property
+    def num_keys(self) -> int:
+        return self.prefix_end - self.prefix_start + self.end - self.start
 
 
 @dataclass(frozen=True)
@@ -43,11 +56,11 @@ class VariableLengths:
 
     @classmethod
     def of(cls, segments: tuple[Segment, ...], device: torch.device) -> VariableLengths:
-        """The arguments for `segments`, which tile the pack in order."""
+        """The arguments for `segments`, whose queries tile this rank's rows in order."""
         rows = [
             torch.cat((torch.arange(s.prefix_start, s.prefix_end), torch.arange(s.start, s.end))) for s in segments
         ]
-        lengths = torch.tensor([[s.end - s.start for s in segments], [len(r) for r in rows]])
+        lengths = torch.tensor([[s.num_queries for s in segments], [s.num_keys for s in segments]])
         sums = torch.nn.functional.pad(lengths.cumsum(1), (1, 0)).to(device, torch.int32, non_blocking=True)
         return cls(
             key_rows_T=torch.cat(rows).to(device, non_blocking=True),
@@ -68,10 +81,14 @@ class MicrobatchLayout(PackedSeqParams):
 
     position_ids_S: Tensor | None = None
     """int64 [S], the position of each token in its own sequence; None for padded rows, where it is the index."""
+    is_pack: bool = False
+    """Whether many sequences stand in one row; otherwise every row is a sequence."""
     segments: tuple[Segment, ...] | None = None
-    """Tile [0, S) of a pack; None for padded rows, each causal by itself."""
+    """Tile [0, S) of a pack; None for padded rows, each causal by itself. Keys are rows of the whole microbatch."""
     tokens: ResponseTokens | None = None
     """What the last pipeline stage predicts."""
+    context: ContextShare | None = None
+    """This rank's rows, where others hold the rest of every sequence: then S above counts this rank's rows."""
     _masks: dict[tuple[Segment, int | None], Tensor] = field(default_factory=dict)
     _varlen: VariableLengths | None = None
 
@@ -89,8 +106,28 @@ class MicrobatchLayout(PackedSeqParams):
             max_seqlen_q=num_positions,
             max_seqlen_kv=num_positions,
             position_ids_S=position_ids_S,
+            is_pack=True,
             segments=segments,
             tokens=tokens,
+        )
+
+    def divided(self, context: ContextShare, batch_size: int) -> MicrobatchLayout:
+        """The layout of this context-parallel rank's rows of a microbatch of `batch_size` rows of sequences."""
+        rows = context.rows()
+        positions_S = torch.arange(context.num_rows) if self.position_ids_S is None else self.position_ids_S
+        whole = self.segments or (Segment(0, context.num_rows, 0, 0),)
+        own = tuple(
+            Segment(s.start, min(s.end, stop), s.prefix_start, s.prefix_end, max(s.start, start))
+            for start, stop in context.pieces
+            for s in whole
+            if max(s.start, start) < min(s.end, stop)
+        )
+        return replace(
+            self,
+            position_ids_S=positions_S[rows.to(positions_S.device)],
+            segments=own,
+            tokens=self.tokens.of_rows(rows, context.num_rows, batch_size),
+            context=context,
         )
 
     def mask(self, segment: Segment, window: int | None, device: torch.device) -> Tensor | None:
@@ -101,18 +138,29 @@ class MicrobatchLayout(PackedSeqParams):
 
         Kept for the microbatch: every layer of this rank asks for the same ones.
         """
-        num_queries, num_prefix = segment.end - segment.start, segment.prefix_end - segment.prefix_start
-        if window is not None and window >= num_prefix + num_queries:
+        num_before = segment.num_keys - segment.num_queries
+        if window is not None and window >= segment.num_keys:
             window = None
-        if num_prefix == 0 and window is None:
+        if num_before == 0 and window is None:
             return None
         if (segment, window) not in self._masks:
-            visible = torch.ones(num_queries, num_prefix + num_queries, dtype=torch.bool, device=device)
-            visible.tril_(diagonal=num_prefix)
+            visible = torch.ones(segment.num_queries, segment.num_keys, dtype=torch.bool, device=device)
+            visible.tril_(diagonal=num_before)
             if window is not None:
-                visible.triu_(diagonal=num_prefix - window + 1)
+                visible.triu_(diagonal=num_before - window + 1)
             self._masks[segment, window] = visible
         return self._masks[segment, window]
+
+    def all_keys(self, key_SBGD: Tensor, value_SBGD: Tensor) -> tuple[Tensor, Tensor]:
+        """(keys, values) of the whole microbatch, from those of this rank's rows.
+
+        Collectives: under context parallelism one all-gather over cp, and one reduce-scatter in the backward.
+        """
+        if self.context is None:
+            return key_SBGD, value_SBGD
+        sizes = [key_SBGD.size(-1), value_SBGD.size(-1)]
+        key, value = self.context.gather(torch.cat((key_SBGD, value_SBGD), dim=-1)).split(sizes, dim=-1)
+        return key, value
 
     def variable_lengths(self, device: torch.device) -> VariableLengths:
         """What variable-length kernels take, worked out once for the microbatch."""
@@ -163,17 +211,17 @@ class SegmentedAttention(torch.nn.Module):
         no real token sees it.
         """
         layout = packed_seq_params or MicrobatchLayout()
+        key_SBGD, value_SBGD = layout.all_keys(key_SBGD, value_SBGD)
         if layout.segments is None:
             whole = Segment(0, len(query_SBAD), 0, 0)
             mask = layout.mask(whole, self.window, query_SBAD.device)
             return _merge_heads(self._attend(query_SBAD, key_SBGD, value_SBGD, mask))
         # One gather and one split for all segments: a slice each would cost the backward a zeroed pack per slice.
         rows_T = layout.variable_lengths(query_SBAD.device).key_rows_T
-        num_queries = [s.end - s.start for s in layout.segments]
-        num_keys = [s.prefix_end - s.prefix_start + n for s, n in zip(layout.segments, num_queries, strict=True)]
+        num_keys = [s.num_keys for s in layout.segments]
         parts = zip(
             layout.segments,
-            query_SBAD.split(num_queries),
+            query_SBAD.split([s.num_queries for s in layout.segments]),
             key_SBGD.index_select(0, rows_T).split(num_keys),
             value_SBGD.index_select(0, rows_T).split(num_keys),
             strict=True,

@@ -16,6 +16,7 @@ from simpo_megatron.data import PreferenceBatch, PreferenceDataset, TokenizedPai
 from simpo_megatron.errors import DataError, ParallelError, SimPOError
 from simpo_megatron.loss import ResponseTokens
 from simpo_megatron.mcore.attention import MicrobatchLayout, Segment
+from simpo_megatron.mcore.context import ContextShare
 
 _READ, _FAILED = 0, 1
 
@@ -92,11 +93,15 @@ class Microbatch:
 
 
 def to_microbatch(
-    batch: PreferenceBatch, device: torch.device, reference_avg: np.ndarray | None = None
+    batch: PreferenceBatch,
+    device: torch.device,
+    reference_avg: np.ndarray | None = None,
+    cp_group: ProcessGroup | None = None,
 ) -> Microbatch:
     """`batch` on `device`, its segments as the layout that the attention and the head read.
 
     `reference_avg`, [num_pairs, 2] of the dataset that `batch` comes from, is what an objective with a reference needs.
+    Of the ranks of `cp_group` each gets its share of the tokens.
     """
     # These stay on the CPU, where checking and counting them costs no synchronisation; the head moves what it needs.
     response = ResponseTokens(batch.rows_N, batch.targets_N, batch.sequence_N, num_pairs=batch.num_pairs)
@@ -109,8 +114,14 @@ def to_microbatch(
     reference_avg_R = None
     if reference_avg is not None:
         reference_avg_R = torch.from_numpy(reference_avg[batch.pair_ids_P.numpy()]).flatten().to(device)
+    tokens_BS = batch.tokens_BS
+    if cp_group is not None and cp_group.size() > 1:
+        batch_size, length = tokens_BS.shape
+        context = ContextShare(cp_group, length)
+        layout = layout.divided(context, batch_size)
+        tokens_BS, position_ids_BS = (x[:, context.rows().to(x.device)] for x in (tokens_BS, position_ids_BS))
     return Microbatch(
-        tokens_BS=batch.tokens_BS.to(device),
+        tokens_BS=tokens_BS.to(device),
         position_ids_BS=position_ids_BS,
         layout=layout,
         reference_avg_R=reference_avg_R,

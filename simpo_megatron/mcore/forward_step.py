@@ -78,9 +78,14 @@ class AverageLogProbs(MicrobatchStep):
 
 def _averages(log_probs_N: Tensor, microbatch: Microbatch) -> tuple[Tensor, Tensor]:
     """(average log-prob, tokens) of each response of the microbatch."""
-    tokens = microbatch.layout.tokens
-    return average_log_probs(log_probs_N, tokens.sequence_N, 2 * tokens.num_pairs)
+    tokens, context = microbatch.layout.tokens, microbatch.layout.context
+    cp_group = None if context is None else context.group
+    return average_log_probs(log_probs_N, tokens.sequence_N, 2 * tokens.num_pairs, cp_group)
 
 
 def _num_pairs(log_probs_N: Tensor, microbatch: Microbatch) -> Tensor:
-    return torch.tensor(microbatch.layout.tokens.num_pairs, dtype=torch.int, device=log_probs_N.device)
+    """The pairs of the microbatch, once over the context-parallel ranks that share them: megatron adds them up."""
+    layout = microbatch.layout
+    counts_here = layout.context is None or layout.context.group.rank() == 0
+    num_pairs = layout.tokens.num_pairs if counts_here else 0
+    return torch.tensor(num_pairs, dtype=torch.int, device=log_probs_N.device)

@@ -65,6 +65,8 @@ class PreferenceGPTModel(GPTModel):
             # GPTModel builds its output layer itself and offers no way to name another class.
             self.output_layer.__class__ = LogProbHead
             self.output_layer.true_vocab_size = true_vocab_size
+        # Frequencies are picked by position below, and not cut a second time under context parallelism.
+        self.rotary_pos_emb.cp_group = None
 
     def _preprocess(self, input_ids: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any) -> tuple:
         """megatron's embedding, scaled, and rotary frequencies, put in the order of the pack's positions."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import torch.distributed as dist
 from megatron.core.extensions.transformer_engine import TEDotProductAttention
 from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from simpo_megatron.mcore.attention import MicrobatchLayout
 
@@ -16,6 +18,9 @@ class TESegmentedAttention(TEDotProductAttention):
     fewer than keys where there is a prefix, and causal from the bottom right, which Transformer Engine calls
     `padding_causal_bottom_right` and megatron's mask types have no name for. A layer's sliding window, which megatron
     hands to the constructor, is counted from the bottom right as well: in tokens of the sequence.
+
+    Under context parallelism padded rows take Transformer Engine's own, which passes keys round the ranks. It knows no
+    prefix: for a pack, keys and values are gathered from the ranks, and each computes the queries of its rows.
     """
 
     def forward(
@@ -30,8 +35,13 @@ class TESegmentedAttention(TEDotProductAttention):
     ) -> Tensor:
         """[S, B, A*D] in the dtype of the query, this rank's heads; padded rows as megatron computes them."""
         layout = packed_seq_params
-        if layout is None or layout.segments is None:
+        is_pack = layout is not None and layout.is_pack
+        context = None if layout is None else layout.context
+        if self.config.context_parallel_size > 1:
+            self._divide_over(None if context is None or is_pack else context.group)
+        if not is_pack:
             return super().forward(query_SBAD, key_SBGD, value_SBGD, attention_mask, attn_mask_type)
+        key_SBGD, value_SBGD = layout.all_keys(key_SBGD, value_SBGD)
         lengths = layout.variable_lengths(query_SBAD.device)
         # Past megatron's own forward, which knows no bottom-right mask, to Transformer Engine's.
         out = super(TEDotProductAttention, self).forward(
@@ -47,3 +57,9 @@ class TESegmentedAttention(TEDotProductAttention):
             max_seqlen_kv=lengths.max_seqlen_kv,
         )
         return out.reshape(query_SBAD.size(0), 1, -1)
+
+    def _divide_over(self, cp_group: ProcessGroup | None) -> None:
+        """Let Transformer Engine pass keys round `cp_group` or, with None, compute with those it is given."""
+        ranks = None if cp_group is None else dist.get_process_group_ranks(cp_group)
+        stream = None if cp_group is None else TEDotProductAttention.cp_stream
+        self.set_context_parallel_group(cp_group, ranks, stream, "p2p")

@@ -124,17 +124,18 @@ def _layouts(job: Job) -> Iterator[Config]:
     given = job.config.parallel
     num_layers = job.description.transformer["num_layers"]
     for tensor in _sizes(given.tensor_model_parallel_size, _divisors(job.gpu.per_node)):
-        for context in _sizes(given.context_parallel_size, (1, 2, 4)):
-            beside = job.num_gpus // (tensor * context)
-            if beside == 0 or job.num_gpus % (tensor * context):
+        # Only as given: packs of whole pairs fit a rank, and no GPU has run it yet.
+        context = given.context_parallel_size
+        beside = job.num_gpus // (tensor * context)
+        if beside == 0 or job.num_gpus % (tensor * context):
+            continue
+        for pipeline in _sizes(given.pipeline_model_parallel_size, _divisors(beside)):
+            layers = num_layers // pipeline if num_layers % pipeline == 0 else 0
+            virtual = _divisors(layers) if pipeline > 1 and layers > 1 else [1]
+            if pipeline > num_layers:
                 continue
-            for pipeline in _sizes(given.pipeline_model_parallel_size, _divisors(beside)):
-                layers = num_layers // pipeline if num_layers % pipeline == 0 else 0
-                virtual = _divisors(layers) if pipeline > 1 and layers > 1 else [1]
-                if pipeline > num_layers:
-                    continue
-                for chunks in _sizes(given.virtual_pipeline_model_parallel_size or 1, virtual):
-                    yield _with_layout(job, tensor, pipeline, chunks, context)
+            for chunks in _sizes(given.virtual_pipeline_model_parallel_size or 1, virtual):
+                yield _with_layout(job, tensor, pipeline, chunks, context)
 
 
 def _sizes(given: int, otherwise: list[int] | tuple[int, ...]) -> list[int] | tuple[int, ...]:

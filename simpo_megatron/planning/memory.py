@@ -222,7 +222,7 @@ def _attention_bytes(load: Load) -> float:
     """
     shape, e, tp, pack = load.shape, load.itemsize, load.sizes.tensor, load.pack
     query, key = _query_key_bytes(load)
-    gathered = 1 + pack.repeated_keys / pack.tokens
+    gathered = _keys_per_token(load) * (1 + pack.repeated_keys / pack.tokens)
     if shape.attn_logit_softcapping is not None:
         scores = pack.scores / load.sizes.context * shape.num_attention_heads / tp
         return query + 2 * query * gathered + scores * (8 + (e if e < 4 else 0))
@@ -231,6 +231,17 @@ def _attention_bytes(load: Load) -> float:
         return query + 2 * key * gathered + log_sum_exp
     masks = pack.num_pairs * pack.response * (pack.prompt + pack.response) * e if pack.prefix_sharing else 0.0
     return query + 2 * key * gathered + log_sum_exp + query + masks
+
+
+def _keys_per_token(load: Load) -> float:
+    """Keys that a rank gathers for each of its tokens: under context parallelism also those that lie with others.
+
+    Source: ContextShare's two pieces a rank; each needs what comes before it in the sequence that it begins in.
+    """
+    cp, pack = load.sizes.context, load.pack
+    if cp == 1:
+        return 1.0
+    return min(1 + 2 * (pack.prompt + pack.response) / load.tokens, cp + 0.5)
 
 
 def _query_key_bytes(load: Load) -> tuple[float, float]:

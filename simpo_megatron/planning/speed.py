@@ -1,7 +1,7 @@
 """Seconds of a training step by part, from operations and bytes over assumed rates.
 
-Tensor-parallel collectives are not overlapped with compute, data-parallel ones are as far as the options say; the
-slowest pipeline stage sets the pace. Operations count a multiplication and an addition as two.
+Tensor- and context-parallel collectives are not overlapped with compute, data-parallel ones are as far as the options
+say; the slowest pipeline stage sets the pace. Operations count a multiplication and an addition as two.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ class StepTime:
     elementwise: float
     recompute: float
     tensor_parallel: float
+    context_parallel: float
     pipeline_messages: float
     bubble: float
     data_parallel: float
@@ -76,6 +77,10 @@ def _forward_backward(load: Load, share: float, gpu: Gpu, assumed: Assumptions) 
     gathered = tokens * shape.hidden_size * e * (sizes.tensor - 1) / sizes.tensor
     tensor_parallel = 8 * gathered * layers / (gpu.nvlink_bytes_rate * assumed.links)
     network = gpu.network_bytes_rate * assumed.links
+    # One all-gather of keys and values a layer, and one reduce-scatter backward.
+    keys = 2 * tokens * shape.key_size / sizes.tensor * e * (sizes.context - 1)
+    rate_between = gpu.nvlink_bytes_rate * assumed.links if ranks <= gpu.per_node else network
+    context_parallel = 2 * keys * layers / rate_between
     num_chunks = sizes.virtual_pipeline or 1
     sent = 2 * num_chunks * load.hidden_bytes * share if sizes.pipeline > 1 else 0.0
     # Plain 1F1B waits for its messages; interleaving sends more of them and hides, it is assumed, half.
@@ -85,8 +90,9 @@ def _forward_backward(load: Load, share: float, gpu: Gpu, assumed: Assumptions) 
         "attention": attention,
         "head": head,
         "elementwise": elementwise,
-        "recompute": _recompute(load, matrices, attention, tensor_parallel),
+        "recompute": _recompute(load, matrices, attention, tensor_parallel, context_parallel),
         "tensor_parallel": tensor_parallel,
+        "context_parallel": context_parallel,
         "pipeline_messages": messages,
     }
 
@@ -96,14 +102,16 @@ def _products(load: Load) -> int:
     return 6 if load.config.lora.lora_rank is None else 4
 
 
-def _recompute(load: Load, matrices: float, attention: float, tensor_parallel: float) -> float:
+def _recompute(
+    load: Load, matrices: float, attention: float, tensor_parallel: float, context_parallel: float
+) -> float:
     recompute = load.config.recompute
     forward = 2 / _products(load)
     if recompute.recompute_granularity == "full":
-        return matrices * forward + attention / 3 + tensor_parallel / 2
+        return matrices * forward + attention / 3 + (tensor_parallel + context_parallel) / 2
     if recompute.recompute_granularity == "selective":
         mlp = 3 * load.shape.hidden_size * load.shape.ffn_hidden_size / load.shape.layer_matrices
-        seconds = attention / 3 if "core_attn" in recompute.recompute_modules else 0.0
+        seconds = attention / 3 + context_parallel / 2 if "core_attn" in recompute.recompute_modules else 0.0
         if "mlp" in recompute.recompute_modules:
             seconds += mlp * matrices * forward + tensor_parallel / 4
         return seconds

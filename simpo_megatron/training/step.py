@@ -222,7 +222,10 @@ def _materialise(
     pairs = iter(read_pairs(dataset, indices, tp_group=trainer.groups.tp, device=here))
     return [
         to_microbatch(
-            collate([next(pairs) for _ in chosen], chosen, trainer.batch_options), here, dataset.reference_avg
+            collate([next(pairs) for _ in chosen], chosen, trainer.batch_options),
+            here,
+            dataset.reference_avg,
+            trainer.groups.cp,
         )
         for chosen in microbatch_indices
     ]

@@ -346,6 +346,33 @@ def check_the_whole_objective_is_the_same_number_on_every_rank_and_layout():
             assert all(torch.equal(loss, other) for other in losses)
 
 
+def check_responses_split_over_context_parallel_ranks_average_as_whole_ones():
+    """Averages, counts, loss and gradient of one rank that has every token, from ranks that have some or none."""
+    generator = torch.Generator().manual_seed(5)
+    whole = -torch.rand(40, generator=generator, dtype=torch.float64)
+    sequence = torch.randint(0, 3, (40,), generator=generator)  # of the last response nobody has a token
+    objective = SimPOObjective(sft_weight=0.3)
+    expected_leaf = whole.clone().requires_grad_()
+    expected_avg, expected_counts = average_log_probs(expected_leaf, sequence, 4)
+    expected = preference_loss(expected_avg, expected_counts, objective=objective)
+    (expected_grad,) = torch.autograd.grad(expected.loss, expected_leaf)
+    for dtype, budget in ((torch.float64, 1e-14), (torch.float32, 1e-6)):
+        for size, group in groups():
+            for cuts in ([0, 17, 40, 40], [0, 0, 29, 40]):  # one rank has no token at all
+                start, stop = cuts[group.rank()], cuts[group.rank() + 1] if group.rank() < size - 1 else 40
+                own = whole[start:stop].to(dtype).requires_grad_()
+                avg, counts = average_log_probs(own, sequence[start:stop], 4, group)
+                result = preference_loss(avg, counts, objective=objective)
+                (grad,) = torch.autograd.grad(result.loss, own)
+                assert torch.equal(counts, expected_counts) and counts.dtype == torch.int64
+                assert_close((avg, result.loss), (expected_avg, expected.loss), budget)
+                assert grad.isfinite().all() and grad.shape == own.shape
+                assert_close((grad,), (expected_grad[start:stop],), budget)
+                both = [torch.empty_like(result.loss) for _ in range(size)]
+                dist.all_gather(both, result.loss.detach(), group=group)
+                assert all(torch.equal(both[0], other) for other in both), "the same number on every rank"
+
+
 def check_inputs_are_bit_equal_afterwards():
     hidden, weight, slope = make(dtype=torch.float32)
     rank = dist.get_rank()

@@ -76,6 +76,27 @@ LAYOUTS = {
         "sequence_parallel": True,
     },
     "pp4": {"pipeline_model_parallel_size": 4},
+    "cp4": {"context_parallel_size": 4},
+    "cp2_dp2_distributed_optimizer_overlapped": {
+        "context_parallel_size": 2,
+        "use_distributed_optimizer": True,
+        "overlap_grad_reduce": True,
+        "overlap_param_gather": True,
+    },
+    "cp2_tp2_sequence_parallel_full_recompute": {
+        "context_parallel_size": 2,
+        "tensor_model_parallel_size": 2,
+        "sequence_parallel": True,
+        "recompute_granularity": "full",
+    },
+    "cp2_pp2": {"context_parallel_size": 2, "pipeline_model_parallel_size": 2},
+    "padded_rows_cp2_tp2": {
+        "context_parallel_size": 2,
+        "tensor_model_parallel_size": 2,
+        "packing": False,
+        "prefix_sharing": False,
+        "micro_batch_size": 2,
+    },
     "padded_rows_tp2": {
         "tensor_model_parallel_size": 2,
         "packing": False,
@@ -127,7 +148,13 @@ MODELS = {
             attn_logit_softcapping=1.0,
             final_logit_softcapping=2.0,
         ),
-        ("pp2_vpp2_tp2_sequence_parallel", "pp2_tp2_sequence_parallel_selective_recompute", "padded_rows_tp2"),
+        (
+            "pp2_vpp2_tp2_sequence_parallel",
+            "pp2_tp2_sequence_parallel_selective_recompute",
+            "padded_rows_tp2",
+            "cp4",
+            "padded_rows_cp2_tp2",
+        ),
     ),
 }
 

@@ -54,6 +54,7 @@ LAYOUTS = {
         "virtual_pipeline_model_parallel_size": 2,
         "recompute_granularity": "full",
     },
+    "cp2_tp2_sequence_parallel": LORA | TP2_SEQUENCE_PARALLEL | {"context_parallel_size": 2},
     "bf16": LORA | TP2_SEQUENCE_PARALLEL | {"use_distributed_optimizer": True, "bf16": True},
     "without_adapters": TP2_SEQUENCE_PARALLEL | {"use_distributed_optimizer": True},
 }

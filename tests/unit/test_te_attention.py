@@ -6,15 +6,19 @@ computes what they mean, one sequence at a time; the result must be the CPU atte
 
 import importlib
 import sys
+from dataclasses import replace
 from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core.extensions import transformer_engine
 
+from simpo_megatron.loss import ResponseTokens
 from simpo_megatron.mcore.attention import MicrobatchLayout, Segment, SegmentedAttention
+from simpo_megatron.mcore.context import ContextShare
 
 HEADS, GROUPS, SIZE = 4, 2, 8
 SEGMENTS = (
@@ -49,6 +53,16 @@ class Kernel(torch.nn.Module):
 class MegatronWrapper(Kernel):
     """TEDotProductAttention's place."""
 
+    cp_stream = "megatron's stream"
+
+    def __init__(self):
+        super().__init__()
+        self.config = SimpleNamespace(context_parallel_size=1)
+        self.divided_over = []
+
+    def set_context_parallel_group(self, *arguments):
+        self.divided_over.append(arguments)
+
     def forward(self, *args, **kwargs):
         return "megatron's own path"
 
@@ -59,6 +73,12 @@ def attention(monkeypatch):
     monkeypatch.delitem(sys.modules, "simpo_megatron.mcore.te_attention", raising=False)
     yield importlib.import_module("simpo_megatron.mcore.te_attention").TESegmentedAttention()
     sys.modules.pop("simpo_megatron.mcore.te_attention", None)
+
+
+def configuration(window_size):
+    return SimpleNamespace(
+        attention_dropout=0.0, window_size=window_size, window_attn_skip_freq=None, attn_logit_softcapping=None
+    )
 
 
 def rows(num_heads):
@@ -74,10 +94,7 @@ def test_a_pack_means_the_same_to_the_kernel_as_to_the_attention_on_the_cpu(atte
     torch.manual_seed(0)
     attention.window_size = window_size
     tensors = rows(HEADS), rows(GROUPS), rows(GROUPS)
-    config = SimpleNamespace(
-        attention_dropout=0.0, window_size=window_size, window_attn_skip_freq=None, attn_logit_softcapping=None
-    )
-    expected = SegmentedAttention(config, 1, None, "self")(*tensors, packed_seq_params=layout())
+    expected = SegmentedAttention(configuration(window_size), 1, None, "self")(*tensors, packed_seq_params=layout())
     found = attention(*tensors, packed_seq_params=layout())
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
     weight = torch.randn_like(expected)
@@ -85,6 +102,55 @@ def test_a_pack_means_the_same_to_the_kernel_as_to_the_attention_on_the_cpu(atte
         torch.autograd.grad(found, tensors, weight), torch.autograd.grad(expected, tensors, weight), strict=True
     ):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
+
+
+class Neighbours(ContextShare):
+    """One of two context-parallel ranks, which is shown the keys of both as if they had been gathered."""
+
+    keys: torch.Tensor
+
+    def gather(self, own_s):
+        assert torch.equal(own_s, self.keys[self.rows()])
+        return self.keys
+
+
+@pytest.mark.parametrize("kernel", ["Transformer Engine's", "torch's"])
+@pytest.mark.parametrize("window_size", [None, (3, 0)])
+def test_each_of_two_context_parallel_ranks_computes_its_rows_of_a_pack(attention, kernel, window_size):
+    torch.manual_seed(1)
+    attention.window_size, attention.config.context_parallel_size = window_size, 2
+    torchs = SegmentedAttention(configuration(window_size), 1, None, "self")
+    query, key, value = rows(HEADS), rows(GROUPS), rows(GROUPS)
+    expected = torchs(query, key, value, packed_seq_params=layout())
+    tokens = ResponseTokens(*(torch.zeros(0, dtype=torch.long) for _ in range(3)), num_pairs=2)
+    for rank in range(2):
+        share = Neighbours(SimpleNamespace(rank=lambda: rank, size=lambda: 2), len(query))  # noqa: B023
+        object.__setattr__(share, "keys", torch.cat((key, value), dim=-1))
+        own = share.rows()
+        divided = replace(layout(), tokens=tokens).divided(share, 1)
+        module = attention if kernel == "Transformer Engine's" else torchs
+        found = module(query[own], key[own], value[own], packed_seq_params=divided)
+        torch.testing.assert_close(found, expected[own], rtol=0, atol=1e-12)
+    # Keys are gathered by us, so Transformer Engine is told to compute with what it is given.
+    assert attention.divided_over == ([(None, None, None, "p2p")] * 2 if kernel == "Transformer Engine's" else [])
+
+
+def test_padded_rows_are_divided_by_transformer_engine_itself(attention, monkeypatch):
+    monkeypatch.setattr(dist, "get_process_group_ranks", lambda group: [4, 5])
+    group = SimpleNamespace(rank=lambda: 1, size=lambda: 2)
+    share = ContextShare(group, 24)
+    tokens = ResponseTokens(torch.tensor([11, 12, 40, 47]), *[torch.arange(4)] * 2, num_pairs=2)
+    divided = MicrobatchLayout.of_padded_rows(24, tokens).divided(share, 2)
+    # Of 24 positions of two rows, this rank has 6 to 17; flat rows are 2 * position + row.
+    assert divided.position_ids_S.tolist() == list(range(6, 18))
+    assert divided.tokens.rows_N.tolist() == [0] and divided.tokens.targets_N.tolist() == [1]
+    attention.config.context_parallel_size = 2
+    found = attention(rows(HEADS), rows(GROUPS), rows(GROUPS), packed_seq_params=divided)
+    assert found == "megatron's own path"
+    # Rows that a rank holds whole, such as those of a probe, are nobody else's.
+    whole = MicrobatchLayout.of_padded_rows(24, tokens)
+    attention(rows(HEADS), rows(GROUPS), rows(GROUPS), packed_seq_params=whole)
+    assert attention.divided_over == [(group, [4, 5], MegatronWrapper.cp_stream, "p2p"), (None, None, None, "p2p")]
 
 
 def test_the_kernel_is_told_lengths_format_and_mask(attention):

@@ -1,0 +1,75 @@
+"""Context parallelism: which rows of a microbatch a rank holds, and how it sees the others' keys and values.
+
+Shapes: S rows of the whole microbatch, s those of this rank.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+
+@dataclass(frozen=True)
+class ContextShare:
+    """This rank's rows: of 2 * cp equal pieces an early and a late one, which cost the same under a causal mask.
+
+    It is the division that Transformer Engine's context parallelism expects, of one long row or of several.
+    """
+
+    group: ProcessGroup
+    num_rows: int
+    """S; a multiple of 2 * cp."""
+
+    @property
+    def pieces(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """`(start, stop)` of this rank's two pieces."""
+        early, late = self._pieces_of(self.group.rank())
+        return early, late
+
+    def rows(self) -> Tensor:
+        """int64 [s], ascending: the rows of this rank's pieces."""
+        return self._rows_of(self.group.rank())
+
+    def gather(self, own_s: Tensor) -> Tensor:
+        """The rows of all ranks in their order, [S, ...], from this rank's [s, ...].
+
+        Collectives: one all-gather over cp; in the backward one reduce-scatter, which sums what the ranks' queries
+        have to say to a key.
+        """
+        return _Gather.apply(own_s, self)
+
+    def ranks_in_order(self, device: torch.device) -> Tensor:
+        """int64 [S]: where each row lies when the ranks' rows stand one rank after the other."""
+        rows = torch.cat([self._rows_of(rank) for rank in range(self.group.size())])
+        return rows.argsort().to(device, non_blocking=True)
+
+    def _rows_of(self, rank: int) -> Tensor:
+        return torch.cat([torch.arange(start, stop) for start, stop in self._pieces_of(rank)])
+
+    def _pieces_of(self, rank: int) -> list[tuple[int, int]]:
+        num_pieces = 2 * self.group.size()
+        size = self.num_rows // num_pieces
+        return [(index * size, (index + 1) * size) for index in (rank, num_pieces - 1 - rank)]
+
+
+class _Gather(torch.autograd.Function):
+    """All ranks' rows in order; in the backward, the sum over ranks of the gradients of this rank's rows."""
+
+    @staticmethod
+    def forward(ctx, own_s, share):
+        ctx.share, ctx.order_S = share, share.ranks_in_order(own_s.device)
+        by_rank = own_s.new_empty(share.num_rows, *own_s.shape[1:])
+        dist.all_gather_into_tensor(by_rank, own_s.contiguous(), group=share.group)
+        return by_rank.index_select(0, ctx.order_S)
+
+    @staticmethod
+    def backward(ctx, grad_S):
+        by_rank = torch.empty_like(grad_S, memory_format=torch.contiguous_format)
+        by_rank.index_copy_(0, ctx.order_S, grad_S)
+        own_s = grad_S.new_empty(len(grad_S) // ctx.share.group.size(), *grad_S.shape[1:])
+        dist.reduce_scatter_tensor(own_s, by_rank, group=ctx.share.group)
+        return own_s, None
