@@ -68,7 +68,7 @@ class Run:
     """[rank, n]: a value of this rank's gradient overflows in its nth step, with a finite loss."""
     compare_state: bool = False
     """Say of each step that raises whether weights, moments and schedule are, bit for bit, as before it."""
-    grace_seconds: float = 0.0
+    grace_seconds: float = 5.0
     """How long ranks have to end by themselves once one has failed; torchrun gives 30."""
     signals: list | None = None
     """[rank, n, names]: that rank gets these signals, one after the other, at the start of its nth step of this run."""

@@ -68,7 +68,8 @@ def folder(tmp_path_factory):
 
 def killed_and_resumed(folder, name, options, **kill):
     options = {**options, "save": str(folder / name)}
-    return [{"name": f"{name}_killed", "options": options, **kill}, {"name": name, "options": options}]
+    killed = {"name": f"{name}_killed", "options": options, "grace_seconds": 0, **kill}
+    return [killed, {"name": name, "options": options}]
 
 
 def last_state(folder, name):
