@@ -59,6 +59,7 @@ RUNS = [
     {"name": "required", "options": {"resume": "required"}, "num_ranks": 1},
     resumed("changed", "plain", 3, {"beta": 3.0, "data": "other"}, num_ranks=1),
     resumed("overridden", "plain", 3, {"beta": 3.0, "lr": 5e-4, "override_on_resume": True}, num_ranks=1),
+    resumed("smaller_batches", "plain", 2, {"global_batch_size": 4, "override_on_resume": True}, num_ranks=1),
     resumed("disk_full", "plain", 3, TP2, file_limit=[1, 20_000], grace_seconds=20),
     {"name": "too_small", "options": {**TP2, **ONE_LARGE_PACK}, "memory_limit": [1, 1 << 20], "grace_seconds": 20},
     {"name": "anew", "copy_of": "plain", "options": {"resume": "none", "train_iters": 1}, "num_ranks": 1},
@@ -273,6 +274,14 @@ def test_told_so_a_resume_goes_on_with_the_new_options(folder):
     assert last["learning_rate"] == pytest.approx(before["learning_rate"] / 2)
     # Rewards are beta times log-probs, which the state of step 3 makes the same for both.
     assert last["rewards/chosen"] == pytest.approx(1.5 * before["rewards/chosen"], rel=1e-4)
+
+
+def test_smaller_batches_go_on_behind_the_pairs_that_were_consumed(folder):
+    output = finished(folder, "smaller_batches")
+    assert "training.global_batch_size: 8 when saved, 4 now" in output
+    (at, pairs), (next_at, next_pairs) = pairs_seen(folder, "smaller_batches")
+    assert (at, next_at) == (16, 20) and len(pairs) == len(next_pairs) == 4
+    assert sorted(pairs + next_pairs) == pairs_seen(folder, "plain")[2][1]
 
 
 def test_a_start_anew_in_an_old_folder_mixes_nothing(folder):

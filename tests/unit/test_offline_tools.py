@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -11,13 +12,23 @@ from data_tokenizers import llama_like, qwen_like
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from simpo_megatron.config import config_from
 from simpo_megatron.demo import prepare_demo
 from simpo_megatron.errors import CheckpointError
 from simpo_megatron.mcore import device
 from simpo_megatron.offline.staging import new_folder
+from simpo_megatron.parallel import alone
 from tools import merge_checkpoints, verify_checkpoint
 
 device.install()
+
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy  # noqa: E402
+
+from simpo_megatron.mcore.model import build_model  # noqa: E402
+from simpo_megatron.offline.convert import to_mcore  # noqa: E402
+from simpo_megatron.offline.weights import open_weights  # noqa: E402
+from simpo_megatron.training import commit  # noqa: E402
+from simpo_megatron.training.weights import fill_weights  # noqa: E402
 
 TINY = {
     "vocab_size": 1003,
@@ -163,3 +174,35 @@ def test_json_of_a_model_is_what_a_merge_keeps(models, tmp_path):
     assert merge(tmp_path / "out", models / "b", models / "a") == 0
     kept = json.loads((tmp_path / "out" / "config.json").read_text())
     assert kept == json.loads((models / "b" / "config.json").read_text())
+
+
+class Calls:
+    """Pickles as a call that makes a folder."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.target),)
+
+
+def test_a_checkpoint_to_start_from_runs_nothing_and_needs_no_check_of_megatrons(models, tmp_path, monkeypatch):
+    def fails(*arguments):
+        raise TypeError("empty() got an unexpected keyword argument 'strides'")
+
+    # As in megatron-core under torch 2.14 and later.
+    monkeypatch.setattr(TorchDistLoadShardedStrategy, "load_tensors_metadata", fails)
+    release, target = tmp_path / "megatron" / "release", tmp_path / "made"
+    with alone() as groups:
+        opened = open_weights(models / "a", groups)
+        to_mcore(opened, tmp_path / "megatron", groups)
+        model = build_model(opened.description, config_from(model="unused", data=("unused",)), groups)
+        fill_weights(model, release, opened.description, groups)
+        table = model[0].embedding.word_embeddings.weight
+        assert torch.equal(table[:1003], weights(models / "a")["model.embed_tokens.weight"]) and not table[1003:].any()
+        (release / "COMMIT.json").unlink()
+        torch.save({"iteration": Calls(target)}, release / "common.pt")
+        commit.release(tmp_path / "megatron", {})
+        with pytest.raises(CheckpointError, match="does not fit this run.*weights_only"):
+            fill_weights(model, release, opened.description, groups)
+    assert not target.exists()
