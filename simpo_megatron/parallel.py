@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -30,8 +31,13 @@ class ParallelSizes:
 
     @property
     def model(self) -> int:
-        """Ranks that hold one copy of the model and one microbatch together."""
+        """Ranks that hold one copy of the model, experts apart, and one microbatch together."""
         return self.tensor * self.pipeline * self.context
+
+    @property
+    def fewest_ranks(self) -> int:
+        """The smallest world that these sizes divide; experts are spread over whatever ranks a stage has."""
+        return self.pipeline * math.lcm(self.tensor * self.context, self.expert)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +49,10 @@ class ParallelGroups:
     cp: ProcessGroup
     dp: ProcessGroup
     dp_cp: ProcessGroup
+    ep: ProcessGroup
+    """Ranks of one stage that hold different experts, each of them whole; they cut across tp and dp."""
+    expert_dp: ProcessGroup
+    """Ranks that hold the same experts."""
     sizes: ParallelSizes
 
     @property
@@ -92,6 +102,7 @@ def initialize(sizes: ParallelSizes, *, backend: str, timeout_minutes: float = 3
             virtual_pipeline_model_parallel_size=sizes.virtual_pipeline,
             context_parallel_size=sizes.context,
             expert_model_parallel_size=sizes.expert,
+            expert_tensor_parallel_size=1,
             distributed_timeout_minutes=max(1, round(timeout_minutes)),
         )
     return ParallelGroups(
@@ -100,6 +111,8 @@ def initialize(sizes: ParallelSizes, *, backend: str, timeout_minutes: float = 3
         cp=parallel_state.get_context_parallel_group(),
         dp=parallel_state.get_data_parallel_group(),
         dp_cp=parallel_state.get_data_parallel_group(with_context_parallel=True),
+        ep=parallel_state.get_expert_model_parallel_group(),
+        expert_dp=parallel_state.get_expert_data_parallel_group(),
         sizes=sizes,
     )
 

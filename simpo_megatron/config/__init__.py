@@ -3,7 +3,7 @@
 from simpo_megatron.config.lint import lint
 from simpo_megatron.config.presets import PRESETS
 from simpo_megatron.config.reading import config_from, load_config, read_yaml
-from simpo_megatron.config.resolving import Layout, Machine, refuse_unbuilt, resolve
+from simpo_megatron.config.resolving import Layout, Machine, resolve
 from simpo_megatron.config.sections import DEMO, Config, PrecisionConfig
 from simpo_megatron.config.writing import to_table, to_yaml
 
@@ -18,7 +18,6 @@ __all__ = [
     "lint",
     "load_config",
     "read_yaml",
-    "refuse_unbuilt",
     "resolve",
     "to_table",
     "to_yaml",

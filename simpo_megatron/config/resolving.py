@@ -60,15 +60,6 @@ def resolve(config: Config, *, world_size: int, model: Mapping[str, Any], machin
     return layout
 
 
-def refuse_unbuilt(config: Config) -> None:
-    """Megatron would take this size and, with the experts of this version, compute something else.
-
-    Raises: ConfigError naming the size.
-    """
-    found = config.parallel.expert_model_parallel_size
-    require(found == 1, "expert_model_parallel_size", found, "1: experts cannot be divided yet")
-
-
 def _check_inputs_are_named(config: Config) -> None:
     if config.model.model is None:
         preset = config.run.preset
@@ -86,13 +77,13 @@ def _data_parallel_size(config: Config, world_size: int) -> int:
             f"pp {sizes.pipeline} x cp {sizes.context} = {sizes.model}; start a multiple of that, as with "
             f"torchrun --nproc-per-node {sizes.model}"
         )
-    # Experts are cut over tensor-parallel ranks as the dense layers are, and shared among the other ranks.
-    beside = world_size // sizes.pipeline // sizes.tensor
+    # Experts are never cut: all ranks of a stage share them, tensor-parallel ones like the others.
+    of_stage = world_size // sizes.pipeline
     require(
-        beside % sizes.expert == 0,
+        of_stage % sizes.expert == 0,
         "expert_model_parallel_size",
         sizes.expert,
-        f"a divisor of the {beside} ranks beside tensor and pipeline parallelism",
+        f"a divisor of the {of_stage} ranks of a pipeline stage",
     )
     return world_size // sizes.model
 
@@ -111,7 +102,7 @@ def _check_model(config: Config, model: Mapping[str, Any]) -> None:
         tp,
         f"a divisor or a multiple of the model's {groups} key/value groups",
     )
-    require(width % tp == 0, tp_key, tp, f"a divisor of the model's MLP width, {width}")
+    require(experts > 0 or width % tp == 0, tp_key, tp, f"a divisor of the model's MLP width, {width}")
     require(layers % pp == 0, "pipeline_model_parallel_size", pp, f"a divisor of the model's {layers} layers")
     require(
         layers % (pp * (vpp or 1)) == 0,
@@ -125,6 +116,8 @@ def _check_model(config: Config, model: Mapping[str, Any]) -> None:
         ep,
         f"a divisor of the model's experts, of which it has {experts}",
     )
+    if experts > 0:
+        _check_mixture(config)
 
 
 def _check_lora(config: Config, model: Mapping[str, Any]) -> None:
@@ -133,6 +126,25 @@ def _check_lora(config: Config, model: Mapping[str, Any]) -> None:
     folder = config.lora.export_adapter
     is_apart = folder is None or folder != config.model.export_hf
     require(is_apart, "export_adapter", folder, "another folder than export_hf's, which it would replace")
+
+
+def _check_mixture(config: Config) -> None:
+    parallel, lora = config.parallel, config.lora
+    found = parallel.context_parallel_size
+    require(found == 1, "context_parallel_size", found, "1: sequences of a mixture of experts cannot be divided yet")
+    require(
+        parallel.sequence_parallel or parallel.tensor_model_parallel_size == 1,
+        "sequence_parallel",
+        False,
+        "--sequence-parallel with tensor parallelism: each rank routes its own tokens of a mixture of experts",
+    )
+    in_experts = [target for target in lora.lora_targets if target.startswith("linear_fc")]
+    require(
+        lora.lora_rank is None or not in_experts,
+        "lora_targets",
+        ", ".join(in_experts),
+        "linear_qkv and linear_proj only: experts get no adapters yet",
+    )
 
 
 def _check_batches(config: Config, layout: Layout) -> None:

@@ -46,11 +46,16 @@ class ModelConfig:
     attention_dropout: float = 0.0
     """Dropout on attention weights; off for the same reason."""
 
+    moe_aux_loss_coeff: float | None = None
+    """Weight of a mixture's load-balancing loss; router_aux_loss_coef of its config.json when not given, 0 for none."""
+
     def __post_init__(self) -> None:
         require_writable_name(self, "export_hf")
         for key in ("hidden_dropout", "attention_dropout"):
             found = getattr(self, key)
             require(0 <= found < 1, key, found, "a number from 0 up to, not including, 1")
+        found = self.moe_aux_loss_coeff
+        require(found is None or 0 <= found < math.inf, "moe_aux_loss_coeff", found, "a number not below 0")
 
 
 @dataclass(frozen=True, kw_only=True)

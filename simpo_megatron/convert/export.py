@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from simpo_megatron.convert.experts import ExpertExchange
 from simpo_megatron.convert.files import TensorSpec, write_safetensors
 from simpo_megatron.convert.folder import (
     MAX_SHARD_BYTES,
@@ -21,7 +22,7 @@ from simpo_megatron.convert.folder import (
     publish,
     refuse_existing_export,
 )
-from simpo_megatron.convert.mapping import Piece, hf_tensors, pieces
+from simpo_megatron.convert.mapping import Piece, hf_tensors, pieces, stage_tensors
 from simpo_megatron.errors import CheckpointError
 from simpo_megatron.mcore.families import ModelDescription
 from simpo_megatron.parallel import ParallelGroups
@@ -57,7 +58,8 @@ def export_hf(
     chat template come from `source_folder`; `model_card` becomes README.md. Called on every rank; those that
     hold a copy of another rank's weights return at once.
 
-    Collectives: one gather over tp for every tensor that is cut; a few small objects over tp and pp.
+    Collectives: one gather over tp for every tensor that is cut, one send over ep for every expert that another rank
+    holds; a few small objects over tp, pp and ep.
 
     Raises:
         CheckpointError: on every rank that takes part, when `out_folder` holds anything but an earlier export, or one
@@ -68,11 +70,21 @@ def export_hf(
         for name, found in _pieces_by_name(chunk, description, groups.tp.size()).items():
             owned.setdefault(name, found)
     specs = {name: TensorSpec(shape, dtype) for name, shape in hf_tensors(description).items()}
+    stage_names = set().union(*(_stage_names(chunk, description) for chunk in model_chunks))
 
     def complete(staging: Path, files: Files) -> None:
         complete_folder(staging, Path(source_folder), description.hf_config, files, model_card)
 
-    export_tensors(owned, specs, description, out_folder, complete, groups=groups, max_shard_bytes=max_shard_bytes)
+    export_tensors(
+        owned,
+        specs,
+        description,
+        out_folder,
+        complete,
+        groups=groups,
+        max_shard_bytes=max_shard_bytes,
+        stage_names=stage_names,
+    )
 
 
 def export_tensors(
@@ -84,28 +96,41 @@ def export_tensors(
     *,
     groups: ParallelGroups,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    stage_names: Collection[str] | None = None,
 ) -> None:
     """Write tensors that ranks hold in `owned` pieces as a folder that appears only when it is whole.
 
     Args:
         specs: all tensors of the folder, the same on every rank; each is owned by one pipeline stage.
         complete: what the first rank does to the staged folder of weight files before it is published.
+        stage_names: what the ranks of this stage own together, where experts are among it; None: `owned` is all.
 
     Collectives and Raises: as `export_hf`.
     """
-    if groups.dp_cp.rank() != 0:
+    holds_copies = groups.dp_cp.rank() != 0
+    experts = [name for name, (piece, *_) in owned.items() if piece.layout.is_expert]
+    # The first of the expert-parallel groups of a stage begins with the rank that writes.
+    lends_experts = groups.ep.size() > 1 and groups.expert_dp.rank() == 0
+    exchange = ExpertExchange.of(experts, groups.ep) if lends_experts else None
+    source = _Source(owned, description, groups.tp, exchange)
+    if holds_copies:
+        if exchange is not None and exchange.agree(False):
+            for name in sorted(experts, key=list(specs).index):
+                source.tensor(name, specs[name])
         return
     out_folder = Path(out_folder)
-    shards = _plan_shards(specs, list(owned), max_shard_bytes, groups=groups)
+    shards = _plan_shards(specs, list(owned if stage_names is None else stage_names), max_shard_bytes, groups=groups)
     is_committer = groups.tp.rank() == 0 and groups.pp.rank() == 0
-    staging = _agreed_staging_folder(out_folder, is_committer, groups)
+    staging = None
+    try:
+        staging = _agreed_staging_folder(out_folder, is_committer, groups)
+    finally:
+        if exchange is not None:
+            exchange.agree(staging is not None)
     failure = None
     for shard in shards:
         if shard.stage == groups.pp.rank():
-            tensors = (
-                gather_tensor(owned[name], description, spec.dtype, tp_group=groups.tp)
-                for name, spec in shard.specs.items()
-            )
+            tensors = (source.tensor(name, spec) for name, spec in shard.specs.items())
             failure = _write_or_drain(staging / shard.file_name, shard, tensors, groups, failure)
     _raise_together(failure, staging, groups)
     if is_committer:
@@ -114,15 +139,51 @@ def export_tensors(
     _raise_together(failure, staging, groups)
 
 
+_EMBEDDING = "model.embed_tokens.weight"
+
+
 def _pieces_by_name(chunk: torch.nn.Module, description: ModelDescription, tp_size: int) -> dict[str, list[Piece]]:
-    """What `chunk` adds to an export; a head that shares the embedding's weight adds nothing."""
-    is_tied = description.gpt["share_embeddings_and_output_weights"]
+    """What `chunk` adds to an export from this rank; a head that shares the embedding's weight adds nothing."""
     by_name: dict[str, list[Piece]] = {}
     for piece in pieces(chunk, description, tp_size=tp_size):
         by_name.setdefault(piece.hf_name, []).append(piece)
-    if is_tied and not chunk.pre_process:
-        by_name.pop("model.embed_tokens.weight", None)
+    if not _has_embedding(chunk, description):
+        by_name.pop(_EMBEDDING, None)
     return by_name
+
+
+def _stage_names(chunk: torch.nn.Module, description: ModelDescription) -> set[str]:
+    """What `chunk` and those of the stage's other ranks add together."""
+    names = stage_tensors(chunk, description)
+    return names if _has_embedding(chunk, description) else names - {_EMBEDDING}
+
+
+def _has_embedding(chunk: torch.nn.Module, description: ModelDescription) -> bool:
+    return chunk.pre_process or not description.gpt["share_embeddings_and_output_weights"]
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Where an export's tensors come from on this rank."""
+
+    owned: Mapping[str, list[Piece]]
+    description: ModelDescription
+    tp_group: dist.ProcessGroup
+    exchange: ExpertExchange | None
+    """None where experts are not divided, or this rank's are copies."""
+
+    def tensor(self, name: str, spec: TensorSpec) -> Tensor | None:
+        """The whole Hugging Face tensor on the CPU of the rank that writes; None on the others.
+
+        Collectives: those of `gather_tensor`, or one send over ep for another rank's expert.
+        """
+        own = self.owned.get(name)
+        if self.exchange is None or name not in self.exchange.owners:
+            # Where other ranks lend an expert, this one has nothing to do with it.
+            return None if own is None else gather_tensor(own, self.description, spec.dtype, tp_group=self.tp_group)
+        expert = None if own is None else own[0].view.reshape(spec.shape).to(spec.dtype).contiguous()
+        brought = self.exchange.bring(name, expert, spec.shape, spec.dtype)
+        return None if brought is None else brought.cpu()
 
 
 def _plan_shards(

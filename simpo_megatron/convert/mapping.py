@@ -33,6 +33,8 @@ class Layout:
     """Views of a parameter (or of this rank's slice), one per Hugging Face tensor."""
     is_vocabulary: bool = False
     """Rows past the true vocabulary exist in megatron only: zero on the way in, dropped on the way out."""
+    is_expert: bool = False
+    """One parameter for each expert of a mixture; expert-parallel ranks hold different ones, each of them whole."""
 
 
 def _whole(parameter: Tensor, description: ModelDescription) -> tuple[Tensor, ...]:
@@ -58,6 +60,14 @@ ROWS = Layout(0, _whole)
 COLUMNS = Layout(1, _whole)
 GATE_UP = Layout(0, _halves)
 QKV = Layout(0, _query_key_value_of_each_group)
+EXPERT = Layout(None, _whole, is_expert=True)
+EXPERT_GATE_UP = Layout(None, _halves, is_expert=True)
+
+_EXPERT_NAMES = {
+    "mixtral": ("block_sparse_moe.gate", "block_sparse_moe.experts.{}.", ("w1", "w3", "w2")),
+    "qwen3_moe": ("mlp.gate", "mlp.experts.{}.", ("gate_proj", "up_proj", "down_proj")),
+}
+"""Of each family of mixtures: the router, an expert, and in it gate, up and down."""
 
 
 @dataclass(frozen=True)
@@ -67,8 +77,8 @@ class Rule:
     parameter: str
     """Name in megatron's local layer specification, within the model or within a layer."""
     hf_names: tuple[str, ...]
-    """One per view of the layout, `{}` for the layer counted from zero. Equal names: one tensor, whose rows
-    are the views' in turn."""
+    """One per view of the layout, `{}` for the layer and then the expert, counted from zero. Equal names: one tensor,
+    whose rows are the views' in turn."""
     layout: Layout
     shape: tuple[int, ...]
     """Of the whole parameter, vocabulary unpadded."""
@@ -133,9 +143,20 @@ def layer_rules(description: ModelDescription) -> tuple[Rule, ...]:
             norm,
             "mlp.linear_fc1.layer_norm_weight",
         ),
-        ("mlp.linear_fc1.weight", gate_up, GATE_UP, (2 * ffn, hidden), None),
-        ("mlp.linear_fc2.weight", ("mlp.down_proj",), COLUMNS, (hidden, ffn), None),
     ]
+    if "num_moe_experts" in arguments:
+        router, expert, (gate, up, down) = _EXPERT_NAMES[description.family]
+        width = arguments["moe_ffn_hidden_size"]
+        table += [
+            ("mlp.router.weight", (router,), REPLICATED, (arguments["num_moe_experts"], hidden), None),
+            ("mlp.experts.linear_fc1.weight", (expert + gate, expert + up), EXPERT_GATE_UP, (2 * width, hidden), None),
+            ("mlp.experts.linear_fc2.weight", (expert + down,), EXPERT, (hidden, width), None),
+        ]
+    else:
+        table += [
+            ("mlp.linear_fc1.weight", gate_up, GATE_UP, (2 * ffn, hidden), None),
+            ("mlp.linear_fc2.weight", ("mlp.down_proj",), COLUMNS, (hidden, ffn), None),
+        ]
     if arguments["add_bias_linear"] or arguments["add_qkv_bias"]:
         table.append(("self_attention.linear_qkv.bias", qkv, QKV, (qkv_rows,), None))
     if arguments["add_bias_linear"]:
@@ -186,10 +207,15 @@ def shapes_by_rule(
     shapes: dict[str, tuple[int, ...]] = {}
     for rule, layer in placed:
         whole = torch.empty(rule.shape, device="meta")
-        for name, shape in _named_shapes(rule, layer, rule.layout.views(whole, description), whole):
-            rows_so_far = shapes[name][0] if _is_fused(rule) and name in shapes else 0
-            shapes[name] = (rows_so_far + shape[0], *shape[1:])
+        for expert in _experts_of(rule, description):
+            for name, shape in _named_shapes(rule, (layer, expert), rule.layout.views(whole, description), whole):
+                rows_so_far = shapes[name][0] if _is_fused(rule) and name in shapes else 0
+                shapes[name] = (rows_so_far + shape[0], *shape[1:])
     return shapes
+
+
+def _experts_of(rule: Rule, description: ModelDescription) -> Iterable[int | None]:
+    return range(description.transformer["num_moe_experts"]) if rule.layout.is_expert else (None,)
 
 
 def pieces(chunk: torch.nn.Module, description: ModelDescription, *, tp_size: int) -> list[Piece]:
@@ -213,14 +239,38 @@ def pieces_of(
     chunk: torch.nn.Module, name: str, values: Tensor, description: ModelDescription, *, tp_size: int
 ) -> list[Piece]:
     """The same of one parameter of `chunk`, whose `values` need not be those that the chunk holds."""
+    rule, (layer, expert) = _place_of(chunk, name, description)
+    return pieces_by_rule(values, rule, layer, description, tp_size, expert)
+
+
+def stage_tensors(chunk: torch.nn.Module, description: ModelDescription) -> set[str]:
+    """Names of the Hugging Face tensors that the ranks of this `chunk`'s stage hold together."""
+    found = set()
+    for name, _ in chunk.named_parameters():
+        if ADAPTER_SUFFIX + "." not in name:
+            rule, (layer, _) = _place_of(chunk, name, description)
+            found |= {hf.format(layer, expert) for expert in _experts_of(rule, description) for hf in rule.hf_names}
+    return found
+
+
+def _place_of(
+    chunk: torch.nn.Module, name: str, description: ModelDescription
+) -> tuple[Rule, tuple[int | None, int | None]]:
+    """The rule of a parameter, and the layer and expert of the whole model it belongs to."""
     in_layer = re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)", name)
     if in_layer:
-        layer = chunk.decoder.layers[int(in_layer[1])].layer_number - 1
-        rule = _by_parameter(layer_rules(description)).get(in_layer[2])
+        module, rest, expert = chunk.decoder.layers[int(in_layer[1])], in_layer[2], None
+        # The second form is Transformer Engine's, with all experts of a rank in one module.
+        in_expert = re.fullmatch(r"mlp\.experts\.(?:local_experts\.(\d+)\.)?(linear_fc[12]\.weight)(\d*)", rest)
+        if in_expert:
+            expert = module.mlp.local_expert_indices[int(in_expert[1] or in_expert[3])]
+            rest = f"mlp.experts.{in_expert[2]}"
+        place = (module.layer_number - 1, expert)
+        rule = _by_parameter(layer_rules(description)).get(rest)
     else:
-        layer, rule = None, _by_parameter(_model_rules(description)).get(name)
+        place, rule = (None, None), _by_parameter(_model_rules(description)).get(name)
     assert rule is not None, f"no rule for megatron's parameter {name} of family {description.family}"
-    return pieces_by_rule(values, rule, layer, description, tp_size)
+    return rule, place
 
 
 def _with_adapter(pieces_of_weight: list[Piece], adapter: Adapter, description: ModelDescription) -> list[Piece]:
@@ -233,12 +283,17 @@ def _with_adapter(pieces_of_weight: list[Piece], adapter: Adapter, description: 
 
 
 def pieces_by_rule(
-    parameter: Tensor, rule: Rule, layer: int | None, description: ModelDescription, tp_size: int
+    parameter: Tensor,
+    rule: Rule,
+    layer: int | None,
+    description: ModelDescription,
+    tp_size: int,
+    expert: int | None = None,
 ) -> list[Piece]:
     """This rank's `parameter` of `rule` as parts of Hugging Face tensors."""
     views = rule.layout.views(parameter, description)
     found, first_row = [], 0
-    for view, (name, shape) in zip(views, _named_shapes(rule, layer, views, parameter), strict=True):
+    for view, (name, shape) in zip(views, _named_shapes(rule, (layer, expert), views, parameter), strict=True):
         found.append(Piece(name, view, shape, first_row, rule.layout))
         if _is_fused(rule):
             first_row += shape[0] * tp_size
@@ -246,12 +301,12 @@ def pieces_by_rule(
 
 
 def _named_shapes(
-    rule: Rule, layer: int | None, views: tuple[Tensor, ...], parameter: Tensor
+    rule: Rule, place: tuple, views: tuple[Tensor, ...], parameter: Tensor
 ) -> list[tuple[str, tuple[int, ...]]]:
     """Names and shapes in the file; a view has more dimensions where it unfolds the parameter's rows."""
     rest = tuple(parameter.shape[1:])
     return [
-        (name.format(layer), (view.numel() // math.prod(rest), *rest))
+        (name.format(*place), (view.numel() // math.prod(rest), *rest))
         for name, view in zip(rule.hf_names, views, strict=True)
     ]
 

@@ -22,3 +22,6 @@ class ArchitectureConfig(TransformerConfig):
 
     post_layernorms: bool = False
     """Norms on what attention and MLP add to the residual, beside those on what they take from it."""
+
+    moe_aux_loss_scale: float = 1.0
+    """What a microbatch's load-balancing loss is multiplied by; set anew for every step."""

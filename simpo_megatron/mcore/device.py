@@ -101,8 +101,8 @@ class _NullStream:
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass
 
-    def __getattr__(self, name: str) -> Callable[..., None]:
-        return lambda *args, **kwargs: None
+    def __getattr__(self, name: str) -> Callable[..., _NullStream]:
+        return lambda *args, **kwargs: self
 
 
 class _TorchOnCpu(types.ModuleType):
@@ -137,6 +137,7 @@ def install() -> None:
     _replace_random_state()
     _name_cpu_tensors_as_the_optimizers_expect()
     _restore_adam_step_of_the_distributed_optimizer()
+    _route_tokens_on_the_cpu()
 
 
 def keep_compiled_helpers() -> None:
@@ -216,6 +217,19 @@ def _restore_adam_step_of_the_distributed_optimizer() -> None:
         set_states(self, model_param, tensors)
 
     optimizer._set_main_param_and_optimizer_states = set_states_and_step
+
+
+def _route_tokens_on_the_cpu() -> None:
+    """Let a mixture's router and dispatcher do without Transformer Engine's product and a copy from the GPU."""
+    moe = "megatron.core.transformer.moe"
+    utils = importlib.import_module(f"{moe}.moe_utils")
+    if not hasattr(utils, "te_general_gemm"):
+        utils.te_general_gemm = None  # named but not defined, up to megatron-core 0.16, without Transformer Engine
+
+    def as_on_the_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+    importlib.import_module(f"{moe}.token_dispatcher").maybe_move_tensor_to_cpu = as_on_the_cpu
 
 
 def save_without_helper_process() -> None:

@@ -184,6 +184,44 @@ def _soft_cap(config: dict[str, Any], key: str, *, default: float) -> float | No
     return found
 
 
+def _mixtral(config: dict[str, Any]) -> dict[str, Any]:
+    _refuse(config, _MIXTRAL_REFUSALS)
+    return {
+        **_experts(config, "num_local_experts", config.get("intermediate_size")),
+        **_same_window_everywhere(config, config.get("sliding_window")),
+    }
+
+
+def _qwen3_moe(config: dict[str, Any]) -> dict[str, Any]:
+    _refuse(config, _QWEN3_MOE_REFUSALS)
+    window = config.get("sliding_window", 4096) if config.get("use_sliding_window") else None
+    # transformers 4 writes num_experts, 5 num_local_experts.
+    key = "num_local_experts" if "num_local_experts" in config else "num_experts"
+    return {
+        "qk_layernorm": True,
+        **_experts(config, key, config.get("moe_intermediate_size")),
+        # The softmax over all experts, or only over the chosen ones.
+        "moe_router_pre_softmax": not config.get("norm_topk_prob", False),
+        **_same_window_everywhere(config, window),
+    }
+
+
+def _experts(config: dict[str, Any], key: str, width: Any) -> dict[str, Any]:
+    """A mixture of `config[key]` experts of `width` in every layer."""
+    num_experts, num_chosen = _count(config, key), _count(config, "num_experts_per_tok")
+    if num_chosen > num_experts:
+        raise ConfigError(f"num_experts_per_tok {num_chosen} is more than {key} {num_experts}")
+    coefficient = config.get("router_aux_loss_coef", 0.001)
+    if isinstance(coefficient, bool) or not isinstance(coefficient, int | float) or not coefficient >= 0:
+        raise ConfigError(f"router_aux_loss_coef is {coefficient!r}, expected a number of at least 0")
+    return {
+        "num_moe_experts": num_experts,
+        "moe_router_topk": num_chosen,
+        "moe_ffn_hidden_size": _count({"width of an expert": width}, "width of an expert"),
+        "moe_aux_loss_coeff": coefficient,
+    }
+
+
 def _qwen2(config: dict[str, Any]) -> dict[str, Any]:
     return {"add_qkv_bias": True, **_qwen_window(config)}
 
@@ -231,18 +269,15 @@ _FAMILY_OPTIONS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
     "gemma2": _gemma2,
     "llama": _llama,
     "mistral": _mistral,
+    "mixtral": _mixtral,
     "phi3": _phi3,
     "qwen2": _qwen2,
     "qwen3": _qwen3,
+    "qwen3_moe": _qwen3_moe,
 }
 """What each family adds to or changes in `_transformer_arguments`."""
 
-_MIXTURE_OF_EXPERTS = " yet: mixture-of-experts layers are neither mapped nor trained"
-_WHY_NOT: dict[Any, str] = {
-    "mixtral": _MIXTURE_OF_EXPERTS,
-    "qwen2_moe": _MIXTURE_OF_EXPERTS,
-    "qwen3_moe": _MIXTURE_OF_EXPERTS,
-}
+_WHY_NOT: dict[Any, str] = {"qwen2_moe": " yet: experts that every token passes are neither mapped nor trained"}
 
 _COMMON_REFUSALS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "quantization_config": (
@@ -251,6 +286,14 @@ _COMMON_REFUSALS: dict[str, tuple[Callable[[Any], bool], str]] = {
     ),
 }
 """Key of config.json: (what its value must fulfil, why)."""
+_MIXTRAL_REFUSALS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "router_jitter_noise": (lambda noise: not noise, "megatron-core adds noise to the router's input only"),
+}
+_QWEN3_MOE_REFUSALS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "attention_bias": (lambda bias: not bias, "megatron-core's linear layers have biases all or none"),
+    "decoder_sparse_step": (lambda step: step in (None, 1), "dense layers among mixtures are not supported yet"),
+    "mlp_only_layers": (lambda layers: not layers, "dense layers among mixtures are not supported yet"),
+}
 _GEMMA2_REFUSALS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "attention_bias": (lambda bias: not bias, "megatron-core's linear layers have biases all or none"),
     "use_bidirectional_attention": (lambda wanted: not wanted, "a language model attends to the left only"),

@@ -98,12 +98,13 @@ def transformer_config(description: ModelDescription, config: Config) -> Archite
     sizes = config.parallel.sizes
     interleaved = sizes.virtual_pipeline is not None
     return ArchitectureConfig(
-        **description.transformer,
+        **{**description.transformer, **_mixture(description, config)},
         tensor_model_parallel_size=sizes.tensor,
         pipeline_model_parallel_size=sizes.pipeline,
         virtual_pipeline_model_parallel_size=sizes.virtual_pipeline,
         context_parallel_size=sizes.context,
         expert_model_parallel_size=sizes.expert,
+        expert_tensor_parallel_size=1,
         sequence_parallel=config.parallel.sequence_parallel,
         attention_softmax_in_fp32=True,
         hidden_dropout=config.model.hidden_dropout,
@@ -125,6 +126,20 @@ def transformer_config(description: ModelDescription, config: Config) -> Archite
         **precision_options(config.precision),
         **_fusions(description),
     )
+
+
+def _mixture(description: ModelDescription, config: Config) -> dict[str, Any]:
+    """How a mixture's tokens are routed and its experts computed; nothing for a dense model."""
+    if "num_moe_experts" not in description.transformer:
+        return {}
+    coefficient = config.model.moe_aux_loss_coeff
+    return {
+        "moe_aux_loss_coeff": description.transformer["moe_aux_loss_coeff"] if coefficient is None else coefficient,
+        "moe_router_load_balancing_type": "aux_loss",
+        "moe_router_dtype": "fp32" if config.precision.bf16 else None,
+        # All experts of a rank in one kernel, which only Transformer Engine has.
+        "moe_grouped_gemm": device.has_cuda() and device.machine().has_transformer_engine,
+    }
 
 
 def _fusions(description: ModelDescription) -> dict[str, bool]:
@@ -164,6 +179,7 @@ def build_model(description: ModelDescription, config: Config, groups: ParallelG
             **description.gpt,
         )
         _mark_divided_weights(chunk)
+        _mark_experts(chunk)
         if config.lora.lora_rank is not None:
             add_adapters(chunk, config.lora, tp_group=groups.tp, seed=config.run.seed)
         chunks.append(chunk.to(device.current_device()))
@@ -190,6 +206,17 @@ def _mark_divided_weights(chunk: PreferenceGPTModel) -> None:
             if not isinstance(module, kind) or module.weight is None or hasattr(module.weight, "partition_dim"):
                 continue
             set_tensor_model_parallel_attributes(module.weight, True, dimension, 1)
+
+
+def _mark_experts(chunk: PreferenceGPTModel) -> None:
+    """Tell DDP and optimizer that experts are copied over other ranks than dense weights.
+
+    megatron marks them under expert parallelism only, and so forgets that of experts that are not divided at all every
+    tensor-parallel rank has a copy, and in it the gradient of its own tokens.
+    """
+    for name, parameter in chunk.named_parameters():
+        if ".mlp.experts." in name:
+            parameter.allreduce = False
 
 
 def wrap_in_ddp(chunks: list[PreferenceGPTModel], config: Config) -> list[DistributedDataParallel]:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from simpo_megatron.mcore.architecture import ArchitectureConfig
 from simpo_megatron.mcore.attention import SegmentedAttention
+from simpo_megatron.mcore.experts import LoadBalancedRouter
 
 
 class RMSNorm(torch.nn.RMSNorm):
@@ -71,6 +72,8 @@ def local_layer_spec(config: ArchitectureConfig) -> ModuleSpec:
     attention.core_attention = SegmentedAttention
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
+    if config.num_moe_experts is not None:
+        mlp_submodules(layer).router = LoadBalancedRouter
     if config.post_layernorms:
         attention.linear_proj = mlp_submodules(layer).linear_fc2 = with_post_norm(RowParallelLinear, RMSNorm)
     return spec
@@ -95,8 +98,11 @@ def transformer_engine_layer_spec(config: ArchitectureConfig, *, fuse_norms: boo
     is_capped = config.attn_logit_softcapping is not None
     attention.core_attention = SegmentedAttention if is_capped else TESegmentedAttention
     if not fuse_norms:
-        layer.input_layernorm = layer.pre_mlp_layernorm = TENorm
-        attention.linear_qkv = mlp_submodules(layer).linear_fc1 = TEColumnParallelLinear
+        layer.input_layernorm, attention.linear_qkv = TENorm, TEColumnParallelLinear
+    if config.num_moe_experts is not None:
+        mlp_submodules(layer).router = LoadBalancedRouter
+    elif not fuse_norms:
+        layer.pre_mlp_layernorm, mlp_submodules(layer).linear_fc1 = TENorm, TEColumnParallelLinear
     if config.post_layernorms:
         attention.linear_proj = mlp_submodules(layer).linear_fc2 = with_post_norm(TERowParallelLinear, TENorm)
     return spec

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from simpo_megatron.config import Config, refuse_unbuilt, resolve
+from simpo_megatron.config import Config, resolve
 from simpo_megatron.errors import ConfigError
 from simpo_megatron.mcore.families import ModelDescription
 from simpo_megatron.planning.gpus import ASSUMED, GIB, Gpu
@@ -182,7 +182,6 @@ def _try(job: Job, config: Config) -> Candidate | Refusal:
 
 def _evaluate(job: Job, config: Config) -> Candidate | Refusal:
     try:
-        refuse_unbuilt(config)
         layout = resolve(
             config, world_size=job.num_gpus, model=job.description.transformer, machine=job.gpu.machine
         )

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch.nn.functional as F
 
+from simpo_megatron.errors import ConfigError
 from simpo_megatron.mcore.families import ModelDescription
 
 
@@ -33,7 +34,12 @@ class ModelShape:
 
     @classmethod
     def of(cls, description: ModelDescription) -> ModelShape:
-        """The shape of a model that config.json describes."""
+        """The shape of a model that config.json describes.
+
+        Raises: ConfigError, for a mixture of experts.
+        """
+        if "num_moe_experts" in description.transformer:
+            raise ConfigError(f"model_type {description.family}: experts are trained, but no plan counts them yet")
         keys = (
             "num_layers",
             "hidden_size",

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from simpo_megatron.config import DEMO, Config, Layout, refuse_unbuilt, resolve
+from simpo_megatron.config import DEMO, Config, Layout, resolve
 from simpo_megatron.convert import refuse_existing_export
 from simpo_megatron.data import (
     PreferenceDataset,
@@ -79,7 +79,6 @@ def plan_run(config: Config, world_size: int) -> Plan:
     """
     for folder in filter(None, (config.model.export_hf, config.lora.export_adapter)):
         refuse_existing_export(folder)
-    refuse_unbuilt(config)
     sources = locate_sources(config)
     _check_files(sources)
     description = describe_hf_model(sources.model)

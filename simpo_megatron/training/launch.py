@@ -32,7 +32,7 @@ def main(argv: Sequence[str], train: Callable[[Config], None], script: str) -> i
     """
     try:
         config, notes = _read(argv)
-        num_ranks = config.parallel.sizes.model
+        num_ranks = config.parallel.sizes.fewest_ranks
         if _world_size() == 1 and num_ranks > 1:
             plan_run(config, num_ranks)
             return _start_local_ranks(num_ranks, script, argv)

@@ -16,6 +16,7 @@ from simpo_megatron.config import Config, lint, to_table
 from simpo_megatron.convert import export_adapter, export_hf, trained_share
 from simpo_megatron.errors import NumericsError, StoppedByMonitor, StoppedBySignal
 from simpo_megatron.mcore import device
+from simpo_megatron.mcore.experts import LOAD_BALANCING_LOSS
 from simpo_megatron.mcore.optimizer import gather_parameters
 from simpo_megatron.mcore.precision import parameter_dtype
 from simpo_megatron.training.assembly import Job, Plan, assemble, plan_run
@@ -117,7 +118,8 @@ def describe_job(config: Config, job: Job) -> list[str]:
         f"trained   {trained_share(description, config.lora)}",
         f"pairs     {len(job.train_data)} to train on, {held_out or 'none held out'}",
         f"ranks     {dist.get_world_size()} ({device.backend()}): tp {sizes.tensor} x pp {sizes.pipeline} x cp "
-        f"{sizes.context} x dp {job.plan.layout.data_parallel_size}",
+        f"{sizes.context} x dp {job.plan.layout.data_parallel_size}"
+        + (f", experts over {sizes.expert}" if "num_moe_experts" in shape else ""),
         f"steps     {job.train_iters} of {batch.global_batch_size} pairs",
     ]
 
@@ -240,6 +242,9 @@ class _Window:
         num_tokens = sum(computed.num_tokens for computed in self._passes)
         sums = [sums for computed in self._passes for sums in computed.sums]
         means = reduce_sums(sums, num_pairs, groups)
+        balances = [computed.load_balancing_loss for computed in self._passes]
+        if balances and None not in balances:
+            means[LOAD_BALANCING_LOSS] = sum(balances) / len(balances)
         seconds = time.perf_counter() - self._started
         self._passes = []
         self.restart_clock()

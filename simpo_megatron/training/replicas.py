@@ -80,22 +80,26 @@ def check_replicas(chunks: Sequence[DistributedDataParallel], groups: ParallelGr
     """Nothing, when every weight is finite and equals its copies on other ranks, bit for bit.
 
     Data-parallel (and context-parallel) ranks hold copies of every weight, tensor-parallel ones of those that are not
-    divided. Copies are compared by the sum of their bits, which differences that cancel out exactly would escape.
+    divided; a mixture's experts have groups of their own. Copies are compared by the sum of their bits, which
+    differences that cancel out exactly would escape.
 
     The copy of a tied embedding on the last pipeline stage is not compared with that on the first.
 
-    Collectives: one all-reduce of 16 bytes a weight over dp and cp, one over tp, and those of `agree`; under
-    `overlap_param_gather` one all-gather of the weights before.
+    Collectives: one all-reduce of 16 bytes a weight over dp and cp, or over expert_dp, one over tp, and those of
+    `agree`; under `overlap_param_gather` one all-gather of the weights before.
 
     Raises:
         NumericsError, ParallelError: on every rank alike, with a weight and its rank.
     """
     gather_parameters(chunks)
     weights = {name: weight for chunk in chunks for name, weight in _named_weights(chunk)}
-    undivided = {name: w for name, w in weights.items() if not getattr(w, "tensor_model_parallel", False)}
+    experts = {name: w for name, w in weights.items() if not getattr(w, "allreduce", True)}
+    dense = {name: w for name, w in weights.items() if name not in experts}
+    undivided = {name: w for name, w in dense.items() if not getattr(w, "tensor_model_parallel", False)}
     problems = [
         _not_finite(weights),
-        _differing("data-parallel", groups.dp_cp, weights),
+        _differing("data-parallel", groups.dp_cp, dense),
+        _differing("expert-data-parallel", groups.expert_dp, experts),
         _differing("tensor-parallel", groups.tp, undivided),
     ]
     agree(next((problem for problem in problems if problem is not None), None))
@@ -120,7 +124,7 @@ def _not_finite(weights: Mapping[str, Tensor]) -> NumericsError | None:
 
 def _differing(kind: str, group: ProcessGroup, weights: Mapping[str, Tensor]) -> ParallelError | None:
     """What is wrong with the copies in `group`, the same on each of its ranks."""
-    if group.size() == 1:
+    if group.size() == 1 or not weights:
         return None
     names = list(weights)
     sums = torch.stack([_sum_of_bits(weight.detach().flatten()) for weight in weights.values()])

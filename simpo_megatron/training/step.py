@@ -27,6 +27,7 @@ from simpo_megatron.errors import NumericsError, SimPOError
 from simpo_megatron.loss import PreferenceObjective
 from simpo_megatron.mcore import device
 from simpo_megatron.mcore.batch import Microbatch, read_pairs, to_microbatch
+from simpo_megatron.mcore.experts import take_load_balancing_loss, weigh_load_balancing
 from simpo_megatron.mcore.forward_step import ForwardStep, MicrobatchStep
 from simpo_megatron.mcore.optimizer import update, zero_gradients
 from simpo_megatron.parallel import ParallelGroups
@@ -83,6 +84,8 @@ class Pass:
     """Pairs of the whole step, over all data-parallel ranks."""
     num_tokens: int
     """Real tokens of the whole step as computed: padding apart, and a shared prompt once."""
+    load_balancing_loss: float | None = None
+    """Of a mixture in training, the mean over layers and microbatches of the whole step."""
 
 
 def batch_options(config: Config, layout: Layout, pad_id: int) -> BatchOptions:
@@ -104,7 +107,7 @@ def run_pass(trainer: Trainer, dataset: PreferenceDataset, plan: StepPlan, *, fo
     """The metric sums of one step's pairs; unless `forward_only`, gradients are in the DDP buffers afterwards,
     reduced over every group and divided by the pairs of the step.
 
-    Collectives: those of `run_microbatches`.
+    Collectives: those of `run_microbatches` and `take_load_balancing_loss`.
 
     Raises:
         DataError: on every rank alike, when one could not read its pairs.
@@ -114,9 +117,15 @@ def run_pass(trainer: Trainer, dataset: PreferenceDataset, plan: StepPlan, *, fo
     forward_step = ForwardStep(
         objective=trainer.objective, pairs_per_chosen_token=num_pairs / max(1, num_chosen_tokens)
     )
+    num_microbatches = sum(map(len, plan))
+    weigh_load_balancing(trainer.chunks[0].module.config, num_pairs=num_pairs, num_microbatches=num_microbatches)
     sums = run_microbatches(trainer, dataset, plan, forward_step, forward_only=forward_only)
-    num_tokens = int(pair_tokens(lengths, trainer.batch_options).sum())
-    return Pass(sums=sums, num_pairs=num_pairs, num_tokens=num_tokens)
+    return Pass(
+        sums=sums,
+        num_pairs=num_pairs,
+        num_tokens=int(pair_tokens(lengths, trainer.batch_options).sum()),
+        load_balancing_loss=take_load_balancing_loss(trainer.chunks, num_microbatches=num_microbatches),
+    )
 
 
 def run_microbatches(

@@ -59,6 +59,7 @@ def run(model: Path, layout: str, options: dict, job: dict) -> None:
     description = describe_hf_model(model)
     chunks = build_model(description, config, groups)
     for chunk in chunks:
+        chunk.eval()
         for parameter in chunk.parameters():
             parameter.data.fill_(float("nan"))
     load_hf_weights(chunks, model, description, tp_rank=groups.tp.rank(), tp_size=groups.tp.size())
@@ -105,7 +106,6 @@ def smaller_files(num_bytes: int):
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
     job = json.loads((folder / "job.json").read_text())
-    for layout_name, layout_options in job["layouts"].items():
-        for model_name in job["models"]:
-            run(folder / model_name, layout_name, layout_options, job)
+    for model_name, layout_name in job["runs"]:
+        run(folder / model_name, layout_name, job["layouts"][layout_name], job)
     dist.destroy_process_group()

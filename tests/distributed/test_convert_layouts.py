@@ -19,9 +19,11 @@ from transformers import (
     Gemma2Config,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
     Phi3Config,
     Qwen2Config,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 
 from simpo_megatron.convert.files import stored_tensors
@@ -76,26 +78,55 @@ MODELS = {
         Phi3Config(**TINY, rope_parameters={"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}),
         "float32",
     ),
-}
-MODELS["gemma2"] = (
-    # Caps at which scores and logits of this size bend.
-    Gemma2Config(
-        **TINY,
-        head_dim=16,
-        query_pre_attn_scalar=12,
-        sliding_window=8,
-        attn_logit_softcapping=1.0,
-        final_logit_softcapping=2.0,
+    "gemma2": (
+        # Caps at which scores and logits of this size bend.
+        Gemma2Config(
+            **TINY,
+            head_dim=16,
+            query_pre_attn_scalar=12,
+            sliding_window=8,
+            attn_logit_softcapping=1.0,
+            final_logit_softcapping=2.0,
+        ),
+        "bfloat16",
     ),
-    "bfloat16",
-)
+}
+MIXTURES = {
+    "mixtral": (MixtralConfig(**TINY, num_local_experts=6, num_experts_per_tok=2), "bfloat16"),
+    "qwen3_moe": (
+        Qwen3MoeConfig(
+            **TINY,
+            head_dim=16,
+            num_experts=4,
+            num_experts_per_tok=3,
+            moe_intermediate_size=40,
+            norm_topk_prob=True,
+            tie_word_embeddings=True,
+        ),
+        "bfloat16",
+    ),
+    "qwen3_moe_softmax_over_all": (
+        Qwen3MoeConfig(**TINY, head_dim=16, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=40),
+        "float32",
+    ),
+}
 # Two ranks: what tp and pp leave over is data parallelism, of which one rank writes.
 LAYOUTS = {
     "tp1": {},
     "tp2": {"tensor_model_parallel_size": 2},
     "pp2": {"pipeline_model_parallel_size": 2},
     "pp2_vpp2": {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2},
+    "ep2": {"expert_model_parallel_size": 2},
+    "tp2_sequence_parallel_ep2": {
+        "tensor_model_parallel_size": 2,
+        "sequence_parallel": True,
+        "expert_model_parallel_size": 2,
+    },
 }
+# (model, layout): experts in every way that divides them, and the rest as before.
+RUNS = [(name, layout) for name in MODELS for layout in ("tp1", "tp2", "pp2", "pp2_vpp2")]
+RUNS += [(name, layout) for name in MIXTURES for layout in ("tp2", "pp2", "ep2", "tp2_sequence_parallel_ep2")]
+MODELS |= MIXTURES
 
 
 def write_model(config, folder: Path, dtype: str, tokens: torch.Tensor) -> torch.Tensor:
@@ -120,12 +151,13 @@ def folder(tmp_path_factory) -> Path:
     """Every model, loaded and exported under every layout by one start of two ranks."""
     folder = tmp_path_factory.mktemp("convert")
     torch.manual_seed(5)
-    tokens = torch.randint(VOCAB, (2, 37))
+    tokens = torch.randint(VOCAB, (2, 38))
     expected = {name: write_model(config, folder / name, dtype, tokens) for name, (config, dtype) in MODELS.items()}
     torch.save(expected, folder / "expected.pt")
     job = {
         "models": {name: dtype for name, (_, dtype) in MODELS.items()},
         "layouts": LAYOUTS,
+        "runs": RUNS,
         "tokens": tokens.tolist(),
         "max_shard_bytes": 60_000,
     }
@@ -134,8 +166,7 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("name", "layout"), RUNS)
 def test_megatron_computes_the_logits_that_transformers_computes(folder: Path, name: str, layout: str) -> None:
     expected = torch.load(folder / "expected.pt", weights_only=True)[name]
     found = load_file(folder / f"{name}-{layout}.safetensors")["logits"]
@@ -143,8 +174,7 @@ def test_megatron_computes_the_logits_that_transformers_computes(folder: Path, n
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("name", "layout"), RUNS)
 def test_an_exported_model_has_every_bit_of_the_imported_one(folder: Path, name: str, layout: str) -> None:
     def contents(of: Path) -> dict[str, torch.Tensor]:
         files = {tensor.file for tensor in stored_tensors(of).values()}

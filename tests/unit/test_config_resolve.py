@@ -93,8 +93,8 @@ def test_the_interleaved_schedule_wants_microbatches_in_rounds_of_the_stages():
             "expert_model_parallel_size: found 2, expected a divisor of the model's experts",
         ),
         (
-            {"world_size": 2, "tp": 2, "ep": 2},
-            "expert_model_parallel_size: found 2, expected a divisor of the 1 ranks",
+            {"world_size": 6, "pp": 2, "ep": 2},
+            "expert_model_parallel_size: found 2, expected a divisor of the 3 ranks of a pipeline stage",
         ),
         ({"world_size": 4, "global_batch_size": 3}, "global_batch_size: found 3, expected at least 4"),
         (

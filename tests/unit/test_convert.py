@@ -177,6 +177,36 @@ def test_every_rank_gets_the_slices_the_twin_cuts_and_reads_no_other_byte(
     assert num_padded == padded_vocab_size(VOCAB, tp_size) - VOCAB
 
 
+@pytest.mark.parametrize("grouped", [False, True], ids=["an expert a module", "transformer engine's grouped experts"])
+def test_an_expert_parallel_rank_gets_its_experts_whole(tmp_path: Path, grouped: bool) -> None:
+    width, num_experts, mine = 10, 6, (2, 3)
+    mixture = {"model_type": "qwen3_moe", "num_experts": num_experts, "num_experts_per_tok": 2}
+    weights = {name: tensor for name, tensor in random_weights().items() if ".mlp." not in name and "bias" not in name}
+    expected = {}
+    for layer in range(LAYERS):
+        prefix, to = f"model.layers.{layer}.", f"decoder.layers.{layer}.mlp."
+        weights[f"{prefix}mlp.gate.weight"] = expected[f"{to}router.weight"] = torch.randn(num_experts, HIDDEN)
+        for norm in ("q", "k"):
+            weights[f"{prefix}self_attn.{norm}_norm.weight"] = torch.randn(HEAD_DIM)
+        for expert in range(num_experts):
+            gate, up, down = torch.randn(width, HIDDEN), torch.randn(width, HIDDEN), torch.randn(HIDDEN, width)
+            for name, tensor in (("gate", gate), ("up", up), ("down", down)):
+                weights[f"{prefix}mlp.experts.{expert}.{name}_proj.weight"] = tensor
+            if expert in mine:
+                local = mine.index(expert)
+                for name, tensor in (("linear_fc1", torch.cat((gate, up))), ("linear_fc2", down)):
+                    alone, joined = f"local_experts.{local}.{name}.weight", f"{name}.weight{local}"
+                    expected[f"{to}experts.{joined if grouped else alone}"] = tensor
+    description = write_folder(tmp_path, weights, **mixture, moe_intermediate_size=width)
+    chunk = stand_in(expected)
+    for layer in chunk.decoder.layers:
+        layer.mlp.local_expert_indices = list(mine)
+    # Tensor-parallel ranks hold experts whole, too.
+    load_hf_weights([chunk], tmp_path, description, tp_rank=1, tp_size=2)
+    for name, parameter in chunk.named_parameters():
+        assert torch.equal(parameter, expected[name]), name
+
+
 def test_a_file_is_held_in_memory_a_bounded_part_at_a_time(tmp_path: Path, monkeypatch) -> None:
     weights = random_weights()
     description = write_folder(tmp_path, weights)

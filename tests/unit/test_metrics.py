@@ -14,7 +14,8 @@ def groups(tmp_path_factory):
     store = tmp_path_factory.mktemp("store") / "store"
     dist.init_process_group("gloo", store=dist.FileStore(str(store), 1), rank=0, world_size=1)
     world = dist.group.WORLD
-    yield ParallelGroups(tp=world, pp=world, cp=world, dp=world, dp_cp=world, sizes=ParallelSizes())
+    names = ("tp", "pp", "cp", "dp", "dp_cp", "ep", "expert_dp")
+    yield ParallelGroups(**dict.fromkeys(names, world), sizes=ParallelSizes())
     dist.destroy_process_group()
 
 

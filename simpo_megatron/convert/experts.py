@@ -1,0 +1,60 @@
+"""Experts of expert-parallel ranks, brought to the rank that writes their stage's files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from simpo_megatron.mcore import device
+
+
+@dataclass(frozen=True)
+class ExpertExchange:
+    """Which rank of one expert-parallel group holds each expert's tensors; the group's first rank is to have them."""
+
+    owners: Mapping[str, int]
+    """Rank in the group by Hugging Face name."""
+    group: ProcessGroup
+
+    @classmethod
+    def of(cls, own_names: Sequence[str], group: ProcessGroup) -> ExpertExchange:
+        """The exchange over `group`, each rank naming the experts' tensors that it holds.
+
+        Collectives: one exchange of names over the group.
+        """
+        names_of_ranks: list = [None] * group.size()
+        dist.all_gather_object(names_of_ranks, list(own_names), group=group)
+        return cls({name: rank for rank, names in enumerate(names_of_ranks) for name in names}, group)
+
+    def agree(self, proceeds: bool) -> bool:
+        """What the first rank says.
+
+        Collectives: one broadcast of a flag over the group.
+        """
+        said = [proceeds]
+        dist.broadcast_object_list(said, dist.get_global_rank(self.group, 0), group=self.group)
+        return said[0]
+
+    def bring(self, name: str, own: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
+        """The tensor `name` on the group's first rank; None on the others.
+
+        Args:
+            own: the tensor itself, contiguous and in `dtype`, on its owner.
+
+        Collectives: one send from the owner to the first rank, unless they are the same.
+        """
+        owner, first = self.owners[name], dist.get_global_rank(self.group, 0)
+        if self.group.rank() == owner != 0:
+            dist.send(own, first, group=self.group)
+        if self.group.rank() != 0:
+            return None
+        if owner == 0:
+            return own
+        received = torch.empty(shape, dtype=dtype, device=device.current_device())
+        dist.recv(received, dist.get_global_rank(self.group, owner), group=self.group)
+        return received

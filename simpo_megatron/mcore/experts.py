@@ -1,0 +1,66 @@
+"""Mixtures of experts: megatron's router with a load-balancing loss that suits a loss summed over pairs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+from megatron.core.transformer.moe.router import TopKRouter
+from torch import Tensor
+
+from simpo_megatron.mcore.architecture import ArchitectureConfig
+
+LOAD_BALANCING_LOSS = "load_balancing_loss"
+"""The metric's name, which is megatron's."""
+
+
+class LoadBalancedRouter(TopKRouter):
+    """megatron's top-k router, its auxiliary loss weighted and logged by us.
+
+    Gradients are divided by the pairs of the global batch in the end, where megatron expects its tokens; and its log
+    averages over data-parallel ranks by an operation that gloo does not have.
+    """
+
+    def __init__(self, config: ArchitectureConfig, *args, **kwargs) -> None:
+        super().__init__(config, *args, **kwargs)
+        self.logged_loss: Tensor | None = None
+        """Sum over microbatches since it was last taken, of this rank's tokens."""
+
+    def attach_and_log_load_balancing_loss(
+        self, activation: Tensor, aux_loss_coeff: float, aux_loss: Tensor, *_, **__
+    ) -> Tensor:
+        """`activation`, in whose backward pass the auxiliary loss gets the gradient of its share."""
+        unweighted = aux_loss.detach() / aux_loss_coeff
+        self.logged_loss = unweighted if self.logged_loss is None else self.logged_loss + unweighted
+        return MoEAuxLossAutoScaler.apply(activation, aux_loss * self.config.moe_aux_loss_scale)
+
+
+def weigh_load_balancing(config: ArchitectureConfig, *, num_pairs: int, num_microbatches: int) -> None:
+    """Make the auxiliary loss of a step the mean over its microbatches, whatever their tokens and pairs.
+
+    Args:
+        config: the one that all model chunks of this rank share.
+        num_pairs: pairs of the step, by which its gradients are divided.
+        num_microbatches: microbatches of the step, over all data-parallel ranks.
+    """
+    config.moe_aux_loss_scale = num_pairs / num_microbatches
+
+
+def take_load_balancing_loss(chunks: Sequence[torch.nn.Module], *, num_microbatches: int) -> float | None:
+    """Mean over layers and microbatches of num_experts * sum over experts of (share of tokens * mean probability).
+
+    1 is perfect balance, num_experts everything on one expert. None where no router has logged any.
+
+    Collectives: one all-reduce of 8 bytes, world; none where no chunk has a router.
+    """
+    routers = [module for chunk in chunks for module in chunk.modules() if isinstance(module, LoadBalancedRouter)]
+    if not routers or routers[0].logged_loss is None:
+        return None
+    # Tensor-parallel ranks each hold their tokens' part of a layer's loss, pipeline stages their layers.
+    sums = torch.stack([router.logged_loss for router in routers]).double().sum()[None]
+    for router in routers:
+        router.logged_loss = None
+    dist.all_reduce(sums)
+    return float(sums) / (routers[0].config.num_layers * num_microbatches)

@@ -1,0 +1,123 @@
+"""The load-balancing loss of a mixture, against its definition over transformers' router logits."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from ranks import free_port
+from transformers import AutoModelForCausalLM, MixtralConfig
+
+from simpo_megatron import parallel
+from simpo_megatron.config import Machine, config_from, resolve
+from simpo_megatron.errors import ConfigError
+from simpo_megatron.mcore import device
+
+EXPERTS, CHOSEN, COEFFICIENT, LAYERS = 6, 2, 0.05, 3
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """(megatron's model, transformers' model with the same weights), float64."""
+    device.install()
+    from simpo_megatron.convert import load_hf_weights
+    from simpo_megatron.mcore.families import describe_hf_model
+    from simpo_megatron.mcore.model import build_model
+
+    folder = tmp_path_factory.mktemp("model")
+    torch.manual_seed(4)
+    config = MixtralConfig(
+        vocab_size=131,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        num_local_experts=EXPERTS,
+        num_experts_per_tok=CHOSEN,
+        router_aux_loss_coef=COEFFICIENT,
+    )
+    twin = AutoModelForCausalLM.from_config(config, experts_implementation="eager")
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    twin.save_pretrained(folder)
+    saved = dict(os.environ)
+    os.environ.update(RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
+    groups = parallel.initialize(parallel.ParallelSizes(), backend="gloo")
+    parallel.seed_everything(0)
+    description = describe_hf_model(folder)
+    options = config_from(model=str(folder), data=("none",), bf16=False)
+    (model,) = build_model(description, options, groups)
+    load_hf_weights([model], folder, description, tp_rank=0, tp_size=1)
+    yield model.double(), twin.double()
+    parallel.shut_down()
+    os.environ.clear()
+    os.environ.update(saved)
+
+
+def balance(router_logits: torch.Tensor) -> torch.Tensor:
+    """experts * sum over experts of (share of the choices * mean probability), a token at a time (arXiv 2101.03961)."""
+    share = torch.zeros(EXPERTS, dtype=torch.float64)
+    for row in router_logits:
+        share[row.topk(CHOSEN).indices] += 1 / (len(router_logits) * CHOSEN)
+    return EXPERTS * (share * router_logits.softmax(dim=-1).mean(dim=0)).sum()
+
+
+def test_routers_are_pulled_to_balance_by_the_mean_over_microbatches(models):
+    from simpo_megatron.mcore.experts import take_load_balancing_loss, weigh_load_balancing
+
+    model, twin = models
+    num_pairs, microbatches = 7, torch.randint(131, (2, 3, 11), generator=torch.Generator().manual_seed(5))
+    weigh_load_balancing(model.config, num_pairs=num_pairs, num_microbatches=2)
+    for tokens in microbatches:
+        logits = model(tokens, torch.arange(11).expand(3, -1), None)
+        # Nothing but the load-balancing loss has a gradient.
+        (logits * 0).sum().backward()
+    found = take_load_balancing_loss([model], num_microbatches=2)
+
+    of_layers = [
+        balance(layer.view(-1, EXPERTS))
+        for tokens in microbatches
+        for layer in twin(tokens, output_router_logits=True).router_logits
+    ]
+    assert len(of_layers) == 2 * LAYERS
+    expected = torch.stack(of_layers).mean()
+    assert 1.05 < float(expected) < EXPERTS
+    assert found == pytest.approx(float(expected), rel=1e-6)
+    assert take_load_balancing_loss([model], num_microbatches=2) is None
+    # finalize_model_grads divides by the pairs; every layer has its loss, every microbatch an equal say.
+    (COEFFICIENT * LAYERS * expected).backward()
+    for megatrons, transformers in (
+        (model.decoder.layers[2].mlp.router.weight, twin.model.layers[2].mlp.gate.weight),
+        (model.decoder.layers[0].mlp.router.weight, twin.model.layers[0].mlp.gate.weight),
+        (model.embedding.word_embeddings.weight, twin.model.embed_tokens.weight),
+    ):
+        gradient = megatrons.grad[: len(transformers)] / num_pairs
+        assert float((gradient - transformers.grad).norm() / transformers.grad.norm()) <= 1e-5
+
+
+def test_a_run_is_started_on_as_few_ranks_as_its_sizes_divide():
+    assert parallel.ParallelSizes(expert=4).fewest_ranks == 4
+    assert parallel.ParallelSizes(tensor=4, pipeline=2, expert=2).fewest_ranks == 8
+    assert parallel.ParallelSizes(tensor=2, pipeline=3, expert=6).fewest_ranks == 18
+
+
+@pytest.mark.parametrize(
+    ("options", "world_size", "message"),
+    [
+        ({"expert_model_parallel_size": 4}, 4, "a divisor of the model's experts, of which it has 6"),
+        ({"expert_model_parallel_size": 3}, 4, "a divisor of the 4 ranks of a pipeline stage"),
+        ({"tensor_model_parallel_size": 2}, 2, "--sequence-parallel with tensor parallelism"),
+        ({"lora_rank": 4}, 1, "lora_targets: found 'linear_fc1, linear_fc2', expected linear_qkv and linear_proj only"),
+        ({"moe_aux_loss_coeff": -1.0}, 1, "moe_aux_loss_coeff: found -1.0"),
+    ],
+)
+def test_what_a_mixture_cannot_do_is_refused_in_one_line(options, world_size, message):
+    shape = {"num_layers": 2, "num_attention_heads": 4, "hidden_size": 32, "ffn_hidden_size": 48, "num_moe_experts": 6}
+    with pytest.raises(ConfigError) as refused:
+        config = config_from(model="m", data=("d",), **options)
+        resolve(config, world_size=world_size, model=shape, machine=Machine())
+    assert message in str(refused.value)
