@@ -1,7 +1,8 @@
 """Load Hugging Face folders under several parallel layouts, leave their logits, and export them again.
 
-`convert_worker.py FOLDER`: FOLDER/job.json names the models, the layouts and the tokens. Each model and
-layout leaves FOLDER/<model>-<layout>.safetensors ("logits", [B, S, V] in fp32) and FOLDER/<model>-<layout>/.
+`convert_worker.py FOLDER`: FOLDER/job.json names the models, the layouts, the tokens, and as runs which model meets
+which layout. A run leaves FOLDER/<model>-<layout>.safetensors ("logits", [B, S, V] in fp32) and the folder
+FOLDER/<model>-<layout>/.
 """
 
 from __future__ import annotations

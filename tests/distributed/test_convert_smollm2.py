@@ -64,6 +64,7 @@ def test_log_probs_agree_and_every_weight_comes_back(smollm2: Path, tmp_path: Pa
     job = {
         "models": {"smollm2": "bfloat16"},
         "layouts": LAYOUTS,
+        "runs": [("smollm2", layout) for layout in LAYOUTS],
         "tokens": tokens.tolist(),
         "max_shard_bytes": 100 << 20,
     }
