@@ -41,9 +41,12 @@ demo-smollm2: $(VENV)/.ready-gguf
 	@$(BIN)/torchrun --standalone --nproc-per-node 2 examples/pretrain_simpo.py \
 	  --config configs/smollm2_cpu.yaml --model $(SMOLLM2) --data $(PAIRS) $(ARGS)
 
+# Most tests wait for processes of one thread: a file of them for each core, up to four.
+AT_ONCE ?= -n auto --maxprocesses 4 --dist loadfile
+
 test: $(VENV)/.ready-test
 	@echo "== tests"
-	@$(BIN)/python -m pytest $(PYTEST)
+	@$(BIN)/python -m pytest $(AT_ONCE) $(PYTEST)
 
 # What a new megatron-core may break first: names of its options, layer specs, attention, what it allocates, and a run.
 NEWEST := .venv-newest
@@ -57,7 +60,7 @@ test-newest:
 	  $(MAKE) --no-print-directory $(NEWEST)/.ready-test && \
 	  echo "== tests on megatron-core" \
 	    "$$($(NEWEST)/bin/python -c 'from importlib.metadata import version; print(version("megatron-core"))')" && \
-	  $(NEWEST)/bin/python -m pytest $(NEWEST_TESTS) $(PYTEST); \
+	  $(NEWEST)/bin/python -m pytest $(AT_ONCE) $(NEWEST_TESTS) $(PYTEST); \
 	else \
 	  echo "== NOT TESTED on the newest megatron-core: no $(NEWEST_PYTHON) here; NEWEST_PYTHON=PATH names one"; \
 	fi

@@ -16,6 +16,7 @@ TEST = [
     *GGUF,
     OMEGACONF,
     "pytest>=8",
+    "pytest-xdist>=3.6",
     "hypothesis>=6.100",
     "ruff>=0.14",
     "trl>=0.29,<2",
