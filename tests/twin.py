@@ -28,6 +28,21 @@ class TwinSettings:
     adam_eps: float = 1e-8
     clip_grad: float = 1.0
 
+    def of_trainer(self, *, batch_size: int, num_steps: int) -> dict[str, object]:
+        """What the trainer is told to take the twin's steps, the objective's constants apart."""
+        return dict(
+            model="given by the job",
+            data=("given by the job",),
+            bf16=False,
+            global_batch_size=batch_size,
+            tokens_per_microbatch=128,
+            lr=self.lr,
+            weight_decay=self.weight_decay,
+            lr_warmup_fraction=0.0,
+            lr_decay_style="constant",
+            train_iters=num_steps,
+        )
+
 
 @dataclass
 class TwinRecord:

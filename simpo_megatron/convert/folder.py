@@ -123,17 +123,18 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 def publish(staging: Path, out_folder: Path) -> None:
     """Give the whole `staging`, once it is on the disk, the name `out_folder`; an earlier export there goes."""
     for path in staging.iterdir():
-        _sync(path)
-    _sync(staging)
+        sync(path)
+    sync(staging)
     replaced = staging.with_suffix(".replaced")
     if out_folder.exists():
         os.rename(out_folder, replaced)
     os.rename(staging, out_folder)
-    _sync(out_folder.parent)
+    sync(out_folder.parent)
     shutil.rmtree(replaced, ignore_errors=True)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Return once what `path`, a file or a folder, holds is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -94,18 +95,47 @@ def to_hf(
     """
     refuse_existing_export(out_folder)
     specs = {name: replace(spec, dtype=dtype or spec.dtype) for name, spec in weights.specs.items()}
+    write_hf(
+        out_folder,
+        specs,
+        lambda name: weights.read(name).to(specs[name].dtype),
+        like=weights,
+        title="write hf",
+        max_shard_bytes=max_shard_bytes,
+        model_card=model_card,
+    )
+
+
+def write_hf(
+    out_folder: Path,
+    specs: Mapping[str, TensorSpec],
+    tensor: Callable[[str], Tensor],
+    *,
+    like: Weights,
+    title: str,
+    max_shard_bytes: int,
+    model_card: str | None,
+) -> None:
+    """Write the tensors of `specs`, each as `tensor` gives it, as a Hugging Face folder with what stands beside `like`.
+
+    Args:
+        title: what the progress is called.
+
+    Raises:
+        CheckpointError: `out_folder` cannot be written.
+    """
     parts = divide(specs, max_shard_bytes)
     files = dict(zip(file_names(len(parts)), parts, strict=True))
     num_bytes = sum(spec.num_bytes for spec in specs.values())
-    with new_folder(out_folder) as staging, Transfer("write hf", num_bytes) as transfer:
+    with new_folder(out_folder) as staging, Transfer(title, num_bytes) as transfer:
 
-        def tensor(name: str) -> Tensor:
+        def counted(name: str) -> Tensor:
             transfer.advance(specs[name].num_bytes)
-            return weights.read(name).to(specs[name].dtype)
+            return tensor(name)
 
         for file, part in files.items():
-            write_safetensors(staging / file, part, map(tensor, part))
-        complete_folder(staging, weights.folder, weights.description.hf_config, files, model_card)
+            write_safetensors(staging / file, part, map(counted, part))
+        complete_folder(staging, like.folder, like.description.hf_config, files, model_card)
 
 
 def _pieces(weights: Weights, skeleton: Skeleton, name: str, values: Tensor | None = None) -> list:

@@ -8,19 +8,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from simpo_megatron.convert.files import write_safetensors
-from simpo_megatron.convert.folder import (
-    MAX_SHARD_BYTES,
-    complete_folder,
-    divide,
-    file_names,
-    refuse_existing_export,
-)
+from simpo_megatron.convert.folder import MAX_SHARD_BYTES, refuse_existing_export
 from simpo_megatron.data import PairOptions
 from simpo_megatron.data.tokenization import tokenizer_identity
 from simpo_megatron.errors import CheckpointError, ConfigError
-from simpo_megatron.offline.progress import Transfer
-from simpo_megatron.offline.staging import new_folder
+from simpo_megatron.offline.convert import write_hf
 from simpo_megatron.offline.weights import Weights
 from simpo_megatron.training.assembly import load_tokenizer
 from simpo_megatron.training.checkpoint import model_facts
@@ -50,21 +42,16 @@ def merge(
     refuse_existing_export(out_folder)
     for other in models[1:]:
         _refuse_differences(models[0], other)
-    specs = models[0].specs
-    parts = divide(specs, max_shard_bytes)
-    files = dict(zip(file_names(len(parts)), parts, strict=True))
-    num_bytes = sum(spec.num_bytes for spec in specs.values())
     fractions = [share / sum(shares) for share in shares]
-    with new_folder(out_folder) as staging, Transfer("write merged", num_bytes) as transfer:
-
-        def tensor(name: str) -> Tensor:
-            transfer.advance(specs[name].num_bytes)
-            return _average(models, fractions, name)
-
-        for file, part in files.items():
-            write_safetensors(staging / file, part, map(tensor, part))
-        card = _card(out_folder, models, fractions)
-        complete_folder(staging, models[0].folder, models[0].description.hf_config, files, card)
+    write_hf(
+        out_folder,
+        models[0].specs,
+        lambda name: _average(models, fractions, name),
+        like=models[0],
+        title="write merged",
+        max_shard_bytes=max_shard_bytes,
+        model_card=_card(out_folder, models, fractions),
+    )
 
 
 def _average(models: Sequence[Weights], fractions: Sequence[float], name: str) -> Tensor:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from simpo_megatron.config import DEMO, Config, Layout, resolve
 from simpo_megatron.convert import refuse_existing_export
 from simpo_megatron.data import (
+    BatchOptions,
     PreferenceDataset,
     build_preference_dataset,
     check_batches,
@@ -204,17 +205,7 @@ def assemble(config: Config, plan: Plan, groups: ParallelGroups, *, load_weights
         fill_weights(model, sources.model, description, groups)
     else:
         zero_weights(model)
-    chunks = wrap_in_ddp(model, config)
-    optimizer, scheduler = build_optimizer(chunks, config, train_iters)
-    trainer = Trainer(
-        groups=groups,
-        chunks=chunks,
-        optimizer=optimizer,
-        scheduler=scheduler,
-        objective=config.objective,
-        batch_options=options,
-        layout=layout,
-    )
+    trainer = build_trainer(model, config, groups, layout, options, train_iters=train_iters)
     return Job(
         plan=plan,
         tokenizer=tokenizer,
@@ -223,6 +214,29 @@ def assemble(config: Config, plan: Plan, groups: ParallelGroups, *, load_weights
         model=model,
         trainer=trainer,
         train_iters=train_iters,
+    )
+
+
+def build_trainer(
+    model: list[PreferenceGPTModel],
+    config: Config,
+    groups: ParallelGroups,
+    layout: Layout,
+    options: BatchOptions,
+    *,
+    train_iters: int,
+) -> Trainer:
+    """The trainer of this rank's `model`: megatron's DDP around it, optimizer and schedule of `train_iters` steps."""
+    chunks = wrap_in_ddp(model, config)
+    optimizer, scheduler = build_optimizer(chunks, config, train_iters)
+    return Trainer(
+        groups=groups,
+        chunks=chunks,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        objective=config.objective,
+        batch_options=options,
+        layout=layout,
     )
 
 

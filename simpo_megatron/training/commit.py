@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from simpo_megatron.convert.folder import sync
 from simpo_megatron.errors import CheckpointError
 
 FORMAT = 1
@@ -95,7 +96,7 @@ def commit(draft: Path, iteration: int, files: Mapping[str, Digest], facts: Mapp
     checkpoint = Checkpoint(folder, iteration, facts, files)
     _seal(draft, checkpoint)
     os.rename(draft, folder)
-    _sync(folder.parent)
+    sync(folder.parent)
     write_latest(folder.parent, iteration)
     return checkpoint
 
@@ -128,10 +129,10 @@ def _seal(folder: Path, checkpoint: Checkpoint) -> None:
     """Write the record of `checkpoint` into its `folder`, after everything else in it is on the disk."""
     _check_sizes(folder, checkpoint.files)
     for name in checkpoint.files:
-        _sync(folder / name)
+        sync(folder / name)
     (folder / RECORD_FILE).write_text(_to_text(checkpoint), encoding="utf-8")
-    _sync(folder / RECORD_FILE)
-    _sync(folder)
+    sync(folder / RECORD_FILE)
+    sync(folder)
 
 
 def write_latest(save: Path, iteration: int) -> None:
@@ -143,9 +144,9 @@ def replace_text(path: Path, text: str) -> None:
     """Give `path` a new content at once: a reader, also after a crash, sees the old one or the new one."""
     draft = path.with_name(f"{path.name}.tmp")
     draft.write_text(text, encoding="utf-8")
-    _sync(draft)
+    sync(draft)
     os.replace(draft, path)
-    _sync(path.parent)
+    sync(path.parent)
 
 
 def read(folder: Path) -> Checkpoint:
@@ -239,7 +240,7 @@ def set_aside_after(save: Path, iteration: int) -> list[Path]:
             moved.append(folder.with_name(f"{folder.name}.aside-{uuid.uuid4().hex[:8]}"))
             os.rename(folder, moved[-1])
     if moved:
-        _sync(save)
+        sync(save)
     return moved
 
 
@@ -290,14 +291,6 @@ def _accuracy(checkpoint: Checkpoint) -> float | None:
     metrics = checkpoint.facts.get("metrics")
     value = metrics.get(BEST_METRIC) if isinstance(metrics, dict) else None
     return value if isinstance(value, float) else None
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _to_text(checkpoint: Checkpoint) -> str:

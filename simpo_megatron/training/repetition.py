@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from simpo_megatron.data import PreferenceDataset
@@ -20,7 +19,7 @@ from simpo_megatron.mcore.attention import MicrobatchLayout
 from simpo_megatron.mcore.batch import Microbatch, read_pairs
 from simpo_megatron.mcore.forward_step import MicrobatchStep
 from simpo_megatron.parallel import ParallelGroups
-from simpo_megatron.training.step import Trainer
+from simpo_megatron.training.step import Trainer, run_schedule
 
 NUM_GRAM = 4
 _MAX_PROMPT_TOKENS = 256
@@ -121,16 +120,7 @@ def _next_ids(trainer: Trainer, rows: Sequence[Sequence[int]], vocab_size: int) 
     # Interleaved pipelines take microbatches in rounds; the last row fills what is missing.
     microbatches += [microbatches[-1]] * (-len(rows) % trainer.layout.microbatch_multiple)
     next_token = _NextToken(trainer.groups.tp, vocab_size)
-    with torch.no_grad():
-        found = get_forward_backward_func()(
-            forward_step_func=next_token,
-            data_iterator=[iter(microbatches) for _ in trainer.chunks],
-            model=trainer.chunks,
-            num_microbatches=len(microbatches),
-            seq_length=max(microbatch.tokens_BS.size(1) for microbatch in microbatches),
-            micro_batch_size=1,
-            forward_only=True,
-        )
+    found = run_schedule(trainer, microbatches, next_token, forward_only=True)
     next_ids = torch.zeros(len(rows), dtype=torch.int64, device=device.current_device())
     if trainer.groups.is_last_stage:
         next_ids = torch.stack(found[: len(rows)])

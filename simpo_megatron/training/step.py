@@ -140,6 +140,16 @@ def run_microbatches(
     """
     microbatches, problem = _read(trainer, dataset, plan[trainer.groups.dp.rank()])
     agree(problem)
+    return run_schedule(trainer, microbatches, forward_step, forward_only=forward_only)
+
+
+def run_schedule(
+    trainer: Trainer, microbatches: Sequence[Microbatch], forward_step: MicrobatchStep, *, forward_only: bool
+) -> list[Any]:
+    """What `forward_step` kept of each of `microbatches`: on the last pipeline stage, nothing elsewhere.
+
+    Collectives: those of megatron's schedule.
+    """
     forward_backward = get_forward_backward_func()
     # megatron's forward_only runs no backward, yet keeps all that one would need.
     with torch.set_grad_enabled(not forward_only):

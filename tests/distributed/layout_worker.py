@@ -26,8 +26,9 @@ from simpo_megatron.convert import export_hf, load_hf_weights  # noqa: E402
 from simpo_megatron.data import TokenizedPair  # noqa: E402
 from simpo_megatron.errors import NumericsError  # noqa: E402
 from simpo_megatron.mcore.families import describe_hf_model  # noqa: E402
-from simpo_megatron.mcore.model import build_model, wrap_in_ddp  # noqa: E402
-from simpo_megatron.mcore.optimizer import build_optimizer, gather_parameters  # noqa: E402
+from simpo_megatron.mcore.model import build_model  # noqa: E402
+from simpo_megatron.mcore.optimizer import gather_parameters  # noqa: E402
+from simpo_megatron.training.assembly import build_trainer  # noqa: E402
 from simpo_megatron.training.metrics import reduce_sums  # noqa: E402
 from simpo_megatron.training.reference import reference_log_probs  # noqa: E402
 from simpo_megatron.training.repetition import greedy_samples  # noqa: E402
@@ -62,17 +63,8 @@ def run(name: str, config: Config, job: dict, folder: Path) -> None:
     parallel.seed_everything(config.run.seed)
     bare = build_model(description, config, groups)
     load_hf_weights(bare, job["model"], description, tp_rank=groups.tp.rank(), tp_size=groups.tp.size())
-    chunks = wrap_in_ddp(bare, config)
-    optimizer, scheduler = build_optimizer(chunks, config, job["num_steps"])
-    trainer = Trainer(
-        groups=groups,
-        chunks=chunks,
-        optimizer=optimizer,
-        scheduler=scheduler,
-        objective=config.objective,
-        batch_options=batch_options(config, layout, pad_id=0),
-        layout=layout,
-    )
+    options = batch_options(config, layout, pad_id=0)
+    trainer = build_trainer(bare, config, groups, layout, options, train_iters=job["num_steps"])
     dataset = ListDataset(job["pairs"])
     if config.objective.needs_reference:
         dataset.reference_avg = reference_log_probs(trainer, dataset)
@@ -85,7 +77,7 @@ def run(name: str, config: Config, job: dict, folder: Path) -> None:
     if "prompts" in job:
         samples = greedy_samples(trainer, job["prompts"], num_tokens=8, end_ids=(), vocab_size=description.vocab_size)
         (folder / f"{name}.samples{torch.distributed.get_rank()}.json").write_text(json.dumps(samples))
-    gather_parameters(chunks)
+    gather_parameters(trainer.chunks)
     export_hf(bare, description, job["model"], folder / name, groups=groups, dtype=torch.float32)
     if torch.distributed.get_rank() == 0:
         (folder / f"{name}.json").write_text(json.dumps(records))

@@ -25,8 +25,8 @@ from torch.profiler import ProfilerActivity, profile  # noqa: E402
 from simpo_megatron import parallel  # noqa: E402
 from simpo_megatron.config import config_from, resolve  # noqa: E402
 from simpo_megatron.mcore.forward_step import ForwardStep  # noqa: E402
-from simpo_megatron.mcore.model import build_model, wrap_in_ddp  # noqa: E402
-from simpo_megatron.mcore.optimizer import build_optimizer  # noqa: E402
+from simpo_megatron.mcore.model import build_model  # noqa: E402
+from simpo_megatron.training.assembly import build_trainer  # noqa: E402
 from simpo_megatron.training.step import Trainer, _materialise, batch_options, train_step  # noqa: E402
 
 
@@ -38,17 +38,8 @@ def build(case: dict, world_size: int) -> Trainer:
     bare = build_model(description, config, groups)
     for parameter in (parameter for chunk in bare for parameter in chunk.parameters()):
         torch.nn.init.normal_(parameter.data, std=0.02)
-    chunks = wrap_in_ddp(bare, config)
-    optimizer, scheduler = build_optimizer(chunks, config, 10)
-    return Trainer(
-        groups=groups,
-        chunks=chunks,
-        optimizer=optimizer,
-        scheduler=scheduler,
-        objective=config.objective,
-        batch_options=batch_options(config, layout, pad_id=0),
-        layout=layout,
-    )
+    options = batch_options(config, layout, pad_id=0)
+    return build_trainer(bare, config, groups, layout, options, train_iters=10)
 
 
 def kept_bytes(trainer: Trainer, dataset: ListDataset) -> int:

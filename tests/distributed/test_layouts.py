@@ -28,20 +28,10 @@ RELATIVE = 1e-5
 VOCAB = 259  # prime: divides over no number of ranks
 
 SETTINGS = TwinSettings(gamma_beta_ratio=0.3, sft_weight=0.1)
-OPTIONS = dict(
-    model="given by the job",
-    data=("given by the job",),
-    bf16=False,
+OPTIONS = SETTINGS.of_trainer(batch_size=BATCH, num_steps=NUM_STEPS) | dict(
     beta=SETTINGS.beta,
     gamma_beta_ratio=SETTINGS.gamma_beta_ratio,
     sft_weight=SETTINGS.sft_weight,
-    global_batch_size=BATCH,
-    tokens_per_microbatch=128,
-    lr=SETTINGS.lr,
-    weight_decay=SETTINGS.weight_decay,
-    lr_warmup_fraction=0.0,
-    lr_decay_style="constant",
-    train_iters=NUM_STEPS,
 )
 # Four ranks: what tp, pp and cp leave over is data parallelism.
 LAYOUTS = {

@@ -25,20 +25,10 @@ NUM_RANKS, NUM_STEPS, BATCH, SEED = 4, 6, 8, 5
 RELATIVE, BF16 = 1e-5, 1e-2
 RANK, ALPHA = 3, 6.0
 SETTINGS = TwinSettings(gamma_beta_ratio=0.3, lr=5e-3)
-OPTIONS = dict(
-    model="given by the job",
-    data=("given by the job",),
-    bf16=False,
+OPTIONS = SETTINGS.of_trainer(batch_size=BATCH, num_steps=NUM_STEPS) | dict(
     seed=SEED,
     beta=SETTINGS.beta,
     gamma_beta_ratio=SETTINGS.gamma_beta_ratio,
-    global_batch_size=BATCH,
-    tokens_per_microbatch=128,
-    lr=SETTINGS.lr,
-    weight_decay=SETTINGS.weight_decay,
-    lr_warmup_fraction=0.0,
-    lr_decay_style="constant",
-    train_iters=NUM_STEPS,
 )
 LORA = {"lora_rank": RANK, "lora_alpha": ALPHA}
 TP2_SEQUENCE_PARALLEL = {"tensor_model_parallel_size": 2, "sequence_parallel": True}

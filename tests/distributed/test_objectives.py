@@ -25,18 +25,7 @@ NUM_RANKS, NUM_STEPS, BATCH = 2, 5, 8
 RELATIVE = 1e-5
 VOCAB = 259
 SETTINGS = TwinSettings()
-OPTIONS = dict(
-    model="given by the job",
-    data=("given by the job",),
-    bf16=False,
-    global_batch_size=BATCH,
-    tokens_per_microbatch=128,
-    lr=SETTINGS.lr,
-    weight_decay=SETTINGS.weight_decay,
-    lr_warmup_fraction=0.0,
-    lr_decay_style="constant",
-    train_iters=NUM_STEPS,
-)
+OPTIONS = SETTINGS.of_trainer(batch_size=BATCH, num_steps=NUM_STEPS)
 LAYOUTS = {
     "dpo_dp2": {"objective": "dpo"},
     "dpo_tp2": {"objective": "dpo", "tensor_model_parallel_size": 2, "sequence_parallel": True},

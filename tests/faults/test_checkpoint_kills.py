@@ -13,8 +13,7 @@ from pathlib import Path
 
 import pytest
 from ranks import run_ranks
-
-from simpo_megatron.demo import prepare_demo
+from small_runs import small_run
 
 WORKER = Path(__file__).parents[1] / "distributed" / "checkpoint_worker.py"
 SPEED = ("pairs_per_second", "tokens_per_second", "peak_memory_gib")
@@ -38,18 +37,8 @@ NUM_RANDOM_KILLS = int(os.environ.get("SIMPO_RANDOM_KILLS", 0))
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("kills")
-    demo = prepare_demo(folder / "demo")
-    (folder / "pairs.jsonl").write_text("\n".join(Path(demo.train_file).read_text().splitlines()[:20]) + "\n")
     options = {
-        "model": str(demo.model_dir),
-        "data": [str(folder / "pairs.jsonl")],
-        "data_cache": str(folder / "cache"),
-        "bf16": False,
-        "global_batch_size": 8,
-        "max_length": 256,
-        "max_prompt_length": 128,
-        "tokens_per_microbatch": 512,
-        "lr": 1e-3,
+        **small_run(folder),
         "train_iters": NUM_STEPS,
         "save_interval": 1,
     }

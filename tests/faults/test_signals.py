@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 from ranks import run_ranks
+from small_runs import small_run
 
-from simpo_megatron.demo import prepare_demo
 from simpo_megatron.training.guard import STOP_SIGNALS, StopSignals
 
 WORKER = Path(__file__).parents[1] / "distributed" / "checkpoint_worker.py"
@@ -38,18 +38,8 @@ STOPS = {
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("signals")
-    demo = prepare_demo(folder / "demo")
-    (folder / "pairs.jsonl").write_text("\n".join(Path(demo.train_file).read_text().splitlines()[:20]) + "\n")
     options = {
-        "model": str(demo.model_dir),
-        "data": [str(folder / "pairs.jsonl")],
-        "data_cache": str(folder / "cache"),
-        "bf16": False,
-        "global_batch_size": 8,
-        "max_length": 256,
-        "max_prompt_length": 128,
-        "tokens_per_microbatch": 512,
-        "lr": 1e-3,
+        **small_run(folder),
         "hidden_dropout": 0.1,
         "train_iters": NUM_STEPS,
         "tensor_model_parallel_size": 2,
