@@ -1,4 +1,11 @@
-"""The exceptions a user may see: what was wrong, where, what was found, what was expected, what to do."""
+"""The exceptions a user may see: what was wrong, where, what was found, what was expected, what to do.
+
+And the two phrases that many of their messages are made of.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
 
 
 class SimPOError(Exception):
@@ -54,3 +61,16 @@ class StoppedBySignal(SimPOError):
     """
 
     exit_code = 75
+
+
+def require(holds: bool, key: str, found: object, expected: str) -> None:
+    """Raises: ConfigError, the one line a user reads, unless `holds`."""
+    if not holds:
+        raise ConfigError(f"{key}: found {found!r}, expected {expected}")
+
+
+def listed(things: Iterable[object], most: int, separator: str = ", ") -> str:
+    """The first `most` of the things in one line, and how many more there are: `3, 5, 8 and 21 more`."""
+    every = [str(thing) for thing in things]
+    more = f" and {len(every) - most} more" if len(every) > most else ""
+    return separator.join(every[:most]) + more

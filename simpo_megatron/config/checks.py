@@ -4,15 +4,9 @@ from __future__ import annotations
 
 import re
 
-from simpo_megatron.errors import ConfigError
+from simpo_megatron.errors import require
 
 _MAX_PATH_LENGTH = 1000
-
-
-def require(holds: bool, key: str, found: object, expected: str) -> None:
-    """Raises: ConfigError, the one line a user reads, unless `holds`."""
-    if not holds:
-        raise ConfigError(f"{key}: found {found!r}, expected {expected}")
 
 
 def require_positive(section: object, *keys: str) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from simpo_megatron.config.checks import require, require_positive, require_writable_name
+from simpo_megatron.config.checks import require_positive, require_writable_name
+from simpo_megatron.errors import require
 
 LORA_TARGETS = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from simpo_megatron.config.checks import require, require_positive
+from simpo_megatron.config.checks import require_positive
+from simpo_megatron.errors import require
 
 MONITORS = ("loss_spike", "saturated", "length_correlation", "displacement", "repetition")
 """What `stop_on` may name."""

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import yaml
 
-from simpo_megatron.config.checks import require
 from simpo_megatron.config.options import (
     ALIASES,
     EXCLUSIVE,
@@ -27,7 +26,7 @@ from simpo_megatron.config.options import (
 )
 from simpo_megatron.config.presets import PRESETS
 from simpo_megatron.config.sections import DEMO, OBJECTIVES, Config
-from simpo_megatron.errors import ConfigError
+from simpo_megatron.errors import ConfigError, require
 
 _MAX_YAML_BYTES = 1 << 20
 _PLAIN_TAG = "tag:yaml.org,2002:"

@@ -7,10 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from simpo_megatron.config.checks import require
 from simpo_megatron.config.presets import PRESETS
 from simpo_megatron.config.sections import Config
-from simpo_megatron.errors import ConfigError
+from simpo_megatron.errors import ConfigError, require
 
 # Rows and columns of Transformer Engine's matrix products come in multiples of this.
 _FP8_MULTIPLE = {"delayed": 16, "tensorwise": 16, "mxfp8": 32, "blockwise": 128}

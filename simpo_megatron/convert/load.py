@@ -9,7 +9,7 @@ import torch
 
 from simpo_megatron.convert.files import DTYPE_NAMES, StoredTensor, open_safetensors, stored_tensors
 from simpo_megatron.convert.mapping import Piece, hf_tensors, pieces
-from simpo_megatron.errors import CheckpointError
+from simpo_megatron.errors import CheckpointError, listed
 from simpo_megatron.mcore.families import ModelDescription
 
 MAX_LISTED = 10
@@ -104,9 +104,8 @@ def _refuse_unexpected(stored: dict[str, StoredTensor], description: ModelDescri
         elif tensor.dtype not in DTYPE_NAMES.values():
             problems.append(f"{name} is stored as {tensor.dtype}, expected one of {', '.join(DTYPE_NAMES.values())}")
     if problems:
-        more = len(problems) - MAX_LISTED
-        listed = "; ".join(problems[:MAX_LISTED]) + (f"; and {more} more" if more > 0 else "")
-        raise CheckpointError(f"{folder}: weights and config.json do not belong together: {listed}")
+        found = listed(problems, MAX_LISTED, "; ")
+        raise CheckpointError(f"{folder}: weights and config.json do not belong together: {found}")
 
 
 def _may_be_ignored(name: str, description: ModelDescription) -> bool:

@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from simpo_megatron.loss.objective import Comparison, PreferenceObjective, Responses, require
+from simpo_megatron.errors import require
+from simpo_megatron.loss.objective import Comparison, PreferenceObjective, Responses
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from simpo_megatron.errors import ConfigError
+from simpo_megatron.errors import require
 
 SFT_NORMALIZATIONS = ("token", "sequence")
 
@@ -93,16 +93,10 @@ class PreferenceObjective(ABC):
     def __post_init__(self) -> None:
         for entry in fields(self):
             value = getattr(self, entry.name)
-            if entry.type == "float" and (isinstance(value, bool) or not isinstance(value, (int, float))
-                                          or not isfinite(value)):
-                raise ConfigError(f"{entry.name}: found {value!r}; expected a finite number")
+            if entry.type == "float":
+                is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+                require(is_number and isfinite(value), entry.name, value, "a finite number")
         self._check()
-
-
-def require(holds: bool, key: str, found: object, expected: str) -> None:
-    """Raises ConfigError, one line that names `key`, unless `holds`."""
-    if not holds:
-        raise ConfigError(f"{key}: found {found!r}; expected {expected}")
 
 
 @dataclass(frozen=True)

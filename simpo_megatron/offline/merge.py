@@ -11,7 +11,7 @@ from torch import Tensor
 from simpo_megatron.convert.folder import MAX_SHARD_BYTES, refuse_existing_export
 from simpo_megatron.data import PairOptions
 from simpo_megatron.data.tokenization import tokenizer_identity
-from simpo_megatron.errors import CheckpointError, ConfigError
+from simpo_megatron.errors import CheckpointError, ConfigError, listed
 from simpo_megatron.offline.convert import write_hf
 from simpo_megatron.offline.weights import Weights
 from simpo_megatron.training.assembly import load_tokenizer
@@ -79,10 +79,7 @@ def _refuse_differences(first: Weights, other: Weights) -> None:
     if not problems:
         problems = _tokenizer_differences(first.folder, other.folder)
     if problems:
-        more = f"; and {len(problems) - 10} more" if len(problems) > 10 else ""
-        raise CheckpointError(
-            f"{first.folder} and {other.folder} cannot be averaged: {'; '.join(problems[:10])}{more}"
-        )
+        raise CheckpointError(f"{first.folder} and {other.folder} cannot be averaged: {listed(problems, 10, '; ')}")
 
 
 def _tokenizer_differences(*folders: Path) -> list[str]:

@@ -23,7 +23,7 @@ from simpo_megatron import faults
 from simpo_megatron.config import Config
 from simpo_megatron.convert.folder import copy_model_files, write_json
 from simpo_megatron.data.tokenization import tokenizer_identity
-from simpo_megatron.errors import CheckpointError
+from simpo_megatron.errors import CheckpointError, listed
 from simpo_megatron.mcore.families import ModelDescription
 from simpo_megatron.parallel import on_first_rank
 from simpo_megatron.training import commit
@@ -297,7 +297,7 @@ def _refuse_changes(checkpoint: Checkpoint, now: Mapping[str, Any], *, override:
     fixed = _changes(checkpoint.facts, now, _NEVER_CHANGES)
     told = _changes(checkpoint.facts, now, _CHANGES_IF_TOLD)
     if fixed or (told and not override):
-        shown = "; ".join((fixed + told)[:_MAX_SHOWN])
+        shown = listed(fixed + told, _MAX_SHOWN, "; ")
         remedy = (
             "these cannot change within a run: start a new one in another folder"
             if fixed

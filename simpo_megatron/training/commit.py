@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from simpo_megatron.convert.folder import sync
-from simpo_megatron.errors import CheckpointError
+from simpo_megatron.errors import CheckpointError, listed
 
 FORMAT = 1
 RECORD_FILE = "COMMIT.json"
@@ -224,7 +224,7 @@ def first_sound(
             problems.append(str(error))
     if problems:
         raise CheckpointError(
-            f"resume: every checkpoint is damaged ({'; '.join(problems[:3])}); --resume none starts anew"
+            f"resume: every checkpoint is damaged ({listed(problems, 3, '; ')}); --resume none starts anew"
         )
     return None, problems
 

@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from simpo_megatron.config import Config
 from simpo_megatron.data.batching import step_pairs
-from simpo_megatron.errors import ConfigError, StoppedByMonitor
+from simpo_megatron.errors import ConfigError, StoppedByMonitor, listed
 from simpo_megatron.mcore import device
 from simpo_megatron.training import commit
 from simpo_megatron.training.assembly import Job
@@ -226,11 +226,10 @@ class Monitors:
 
 
 def _spike_text(loss: float, limit: float, losses: Sequence[float], pair_ids: Sequence[int]) -> str:
-    shown = " ".join(map(str, pair_ids[:_MAX_SHOWN]))
-    more = f" and {len(pair_ids) - _MAX_SHOWN} more, in metrics.jsonl" if len(pair_ids) > _MAX_SHOWN else ""
+    where = ", all in metrics.jsonl" if len(pair_ids) > _MAX_SHOWN else ""
     return (
         f"the loss is {loss:.4f}, above {limit:.4f}, with a median of {median(losses):.4f} in the {len(losses)} log "
-        f"lines before; pairs {shown}{more}"
+        f"lines before; pairs {listed(pair_ids, _MAX_SHOWN)}{where}"
     )
 
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import torch.distributed as dist
 
 from simpo_megatron.config import Config
 from simpo_megatron.data import PreferenceDataset, microbatch_tokens
-from simpo_megatron.errors import ConfigError
+from simpo_megatron.errors import ConfigError, listed
 from simpo_megatron.mcore import device
 from simpo_megatron.mcore.optimizer import reserve_moments, zero_gradients
 from simpo_megatron.training.assembly import Job
@@ -43,7 +41,7 @@ def probe_memory(config: Config, job: Job, start: Start) -> list[str]:
         (microbatch_tokens(dataset.lengths[list(pack)], trainer.batch_options), pack) for pack, *_ in plan
     )
     step = start.iteration + 1 + number
-    described = f"the largest pack of the run, {tokens} tokens in step {step} (pairs {_shown(pack)})"
+    described = f"the largest pack of the run, {tokens} tokens in step {step} (pairs {listed(pack, _MAX_SHOWN)})"
     try:
         _rehearse(trainer, dataset, _cut_to_what_is_held(trainer, plan))
     except Exception as error:
@@ -82,8 +80,3 @@ def _too_large(described: str, config: Config) -> ConfigError:
         f"{dist.get_rank()} ({device.memory_bytes() / 2**30:.1f} GiB); lower it, or max_length if a pair alone is too "
         "long, or recompute activations with --recompute full"
     )
-
-
-def _shown(pair_ids: Sequence[int]) -> str:
-    more = len(pair_ids) - _MAX_SHOWN
-    return " ".join(map(str, pair_ids[:_MAX_SHOWN])) + (f" and {more} more" if more > 0 else "")

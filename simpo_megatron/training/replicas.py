@@ -16,7 +16,7 @@ from torch.distributed import ProcessGroup
 
 import simpo_megatron
 from simpo_megatron.config import Config
-from simpo_megatron.errors import NumericsError, ParallelError
+from simpo_megatron.errors import NumericsError, ParallelError, listed
 from simpo_megatron.mcore.optimizer import gather_parameters
 from simpo_megatron.parallel import ParallelGroups
 from simpo_megatron.training.assembly import Job
@@ -66,8 +66,8 @@ def check_same(facts: Mapping[str, Any]) -> None:
     ]
     if problems:
         raise ParallelError(
-            f"ranks were not started alike: {'; '.join(problems[:_MAX_SHOWN])}; start all ranks with the same command, "
-            "code and files"
+            f"ranks were not started alike: {listed(problems, _MAX_SHOWN, '; ')}; start all ranks with the same "
+            "command, code and files"
         )
 
 
@@ -160,9 +160,8 @@ def _ranks_by_value(values: Sequence[str], ranks: Sequence[int] | None = None) -
         holders.setdefault(value, []).append(rank)
     parts = []
     for value, where in sorted(holders.items(), key=lambda entry: (len(entry[1]), -entry[1][0])):
-        shown = ", ".join(str(rank) for rank in where[:_MAX_SHOWN]) + (", ..." if len(where) > _MAX_SHOWN else "")
-        parts.append(f"{value[:60]} on rank{'s' if len(where) > 1 else ''} {shown}")
-    return ", ".join(parts[:_MAX_SHOWN])
+        parts.append(f"{value[:60]} on rank{'s' if len(where) > 1 else ''} {listed(where, _MAX_SHOWN)}")
+    return listed(parts, _MAX_SHOWN)
 
 
 def _code_hash() -> str:

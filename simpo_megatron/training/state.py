@@ -27,7 +27,7 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from simpo_megatron.errors import CheckpointError
+from simpo_megatron.errors import CheckpointError, listed
 from simpo_megatron.mcore import device
 from simpo_megatron.mcore.lora import ADAPTER_SUFFIX
 from simpo_megatron.mcore.model import PreferenceGPTModel
@@ -130,7 +130,7 @@ def refuse_other_weights(stored: set[str], expected: set[str], folder: Path) -> 
     if others:
         raise CheckpointError(
             f"{folder}: holds {len(others)} tensors that are no part of its config.json's model: "
-            f"{', '.join(others[:3])}; of a run with adapters, take what --export-hf writes, where they are merged"
+            f"{listed(others, 3)}; of a run with adapters, take what --export-hf writes, where they are merged"
         )
 
 
@@ -139,7 +139,7 @@ def _load(state: dict[str, Any], stored: set[str], folder: Path) -> dict[str, An
     expected = {tensor.key for tensor in _tensors(state)}
     missing = sorted(expected - stored)
     if missing:
-        raise CheckpointError(f"{folder}: {len(missing)} tensors of this run are not in it: {', '.join(missing[:10])}")
+        raise CheckpointError(f"{folder}: {len(missing)} tensors of this run are not in it: {listed(missing, 10)}")
     try:
         return dist_checkpointing.load(state, str(folder))
     except (Exception, CheckpointException) as error:
@@ -253,8 +253,7 @@ def _load_chunk(chunk: PreferenceGPTModel, state: Mapping[str, Any], folder: Pat
     frozen = {name for name, parameter in chunk.named_parameters() if not parameter.requires_grad}
     problems = [name for name in missing if name not in frozen and not name.endswith("_extra_state")] + unexpected
     if problems:
-        shown = ", ".join(sorted(problems)[:10])
-        raise CheckpointError(f"{folder}: {len(problems)} names do not match the model's: {shown}")
+        raise CheckpointError(f"{folder}: names that do not match the model's: {listed(sorted(problems), 10)}")
 
 
 def _reason(error: BaseException) -> str:

@@ -23,7 +23,7 @@ from simpo_megatron.data import (
     plan_evaluation,
     plan_step,
 )
-from simpo_megatron.errors import NumericsError, SimPOError
+from simpo_megatron.errors import NumericsError, SimPOError, listed
 from simpo_megatron.loss import PreferenceObjective
 from simpo_megatron.mcore import device
 from simpo_megatron.mcore.batch import Microbatch, read_pairs, to_microbatch
@@ -199,8 +199,9 @@ def train_step(trainer: Trainer, dataset: PreferenceDataset, plan: StepPlan, not
     try:
         return Step(computed, *update(trainer.optimizer, trainer.scheduler), largest)
     except NumericsError as error:
-        pairs = [index for rank in plan for microbatch in rank for index in microbatch]
-        raise NumericsError(f"{error}; the step's losses are finite, its pairs are {_listed(pairs)}") from None
+        pairs = sorted(index for rank in plan for microbatch in rank for index in microbatch)
+        shown = listed(pairs, _MAX_PAIRS_SHOWN)
+        raise NumericsError(f"{error}; the step's losses are finite, its pairs are {shown}") from None
 
 
 def _not_finite(sums: Sequence[dict[str, Tensor]], microbatches: Sequence[Sequence[int]]) -> NumericsError | None:
@@ -211,16 +212,11 @@ def _not_finite(sums: Sequence[dict[str, Tensor]], microbatches: Sequence[Sequen
     bad = (~losses.isfinite()).nonzero().flatten().tolist()
     if not bad:
         return None
-    pairs = [pair for number in bad for pair in microbatches[number]]
+    pairs = sorted(pair for number in bad for pair in microbatches[number])
     return NumericsError(
-        f"the loss is {float(losses[bad[0]])} in the microbatch of pairs {_listed(pairs)}; weights, moments and "
-        "schedule are as before the step"
+        f"the loss is {float(losses[bad[0]])} in the microbatch of pairs {listed(pairs, _MAX_PAIRS_SHOWN)}; weights, "
+        "moments and schedule are as before the step"
     )
-
-
-def _listed(pairs: Sequence[int]) -> str:
-    shown = ", ".join(str(pair) for pair in sorted(pairs)[:_MAX_PAIRS_SHOWN])
-    return shown if len(pairs) <= _MAX_PAIRS_SHOWN else f"{shown}, ... ({len(pairs)})"
 
 
 def _read(

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from simpo_megatron.errors import ParallelError, PeerError, SimPOError
+from simpo_megatron.errors import ParallelError, PeerError, SimPOError, listed
 
 _PACKAGE = Path(__file__).parents[1]
 _ALARM = "alarm"
@@ -167,23 +167,18 @@ def verdict(answers: dict[int, dict[str, Any]], silent: dict[int, str]) -> str:
     An answer has `number` (phases begun), `where` (the last one), `line` (of this package) and `waits` (for others).
     """
     if silent:
-        shown = _listed(f"rank {rank} (last seen in {where})" for rank, where in silent.items())
+        shown = listed((f"rank {rank} (last seen in {where})" for rank, where in silent.items()), _MAX_NAMED)
         return f"no answer from {shown}; killed, out of memory, stopped or cut off: look at that machine and its log"
     furthest = max(answer["number"] for answer in answers.values())
     missing = {rank: a for rank, a in answers.items() if a["number"] < furthest}
     missing = missing or {rank: a for rank, a in answers.items() if not a["waits"]}
     told_apart = missing and len(missing) < len(answers)
-    shown = _listed(f"rank {rank} is in {a['where']} at {a['line']}" for rank, a in (missing or answers).items())
+    behind = (f"rank {rank} is in {a['where']} at {a['line']}" for rank, a in (missing or answers).items())
+    shown = listed(behind, _MAX_NAMED)
     if not told_apart:
         return f"no rank stands out; {shown}"
     waiting = next(a for rank, a in answers.items() if rank not in missing)
     return f"{shown}; the others wait for it in {waiting['where']} at {waiting['line']}"
-
-
-def _listed(things: Any) -> str:
-    every = list(things)
-    more = f", and {len(every) - _MAX_NAMED} more" if len(every) > _MAX_NAMED else ""
-    return ", ".join(every[:_MAX_NAMED]) + more
 
 
 def _say(word: str, rank: int, text: str) -> None:

@@ -70,7 +70,7 @@ def test_a_spike_is_told_with_the_pairs_of_the_steps_since_the_last_line(loss, t
     assert record == {"loss": pytest.approx(loss, nan_ok=True), "grad_norm": 1.0, "pair_ids": expected}
     (line,) = said(watching, tmp_path)
     assert line.startswith("WARNING loss_spike after step 6: the loss is")
-    assert f"pairs {' '.join(map(str, expected))}" in line
+    assert f"pairs {', '.join(map(str, expected))}" in line
     assert said(watching, tmp_path) == []
 
 

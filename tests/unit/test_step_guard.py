@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from simpo_megatron.training.step import _listed, _not_finite
+from simpo_megatron.training.step import _not_finite
 
 
 def sums(*losses):
@@ -21,8 +21,3 @@ def test_finite_losses_and_a_stage_without_losses_are_no_problem():
 def test_the_pairs_of_the_microbatches_concerned_are_named_and_no_others(value):
     error = _not_finite(sums(0.5, value, 0.25, value), [[3, 1], [9, 4], [5], [2]])
     assert f"the loss is {value} in the microbatch of pairs 2, 4, 9;" in str(error)
-
-
-def test_a_thousand_pairs_make_one_readable_line():
-    said = _listed(range(1000))
-    assert said.endswith("31, ... (1000)") and len(said) < 200
