@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch.distributed as dist
 from megatron.core.extensions.transformer_engine import TEDotProductAttention
 from megatron.core.transformer.enums import AttnMaskType
@@ -22,6 +24,11 @@ class TESegmentedAttention(TEDotProductAttention):
     Under context parallelism padded rows take Transformer Engine's own, which passes keys round the ranks. It knows no
     prefix: for a pack, keys and values are gathered from the ranks, and each computes the queries of its rows.
     """
+
+    def __init__(self, *, attention_type: str, **options: Any) -> None:
+        # Queries are fewer than keys where there is a prefix. Under megatron's "self" the kernel that writes the scores
+        # out, Transformer Engine's last resort, would mask keys by the lengths of the queries.
+        super().__init__(attention_type="cross", **options)
 
     def forward(
         self,
@@ -53,8 +60,8 @@ class TESegmentedAttention(TEDotProductAttention):
             attn_mask_type="padding_causal_bottom_right",
             cu_seqlens_q=lengths.cu_seqlens_q,
             cu_seqlens_kv=lengths.cu_seqlens_kv,
-            max_seqlen_q=lengths.max_seqlen_q,
-            max_seqlen_kv=lengths.max_seqlen_kv,
+            max_seqlen_q=_round_up(lengths.max_seqlen_q),
+            max_seqlen_kv=_round_up(lengths.max_seqlen_kv),
         )
         return out.reshape(query_SBAD.size(0), 1, -1)
 
@@ -63,3 +70,8 @@ class TESegmentedAttention(TEDotProductAttention):
         ranks = None if cp_group is None else dist.get_process_group_ranks(cp_group)
         stream = None if cp_group is None else TEDotProductAttention.cp_stream
         self.set_context_parallel_group(cp_group, ranks, stream, "p2p")
+
+
+def _round_up(max_seqlen: int) -> int:
+    """Transformer Engine's own steps of a bound: it picks a backend, and cuDNN may compile, for each new one."""
+    return -(-max_seqlen // 64) * 64

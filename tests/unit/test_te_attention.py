@@ -55,8 +55,9 @@ class MegatronWrapper(Kernel):
 
     cp_stream = "megatron's stream"
 
-    def __init__(self):
+    def __init__(self, attention_type):
         super().__init__()
+        self.attention_type = attention_type
         self.config = SimpleNamespace(context_parallel_size=1)
         self.divided_over = []
 
@@ -71,7 +72,9 @@ class MegatronWrapper(Kernel):
 def attention(monkeypatch):
     monkeypatch.setattr(transformer_engine, "TEDotProductAttention", MegatronWrapper)
     monkeypatch.delitem(sys.modules, "simpo_megatron.mcore.te_attention", raising=False)
-    yield importlib.import_module("simpo_megatron.mcore.te_attention").TESegmentedAttention()
+    yield importlib.import_module("simpo_megatron.mcore.te_attention").TESegmentedAttention(
+        attention_type="self"  # as megatron's SelfAttention asks for it
+    )
     sys.modules.pop("simpo_megatron.mcore.te_attention", None)
 
 
@@ -161,7 +164,8 @@ def test_the_kernel_is_told_lengths_format_and_mask(attention):
     assert arguments["cu_seqlens_q"].tolist() == [0, 7, 12, 13, 19, 24]
     assert arguments["cu_seqlens_kv"].tolist() == [0, 7, 15, 16, 23, 28]
     assert arguments["cu_seqlens_q"].dtype == arguments["cu_seqlens_kv"].dtype == torch.int32
-    assert (arguments["max_seqlen_q"], arguments["max_seqlen_kv"]) == (7, 8)
+    assert (arguments["max_seqlen_q"], arguments["max_seqlen_kv"]) == (64, 64), "bounds, in Transformer Engine's steps"
+    assert attention.attention_type == "cross", "keys are masked by their own lengths, not by those of the queries"
 
 
 def test_padded_rows_take_megatrons_own_path(attention):
