@@ -1,8 +1,8 @@
 """The one module that knows CUDA may be absent: it lets unmodified megatron-core run on the CPU over gloo.
 
-Where CUDA is there, `install` does nothing at all. Elsewhere it redirects, once, the few places at which
-megatron-core names a CUDA device outright. Every replacement is as narrow as the place it serves, so that
-no torch call inside the layers pays for it.
+Where CUDA is there, `install` mends at most how torch's Adam is restored. Elsewhere it redirects, once, the few
+places at which megatron-core names a CUDA device outright. Every replacement is as narrow as the place it serves,
+so that no torch call inside the layers pays for it.
 """
 
 from __future__ import annotations
@@ -82,6 +82,25 @@ def _has_transformer_engine() -> bool:
     return True
 
 
+def kernels() -> str:
+    """What computes here, chosen by what is installed: the layers, Adam and the sums of weight gradients."""
+    layers = "Transformer Engine" if has_cuda() and _has_transformer_engine() else "torch"
+    adam = {"transformer_engine": "Transformer Engine", "apex": "apex"}.get(_adam().__module__.split(".")[0], "torch")
+    when = "within" if fuses_weight_gradients() else "after"
+    return f"layers of {layers}, Adam of {adam}, weight gradients added up {when} their products"
+
+
+def fuses_weight_gradients() -> bool:
+    """Whether products can add weight gradients to `main_grad` themselves, in fp32: on a GPU, given NVIDIA's apex."""
+    layers = importlib.import_module("megatron.core.tensor_parallel.layers")
+    return has_cuda() and layers._grad_accum_fusion_available
+
+
+def _adam() -> type:
+    """The Adam that megatron's optimizers use: Transformer Engine's, apex's or, without either, torch's AdamW."""
+    return importlib.import_module("megatron.core.optimizer").Adam
+
+
 def require_local_ranks(num_ranks: int) -> None:
     """Refuse to start more ranks than this machine has GPUs; a machine without GPUs may run any number.
 
@@ -127,16 +146,20 @@ def _allocate_on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torc
 
 @functools.cache
 def install() -> None:
-    """Make megatron-core run on this machine; a no-op with CUDA. Call it before building anything with megatron."""
-    if has_cuda():
-        return
+    """Make megatron-core run on this machine. Call it before building anything with megatron."""
+    if not has_cuda():
+        _run_without_cuda()
+    if _adam() is torch.optim.AdamW:
+        _restore_adam_step_of_the_distributed_optimizer()
+
+
+def _run_without_cuda() -> None:
     _replace_cuda_runtime()
     _import_megatron_uncompiled()
     for name in _MODULES_NAMING_CUDA:
         importlib.import_module(name).torch = _TorchOnCpu()
     _replace_random_state()
     _name_cpu_tensors_as_the_optimizers_expect()
-    _restore_adam_step_of_the_distributed_optimizer()
     _route_tokens_on_the_cpu()
 
 

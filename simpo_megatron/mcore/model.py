@@ -124,7 +124,7 @@ def transformer_config(description: ModelDescription, config: Config) -> Archite
         use_cpu_initialization=not device.has_cuda(),
         perform_initialization=False,
         **precision_options(config.precision),
-        **_fusions(description),
+        **_fusions(description, config),
     )
 
 
@@ -142,7 +142,7 @@ def _mixture(description: ModelDescription, config: Config) -> dict[str, Any]:
     }
 
 
-def _fusions(description: ModelDescription) -> dict[str, bool]:
+def _fusions(description: ModelDescription, config: Config) -> dict[str, bool]:
     """Fused kernels where there is a GPU; on the CPU they would compile for seconds or are not there at all."""
     fused = device.has_cuda()
     return {
@@ -151,7 +151,8 @@ def _fusions(description: ModelDescription) -> dict[str, bool]:
         "masked_softmax_fusion": fused,
         "apply_rope_fusion": fused and device.machine().has_transformer_engine,
         "persist_layer_norm": False,
-        "gradient_accumulation_fusion": False,
+        # Frozen weights have no `main_grad` to add to.
+        "gradient_accumulation_fusion": device.fuses_weight_gradients() and config.lora.lora_rank is None,
     }
 
 

@@ -21,15 +21,38 @@ def installed():
     device.install()
 
 
-def test_install_touches_nothing_where_cuda_is_there(monkeypatch):
+@pytest.fixture
+def gpu(monkeypatch):
+    """A machine with a GPU, as far as it shows before anything is computed."""
     monkeypatch.setattr(device, "has_cuda", lambda: True)
+
+
+class TransformerEnginesAdam:
+    __module__ = "transformer_engine.pytorch.optimizers.fused_adam"
+
+
+@pytest.mark.parametrize(("adam", "expected"), [(TransformerEnginesAdam, []), (torch.optim.AdamW, ["_restore"])])
+def test_install_mends_nothing_but_torchs_adam_where_cuda_is_there(gpu, monkeypatch, adam, expected):
+    ran = []
     for name, _ in inspect.getmembers(device, inspect.isfunction):
-        if name.startswith(("_replace", "_import", "_name", "_restore")):
-            monkeypatch.setattr(device, name, lambda n=name: pytest.fail(f"{n} ran"))
-    imported = []
-    monkeypatch.setattr(importlib, "import_module", imported.append)
+        if name.startswith(("_replace", "_import", "_name", "_restore", "_route", "_run")):
+            monkeypatch.setattr(device, name, lambda n=name: ran.append(n))
+    monkeypatch.setattr(importlib.import_module("megatron.core.optimizer"), "Adam", adam)
     assert device.install.__wrapped__() is None
-    assert imported == []
+    assert [name[: len("_restore")] for name in ran] == expected
+
+
+def test_what_computes_is_told_by_what_is_installed(gpu, monkeypatch):
+    optimizer, layers = (importlib.import_module(f"megatron.core.{n}") for n in ("optimizer", "tensor_parallel.layers"))
+    after = "weight gradients added up after their products"
+    assert device.kernels() == f"layers of torch, Adam of torch, {after}"
+    monkeypatch.setattr(device, "_has_transformer_engine", lambda: True)
+    monkeypatch.setattr(optimizer, "Adam", TransformerEnginesAdam)
+    assert device.kernels() == f"layers of Transformer Engine, Adam of Transformer Engine, {after}"
+    monkeypatch.setattr(layers, "_grad_accum_fusion_available", True)
+    assert device.kernels().endswith("weight gradients added up within their products")
+    monkeypatch.setattr(device, "has_cuda", lambda: False)
+    assert device.kernels() == f"layers of torch, Adam of Transformer Engine, {after}"
 
 
 def test_install_runs_once():
@@ -132,6 +155,15 @@ def test_the_loss_is_summed_and_divided_by_the_pairs_of_the_step(description):
     from simpo_megatron.mcore.model import transformer_config
 
     assert transformer_config(description, config_with()).calculate_per_token_loss is True
+
+
+def test_products_add_up_weight_gradients_where_apex_can_and_nothing_is_frozen(description, monkeypatch):
+    from simpo_megatron.mcore.model import transformer_config
+
+    assert transformer_config(description, config_with()).gradient_accumulation_fusion is False
+    monkeypatch.setattr(device, "fuses_weight_gradients", lambda: True)
+    assert transformer_config(description, config_with()).gradient_accumulation_fusion is True
+    assert transformer_config(description, config_with(lora_rank=4)).gradient_accumulation_fusion is False
 
 
 def test_every_option_given_to_megatron_is_one_of_its_own():
