@@ -129,13 +129,18 @@ def _check_lora(config: Config, model: Mapping[str, Any]) -> None:
 
 def _check_mixture(config: Config) -> None:
     parallel, lora = config.parallel, config.lora
-    found = parallel.context_parallel_size
-    require(found == 1, "context_parallel_size", found, "1: sequences of a mixture of experts cannot be divided yet")
     require(
         parallel.sequence_parallel or parallel.tensor_model_parallel_size == 1,
         "sequence_parallel",
         False,
         "--sequence-parallel with tensor parallelism: each rank routes its own tokens of a mixture of experts",
+    )
+    recomputed = config.recompute.recompute_modules
+    require(
+        "mlp" not in recomputed,
+        "recompute_modules",
+        " ".join(recomputed),
+        "moe in the place of mlp: experts are recomputed with their router",
     )
     in_experts = [target for target in lora.lora_targets if target.startswith("linear_fc")]
     require(

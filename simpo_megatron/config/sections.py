@@ -160,7 +160,7 @@ class RecomputeConfig:
     """With full: layers per unit (uniform) or layers recomputed (block); 1 when not given."""
 
     recompute_modules: tuple[str, ...] = ("core_attn",)
-    """With selective: the parts of a layer to recompute, by megatron-core's names (core_attn, mlp, ...)."""
+    """With selective: the parts of a layer to recompute, by megatron-core's names (core_attn, mlp, moe, ...)."""
 
     def __post_init__(self) -> None:
         require_positive(self, "recompute_num_layers")

@@ -121,6 +121,14 @@ LAYOUTS = {
         "expert_model_parallel_size": 2,
         "recompute_granularity": "full",
     },
+    "cp2_dp2_ep2": {"context_parallel_size": 2, "expert_model_parallel_size": 2},
+    "cp2_tp2_sequence_parallel_ep4_distributed_optimizer": {
+        "context_parallel_size": 2,
+        "tensor_model_parallel_size": 2,
+        "sequence_parallel": True,
+        "expert_model_parallel_size": 4,
+        "use_distributed_optimizer": True,
+    },
     "packed_without_prefix_sharing": {"prefix_sharing": False, "tensor_model_parallel_size": 2},
     "prefix_sharing_without_packing": {"packing": False, "pipeline_model_parallel_size": 2},
 }

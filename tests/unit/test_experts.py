@@ -112,6 +112,11 @@ def test_a_run_is_started_on_as_few_ranks_as_its_sizes_divide():
         ({"expert_model_parallel_size": 3}, 4, "a divisor of the 4 ranks of a pipeline stage"),
         ({"tensor_model_parallel_size": 2}, 2, "--sequence-parallel with tensor parallelism"),
         ({"lora_rank": 4}, 1, "lora_targets: found 'linear_fc1, linear_fc2', expected linear_qkv and linear_proj only"),
+        (
+            {"recompute_granularity": "selective", "recompute_modules": ("core_attn", "mlp")},
+            1,
+            "recompute_modules: found 'core_attn mlp', expected moe in the place of mlp",
+        ),
         ({"moe_aux_loss_coeff": -1.0}, 1, "moe_aux_loss_coeff: found -1.0"),
     ],
 )
