@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from simpo_megatron.config import config_from
 from simpo_megatron.mcore.families import ModelDescription, describe_hf_config
 from simpo_megatron.planning.shapes import ModelShape, Pack
 
@@ -31,14 +32,8 @@ def shape_of(case: dict) -> ModelShape:
 
 
 def pack_of(case: dict) -> Pack:
-    options = case["options"]
     prompt, response = case.get("pair", (PROMPT, RESPONSE))
-    return Pack(
-        tokens=options["tokens_per_microbatch"],
-        prompt=prompt,
-        response=response,
-        prefix_sharing=options.get("prefix_sharing", True),
-    )
+    return Pack.of(config_from(**case["options"]).batch, prompt=prompt, response=response)
 
 
 def pairs_of(case: dict) -> list:

@@ -83,19 +83,17 @@ def _job(arguments: argparse.Namespace, of_the_trainer: list[str]) -> Job:
             raise ConfigError(f"{name}: found {getattr(arguments, name):g}, expected a number above 0")
     description = find_model(arguments.model)
     config = load_config([*of_the_trainer, "--model", arguments.model, "--data", "pairs.jsonl"])
-    if not config.batch.packing:
-        raise ConfigError("packing: found False, expected true: plans are made for packs")
+    prompt, response = arguments.prompt_tokens, arguments.response_tokens
+    longest = config.pairs.max_length / (prompt + response)
+    pairs_of = {"prompt": max(1.0, longest) * prompt, "response": max(1.0, longest) * response}
     return Job(
         description=description,
         config=config,
         num_gpus=arguments.gpus,
         gpu=GPUS[arguments.gpu],
-        pack=Pack(
-            tokens=config.batch.tokens_per_microbatch,
-            prompt=arguments.prompt_tokens,
-            response=arguments.response_tokens,
-            prefix_sharing=config.batch.prefix_sharing,
-        ),
+        pack=Pack.of(config.batch, prompt=prompt, response=response),
+        # Without packing a microbatch is as long as its pairs, and those of max_length come together.
+        largest=None if config.batch.packing else Pack.of(config.batch, **pairs_of),
     )
 
 

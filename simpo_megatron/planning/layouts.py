@@ -9,8 +9,10 @@ from dataclasses import dataclass, replace
 from simpo_megatron.config import Config, resolve
 from simpo_megatron.errors import ConfigError
 from simpo_megatron.mcore.families import ModelDescription
+from simpo_megatron.parallel import ParallelSizes
 from simpo_megatron.planning.gpus import ASSUMED, GIB, Gpu
-from simpo_megatron.planning.memory import Load, StageMemory, stage_memory
+from simpo_megatron.planning.load import Load
+from simpo_megatron.planning.memory import StageMemory, stage_memory
 from simpo_megatron.planning.shapes import ModelShape, Pack
 from simpo_megatron.planning.speed import StepTime, step_time, useful_flops
 
@@ -24,6 +26,9 @@ class Job:
     num_gpus: int
     gpu: Gpu
     pack: Pack
+    """The microbatch whose time a step is counted in."""
+    largest: Pack | None = None
+    """The microbatch that memory has to hold, where it is another."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +113,7 @@ def plan_one(job: Job) -> Candidate:
 def layout_name(config: Config) -> str:
     """Such as `tp 8 pp 4 vpp 5`; sizes of 1 are left out, but for tp."""
     sizes = config.parallel.sizes
-    named = {"pp": sizes.pipeline, "vpp": sizes.virtual_pipeline or 1, "cp": sizes.context}
+    named = {"pp": sizes.pipeline, "cp": sizes.context, "ep": sizes.expert, "vpp": sizes.virtual_pipeline or 1}
     return " ".join([f"tp {sizes.tensor}", *(f"{name} {size}" for name, size in named.items() if size > 1)])
 
 
@@ -121,8 +126,8 @@ def recomputation(config: Config) -> str:
 
 
 def _layouts(job: Job) -> Iterator[Config]:
-    given = job.config.parallel
-    num_layers = job.description.transformer["num_layers"]
+    given, model = job.config.parallel, job.description.transformer
+    num_layers = model["num_layers"]
     for tensor in _sizes(given.tensor_model_parallel_size, _divisors(job.gpu.per_node)):
         # Only as given: packs of whole pairs fit a rank, and no GPU has run it yet.
         context = given.context_parallel_size
@@ -134,8 +139,16 @@ def _layouts(job: Job) -> Iterator[Config]:
             virtual = _divisors(layers) if pipeline > 1 and layers > 1 else [1]
             if pipeline > num_layers:
                 continue
-            for chunks in _sizes(given.virtual_pipeline_model_parallel_size or 1, virtual):
-                yield _with_layout(job, tensor, pipeline, chunks, context)
+            spread = _divisors(math.gcd(model.get("num_moe_experts", 1), job.num_gpus // pipeline))
+            for expert in _sizes(given.expert_model_parallel_size, spread):
+                for chunks in _sizes(given.virtual_pipeline_model_parallel_size or 1, virtual):
+                    yield _with_layout(job, ParallelSizes(
+                        tensor=tensor,
+                        pipeline=pipeline,
+                        virtual_pipeline=chunks if chunks > 1 else None,
+                        context=context,
+                        expert=expert,
+                    ))
 
 
 def _sizes(given: int, otherwise: list[int] | tuple[int, ...]) -> list[int] | tuple[int, ...]:
@@ -146,17 +159,18 @@ def _divisors(number: int) -> list[int]:
     return [size for size in range(1, number + 1) if number % size == 0]
 
 
-def _with_layout(job: Job, tensor: int, pipeline: int, chunks: int, context: int) -> Config:
-    replicas = job.num_gpus // (tensor * pipeline)
+def _with_layout(job: Job, sizes: ParallelSizes) -> Config:
+    replicas = job.num_gpus // (sizes.tensor * sizes.pipeline)
     return replace(
         job.config,
         parallel=replace(
             job.config.parallel,
-            tensor_model_parallel_size=tensor,
-            pipeline_model_parallel_size=pipeline,
-            virtual_pipeline_model_parallel_size=chunks if chunks > 1 else None,
-            context_parallel_size=context,
-            sequence_parallel=tensor > 1,
+            tensor_model_parallel_size=sizes.tensor,
+            pipeline_model_parallel_size=sizes.pipeline,
+            virtual_pipeline_model_parallel_size=sizes.virtual_pipeline,
+            context_parallel_size=sizes.context,
+            expert_model_parallel_size=sizes.expert,
+            sequence_parallel=sizes.tensor > 1,
             use_distributed_optimizer=replicas > 1,
             overlap_grad_reduce=replicas > 1,
             overlap_param_gather=replicas > 1,
@@ -166,12 +180,13 @@ def _with_layout(job: Job, tensor: int, pipeline: int, chunks: int, context: int
 
 def _try(job: Job, config: Config) -> Candidate | Refusal:
     """`config` with the least recomputation that fits: none, core attention, MLPs with it, then whole layers."""
+    mlp = "moe" if "num_moe_experts" in job.description.transformer else "mlp"
     if config.recompute.recompute_granularity is not None:
         return _evaluate(job, config)
     for options in (
         {},
         {"recompute_granularity": "selective"},
-        {"recompute_granularity": "selective", "recompute_modules": ("core_attn", "mlp")},
+        {"recompute_granularity": "selective", "recompute_modules": ("core_attn", mlp)},
         {"recompute_granularity": "full"},
     ):
         answer = _evaluate(job, replace(config, recompute=replace(config.recompute, **options)))
@@ -198,7 +213,8 @@ def _evaluate(job: Job, config: Config) -> Candidate | Refusal:
         data_parallel_size=dp,
         num_microbatches=num_microbatches,
     )
-    memory = tuple(stage_memory(load, stage) for stage in range(load.sizes.pipeline))
+    fullest = replace(load, pack=job.largest or job.pack)
+    memory = tuple(stage_memory(fullest, stage) for stage in range(load.sizes.pipeline))
     refusal = _too_much(job, config, memory)
     if refusal is not None:
         return refusal

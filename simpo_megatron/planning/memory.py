@@ -10,55 +10,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
-from typing import Literal
 
-from simpo_megatron.config import Config
 from simpo_megatron.config.lora import LORA_TARGETS
 from simpo_megatron.loss.fused_linear import DEFAULT_LOGITS_BUDGET_BYTES, MAX_BLOCK_WIDTH, MIN_BLOCK_WIDTH
 from simpo_megatron.mcore.families import padded_vocab_size
-from simpo_megatron.parallel import ParallelSizes
-from simpo_megatron.planning.shapes import ModelShape, Pack
+from simpo_megatron.planning.load import Load
+from simpo_megatron.planning.parameters import (
+    adapter_parameters,
+    optimizer_parameters,
+    stage_parameters,
+    trained_parameters,
+)
 
 GIB = 2**30
-Engine = Literal["transformer_engine", "torch"]
-"""Whose layers compute: Transformer Engine's on GPUs, megatron's local torch modules on the CPU."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Load:
-    """What a rank's memory depends on, its pipeline stage apart."""
-
-    shape: ModelShape
-    config: Config
-    pack: Pack
-    data_parallel_size: int
-    num_microbatches: int
-    """Of one data-parallel rank and step."""
-    engine: Engine = "transformer_engine"
-
-    @property
-    def sizes(self) -> ParallelSizes:
-        return self.config.parallel.sizes
-
-    @property
-    def itemsize(self) -> int:
-        return 2 if self.config.precision.bf16 else 4
-
-    @property
-    def sequence_ranks(self) -> int:
-        return self.sizes.tensor if self.config.parallel.sequence_parallel else 1
-
-    @property
-    def tokens(self) -> float:
-        """S: a rank's tokens of a pack."""
-        return self.pack.tokens / self.sizes.context
-
-    @property
-    def hidden_bytes(self) -> float:
-        """Of [S, H], divided over the tensor ranks under sequence parallelism: what stages hand on."""
-        return self.tokens * self.shape.hidden_size * self.itemsize / self.sequence_ranks
-
-
 @dataclass(frozen=True, kw_only=True)
 class StageMemory:
     """Bytes on a rank of one pipeline stage at the peak of a step, by part; they add up to `total`."""
@@ -82,65 +46,18 @@ def stage_memory(load: Load, stage: int) -> StageMemory:
     On top of what the layers keep, the peak is the larger of two moments: the loss at work, or, what it kept given
     back, the backward of the layer before it. What the latter needs beyond the former is counted with activations.
     """
-    parameters, adapters = stage_parameters(load.shape, load.sizes, stage), adapter_parameters(load)
-    trained = adapters or parameters
+    parameters = stage_parameters(load.shape, load.sizes, stage) + adapter_parameters(load)
     loss = sum(head_bytes(load)) if stage == load.sizes.pipeline - 1 else 0.0
     excess = max(0.0, backward_work_bytes(load) - loss)
     return StageMemory(
-        weights=(parameters + adapters) * load.itemsize + fp8_copies_bytes(load),
-        gradients=gradient_bytes(trained),
-        optimizer=optimizer_bytes(load, trained),
+        weights=parameters * load.itemsize + fp8_copies_bytes(load),
+        gradients=gradient_bytes(sum(trained_parameters(load, stage))),
+        optimizer=optimizer_bytes(load, stage),
         activations=activation_bytes(load, stage) + excess,
         loss=loss,
         communication=communication_bytes(load),
         runtime=runtime_bytes(load),
     )
-
-
-def layer_parameters(shape: ModelShape, tensor_ranks: int) -> int:
-    """Parameters of one layer on a tensor-parallel rank: matrices divided, norms and row-parallel biases whole.
-
-    Source: megatron.core SelfAttention (linear_qkv [(A + 2G) D / tp, H], linear_proj), MLP (linear_fc1 [2F / tp, H],
-    linear_fc2), two RMSNorms (four with post-norms) and, with qk_layernorm, two of the head size.
-    """
-    matrices = shape.layer_matrices // tensor_ranks
-    qkv_out = (shape.query_size + 2 * shape.key_size) // tensor_ranks
-    biases = qkv_out if shape.add_bias_linear or shape.add_qkv_bias else 0
-    if shape.add_bias_linear:
-        biases += 2 * shape.ffn_hidden_size // tensor_ranks + 2 * shape.hidden_size
-    norms = (4 if shape.post_layernorms else 2) * shape.hidden_size
-    norms += 2 * shape.kv_channels if shape.qk_layernorm else 0
-    return matrices + biases + norms
-
-
-def stage_parameters(shape: ModelShape, sizes: ParallelSizes, stage: int) -> int:
-    """Parameters on one tensor-parallel rank of a pipeline stage; virtual stages only order them differently.
-
-    Source: megatron.core GPTModel: the embedding on the first stage, final norm and output layer on the last, each
-    with the vocabulary padded to 128 tp; a tied table is one where both are on one stage and else two.
-    """
-    is_first, is_last = stage == 0, stage == sizes.pipeline - 1
-    num_tables = int(is_first) + int(is_last and not (is_first and shape.tied))
-    table = padded_vocab_size(shape.vocab_size, sizes.tensor) // sizes.tensor * shape.hidden_size
-    layers = shape.num_layers // sizes.pipeline * layer_parameters(shape, sizes.tensor)
-    return layers + num_tables * table + (shape.hidden_size if is_last else 0)
-
-
-def adapter_parameters(load: Load) -> int:
-    """Parameters of a stage's low-rank adapters on a tensor-parallel rank; 0 without adapters.
-
-    Source: simpo_megatron.mcore.lora: A [r, inputs] and B [outputs, r] of each target, one of the two divided.
-    """
-    lora, shape, tp = load.config.lora, load.shape, load.sizes.tensor
-    if lora.lora_rank is None:
-        return 0
-    sides = {
-        "linear_qkv": shape.hidden_size + (shape.query_size + 2 * shape.key_size) // tp,
-        "linear_proj": shape.query_size // tp + shape.hidden_size,
-        "linear_fc1": shape.hidden_size + 2 * shape.ffn_hidden_size // tp,
-        "linear_fc2": shape.ffn_hidden_size // tp + shape.hidden_size,
-    }
-    return shape.num_layers // load.sizes.pipeline * lora.lora_rank * sum(sides[name] for name in lora.lora_targets)
 
 
 def gradient_bytes(parameters: int) -> int:
@@ -152,16 +69,13 @@ def gradient_bytes(parameters: int) -> int:
     return 4 * parameters
 
 
-def optimizer_bytes(load: Load, parameters: int) -> float:
-    """Adam's two fp32 moments and, beside bf16 weights, an fp32 copy; divided over dp x cp when distributed.
+def optimizer_bytes(load: Load, stage: int) -> float:
+    """Adam's two fp32 moments and, beside bf16 weights, an fp32 copy of the rank's share.
 
     Source: megatron.core DistributedOptimizer (shard_fp32_from_float16_groups) and
     Float16OptimizerWithFloat16Params; Adam's exp_avg and exp_avg_sq.
     """
-    num_bytes = (12 if load.config.precision.bf16 else 8) * parameters
-    if load.config.parallel.use_distributed_optimizer:
-        return num_bytes / (load.data_parallel_size * load.sizes.context)
-    return num_bytes
+    return (12 if load.config.precision.bf16 else 8) * optimizer_parameters(load, stage)
 
 
 def fp8_copies_bytes(load: Load) -> float:
@@ -171,8 +85,10 @@ def fp8_copies_bytes(load: Load) -> float:
     """
     if load.config.precision.fp8_recipe is None:
         return 0.0
-    layers = load.shape.num_layers // load.sizes.pipeline
-    return 2.0 * layers * load.shape.layer_matrices / load.sizes.tensor
+    shape, sizes = load.shape, load.sizes
+    divided = shape.attention_matrices if shape.num_moe_experts else shape.layer_matrices
+    matrices = divided / sizes.tensor + shape.expert_matrices / sizes.expert
+    return 2.0 * shape.num_layers // sizes.pipeline * matrices
 
 
 def layer_activation_bytes(load: Load) -> dict[str, float]:
@@ -198,20 +114,36 @@ def layer_activation_bytes(load: Load) -> dict[str, float]:
             "attention": _attention_bytes(load),
             "attention out": query + (0.5 * query if is_fp8 else 0),
             "mlp in": product * load.hidden_bytes * needs["linear_fc1"],
-            "mlp": ((2 if shape.fuses_activation else 4) + product * needs["linear_fc2"]) * mlp,
+            "mlp": ((2 if shape.fuses_activation else 4) + product * needs["linear_fc2"]) * mlp
+            + _routing_bytes(load, product),
             "adapters": low,
         }
     # Unfused: a norm keeps its input and, while its weight is trained, that normalised, in fp32, rotation its cosines
-    # and sines, SwiGLU each factor; attention its outputs before they are put together, and the masks of its segments.
+    # and sines, SwiGLU each factor, an expert that times its router's weight; attention its outputs before they are put
+    # together, and the masks of its segments.
     return {
         "norms": num_norms * (1 if is_lora else 2) * load.hidden_bytes * 4 / e,
         "attention in": load.hidden_bytes * needs["linear_qkv"] + 4 * load.tokens * shape.kv_channels * e,
         "attention": _attention_bytes(load),
         "attention out": query * needs["linear_proj"],
         "mlp in": load.hidden_bytes * needs["linear_fc1"],
-        "mlp": (4 + needs["linear_fc2"]) * mlp,
+        "mlp": (4 + needs["linear_fc2"] + bool(shape.num_moe_experts)) * mlp + _routing_bytes(load, 1.0),
         "adapters": low,
     }
+
+
+def _routing_bytes(load: Load, product: float) -> float:
+    """What a mixture keeps beyond a dense MLP: each expert's inputs, and three fp32 scores a token and expert.
+
+    As many tokens reach a rank as leave it: experts are taken to be chosen equally often.
+
+    Source: megatron.core TopKRouter (logits, probabilities, those of the auxiliary loss), MoEAlltoAllTokenDispatcher.
+    """
+    shape = load.shape
+    if not shape.num_moe_experts:
+        return 0.0
+    inputs = product * shape.moe_router_topk * load.hidden_bytes
+    return inputs + 12 * load.tokens / load.sequence_ranks * shape.num_moe_experts
 
 
 def _attention_bytes(load: Load) -> float:
@@ -256,13 +188,12 @@ def kept_layer_bytes(load: Load) -> float:
     Source: megatron.core Attention._checkpointed_attention_forward keeps the rotated query and key and, because the
     value is a view of it, the whole output of linear_qkv.
     """
-    parts, modules = layer_activation_bytes(load), load.config.recompute.recompute_modules
-    if load.config.recompute.recompute_granularity == "selective":
-        if "core_attn" in modules:
-            query, key = _query_key_bytes(load)
-            parts["attention"] = 2 * query + 3 * key
-        if "mlp" in modules:
-            parts["mlp"] = 0.0
+    parts = layer_activation_bytes(load)
+    if "core_attn" in load.recomputed:
+        query, key = _query_key_bytes(load)
+        parts["attention"] = 2 * query + 3 * key
+    if "mlp" in load.recomputed:
+        parts["mlp"] = 0.0
     return sum(parts.values())
 
 
@@ -328,8 +259,8 @@ def backward_work_bytes(load: Load) -> float:
         elif unit == num_layers:  # else layers that kept everything have given it back by then
             again = sum(parts.values())
     elif recompute.recompute_granularity == "selective":
-        mlp = parts["mlp"] if "mlp" in recompute.recompute_modules else 0.0
-        attention = parts["attention"] if "core_attn" in recompute.recompute_modules else 0.0
+        mlp = parts["mlp"] if "mlp" in load.recomputed else 0.0
+        attention = parts["attention"] if "core_attn" in load.recomputed else 0.0
         again = max(mlp, attention - (parts["mlp"] - mlp))
     return gradients + max(0.0, again)
 
@@ -362,9 +293,12 @@ def communication_bytes(load: Load) -> float:
     """Buffers of collectives and pipeline messages outside NCCL.
 
     Source: megatron.core's global memory buffer holds one gathered [S, H] under sequence parallelism (Transformer
-    Engine allocates the same anew); p2p messages hold an activation and a gradient each way.
+    Engine allocates the same anew); an all-to-all has its tokens twice, as sent and as received; p2p messages hold an
+    activation and a gradient each way.
     """
     gathered = load.hidden_bytes * load.sequence_ranks if load.sequence_ranks > 1 else 0.0
+    if load.sizes.expert > 1:
+        gathered = max(gathered, 2 * load.shape.moe_router_topk * load.hidden_bytes)
     return gathered + (4 * load.hidden_bytes if load.sizes.pipeline > 1 else 0.0)
 
 
@@ -373,5 +307,6 @@ def runtime_bytes(load: Load) -> float:
     if load.engine == "torch":
         return 0.0
     sizes = load.sizes
-    kinds = 1 + sum(ranks > 1 for ranks in (sizes.tensor, sizes.pipeline, sizes.context, load.data_parallel_size))
+    groups = (sizes.tensor, sizes.pipeline, sizes.context, sizes.expert, load.data_parallel_size)
+    kinds = 1 + sum(ranks > 1 for ranks in groups)
     return 1.0 * GIB + 0.3 * GIB * kinds

@@ -26,6 +26,8 @@ def _published(model_type: str, *sizes: int, **more: Any) -> dict[str, Any]:
 
 _LLAMA_3_8B = _published("llama", 32, 4096, 14336, 32, 8, 128256, 8192)
 _MISTRAL_7B = ("mistral", 32, 4096, 14336, 32, 8, 32000, 32768)
+_EIGHT_EXPERTS = {"num_local_experts": 8, "num_experts_per_tok": 2, "router_aux_loss_coef": 0.02}
+_128_EXPERTS = {"num_experts": 128, "num_experts_per_tok": 8, "head_dim": 128, "norm_topk_prob": True}
 PUBLISHED = {
     "meta-llama/Llama-3.1-70B-Instruct": _published("llama", 80, 8192, 28672, 64, 8, 128256, 131072),
     "Qwen/Qwen2.5-72B-Instruct": _published("qwen2", 80, 8192, 29568, 64, 8, 152064, 32768),
@@ -33,9 +35,19 @@ PUBLISHED = {
     "princeton-nlp/Llama-3-Base-8B-SFT": _LLAMA_3_8B,
     "mistralai/Mistral-7B-Instruct-v0.2": _published(*_MISTRAL_7B, sliding_window=None),
     "google/gemma-2-9b-it": _published("gemma2", 42, 3584, 14336, 16, 8, 256000, 8192),
+    "mistralai/Mixtral-8x7B-Instruct-v0.1": _published("mixtral", *_MISTRAL_7B[1:], **_EIGHT_EXPERTS),
+    "mistralai/Mixtral-8x22B-Instruct-v0.1": _published(
+        "mixtral", 56, 6144, 16384, 48, 8, 32768, 65536, **_EIGHT_EXPERTS
+    ),
+    "Qwen/Qwen3-30B-A3B": _published(
+        "qwen3_moe", 48, 2048, 6144, 32, 4, 151936, 40960, moe_intermediate_size=768, **_128_EXPERTS
+    ),
+    "Qwen/Qwen3-235B-A22B": _published(
+        "qwen3_moe", 94, 4096, 12288, 64, 4, 151936, 40960, moe_intermediate_size=1536, **_128_EXPERTS
+    ),
     "alignment-handbook/zephyr-7b-sft-full": _published(*_MISTRAL_7B, sliding_window=4096),
 }
-"""The sizes in the config.json of models that the shipped configurations are for."""
+"""The sizes in the config.json of models that the shipped configurations are for, and of mixtures."""
 
 
 def find_model(name: str) -> ModelDescription:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Iterable
 from dataclasses import asdict, fields
@@ -23,15 +24,25 @@ def describe_job(job: Job) -> list[str]:
     pack, precision, num_pairs = job.pack, job.config.precision, job.config.batch.global_batch_size
     shape = ModelShape.of(job.description)
     format_ = f"FP8 {precision.fp8_recipe} over bf16" if precision.fp8_recipe else "bf16" if precision.bf16 else "fp32"
+    experts = ""
+    if shape.num_moe_experts:
+        experts = f", {shape.num_active_parameters / 1e9:.1f} for a token: {shape.moe_router_topk} of "
+        experts += f"{shape.num_moe_experts} experts a layer"
     return [
         f"model     {job.description.family}: {shape.num_layers} layers, hidden {shape.hidden_size}, vocabulary "
-        f"{shape.vocab_size:,}, {shape.num_parameters / 1e9:.1f} billion parameters",
+        f"{shape.vocab_size:,}, {shape.num_parameters / 1e9:.1f} billion parameters{experts}",
         f"GPUs      {job.num_gpus} x {job.gpu.memory_gib:.1f} GiB, {job.gpu.per_node} a node",
         f"step      {num_pairs} pairs of {pack.prompt:g} prompt and 2 x {pack.response:g} response tokens: "
         f"{num_pairs * pack.pair_tokens:,.0f} tokens, prompts {'once' if pack.prefix_sharing else 'twice'}, "
-        f"in packs of up to {pack.tokens:,}",
+        f"in {_microbatches(job)}",
         f"format    {format_}; gradients and sums in fp32",
     ]
+
+
+def _microbatches(job: Job) -> str:
+    if job.largest is None:
+        return f"packs of up to {job.pack.tokens:,}"
+    return f"microbatches of up to {job.config.batch.micro_batch_size} pairs, {job.largest.tokens:,} tokens the largest"
 
 
 def layouts_table(candidates: Iterable[Candidate]) -> Table:
@@ -86,7 +97,7 @@ def refusals_table(refusals: Iterable[Refusal]) -> Table:
     table.add_column("reason", ratio=3)
     groups: dict[str, list[Refusal]] = {}
     for refusal in refusals:
-        too_large = refusal.name.split(" vpp")[0]
+        too_large = re.split(" (?:ep|vpp) ", refusal.name)[0]
         groups.setdefault(too_large if refusal.too_many_bytes else refusal.reason, []).append(refusal)
     for group in groups.values():
         first = min(group, key=lambda refusal: refusal.too_many_bytes)
@@ -98,9 +109,10 @@ def refusals_table(refusals: Iterable[Refusal]) -> Table:
 def assumptions() -> list[str]:
     """What the figures rest on."""
     return [
-        "memory: full packs, mean pairs; weights, gradients and optimizer as megatron-core allocates them (tested), "
-        "activations as Transformer Engine's layers keep them, 1 GiB and 0.3 GiB for each kind of group for CUDA and "
-        f"NCCL; {ASSUMED.usable_memory:.0%} of a GPU is usable",
+        "memory: full packs, mean pairs (without packing: pairs of max_length), experts equally loaded; weights, "
+        "gradients and optimizer as megatron-core allocates them (tested), activations as Transformer Engine's layers "
+        "keep them, 1 GiB and 0.3 GiB for each kind of group for CUDA and NCCL; "
+        f"{ASSUMED.usable_memory:.0%} of a GPU is usable",
         f"speed: matrix products at {ASSUMED.bf16:.0%} of the bf16 and {ASSUMED.fp8:.0%} of the FP8 rate, attention at "
         f"{ASSUMED.attention:.0%}, links at {ASSUMED.links:.0%}, memory at {ASSUMED.elementwise:.0%}; tensor-parallel "
         "collectives not overlapped. An estimate to compare layouts by; nothing here was measured on a GPU",

@@ -6,17 +6,18 @@ from dataclasses import dataclass
 
 import torch.nn.functional as F
 
-from simpo_megatron.errors import ConfigError
+from simpo_megatron.config.sections import BatchConfig
 from simpo_megatron.mcore.families import ModelDescription
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelShape:
-    """The sizes of a dense decoder that memory and time follow from, under megatron's names."""
+    """The sizes of a decoder that memory and time follow from, under megatron's names."""
 
     num_layers: int
     hidden_size: int
     ffn_hidden_size: int
+    """Width of the MLP that a token meets: of a mixture, of its chosen experts together."""
     num_attention_heads: int
     num_query_groups: int
     kv_channels: int
@@ -31,19 +32,17 @@ class ModelShape:
     fuses_activation: bool = True
     """On a GPU: megatron has a fused kernel of SwiGLU and of no other gated unit."""
     tied: bool = False
+    num_moe_experts: int = 0
+    """Experts of a layer's mixture; 0 for a dense MLP."""
+    moe_router_topk: int = 1
+    """Experts that a token meets."""
 
     @classmethod
     def of(cls, description: ModelDescription) -> ModelShape:
-        """The shape of a model that config.json describes.
-
-        Raises: ConfigError, for a mixture of experts.
-        """
-        if "num_moe_experts" in description.transformer:
-            raise ConfigError(f"model_type {description.family}: experts are trained, but no plan counts them yet")
+        """The shape of a model that config.json describes."""
         keys = (
             "num_layers",
             "hidden_size",
-            "ffn_hidden_size",
             "num_attention_heads",
             "num_query_groups",
             "kv_channels",
@@ -51,8 +50,13 @@ class ModelShape:
             "add_qkv_bias",
             "qk_layernorm",
         )
+        num_chosen = description.transformer.get("moe_router_topk", 1)
+        width = description.transformer.get("moe_ffn_hidden_size", description.transformer["ffn_hidden_size"])
         return cls(
             **{key: description.transformer[key] for key in keys},
+            ffn_hidden_size=num_chosen * width,
+            num_moe_experts=description.transformer.get("num_moe_experts", 0),
+            moe_router_topk=num_chosen,
             post_layernorms=description.transformer.get("post_layernorms", False),
             attn_logit_softcapping=description.transformer.get("attn_logit_softcapping"),
             fuses_activation=description.transformer["activation_func"] is F.silu,
@@ -70,30 +74,61 @@ class ModelShape:
         return self.num_query_groups * self.kv_channels
 
     @property
+    def attention_matrices(self) -> int:
+        """Weights of a layer's query, key, value and output matrices, over all tensor-parallel ranks."""
+        return self.hidden_size * (2 * self.query_size + 2 * self.key_size)
+
+    @property
     def layer_matrices(self) -> int:
-        """Weights of a layer's four matrices, over all tensor-parallel ranks."""
-        attention = self.hidden_size * (2 * self.query_size + 2 * self.key_size)
-        return attention + 3 * self.hidden_size * self.ffn_hidden_size
+        """Weights of a layer's matrices that one token meets, a mixture's router apart."""
+        return self.attention_matrices + 3 * self.hidden_size * self.ffn_hidden_size
+
+    @property
+    def expert_matrices(self) -> int:
+        """Weights of all experts of a layer."""
+        return self.num_moe_experts * 3 * self.hidden_size * self.ffn_hidden_size // self.moe_router_topk
+
+    @property
+    def router(self) -> int:
+        """Weights of a layer's router, which every rank has."""
+        return self.num_moe_experts * self.hidden_size
 
     @property
     def num_parameters(self) -> int:
         """Weights of the whole model, norms and biases apart (below a thousandth)."""
-        tables = (1 if self.tied else 2) * self.vocab_size * self.hidden_size
-        return self.num_layers * self.layer_matrices + tables
+        mlp = self.expert_matrices + self.router or 3 * self.hidden_size * self.ffn_hidden_size
+        return self.num_layers * (self.attention_matrices + mlp) + self._tables
+
+    @property
+    def num_active_parameters(self) -> int:
+        """Of these, the weights that one token meets."""
+        return self.num_layers * (self.layer_matrices + self.router) + self._tables
+
+    @property
+    def _tables(self) -> int:
+        return (1 if self.tied else 2) * self.vocab_size * self.hidden_size
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pack:
-    """One microbatch, filled with pairs of mean length."""
+    """One microbatch of pairs of one length."""
 
     tokens: int
-    """Tokens of the pack, S."""
+    """Tokens of the microbatch, S."""
     prompt: float
     """Mean tokens of a prompt."""
     response: float
     """Mean tokens of one response; a pair has two."""
     prefix_sharing: bool = True
     """Whether a pair's prompt is in the pack once, or once for each response."""
+
+    @classmethod
+    def of(cls, batch: BatchConfig, *, prompt: float, response: float) -> Pack:
+        """The microbatch that `batch` makes of pairs of these lengths: full, or of so many pairs."""
+        sharing = batch.prefix_sharing
+        pair = cls(tokens=0, prompt=prompt, response=response, prefix_sharing=sharing).pair_tokens
+        tokens = batch.tokens_per_microbatch if batch.packing else round(batch.micro_batch_size * pair)
+        return cls(tokens=tokens, prompt=prompt, response=response, prefix_sharing=sharing)
 
     @property
     def pair_tokens(self) -> float:

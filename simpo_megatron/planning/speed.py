@@ -9,7 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 
 from simpo_megatron.planning.gpus import ASSUMED, Assumptions, Gpu
-from simpo_megatron.planning.memory import Load, adapter_parameters, stage_parameters
+from simpo_megatron.planning.load import Load
+from simpo_megatron.planning.parameters import optimizer_parameters, trained_parameters
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +24,7 @@ class StepTime:
     recompute: float
     tensor_parallel: float
     context_parallel: float
+    expert_parallel: float
     pipeline_messages: float
     bubble: float
     data_parallel: float
@@ -73,14 +75,17 @@ def _forward_backward(load: Load, share: float, gpu: Gpu, assumed: Assumptions) 
     touched = (16 * shape.hidden_size / load.sequence_ranks + 8 * shape.ffn_hidden_size / sizes.tensor) * tokens * e
     elementwise = touched * layers / (gpu.memory_bytes_rate * assumed.elementwise)
     # Two all-gathers and two reduce-scatters of [S, H] a layer, forward as backward (two all-reduces without
-    # sequence parallelism: the same bytes).
+    # sequence parallelism: the same bytes); experts are whole, and only attention has its half of them.
     gathered = tokens * shape.hidden_size * e * (sizes.tensor - 1) / sizes.tensor
-    tensor_parallel = 8 * gathered * layers / (gpu.nvlink_bytes_rate * assumed.links)
-    network = gpu.network_bytes_rate * assumed.links
+    nvlink, network = gpu.nvlink_bytes_rate * assumed.links, gpu.network_bytes_rate * assumed.links
+    tensor_parallel = (4 if shape.num_moe_experts else 8) * gathered * layers / nvlink
+    # One all-to-all to the experts and one back, forward as backward, of every token as often as it has experts.
+    routed = tokens / load.sequence_ranks * shape.moe_router_topk * shape.hidden_size * e
+    elsewhere = routed * (sizes.expert - 1) / sizes.expert
+    expert_parallel = 4 * elsewhere * layers / (nvlink if sizes.expert <= gpu.per_node else network)
     # One all-gather of keys and values a layer, and one reduce-scatter backward.
     keys = 2 * tokens * shape.key_size / sizes.tensor * e * (sizes.context - 1)
-    rate_between = gpu.nvlink_bytes_rate * assumed.links if ranks <= gpu.per_node else network
-    context_parallel = 2 * keys * layers / rate_between
+    context_parallel = 2 * keys * layers / (nvlink if ranks <= gpu.per_node else network)
     num_chunks = sizes.virtual_pipeline or 1
     sent = 2 * num_chunks * load.hidden_bytes * share if sizes.pipeline > 1 else 0.0
     # Plain 1F1B waits for its messages; interleaving sends more of them and hides, it is assumed, half.
@@ -90,9 +95,10 @@ def _forward_backward(load: Load, share: float, gpu: Gpu, assumed: Assumptions) 
         "attention": attention,
         "head": head,
         "elementwise": elementwise,
-        "recompute": _recompute(load, matrices, attention, tensor_parallel, context_parallel),
+        "recompute": _recompute(load, matrices, attention, (tensor_parallel, context_parallel, expert_parallel)),
         "tensor_parallel": tensor_parallel,
         "context_parallel": context_parallel,
+        "expert_parallel": expert_parallel,
         "pipeline_messages": messages,
     }
 
@@ -103,30 +109,27 @@ def _products(load: Load) -> int:
 
 
 def _recompute(
-    load: Load, matrices: float, attention: float, tensor_parallel: float, context_parallel: float
+    load: Load, matrices: float, attention: float, exchanged: tuple[float, float, float]
 ) -> float:
-    recompute = load.config.recompute
+    """`exchanged`: a microbatch's seconds of tensor, context and expert parallelism, forward and backward."""
+    tensor, context, expert = exchanged
     forward = 2 / _products(load)
-    if recompute.recompute_granularity == "full":
-        return matrices * forward + attention / 3 + (tensor_parallel + context_parallel) / 2
-    if recompute.recompute_granularity == "selective":
+    if load.config.recompute.recompute_granularity == "full":
+        return matrices * forward + attention / 3 + sum(exchanged) / 2
+    seconds = attention / 3 + context / 2 if "core_attn" in load.recomputed else 0.0
+    if "mlp" in load.recomputed:
         mlp = 3 * load.shape.hidden_size * load.shape.ffn_hidden_size / load.shape.layer_matrices
-        seconds = attention / 3 + context_parallel / 2 if "core_attn" in recompute.recompute_modules else 0.0
-        if "mlp" in recompute.recompute_modules:
-            seconds += mlp * matrices * forward + tensor_parallel / 4
-        return seconds
-    return 0.0
+        seconds += mlp * matrices * forward + (expert / 2 if load.shape.num_moe_experts else tensor / 4)
+    return seconds
 
 
 def _data_parallel(load: Load, busy: float, gpu: Gpu, assumed: Assumptions) -> float:
     """Reducing fp32 gradients and gathering bf16 weights, less what overlaps with half of a microbatch's time each."""
-    ranks = load.data_parallel_size * load.sizes.context
-    if ranks == 1:
-        return 0.0
     within_node = load.sizes.model * load.data_parallel_size <= gpu.per_node
     rate = (gpu.nvlink_bytes_rate if within_node else gpu.network_bytes_rate) * assumed.links
-    parameters = _trained(load)
-    parallel, each_way = load.config.parallel, parameters * (ranks - 1) / ranks / rate
+    parallel, copies = load.config.parallel, (load.dense_copies, load.expert_copies)
+    trained = trained_parameters(load, load.sizes.pipeline - 1)
+    each_way = sum(number * (ranks - 1) / ranks for number, ranks in zip(trained, copies, strict=True)) / rate
     distributed = parallel.use_distributed_optimizer
     gradients, weights = (4 * each_way, load.itemsize * each_way) if distributed else (8 * each_way, 0.0)
     if parallel.overlap_grad_reduce:
@@ -138,12 +141,6 @@ def _data_parallel(load: Load, busy: float, gpu: Gpu, assumed: Assumptions) -> f
 
 def _optimizer(load: Load, gpu: Gpu, assumed: Assumptions) -> float:
     """Adam reads and writes its shard (30 bytes a parameter), the norm reads and zeroing writes all gradients."""
-    parameters = _trained(load)
-    distributed = load.config.parallel.use_distributed_optimizer
-    shard = parameters / (load.data_parallel_size * load.sizes.context if distributed else 1)
-    return (30 * shard + 8 * parameters) / (gpu.memory_bytes_rate * assumed.elementwise)
-
-
-def _trained(load: Load) -> int:
-    """Parameters of the last stage that an optimizer step changes."""
-    return adapter_parameters(load) or stage_parameters(load.shape, load.sizes, load.sizes.pipeline - 1)
+    last = load.sizes.pipeline - 1
+    touched = 30 * optimizer_parameters(load, last) + 8 * sum(trained_parameters(load, last))
+    return touched / (gpu.memory_bytes_rate * assumed.elementwise)

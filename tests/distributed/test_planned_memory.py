@@ -9,15 +9,10 @@ from ranks import REPOSITORY, run_ranks
 
 from simpo_megatron.config import config_from
 from simpo_megatron.mcore.families import describe_hf_config
-from simpo_megatron.planning.memory import (
-    Load,
-    activation_bytes,
-    adapter_parameters,
-    head_bytes,
-    stage_memory,
-    stage_parameters,
-)
+from simpo_megatron.planning.load import Load
+from simpo_megatron.planning.memory import activation_bytes, head_bytes, stage_memory
 from simpo_megatron.planning.models import PUBLISHED
+from simpo_megatron.planning.parameters import adapter_parameters, stage_parameters
 from simpo_megatron.planning.shapes import ModelShape, Pack
 
 WORKERS = REPOSITORY / "tests" / "distributed"
@@ -45,6 +40,24 @@ ALLOCATIONS = {
         "ranks": [0, 63],
     },
     "gemma-2": {"model": GEMMA, "options": {"tp": 8}, "world": 8, "ranks": [3]},
+    "experts over replicas and tensor ranks": {
+        "model": PUBLISHED["mistralai/Mixtral-8x7B-Instruct-v0.1"],
+        "options": {"tp": 2, "sequence_parallel": True, "use_distributed_optimizer": True, "ep": 4},
+        "world": 16,
+        "ranks": [0, 15],
+    },
+    "many experts, undivided optimizer": {
+        "model": PUBLISHED["Qwen/Qwen3-30B-A3B"],
+        "options": {"pp": 4, "ep": 8},
+        "world": 32,
+        "ranks": [8, 31],
+    },
+    "many experts, adapters": {
+        "model": PUBLISHED["Qwen/Qwen3-235B-A22B"],
+        "options": {"pp": 2, "ep": 16, "cp": 2, "lora_rank": 8, "lora_targets": ("linear_qkv", "linear_proj")},
+        "world": 64,
+        "ranks": [40],
+    },
     "tied on one": {"model": TIED, "options": {"tp": 2, "use_distributed_optimizer": True}, "world": 4, "ranks": [2]},
 }
 
@@ -81,6 +94,7 @@ def test_weights_gradients_and_optimizer_are_what_megatron_allocates(tmp_path):
 
 SMALL = {"model": "m", "data": ("d",), "fp32": True, "global_batch_size": 4, "tokens_per_microbatch": 1024}
 BF16 = {key: value for key, value in SMALL.items() if key != "fp32"}
+EXPERTS = {"model_type": "mixtral", "num_local_experts": 8, "num_experts_per_tok": 2, "router_aux_loss_coef": 0.02}
 ONE_RANK = {
     "all kept": {"options": SMALL},
     "bf16, prompts twice": {"options": BF16 | {"prefix_sharing": False, "tokens_per_microbatch": 1248}},
@@ -90,6 +104,13 @@ ONE_RANK = {
     "whole layers, two a unit": {"options": SMALL | {"recompute": "full", "recompute_num_layers": 2}},
     "adapters": {"options": SMALL | {"lora_rank": 16, "lora_targets": ("linear_qkv", "linear_fc1")}},
     "gemma-2": {"options": SMALL, "model": {"model_type": "gemma2", "hidden_activation": "gelu_pytorch_tanh"}},
+    "experts": {"options": SMALL, "model": EXPERTS},
+    "experts recomputed": {
+        "options": SMALL | {"recompute": "selective", "recompute_modules": ("moe",)},
+        "model": EXPERTS,
+    },
+    "padded pairs": {"options": SMALL | {"packing": False, "prefix_sharing": False, "micro_batch_size": 2}},
+    "a pair at a time": {"options": SMALL | {"packing": False}},
     "a large vocabulary, tied": {"options": SMALL, "model": {"vocab_size": 32768, "tie_word_embeddings": True}},
 }
 TWO_RANKS = {

@@ -12,8 +12,10 @@ from simpo_megatron.config import DEMO, PRESETS, config_from, load_config
 from simpo_megatron.errors import ConfigError
 from simpo_megatron.planning.gpus import GPUS
 from simpo_megatron.planning.layouts import Job, layout_name, plan_one, survey
-from simpo_megatron.planning.memory import Load, chunks_in_flight, stage_memory, stage_parameters
+from simpo_megatron.planning.load import Load
+from simpo_megatron.planning.memory import chunks_in_flight, stage_memory
 from simpo_megatron.planning.models import PUBLISHED, find_model
+from simpo_megatron.planning.parameters import stage_parameters
 from simpo_megatron.planning.report import run_yaml
 from simpo_megatron.planning.shapes import ModelShape, Pack
 
@@ -26,19 +28,25 @@ def job(model="Llama-3.1-70B", num_gpus=64, gpu="h100-80gb", pack=PACK, **option
 
 
 @pytest.mark.parametrize(
-    ("model", "billions"),
+    ("model", "billions", "active"),
     [
-        ("Llama-3.1-70B-Instruct", 70.55),
-        ("Qwen2.5-72B-Instruct", 72.71),
-        ("Meta-Llama-3-8B-Instruct", 8.03),
-        ("gemma-2-9b-it", 9.24),
+        ("Llama-3.1-70B-Instruct", 70.55, 70.55),
+        ("Qwen2.5-72B-Instruct", 72.71, 72.71),
+        ("Meta-Llama-3-8B-Instruct", 8.03, 8.03),
+        ("gemma-2-9b-it", 9.24, 9.24),
+        ("Mixtral-8x7B-Instruct-v0.1", 46.70, 12.88),
+        ("Mixtral-8x22B-Instruct-v0.1", 140.63, 39.16),
+        ("Qwen3-30B-A3B", 30.53, 3.35),
+        ("Qwen3-235B-A22B", 235.09, 22.19),
     ],
 )
-def test_a_published_model_has_the_parameters_its_name_promises(model, billions):
+def test_a_published_model_has_the_parameters_its_name_promises(model, billions, active):
     """The figures of the model cards, on one rank and summed over many."""
     shape, one = ModelShape.of(find_model(model)), config_from().parallel.sizes
     assert stage_parameters(shape, one, 0) / 1e9 == pytest.approx(billions, abs=0.01)
-    many = config_from(tp=4, pp=2).parallel.sizes
+    assert shape.num_active_parameters / 1e9 == pytest.approx(active, abs=0.01)
+    # Experts are divided by number over as many ranks as everything else is by width.
+    many = config_from(tp=4, pp=2, ep=4 if shape.num_moe_experts else 1).parallel.sizes
     second_table = shape.vocab_size * shape.hidden_size / 1e9 if shape.tied else 0
     summed = 4 * sum(stage_parameters(shape, many, stage) for stage in range(2)) / 1e9
     assert summed == pytest.approx(billions + second_table, rel=2e-3)
@@ -125,6 +133,33 @@ def test_of_layouts_as_fast_as_the_fastest_the_one_with_the_most_memory_left_is_
     assert survey(job(tp=8, pp=4, vpp=5)).recommended.config.parallel.tensor_model_parallel_size == 8
 
 
+def test_experts_are_spread_as_widely_as_the_ranks_of_a_stage_allow_and_memory_asks():
+    found = survey(job("Mixtral-8x7B-Instruct-v0.1", num_gpus=16))
+    assert found.recommended.config.parallel.expert_model_parallel_size == 8
+    names = {layout_name(candidate.config) for candidate in found.candidates}
+    assert "tp 4 pp 2 ep 8 vpp 4" in names and "tp 4 pp 4 ep 8" not in names
+    for name in ("expert_parallel", "tensor_parallel"):
+        assert getattr(found.candidates[0].time, name) > 0
+    (kept,) = {c.config.parallel.expert_model_parallel_size for c in survey(job("Qwen3-30B-A3B", ep=16)).candidates}
+    assert kept == 16
+    large = survey(job("Qwen3-30B-A3B", pack=replace(PACK, tokens=65536), num_gpus=16, ep=16)).candidates[0]
+    assert large.config.recompute.recompute_modules in (("core_attn",), ("core_attn", "moe")), "megatron's names"
+
+
+def test_without_packing_memory_holds_the_longest_pairs_and_time_the_mean_ones():
+    options = {"packing": False, "prefix_sharing": False, "micro_batch_size": 2, "tp": 2}
+    config = config_from(model="m", data=("d",), **options)
+    mean, longest = (Pack.of(config.batch, prompt=300 * n, response=400 * n) for n in (1, 2))
+    assert (mean.tokens, mean.num_pairs, longest.tokens) == (2 * 2 * 700, 2, 2 * 2 * 1400)
+    one = Job(
+        description=find_model("Meta-Llama-3-8B-Instruct"), config=config, num_gpus=8, gpu=GPUS["h100-80gb"], pack=mean
+    )
+    small, large = survey(one).candidates[0], survey(replace(one, largest=longest)).candidates[0]
+    assert small.load.num_microbatches == large.load.num_microbatches == 16
+    assert small.time == large.time
+    assert large.fullest.activations == pytest.approx(2 * small.fullest.activations, rel=0.1)
+
+
 def test_recomputation_is_bought_only_where_memory_asks_for_it():
     options = {"tp": 8, "pp": 4, "vpp": 5}
     small = survey(job(**options)).candidates[0]
@@ -154,7 +189,7 @@ def test_the_yaml_loads_as_the_configuration_that_was_planned(tmp_path):
 
 @pytest.mark.parametrize("name", [*PUBLISHED, *(name for name in PRESETS if name != DEMO)])
 def test_a_model_is_found_by_name_or_preset(name):
-    assert find_model(name).transformer["hidden_size"] in (3584, 4096, 8192)
+    assert find_model(name).transformer["hidden_size"] in (2048, 3584, 4096, 6144, 8192)
 
 
 def test_a_model_nobody_knows_is_refused_and_a_file_is_as_good_as_its_folder(tmp_path):

@@ -1,0 +1,80 @@
+"""How many parameters a rank holds."""
+
+from __future__ import annotations
+
+from simpo_megatron.mcore.families import padded_vocab_size
+from simpo_megatron.parallel import ParallelSizes
+from simpo_megatron.planning.load import Load
+from simpo_megatron.planning.shapes import ModelShape
+
+
+def layer_parameters(shape: ModelShape, tensor_ranks: int) -> int:
+    """Parameters of one layer on a tensor-parallel rank, experts apart: matrices divided; norms, row-parallel biases
+    and a mixture's router whole.
+
+    Source: megatron.core SelfAttention (linear_qkv [(A + 2G) D / tp, H], linear_proj), MLP (linear_fc1 [2F / tp, H],
+    linear_fc2) or Router [E, H], two RMSNorms (four with post-norms) and, with qk_layernorm, two of the head size.
+    """
+    matrices = (shape.attention_matrices if shape.num_moe_experts else shape.layer_matrices) // tensor_ranks
+    qkv_out = (shape.query_size + 2 * shape.key_size) // tensor_ranks
+    biases = qkv_out if shape.add_bias_linear or shape.add_qkv_bias else 0
+    if shape.add_bias_linear:
+        biases += 2 * shape.ffn_hidden_size // tensor_ranks + 2 * shape.hidden_size
+    norms = (4 if shape.post_layernorms else 2) * shape.hidden_size
+    norms += 2 * shape.kv_channels if shape.qk_layernorm else 0
+    return matrices + shape.router + biases + norms
+
+
+def expert_parameters(shape: ModelShape, sizes: ParallelSizes) -> int:
+    """Parameters of a stage's experts on a rank: each whole, divided over the expert-parallel ranks by number."""
+    return shape.num_layers // sizes.pipeline * shape.expert_matrices // sizes.expert
+
+
+def stage_parameters(shape: ModelShape, sizes: ParallelSizes, stage: int) -> int:
+    """Parameters on one rank of a pipeline stage; virtual stages only order them differently.
+
+    Source: megatron.core GPTModel: the embedding on the first stage, final norm and output layer on the last, each
+    with the vocabulary padded to 128 tp; a tied table is one where both are on one stage and else two.
+    """
+    is_first, is_last = stage == 0, stage == sizes.pipeline - 1
+    num_tables = int(is_first) + int(is_last and not (is_first and shape.tied))
+    table = padded_vocab_size(shape.vocab_size, sizes.tensor) // sizes.tensor * shape.hidden_size
+    layers = shape.num_layers // sizes.pipeline * layer_parameters(shape, sizes.tensor)
+    return layers + expert_parameters(shape, sizes) + num_tables * table + (shape.hidden_size if is_last else 0)
+
+
+def adapter_parameters(load: Load) -> int:
+    """Parameters of a stage's low-rank adapters on a tensor-parallel rank; 0 without adapters.
+
+    Source: simpo_megatron.mcore.lora: A [r, inputs] and B [outputs, r] of each target, one of the two divided.
+    """
+    lora, shape, tp = load.config.lora, load.shape, load.sizes.tensor
+    if lora.lora_rank is None:
+        return 0
+    sides = {
+        "linear_qkv": shape.hidden_size + (shape.query_size + 2 * shape.key_size) // tp,
+        "linear_proj": shape.query_size // tp + shape.hidden_size,
+        "linear_fc1": shape.hidden_size + 2 * shape.ffn_hidden_size // tp,
+        "linear_fc2": shape.ffn_hidden_size // tp + shape.hidden_size,
+    }
+    return shape.num_layers // load.sizes.pipeline * lora.lora_rank * sum(sides[name] for name in lora.lora_targets)
+
+
+def trained_parameters(load: Load, stage: int) -> tuple[int, int]:
+    """(those outside experts, those of experts) that an optimizer step changes on a rank of a pipeline stage."""
+    if load.config.lora.lora_rank is not None:
+        return adapter_parameters(load), 0
+    experts = expert_parameters(load.shape, load.sizes)
+    return stage_parameters(load.shape, load.sizes, stage) - experts, experts
+
+
+def optimizer_parameters(load: Load, stage: int) -> float:
+    """Parameters whose optimizer state a rank keeps: with the distributed optimizer its share of those it trains.
+
+    Source: megatron.core get_megatron_optimizer: one optimizer over the dp x cp ranks, and one over the ranks that
+    hold the same experts.
+    """
+    dense, experts = trained_parameters(load, stage)
+    if not load.config.parallel.use_distributed_optimizer:
+        return dense + experts
+    return dense / load.dense_copies + experts / load.expert_copies
