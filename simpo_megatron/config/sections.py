@@ -292,6 +292,12 @@ class RunConfig:
     keep_checkpoints: int = 2
     """Newest checkpoints to keep; the one with the best held-out accuracy stays as well."""
 
+    async_save: bool = False
+    """Write checkpoints while training goes on; the host's memory then holds a copy of each rank's share meanwhile."""
+
+    on_save_failure: Literal["stop", "continue"] = "stop"
+    """What a checkpoint that cannot be written means: the end of the run, or a warning, as long as steps follow."""
+
     eval_interval: int | None = None
     """Steps between evaluations on held-out pairs; only before and after training when not given."""
 

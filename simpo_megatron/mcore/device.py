@@ -10,8 +10,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import multiprocessing.dummy
 import os
-import queue
 import sys
 import types
 from collections.abc import Callable
@@ -255,14 +255,13 @@ def _route_tokens_on_the_cpu() -> None:
     importlib.import_module(f"{moe}.token_dispatcher").maybe_move_tensor_to_cpu = as_on_the_cpu
 
 
-def save_without_helper_process() -> None:
-    """Let megatron's checkpoint writer report within this process, which for synchronous saves is all it needs.
+def write_checkpoints_in_threads() -> None:
+    """Let megatron's checkpoint writer work in threads of this process, as it does by itself from 0.17 on.
 
-    It would otherwise spawn a process that imports torch and megatron again, seconds for each rank, only to carry
-    the report. A no-op with CUDA, where megatron's writer stays as it is.
+    Up to 0.16 it forks: a copy of every connection and lock of the rank goes along, and lives on where the rank is
+    killed. And it spawns a process that imports torch and megatron again, seconds for each rank, only to carry the
+    report, of which none of an earlier save is left here.
     """
-    if has_cuda():
-        return
-    importlib.import_module(
-        "megatron.core.dist_checkpointing.strategies.filesystem_async"
-    )._results_queue = queue.Queue()
+    writer = importlib.import_module("megatron.core.dist_checkpointing.strategies.filesystem_async")
+    writer.mp = types.SimpleNamespace(get_context=lambda method=None: multiprocessing.dummy)
+    writer._results_queue = None

@@ -1,4 +1,4 @@
-"""How a run is saved and continued: what a checkpoint says of its run, and which one a run may continue from.
+"""How a run is continued: what a checkpoint says of its run, and which one a run may continue from.
 
 Ranks act together: what one finds wrong, all raise.
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 import functools
 import json
 import os
-import shutil
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,9 +18,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from simpo_megatron import faults
 from simpo_megatron.config import Config
-from simpo_megatron.convert.folder import copy_model_files, write_json
 from simpo_megatron.data.tokenization import tokenizer_identity
 from simpo_megatron.errors import CheckpointError, listed
 from simpo_megatron.mcore.families import ModelDescription
@@ -32,7 +29,7 @@ from simpo_megatron.training.commit import Checkpoint
 from simpo_megatron.training.lock import check_same_folder, holder, lock
 from simpo_megatron.training.loggers import METRICS_FILE
 from simpo_megatron.training.reference import model_fingerprint
-from simpo_megatron.training.state import read_state, write_state
+from simpo_megatron.training.state import read_state
 from simpo_megatron.training.together import agreed, gathered
 
 _NEVER_CHANGES = ("model", "precision")
@@ -133,7 +130,7 @@ def start_run(config: Config, job: Job, found: Found) -> Start:
     save, checkpoint = Path(config.run.save), found.checkpoint
     notes: list[str] = []
     iteration = consumed_pairs = 0
-    now = _describe(config, job)
+    now = describe_run(config, job)
     if checkpoint is not None:
         notes += _refuse_changes(checkpoint, now, override=config.run.override_on_resume)
         iteration, consumed_pairs = checkpoint.iteration, checkpoint.facts["consumed_pairs"]
@@ -149,69 +146,6 @@ def start_run(config: Config, job: Job, found: Found) -> Start:
     notes += gathered(lambda: _tidy(save, checkpoint) if dist.get_rank() == 0 else [])[0]
     monitors = checkpoint.facts.get("monitors", {}) if checkpoint is not None else {}
     return Start(iteration, consumed_pairs, tuple(notes), monitors)
-
-
-def save_checkpoint(
-    config: Config,
-    job: Job,
-    *,
-    iteration: int,
-    consumed_pairs: int,
-    metrics: Mapping[str, float],
-    monitors: Mapping[str, Any],
-) -> Checkpoint:
-    """The committed checkpoint of the run as it stands after `iteration` steps; older ones may be gone afterwards.
-
-    Args:
-        metrics: the latest numbers, held-out ones under `eval/`; by them the best checkpoint is kept.
-        monitors: what the monitors are to remember, JSON values.
-
-    Collectives: megatron's for saving, and four object gathers, world.
-
-    Raises:
-        CheckpointError: on every rank alike; the checkpoints before this one are as they were.
-    """
-    save, rank = Path(config.run.save), dist.get_rank()
-    draft = gathered(lambda: commit.begin(save, iteration) if rank == 0 else None)[0]
-    try:
-        faults.at("save")
-        write_state(job.model, job.trainer, iteration, draft)
-        agreed(lambda: _add_small_files(save, draft, job) if rank == 0 else None)
-        digests = gathered(lambda: _digest_own_files(draft))
-        facts = {
-            **_describe(config, job),
-            "consumed_pairs": consumed_pairs,
-            "epoch": consumed_pairs / len(job.train_data),
-            "metrics": {name: value for name, value in metrics.items() if abs(value) < float("inf")},
-            "monitors": dict(monitors),
-        }
-        files = {name: digest for part in digests for name, digest in part.items()}
-        checkpoint = gathered(lambda: commit.commit(draft, iteration, files, facts) if rank == 0 else None)[0]
-    except CheckpointError as error:
-        if rank == 0:
-            shutil.rmtree(draft, ignore_errors=True)
-        free = shutil.disk_usage(save).free / 2**30
-        raise CheckpointError(f"no checkpoint of step {iteration} ({free:.2f} GiB free): {error}") from error
-    gathered(lambda: commit.prune(save, config.run.keep_checkpoints) if rank == 0 else None)
-    return checkpoint
-
-
-def _add_small_files(save: Path, draft: Path, job: Job) -> None:
-    """The metrics so far, and what makes a model of the weights: configuration, tokenizer, chat template."""
-    if (save / METRICS_FILE).exists():
-        shutil.copyfile(save / METRICS_FILE, draft / METRICS_FILE)
-    copy_model_files(job.plan.sources.model, draft)
-    write_json(draft / "config.json", job.plan.description.hf_config)
-
-
-def _digest_own_files(draft: Path) -> dict[str, commit.Digest]:
-    """Digests of the files of `draft` that this rank wrote."""
-    rank = dist.get_rank()
-    shards = {path.name for path in draft.glob("*.distcp")}
-    own = {name for name in shards if name.startswith(f"__{rank}_")}
-    if rank == 0:
-        own |= {path.name for path in draft.iterdir()} - shards
-    return {name: commit.digest_file(draft / name) for name in sorted(own)}
 
 
 def _tidy(save: Path, checkpoint: Checkpoint | None) -> list[str]:
@@ -239,7 +173,7 @@ def _as_json(facts: Mapping[str, Any]) -> dict[str, Any]:
     return json.loads(json.dumps(facts, default=lambda value: getattr(value, "__name__", str(value))))
 
 
-def _describe(config: Config, job: Job) -> dict[str, Any]:
+def describe_run(config: Config, job: Job) -> dict[str, Any]:
     """What a run is, as JSON values: what a resume compares, the layout, and all options."""
     description, options = job.plan.description, config.flat()
     identity = json.dumps(tokenizer_identity(job.tokenizer, config.pairs), sort_keys=True)

@@ -7,7 +7,6 @@ import signal
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch.distributed as dist
 
@@ -20,13 +19,7 @@ from simpo_megatron.mcore.experts import LOAD_BALANCING_LOSS
 from simpo_megatron.mcore.optimizer import gather_parameters
 from simpo_megatron.mcore.precision import parameter_dtype
 from simpo_megatron.training.assembly import Job, Plan, assemble, plan_run
-from simpo_megatron.training.checkpoint import (
-    Start,
-    find_checkpoint,
-    held_run_folder,
-    save_checkpoint,
-    start_run,
-)
+from simpo_megatron.training.checkpoint import Start, find_checkpoint, held_run_folder, start_run
 from simpo_megatron.training.evaluation import evaluate
 from simpo_megatron.training.guard import StopSignals, agree
 from simpo_megatron.training.loggers import RunLog, Sink, open_run_log
@@ -36,6 +29,7 @@ from simpo_megatron.training.probe import probe_memory
 from simpo_megatron.training.reference import with_reference
 from simpo_megatron.training.replicas import check_replicas, check_same, job_facts, startup_facts
 from simpo_megatron.training.report import model_card, write_report
+from simpo_megatron.training.saving import Saver
 from simpo_megatron.training.step import Pass, Step, train_step
 from simpo_megatron.training.watch import Watch
 
@@ -84,12 +78,15 @@ def _train(config: Config, sinks: Sequence[Sink], plan: Plan, watch: Watch) -> S
         with open_run_log(config, sinks, train_iters=job.train_iters, is_logging_rank=is_logging_rank) as log:
             _introduce(config, job, found.notes + reference_notes + start.notes, log)
             stopped = None
+            saver = Saver(config, job, log, watch)
             if start.iteration < job.train_iters:
-                with StopSignals() as signals:
-                    stopped = _run_steps(config, job, start, log, signals, watch)
+                with StopSignals() as signals, saver:
+                    stopped = _run_steps(config, job, start, log, signals, watch, saver)
             if stopped is None:
                 watch.at("the end", limit_seconds=_LONG_SECONDS)
                 _finish(config, job, log)
+            if not isinstance(stopped, StoppedByMonitor):
+                saver.require_last()
     return stopped
 
 
@@ -126,7 +123,7 @@ def describe_job(config: Config, job: Job) -> list[str]:
 
 
 def _run_steps(
-    config: Config, job: Job, start: Start, log: RunLog, signals: StopSignals, watch: Watch
+    config: Config, job: Job, start: Start, log: RunLog, signals: StopSignals, watch: Watch, saver: Saver
 ) -> Stopped | None:
     """Why the run is to leave before its end, if it is; every rank is told the same, after the same step."""
     trainer, run = job.trainer, config.run
@@ -149,6 +146,7 @@ def _run_steps(
         # What a window has summed is in no checkpoint, so a window ends where a run may have to start again.
         if saves or is_last or _is_due(iteration, run.log_interval):
             metrics = window.close(trainer.groups) | {"grad_norm": grad_norm, "learning_rate": learning_rate}
+            metrics |= saver.metrics()
             log.step(iteration, monitors.step(iteration, metrics, taken.pairs))
         else:
             log.advance(iteration)
@@ -162,8 +160,15 @@ def _run_steps(
         if saves:
             watch.at(f"the checkpoint of step {iteration}", limit_seconds=_LONG_SECONDS)
             check_replicas(trainer.chunks, trainer.groups)
-            facts = {"metrics": held_out, "monitors": monitors.remembered()}
-            _save(config, job, log, iteration=iteration, consumed_pairs=taken.pairs, **facts)
+            saver.save(
+                iteration=iteration,
+                consumed_pairs=taken.pairs,
+                metrics=held_out,
+                monitors=monitors.remembered(),
+                in_background=run.async_save and not (is_last or stop),
+            )
+        else:
+            saver.poll()
         if saves or is_last:
             # A signal that came while a checkpoint was written needs no other one.
             stop = stop or agree(None, signals.noted())
@@ -212,13 +217,6 @@ def _stopped(config: Config, signal_name: str, iteration: int) -> StoppedBySigna
 
 def _is_due(iteration: int, interval: int | None) -> bool:
     return interval is not None and iteration % interval == 0
-
-
-def _save(config: Config, job: Job, log: RunLog, **state: Any) -> None:
-    started = time.perf_counter()
-    checkpoint = save_checkpoint(config, job, **state)
-    seconds = time.perf_counter() - started
-    log.say(f"saved     {checkpoint.folder} ({checkpoint.num_bytes / 2**20:.1f} MiB in {seconds:.1f} s)")
 
 
 class _Window:

@@ -8,9 +8,11 @@ as objects (FP8 scaling histories) starts anew on a resume.
 
 from __future__ import annotations
 
+import inspect
 import io
 import pickle
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from megatron.core.dist_checkpointing import ShardedObject, ShardedTensor
 from megatron.core.dist_checkpointing.dict_utils import extract_matching_values, nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 from megatron.core.dist_checkpointing.serialization import get_default_save_sharded_strategy
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
@@ -49,24 +52,55 @@ _INDEX_NAMES = {
 }
 
 
-def write_state(model: list[PreferenceGPTModel], trainer: Trainer, iteration: int, folder: Path) -> None:
-    """Write this run's tensors into the empty `folder`, which all ranks see; each writes a share of what it holds.
+class FailedAloneError(CheckpointError):
+    """A failure that the other ranks may not have heard of: they may wait for this one, so the run cannot go on."""
 
-    Collectives: megatron's, world; each rank raises when a rank could not write its share.
+
+def request_write(
+    model: list[PreferenceGPTModel], trainer: Trainer, iteration: int, folder: Path
+) -> tuple[AsyncRequest, set[int]]:
+    """(What is left to do on this rank to write the run's tensors into the empty `folder`, the storages it reads).
+
+    All ranks see `folder`, and each writes a share of what it holds. The storages, by address, are those of the state
+    itself in the host's memory: a step changes them.
+
+    Collectives: megatron's, world.
 
     Raises:
-        CheckpointError: a file could not be written.
+        FailedAloneError: on this rank.
     """
     gather_parameters(trainer.chunks)
-    device.save_without_helper_process()
+    device.write_checkpoints_in_threads()
     strategy = FullyParallelSaveStrategyWrapper(get_default_save_sharded_strategy(), trainer.groups.dp_cp)
     state = {"checkpoint_version": 3.0, "iteration": iteration, **_sharded_state(model, trainer)}
     state["opt_param_scheduler"] = trainer.scheduler.state_dict()
     state["rng"] = _sharded_rng()
+    held = [tensor.data for tensor in _tensors(state)]
+    storages = {data.untyped_storage().data_ptr() for data in held if data.device.type == "cpu"}
+    # From 0.17 on megatron-core would look for NVIDIA's resiliency package first.
+    takes_strategy = "async_strategy" in inspect.signature(dist_checkpointing.save).parameters
+    options = {"async_strategy": "mcore"} if takes_strategy else {}
+    with described(folder):
+        request = dist_checkpointing.save(
+            state, str(folder), strategy, async_sharded_save=True, content_metadata=_content(), **options
+        )
+    return request, storages
+
+
+@contextmanager
+def described(folder: Path) -> Iterator[None]:
+    """What megatron raises while it writes into `folder`, as ours.
+
+    Raises:
+        CheckpointError: on every rank alike, a rank could not write its share.
+        FailedAloneError: anything else.
+    """
     try:
-        dist_checkpointing.save(state, str(folder), strategy, content_metadata=_content())
-    except (Exception, CheckpointException) as error:
+        yield
+    except CheckpointException as error:
         raise CheckpointError(f"{folder}: could not be written ({_reason(error)})") from error
+    except Exception as error:
+        raise FailedAloneError(f"{folder}: could not be written ({_reason(error)})") from error
 
 
 def read_state(

@@ -31,7 +31,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast  # noqa: E402, F
 from simpo_megatron.config import config_from  # noqa: E402
 from simpo_megatron.errors import SimPOError, StoppedBySignal  # noqa: E402
 from simpo_megatron.training import loop, step  # noqa: E402
-from simpo_megatron.training.state import write_state  # noqa: E402
+from simpo_megatron.training.writing import begin_write  # noqa: E402
 
 LIMIT_SECONDS = 90.0
 
@@ -58,6 +58,11 @@ class Run:
     named, just before the nth event with such arguments."""
     kill_after_seconds: float | None = None
     """The whole job dies this long after its first draft appears."""
+    hold_writer: list | None = None
+    """[rank, pattern, iteration, seconds]: that rank's writer opens such a file only once the iteration is logged, or
+    the seconds are over."""
+    full_disk: list | None = None
+    """[rank, pattern]: no byte fits into such a file of that rank."""
     fault: str | None = None
     """SIMPO_FAULT of this run."""
     other_options: list | None = None
@@ -141,6 +146,10 @@ def fork_rank(rank: int, run: Run, folder: Path) -> int:
             record_pairs(Path(f"{folder / run.name}.pairs"))
         if run.kill and run.kill[0] == rank:
             signal_at(*run.kill[1:])
+        if run.hold_writer and run.hold_writer[0] == rank:
+            hold_writer(*run.hold_writer[1:], Path(run.options["save"], "metrics.jsonl"))
+        if run.full_disk and run.full_disk[0] == rank:
+            fill_disk(run.full_disk[1])
         if run.signals and run.signals[0] == rank:
             signal_at_step(*run.signals[1:])
         if run.file_limit and run.file_limit[0] == rank:
@@ -192,7 +201,7 @@ def write_after_start(target: Path) -> None:
     def start_and_write(config, job, found):
         start = start_run(config, job, found)
         target.mkdir(exist_ok=True)
-        write_state(job.model, job.trainer, start.iteration, target)
+        begin_write(job.model, job.trainer, start.iteration, target, in_background=False).finish()
         return start
 
     loop.start_run = start_and_write
@@ -291,6 +300,26 @@ def flip_byte(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
+
+
+def hold_writer(pattern: str, iteration: int, seconds: float, metrics: Path) -> None:
+    sought = f'{{"iteration": {iteration},'
+
+    def hook(name: str, arguments: tuple) -> None:
+        if name == "open" and re.search(pattern, str(arguments[0])):
+            deadline = time.monotonic() + seconds
+            while time.monotonic() < deadline and sought not in metrics.read_text():
+                time.sleep(0.01)
+
+    sys.addaudithook(hook)
+
+
+def fill_disk(pattern: str) -> None:
+    def hook(name: str, arguments: tuple) -> None:
+        if name == "open" and re.search(pattern, str(arguments[0])):
+            Path(arguments[0]).symlink_to("/dev/full")
+
+    sys.addaudithook(hook)
 
 
 def signal_at(event: str, pattern: str, nth: int, signal_name: str = "SIGKILL") -> None:

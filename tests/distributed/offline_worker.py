@@ -77,7 +77,7 @@ def write(chunks: list, save: Path, release: Path) -> None:
     if dist.get_rank() == 0:
         draft.mkdir(parents=True)
     dist.barrier()
-    device.save_without_helper_process()
+    device.write_checkpoints_in_threads()
     dist_checkpointing.save({"iteration": 7, **sharded(chunks)}, str(draft))
     if dist.get_rank() == 0:
         shutil.copyfile(release / "config.json", draft / "config.json")

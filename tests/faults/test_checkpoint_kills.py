@@ -22,9 +22,11 @@ LAYOUTS = {
     "tp2": {"tensor_model_parallel_size": 2, "hidden_dropout": 0.1},
     "dp2": {"use_distributed_optimizer": True, "bf16": True},
 }
+LAYOUTS |= {f"{name}_async": {**layout, "async_save": True} for name, layout in LAYOUTS.items()}
 # What is about to happen when the rank dies: layout, rank, event, pattern, which such event; the step resumed from.
 MOMENTS = {
     "a_shard_is_opened": ("tp2", 1, "open", r"iter_0000003\.tmp-.*/__1_0\.distcp", 1, 2),
+    "a_shard_is_opened_while_training_goes_on": ("dp2_async", 1, "open", r"iter_0000003\.tmp-.*/__1_0\.distcp", 1, 2),
     "the_record_is_opened": ("dp2", 0, "open", r"iter_0000003\.tmp-.*/COMMIT\.json", 1, 2),
     "the_draft_is_renamed": ("dp2", 0, "os.rename", r"iter_0000003\.tmp-", 1, 2),
     "the_pointer_is_replaced": ("tp2", 0, "os.rename", r"latest_checkpointed_iteration\.txt\.tmp", 3, 3),
@@ -47,12 +49,16 @@ def folder(tmp_path_factory):
         runs += killed_and_resumed(folder, moment, {**options, **LAYOUTS[layout]}, kill=kill)
     moments = random.Random(5)
     for number in range(NUM_RANDOM_KILLS):
-        layout = LAYOUTS[("tp2", "dp2")[number % 2]]
         seconds = moments.uniform(0.0, 3.0)
+        layout = LAYOUTS[random_layout(number)]
         runs += killed_and_resumed(folder, f"random{number}", {**options, **layout}, kill_after_seconds=seconds)
     (folder / "runs.json").write_text(json.dumps(runs))
     run_ranks(WORKER, 1, str(folder), timeout=300 + 120 * NUM_RANDOM_KILLS)
     return folder
+
+
+def random_layout(number):
+    return list(LAYOUTS)[number % len(LAYOUTS)]
 
 
 def killed_and_resumed(folder, name, options, **kill):
@@ -100,4 +106,4 @@ def test_killed_just_before(folder, moment):
 @pytest.mark.skipif(not NUM_RANDOM_KILLS, reason="set SIMPO_RANDOM_KILLS to a number of random moments")
 @pytest.mark.parametrize("number", range(NUM_RANDOM_KILLS))
 def test_killed_at_a_random_moment(folder, number):
-    check_end(folder, f"random{number}", ("tp2", "dp2")[number % 2])
+    check_end(folder, f"random{number}", random_layout(number))

@@ -47,7 +47,7 @@ class Plan:
 
 @dataclass
 class Job:
-    """What `_describe` reads of a job."""
+    """What `describe_run` reads of a job."""
 
     plan: Plan
     tokenizer: Any
@@ -84,7 +84,7 @@ def describe(folder: Path, *, model=None, tokenizer=None, pairs=None, **options)
     tokenizer = tokenizer or llama_like()
     data = build_preference_dataset([str(folder / "pairs.jsonl")], tokenizer, PairOptions(), folder / "cache")
     job = Job(Plan(describe_hf_model(folder)), tokenizer, data, config.optimizer.train_iters)
-    return checkpoint._describe(config, job)
+    return checkpoint.describe_run(config, job)
 
 
 @pytest.fixture

@@ -1,0 +1,223 @@
+"""How a run is saved: its checkpoints one after the other, each committed once every rank has written its share."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch.distributed as dist
+
+from simpo_megatron import faults
+from simpo_megatron.config import Config
+from simpo_megatron.convert.folder import copy_model_files, write_json
+from simpo_megatron.errors import CheckpointError, NumericsError
+from simpo_megatron.training import commit
+from simpo_megatron.training.assembly import Job
+from simpo_megatron.training.checkpoint import describe_run
+from simpo_megatron.training.guard import agree
+from simpo_megatron.training.loggers import METRICS_FILE, RunLog
+from simpo_megatron.training.state import FailedAloneError
+from simpo_megatron.training.together import agreed, gathered
+from simpo_megatron.training.watch import Watch
+from simpo_megatron.training.writing import Writing, begin_write
+
+
+@dataclass(frozen=True)
+class _Draft:
+    """A checkpoint that is not committed yet."""
+
+    folder: Path
+    iteration: int
+    facts: Mapping[str, Any]
+    writing: Writing
+    began: float
+    """Of time.perf_counter."""
+    waited_seconds: float
+    """How long training stood still for it so far."""
+
+
+class Saver:
+    """Saves a run; at most one checkpoint is under way while training goes on.
+
+    Use as a context manager: at its end what is under way is committed, or, after an error that the other ranks may
+    not have heard of, dropped. What it does is in the same order on every rank.
+    """
+
+    def __init__(self, config: Config, job: Job, log: RunLog, watch: Watch) -> None:
+        self._config, self._job, self._log, self._watch = config, job, log, watch
+        self._draft: _Draft | None = None
+        self._goes_on = config.run.on_save_failure == "continue"
+        self._num_failed = 0
+        self._failure: CheckpointError | None = None
+
+    def save(
+        self,
+        *,
+        iteration: int,
+        consumed_pairs: int,
+        metrics: Mapping[str, float],
+        monitors: Mapping[str, Any],
+        in_background: bool,
+    ) -> None:
+        """Save the run as it stands after `iteration` steps; older checkpoints may be gone once that is committed.
+
+        What is under way is finished first.
+
+        Args:
+            metrics: the latest numbers, held-out ones under `eval/`; by them the best checkpoint is kept.
+            monitors: what the monitors are to remember, JSON values.
+            in_background: return as soon as training may go on; `poll` and `finish` commit.
+
+        Collectives: megatron's for saving, and five object gathers, world.
+
+        Raises:
+            CheckpointError: on every rank alike, unless `on_save_failure` is `continue`; the checkpoints before this
+                one are as they were.
+            FailedAloneError: on this rank.
+        """
+        self.finish()
+        facts = {
+            **describe_run(self._config, self._job),
+            "consumed_pairs": consumed_pairs,
+            "epoch": consumed_pairs / len(self._job.train_data),
+            "metrics": {name: value for name, value in metrics.items() if abs(value) < float("inf")},
+            "monitors": dict(monitors),
+        }
+        with self._survived(iteration):
+            self._draft = self._begin(iteration, facts, in_background=in_background)
+        if not in_background:
+            self.finish()
+
+    def poll(self) -> None:
+        """Commit what is under way if every rank has written its share; called after each step.
+
+        Collectives: while something is under way, one all-reduce of 16 bytes, world; those of `finish` once it is
+        written.
+        """
+        if self._draft is not None and not agree(None, int(self._draft.writing.is_under_way())):
+            self.finish()
+
+    def finish(self) -> None:
+        """Wait for what is under way, if anything is, and commit it.
+
+        Collectives: megatron's for saving, and three object gathers, world.
+
+        Raises:
+            CheckpointError, FailedAloneError: as `save`.
+        """
+        draft, self._draft = self._draft, None
+        if draft is None:
+            return
+        with self._survived(draft.iteration, draft.writing.num_bytes):
+            started = time.perf_counter()
+            checkpoint = self._commit(draft)
+            now = time.perf_counter()
+            self._log.say(
+                f"saved     {checkpoint.folder} ({checkpoint.num_bytes / 2**20:.1f} MiB in {now - draft.began:.1f} s; "
+                f"training waited {draft.waited_seconds + now - started:.1f} s)"
+            )
+
+    def metrics(self) -> dict[str, float]:
+        """How many checkpoints could not be written, where the run goes on without them."""
+        return {"failed_saves": self._num_failed} if self._goes_on else {}
+
+    def require_last(self) -> None:
+        """Nothing, unless the run goes on without checkpoints and its last one could not be written.
+
+        Raises:
+            CheckpointError: it could not, on every rank alike.
+        """
+        if self._failure is not None:
+            raise self._failure
+
+    def __enter__(self) -> Saver:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._draft is None:
+            return
+        # A loss that is not finite was told to all ranks, and what is under way was saved before it.
+        if error is not None and not isinstance(error, NumericsError):
+            self._drop(self._draft)
+            return
+        self._watch.at(f"the end of the checkpoint of step {self._draft.iteration}", limit_seconds=float("inf"))
+        self._goes_on |= error is not None
+        self.finish()
+
+    def _drop(self, draft: _Draft) -> None:
+        """Leave nothing of `draft`; a writer ends by itself, and what it still leaves the next start removes."""
+        self._log.say(f"WARNING   dropped the checkpoint of step {draft.iteration}, which was not written yet")
+        if dist.get_rank() == 0:
+            shutil.rmtree(draft.folder, ignore_errors=True)
+
+    def _begin(self, iteration: int, facts: Mapping[str, Any], *, in_background: bool) -> _Draft:
+        save, job, is_first = self._save, self._job, dist.get_rank() == 0
+        began = time.perf_counter()
+        folder = gathered(lambda: commit.begin(save, iteration) if is_first else None)[0]
+        with _whole_or_removed(folder):
+            faults.at("save")
+            agreed(lambda: _add_small_files(save, folder, job) if is_first else None)
+            writing = begin_write(job.model, job.trainer, iteration, folder, in_background=in_background)
+        waited = time.perf_counter() - began
+        return _Draft(folder, iteration, facts, writing, began, waited)
+
+    def _commit(self, draft: _Draft) -> commit.Checkpoint:
+        is_first = dist.get_rank() == 0
+        with _whole_or_removed(draft.folder):
+            shards = draft.writing.finish()
+
+            def seal() -> commit.Checkpoint:
+                small = {path.name for path in draft.folder.iterdir()} - shards.keys()
+                files = {**shards, **{name: commit.digest_file(draft.folder / name) for name in sorted(small)}}
+                return commit.commit(draft.folder, draft.iteration, files, draft.facts)
+
+            checkpoint = gathered(lambda: seal() if is_first else None)[0]
+        gathered(lambda: commit.prune(self._save, self._config.run.keep_checkpoints) if is_first else None)
+        return checkpoint
+
+    @property
+    def _save(self) -> Path:
+        return Path(self._config.run.save)
+
+    @contextmanager
+    def _survived(self, iteration: int, num_bytes: int | None = None) -> Iterator[None]:
+        """A failure to save, told and counted where the run is to go on without the checkpoint."""
+        try:
+            yield
+            self._failure = None
+        except CheckpointError as error:
+            free = shutil.disk_usage(self._save).free / 2**30
+            needed = "" if num_bytes is None else f", {num_bytes / 2**30:.2f} GiB needed"
+            told = type(error)(f"no checkpoint of step {iteration} ({free:.2f} GiB free{needed}): {error}")
+            if isinstance(error, FailedAloneError) or not self._goes_on:
+                raise told from error
+            self._num_failed += 1
+            self._failure = told
+            self._log.say(f"WARNING   {told}; the run goes on ({self._num_failed} not saved so far)")
+
+
+@contextmanager
+def _whole_or_removed(folder: Path) -> Iterator[None]:
+    """Removes the draft in `folder` when it cannot be written."""
+    try:
+        yield
+    except CheckpointError:
+        if dist.get_rank() == 0:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def _add_small_files(save: Path, folder: Path, job: Job) -> None:
+    """The metrics so far, and what makes a model of the weights: configuration, tokenizer, chat template."""
+    if (save / METRICS_FILE).exists():
+        shutil.copyfile(save / METRICS_FILE, folder / METRICS_FILE)
+    copy_model_files(job.plan.sources.model, folder)
+    write_json(folder / "config.json", job.plan.description.hf_config)

@@ -1,0 +1,122 @@
+"""A rank's share of a checkpoint on its way to the disk: at once, or in a thread while training goes on.
+
+A thread, not a fork: it has no copy of the rank's connections and locks, ends with the rank, and tells what it raises.
+"""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
+
+from simpo_megatron.mcore.model import PreferenceGPTModel
+from simpo_megatron.training.commit import Digest, digest_file
+from simpo_megatron.training.state import described, request_write
+from simpo_megatron.training.step import Trainer
+from simpo_megatron.training.together import gathered
+
+
+def begin_write(
+    model: list[PreferenceGPTModel], trainer: Trainer, iteration: int, folder: Path, *, in_background: bool
+) -> Writing:
+    """The run's tensors as they are now, being written into the empty `folder`, which all ranks see.
+
+    In the background, the host's memory holds a copy of this rank's share until it is written.
+
+    Collectives: megatron's and one object gather, world.
+
+    Raises:
+        CheckpointError: on every rank alike, memory did not suffice for the copies.
+        FailedAloneError: on this rank.
+    """
+    request, live = request_write(model, trainer, iteration, folder)
+    arguments: list[Any] = []
+
+    def stage() -> int:
+        arguments.extend(_staged(request, live if in_background else set()))
+        return _num_bytes(arguments) if request.async_fn is not None else 0
+
+    num_bytes = sum(gathered(stage))
+    writing = Writing(request, arguments, folder, num_bytes)
+    writing.start(in_background=in_background)
+    return writing
+
+
+class Writing:
+    """This rank's share of one checkpoint on its way to the disk."""
+
+    def __init__(self, request: AsyncRequest, arguments: list[Any], folder: Path, num_bytes: int) -> None:
+        self.num_bytes = num_bytes
+        """Of the tensors of all ranks."""
+        self._request, self._arguments, self._folder = request, arguments, folder
+        self._digests: dict[str, Digest] = {}
+        self._problem: Exception | None = None
+        # Not a daemon: ended inside torch's writer, it would take the process with it.
+        self._thread = threading.Thread(target=self._write, name="checkpoint writer")
+
+    def start(self, *, in_background: bool) -> None:
+        """Write; return before that is over when it is to happen in the background."""
+        if in_background:
+            self._thread.start()
+        else:
+            self._write()
+
+    def is_under_way(self) -> bool:
+        """Whether this rank still writes."""
+        return self._thread.is_alive()
+
+    def finish(self) -> dict[str, Digest]:
+        """Digests of the shard files of all ranks, whose index is then written too; waits for this rank's.
+
+        Collectives: one object gather and megatron's, world.
+
+        Raises:
+            CheckpointError: on every rank alike, a rank could not write its share.
+            FailedAloneError: on the first rank, which could not write the index.
+        """
+        if self._thread.is_alive():
+            self._thread.join()
+        digests = gathered(self._result)
+        with described(self._folder):
+            for finalize in self._request.finalize_fns:
+                finalize()
+        return {name: digest for part in digests for name, digest in part.items()}
+
+    def _write(self) -> None:
+        try:
+            if self._request.async_fn is not None:
+                self._request.async_fn(*self._arguments, **self._request.async_fn_kwargs)
+            shards = sorted(self._folder.glob(f"__{dist.get_rank()}_*.distcp"))
+            self._digests = {path.name: digest_file(path) for path in shards if path.is_file()}
+        except Exception as error:
+            self._problem = error
+        self._arguments = []
+
+    def _result(self) -> dict[str, Digest]:
+        if self._problem is not None:
+            raise self._problem
+        return self._digests
+
+
+def _staged(request: AsyncRequest, live: set[int]) -> list[Any]:
+    """The arguments of what writes, with tensors in the host's memory, apart from the storages `live`."""
+    arguments = list(request.async_fn_args)
+    if request.preload_fn is not None:
+        # The second, as megatron's own callers put it.
+        arguments[1] = [
+            (file, name, (texts, [(item, _apart(tensor, live)) for item, tensor in tensors]))
+            for file, name, (texts, tensors) in request.preload_fn()
+        ]
+    return arguments
+
+
+def _num_bytes(arguments: list[Any]) -> int:
+    return sum(tensor.nbytes for _, _, (_, tensors) in arguments[1] for _, tensor in tensors)
+
+
+def _apart(tensor: torch.Tensor, live: set[int]) -> torch.Tensor:
+    return tensor.clone() if tensor.untyped_storage().data_ptr() in live else tensor

@@ -1,0 +1,151 @@
+"""Saving while training goes on writes what saving at once writes; whatever ends the run or the write, no half is kept.
+
+Shards are compared by their hashes, those of weights, moments and random states.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from ranks import run_ranks
+from small_runs import small_run
+
+WORKER = Path(__file__).parents[1] / "distributed" / "checkpoint_worker.py"
+SPEED = ("pairs_per_second", "tokens_per_second", "peak_memory_gib")
+TP2 = {"tensor_model_parallel_size": 2, "hidden_dropout": 0.1}
+DP2 = {"use_distributed_optimizer": True, "overlap_grad_reduce": True, "overlap_param_gather": True, "bf16": True}
+BACKGROUND = {"async_save": True}
+GOES_ON = {"on_save_failure": "continue"}
+SHARD_OF_2 = r"iter_0000002\.tmp-.*/__1_0\.distcp"
+# The writer of step 2 waits until step 3 is over, or too long for it.
+HELD = [1, SHARD_OF_2, 3, 60]
+HELD_LONG = [1, SHARD_OF_2, 9, 5]
+RUNS = [
+    {"name": "tp2", "options": TP2},
+    {"name": "tp2_background", "options": TP2 | BACKGROUND, "hold_writer": HELD},
+    {"name": "dp2", "options": DP2},
+    {"name": "dp2_background", "options": DP2 | BACKGROUND, "hold_writer": HELD},
+    {"name": "told", "options": TP2 | BACKGROUND, "hold_writer": HELD, "signals": [1, 3, ["SIGTERM"]]},
+    {"name": "told_resumed", "copy_of": "told", "options": TP2 | BACKGROUND},
+    {"name": "nan", "options": DP2 | BACKGROUND, "hold_writer": HELD_LONG, "spoil_gradient": [1, 3]},
+    {"name": "raise", "options": TP2 | BACKGROUND, "hold_writer": HELD_LONG, "fault": "step@3:1:raise"},
+    {"name": "stop", "options": TP2 | BACKGROUND, "file_limit": [1, 20_000]},
+    {"name": "goes_on", "options": TP2 | BACKGROUND | GOES_ON, "full_disk": [1, SHARD_OF_2]},
+    {"name": "small_files", "options": TP2 | GOES_ON | {"train_iters": 2}, "full_disk": [0, r"tmp-\w+/config\.json"]},
+    {"name": "index", "options": TP2 | GOES_ON, "full_disk": [0, r"iter_0000002\.tmp-\w+/\.metadata"]},
+    {"name": "last", "options": TP2 | GOES_ON | {"train_iters": 3, "export_hf": "EXPORT"}, "file_limit": [1, 20_000]},
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saves")
+    options = {
+        **small_run(folder),
+        "train_iters": 6,
+        "save_interval": 2,
+        "keep_checkpoints": 9,
+        "probe_memory": False,
+    }
+    runs = json.loads(json.dumps(RUNS).replace("EXPORT", str(folder / "export")))
+    runs = [{**run, "options": {**options, **run["options"]}, "grace_seconds": 20} for run in runs]
+    (folder / "runs.json").write_text(json.dumps(runs))
+    run_ranks(WORKER, 1, str(folder), timeout=400)
+    return folder
+
+
+def outcome(folder, name, codes):
+    """What the first rank printed, after a look at the exit codes; no draft is left."""
+    result = json.loads((folder / f"{name}.json").read_text())
+    assert result["codes"] == codes, result["output"][-2000:]
+    assert not list((folder / name).glob("*.tmp*"))
+    return result["output"]
+
+
+def steps(folder, name):
+    return sorted(int(entry.name[5:]) for entry in (folder / name).glob("iter_*"))
+
+
+def shards(folder, name, step):
+    files = json.loads((folder / name / f"iter_{step:07d}" / "COMMIT.json").read_text())["files"]
+    return {file: digest for file, digest in files.items() if file.endswith(".distcp")}
+
+
+def metrics(folder, name):
+    lines = (folder / name / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k not in SPEED} for line in lines]
+
+
+@pytest.mark.parametrize("layout", ["tp2", "dp2"])
+def test_training_goes_on_while_the_same_checkpoints_are_written(folder, layout):
+    name = f"{layout}_background"
+    outcome(folder, layout, [0, 0])
+    # The writer of step 2 has waited for step 3, so that step cannot have waited for the writer.
+    output = outcome(folder, name, [0, 0])
+    saved = [line for line in output.splitlines() if line.startswith("saved ")]
+    print(*saved, sep="\n")
+    assert len(saved) == 3 and all("training waited" in line for line in saved)
+    assert steps(folder, name) == steps(folder, layout) == [2, 4, 6]
+    for step in (2, 4, 6):
+        assert len(shards(folder, name, step)) >= 2
+        assert shards(folder, name, step) == shards(folder, layout, step)
+    assert metrics(folder, name) == metrics(folder, layout)
+    copied = (folder / name / "iter_0000002" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["iteration"] for line in copied] == [1, 2]
+
+
+def test_a_signal_leaves_the_checkpoint_under_way_and_one_more(folder):
+    outcome(folder, "told", [75, 75])
+    assert steps(folder, "told") == [2, 3]
+    assert shards(folder, "told", 2) == shards(folder, "tp2", 2)
+    assert "iter_0000003: step 3" in outcome(folder, "told_resumed", [0, 0])
+    assert shards(folder, "told_resumed", 6) == shards(folder, "tp2", 6)
+    assert metrics(folder, "told_resumed") == metrics(folder, "tp2")
+
+
+def test_a_loss_that_is_not_finite_does_not_cost_the_checkpoint_under_way(folder):
+    outcome(folder, "nan", [5, 5])
+    assert steps(folder, "nan") == [2] and shards(folder, "nan", 2) == shards(folder, "dp2", 2)
+
+
+def test_a_rank_that_fails_alone_leaves_no_checkpoint_under_way(folder):
+    result = json.loads((folder / "raise.json").read_text())
+    assert result["codes"] == [6, 1] and result["apart"] < 15
+    assert not (folder / "raise" / "iter_0000002").exists()
+
+
+def test_a_write_that_fails_in_the_background_ends_every_rank(folder):
+    output = outcome(folder, "stop", [4, 4])
+    (line,) = [line for line in output.splitlines() if line.startswith("CheckpointError")]
+    print(line)
+    assert "no checkpoint of step 2" in line and "GiB free, 0.01 GiB needed" in line and "rank 1: " in line
+    assert steps(folder, "stop") == []
+
+
+def test_told_so_the_run_goes_on_without_a_checkpoint_that_does_not_fit(folder):
+    name = "goes_on"
+    output = outcome(folder, name, [0, 0])
+    (line,) = [line for line in output.splitlines() if "no checkpoint" in line]
+    print(line)
+    assert line.startswith("WARNING") and "step 2" in line and "No space left" in line and "the run goes on" in line
+    assert steps(folder, name) == [4, 6]
+    for step in (4, 6):
+        assert shards(folder, name, step) == shards(folder, "tp2", step)
+    counts = {record["iteration"]: record["failed_saves"] for record in metrics(folder, name)}
+    assert counts[2] == 0 and counts[6] == 1
+
+
+def test_the_last_checkpoint_must_be_written(folder):
+    assert "no checkpoint of step 2" in outcome(folder, "small_files", [4, 4])
+    assert "no checkpoint of step 3" in outcome(folder, "last", [4, 4])
+    assert (folder / "export" / "model.safetensors").is_file()
+
+
+def test_what_one_rank_alone_cannot_write_ends_the_run_although_told_to_go_on(folder):
+    result = json.loads((folder / "index.json").read_text())
+    # Without torchrun the first rank takes the ranks' store along, and with it its own exit code.
+    assert result["codes"][0] == 4 and result["codes"][1] in (4, 6) and result["apart"] < 15
+    assert "no checkpoint of step 2" in result["output"] and "No space left" in result["output"]
+    assert steps(folder, "index") == []
