@@ -11,12 +11,10 @@ import os
 import shutil
 import struct
 import tempfile
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
-from itertools import islice
-from multiprocessing import get_context
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +30,7 @@ from simpo_megatron.data.records import (
 )
 from simpo_megatron.data.sources import RawRecord, read_raw, source_identity
 from simpo_megatron.data.tokenization import PairTokenizer, TokenizedPair, tokenizer_identity, use_one_thread
+from simpo_megatron.data.workers import map_in_processes
 from simpo_megatron.errors import DataError
 
 FORMAT_VERSION = 1
@@ -243,14 +242,14 @@ def _encoded_chunks(path: str, tokenizer, options: PairOptions, num_workers: int
         for chunk in chunks:
             yield encode_chunk(chunk, path, pair_tokenizer, options)
         return
-    # Spawned, because the caller may run threads (gloo, NCCL), which a forked child would find dead.
-    context = get_context("spawn")
-    setup = (_start_worker, (tokenizer, path, options))
-    with ProcessPoolExecutor(num_workers, context, *setup) as pool:
-        pending = deque(pool.submit(_work, chunk) for chunk in islice(chunks, 2 * num_workers))
-        while pending:
-            yield pending.popleft().result()
-            pending.extend(pool.submit(_work, chunk) for chunk in islice(chunks, 1))
+    yield from map_in_processes(
+        _work,
+        chunks,
+        num_workers=num_workers,
+        prepare=_start_worker,
+        arguments=(tokenizer, path, options),
+        describe=partial(_lines, path),
+    )
 
 
 def _start_worker(tokenizer, path: str, options: PairOptions) -> None:
@@ -261,6 +260,10 @@ def _start_worker(tokenizer, path: str, options: PairOptions) -> None:
 
 def _work(chunk: list[RawRecord]) -> _Chunk:
     return encode_chunk(chunk, *_worker)
+
+
+def _lines(path: str, first: list[RawRecord], last: list[RawRecord]) -> str:
+    return f"{path}:{first[0].line} to {last[-1].line}"
 
 
 def _workers_worth_starting(path: str) -> int:
