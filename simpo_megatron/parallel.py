@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
-from simpo_megatron.errors import ParallelError
+from simpo_megatron.errors import ConfigError, ParallelError
 
 Result = TypeVar("Result")
 
@@ -79,12 +79,31 @@ def join(backend: str, timeout_minutes: float) -> None:
     `RANK`, `WORLD_SIZE`, `MASTER_ADDR` and `MASTER_PORT` come from torchrun.
 
     Collectives: the rendezvous, world.
+
+    Raises:
+        ConfigError: one of these is not there, or the first rank cannot listen at its port.
     """
     if dist.is_initialized():
         return
+    _check_environment()
     if backend == "nccl":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes))
+    try:
+        dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes))
+    except dist.DistNetworkError as error:
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise ConfigError(
+            f"MASTER_ADDR, MASTER_PORT: rank {os.environ['RANK']} found no way to meet the others at {where}: "
+            f"{str(error).splitlines()[0]}; choose a free port of the first rank's machine, or let torchrun do it "
+            "with --standalone"
+        ) from error
+
+
+def _check_environment() -> None:
+    names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    missing = [name for name in names if name not in os.environ]
+    if missing:
+        raise ConfigError(f"environment: {', '.join(missing)} not set; start the ranks with torchrun")
 
 
 def initialize(sizes: ParallelSizes, *, backend: str, timeout_minutes: float = 30.0) -> ParallelGroups:
