@@ -16,7 +16,7 @@ from simpo_megatron.errors import CheckpointError
 MARKER_FILE = "simpo_megatron.json"
 """What tells an export from a folder of the user's."""
 
-MAX_SHARD_BYTES = 5 << 30
+MAX_SHARD_BYTES = 5 * 10**9
 """Size at which weights are divided over files, as transformers does."""
 
 _COPIED_FILES = (

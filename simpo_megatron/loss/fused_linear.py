@@ -320,7 +320,10 @@ class _HiddenGrad:
 
 
 class _WeightGrad:
-    """Collects the weight gradient, block by block, in a new tensor or on top of Megatron's `main_grad`."""
+    """Collects the weight gradient, block by block, in a new tensor or on top of Megatron's `main_grad`.
+
+    Many tokens may have one target: index_put_ adds them up in one order always, which index_add_ on a GPU does not.
+    """
 
     def __init__(self, work: _BlockWork, grad_N: Tensor, slope_N: Tensor | None, main_grad_vH: Tensor | None):
         self.work, self.grad_N, self.main_grad_vH = work, grad_N, main_grad_vH
@@ -339,10 +342,10 @@ class _WeightGrad:
         keep_old = self.main_grad_vH is not None
         if out_bH.dtype == exps_Nb.dtype == work.dtype:
             torch.addmm(out_bH, exps_Nb.t(), scaled_NH, beta=int(keep_old), out=out_bH)
-            out_bH.index_add_(0, column_n, at_target_nH)
+            out_bH.index_put_((column_n,), at_target_nH, accumulate=True)
             return
         block_bH = torch.mm(exps_Nb.t(), scaled_NH).to(work.dtype)
-        block_bH.index_add_(0, column_n, at_target_nH)
+        block_bH.index_put_((column_n,), at_target_nH, accumulate=True)
         if keep_old:
             out_bH.add_(block_bH)
         else:

@@ -16,7 +16,8 @@ def average_log_probs(
 
     A response without tokens has average 0 and passes no gradient on: its count is clamped to one before the
     division, since a 0/0 masked afterwards would still turn the gradient into NaN. Sums are taken in float64,
-    so that 8,192 tokens cost no more accuracy than one.
+    so that 8,192 tokens cost no more accuracy than one, and in one order on every device (index_put; index_add has
+    none on a GPU).
 
     Args:
         logp_N: fp32, natural log, nats.
@@ -32,7 +33,8 @@ def average_log_probs(
     all its ranks compute the same loss, and each passes on the gradient of its own tokens.
     """
     sequence_N = sequence_N.to(logp_N.device, non_blocking=True)
-    sums_R = logp_N.new_zeros(num_sequences, dtype=torch.float64).index_add(0, sequence_N, logp_N.double())
+    zeros_R = logp_N.new_zeros(num_sequences, dtype=torch.float64)
+    sums_R = zeros_R.index_put((sequence_N,), logp_N.double(), accumulate=True)
     counts_R = sequence_N.new_zeros(num_sequences).index_add_(0, sequence_N, torch.ones_like(sequence_N))
     if cp_group is not None and cp_group.size() > 1:
         sums_R, counts = _SumOverRanks.apply(torch.stack((sums_R, counts_R.double())), cp_group).unbind(0)
