@@ -39,7 +39,8 @@ class MonitorConfig:
     since step 0."""
 
     max_repetition: float | None = 0.5
-    """Warn when more than this share of the 4-grams of greedy continuations of held-out prompts is repeated."""
+    """Warn when more than this share of the 4-grams of greedy continuations of held-out prompts is repeated, and more
+    than at step 0."""
 
     repetition_prompts: int = 0
     """Held-out prompts to continue greedily at every evaluation; 0 for none. Each token is a forward pass."""

@@ -157,12 +157,16 @@ class Monitors:
             vocab_size=self._job.plan.description.vocab_size,
         )
         share, limit = fmean(map(repetition, samples)), self._settings.max_repetition
+        if self._start is not None:
+            # What a model does before training is none of training's doing; base models repeat themselves much.
+            at_start = self._start.setdefault("repetition", share if iteration == 0 else 0.0)
+            limit = limit and max(limit, at_start)
         worst = self._job.tokenizer.decode(max(samples, key=repetition))[:_MAX_TEXT]
         self._tell_once(
             iteration,
             "repetition",
             limit is not None and share > limit,
-            f"{share:.0%} of 4-grams in greedy continuations are repeated (max_repetition {limit}), as in {worst!r}",
+            f"{share:.0%} of 4-grams in greedy continuations are repeated (limit {limit}), as in {worst!r}",
         )
         return {REPETITION: share}
 

@@ -156,6 +156,33 @@ def test_repetition_is_the_share_of_4_grams_that_were_there_before():
     assert repetition([1, 2, 3, 4, 5, 1, 2, 3, 4]) == pytest.approx(1 / 6), "1 2 3 4 comes back, 2 3 4 5 does not"
 
 
+def test_repetition_is_told_only_where_there_is_more_than_before_training(monkeypatch, tmp_path):
+    samples = []
+    module = "simpo_megatron.training.monitors"
+    monkeypatch.setattr(f"{module}.held_out_prompts", lambda *_: SimpleNamespace(ids=[[1]], end_ids=frozenset()))
+    monkeypatch.setattr(f"{module}.greedy_samples", lambda *_, **__: [samples.pop(0)])
+    working = job()
+    working.trainer.groups = None
+    working.tokenizer = SimpleNamespace(decode=str)
+    working.plan = SimpleNamespace(description=SimpleNamespace(vocab_size=9))
+    config = config_from(model="m", repetition_prompts=1, max_repetition=0.5)
+    watching = Monitors(config, working, Start())
+    some, many, all_ = [7] * 8 + list(range(8)), [7] * 16 + list(range(4)), [7] * 64
+    assert repetition(some) < 0.5 < repetition(many) < repetition(all_)
+
+    def told(iteration, ids):
+        samples.append(ids)
+        watching.evaluation(iteration, {"eval/logps/chosen": -1.0})
+        return said(watching, tmp_path)
+
+    assert told(0, many) == told(4, some) == told(8, many) == []
+    (line,) = told(12, all_)
+    assert line.startswith("WARNING repetition after step ")
+    watching = Monitors(config, working, Start(monitors=json.loads(json.dumps(watching.remembered()))))
+    assert told(16, many) == []
+    assert len(told(20, all_)) == 1, "on the way back in between"
+
+
 def test_prompts_differ_and_are_short(monkeypatch):
     lengths = np.array([[300, 2, 2], [5, 2, 1], [5, 1, 1], [256, 1, 1], [9, 1, 1]])
     dataset = SimpleNamespace(prompt_keys=np.array([1, 2, 2, 3, 4]), lengths=lengths)
