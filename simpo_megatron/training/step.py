@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -137,9 +138,11 @@ def run_microbatches(
 
     Raises:
         DataError: on every rank alike, when one could not read its pairs.
+        ParallelError: on every rank alike, when their plans are not the same.
     """
     microbatches, problem = _read(trainer, dataset, plan[trainer.groups.dp.rank()])
-    agree(problem)
+    # Ranks that planned apart would leave pairs out without a word, or wait for each other.
+    agree(problem, same=zlib.crc32(repr(plan).encode()))
     return run_schedule(trainer, microbatches, forward_step, forward_only=forward_only)
 
 
