@@ -305,7 +305,7 @@ class RunConfig:
     """Steps between log lines."""
 
     skip_nonfinite_steps: int = 0
-    """Steps with a loss or gradient that is not finite to leave out, at most, before the run stops."""
+    """Steps with a loss or gradient that is not finite to leave out, at most, before the run stops; resumes count."""
 
     distributed_timeout_seconds_after_init: int = 600
     """Longest that a step may last; then the rank that did not arrive is named and the run ends."""

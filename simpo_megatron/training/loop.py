@@ -37,6 +37,9 @@ from simpo_megatron.training.watch import Watch
 _GROUP_TIMEOUT_MINUTES = 60.0
 _LONG_SECONDS = 60 * _GROUP_TIMEOUT_MINUTES
 
+# What was left out before a resume counts, so it is kept with what the monitors remember.
+_SKIPPED = "num_skipped_steps"
+
 Stopped = StoppedBySignal | StoppedByMonitor
 
 
@@ -134,7 +137,7 @@ def _run_steps(
     if start.iteration == 0:
         watch.at("the evaluation before step 1", limit_seconds=_LONG_SECONDS)
         _evaluate(job, monitors, log, 0)
-    taken = _Taken(start.consumed_pairs)
+    taken = _Taken(start.consumed_pairs, start.monitors.get(_SKIPPED, 0))
     window = _Window()
     for iteration in range(start.iteration + 1, job.train_iters + 1):
         watch.at(f"step {iteration}", limit_seconds=run.distributed_timeout_seconds_after_init)
@@ -164,7 +167,7 @@ def _run_steps(
                 iteration=iteration,
                 consumed_pairs=taken.pairs,
                 metrics=held_out,
-                monitors=monitors.remembered(),
+                monitors=monitors.remembered() | {_SKIPPED: taken.num_skipped_steps},
                 in_background=run.async_save and not (is_last or stop),
             )
         else:
@@ -181,7 +184,7 @@ def _run_steps(
 
 @dataclass
 class _Taken:
-    """What was taken from the data so far."""
+    """What was taken from the data so far, over all starts of the run."""
 
     pairs: int
     num_skipped_steps: int = 0
