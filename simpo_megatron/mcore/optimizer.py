@@ -10,6 +10,7 @@ from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_mega
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import Tensor
 
+from simpo_megatron import faults
 from simpo_megatron.config import Config
 from simpo_megatron.errors import NumericsError
 from simpo_megatron.mcore import device
@@ -99,6 +100,7 @@ def update(optimizer: MegatronOptimizer, scheduler: OptimizerParamScheduler) -> 
     if not math.isfinite(grad_norm):
         raise NumericsError(f"the gradient norm is {grad_norm}; weights, moments and schedule are as before the step")
     learning_rate = max(group["lr"] for group in optimizer.param_groups)
+    faults.at("update")
     optimizer.step()
     scheduler.step(increment=1)
     return grad_norm, learning_rate

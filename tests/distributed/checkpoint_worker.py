@@ -31,6 +31,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast  # noqa: E402, F
 from simpo_megatron.config import config_from  # noqa: E402
 from simpo_megatron.errors import SimPOError, StoppedBySignal  # noqa: E402
 from simpo_megatron.training import loop, step  # noqa: E402
+from simpo_megatron.training.watch import Watch  # noqa: E402
 from simpo_megatron.training.writing import begin_write  # noqa: E402
 
 LIMIT_SECONDS = 90.0
@@ -73,6 +74,12 @@ class Run:
     """[rank, n]: a value of this rank's gradient overflows in its nth step, with a finite loss."""
     compare_state: bool = False
     """Say of each step that raises whether weights, moments and schedule are, bit for bit, as before it."""
+    shorten_plan: list | None = None
+    """[rank, n]: that rank takes its nth step with a microbatch fewer than was planned for it."""
+    swap_collectives: int | None = None
+    """This rank issues the two halves of every sum of gradients over data-parallel ranks in the other order."""
+    kill_after_log: list | None = None
+    """[text, seconds]: the whole job is killed so long after a rank has printed the text."""
     grace_seconds: float = 5.0
     """How long ranks have to end by themselves once one has failed; torchrun gives 30."""
     signals: list | None = None
@@ -88,14 +95,19 @@ def main(folder: Path) -> None:
         if run.flip:
             flip_byte(folder / run.name / run.flip)
         started = time.monotonic()
-        codes, output, apart = start(run, folder)
+        outcome = start(run, folder)
         seconds = time.monotonic() - started
-        print(f"{run.name}: {codes} in {seconds:.1f} s", flush=True)
-        (folder / f"{run.name}.json").write_text(json.dumps({"codes": codes, "output": output, "apart": apart}))
+        print(f"{run.name}: {outcome['codes']} in {seconds:.1f} s", flush=True)
+        (folder / f"{run.name}.json").write_text(json.dumps(outcome))
 
 
-def start(run: Run, folder: Path) -> tuple[list[int], str, float]:
-    """(exit code of each rank, negative for a signal; what the first rank printed; seconds from first end to last)."""
+def start(run: Run, folder: Path) -> dict[str, Any]:
+    """What became of the ranks.
+
+    `codes`: of each its exit code, negative for a signal; `since_phase`: of each the seconds from the last phase that
+    any rank had begun to its end; `output`: what the first rank printed; `apart`: the seconds from the
+    first end to the last.
+    """
     os.environ.update(
         WORLD_SIZE=str(run.num_ranks),
         LOCAL_WORLD_SIZE=str(run.num_ranks),
@@ -104,7 +116,7 @@ def start(run: Run, folder: Path) -> tuple[list[int], str, float]:
     )
     processes = [fork_rank(rank, run, folder) for rank in range(run.num_ranks)]
     codes: dict[int, int] = {}
-    ends: list[float] = []
+    ends: dict[int, float] = {}
     deadline, kill_at = time.monotonic() + LIMIT_SECONDS, None
     failed_at = None
     while len(codes) < run.num_ranks:
@@ -113,10 +125,12 @@ def start(run: Run, folder: Path) -> tuple[list[int], str, float]:
                 done, status = os.waitpid(process, os.WNOHANG)
                 if done:
                     codes[rank] = os.waitstatus_to_exitcode(status)
-                    ends.append(time.monotonic())
+                    ends[rank] = time.time()
         saves = run.kill_after_seconds is not None and any(Path(run.options["save"]).glob("*.tmp-*"))
         if saves and kill_at is None:
             kill_at = time.monotonic() + run.kill_after_seconds
+        if run.kill_after_log and kill_at is None and run.kill_after_log[0] in logs_of(run, folder):
+            kill_at = time.monotonic() + run.kill_after_log[1]
         # As torchrun does: the first rank that fails takes the others with it.
         if failed_at is None and any(code not in (0, StoppedBySignal.exit_code) for code in codes.values()):
             failed_at = time.monotonic()
@@ -129,7 +143,23 @@ def start(run: Run, folder: Path) -> tuple[list[int], str, float]:
         time.sleep(0.005)
     log = folder / f"{run.name}.rank0.log"
     output = log.read_text() if log.exists() else ""
-    return [codes[rank] for rank in range(run.num_ranks)], output, ends[-1] - ends[0]
+    phase = phase_file(run, folder)
+    last_phase = phase.stat().st_mtime if phase.exists() else min(ends.values())
+    ranks = range(run.num_ranks)
+    return {
+        "codes": [codes[rank] for rank in ranks],
+        "since_phase": [ends[rank] - last_phase for rank in ranks],
+        "output": output,
+        "apart": max(ends.values()) - min(ends.values()),
+    }
+
+
+def logs_of(run: Run, folder: Path) -> str:
+    return "".join(log.read_text() for log in folder.glob(f"{run.name}.rank*.log"))
+
+
+def phase_file(run: Run, folder: Path) -> Path:
+    return folder / f"{run.name}.phase"
 
 
 def fork_rank(rank: int, run: Run, folder: Path) -> int:
@@ -162,6 +192,11 @@ def fork_rank(rank: int, run: Run, folder: Path) -> int:
             disturb_weight(run.disturb[1])
         if run.spoil_gradient and run.spoil_gradient[0] == rank:
             spoil_gradient(run.spoil_gradient[1])
+        if run.shorten_plan and run.shorten_plan[0] == rank:
+            shorten_plan(*run.shorten_plan)
+        if run.swap_collectives is not None:
+            halve_sums_of_gradients(swap=run.swap_collectives == rank)
+        note_phases(phase_file(run, folder))
         if run.compare_state:
             compare_state_of_steps()
         if run.other_options and run.other_options[0] == rank:
@@ -243,6 +278,51 @@ def spoil_gradient(nth: int) -> None:
         return computed
 
     step.run_pass = spoilt
+
+
+def shorten_plan(rank: int, nth: int) -> None:
+    train_step, count = loop.train_step, 0
+
+    def short_step(trainer, dataset, plan, *arguments):
+        nonlocal count
+        count += 1
+        if count == nth:
+            plan = [list(microbatches) for microbatches in plan]
+            plan[rank] = plan[rank][:-1]
+        return train_step(trainer, dataset, plan, *arguments)
+
+    loop.train_step = short_step
+
+
+def halve_sums_of_gradients(swap: bool) -> None:
+    from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBucketGroup as BucketGroup
+
+    all_reduce, start_grad_sync = torch.distributed.all_reduce, BucketGroup.start_grad_sync
+
+    def in_halves(tensor, *arguments, **options):
+        halves = tensor.split(tensor.numel() // 2)
+        for half in halves[::-1] if swap else halves:
+            handle = all_reduce(half, *arguments, **options)
+        return handle
+
+    def start_in_halves(self, *arguments, **options):
+        torch.distributed.all_reduce = in_halves
+        try:
+            return start_grad_sync(self, *arguments, **options)
+        finally:
+            torch.distributed.all_reduce = all_reduce
+
+    BucketGroup.start_grad_sync = start_in_halves
+
+
+def note_phases(file: Path) -> None:
+    at = Watch.at
+
+    def noted(self, where, *, limit_seconds):
+        at(self, where, limit_seconds=limit_seconds)
+        file.touch()
+
+    Watch.at = noted
 
 
 def compare_state_of_steps() -> None:

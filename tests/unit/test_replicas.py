@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from simpo_megatron.config import Config
 from simpo_megatron.errors import NumericsError
-from simpo_megatron.training.replicas import _not_finite, _ranks_by_value, _sum_of_bits, _text
+from simpo_megatron.training.replicas import _not_finite, _ranks_by_value, _sum_of_bits, _text, startup_facts
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -37,6 +38,17 @@ def test_a_weight_that_is_not_finite_is_named(value, index):
 def test_the_rarest_value_comes_first_with_its_ranks():
     said = _ranks_by_value(["42", "42", "43", "42"])
     assert said == "43 on rank 2, 42 on ranks 0, 1, 3"
+
+
+def test_one_character_of_the_code_is_another_fact(tmp_path, monkeypatch):
+    (tmp_path / "loss").mkdir()
+    (tmp_path / "__init__.py").write_text("")
+    (tmp_path / "loss" / "simpo.py").write_text("beta = 2.0\n")
+    monkeypatch.setattr("simpo_megatron.__file__", str(tmp_path / "__init__.py"))
+    before = startup_facts(Config())["simpo_megatron"]
+    assert startup_facts(Config())["simpo_megatron"] == before
+    (tmp_path / "loss" / "simpo.py").write_text("beta = 2.5\n")
+    assert startup_facts(Config())["simpo_megatron"] != before
 
 
 def test_a_function_is_the_same_fact_in_every_process():
