@@ -5,7 +5,7 @@ from simpo_megatron.config.presets import PRESETS
 from simpo_megatron.config.reading import config_from, load_config, read_yaml
 from simpo_megatron.config.resolving import Layout, Machine, resolve
 from simpo_megatron.config.sections import DEMO, Config, PrecisionConfig
-from simpo_megatron.config.writing import to_table, to_yaml
+from simpo_megatron.config.writing import options_in_force, to_table, to_yaml
 
 __all__ = [
     "DEMO",
@@ -17,6 +17,7 @@ __all__ = [
     "config_from",
     "lint",
     "load_config",
+    "options_in_force",
     "read_yaml",
     "resolve",
     "to_table",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -19,6 +20,22 @@ def to_yaml(config: Config) -> str:
         for section, options in _sections_in_force(config).items()
     ]
     return "\n".join(blocks)
+
+
+def options_in_force(options: Mapping[str, Any]) -> dict[str, Any]:
+    """What `config_from` makes the configuration of every option's value from, also when JSON made lists of tuples.
+
+    Those options are left out that an alternative took the place of.
+    """
+    replaced = {
+        "epochs" if options["train_iters"] else "train_iters",
+        "valid_fraction" if options["valid_data"] else "valid_data",
+    }
+    return {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in options.items()
+        if name not in replaced
+    }
 
 
 def to_table(config: Config) -> Table:
@@ -53,10 +70,10 @@ def _readable(value: Any) -> str:
 
 def _sections_in_force(config: Config) -> dict[str, dict[str, Any]]:
     """{section: {option: value}}, lists for tuples, without options that an alternative took the place of."""
-    sections = asdict(config)
-    sections["optimizer"].pop("epochs" if config.optimizer.train_iters else "train_iters")
-    sections["data"].pop("valid_fraction" if config.data.valid_data else "valid_data")
+    kept = options_in_force(config.flat())
     return {
-        section: {name: list(value) if isinstance(value, tuple) else value for name, value in options.items()}
-        for section, options in sections.items()
+        section: {
+            name: list(value) if isinstance(value, tuple) else value for name, value in options.items() if name in kept
+        }
+        for section, options in asdict(config).items()
     }

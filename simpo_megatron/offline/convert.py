@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -22,14 +23,15 @@ from simpo_megatron.convert.folder import (
 )
 from simpo_megatron.convert.load import fill
 from simpo_megatron.convert.mapping import pieces_of
-from simpo_megatron.errors import CheckpointError
+from simpo_megatron.errors import CheckpointError, ConfigError
 from simpo_megatron.mcore.skeleton import Skeleton
 from simpo_megatron.offline.progress import Transfer
 from simpo_megatron.offline.staging import new_folder
 from simpo_megatron.offline.torch_dist import write_parameters
-from simpo_megatron.offline.weights import Weights
+from simpo_megatron.offline.weights import MegatronWeights, Weights
 from simpo_megatron.parallel import ParallelGroups
 from simpo_megatron.training import commit
+from simpo_megatron.training.card import card_of
 from simpo_megatron.training.checkpoint import model_facts
 
 
@@ -81,11 +83,11 @@ def to_hf(
     *,
     dtype: torch.dtype | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
-    model_card: str | None = None,
 ) -> None:
     """Write `weights` as a Hugging Face folder; an earlier export there is replaced.
 
-    Memory: twice the largest tensor and what the libraries take.
+    What a run has trained gets the model card that the run itself would have written. Memory: twice the largest
+    tensor and what the libraries take.
 
     Args:
         dtype: of all tensors; None leaves each as it is stored.
@@ -102,7 +104,7 @@ def to_hf(
         like=weights,
         title="write hf",
         max_shard_bytes=max_shard_bytes,
-        model_card=model_card,
+        model_card=_card(weights, out_folder),
     )
 
 
@@ -136,6 +138,17 @@ def write_hf(
         for file, part in files.items():
             write_safetensors(staging / file, part, map(counted, part))
         complete_folder(staging, like.folder, like.description.hf_config, files, model_card)
+
+
+def _card(weights: Weights, out_folder: Path) -> str | None:
+    if not isinstance(weights, MegatronWeights):
+        return None
+    try:
+        return card_of(weights.checkpoint, out_folder)
+    except ConfigError as error:
+        # Another version's options: the model is as good without its card.
+        print(f"WARNING no model card, for this version cannot read the run's options: {error}", file=sys.stderr)
+        return None
 
 
 def _pieces(weights: Weights, skeleton: Skeleton, name: str, values: Tensor | None = None) -> list:

@@ -19,6 +19,7 @@ from simpo_megatron.mcore.experts import LOAD_BALANCING_LOSS
 from simpo_megatron.mcore.optimizer import gather_parameters
 from simpo_megatron.mcore.precision import parameter_dtype
 from simpo_megatron.training.assembly import Job, Plan, assemble, plan_run
+from simpo_megatron.training.card import model_card
 from simpo_megatron.training.checkpoint import Start, find_checkpoint, held_run_folder, start_run
 from simpo_megatron.training.evaluation import evaluate
 from simpo_megatron.training.guard import StopSignals, agree
@@ -28,7 +29,7 @@ from simpo_megatron.training.monitors import Monitors
 from simpo_megatron.training.probe import probe_memory
 from simpo_megatron.training.reference import with_reference
 from simpo_megatron.training.replicas import check_replicas, check_same, job_facts, startup_facts
-from simpo_megatron.training.report import model_card, write_report
+from simpo_megatron.training.report import write_report
 from simpo_megatron.training.saving import Saver
 from simpo_megatron.training.step import Pass, Step, train_step
 from simpo_megatron.training.watch import Watch
@@ -263,11 +264,11 @@ def _evaluate(job: Job, monitors: Monitors, log: RunLog, iteration: int) -> dict
 
 def _finish(config: Config, job: Job, log: RunLog) -> None:
     """The report, the model for Hugging Face, and where everything lies."""
-    headline = ""
+    curves = None
     if config.run.save is not None and dist.get_rank() == 0:
         report = write_report(config.run.save)
-        headline = report.headline
-        log.say(f"result    {headline}")
+        curves = report.curves
+        log.say(f"result    {report.headline}")
         log.say(f"report    {report.page} (curves: {report.picture})")
     gather_parameters(job.trainer.chunks)
     if config.model.export_hf is not None:
@@ -278,7 +279,7 @@ def _finish(config: Config, job: Job, log: RunLog) -> None:
             config.model.export_hf,
             groups=job.trainer.groups,
             dtype=parameter_dtype(config.precision),
-            model_card=model_card(config, headline),
+            model_card=model_card(config, config.model.export_hf, curves),
         )
         log.say(f"model     {config.model.export_hf} (AutoModelForCausalLM loads it)")
     if config.lora.export_adapter is not None:

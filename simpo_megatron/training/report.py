@@ -10,6 +10,7 @@ import base64
 import json
 import math
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -73,6 +74,7 @@ class Report:
     page: Path
     picture: Path
     headline: str
+    curves: Curves
 
 
 def write_report(run_folder: str | Path) -> Report:
@@ -85,33 +87,10 @@ def write_report(run_folder: str | Path) -> Report:
     if not (folder / CONFIG_FILE).is_file():
         raise ConfigError(f"{folder}: found no {CONFIG_FILE}, expected the folder of a run")
     config = load_config(["--config", str(folder / CONFIG_FILE)])
-    report = Report(folder / PAGE_FILE, folder / PICTURE_FILE, _headline(curves))
+    report = Report(folder / PAGE_FILE, folder / PICTURE_FILE, headline_of(curves), curves)
     draw_curves(curves, config, report.picture)
     report.page.write_text(_page(curves, config, report), encoding="utf-8")
     return report
-
-
-def model_card(config: Config, headline: str) -> str:
-    """The README.md of an exported model: what it was made of and how, and how it went."""
-    objective = config.objective
-    return "\n".join(
-        [
-            "---",
-            "library_name: transformers",
-            f"tags: [{objective.objective}, simpo_megatron]",
-            "---",
-            f"# {Path(config.model.export_hf or '').name}",
-            "",
-            f"Trained from `{Path(config.model.model or '').name}` with {objective.title} ({objective.paper}) "
-            "by simpo_megatron.",
-            headline,
-            "",
-            "```yaml",
-            to_yaml(config).rstrip(),
-            "```",
-            "",
-        ]
-    )
 
 
 def read_curves(path: Path) -> Curves:
@@ -280,7 +259,8 @@ def _page(curves: Curves, config: Config, report: Report) -> str:
     )
 
 
-def _headline(curves: Curves) -> str:
+def headline_of(curves: Curves) -> str:
+    """One sentence on how the held-out pairs fared."""
     accuracy, margin = (curves.held_out.get(name, []) for name in ("rewards/accuracies", "rewards/margins"))
     if len(accuracy) < 2 or len(margin) < 2:
         return "No held-out pairs were evaluated before and after training."
@@ -290,17 +270,22 @@ def _headline(curves: Curves) -> str:
     )
 
 
-def _held_out_table(curves: Curves) -> str:
+def before_and_after(metrics: Mapping[str, list[tuple[int, float]]]) -> list[tuple[str, str, str, str]]:
+    """(title, before, after, meaning) of each metric of held-out pairs that was taken twice or more."""
     rows = []
     for metric, title, shape, meaning in _HELD_OUT_ROWS:
-        points = curves.held_out.get(metric, [])
-        if len(points) < 2:
-            continue
-        before, after = (shape.format(points[i][1]) for i in (0, -1))
-        rows.append(
-            f'<tr><td>{escape(title)}</td><td class="number">{before}</td><td class="number">{after}</td>'
-            f'<td class="note">{escape(meaning)}</td></tr>'
-        )
+        points = metrics.get(metric, [])
+        if len(points) > 1:
+            rows.append((title, shape.format(points[0][1]), shape.format(points[-1][1]), meaning))
+    return rows
+
+
+def _held_out_table(curves: Curves) -> str:
+    rows = [
+        f'<tr><td>{escape(title)}</td><td class="number">{before}</td><td class="number">{after}</td>'
+        f'<td class="note">{escape(meaning)}</td></tr>'
+        for title, before, after, meaning in before_and_after(curves.held_out)
+    ]
     if not rows:
         return ""
     number = '<th class="number">'

@@ -16,6 +16,7 @@ from twin import response_log_probs
 from simpo_megatron.config import load_config
 from simpo_megatron.data import build_preference_dataset
 from simpo_megatron.demo import prepare_demo
+from tools import convert_hf
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SCRIPT = "examples/pretrain_simpo.py"
@@ -151,6 +152,14 @@ def test_the_exported_model_loads_in_transformers_and_scores_as_the_trainer_did(
         difference = abs(sum(found) / len(found) - expected)
         print(f"{name}: {difference:.1e}")
         assert difference <= 1e-5
+
+
+def test_the_newest_checkpoint_converts_to_the_very_folder_that_the_run_exported(run):
+    _, folder, _ = run
+    assert convert_hf.main(["mcore-to-hf", str(folder / "run"), str(folder / "converted" / "hf")]) == 0
+    exported = {path.name: path.read_bytes() for path in (folder / "hf").iterdir()}
+    assert {path.name: path.read_bytes() for path in (folder / "converted" / "hf").iterdir()} == exported
+    assert b"went from" in exported["README.md"] and b"## Metrics" in exported["README.md"]
 
 
 def test_the_demonstration_text_comes_back_from_the_exported_tokenizer(run):

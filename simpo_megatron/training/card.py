@@ -1,0 +1,62 @@
+"""The model card of an exported model: what it was made of and how, and how it went."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from simpo_megatron.config import Config, config_from, options_in_force, to_yaml
+from simpo_megatron.training.commit import Checkpoint
+from simpo_megatron.training.loggers import METRICS_FILE
+from simpo_megatron.training.report import Curves, before_and_after, headline_of, read_curves
+
+_OF_TRAINING = ("loss", "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected")
+
+
+def model_card(config: Config, out_folder: str | Path, curves: Curves | None) -> str:
+    """The README.md of the model exported to `out_folder`, in the form that Hugging Face reads.
+
+    Args:
+        curves: of the run; None where it kept none.
+    """
+    objective = config.objective
+    lines = [
+        "---",
+        "library_name: transformers",
+        f"tags: [{objective.objective}, simpo_megatron]",
+        "---",
+        f"# {Path(out_folder).name}",
+        "",
+        f"Trained from `{Path(config.model.model or '').name}` with {objective.title} ({objective.paper}) "
+        "by simpo_megatron.",
+    ]
+    if curves is not None:
+        lines += [headline_of(curves), *_metrics(curves)]
+    return "\n".join([*lines, "", "## Configuration", "", "```yaml", to_yaml(config).rstrip(), "```", ""])
+
+
+def card_of(checkpoint: Checkpoint, out_folder: str | Path) -> str | None:
+    """The card of `checkpoint` exported to `out_folder`, as its record and metrics have it; None without a run.
+
+    Raises:
+        ConfigError: an option of the run is not one of this version, or the metrics cannot be read.
+    """
+    options = checkpoint.facts.get("config")
+    if options is None:
+        return None
+    has_metrics = METRICS_FILE in checkpoint.files and checkpoint.files[METRICS_FILE].size > 0
+    curves = read_curves(checkpoint.folder / METRICS_FILE) if has_metrics else None
+    return model_card(config_from(**options_in_force(options)), out_folder, curves)
+
+
+def _metrics(curves: Curves) -> list[str]:
+    """Tables of the held-out pairs, before and after, and of the last training step; none of what was not taken."""
+    lines = []
+    held_out = before_and_after(curves.held_out)
+    if held_out:
+        lines += ["", "| held-out pairs | before | after | |", "|---|---|---|---|"]
+        lines += [f"| {' | '.join(row)} |" for row in held_out]
+    steps = [(metric, curves.training[metric][-1]) for metric in _OF_TRAINING if metric in curves.training]
+    if steps:
+        lines += ["", f"| training batch | step {steps[0][1][0]} |", "|---|---|"]
+        lines += [f"| {metric} | {value:.4f} |" for metric, (_, value) in steps]
+    return ["", "## Metrics", *lines] if lines else []

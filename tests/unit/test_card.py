@@ -1,0 +1,56 @@
+"""The model card says what a run was told and what it reached, from the run itself and from its checkpoint alike."""
+
+import json
+
+import pytest
+
+from simpo_megatron.config import config_from, load_config
+from simpo_megatron.errors import ConfigError
+from simpo_megatron.training.card import card_of, model_card
+from simpo_megatron.training.commit import Checkpoint, Digest
+from simpo_megatron.training.report import read_curves
+
+OPTIONS = {"model": "models/llama", "data": ("a.jsonl", "b.jsonl"), "beta": 2.5, "valid_data": ("held.jsonl",)}
+LINES = [
+    {"iteration": 0, "eval/rewards/accuracies": 0.45, "eval/rewards/margins": -0.02, "eval/loss": 1.5},
+    {"iteration": 7, "loss": 1.25, "rewards/accuracies": 0.5},
+    {"iteration": 7, "eval/rewards/accuracies": 0.875, "eval/rewards/margins": 1.25, "eval/loss": 0.5},
+]
+
+
+def checkpoint(folder, lines=LINES, **facts):
+    """As a run commits it, the weights left out."""
+    folder.mkdir(exist_ok=True)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    options = json.loads(json.dumps(config_from(**OPTIONS).flat()))
+    size = (folder / "metrics.jsonl").stat().st_size
+    return Checkpoint(folder, 7, {"config": options, **facts}, {"metrics.jsonl": Digest(size, "")})
+
+
+def test_a_checkpoint_gives_the_card_that_its_run_gives(tmp_path):
+    saved = checkpoint(tmp_path / "iter_0000007")
+    card = card_of(saved, tmp_path / "out" / "better")
+    assert card == model_card(config_from(**OPTIONS), "better", read_curves(saved.folder / "metrics.jsonl"))
+    assert "# better\n\nTrained from `llama` with SimPO (arXiv 2405.14734)" in card
+    assert "accuracy went from 45.0% to 87.5%" in card
+    assert "| accuracy | 45.0% | 87.5% | share of pairs" in card and "| loss | 1.5000 | 0.5000 |" in card
+    assert "| training batch | step 7 |" in card and "| loss | 1.2500 |" in card
+    (tmp_path / "config.yaml").write_text(card.partition("```yaml\n")[2].partition("```")[0])
+    assert load_config(["--config", str(tmp_path / "config.yaml")]) == config_from(**OPTIONS)
+
+
+def test_a_run_without_metrics_still_has_its_configuration(tmp_path):
+    card = card_of(checkpoint(tmp_path / "iter_0000007", lines=[]), "out")
+    assert card == model_card(config_from(**OPTIONS), "out", None)
+    assert "beta: 2.5" in card and "## Metrics" not in card
+
+
+def test_weights_that_no_run_has_trained_have_no_card(tmp_path):
+    assert card_of(Checkpoint(tmp_path, 0, {"model": {}}, {}), "out") is None
+
+
+def test_an_option_of_another_version_is_named(tmp_path):
+    saved = checkpoint(tmp_path / "iter_0000007")
+    saved.facts["config"]["no_such_option"] = 1
+    with pytest.raises(ConfigError, match="no_such_option"):
+        card_of(saved, "out")
