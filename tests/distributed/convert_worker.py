@@ -2,7 +2,8 @@
 
 `convert_worker.py FOLDER`: FOLDER/job.json names the models, the layouts, the tokens, and as runs which model meets
 which layout. A run leaves FOLDER/<model>-<layout>.safetensors ("logits", [B, S, V] in fp32) and the folder
-FOLDER/<model>-<layout>/.
+FOLDER/<model>-<layout>/. Those that the job names as scored leave, beside the logits, "averages" [P, 2]: the average
+log-probs of the responses of the job's pairs.
 """
 
 from __future__ import annotations
@@ -19,15 +20,19 @@ device.install()
 
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
+from layout_worker import ListDataset  # noqa: E402
 from megatron.core import parallel_state  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 
 from simpo_megatron import parallel  # noqa: E402
-from simpo_megatron.config import config_from  # noqa: E402
+from simpo_megatron.config import Config, config_from, resolve  # noqa: E402
 from simpo_megatron.convert import export_hf, load_hf_weights  # noqa: E402
 from simpo_megatron.errors import CheckpointError  # noqa: E402
 from simpo_megatron.mcore.families import describe_hf_model  # noqa: E402
 from simpo_megatron.mcore.model import build_model  # noqa: E402
+from simpo_megatron.training.assembly import build_trainer  # noqa: E402
+from simpo_megatron.training.reference import reference_log_probs  # noqa: E402
+from simpo_megatron.training.step import batch_options  # noqa: E402
 
 
 @torch.no_grad()
@@ -69,12 +74,24 @@ def run(model: Path, layout: str, options: dict, job: dict) -> None:
     stored_dtype = getattr(torch, job["models"][model.name])
     limit = job["max_shard_bytes"]
     export_hf(chunks, description, model, out, groups=groups, dtype=stored_dtype, max_shard_bytes=limit)
+    found = {"logits": logits[..., : description.vocab_size].contiguous()}
+    if [model.name, layout] in job.get("scored", []):
+        found["averages"] = averages_of(chunks, config, description, groups, job["pairs"])
     if dist.get_rank() == 0:
-        save_file({"logits": logits[..., : description.vocab_size].contiguous()}, f"{out}.safetensors")
+        save_file(found, f"{out}.safetensors")
     if groups.dp_cp.size() == 1:
         refuse_on_all_ranks(chunks, description, model, out, groups)
     dist.barrier()
     parallel_state.destroy_model_parallel()
+
+
+def averages_of(chunks: list, config: Config, description, groups, pairs: list) -> torch.Tensor:
+    """[P, 2] fp32 on every rank, by the pass of the trainer: packed, prompts shared, from slices of the vocabulary."""
+    machine = device.machine()
+    layout = resolve(config, world_size=dist.get_world_size(), model=description.transformer, machine=machine)
+    options = batch_options(config, layout, pad_id=0)
+    trainer = build_trainer(chunks, config, groups, layout, options, train_iters=1)
+    return torch.from_numpy(reference_log_probs(trainer, ListDataset(pairs)))
 
 
 def refuse_on_all_ranks(chunks: list, description, model: Path, out: Path, groups) -> None:

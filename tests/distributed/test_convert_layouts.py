@@ -8,108 +8,20 @@ orders of magnitude. The way back has no budget: every bit of every tensor.
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 import torch
 from ranks import run_ranks
 from safetensors.torch import load_file
-from transformers import (
-    AutoModelForCausalLM,
-    Gemma2Config,
-    LlamaConfig,
-    MistralConfig,
-    MixtralConfig,
-    Phi3Config,
-    Qwen2Config,
-    Qwen3Config,
-    Qwen3MoeConfig,
-)
+from tiny_models import DENSE, MIXTURES, VOCAB, tokenizer_of_bytes, write_model
+from transformers import AutoModelForCausalLM
 
 from simpo_megatron.convert.files import stored_tensors
+from simpo_megatron.data import PairOptions, build_preference_dataset
 
 WORKER = Path(__file__).with_name("convert_worker.py")
-VOCAB = 259  # prime: divides over no number of ranks
-TINY = {
-    "vocab_size": VOCAB,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-LLAMA3_ROPE = {
-    "rope_type": "llama3",
-    "rope_theta": 500000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-}
-# Name: (configuration, dtype in the file).
-MODELS = {
-    "llama2_without_groups": (LlamaConfig(**{**TINY, "num_key_value_heads": 8}), "bfloat16"),
-    "llama31_scaled_rope": (LlamaConfig(**TINY, rope_parameters=LLAMA3_ROPE), "bfloat16"),
-    "llama32_tied": (
-        LlamaConfig(**TINY, rope_parameters={**LLAMA3_ROPE, "factor": 32.0}, tie_word_embeddings=True),
-        "float16",
-    ),
-    "llama_biases_linear_rope": (
-        LlamaConfig(
-            **TINY,
-            attention_bias=True,
-            mlp_bias=True,
-            rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0},
-        ),
-        "float32",
-    ),
-    "mistral_wide_heads_window": (MistralConfig(**TINY, head_dim=16, sliding_window=8), "bfloat16"),
-    "qwen2_tied_windows_above": (
-        Qwen2Config(**TINY, tie_word_embeddings=True, use_sliding_window=True, sliding_window=9, max_window_layers=3),
-        "bfloat16",
-    ),
-    "qwen3": (Qwen3Config(**TINY, head_dim=16), "bfloat16"),
-    "phi3": (Phi3Config(**TINY), "float32"),
-    "phi3_partial_rope": (
-        Phi3Config(**TINY, rope_parameters={"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}),
-        "float32",
-    ),
-    "gemma2": (
-        # Caps at which scores and logits of this size bend.
-        Gemma2Config(
-            **TINY,
-            head_dim=16,
-            query_pre_attn_scalar=12,
-            sliding_window=8,
-            attn_logit_softcapping=1.0,
-            final_logit_softcapping=2.0,
-        ),
-        "bfloat16",
-    ),
-}
-MIXTURES = {
-    "mixtral": (MixtralConfig(**TINY, num_local_experts=6, num_experts_per_tok=2), "bfloat16"),
-    "qwen3_moe": (
-        Qwen3MoeConfig(
-            **TINY,
-            head_dim=16,
-            num_experts=4,
-            num_experts_per_tok=3,
-            moe_intermediate_size=40,
-            norm_topk_prob=True,
-            tie_word_embeddings=True,
-        ),
-        "bfloat16",
-    ),
-    "qwen3_moe_softmax_over_all": (
-        Qwen3MoeConfig(**TINY, head_dim=16, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=40),
-        "float32",
-    ),
-}
 # Two ranks: what tp and pp leave over is data parallelism, of which one rank writes.
 LAYOUTS = {
     "tp1": {},
@@ -124,20 +36,12 @@ LAYOUTS = {
     },
 }
 # (model, layout): experts in every way that divides them, and the rest as before.
-RUNS = [(name, layout) for name in MODELS for layout in ("tp1", "tp2", "pp2", "pp2_vpp2")]
+RUNS = [(name, layout) for name in DENSE for layout in ("tp1", "tp2", "pp2", "pp2_vpp2")]
 RUNS += [(name, layout) for name in MIXTURES for layout in ("tp2", "pp2", "ep2", "tp2_sequence_parallel_ep2")]
-MODELS |= MIXTURES
-
-
-def write_model(config, folder: Path, dtype: str, tokens: torch.Tensor) -> torch.Tensor:
-    """Logits of transformers, in fp32 with the stored weights; none of them zero or one by initialisation."""
-    model = AutoModelForCausalLM.from_config(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    model.to(getattr(torch, dtype)).save_pretrained(folder)
-    (folder / "tokenizer_config.json").write_text("{}")
-    return logits_of_transformers(folder, tokens)
+MODELS = DENSE | MIXTURES
+# What the trainer, too, is to give the log-probs of: with tensor parallelism, it divides the sequence of a mixture.
+SCORED = [(name, layout) for name in DENSE for layout in ("tp1", "tp2", "pp2")]
+SCORED += [(name, layout) for name in MIXTURES for layout in ("ep2", "tp2_sequence_parallel_ep2", "pp2")]
 
 
 @torch.no_grad()
@@ -146,23 +50,58 @@ def logits_of_transformers(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()(tokens).logits
 
 
+@torch.no_grad()
+def averages_of_transformers(folder: Path, pairs: list) -> torch.Tensor:
+    """float64 [P, 2]: of each response, one sequence for each, padded behind its end."""
+    responses = [(prompt, response) for prompt, *both in pairs for response in both]
+    tokens = torch.zeros(len(responses), max(len(prompt) + len(response) for prompt, response in responses)).long()
+    for row, (prompt, response) in enumerate(responses):
+        tokens[row, : len(prompt) + len(response)] = torch.tensor(prompt + response)
+    averages = []
+    for (prompt, response), logits in zip(responses, logits_of_transformers(folder, tokens), strict=True):
+        log_probs = logits[len(prompt) - 1 : len(prompt) + len(response) - 1].double().log_softmax(-1)
+        averages.append(log_probs.gather(1, torch.tensor(response)[:, None]).mean())
+    return torch.stack(averages).view(-1, 2)
+
+
+def real_pairs(cache: Path) -> list:
+    """20 pairs of token ids, from all over the files that SIMPO_REAL_PAIRS names; none when it names nothing."""
+    place = os.environ.get("SIMPO_REAL_PAIRS")
+    if not place:
+        return []
+    files = sorted(map(str, Path(place).glob("*.jsonl"))) if Path(place).is_dir() else [place]
+    options = PairOptions(max_length=256, max_prompt_length=128, chat_template="none", bad_record="skip")
+    dataset = build_preference_dataset(files, tokenizer_of_bytes(), options, cache)
+    pairs = (dataset[index] for index in range(0, len(dataset) // 20 * 20, len(dataset) // 20))
+    return [[pair.prompt_ids.tolist(), pair.chosen_ids.tolist(), pair.rejected_ids.tolist()] for pair in pairs]
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     """Every model, loaded and exported under every layout by one start of two ranks."""
     folder = tmp_path_factory.mktemp("convert")
     torch.manual_seed(5)
     tokens = torch.randint(VOCAB, (2, 38))
-    expected = {name: write_model(config, folder / name, dtype, tokens) for name, (config, dtype) in MODELS.items()}
+    pairs = real_pairs(folder / "cache")
+    expected, averages = {}, {}
+    for name, (config, dtype) in MODELS.items():
+        write_model(config, folder / name, dtype)
+        expected[name] = logits_of_transformers(folder / name, tokens)
+        if pairs:
+            averages[name] = averages_of_transformers(folder / name, pairs)
     torch.save(expected, folder / "expected.pt")
+    torch.save(averages, folder / "averages.pt")
     job = {
         "models": {name: dtype for name, (_, dtype) in MODELS.items()},
         "layouts": LAYOUTS,
         "runs": RUNS,
         "tokens": tokens.tolist(),
+        "pairs": pairs,
+        "scored": SCORED if pairs else [],
         "max_shard_bytes": 60_000,
     }
     (folder / "job.json").write_text(json.dumps(job))
-    run_ranks(WORKER, 2, str(folder), timeout=300)
+    run_ranks(WORKER, 2, str(folder), timeout=400)
     return folder
 
 
@@ -172,6 +111,18 @@ def test_megatron_computes_the_logits_that_transformers_computes(folder: Path, n
     found = load_file(folder / f"{name}-{layout}.safetensors")["logits"]
     assert expected.std() > 0.1
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(("name", "layout"), SCORED)
+def test_average_log_probs_of_real_pairs_are_those_of_transformers(folder: Path, name: str, layout: str) -> None:
+    averages = torch.load(folder / "averages.pt", weights_only=True)
+    if not averages:
+        pytest.skip("SIMPO_REAL_PAIRS names no file or folder of real preference pairs")
+    expected, found = averages[name], load_file(folder / f"{name}-{layout}.safetensors")["averages"]
+    assert expected.shape == found.shape == (20, 2) and expected.std() > 0.01
+    difference = (found - expected).abs().max().item()
+    print(f"{name} {layout}: {difference:.1e}")
+    assert difference <= 1e-4
 
 
 @pytest.mark.parametrize(("name", "layout"), RUNS)
