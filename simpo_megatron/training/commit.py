@@ -268,7 +268,7 @@ def remove_drafts(save: Path) -> list[Path]:
         return []
     drafts = [entry for entry in save.iterdir() if _DRAFT.fullmatch(entry.name) and _is_real_folder(entry)]
     for draft in drafts:
-        # A helper process of the killed run may still be writing: what is left goes next time.
+        # A rank of the killed run may still be writing: what is left goes next time.
         shutil.rmtree(draft, ignore_errors=True)
     return drafts
 
@@ -316,8 +316,9 @@ def _read_record(folder: Path) -> Checkpoint:
         form = record["format"]
         if isinstance(form, int) and form > FORMAT:
             raise NewerFormatError(f"{path}: format {form} was written by a newer version; this one reads {FORMAT}")
-        stated = record.pop("sha256")
-        if form != FORMAT or stated != _hash_of(record):
+        if form != FORMAT:
+            raise ValueError(f"its format is {form!r}, this version reads {FORMAT}")
+        if record.pop("sha256") != _hash_of(record):
             raise ValueError("its own hash does not match")
         files = {name: Digest(size, sha256) for name, (size, sha256) in record["files"].items()}
         checkpoint = Checkpoint(folder, record["iteration"], record["facts"], files)

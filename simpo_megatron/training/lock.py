@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import socket
+import tempfile
 import uuid
 from pathlib import Path
 from typing import IO
@@ -23,7 +24,7 @@ def lock(save: Path) -> IO[str]:
     """
     try:
         save.mkdir(parents=True, exist_ok=True)
-        # A lock of the process, not of the open file: helper processes that outlive a killed run do not keep it.
+        # A lock of the process, not of the open file: a process that it forked and that outlives it does not keep it.
         file = (save / _LOCK_FILE).open("a+", encoding="utf-8")
     except OSError as error:
         raise CheckpointError(f"save: {save} cannot be written ({error.strerror}); name a folder of yours") from None
@@ -49,10 +50,11 @@ def holder(held: IO[str]) -> str:
 
 
 def check_same_folder(save: Path, expected_holder: str) -> None:
-    """Nothing, when this machine sees the folder that `expected_holder` locked. Not for the holder's own process.
+    """Nothing, when this rank sees the folder that `expected_holder` locked, and can write there. Not for the
+    holder's own process.
 
     Raises:
-        CheckpointError: it does not.
+        CheckpointError: it does not, or cannot.
     """
     try:
         found = (save / _LOCK_FILE).read_text(encoding="utf-8")
@@ -63,3 +65,10 @@ def check_same_folder(save: Path, expected_holder: str) -> None:
             f"save: {save} on {socket.gethostname()} is not the folder that the first rank sees; name one that all "
             "machines share"
         )
+    try:
+        # Nameless: a rank that is killed here leaves nothing.
+        tempfile.TemporaryFile(dir=save).close()
+    except OSError as error:
+        raise CheckpointError(
+            f"save: {save} cannot be written by {socket.gethostname()} ({error.strerror}), although the first rank can"
+        ) from None

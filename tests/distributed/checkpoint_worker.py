@@ -55,8 +55,8 @@ class Run:
     memory_limit: list | None = None
     """[rank, bytes]: that rank may map only so many bytes more once the memory probe begins."""
     kill: list | None = None
-    """[rank, audit event, pattern, n, signal]: that rank, and the writer it has forked, get a signal, SIGKILL if not
-    named, just before the nth event with such arguments."""
+    """[rank, audit event, pattern, n, signal]: that rank gets a signal, SIGKILL if not named, just before the nth event
+    with such arguments."""
     kill_after_seconds: float | None = None
     """The whole job dies this long after its first draft appears."""
     hold_writer: list | None = None
@@ -403,16 +403,14 @@ def fill_disk(pattern: str) -> None:
 
 
 def signal_at(event: str, pattern: str, nth: int, signal_name: str = "SIGKILL") -> None:
-    main, count = os.getpid(), 0
+    count = 0
 
     def hook(name: str, arguments: tuple) -> None:
         nonlocal count
         if name == event and re.search(pattern, repr(arguments)):
             count += 1
             if count == nth:
-                # The event may be one of a writer that the rank has forked.
-                for process in {main, os.getpid()}:
-                    os.kill(process, signal.Signals[signal_name])
+                os.kill(os.getpid(), signal.Signals[signal_name])
 
     sys.addaudithook(hook)
 

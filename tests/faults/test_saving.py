@@ -31,6 +31,7 @@ RUNS = [
     {"name": "told_resumed", "copy_of": "told", "options": TP2 | BACKGROUND},
     {"name": "nan", "options": DP2 | BACKGROUND, "hold_writer": HELD_LONG, "spoil_gradient": [1, 3]},
     {"name": "raise", "options": TP2 | BACKGROUND, "hold_writer": HELD_LONG, "fault": "step@3:1:raise"},
+    {"name": "killed", "options": TP2, "kill": [1, "open", SHARD_OF_2, 1]},
     {"name": "stop", "options": TP2 | BACKGROUND, "file_limit": [1, 20_000]},
     {"name": "goes_on", "options": TP2 | BACKGROUND | GOES_ON, "full_disk": [1, SHARD_OF_2]},
     {"name": "small_files", "options": TP2 | GOES_ON | {"train_iters": 2}, "full_disk": [0, r"tmp-\w+/config\.json"]},
@@ -114,6 +115,13 @@ def test_a_rank_that_fails_alone_leaves_no_checkpoint_under_way(folder):
     result = json.loads((folder / "raise.json").read_text())
     assert result["codes"] == [6, 1] and result["apart"] < 15
     assert not (folder / "raise" / "iter_0000002").exists()
+
+
+def test_a_rank_killed_while_it_saves_takes_the_others_with_it_and_leaves_no_checkpoint(folder):
+    result = json.loads((folder / "killed.json").read_text())
+    assert result["codes"] == [6, -9] and result["apart"] < 15, result["output"][-2000:]
+    assert "no answer from rank 1 (last seen in the checkpoint of step 2)" in result["output"]
+    assert not (folder / "killed" / "iter_0000002").exists()
 
 
 def test_a_write_that_fails_in_the_background_ends_every_rank(folder):

@@ -4,8 +4,10 @@ import io
 import os
 import pickle
 
+import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
@@ -21,6 +23,10 @@ from simpo_megatron.mcore import device
 
 device.install()
 
+from megatron.core import dist_checkpointing  # noqa: E402
+from megatron.core.dist_checkpointing import ShardedTensor  # noqa: E402
+
+from simpo_megatron.training import state  # noqa: E402
 from simpo_megatron.training.state import check_index, refuse_other_weights  # noqa: E402
 
 
@@ -106,3 +112,35 @@ def test_what_is_no_index_is_refused(tmp_path, content):
     (tmp_path / ".metadata").unlink()
     with pytest.raises(CheckpointError, match="not an index of tensors"):
         check_index(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A checkpoint of one tensor by megatron-core, and the one rank that wrote it."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    store = dist.FileStore(str(tmp_path_factory.mktemp("store") / "file"), 1)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    device.write_checkpoints_in_threads()
+    dist_checkpointing.save({"iteration": 3, **one_tensor()}, str(folder))
+    yield folder
+    dist.destroy_process_group()
+
+
+def one_tensor():
+    return {"weight": ShardedTensor.from_rank_offsets("weight", torch.ones(4))}
+
+
+@pytest.mark.parametrize("wrapped", [lambda call: call, lambda call: np.array([call], dtype=object)])
+def test_settings_that_would_call_something_are_refused_and_call_nothing(checkpoint, tmp_path, wrapped):
+    common = checkpoint / "common.pt"
+    before, target = common.read_bytes(), tmp_path / "made"
+    assert state._load(one_tensor(), check_index(checkpoint), checkpoint)["iteration"] == 3
+    torch.save(wrapped(Calls(os.mkdir, str(target))), common)
+    try:
+        with pytest.raises(CheckpointError, match="does not fit this run"):
+            state._load(one_tensor(), check_index(checkpoint), checkpoint)
+    finally:
+        common.write_bytes(before)
+    assert not target.exists()
+    torch.load(io.BytesIO(saved(wrapped(Calls(os.mkdir, str(target))))), weights_only=False)
+    assert target.exists()  # who would have loaded it would have called it

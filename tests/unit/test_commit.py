@@ -1,11 +1,13 @@
 """The commit rule: whatever happens to a folder or its writer, a reader gets whole checkpoints or a clear refusal."""
 
+import errno
 import json
 import os
 import re
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -164,6 +166,14 @@ def test_a_checkpoint_of_a_newer_version_is_neither_read_nor_passed_over(tmp_pat
             resumed(tmp_path, resume)
 
 
+def test_a_checkpoint_of_another_format_is_passed_over_by_name(tmp_path):
+    older, newer = save(tmp_path, 4), save(tmp_path, 6)
+    path = newer.folder / commit.RECORD_FILE
+    path.write_text(json.dumps({**json.loads(path.read_text()), "format": 0}))
+    found, (problem,) = resumed(tmp_path)
+    assert found == older and "its format is 0, this version reads 1" in problem
+
+
 def test_a_missing_step_is_an_error_that_lists_what_there_is(tmp_path):
     save(tmp_path, 4)
     save(tmp_path, 6)
@@ -282,6 +292,19 @@ def test_a_machine_that_sees_another_folder_is_refused(tmp_path):
         with pytest.raises(CheckpointError, match="not the folder that the first rank sees"):
             lock.check_same_folder(tmp_path / name, nonce)
     lock.check_same_folder(tmp_path / "run", nonce)
+    assert [entry.name for entry in (tmp_path / "run").iterdir()] == [".lock"]
+
+
+def test_a_machine_that_can_read_the_folder_alone_is_refused(tmp_path, monkeypatch):
+    held = lock.lock(tmp_path / "run")
+    nonce = lock.holder(held)
+
+    def refuse(dir):
+        raise OSError(errno.EROFS, "Read-only file system", str(dir))
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
+    with pytest.raises(CheckpointError, match="cannot be written by .*Read-only file system"):
+        lock.check_same_folder(tmp_path / "run", nonce)
 
 
 def test_a_folder_that_cannot_be_made_is_refused(tmp_path):

@@ -203,6 +203,7 @@ def test_a_value_of_another_type_is_refused_with_its_place_and_the_expected_type
         ("sequence_parallel: true\n", "run.yaml:1: sequence_parallel: found True"),
         ("vpp: 2\n", "run.yaml:1: virtual_pipeline_model_parallel_size: found 2"),
         ("resume: newest\n", "run.yaml:1: resume: found 'newest', expected latest"),
+        ("resume: \uff13\nsave: runs\n", "run.yaml:1: resume: found '\uff13', expected latest"),
         ("save_interval: 5\n", "run.yaml:1: save_interval: found 5, expected save with it"),
         ("overlap_param_gather: true\n", "run.yaml:1: overlap_param_gather: found True"),
         ("recompute_num_layers: 2\n", "run.yaml:1: recompute_num_layers: found 2"),
