@@ -41,7 +41,8 @@ def resolve(config: Config, *, world_size: int, model: Mapping[str, Any], machin
     """The layout of `config` on `world_size` ranks.
 
     `model` holds the shape under megatron's names: num_layers, num_attention_heads, num_query_groups (None:
-    as many as heads), hidden_size, ffn_hidden_size and, for a mixture, num_moe_experts.
+    as many as heads), hidden_size, ffn_hidden_size and, for a mixture, num_moe_experts and
+    moe_ffn_hidden_size.
 
     Raises: ConfigError naming the option, when ranks, model or machine cannot serve it.
     """
@@ -184,8 +185,9 @@ def _check_fp8(config: Config, model: Mapping[str, Any], machine: Machine) -> No
     if found is not None:
         require(found >= needed, key, recipe, "compute capability {}.{}, found {}.{}".format(*needed, *found))
     multiple = _FP8_MULTIPLE[recipe]
-    per_rank = model["ffn_hidden_size"] // config.parallel.tensor_model_parallel_size
-    for name, size in (("hidden size", model["hidden_size"]), ("MLP width per rank", per_rank)):
+    # Experts are whole on a rank.
+    width = model.get("moe_ffn_hidden_size") or model["ffn_hidden_size"] // config.parallel.tensor_model_parallel_size
+    for name, size in (("hidden size", model["hidden_size"]), ("MLP width per rank", width)):
         require(
             size % multiple == 0, key, recipe, f"the model's {name}, {size}, to be a multiple of {multiple}"
         )

@@ -105,6 +105,16 @@ def test_a_run_is_started_on_as_few_ranks_as_its_sizes_divide():
     assert parallel.ParallelSizes(tensor=2, pipeline=3, expert=6).fewest_ranks == 18
 
 
+def test_fp8_looks_at_the_width_of_an_expert_which_no_rank_divides():
+    shape = {"num_layers": 2, "num_attention_heads": 4, "hidden_size": 256, "ffn_hidden_size": 512}
+    shape |= {"num_moe_experts": 6, "moe_ffn_hidden_size": 192}
+    options = dict(model="m", data=("d",), tp=2, sequence_parallel=True)
+    machine = Machine(has_cuda=True, has_transformer_engine=True, compute_capability=(9, 0))
+    resolve(config_from(**options, fp8="tensorwise"), world_size=2, model=shape, machine=machine)
+    with pytest.raises(ConfigError, match="MLP width per rank, 192, to be a multiple of 128"):
+        resolve(config_from(**options, fp8="blockwise"), world_size=2, model=shape, machine=machine)
+
+
 @pytest.mark.parametrize(
     ("options", "world_size", "message"),
     [
