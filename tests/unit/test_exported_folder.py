@@ -1,0 +1,154 @@
+"""An exported Llama-3 is what transformers and vLLM expect to read: both stop ids, one BOS, bf16, shards of 5 GB."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from data_tokenizers import llama_like
+from safetensors.torch import load_file
+from tokenizers import Tokenizer, processors
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+
+from simpo_megatron.config import config_from
+from simpo_megatron.mcore import device
+from simpo_megatron.parallel import alone
+from tools import convert_hf
+
+device.install()
+
+from simpo_megatron.convert import export_hf, load_hf_weights  # noqa: E402
+from simpo_megatron.convert.files import TensorSpec, header_bytes  # noqa: E402
+from simpo_megatron.convert.folder import MAX_SHARD_BYTES, divide  # noqa: E402
+from simpo_megatron.convert.mapping import hf_tensors  # noqa: E402
+from simpo_megatron.mcore.families import describe_hf_model  # noqa: E402
+from simpo_megatron.mcore.model import build_model  # noqa: E402
+
+QUESTION = [{"role": "user", "content": "What is the weather where you are?"}]
+
+
+def llama3_tokenizer() -> PreTrainedTokenizerFast:
+    """As Llama 3's: the template writes a BOS, and so does the post-processor of text that no template made."""
+    plain = llama_like()
+    backend = Tokenizer.from_str(plain.backend_tokenizer.to_str())
+    bos = plain.bos_token
+    backend.post_processor = processors.TemplateProcessing(
+        single=f"{bos} $A", pair=f"{bos} $A {bos}:1 $B:1", special_tokens=[(bos, plain.bos_token_id)]
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=bos, eos_token=plain.eos_token)
+    tokenizer.chat_template = plain.chat_template
+    return tokenizer
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> Path:
+    """A Llama 3 of random weights, stored in bf16, its head apart from its embedding."""
+    folder, tokenizer = tmp_path_factory.mktemp("llama3") / "source", llama3_tokenizer()
+    stops = tokenizer.convert_tokens_to_ids(["<|end_of_text|>", "<|eot_id|>"])
+    torch.manual_seed(3)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer) + 2,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=stops,
+    )
+    model = LlamaForCausalLM(config).bfloat16()
+    model.generation_config = GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=stops, do_sample=True, temperature=0.6, top_p=0.9
+    )
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module", params=["export_hf", "mcore-to-hf"])
+def exported(request, source: Path, tmp_path_factory) -> Path:
+    """The folder that the end of a training leaves, in several files, and that of the offline tool, in one."""
+    parent = tmp_path_factory.mktemp("exported")
+    out = parent / "hf"
+    if request.param == "mcore-to-hf":
+        assert convert_hf.main(["hf-to-mcore", str(source), str(parent / "megatron")]) == 0
+        assert convert_hf.main(["mcore-to-hf", str(parent / "megatron"), str(out)]) == 0
+        return out
+    with alone() as groups:
+        description = describe_hf_model(source)
+        config = config_from(model=str(source), data=("unused",), bf16=False)
+        model = build_model(description, config, groups)
+        load_hf_weights(model, source, description, tp_rank=0, tp_size=1)
+        export_hf(model, description, source, out, groups=groups, max_shard_bytes=50_000)
+    return out
+
+
+def test_the_weights_are_bf16_and_the_index_is_whole(exported: Path, source: Path) -> None:
+    files = sorted(path.name for path in exported.glob("*.safetensors"))
+    stored = {name: load_file(exported / name) for name in files}
+    tensors = {key: tensor for part in stored.values() for key, tensor in part.items()}
+    expected = load_file(source / "model.safetensors")
+    assert tensors.keys() == expected.keys() and "lm_head.weight" in tensors
+    assert all(tensor.dtype == torch.bfloat16 and torch.equal(tensor, expected[key]) for key, tensor in tensors.items())
+    if len(files) == 1:
+        assert files == ["model.safetensors"] and not (exported / "model.safetensors.index.json").exists()
+        return
+    assert files == [f"model-{number:05d}-of-{len(files):05d}.safetensors" for number in range(1, len(files) + 1)]
+    index = json.loads((exported / "model.safetensors.index.json").read_text())
+    assert index["weight_map"] == {key: name for name, part in stored.items() for key in part}
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in tensors.values())
+
+
+def test_config_names_architecture_and_dtype_and_no_foreign_code(exported: Path, source: Path) -> None:
+    config, before = (json.loads((folder / "config.json").read_text()) for folder in (exported, source))
+    assert config["architectures"] == ["LlamaForCausalLM"] and config["model_type"] == "llama"
+    assert config.get("dtype", config.get("torch_dtype")) == "bfloat16"
+    assert config == before and "auto_map" not in config
+
+
+def test_generation_stops_at_both_ids(exported: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(exported)
+    stops = tokenizer.convert_tokens_to_ids(["<|end_of_text|>", "<|eot_id|>"])
+    generation = GenerationConfig.from_pretrained(exported)
+    assert generation.eos_token_id == stops and generation.temperature == 0.6
+    model = AutoModelForCausalLM.from_pretrained(exported)
+    assert model.dtype == torch.bfloat16 and model.generation_config.eos_token_id == stops
+    ids = tokenizer.apply_chat_template(QUESTION, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    for stop in stops:
+        with torch.no_grad():
+            model.lm_head.weight.zero_()
+            hidden = model.model(**ids).last_hidden_state[0, -1]
+            model.lm_head.weight[stop] = hidden
+        answer = model.generate(**ids, do_sample=False, max_new_tokens=4, pad_token_id=stops[0])
+        assert answer[0, ids["input_ids"].shape[1] :].tolist() == [stop]
+
+
+def test_a_templated_prompt_begins_with_one_bos_and_so_does_plain_text(exported: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(exported)
+    bos = tokenizer.bos_token_id
+    ids = tokenizer.apply_chat_template(QUESTION, add_generation_prompt=True, return_dict=True)["input_ids"]
+    # As a server does it: the template's text first, and its tokens without any that the tokenizer would add.
+    text = tokenizer.apply_chat_template(QUESTION, add_generation_prompt=True, tokenize=False)
+    assert tokenizer(text, add_special_tokens=False)["input_ids"] == ids
+    assert ids[0] == bos and ids.count(bos) == 1
+    assert text.endswith("<|start_header_id|>assistant<|end_header_id|>\n\n")
+    plain = tokenizer("the weather")["input_ids"]
+    assert plain[0] == bos and plain.count(bos) == 1 and len(plain) > 1
+
+
+def test_no_file_of_a_large_model_is_larger_than_5_gb(tmp_path: Path) -> None:
+    shape = {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64}
+    LlamaConfig(**shape, num_key_value_heads=8, vocab_size=128256).save_pretrained(tmp_path)
+    tensors = hf_tensors(describe_hf_model(tmp_path))
+    assert sum(map(math.prod, tensors.values())) == 70_553_706_496
+    parts = divide({name: TensorSpec(dims, torch.bfloat16) for name, dims in tensors.items()}, MAX_SHARD_BYTES)
+    sizes = [len(header_bytes(part)) + sum(spec.num_bytes for spec in part.values()) for part in parts]
+    assert max(sizes) <= 5 * 10**9 and len(sizes) == 30
