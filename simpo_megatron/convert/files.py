@@ -86,6 +86,8 @@ def _weight_files(folder: Path) -> list[Path]:
         raise CheckpointError(f"{folder}: neither {SINGLE_FILE} nor {INDEX_FILE} is there{hint}")
     for name in sorted(names):
         _refuse_outside(folder, name)
+        if not (folder / name).is_file():
+            raise CheckpointError(f"{folder / name}: not found; {INDEX_FILE} says that tensors are in it")
     return [folder / name for name in sorted(names)]
 
 

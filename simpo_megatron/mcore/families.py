@@ -13,8 +13,8 @@ from torch import Tensor
 
 from simpo_megatron.errors import CheckpointError, ConfigError
 
-MAX_JSON_BYTES = 64 << 20
-"""No JSON file of a model folder is parsed past this size; the largest known index is under 1 MiB."""
+MAX_JSON_BYTES = 16 << 20
+"""No JSON file of a model folder is parsed past this size; an index of a hundred thousand tensors has 10 MB."""
 
 _FULL, _WINDOWED = "full_attention", "sliding_attention"
 

@@ -6,7 +6,9 @@ for each tensor when it comes to it; that is all that is made use of here.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import errno
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +33,7 @@ from torch.distributed.checkpoint.planner import (
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from simpo_megatron.errors import CheckpointError
+from simpo_megatron.errors import CheckpointError, SimPOError
 from simpo_megatron.mcore.skeleton import Skeleton, StoredPart
 from simpo_megatron.training.state import check_index
 
@@ -47,12 +49,34 @@ def write_parameters(
     Args:
         dtypes: of each parameter, by its name.
         compute: the values of a parameter, by its name.
+
+    Raises:
+        OSError: a file cannot be written.
+        SimPOError: what `compute` raises.
     """
-    # The form that every version of megatron-core reads; the newest writes another, which older ones do not read.
-    torch.save({"checkpoint_version": 3.0, "iteration": 0}, folder / COMMON_FILE)
     writer = _Writer(folder, sync_files=False)
-    dcp.save({}, storage_writer=writer, planner=_Planner(skeleton, dtypes, compute))
+    with _causes_raised():
+        # The form that every version of megatron-core reads; the newest writes another, which older ones do not read.
+        with (folder / COMMON_FILE).open("wb") as file:
+            torch.save({"checkpoint_version": 3.0, "iteration": 0}, file)
+        dcp.save({}, storage_writer=writer, planner=_Planner(skeleton, dtypes, compute))
     save_config(CheckpointingConfig("torch_dist", 1), str(folder))
+
+
+@contextmanager
+def _causes_raised() -> Iterator[None]:
+    """Raises the error of the disk, or of this package, that torch put its own over."""
+    try:
+        yield
+    except (dcp.CheckpointException, RuntimeError) as error:
+        first = next(iter(error.failures.values()))[0] if isinstance(error, dcp.CheckpointException) else error
+        cause: BaseException | None = first
+        while cause is not None and not isinstance(cause, (OSError, SimPOError)):
+            cause = cause.__context__
+        if cause is None and isinstance(first, RuntimeError):
+            # So torch's zip writer says that a file took only a part of what it was given.
+            cause = OSError(errno.EIO, f"torch: {first}")
+        raise cause or first from error
 
 
 class _Writer(dcp.FileSystemWriter):

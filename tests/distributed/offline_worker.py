@@ -1,7 +1,8 @@
 """Read converted checkpoints under parallel layouts, by this package and by megatron-core alone, and write some.
 
-`offline_worker.py FOLDER`: FOLDER/job.json names models and layouts. FOLDER/<model> is a Hugging Face folder,
-FOLDER/<model>.megatron its conversion. Each layout leaves FOLDER/<model>.<layout>, a checkpoint of the same weights.
+`offline_worker.py FOLDER`: FOLDER/job.json names the layouts, and as runs which model meets which. FOLDER/<model> is a
+Hugging Face folder, FOLDER/<model>.megatron its conversion. Each run leaves FOLDER/<model>.<layout>, a checkpoint of
+the same weights.
 """
 
 from __future__ import annotations
@@ -89,7 +90,6 @@ def write(chunks: list, save: Path, release: Path) -> None:
 if __name__ == "__main__":
     folder = Path(sys.argv[1])
     job = json.loads((folder / "job.json").read_text())
-    for layout_name, layout_options in job["layouts"].items():
-        for model_name in job["models"]:
-            run(folder / model_name, layout_name, layout_options)
+    for model_name, layout_name in job["runs"]:
+        run(folder / model_name, layout_name, job["layouts"][layout_name])
     dist.destroy_process_group()

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import os
+import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,7 +21,8 @@ import torch
 from ranks import REPOSITORY, run_ranks
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, Phi3Config, Qwen2Config
+from tiny_models import DENSE, MIXTURES, write_model
+from transformers import AutoModelForCausalLM
 
 from simpo_megatron.mcore import device
 
@@ -30,26 +33,19 @@ from simpo_megatron.errors import CheckpointError  # noqa: E402
 from simpo_megatron.offline.convert import to_hf, to_mcore  # noqa: E402
 from simpo_megatron.offline.weights import open_weights  # noqa: E402
 from simpo_megatron.parallel import alone  # noqa: E402
+from tools import convert_hf  # noqa: E402
 
-TINY = {
-    "vocab_size": 259,  # prime, and padded to 384 or 512
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-    "pad_token_id": 0,
+# What ranks read and write, too, where the others go there and back in this process alone.
+DENSE_OF_RANKS = ("llama31_scaled_rope", "llama32_tied", "qwen2_tied_windows_above", "phi3", "gemma2")
+LAYOUTS = {
+    "tp2": {"tensor_model_parallel_size": 2},
+    "pp2": {"pipeline_model_parallel_size": 2},
+    "ep2": {"expert_model_parallel_size": 2},
 }
-# Name: (configuration, dtype in the file).
-MODELS = {
-    "llama": (LlamaConfig(**TINY), "bfloat16"),
-    "tied": (LlamaConfig(**TINY, tie_word_embeddings=True), "float16"),
-    "qwen2_biases": (Qwen2Config(**TINY), "bfloat16"),
-    "phi3_fused": (Phi3Config(**TINY), "float32"),
-    "gemma2": (Gemma2Config(**TINY, head_dim=16, query_pre_attn_scalar=12, sliding_window=8), "bfloat16"),
-}
-LAYOUTS = {"tp2": {"tensor_model_parallel_size": 2}, "pp2": {"pipeline_model_parallel_size": 2}}
+RUNS = [(name, layout) for name in DENSE_OF_RANKS for layout in ("tp2", "pp2")]
+RUNS += [(name, layout) for name in MIXTURES for layout in ("pp2", "ep2")]
+MODELS = DENSE | MIXTURES
+LLAMA = "llama31_scaled_rope"
 TOOL = [sys.executable, "-W", "ignore", "tools/convert_hf.py"]
 
 
@@ -58,15 +54,10 @@ def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("offline")
     torch.manual_seed(5)
     for name, (config, dtype) in MODELS.items():
-        model = AutoModelForCausalLM.from_config(config)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.add_(0.1 * torch.randn_like(parameter))
-        model.to(getattr(torch, dtype)).save_pretrained(folder / name)
-        (folder / name / "tokenizer_config.json").write_text("{}")
+        write_model(config, folder / name, dtype)
         with alone() as groups:
             to_mcore(open_weights(folder / name, groups), folder / f"{name}.megatron", groups)
-    (folder / "job.json").write_text(json.dumps({"models": list(MODELS), "layouts": LAYOUTS}))
+    (folder / "job.json").write_text(json.dumps({"runs": RUNS, "layouts": LAYOUTS}))
     run_ranks(Path(__file__).with_name("offline_worker.py"), 2, str(folder), timeout=240)
     return folder
 
@@ -81,29 +72,36 @@ def check_same_model(found: Path, expected: Path) -> None:
     assert json.loads((found / "config.json").read_text()) == json.loads((expected / "config.json").read_text())
 
 
-@pytest.mark.parametrize("written_by", ["megatron", *LAYOUTS])
 @pytest.mark.parametrize("name", MODELS)
-def test_the_way_there_and_back_keeps_every_bit(folder: Path, name: str, written_by: str) -> None:
-    out = folder / f"{name}.{written_by}.hf"
+def test_the_way_there_and_back_keeps_every_bit(folder: Path, name: str) -> None:
+    out = folder / f"{name}.hf"
     with alone() as groups:
-        weights = open_weights(folder / f"{name}.{written_by}", groups)
-        if written_by == "megatron":
-            to_hf(weights, out, max_shard_bytes=60_000)
-            assert len(list(out.glob("model-*.safetensors"))) > 2 and (out / "tokenizer_config.json").is_file()
-            check_same_model(out, folder / name)
-        else:
-            # The layouts hold their weights in fp32.
-            to_hf(weights, out, dtype=getattr(torch, MODELS[name][1]))
-            check_same_model(out, folder / name)
+        to_hf(open_weights(folder / f"{name}.megatron", groups), out, max_shard_bytes=60_000)
+    assert len(list(out.glob("model-*.safetensors"))) > 2 and (out / "tokenizer_config.json").is_file()
+    check_same_model(out, folder / name)
+    prompts = torch.arange(60).view(3, 20)
+    with torch.no_grad():
+        models = (AutoModelForCausalLM.from_pretrained(path).eval() for path in (folder / name, out))
+        before, after = (model(prompts).logits for model in models)
+    assert before.std() > 0.1 and torch.equal(before, after)
     assert not list(folder.glob(".*"))
 
 
+@pytest.mark.parametrize(("name", "layout"), RUNS)
+def test_what_another_layout_has_written_comes_back_whole(folder: Path, name: str, layout: str) -> None:
+    out = folder / f"{name}.{layout}.hf"
+    with alone() as groups:
+        # The layouts hold their weights in fp32.
+        to_hf(open_weights(folder / f"{name}.{layout}", groups), out, dtype=getattr(torch, MODELS[name][1]))
+    check_same_model(out, folder / name)
+
+
 def test_a_folder_with_several_dtypes_keeps_each(folder: Path, tmp_path: Path) -> None:
-    weights = load_file(folder / "llama" / "model.safetensors")
+    weights = load_file(folder / LLAMA / "model.safetensors")
     mixed = {name: tensor.float() if "norm" in name else tensor for name, tensor in weights.items()}
     mixed_folder = tmp_path / "mixed"
     mixed_folder.mkdir()
-    (mixed_folder / "config.json").write_text((folder / "llama" / "config.json").read_text())
+    (mixed_folder / "config.json").write_text((folder / LLAMA / "config.json").read_text())
     save_file(mixed, mixed_folder / "model.safetensors")
     with alone() as groups:
         to_mcore(open_weights(mixed_folder, groups), tmp_path / "megatron", groups)
@@ -118,12 +116,12 @@ def test_a_folder_with_several_dtypes_keeps_each(folder: Path, tmp_path: Path) -
 
 def test_what_is_damaged_or_would_be_overwritten_is_refused(folder: Path, tmp_path: Path) -> None:
     with alone() as groups:
-        weights = open_weights(folder / "llama", groups)
+        weights = open_weights(folder / LLAMA, groups)
         to_mcore(weights, tmp_path / "megatron", groups)
         with pytest.raises(CheckpointError, match="exists already"):
             to_mcore(weights, tmp_path / "megatron", groups)
         with pytest.raises(CheckpointError, match="no export of simpo_megatron"):
-            to_hf(weights, folder / "tied")
+            to_hf(weights, folder / "llama32_tied")
         shard = tmp_path / "megatron" / "release" / "__0_0.distcp"
         content = bytearray(shard.read_bytes())
         content[len(content) // 2] ^= 1
@@ -134,24 +132,57 @@ def test_what_is_damaged_or_would_be_overwritten_is_refused(folder: Path, tmp_pa
             open_weights(tmp_path, groups)
 
 
-def test_a_failed_or_killed_conversion_leaves_no_output_to_the_next(folder: Path, tmp_path: Path) -> None:
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+def test_a_checkpoint_without_the_file_of_one_rank_is_refused(folder: Path, tmp_path: Path) -> None:
+    checkpoint = tmp_path / "iter_0000007"
+    shutil.copytree(folder / f"{LLAMA}.tp2" / checkpoint.name, checkpoint)
+    (checkpoint / "__1_0.distcp").unlink()
+    with alone() as groups, pytest.raises(CheckpointError, match="__1_0.distcp: missing"):
+        open_weights(tmp_path, groups)
+
+
+@pytest.mark.parametrize("command", ["hf-to-mcore", "mcore-to-hf"])
+def test_a_full_disk_or_a_kill_leaves_no_output_to_the_next(folder: Path, tmp_path: Path, capsys, command: str) -> None:
     out = tmp_path / "out"
-    command = [*TOOL, "mcore-to-hf", str(folder / "llama.megatron"), str(out)]
+    arguments = [command, str(folder / (LLAMA if command == "hf-to-mcore" else f"{LLAMA}.megatron")), str(out)]
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
     # A limit on the size of files stands for a full disk.
-    limited = ["bash", "-c", f"ulimit -f 20; {' '.join(command)}"]
-    full = subprocess.run(limited, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
-    assert full.returncode == 4 and "out: could not be written (File too large)" in full.stderr
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    try:
+        assert convert_hf.main(arguments) == 4
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "out: could not be written (" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
-    running = subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=subprocess.DEVNULL)
+    kill_when_it_writes(arguments, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [".out.partial"]
+    assert convert_hf.main(arguments) == 0
+    assert "MiB/s), peak memory" in capsys.readouterr().out
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    if command == "hf-to-mcore":
+        with alone() as groups:
+            to_hf(open_weights(out, groups), tmp_path / "back")
+    check_same_model(tmp_path / "back" if command == "hf-to-mcore" else out, folder / LLAMA)
+
+
+def kill_when_it_writes(arguments: list[str], parent: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    running = subprocess.Popen([*TOOL, *arguments], cwd=REPOSITORY, env=environment, stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
-    while not list(tmp_path.glob(".out.partial/*")) and time.monotonic() < deadline:
+    while not list(parent.glob(".out.partial/*")) and time.monotonic() < deadline:
         time.sleep(0.001)
     running.send_signal(signal.SIGKILL)
     running.wait()
-    assert [path.name for path in tmp_path.iterdir()] == [".out.partial"]
-    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "MiB/s), peak memory" in done.stdout
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
-    check_same_model(out, folder / "llama")
+
+
+@pytest.mark.parametrize("name", ["../outside.safetensors", "/etc/passwd", "linked.safetensors"])
+def test_an_index_that_leaves_its_folder_converts_to_nothing(folder: Path, tmp_path: Path, capsys, name: str) -> None:
+    source, outside = tmp_path / "source", tmp_path / "outside.safetensors"
+    source.mkdir()
+    shutil.copyfile(folder / LLAMA / "config.json", source / "config.json")
+    shutil.copyfile(folder / LLAMA / "model.safetensors", outside)
+    (source / "linked.safetensors").symlink_to(outside)
+    (source / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"lm_head.weight": name}}))
+    before = sorted(tmp_path.rglob("*"))
+    assert convert_hf.main(["hf-to-mcore", str(source), str(tmp_path / "out")]) == 4
+    assert f"{name!r} is not a safetensors file inside the folder; refused" in capsys.readouterr().err
+    assert sorted(tmp_path.rglob("*")) == before

@@ -365,6 +365,18 @@ def _empty_index(folder: Path) -> None:
     (folder / "model.safetensors.index.json").write_text('{"weight_map": {}}')
 
 
+def _index_of_a_million_tensors(folder: Path) -> None:
+    shard(folder)
+    index = {"weight_map": {str(number): "a.safetensors" for number in range(10**6)}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def _index_of_files_that_are_not_there(folder: Path) -> None:
+    shard(folder)
+    index = {"weight_map": {str(number): f"{number:06}.safetensors" for number in range(300_000)}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
 @pytest.mark.parametrize(
     ("damage", "named"),
     [
@@ -372,7 +384,9 @@ def _empty_index(folder: Path) -> None:
         (_pickles_only, r"pytorch_model\.bin"),
         (_truncated, "not a readable safetensors"),
         (_huge_header, "not a readable safetensors"),
-        (_shard_missing, r"b\.safetensors"),
+        (_shard_missing, r"b\.safetensors: not found"),
+        (_index_of_a_million_tensors, r"model\.safetensors\.index\.json: \d+ bytes, more than"),
+        (_index_of_files_that_are_not_there, r"000000\.safetensors: not found"),
         (_tensor_twice, r"is also in a\.safetensors"),
         (_empty_index, "weight_map is missing or empty"),
     ],
