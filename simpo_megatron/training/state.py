@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 import io
+import logging
 import pickle
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -54,6 +55,14 @@ _INDEX_NAMES = {
 
 class FailedAloneError(CheckpointError):
     """A failure that the other ranks may not have heard of: they may wait for this one, so the run cannot go on."""
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Not what megatron says of a folder with any file in it: a run puts small ones into its draft first."""
+    return not record.getMessage().startswith("Overwriting old incomplete")
+
+
+logging.getLogger(dist_checkpointing.serialization.__name__).addFilter(_is_news)
 
 
 def request_write(

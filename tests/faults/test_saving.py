@@ -62,6 +62,7 @@ def outcome(folder, name, codes):
     result = json.loads((folder / f"{name}.json").read_text())
     assert result["codes"] == codes, result["output"][-2000:]
     assert not list((folder / name).glob("*.tmp*"))
+    assert "Overwriting" not in result["output"]  # what megatron would say of a draft with small files in it
     return result["output"]
 
 
