@@ -24,7 +24,8 @@ class MonitorConfig:
 
     max_loss_spike: float | None = 10.0
     """Warn, with the pairs, of a loss that lies more than this many robust standard deviations (1.4826 times the
-    median distance from the median, or a hundredth of the median if that is more) above the median of the window."""
+    median distance from the median, but no less than 0.01 nor than a hundredth of the median) above the median of the
+    window."""
 
     max_saturated: float | None = 0.9
     """Warn when the share of saturated pairs, whose loss is below 0.01 and has no gradient left, has a median above

@@ -52,11 +52,12 @@ def spike_limit(losses: Sequence[float], num_deviations: float) -> float:
     """The loss that lies `num_deviations` robust standard deviations above the median of `losses`.
 
     A deviation is 1.4826 times the median distance from the median, which for a normal distribution is the standard
-    deviation, and at least a hundredth of the median, so that losses that hardly vary do not make a spike of nothing.
+    deviation, and at least 0.01, the loss of a saturated pair, or a hundredth of the median if that is more: losses
+    that hardly vary, or that are nearly 0, do not make a spike of nothing.
     """
     middle = median(losses)
     deviation = _MEDIAN_DISTANCE_TO_DEVIATION * median(abs(loss - middle) for loss in losses)
-    return middle + num_deviations * max(deviation, _SMALLEST_DEVIATION * abs(middle))
+    return middle + num_deviations * max(deviation, _SMALLEST_DEVIATION * max(1.0, abs(middle)))
 
 
 def is_beyond(values: Sequence[float], limit: float) -> bool:

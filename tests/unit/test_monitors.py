@@ -57,7 +57,9 @@ def test_the_limit_of_a_spike_is_that_of_a_straight_reading():
 
 
 def test_losses_that_hardly_vary_and_a_spike_among_them_move_no_limit():
-    assert spike_limit([0.5] * 8, 10) == pytest.approx(0.55)
+    assert spike_limit([50.0] * 8, 10) == pytest.approx(55)
+    assert spike_limit([0.5] * 8, 10) == pytest.approx(0.6)
+    assert spike_limit([0.0012, 0.0002, 0.0031] * 8, 10) > 0.0404, "a pair that is not saturated among those that are"
     assert spike_limit([*STEADY, 130.0], 10) == pytest.approx(spike_limit(STEADY, 10), rel=0.05)
 
 
