@@ -1,0 +1,94 @@
+"""What the guards of a run cost, as shares of its steps: on the ranks, model and pairs of any run.
+
+    torchrun --nproc-per-node 2 tools/benchmarks/guards.py --tp 2
+    torchrun --nproc-per-node 8 tools/benchmarks/guards.py --config configs/llama3_8b_base_8xh100.yaml --model DIR ...
+
+The arguments are those of examples/pretrain_simpo.py. The run goes as it always does; then each guard is called again
+and again by itself, all ranks together, and its median time is set against the median step. During a step ranks also
+wait in `agree` for the slowest of them, which they would do in the step's next collective without it.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from simpo_megatron.config import load_config
+from simpo_megatron.training import loop
+from simpo_megatron.training.guard import agree
+from simpo_megatron.training.replicas import check_replicas, check_same, job_facts, startup_facts
+from simpo_megatron.training.step import train_step
+from simpo_megatron.training.watch import Watch
+
+NUM_CALLS = 30
+
+
+def main(argv: list[str]) -> None:
+    """Train, and measure on the way out, when all that the guards work on is there."""
+    config, step_seconds, watches = load_config(argv), [], []
+
+    def timed_step(*arguments: Any) -> Any:
+        started = time.perf_counter()
+        done = train_step(*arguments)
+        torch.cuda.synchronize()
+        step_seconds.append(time.perf_counter() - started)
+        return done
+
+    def measured_watch() -> Watch:
+        watches.append(Watch())
+        return watches[0]
+
+    def measured_end(config: Any, job: Any, log: Any) -> None:
+        finish(config, job, log)
+        rows = measure(config, job, watches[0])
+        if dist.get_rank() == 0:
+            # The first step is not like the others.
+            print(*table(rows, statistics.median(step_seconds[1:])), sep="\n", flush=True)
+
+    finish = loop._finish
+    loop.train_step, loop.Watch, loop._finish = timed_step, measured_watch, measured_end
+    loop.train(config)
+
+
+def measure(config: Any, job: Any, watch: Watch) -> list[tuple[str, str, float, int]]:
+    """(guard, when it is called, seconds a call, calls then) of each guard."""
+    trainer = job.trainer
+    facts = {**startup_facts(config), **job_facts(job)}
+    return [
+        ("agree", "step", median_seconds(lambda: agree(None, 0, same=1)), 2),
+        ("watch", "step", median_seconds(lambda: watch.at("the benchmark", limit_seconds=3600)), 1),
+        ("weights compared", "save", median_seconds(lambda: check_replicas(trainer.chunks, trainer.groups)), 1),
+        ("options and code compared", "start", median_seconds(lambda: check_same(facts)), 2),
+    ]
+
+
+def median_seconds(guard: Callable[[], Any]) -> float:
+    """Of a call by all ranks together."""
+    times = []
+    for _ in range(NUM_CALLS):
+        dist.barrier()
+        started = time.perf_counter()
+        guard()
+        torch.cuda.synchronize()
+        times.append(time.perf_counter() - started)
+    return statistics.median(times)
+
+
+def table(rows: list[tuple[str, str, float, int]], step_seconds: float) -> list[str]:
+    """Lines to print."""
+    lines = [f"the median step takes {1e3 * step_seconds:.1f} ms"]
+    lines.append(f"{'guard':<26} {'each':>9}   {'calls':<8} {'of a step':>8}")
+    for name, when, seconds, num_calls in rows:
+        share = num_calls * seconds / step_seconds
+        lines.append(f"{name:<26} {1e3 * seconds:6.2f} ms   {num_calls} a {when:<6} {share:8.2%}")
+    return lines
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
