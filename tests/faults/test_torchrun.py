@@ -90,7 +90,7 @@ def test_ranks_do_not_outlive_a_launcher_that_was_killed(tmp_path, cache):
     ranks = psutil.Process(job.pid).children(recursive=True)
     assert len(ranks) >= 2
     job.kill()
-    _, alive = psutil.wait_procs(ranks, timeout=60)
+    _, alive = psutil.wait_procs(ranks, timeout=15)
     for rank in alive:
         rank.kill()
     assert alive == []
