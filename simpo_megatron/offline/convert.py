@@ -25,6 +25,7 @@ from simpo_megatron.convert.load import fill
 from simpo_megatron.convert.mapping import pieces_of
 from simpo_megatron.errors import CheckpointError, ConfigError
 from simpo_megatron.mcore.skeleton import Skeleton
+from simpo_megatron.offline.overlap import ahead
 from simpo_megatron.offline.progress import Transfer
 from simpo_megatron.offline.staging import new_folder
 from simpo_megatron.offline.torch_dist import write_parameters
@@ -41,7 +42,7 @@ def to_mcore(
     """Write `weights` as a checkpoint of megatron-core, committed, that any layout reads.
 
     `out_folder`/release holds it, with configuration and tokenizer; Megatron's pointer file beside it names it. Memory:
-    twice the largest tensor and what the libraries take.
+    three times the largest tensor and what the libraries take.
 
     Args:
         dtype: of all parameters; None leaves each tensor as it is stored.
@@ -70,11 +71,11 @@ def to_mcore(
             transfer.advance(values.nbytes)
             return values
 
-        write_parameters(skeleton, dtypes, compute, folder)
+        digests = write_parameters(skeleton, dtypes, compute, folder)
         copy_model_files(weights.folder, folder)
         write_json(folder / "config.json", weights.description.hf_config)
         facts = {"model": model_facts(weights.description), "converted_by": f"simpo_megatron {__version__}"}
-        commit.release(staging, facts)
+        commit.release(staging, facts, digests)
 
 
 def to_hf(
@@ -86,7 +87,7 @@ def to_hf(
 ) -> None:
     """Write `weights` as a Hugging Face folder; an earlier export there is replaced.
 
-    What a run has trained gets the model card that the run itself would have written. Memory: twice the largest
+    What a run has trained gets the model card that the run itself would have written. Memory: three times the largest
     tensor and what the libraries take.
 
     Args:
@@ -136,7 +137,7 @@ def write_hf(
             return tensor(name)
 
         for file, part in files.items():
-            write_safetensors(staging / file, part, map(counted, part))
+            write_safetensors(staging / file, part, ahead(map(counted, part)))
         complete_folder(staging, like.folder, like.description.hf_config, files, model_card)
 
 

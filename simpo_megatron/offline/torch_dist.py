@@ -17,6 +17,7 @@ import torch.distributed.checkpoint as dcp
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from torch import Tensor
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, create_default_global_save_plan
+from torch.distributed.checkpoint.filesystem import DEFAULT_SUFFIX, _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     MetadataIndex,
@@ -32,9 +33,13 @@ from torch.distributed.checkpoint.planner import (
     WriteItemType,
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
 
 from simpo_megatron.errors import CheckpointError, SimPOError
 from simpo_megatron.mcore.skeleton import Skeleton, StoredPart
+from simpo_megatron.offline.overlap import HashedFile, ahead
+from simpo_megatron.training import commit
 from simpo_megatron.training.state import check_index
 
 COMMON_FILE = "common.pt"
@@ -43,12 +48,14 @@ COMMON_FILE = "common.pt"
 
 def write_parameters(
     skeleton: Skeleton, dtypes: dict[str, torch.dtype], compute: Callable[[str], Tensor], folder: Path
-) -> None:
-    """Write a checkpoint of weights alone into the empty `folder`, holding one parameter at a time.
+) -> dict[str, commit.Digest]:
+    """Write a checkpoint of weights alone into the empty `folder`, holding two parameters at a time.
+
+    Returns the digests of the files of tensors, taken while they were written.
 
     Args:
         dtypes: of each parameter, by its name.
-        compute: the values of a parameter, by its name.
+        compute: the values of a parameter, by its name, in a thread of its own.
 
     Raises:
         OSError: a file cannot be written.
@@ -61,6 +68,7 @@ def write_parameters(
             torch.save({"checkpoint_version": 3.0, "iteration": 0}, file)
         dcp.save({}, storage_writer=writer, planner=_Planner(skeleton, dtypes, compute))
     save_config(CheckpointingConfig("torch_dist", 1), str(folder))
+    return writer.digests
 
 
 @contextmanager
@@ -80,32 +88,50 @@ def _causes_raised() -> Iterator[None]:
 
 
 class _Writer(dcp.FileSystemWriter):
-    """torch's writer, saying nothing of the folder it wrote in, which has another name when it is done."""
+    """torch's writer, one tensor at a time and hashed beside the write; torch's own holds many and clones each.
+
+    It says nothing of the folder it wrote in, which has another name when it is done.
+    """
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        name = f"__0_0{DEFAULT_SUFFIX}"
+        results = []
+        with HashedFile(self.path / name) as file:
+            for item in plan.items:
+                start = file.size
+                torch.save(planner.resolve_data(item), file)
+                place = _StorageInfo(name, start, file.size - start)
+                results.append(WriteResult(item.index, place.length, place))
+        self.digests = {name: commit.Digest(file.size, file.sha256)}
+        done: Future[list[WriteResult]] = Future()
+        done.set_result(results)
+        return done
 
     def storage_meta(self) -> None:
         return None
 
 
 class _Planner(SavePlanner):
-    """Announces every parameter, and computes it when it is its turn to be written."""
+    """Announces every parameter, and has the next one computed while the last is written."""
 
     def __init__(
         self, skeleton: Skeleton, dtypes: dict[str, torch.dtype], compute: Callable[[str], Tensor]
     ) -> None:
-        self.skeleton, self.dtypes, self.compute = skeleton, dtypes, compute
-        self.parameter_of: dict[tuple[str, tuple[int, ...]], str] = {}
-        self.current: tuple[str, dict[tuple[str, tuple[int, ...]], Tensor]] = ("", {})
+        self.skeleton, self.dtypes = skeleton, dtypes
+        self.computed = ahead(skeleton.parts(name, compute(name)) for name in skeleton.shapes)
+        self.current: dict[tuple[str, tuple[int, ...]], Tensor] = {}
 
     def set_up_planner(self, state_dict: Any, storage_meta: Any = None, is_coordinator: bool = False) -> None:
         pass
 
     def create_local_plan(self) -> SavePlan:
-        items = []
-        for name, shape in self.skeleton.shapes.items():
-            for part in self.skeleton.parts(name, torch.empty(shape, dtype=self.dtypes[name], device="meta")):
-                self.parameter_of[part.key, part.offset] = name
-                items.append(_write_item(part))
-        return SavePlan(items)
+        return SavePlan(
+            [
+                _write_item(part)
+                for name, shape in self.skeleton.shapes.items()
+                for part in self.skeleton.parts(name, torch.empty(shape, dtype=self.dtypes[name], device="meta"))
+            ]
+        )
 
     def create_global_plan(self, all_plans: list[SavePlan]) -> Any:
         return create_default_global_save_plan(all_plans)
@@ -114,13 +140,12 @@ class _Planner(SavePlanner):
         return new_plan
 
     def resolve_data(self, write_item: WriteItem) -> Tensor:
-        place = write_item.index.fqn, tuple(write_item.index.offset)
-        name = self.parameter_of[place]
-        if self.current[0] != name:
-            self.current = ("", {})
-            parts = self.skeleton.parts(name, self.compute(name))
-            self.current = (name, {(part.key, part.offset): part.values for part in parts})
-        return self.current[1][place]
+        """The values of one item; items are asked for in their order."""
+        if not self.current:
+            self.current = {(part.key, part.offset): part.values for part in next(self.computed)}
+        values = self.current.pop((write_item.index.fqn, tuple(write_item.index.offset)))
+        # torch.save writes the whole storage of a view.
+        return values if values.untyped_storage().nbytes() == values.nbytes else values.clone()
 
 
 def _write_item(part: StoredPart) -> WriteItem:

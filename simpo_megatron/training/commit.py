@@ -101,14 +101,17 @@ def commit(draft: Path, iteration: int, files: Mapping[str, Digest], facts: Mapp
     return checkpoint
 
 
-def release(root: Path, facts: Mapping[str, Any]) -> Checkpoint:
+def release(root: Path, facts: Mapping[str, Any], digests: Mapping[str, Digest]) -> Checkpoint:
     """The checkpoint that the files in `root`/release become, and Megatron's pointer to it.
 
     A run neither continues from it nor removes it: it has weights, but no history. Whoever calls gives `root` its
     name afterwards, so that nothing is there before everything is.
+
+    Args:
+        digests: of the files that were hashed when they were written; the others are hashed now.
     """
     folder = root / RELEASE
-    files = {path.name: digest_file(path) for path in sorted(folder.iterdir())}
+    files = {path.name: digests.get(path.name) or digest_file(path) for path in sorted(folder.iterdir())}
     checkpoint = Checkpoint(folder, 0, facts, files)
     _seal(folder, checkpoint)
     replace_text(root / LATEST_FILE, f"{RELEASE}\n")

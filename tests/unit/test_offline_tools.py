@@ -202,7 +202,7 @@ def test_a_checkpoint_to_start_from_runs_nothing_and_needs_no_check_of_megatrons
         assert torch.equal(table[:1003], weights(models / "a")["model.embed_tokens.weight"]) and not table[1003:].any()
         (release / "COMMIT.json").unlink()
         torch.save({"iteration": Calls(target)}, release / "common.pt")
-        commit.release(tmp_path / "megatron", {})
+        commit.release(tmp_path / "megatron", {}, {})
         with pytest.raises(CheckpointError, match="does not fit this run.*weights_only"):
             fill_weights(model, release, opened.description, groups)
     assert not target.exists()
