@@ -33,6 +33,7 @@ class HashedFile:
 
     def __init__(self, path: Path) -> None:
         self.size = 0
+        self.failure: OSError | None = None
         self._file = open(path, "wb")  # noqa: SIM115 - the context is this object's
         self._sha256 = hashlib.sha256()
         self._hasher = ThreadPoolExecutor(1)
@@ -52,6 +53,10 @@ class HashedFile:
             hashed = self._hasher.submit(self._sha256.update, data)
             try:
                 self._file.write(data)
+            except OSError as error:
+                # torch.save puts an error of its own in its place.
+                self.failure = error
+                raise
             finally:
                 hashed.result()
         self.size += len(data)
@@ -68,6 +73,8 @@ class HashedFile:
     ) -> None:
         self._hasher.shutdown()
         with self._file:
+            if self.failure is not None:
+                raise self.failure
             if kind is None:
                 self._file.flush()
                 os.fsync(self._file.fileno())
