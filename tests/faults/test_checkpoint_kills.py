@@ -98,7 +98,8 @@ def test_killed_just_before(folder, moment):
     assert outcome(folder, f"{moment}_killed")["codes"][rank] == -9
     output = check_end(folder, moment, layout)
     assert f"iter_{resumed_from:07d}: step {resumed_from}" in output
-    if resumed_from == 2:
+    # While training goes on, the rank that lives hears of the death and may have removed the draft before it ends.
+    if resumed_from == 2 and not layout.endswith("_async"):
         assert "iter_0000003.tmp-" in output and "never completed" in output
 
 
