@@ -93,11 +93,14 @@ def find_checkpoint(config: Config) -> Found:
         return Found()
     save, resume = Path(config.run.save), config.run.resume
 
-    def search() -> tuple[list[Path], list[Path]]:
-        return commit.remove_drafts(save), commit.candidates(save, resume)
+    def search() -> tuple[list[Path], list[Path], str | None]:
+        drafts, folders = commit.remove_drafts(save), commit.candidates(save, resume)
+        return drafts, folders, commit.stray_pointer(save) if folders else None
 
-    drafts, folders = gathered(lambda: search() if dist.get_rank() == 0 else None)[0]
+    drafts, folders, said = gathered(lambda: search() if dist.get_rank() == 0 else None)[0]
     notes = [f"resume    ignored {draft.name}, which was never completed" for draft in drafts]
+    if said is not None:
+        notes.append(f"WARNING   resume: ignored {commit.LATEST_FILE}, which says {said!r} and not the newest step")
     checkpoint, problems = commit.first_sound(folders, resume, _verified)
     notes += [f"WARNING   resume: passed over a damaged checkpoint: {problem}" for problem in problems]
     if checkpoint is not None:

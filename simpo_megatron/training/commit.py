@@ -24,13 +24,14 @@ from simpo_megatron.errors import CheckpointError, listed
 FORMAT = 1
 RECORD_FILE = "COMMIT.json"
 LATEST_FILE = "latest_checkpointed_iteration.txt"
-"""Where Megatron's own readers look for the newest iteration; here it is written and never read."""
+"""Where Megatron's own readers look for the newest iteration; here it is written and never followed."""
 RELEASE = "release"
 """Megatron's name for the folder, and the pointer, of weights that no run of its own has trained."""
 BEST_METRIC = "eval/rewards/accuracies"
 
 _NAME = re.compile(r"iter_([0-9]{7,9})")
 _DRAFT = re.compile(r"iter_[0-9]{7,9}\.tmp-[0-9a-f]{32}")
+_MAX_POINTER_BYTES = 64
 _MAX_RECORD_BYTES = 64 << 20
 _CHUNK_BYTES = 4 << 20
 
@@ -141,6 +142,15 @@ def _seal(folder: Path, checkpoint: Checkpoint) -> None:
 def write_latest(save: Path, iteration: int) -> None:
     """Tell Megatron's own readers which checkpoint is the newest."""
     replace_text(save / LATEST_FILE, f"{iteration}\n")
+
+
+def stray_pointer(save: Path) -> str | None:
+    """What Megatron's pointer says, where that is not the newest checkpoint; nothing here depends on it."""
+    folders, path = committed(save), save / LATEST_FILE
+    if not folders or not path.is_file():
+        return None
+    said = path.read_bytes()[:_MAX_POINTER_BYTES].decode(errors="replace")
+    return None if said == f"{iteration_of(folders[-1])}\n" else said
 
 
 def replace_text(path: Path, text: str) -> None:

@@ -205,8 +205,9 @@ def test_the_pointer_of_megatron_is_a_hint_that_nothing_depends_on(tmp_path, poi
     path = tmp_path / commit.LATEST_FILE
     path.unlink() if pointer is None else path.write_bytes(pointer)
     assert resumed(tmp_path) == (checkpoint, [])
+    assert commit.stray_pointer(tmp_path) == (None if pointer is None else pointer.decode())
     save(tmp_path, 6)
-    assert path.read_text() == "6\n"
+    assert path.read_text() == "6\n" and commit.stray_pointer(tmp_path) is None
 
 
 @pytest.mark.parametrize(
