@@ -83,7 +83,7 @@ def main(source: Path, out: Path) -> None:
     imported, (bridge, model) = timed(to_megatron)
 
     def to_hf() -> None:
-        bridge.save_hf_pretrained(model, str(out))
+        bridge.save_hf_weights(model, str(out))
         for path in out.iterdir():
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
