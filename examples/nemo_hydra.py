@@ -51,6 +51,6 @@ def main(cfg):
         sys.exit(error.exit_code)
 
 
-# megatron's checkpoint writer starts helper processes that import this file again: only the real start may train.
+# Processes that tokenise are spawned and import this file again: only the real start may train.
 if __name__ == "__main__":
     main()

@@ -9,6 +9,6 @@ import sys
 from simpo_megatron.training.launch import main
 from simpo_megatron.training.loop import train
 
-# megatron's checkpoint writer starts helper processes that import this file again: only the real start may train.
+# Processes that tokenise are spawned and import this file again: only the real start may train.
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:], train, __file__))

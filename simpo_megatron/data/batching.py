@@ -117,7 +117,7 @@ def check_budget(lengths: np.ndarray, options: BatchOptions) -> None:
     tokens = pair_tokens(lengths, options)
     if options.packing and tokens.max() > options.tokens_per_microbatch:
         longest = int(tokens.argmax())
-        needed = _round_up(tokens[longest], options.sequence_multiple)
+        needed = round_up(tokens[longest], options.sequence_multiple)
         raise ConfigError(
             f"tokens_per_microbatch: {options.tokens_per_microbatch} given, but pair {longest} takes "
             f"{tokens[longest]} tokens; raise it to {needed}, or lower max_length"
@@ -189,9 +189,9 @@ def heaviest_step(
 def microbatch_tokens(lengths: np.ndarray, options: BatchOptions) -> int:
     """Returns the tokens, padding included, of a microbatch of pairs with these lengths [num_pairs, 3]."""
     if options.packing or options.prefix_sharing or not len(lengths):
-        return _round_up(max(1, int(pair_tokens(lengths, options).sum())), options.sequence_multiple)
+        return round_up(max(1, int(pair_tokens(lengths, options).sum())), options.sequence_multiple)
     longest = int((lengths[:, 0] + lengths[:, 1:].max(axis=1)).max())
-    return 2 * len(lengths) * _round_up(longest, options.sequence_multiple)
+    return 2 * len(lengths) * round_up(longest, options.sequence_multiple)
 
 
 def plan_evaluation(
@@ -242,7 +242,7 @@ def collate(pairs: Sequence[TokenizedPair], pair_ids: Sequence[int], options: Ba
 def _padded_rows(pairs: Sequence[TokenizedPair], pair_ids: Sequence[int], options: BatchOptions) -> PreferenceBatch:
     sequences = [(p.prompt_ids, response) for p in pairs for response in (p.chosen_ids, p.rejected_ids)]
     sizes = np.array([len(prompt) + len(response) for prompt, response in sequences])
-    num_rows, width = len(sequences), _round_up(sizes.max(), options.sequence_multiple)
+    num_rows, width = len(sequences), round_up(sizes.max(), options.sequence_multiple)
     tokens = np.full((num_rows, width), options.pad_id, np.int64)
     position_ids = np.where(np.arange(width) < sizes[:, None], np.arange(width), 0)
     rows, targets = [], []
@@ -277,7 +277,7 @@ def _one_row(pairs: Sequence[TokenizedPair], pair_ids: Sequence[int], options: B
             rows.append(np.r_[prompt_start + num_prompt - 1, first : end - 1])
             targets.append(response)
             segments.append((start, end, *prefix))
-    width = _round_up(max(end, 1), options.sequence_multiple)
+    width = round_up(max(end, 1), options.sequence_multiple)
     if end < width:
         segments.append((end, width, 0, 0))
         tokens.append(np.full(width - end, options.pad_id))
@@ -324,7 +324,7 @@ def _fill_by_tokens(lengths: np.ndarray, options: BatchOptions, num_multiple: in
     """Returns balanced packs, heaviest first: the next longest pair goes to the lightest pack."""
     tokens = pair_tokens(lengths, options)
     budget = options.tokens_per_microbatch
-    num_packs = _round_up(-(-int(tokens.sum()) // budget), num_multiple)
+    num_packs = round_up(-(-int(tokens.sum()) // budget), num_multiple)
     longest_first = np.argsort(-tokens, kind="stable")
     while True:
         packs = [(0, number, []) for number in range(num_packs)]
@@ -340,9 +340,10 @@ def _fill_by_tokens(lengths: np.ndarray, options: BatchOptions, num_multiple: in
 def _fill_by_count(lengths: np.ndarray, options: BatchOptions, num_multiple: int) -> list[list[int]]:
     """Returns groups of at most `micro_batch_size` pairs of like length, longest first."""
     longest_first = np.argsort(-(lengths[:, 0] + lengths[:, 1:].max(axis=1)), kind="stable")
-    num_groups = _round_up(-(-len(lengths) // options.micro_batch_size), num_multiple)
+    num_groups = round_up(-(-len(lengths) // options.micro_batch_size), num_multiple)
     return [group.tolist() for group in np.array_split(longest_first, num_groups)]
 
 
-def _round_up(count: int, multiple: int) -> int:
+def round_up(count: int, multiple: int) -> int:
+    """Returns the smallest multiple of `multiple` that is not below `count`."""
     return -(-int(count) // multiple) * multiple

@@ -10,7 +10,11 @@ from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from simpo_megatron.data.batching import round_up
 from simpo_megatron.mcore.attention import MicrobatchLayout
+
+# Transformer Engine's own steps of a length bound: for each new one it picks a backend, and cuDNN may compile.
+_BOUND_MULTIPLE = 64
 
 
 class TESegmentedAttention(TEDotProductAttention):
@@ -60,8 +64,8 @@ class TESegmentedAttention(TEDotProductAttention):
             attn_mask_type="padding_causal_bottom_right",
             cu_seqlens_q=lengths.cu_seqlens_q,
             cu_seqlens_kv=lengths.cu_seqlens_kv,
-            max_seqlen_q=_round_up(lengths.max_seqlen_q),
-            max_seqlen_kv=_round_up(lengths.max_seqlen_kv),
+            max_seqlen_q=round_up(lengths.max_seqlen_q, _BOUND_MULTIPLE),
+            max_seqlen_kv=round_up(lengths.max_seqlen_kv, _BOUND_MULTIPLE),
         )
         return out.reshape(query_SBAD.size(0), 1, -1)
 
@@ -70,8 +74,3 @@ class TESegmentedAttention(TEDotProductAttention):
         ranks = None if cp_group is None else dist.get_process_group_ranks(cp_group)
         stream = None if cp_group is None else TEDotProductAttention.cp_stream
         self.set_context_parallel_group(cp_group, ranks, stream, "p2p")
-
-
-def _round_up(max_seqlen: int) -> int:
-    """Transformer Engine's own steps of a bound: it picks a backend, and cuDNN may compile, for each new one."""
-    return -(-max_seqlen // 64) * 64

@@ -74,7 +74,6 @@ class StopSignals:
 
     def __init__(self) -> None:
         self._noted = 0
-        self._process = os.getpid()
         self._previous: dict[signal.Signals, object] = {}
 
     def __enter__(self) -> StopSignals:
@@ -91,9 +90,6 @@ class StopSignals:
         return self._noted
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if os.getpid() != self._process:
-            # A process group was told, and this is a checkpoint's forked writer: what it writes is to be whole.
-            return
         self._noted = number
         self._restore()
         line = (

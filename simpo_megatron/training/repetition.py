@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from simpo_megatron.data import PreferenceDataset
+from simpo_megatron.data.batching import round_up
 from simpo_megatron.mcore import device
 from simpo_megatron.mcore.attention import MicrobatchLayout
 from simpo_megatron.mcore.batch import Microbatch, read_pairs
@@ -129,7 +130,7 @@ def _next_ids(trainer: Trainer, rows: Sequence[Sequence[int]], vocab_size: int) 
 
 def _one_row(ids: Sequence[int], trainer: Trainer) -> Microbatch:
     options, here = trainer.batch_options, device.current_device()
-    width = -(-len(ids) // options.sequence_multiple) * options.sequence_multiple
+    width = round_up(len(ids), options.sequence_multiple)
     tokens_BS = torch.full((1, width), options.pad_id, dtype=torch.int64, device=here)
     tokens_BS[0, : len(ids)] = torch.tensor(ids, device=here)
     position_ids_BS = torch.zeros_like(tokens_BS)

@@ -97,7 +97,7 @@ class Saver:
     def poll(self) -> None:
         """Commit what is under way if every rank has written its share; called after each step.
 
-        Collectives: while something is under way, one all-reduce of 16 bytes, world; those of `finish` once it is
+        Collectives: while something is under way, one all-reduce of 32 bytes, world; those of `finish` once it is
         written.
         """
         if self._draft is not None and not agree(None, int(self._draft.writing.is_under_way())):
