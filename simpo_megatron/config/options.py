@@ -35,6 +35,27 @@ EXCLUSIVE = (
     ("epochs", "train_iters"),
     ("valid_data", "valid_fraction"),
 )
+# What trainers of Hugging Face call it.
+_ELSEWHERE = {
+    "adam_epsilon": "adam_eps",
+    "dataset": "data",
+    "eval_steps": "eval_interval",
+    "gradient_accumulation_steps": "global_batch_size",
+    "gradient_checkpointing": "recompute",
+    "learning_rate": "lr",
+    "logging_steps": "log_interval",
+    "lr_scheduler_type": "lr_decay_style",
+    "max_grad_norm": "clip_grad",
+    "max_steps": "train_iters",
+    "model_name_or_path": "model",
+    "num_train_epochs": "epochs",
+    "output_dir": "save",
+    "per_device_train_batch_size": "global_batch_size",
+    "resume_from_checkpoint": "resume",
+    "save_steps": "save_interval",
+    "save_total_limit": "keep_checkpoints",
+    "warmup_ratio": "lr_warmup_fraction",
+}
 _WHY_NOT_GAMMA_TWICE = "gamma is the margin itself, gamma_beta_ratio is gamma / beta (the authors' unit)"
 _NUMBER = re.compile(r"[+-]?([0-9]{1,30}\.?[0-9]{0,30}|\.[0-9]{1,30})([eE][+-]?[0-9]{1,3})?")
 
@@ -145,12 +166,16 @@ def _objective_options() -> list[Option]:
         note=" (kto is not among them: it learns from single responses labelled good or bad, and these are pairs)",
     )
     merged = {option.name: option for option in _options("objective", OBJECTIVES[first])}
+    other_defaults: dict[tuple[str, object], list[str]] = {}
     for name, objective in itertools.islice(OBJECTIVES.items(), 1, None):
         for option in _options("objective", objective):
-            shared = merged.get(option.name)
-            text = f"{shared.help} With {name}" if shared else f"With {name}"
-            text += f": {option.help}" if not shared else f" the default is {option.default}."
-            merged[option.name] = replace(shared or option, help=text)
+            if option.name in merged:
+                other_defaults.setdefault((option.name, option.default), []).append(name)
+            else:
+                merged[option.name] = replace(option, help=f"With {name}: {option.help}")
+    for (key, default), names in other_defaults.items():
+        text = f"{merged[key].help} With {' and '.join(names)} the default is {default}."
+        merged[key] = replace(merged[key], help=text)
     return [which, *merged.values()]
 
 
@@ -192,8 +217,16 @@ def find_option(name: str, where: str) -> Option:
 
 def nearest(name: str, valid: Iterable[str]) -> str:
     """`; did you mean ...?`, or a pointer to --help when nothing is near."""
-    close = difflib.get_close_matches(name[:60], list(valid), n=1, cutoff=0.6)
+    valid = list(valid)
+    meant = _ELSEWHERE.get(_plain(name))
+    close = [other for other in valid if _plain(other) == meant]
+    close = close or difflib.get_close_matches(name[:60], valid, n=1, cutoff=0.6)
     return f"; did you mean {close[0]!r}?" if close else "; --help lists the valid ones"
+
+
+def _plain(name: str) -> str:
+    """A flag as the key it is."""
+    return name.removeprefix("--").replace("-", "_")
 
 
 def refuse_both(names: dict[str, str]) -> None:

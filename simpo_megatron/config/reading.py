@@ -32,6 +32,7 @@ _MAX_YAML_BYTES = 1 << 20
 _PLAIN_TAG = "tag:yaml.org,2002:"
 _COMMAND_LINE = "command line"
 _DEFAULT_OBJECTIVE = next(iter(OBJECTIVES))
+_SHOWN_OF_A_PRESET = ("lr", "beta", "gamma_beta_ratio", "global_batch_size", "max_length")
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,8 @@ def read_yaml(path: str | Path) -> Layer:
         where = f"{path}:{key.start_mark.line + 1}"
         if not isinstance(key, yaml.ScalarNode) or not key.tag.startswith(_PLAIN_TAG + "str"):
             raise ConfigError(f"{where}: found a key that is not a plain name, expected an option such as lr")
+        if isinstance(value, yaml.MappingNode) and key.value in typing.get_type_hints(Config):
+            raise ConfigError(f"{where}: {key.value}: found a section, expected its options without it, not indented")
         option = find_option(key.value, where)
         if option.name in layer:
             raise ConfigError(f"{where}: {key.value}: found twice, first in {layer[option.name].where}")
@@ -165,8 +168,8 @@ def _parser() -> _Parser:
     parser = _Parser(
         usage="torchrun --nproc-per-node N examples/pretrain_simpo.py [--config FILE] [--KEY VALUE]\n"
         "       torchrun --nproc-per-node N examples/pretrain_simpo.py --nemo-config FILE [key=value ...]",
-        description="SimPO on Megatron-Core. Each flag is also a key of the YAML file given with --config; "
-        "the command line wins over the file, the file over the preset.",
+        description="SimPO on Megatron-Core. Each flag is also a key of the YAML file given with --config.\n"
+        "The command line wins over the file, the file over the preset.",
         epilog=_preset_help(),
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(
             prog, max_help_position=34, width=110
@@ -212,8 +215,12 @@ def _default_help(option: Option) -> str:
 
 
 def _preset_help() -> str:
-    lines = [f"  {name:24} {preset.summary}" for name, preset in PRESETS.items()]
-    return "\n".join(["presets:", *lines])
+    lines = ["presets:"]
+    for name, preset in PRESETS.items():
+        lines.append(f"  {name:22} {preset.summary}")
+        constants = [f"{key} {preset.options[key]:g}" for key in _SHOWN_OF_A_PRESET if key in preset.options]
+        lines.append(f"  {'':22} {', '.join(constants)}")
+    return "\n".join(lines)
 
 
 def _preset_layer(asked: Layer) -> Layer:

@@ -1,12 +1,13 @@
 """What a preference file becomes: the options of the pair builder, each with its default and its meaning."""
 
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 from simpo_megatron.errors import ConfigError
 
-TEMPLATE_MODES = ("clean", "princeton")
-BAD_RECORD_POLICIES = ("error", "skip")
-LONG_PROMPT_POLICIES = ("cut", "drop")
+TemplateMode = Literal["clean", "princeton"]
+BadRecordPolicy = Literal["error", "skip"]
+LongPromptPolicy = Literal["cut", "drop"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,16 +20,16 @@ class PairOptions:
     """Tokens to which a prompt may be cut when a pair is longer than `max_length`."""
     min_response_tokens: int = 1
     """Tokens that truncation leaves of a response, at least (or all of a shorter one)."""
-    long_prompt: str = "cut"
+    long_prompt: LongPromptPolicy = "cut"
     """`cut` keeps the end of a prompt that does not fit; `drop` drops and counts a pair whose prompt would be
     cut."""
-    template_mode: str = "clean"
+    template_mode: TemplateMode = "clean"
     """`clean`: the assistant header belongs to the prompt. `princeton`: it belongs to the response, as in the
     paper's code."""
     chat_template: str = ""
     """A Jinja file that replaces the tokenizer's chat template; `none` for plain concatenation; empty for the
     tokenizer's own."""
-    bad_record: str = "error"
+    bad_record: BadRecordPolicy = "error"
     """`error` stops at the first malformed record; `skip` drops and counts malformed records by reason."""
     max_bad_fraction: float = 0.1
     """With `bad_record: skip`, the share of malformed records above which a file is refused."""
@@ -45,21 +46,21 @@ class PairOptions:
     """The column that holds the other response, when it is not called `rejected`."""
 
     def __post_init__(self):
-        for key, allowed in (
-            ("template_mode", TEMPLATE_MODES),
-            ("bad_record", BAD_RECORD_POLICIES),
-            ("long_prompt", LONG_PROMPT_POLICIES),
+        for key, policy in (
+            ("template_mode", TemplateMode),
+            ("bad_record", BadRecordPolicy),
+            ("long_prompt", LongPromptPolicy),
         ):
-            if getattr(self, key) not in allowed:
-                raise ConfigError(f"{key}: {getattr(self, key)!r} is not one of {', '.join(allowed)}")
+            if getattr(self, key) not in get_args(policy):
+                raise ConfigError(f"{key}: {getattr(self, key)!r} is not one of {', '.join(get_args(policy))}")
         for key in ("max_length", "max_prompt_length", "min_response_tokens", "max_record_bytes"):
             if getattr(self, key) < 1:
                 raise ConfigError(f"{key}: {getattr(self, key)} given, at least 1 expected")
-        room = self.max_length - self.max_prompt_length
-        if room < self.min_response_tokens:
+        most = self.max_length - self.min_response_tokens
+        if self.max_prompt_length > most:
             raise ConfigError(
-                f"max_prompt_length: {self.max_prompt_length} leaves {room} of {self.max_length} tokens to a "
-                f"response, at least min_response_tokens = {self.min_response_tokens} expected; lower it"
+                f"max_prompt_length: found {self.max_prompt_length}, expected at most {most}: max_length "
+                f"({self.max_length}) less min_response_tokens ({self.min_response_tokens})"
             )
         if not 0 <= self.max_bad_fraction <= 1:
             raise ConfigError(f"max_bad_fraction: {self.max_bad_fraction} given, a share from 0 to 1 expected")

@@ -8,13 +8,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields
 from math import isfinite
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
 from simpo_megatron.errors import require
 
-SFT_NORMALIZATIONS = ("token", "sequence")
+SftNormalization = Literal["token", "sequence"]
 
 
 @dataclass(frozen=True)

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from simpo_megatron.loss.objective import (
-    SFT_NORMALIZATIONS,
     Comparison,
     PreferenceObjective,
     Responses,
+    SftNormalization,
     require,
 )
 
-LOSS_TYPES = ("sigmoid", "hinge")
+LossType = Literal["sigmoid", "hinge"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +39,7 @@ class SimPOObjective(PreferenceObjective):
     gamma_beta_ratio: float = 0.5
     """Target reward margin divided by beta, >= 0, in nats per token. The paper uses 0.1 to 0.8."""
 
-    loss_type: str = "sigmoid"
+    loss_type: LossType = "sigmoid"
     """`sigmoid` for -logsigmoid(z), `hinge` for relu(1 - z)."""
 
     label_smoothing: float = 0.0
@@ -47,7 +48,7 @@ class SimPOObjective(PreferenceObjective):
     sft_weight: float = 0.0
     """Weight of the negative log-likelihood of the chosen responses, >= 0. The paper uses 0."""
 
-    sft_normalization: str = "token"
+    sft_normalization: SftNormalization = "token"
     """`token`: mean over all chosen tokens of the global batch; `sequence`: mean over responses of their
     means."""
 
@@ -87,14 +88,12 @@ class SimPOObjective(PreferenceObjective):
     def _check(self) -> None:
         require(self.beta > 0, "beta", self.beta, "a number > 0")
         require(self.gamma_beta_ratio >= 0, "gamma_beta_ratio", self.gamma_beta_ratio, "a number >= 0")
-        require(self.loss_type in LOSS_TYPES, "loss_type", self.loss_type, " or ".join(LOSS_TYPES))
+        for key, choice in (("loss_type", LossType), ("sft_normalization", SftNormalization)):
+            found, allowed = getattr(self, key), get_args(choice)
+            require(found in allowed, key, found, " or ".join(allowed))
         require(0 <= self.label_smoothing < 0.5, "label_smoothing", self.label_smoothing, "in [0, 0.5)")
         require(
             self.label_smoothing == 0 or self.loss_type == "sigmoid",
             "label_smoothing", self.label_smoothing, "0 with loss_type hinge, which has no smoothed form",
         )
         require(self.sft_weight >= 0, "sft_weight", self.sft_weight, "a number >= 0")
-        require(
-            self.sft_normalization in SFT_NORMALIZATIONS,
-            "sft_normalization", self.sft_normalization, " or ".join(SFT_NORMALIZATIONS),
-        )

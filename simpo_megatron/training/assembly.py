@@ -87,7 +87,7 @@ def plan_run(config: Config, world_size: int) -> Plan:
     if config.pairs.max_length > most_positions:
         raise ConfigError(
             f"max_length: found {config.pairs.max_length}, expected at most {most_positions}, the positions of the "
-            f"model in {sources.model}"
+            f"model in {sources.model}; lower it, and max_prompt_length ({config.pairs.max_prompt_length}) below it"
         )
     layout = resolve(config, world_size=world_size, model=description.transformer, machine=device.machine())
     return Plan(sources=sources, description=description, layout=layout)
