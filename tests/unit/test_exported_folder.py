@@ -6,16 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from data_tokenizers import llama_like
+from data_tokenizers import llama3_like
 from safetensors.torch import load_file
-from tokenizers import Tokenizer, processors
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
     LlamaConfig,
     LlamaForCausalLM,
-    PreTrainedTokenizerFast,
 )
 
 from simpo_megatron.config import config_from
@@ -35,23 +33,10 @@ from simpo_megatron.mcore.model import build_model  # noqa: E402
 QUESTION = [{"role": "user", "content": "What is the weather where you are?"}]
 
 
-def llama3_tokenizer() -> PreTrainedTokenizerFast:
-    """As Llama 3's: the template writes a BOS, and so does the post-processor of text that no template made."""
-    plain = llama_like()
-    backend = Tokenizer.from_str(plain.backend_tokenizer.to_str())
-    bos = plain.bos_token
-    backend.post_processor = processors.TemplateProcessing(
-        single=f"{bos} $A", pair=f"{bos} $A {bos}:1 $B:1", special_tokens=[(bos, plain.bos_token_id)]
-    )
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=bos, eos_token=plain.eos_token)
-    tokenizer.chat_template = plain.chat_template
-    return tokenizer
-
-
 @pytest.fixture(scope="module")
 def source(tmp_path_factory) -> Path:
     """A Llama 3 of random weights, stored in bf16, its head apart from its embedding."""
-    folder, tokenizer = tmp_path_factory.mktemp("llama3") / "source", llama3_tokenizer()
+    folder, tokenizer = tmp_path_factory.mktemp("llama3") / "source", llama3_like()
     stops = tokenizer.convert_tokens_to_ids(["<|end_of_text|>", "<|eot_id|>"])
     torch.manual_seed(3)
     config = LlamaConfig(

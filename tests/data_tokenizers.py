@@ -1,5 +1,4 @@
-"""Tokenizers like those of three model families, trained on a few lines of text, for the tests of the data
-package."""
+"""Tokenizers like those of model families, trained on a few lines of text."""
 
 import json
 from functools import lru_cache
@@ -76,6 +75,19 @@ def llama_like() -> PreTrainedTokenizerFast:
         "<|eot_id|>",
     ]
     return _byte_level(specials, "<|begin_of_text|>", "<|eot_id|>", LLAMA_TEMPLATE)
+
+
+def llama3_like() -> PreTrainedTokenizerFast:
+    """Returns the same with the post-processor of Llama 3, which adds a BOS to text that no template made."""
+    plain = llama_like()
+    backend = Tokenizer.from_str(plain.backend_tokenizer.to_str())
+    bos = plain.bos_token
+    backend.post_processor = processors.TemplateProcessing(
+        single=f"{bos} $A", pair=f"{bos} $A {bos}:1 $B:1", special_tokens=[(bos, plain.bos_token_id)]
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=bos, eos_token=plain.eos_token)
+    tokenizer.chat_template = plain.chat_template
+    return tokenizer
 
 
 @lru_cache

@@ -1,0 +1,90 @@
+"""A trained Llama-3 is served by vLLM as its folder was exported, and answers token for token as in transformers.
+
+Needs vLLM, whose torch need not be this package's: SIMPO_VLLM_PYTHON names a Python that has it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+from data_tokenizers import llama3_like
+from ranks import REPOSITORY
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
+
+PYTHON = os.environ.get("SIMPO_VLLM_PYTHON") or (sys.executable if find_spec("vllm") else None)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(PYTHON is None, reason="no vllm here, and SIMPO_VLLM_PYTHON names no Python that has it"),
+]
+QUESTIONS = ["What is the weather where you are?", "Name a good test.", "the people of the house"]
+MAX_TOKENS = 24
+
+
+def run(*command: str) -> None:
+    environment = {**os.environ, "DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory) -> Path:
+    """What a short run leaves that trains a Llama 3 of random weights; heads of 32, the smallest that vLLM serves."""
+    folder, tokenizer = tmp_path_factory.mktemp("vllm"), llama3_like()
+    stops = tokenizer.convert_tokens_to_ids(["<|end_of_text|>", "<|eot_id|>"])
+    torch.manual_seed(3)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer) + 2,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=512,
+        initializer_range=0.2,  # Answers of smaller weights are one token over and over.
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=stops,
+    )
+    model = LlamaForCausalLM(config).bfloat16()
+    model.generation_config = GenerationConfig(bos_token_id=tokenizer.bos_token_id, eos_token_id=stops)
+    model.save_pretrained(folder / "source")
+    tokenizer.save_pretrained(folder / "source")
+    options = {"model": "source", "save": "run", "data-cache": "cache", "export-hf": "hf"}
+    run(
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "examples/pretrain_simpo.py"),
+        *(part for name, path in options.items() for part in (f"--{name}", str(folder / path))),
+        *("--data", "demo", "--max-length", "512", "--max-prompt-length", "256", "--tokens-per-microbatch", "2048"),
+        *("--global-batch-size", "16", "--train-iters", "2", "--lr", "1e-3", "--resume", "none"),
+    )
+    return folder / "hf"
+
+
+def test_vllm_answers_as_transformers_does_and_stops_at_both_ids(exported: Path, tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(exported)
+    stops = tokenizer.convert_tokens_to_ids(["<|end_of_text|>", "<|eot_id|>"])
+    another = tokenizer.convert_tokens_to_ids("<|start_header_id|>")
+    job = tmp_path / "job.json"
+    job.write_text(json.dumps({"questions": QUESTIONS, "max_tokens": MAX_TOKENS, "forced": [*stops, another]}))
+    run(PYTHON, str(Path(__file__).with_name("vllm_worker.py")), str(exported), str(job))
+    *answers, first_stop, second_stop, no_stop = json.loads(job.read_text())
+
+    model = AutoModelForCausalLM.from_pretrained(exported, dtype=torch.float32)
+    for question, answer in zip(QUESTIONS, answers, strict=True):
+        print(question, answer)
+        asked = [{"role": "user", "content": question}]
+        inputs = tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+        prompt = inputs["input_ids"][0].tolist()
+        expected = model.generate(**inputs, do_sample=False, max_new_tokens=MAX_TOKENS, pad_token_id=stops[0])
+        assert answer["prompt"] == prompt and answer["ids"] == expected[0, len(prompt) :].tolist()
+        assert prompt[0] == tokenizer.bos_token_id and prompt.count(tokenizer.bos_token_id) == 1
+    assert len({tuple(answer["ids"]) for answer in answers}) == len(QUESTIONS)
+    assert any(len(set(answer["ids"])) > MAX_TOKENS // 2 for answer in answers)
+    assert [answer["ids"] for answer in (first_stop, second_stop)] == [[stop] for stop in stops]
+    assert {first_stop["ended"], second_stop["ended"]} == {"stop"}
+    assert no_stop["ids"] == [another] * MAX_TOKENS and no_stop["ended"] == "length"
