@@ -7,11 +7,11 @@ python tools/inspect_data.py --model DIR --data a.jsonl b.parquet --valid-data c
 import argparse
 import sys
 import tempfile
-from dataclasses import fields
 
 from rich.console import Console
 
-from simpo_megatron.data import PairOptions, build_preference_dataset, parse_named_sources
+from simpo_megatron.config.options import Option, option_table
+from simpo_megatron.data import PairOptions, build_preference_dataset, load_tokenizer, parse_named_sources
 from simpo_megatron.data.doctor import diagnose, print_diagnosis, show_pairs, write_html
 from simpo_megatron.errors import SimPOError
 
@@ -21,42 +21,46 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", required=True, help="folder of the tokenizer and its chat template")
+    parser.add_argument("--model", required=True, metavar="DIR", help="folder of the tokenizer and its chat template")
     parser.add_argument(
-        "--data", nargs="+", required=True, help="preference files, or weights and files in turn"
+        "--data", nargs="+", required=True, metavar="FILE", help="preference files, or weights and files in turn"
     )
     parser.add_argument(
-        "--valid-data", nargs="+", default=[], help="validation files, searched for training prompts"
+        "--valid-data", nargs="+", default=[], metavar="FILE", help="validation files, searched for training prompts"
     )
     parser.add_argument(
         "--show", type=int, default=0, metavar="N", help="print N pairs, response tokens marked"
     )
     parser.add_argument("--html", metavar="FILE", help="also write the diagnosis with plots to FILE")
     parser.add_argument(
-        "--padded-batch", type=int, default=4, metavar="PAIRS", help="padded batch to compare with"
+        "--padded-batch", type=int, default=4, metavar="PAIRS", help="padded batch to compare with (default: 4)"
     )
     parser.add_argument(
         "--data-cache", metavar="DIR", help="keep the tokenised pairs there, for the training run"
     )
     for option in _pair_options():
-        name = "--" + option.name.replace("_", "-")
-        if option.type is bool:
-            parser.add_argument(name, action="store_true", default=option.default)
-        else:
-            parser.add_argument(
-                name, type=option.type, default=option.default, help=f"default {option.default!r}"
-            )
+        name, text = "--" + option.name.replace("_", "-"), option.help.replace("%", "%%")
+        if option.kind is bool:
+            parser.add_argument(name, action="store_true", help=text)
+            continue
+        default = "" if option.default == "" else f" (default: {option.default})"
+        parser.add_argument(
+            name,
+            type=option.kind,
+            choices=option.choices or None,
+            default=option.default,
+            metavar=None if option.choices else {int: "N", str: "TEXT"}[option.kind],
+            help=text + default,
+        )
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code: 0 when the files could be read, whatever was found in them."""
-    from transformers import AutoTokenizer
-
     arguments = parse_arguments(argv)
-    console = Console()
+    console = Console() if sys.stdout.isatty() else Console(width=120)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(arguments.model, trust_remote_code=False)
+        tokenizer = load_tokenizer(arguments.model)
         chosen = {option.name: getattr(arguments, option.name) for option in _pair_options()}
         options = PairOptions(**chosen, bad_record="skip", max_bad_fraction=1.0)
         with tempfile.TemporaryDirectory() as scratch:
@@ -78,8 +82,9 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _pair_options() -> list:
-    return [option for option in fields(PairOptions) if option.name not in ("bad_record", "max_bad_fraction")]
+def _pair_options() -> list[Option]:
+    pairs = [option for option in option_table().values() if option.section == "pairs"]
+    return [option for option in pairs if option.name not in ("bad_record", "max_bad_fraction")]
 
 
 if __name__ == "__main__":

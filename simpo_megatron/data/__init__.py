@@ -1,11 +1,9 @@
 """Preference files in, packed batches out; needs numpy, torch and a transformers tokenizer, no Megatron.
 
 ```python
-from transformers import AutoTokenizer
-from simpo_megatron.data import BatchOptions, PairOptions, build_preference_dataset, iterate_steps
+from simpo_megatron.data import BatchOptions, PairOptions, build_preference_dataset, iterate_steps, load_tokenizer
 
-tokenizer = AutoTokenizer.from_pretrained("model/")
-dataset = build_preference_dataset(["pairs.jsonl"], tokenizer, PairOptions(max_length=2048), "cache/")
+dataset = build_preference_dataset(["pairs.jsonl"], load_tokenizer("model/"), PairOptions(max_length=2048), "cache/")
 for microbatches in iterate_steps(dataset, BatchOptions(global_batch_size=8)):
     for batch in microbatches:
         ...  # a PreferenceBatch: batch.tokens_BS, batch.rows_N, batch.targets_N, ...
@@ -28,7 +26,7 @@ from simpo_megatron.data.batching import (
 from simpo_megatron.data.dataset import PreferenceDataset, build_preference_dataset, check_vocabulary, split
 from simpo_megatron.data.options import PairOptions
 from simpo_megatron.data.sources import parse_named_sources
-from simpo_megatron.data.tokenization import TokenizedPair
+from simpo_megatron.data.tokenization import TokenizedPair, load_tokenizer
 
 __all__ = [
     "BatchOptions",
@@ -43,6 +41,7 @@ __all__ = [
     "collate",
     "heaviest_step",
     "iterate_steps",
+    "load_tokenizer",
     "microbatch_tokens",
     "pair_tokens",
     "parse_named_sources",

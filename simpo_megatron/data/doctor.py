@@ -9,6 +9,7 @@ from html import escape
 import numpy as np
 
 from simpo_megatron.data.dataset import PreferenceDataset
+from simpo_megatron.data.records import UNUSABLE_REASONS
 
 PARTS = ("prompt", "chosen", "rejected")
 # A judge of length alone that is right this often has something to teach the model besides quality.
@@ -48,13 +49,32 @@ def diagnose(
         "Records": _records(dataset),
         "Special tokens": _special_tokens(dataset, tokenizer),
         "Truncation": _truncation(dataset),
-        "Lengths": _length_bias(dataset.lengths),
+        "Lengths in tokens": _length_bias(dataset.lengths),
         "Work saved": _work_saved(dataset.lengths, micro_batch_size),
         "Duplicates": _duplicates(dataset),
     }
     if valid is not None:
         sections["Validation"] = _leaks(dataset, valid)
     return Diagnosis(sections, dataset.lengths)
+
+
+def summary(dataset: PreferenceDataset, name: str = "") -> list[str]:
+    """Returns what became of the records of `dataset`'s files, and what truncation took of its pairs, a line each."""
+    report, lost = dataset.report, dataset.lost
+    dropped = ", ".join(
+        f"{count:,} {reason} (first at {report.first[reason].split(f': {reason}: ')[0]})"
+        for reason, count in report.dropped.most_common()
+    )
+    lines = [f"records   {name}{report.num_lines:,}: {report.num_used:,} used, dropped {dropped or 'none'}"]
+    if lost.any():
+        parts = ", ".join(f"{count:,} {part}" for part, count in zip(PARTS, (lost > 0).sum(axis=0)) if count)
+        lines.append(f"cut       {name}{parts}: {_lost(lost, dataset.lengths)}")
+    return lines
+
+
+def num_leaked(dataset: PreferenceDataset, valid: PreferenceDataset) -> int:
+    """Returns how many pairs of `valid` have a prompt that `dataset` has too."""
+    return int(np.isin(valid.prompt_keys, dataset.prompt_keys).sum())
 
 
 def show_pairs(dataset: PreferenceDataset, tokenizer, count: int) -> list[ShownPair]:
@@ -76,10 +96,13 @@ def histogram(lengths: np.ndarray, num_bins: int = 12) -> tuple[np.ndarray, np.n
 
 def _records(dataset: PreferenceDataset) -> list[Finding]:
     report = dataset.report
+    num_dropped = f"{sum(report.dropped.values()):,}"
+    if not report.dropped.keys() <= UNUSABLE_REASONS:
+        num_dropped += ", where bad_record is skip; a run stops at the first malformed one else"
     findings = [
         Finding("records", f"{report.num_lines:,}"),
         Finding("pairs used", f"{report.num_used:,}"),
-        Finding("records dropped", f"{sum(report.dropped.values()):,}"),
+        Finding("records dropped", num_dropped),
     ]
     for reason, count in report.dropped.most_common():
         first = report.first[reason].replace(f": {reason}: ", ": ")
@@ -102,10 +125,11 @@ def _special_tokens(dataset: PreferenceDataset, tokenizer) -> list[Finding]:
         start = pair.prompt_ids[:2].tolist()
         counts["two BOS at the start"] += bos is not None and start == [bos, bos]
         counts["no BOS at the start"] += bos is not None and start[:1] != [bos]
-        for response in (pair.chosen_ids, pair.rejected_ids):
+        for response, lost in zip((pair.chosen_ids, pair.rejected_ids), dataset.lost[index, 1:], strict=True):
             last = [int(token) in ends for token in response[-2:]]
             counts["responses with two end tokens"] += last == [True, True]
-            counts["responses without an end token"] += not last[-1]
+            counts["responses without an end token, cut ones"] += not last[-1] and lost > 0
+            counts["responses without an end token, whole ones"] += not last[-1] and lost == 0
     return [Finding(name, f"{count:,}", count > 0) for name, count in counts.items()]
 
 
@@ -113,24 +137,30 @@ def _truncation(dataset: PreferenceDataset) -> list[Finding]:
     findings = []
     for part, name in enumerate(PARTS):
         lost = dataset.lost[:, part]
-        share = lost.sum() / max(lost.sum() + dataset.lengths[:, part].sum(dtype=np.int64), 1)
-        text = f"{int((lost > 0).sum()):,} cut, {int(lost.sum()):,} tokens lost ({share:.1%})"
+        text = f"{int((lost > 0).sum()):,} cut, {_lost(lost, dataset.lengths[:, part])}"
         findings.append(Finding(name, text, bool((lost > 0).mean() > 0.05)))
     return findings
+
+
+def _lost(lost: np.ndarray, lengths: np.ndarray) -> str:
+    """`lengths` are those that are left."""
+    num_lost = lost.sum(dtype=np.int64)
+    return f"{num_lost:,} tokens lost ({num_lost / max(num_lost + lengths.sum(dtype=np.int64), 1):.1%})"
 
 
 def _length_bias(lengths: np.ndarray) -> list[Finding]:
     findings = []
     for part, name in enumerate(PARTS):
         column = lengths[:, part]
-        quantiles = ", ".join(f"{np.quantile(column, q):.0f}" for q in (0.5, 0.95, 1))
-        findings.append(Finding(name, f"mean {column.mean():.1f}; median, 95 %, longest {quantiles}"))
+        median, most, longest = np.quantile(column, (0.5, 0.95, 1))
+        text = f"mean {column.mean():.1f}, median {median:,.0f}, 95% up to {most:,.0f}, longest {longest:,.0f}"
+        findings.append(Finding(name, text))
     longer, equal = lengths[:, 1] > lengths[:, 2], lengths[:, 1] == lengths[:, 2]
     judge = float(longer.mean() + equal.mean() / 2)
     ratio = lengths[:, 1].sum(dtype=np.int64) / lengths[:, 2].sum(dtype=np.int64)
     is_biased = max(judge, 1 - judge) > LENGTH_BIAS_LIMIT
     findings.append(Finding("chosen tokens per rejected token", f"{ratio:.3f}"))
-    findings.append(Finding("accuracy of 'the longer response is better'", f"{judge:.1%}", is_biased))
+    findings.append(Finding("chosen is the longer response", f"{judge:.1%}", is_biased))
     return findings
 
 
@@ -166,7 +196,7 @@ def _duplicates(dataset: PreferenceDataset) -> list[Finding]:
 
 
 def _leaks(dataset: PreferenceDataset, valid: PreferenceDataset) -> list[Finding]:
-    leaked = int(np.isin(valid.prompt_keys, dataset.prompt_keys).sum())
+    leaked = num_leaked(dataset, valid)
     return [
         Finding("validation pairs", f"{len(valid):,}"),
         Finding("of them with a prompt of the training pairs", f"{leaked:,}", leaked > 0),

@@ -88,7 +88,7 @@ def to_record(row: dict, options: PairOptions) -> PreferenceRecord:
     prompt_key = options.prompt_column or ("conversations" if row.get("prompt") is None else "prompt")
     prompt = row.get(prompt_key)
     if options.prompt_column and prompt is None:
-        raise BadRecord(f"missing_key:{prompt_key}", f"found the columns {', '.join(sorted(row)) or 'none'}")
+        raise _missing(row, "prompt", prompt_key)
     if prompt is not None:
         prompt = _text_or_messages(prompt, prompt_key)
     chosen = _text_or_messages(chosen, "chosen")
@@ -105,7 +105,8 @@ def to_record(row: dict, options: PairOptions) -> PreferenceRecord:
 def _from_texts(prompt, chosen: str, rejected: str) -> PreferenceRecord:
     if prompt is None:
         if not chosen.startswith("\n\nHuman:"):
-            raise BadRecord("missing_key:prompt", "the responses are plain strings, so they need a prompt beside them")
+            needs = "plain responses need a prompt beside them; prompt_column says which column it is in"
+            raise BadRecord("missing_key:prompt", needs)
         return _from_messages(None, _dialogue(chosen, "chosen"), _dialogue(rejected, "rejected"))
     if isinstance(prompt, str) and prompt.startswith("\n\nHuman:"):
         turns = _dialogue(prompt, "prompt")
@@ -160,8 +161,13 @@ def _checked(record: PreferenceRecord, options: PairOptions) -> PreferenceRecord
 def _column(row: dict, name: str, mapped: str):
     key = mapped or name
     if key not in row:
-        raise BadRecord(f"missing_key:{key}", f"found the columns {', '.join(sorted(row)) or 'none'}")
+        raise _missing(row, name, key)
     return row[key]
+
+
+def _missing(row: dict, name: str, key: str) -> BadRecord:
+    found = ", ".join(sorted(row)) or "none"
+    return BadRecord(f"missing_key:{key}", f"found the columns {found}; {name}_column says which one is meant")
 
 
 def _text_or_messages(value, name: str) -> str | list[Message]:

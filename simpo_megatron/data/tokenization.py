@@ -3,6 +3,7 @@
 import json
 import os
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 
@@ -10,7 +11,7 @@ from simpo_megatron.data.options import PairOptions
 from simpo_megatron.data.records import BadRecord, PreferenceRecord
 from simpo_megatron.data.templates import TEMPLATE_MARK, PairRenderer, RenderedPair, chat_template_of
 from simpo_megatron.data.truncation import kept_tokens, princeton_kept_tokens
-from simpo_megatron.errors import DataError
+from simpo_megatron.errors import ConfigError, DataError
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,22 @@ class EncodedPair:
     pair: TokenizedPair
     lost: tuple[int, int, int] = (0, 0, 0)
     notes: tuple[str, ...] = field(default=())
+
+
+def load_tokenizer(folder: str | Path):
+    """Returns the transformers tokenizer of a Hugging Face folder; code that comes with it is never run.
+
+    Raises: ConfigError when there is no such folder, or transformers can make no tokenizer of it.
+    """
+    from transformers import AutoTokenizer
+
+    if not Path(folder).is_dir():
+        raise ConfigError(f"model: found no folder {str(folder)!r}, expected the Hugging Face folder of a model")
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except (OSError, ValueError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(f"model: no tokenizer could be loaded from {folder}: {reason}") from error
 
 
 class PairTokenizer:

@@ -12,12 +12,11 @@ from torch import Tensor
 
 from simpo_megatron.config import config_from
 from simpo_megatron.convert.files import TensorSpec
-from simpo_megatron.data import PairOptions, PreferenceDataset, build_preference_dataset
+from simpo_megatron.data import PairOptions, PreferenceDataset, build_preference_dataset, load_tokenizer
 from simpo_megatron.mcore.families import ModelDescription
 from simpo_megatron.mcore.model import build_model
 from simpo_megatron.offline.weights import HfWeights, Weights
 from simpo_megatron.parallel import ParallelGroups
-from simpo_megatron.training.assembly import load_tokenizer
 from simpo_megatron.training.weights import fill_weights
 
 

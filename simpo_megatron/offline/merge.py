@@ -10,11 +10,10 @@ from torch import Tensor
 
 from simpo_megatron.convert.folder import MAX_SHARD_BYTES, refuse_existing_export
 from simpo_megatron.data import PairOptions
-from simpo_megatron.data.tokenization import tokenizer_identity
+from simpo_megatron.data.tokenization import load_tokenizer, tokenizer_identity
 from simpo_megatron.errors import CheckpointError, ConfigError, listed
 from simpo_megatron.offline.convert import write_hf
 from simpo_megatron.offline.weights import Weights
-from simpo_megatron.training.assembly import load_tokenizer
 from simpo_megatron.training.checkpoint import model_facts
 
 

@@ -15,6 +15,7 @@ from simpo_megatron.data import (
     build_preference_dataset,
     check_batches,
     check_vocabulary,
+    load_tokenizer,
     parse_named_sources,
     split,
 )
@@ -125,20 +126,6 @@ def cache_folder(config: Config) -> Path:
     if config.data.data_cache is not None:
         return Path(config.data.data_cache)
     return Path(config.run.save or "runs/unsaved").parent / "cache"
-
-
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a Hugging Face folder; code that comes with it is never run.
-
-    Raises:
-        ConfigError: transformers cannot make a tokenizer of the folder.
-    """
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except (OSError, ValueError, ImportError) as error:
-        raise ConfigError(f"model: no tokenizer could be loaded from {folder}: {error}") from error
 
 
 def load_data(

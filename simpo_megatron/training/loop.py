@@ -13,6 +13,7 @@ import torch.distributed as dist
 from simpo_megatron import faults, parallel
 from simpo_megatron.config import Config, lint, to_table
 from simpo_megatron.convert import export_adapter, export_hf, trained_share
+from simpo_megatron.data.doctor import num_leaked, summary
 from simpo_megatron.errors import NumericsError, StoppedByMonitor, StoppedBySignal
 from simpo_megatron.mcore import device
 from simpo_megatron.mcore.experts import LOAD_BALANCING_LOSS
@@ -111,19 +112,31 @@ def describe_job(config: Config, job: Job) -> list[str]:
     padded = job.trainer.chunks[0].module.vocab_size
     if padded != description.vocab_size:
         vocabulary += f" padded to {padded} for tp {sizes.tensor} (padding is masked out of the softmax)"
-    held_out = ", ".join(f"{len(dataset)} held out {name}".strip() for name, dataset in job.valid_data.items())
+    held_out = ", ".join(f"{len(dataset):,} held out {name}".strip() for name, dataset in job.valid_data.items())
     batch = job.trainer.batch_options
     return [
         f"model     {description.family} from {job.plan.sources.model}: {shape['num_layers']} layers, hidden "
         f"{shape['hidden_size']}, {vocabulary}",
         f"trained   {trained_share(description, config.lora)}",
-        f"pairs     {len(job.train_data)} to train on, {held_out or 'none held out'}",
+        f"pairs     {len(job.train_data):,} to train on, {held_out or 'none held out to tell whether it learns'}",
+        *_describe_files(job),
         f"ranks     {dist.get_world_size()} ({device.backend()}): tp {sizes.tensor} x pp {sizes.pipeline} x cp "
         f"{sizes.context} x dp {job.plan.layout.data_parallel_size}"
         + (f", experts over {sizes.expert}" if "num_moe_experts" in shape else ""),
         f"kernels   {device.kernels()}",
         f"steps     {job.train_iters} of {batch.global_batch_size} pairs",
     ]
+
+
+def _describe_files(job: Job) -> list[str]:
+    """What became of the records of the preference files, and which held-out pairs are not held out."""
+    lines = summary(job.train_data)
+    for name, dataset in job.valid_data.items():
+        if job.plan.sources.valid:
+            lines += summary(dataset, f"held out {name}".strip() + " ")
+        if leaked := num_leaked(job.train_data, dataset):
+            lines.append(f"WARNING   {leaked:,} of {len(dataset):,} held-out pairs have a prompt that is trained on")
+    return lines
 
 
 def _run_steps(

@@ -11,7 +11,7 @@ import pytest
 from data_tokenizers import llama_like
 
 from simpo_megatron.data import PairOptions, build_preference_dataset
-from simpo_megatron.data.doctor import diagnose, histogram, show_pairs
+from simpo_megatron.data.doctor import diagnose, histogram, num_leaked, show_pairs, summary
 
 ROOT = Path(__file__).parents[2]
 TOOL = ROOT / "tools" / "inspect_data.py"
@@ -38,7 +38,7 @@ def test_the_diagnosis_counts_what_was_made_wrong(values):
     dataset, found = values
     assert found["records"].value == "17"
     assert found["pairs used"].value == "12"
-    assert found["records dropped"].value == "5"
+    assert found["records dropped"].value.startswith("5, where bad_record is skip")
     assert found["identical_pair"].value.startswith("3, first at ")
     assert found["identical_pair"].value.endswith("sick.jsonl:13: chosen and rejected are the same text")
     assert found["empty_chosen"].warning
@@ -48,10 +48,31 @@ def test_the_diagnosis_counts_what_was_made_wrong(values):
     assert found["of them with a prompt of the training pairs"].value == "2"
     num_cut = int((dataset.lost[:, 1] > 0).sum())
     assert num_cut > 0
-    assert found["responses without an end token"].value == str(num_cut)
+    assert found["responses without an end token, cut ones"].value == str(num_cut)
+    assert found["responses without an end token, whole ones"].value == "0"
     assert found["two BOS at the start"].value == found["no BOS at the start"].value == "0"
-    assert found["accuracy of 'the longer response is better'"].value == "100.0%"
-    assert found["accuracy of 'the longer response is better'"].warning
+    assert found["chosen is the longer response"].value == "100.0%"
+    assert found["chosen is the longer response"].warning
+
+
+def test_the_summary_of_a_run_names_every_loss(values):
+    dataset, _ = values
+    records, cut = summary(dataset, "held out ")
+    path = dataset.report.first["identical_pair"].split(":13")[0]
+    assert records.startswith("records   held out 17: 12 used, dropped 3 identical_pair (first at " + path + ":13), ")
+    num_lost, num_left = int(dataset.lost.sum()), int(dataset.lengths.sum())
+    num_cut = int((dataset.lost[:, 1] > 0).sum())
+    assert cut == (
+        f"cut       held out {num_cut} chosen: {num_lost} tokens lost ({num_lost / (num_lost + num_left):.1%})"
+    )
+    assert num_leaked(dataset.select(np.array([0])), dataset) == 3
+
+
+def test_the_summary_of_pairs_without_a_loss_is_one_line(tmp_path):
+    path = tmp_path / "well.jsonl"
+    path.write_text(json.dumps({"prompt": "q", "chosen": "yes", "rejected": "no"}) + "\n")
+    dataset = build_preference_dataset([str(path)], llama_like(), PairOptions(), tmp_path / "c")
+    assert summary(dataset) == ["records   1: 1 used, dropped none"]
 
 
 def test_the_work_saved_is_counted_in_tokens(values):
@@ -107,3 +128,6 @@ def test_the_tool_says_in_one_line_what_it_cannot_read(tmp_path):
     run = run_tool(["--model", "model", "--data", "missing.jsonl"], tmp_path)
     assert run.returncode == 3
     assert run.stderr.strip().splitlines()[-1] == "error: missing.jsonl: no such file"
+    run = run_tool(["--model", "nowhere", "--data", "missing.jsonl"], tmp_path)
+    assert run.returncode == 2
+    assert run.stderr.startswith("error: model: found no folder 'nowhere'") and run.stderr.count("\n") == 1

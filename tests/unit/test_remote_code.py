@@ -6,9 +6,9 @@ import json
 
 import pytest
 
+from simpo_megatron.data import load_tokenizer
 from simpo_megatron.errors import SimPOError
 from simpo_megatron.mcore.families import describe_hf_model
-from simpo_megatron.training.assembly import load_tokenizer
 
 
 @pytest.fixture
