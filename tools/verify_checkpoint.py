@@ -5,6 +5,7 @@ python tools/verify_checkpoint.py runs/mine runs/mine/hf --pairs pairs.jsonl
 
 Prints the SHA-256 of every tensor on both sides, under its Hugging Face name, and with --pairs the average log-prob of
 each response on both sides: of a folder by transformers, of a checkpoint by megatron-core, both in fp32 on the CPU.
+A tensor that one side stores in fewer bits is compared after both are cast to these, and so are the log-probs.
 Exit code 0: every byte is the same (and log-probs are within 1e-4); 1: something differs; 4: a side cannot be read.
 """
 
@@ -16,6 +17,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from simpo_megatron.mcore.precision import dtype_name
 from simpo_megatron.offline.command import run_command
 from simpo_megatron.parallel import ParallelGroups
 
@@ -58,39 +60,47 @@ def print_tensors(sides: list, console: Console) -> bool:
 
     console.print(f"A {sides[0].folder}\nB {sides[1].folder}")
     table = Table("tensor", "stored as", "SHA-256 of A", "SHA-256 of B", "")
-    num_equal = num_tensors = 0
+    num_equal = num_cast = num_tensors = 0
     for tensor in compare_tensors(*sides):
         num_tensors += 1
         num_equal += tensor.is_equal
         verdict = "equal" if tensor.is_equal else "DIFFERS"
+        if tensor.cast_to is not None:
+            num_cast += 1
+            verdict += f" as {dtype_name(tensor.cast_to)}"
         if not tensor.is_equal and tensor.largest_difference is not None:
             verdict += f" by {tensor.largest_difference:.3g} at most"
         hashes = [digest[:16] if digest else "none" for digest in tensor.sha256]
         table.add_row(tensor.name, " / ".join(dict.fromkeys(map(describe, tensor.specs))), *hashes, verdict)
     console.print(table)
-    console.print(f"{num_equal} of {num_tensors} tensors are equal in every byte")
+    cast = f"; {num_cast} are stored in two dtypes, and were compared once cast to the narrower" if num_cast else ""
+    console.print(f"{num_equal} of {num_tensors} tensors are equal in every byte{cast}")
     return num_equal == num_tensors
 
 
 def describe(spec) -> str:
     """Returns dtype and shape of a tensor, as the table shows them."""
-    return "none" if spec is None else f"{str(spec.dtype).removeprefix('torch.')} {list(spec.shape)}"
+    return "none" if spec is None else f"{dtype_name(spec.dtype)} {list(spec.shape)}"
 
 
 def print_log_probs(sides: list, files: list[str], max_pairs: int, groups: ParallelGroups, console: Console) -> bool:
     """Prints a row for each pair, and returns whether the log-probs of both sides agree."""
-    from simpo_megatron.offline.compare import average_log_probs, read_pairs
+    from simpo_megatron.offline.compare import average_log_probs, common_dtype, read_pairs
 
     with tempfile.TemporaryDirectory() as cache:
         pairs = read_pairs(files, sides[0].folder, Path(cache), max_pairs)
-        first, second = (average_log_probs(side, pairs, groups) for side in sides)
+        cast_to = common_dtype(*sides)
+        first, second = (average_log_probs(side, pairs, groups, cast_to) for side in sides)
     table = Table("pair", "chosen A", "chosen B", "rejected A", "rejected B", title="average log-prob of a token")
     largest = 0.0
     for number, (a, b) in enumerate(zip(first, second, strict=True), start=1):
         table.add_row(str(number), *(f"{value:.6f}" for value in (a[0], b[0], a[1], b[1])))
         largest = max(largest, abs(a[0] - b[0]), abs(a[1] - b[1]))
     console.print(table)
-    console.print(f"largest difference of {2 * len(first)} average log-probs: {largest:.2e} (budget {BUDGET:g})")
+    rounded = "" if cast_to is None else f" of both models rounded to {dtype_name(cast_to)}"
+    console.print(
+        f"largest difference of {2 * len(first)} average log-probs{rounded}: {largest:.2e} (budget {BUDGET:g})"
+    )
     return largest <= BUDGET
 
 

@@ -41,6 +41,9 @@ class ModelConfig:
     export_hf: str | None = None
     """Folder for the trained model in Hugging Face form."""
 
+    export_dtype: Literal["bfloat16", "float16", "float32", "stored"] = "bfloat16"
+    """Number format of the weights in export_hf's folder; stored: that of the run's checkpoints, to the bit."""
+
     hidden_dropout: float = 0.0
     """Dropout after attention and MLP; off, for it makes the two responses of a pair incomparable."""
 

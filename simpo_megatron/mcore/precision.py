@@ -6,11 +6,12 @@ loss sums in fp32 whatever the format.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 
-from simpo_megatron.config import PrecisionConfig
+from simpo_megatron.config import Config, PrecisionConfig
 
 # Hopper's two 8-bit formats: hybrid is e4m3 forward and e5m2 for gradients; block scaling has range enough for e4m3.
 _FP8_FORMAT = {"delayed": "hybrid", "tensorwise": "hybrid", "blockwise": "e4m3", "mxfp8": "e4m3"}
@@ -41,3 +42,20 @@ def precision_options(precision: PrecisionConfig) -> dict[str, Any]:
 def parameter_dtype(precision: PrecisionConfig) -> torch.dtype:
     """The dtype of weights and activations outside FP8 products; master weights and moments are fp32 beside bf16."""
     return torch.bfloat16 if precision.bf16 else torch.float32
+
+
+def export_dtype(config: Config) -> torch.dtype:
+    """The dtype of the weights in the folder of `export_hf`."""
+    name = config.model.export_dtype
+    return parameter_dtype(config.precision) if name == "stored" else getattr(torch, name)
+
+
+def rounding(stored: Iterable[torch.dtype], written: torch.dtype) -> str | None:
+    """What is to be said of weights in `stored` that are written as `written`; None where every number stays."""
+    lost = sorted({dtype_name(dtype) for dtype in stored if torch.promote_types(dtype, written) != written})
+    return f"{' and '.join(lost)} weights are rounded to {dtype_name(written)}" if lost else None
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """`dtype` as options and config.json name it, such as bfloat16."""
+    return str(dtype).removeprefix("torch.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,22 +26,41 @@ class ComparedTensor:
 
     name: str
     specs: tuple[TensorSpec | None, TensorSpec | None]
+    """As stored."""
+    cast_to: torch.dtype | None
+    """What both sides were cast to before they were compared; None where they are stored in one dtype."""
     sha256: tuple[str | None, str | None]
     largest_difference: float | None
     """Of two elements in the same place, None where the shapes differ or a tensor is missing; zero when equal."""
 
     @property
     def is_equal(self) -> bool:
-        return None not in self.sha256 and self.specs[0] == self.specs[1] and self.sha256[0] == self.sha256[1]
+        shapes = [None if spec is None else spec.shape for spec in self.specs]
+        return None not in shapes and shapes[0] == shapes[1] and self.sha256[0] == self.sha256[1]
 
 
 def compare_tensors(first: Weights, second: Weights) -> Iterator[ComparedTensor]:
     """Every tensor of either model, one of each in memory at a time."""
     for name in {**first.specs, **second.specs}:
         specs = first.specs.get(name), second.specs.get(name)
+        cast_to = _narrower({spec.dtype: None for spec in specs if spec is not None})
         tensors = [weights.read(name) if name in weights.specs else None for weights in (first, second)]
+        tensors = [tensor if tensor is None or cast_to is None else tensor.to(cast_to) for tensor in tensors]
         hashes = [None if tensor is None else hash_tensor(tensor) for tensor in tensors]
-        yield ComparedTensor(name, specs, tuple(hashes), _largest_difference(*tensors))
+        yield ComparedTensor(name, specs, cast_to, tuple(hashes), _largest_difference(*tensors))
+
+
+def common_dtype(first: Weights, second: Weights) -> torch.dtype | None:
+    """What both models are rounded to before one is held against the other; None where they share their dtypes."""
+    if all(spec.dtype == second.specs[name].dtype for name, spec in first.specs.items() if name in second.specs):
+        return None
+    return _narrower({spec.dtype: None for weights in (first, second) for spec in weights.specs.values()})
+
+
+def _narrower(dtypes: Iterable[torch.dtype]) -> torch.dtype | None:
+    """Of several the one with the fewest bits, the last of two that have as many; None where there is only one."""
+    *others, last = dtypes
+    return min((last, *others), key=lambda dtype: dtype.itemsize) if others else None
 
 
 def hash_tensor(tensor: Tensor) -> str:
@@ -66,13 +85,20 @@ def read_pairs(files: Sequence[str], folder: Path, cache: Path, max_pairs: int) 
 
 
 @torch.no_grad()
-def average_log_probs(weights: Weights, pairs: PreferenceDataset, groups: ParallelGroups) -> list[tuple[float, float]]:
+def average_log_probs(
+    weights: Weights, pairs: PreferenceDataset, groups: ParallelGroups, cast_to: torch.dtype | None = None
+) -> list[tuple[float, float]]:
     """(chosen, rejected) average log-prob per response token of each pair, computed in fp32 on the CPU.
 
     A Hugging Face folder is computed by transformers, a checkpoint by megatron-core, so that neither vouches for the
     other. The whole model is in memory, in fp32.
+
+    Args:
+        cast_to: what its weights are rounded to first; None leaves them as stored.
     """
-    logits_of = _transformers(weights.folder) if isinstance(weights, HfWeights) else _megatron(weights, groups)
+    model, logits_of = _transformers(weights.folder) if isinstance(weights, HfWeights) else _megatron(weights, groups)
+    for parameter in model.parameters() if cast_to is not None else ():
+        parameter.copy_(parameter.to(cast_to))
     averages = []
     for index in range(len(pairs)):
         pair = pairs[index]
@@ -95,7 +121,7 @@ def _transformers(folder: Path):
     model = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, trust_remote_code=False, local_files_only=True
     ).eval()
-    return lambda tokens: model(tokens).logits
+    return model, lambda tokens: model(tokens).logits
 
 
 def _megatron(weights: Weights, groups: ParallelGroups):
@@ -103,4 +129,4 @@ def _megatron(weights: Weights, groups: ParallelGroups):
     (chunk,) = model = build_model(weights.description, config, groups)
     fill_weights(model, weights.folder, weights.description, groups)
     chunk.eval()
-    return lambda tokens: chunk(tokens, torch.arange(tokens.shape[1])[None], None)
+    return chunk, lambda tokens: chunk(tokens, torch.arange(tokens.shape[1])[None], None)

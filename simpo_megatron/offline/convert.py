@@ -105,7 +105,7 @@ def to_hf(
         like=weights,
         title="write hf",
         max_shard_bytes=max_shard_bytes,
-        model_card=_card(weights, out_folder),
+        model_card=_card(weights, out_folder, dtype),
     )
 
 
@@ -141,11 +141,11 @@ def write_hf(
         complete_folder(staging, like.folder, like.description.hf_config, files, model_card)
 
 
-def _card(weights: Weights, out_folder: Path) -> str | None:
+def _card(weights: Weights, out_folder: Path, dtype: torch.dtype | None) -> str | None:
     if not isinstance(weights, MegatronWeights):
         return None
     try:
-        return card_of(weights.checkpoint, out_folder)
+        return card_of(weights.checkpoint, out_folder, dtype)
     except ConfigError as error:
         # Another version's options: the model is as good without its card.
         print(f"WARNING no model card, for this version cannot read the run's options: {error}", file=sys.stderr)

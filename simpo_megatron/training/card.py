@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+
 from simpo_megatron.config import Config, config_from, options_in_force, to_yaml
+from simpo_megatron.mcore.precision import dtype_name, parameter_dtype
 from simpo_megatron.training.commit import Checkpoint
 from simpo_megatron.training.loggers import METRICS_FILE
 from simpo_megatron.training.report import Curves, before_and_after, headline_of, read_curves
@@ -12,11 +15,12 @@ from simpo_megatron.training.report import Curves, before_and_after, headline_of
 _OF_TRAINING = ("loss", "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected")
 
 
-def model_card(config: Config, out_folder: str | Path, curves: Curves | None) -> str:
+def model_card(config: Config, out_folder: str | Path, curves: Curves | None, dtype: torch.dtype) -> str:
     """The README.md of the model exported to `out_folder`, in the form that Hugging Face reads.
 
     Args:
         curves: of the run; None where it kept none.
+        dtype: of the exported weights.
     """
     objective = config.objective
     lines = [
@@ -27,15 +31,18 @@ def model_card(config: Config, out_folder: str | Path, curves: Curves | None) ->
         f"# {Path(out_folder).name}",
         "",
         f"Trained from `{Path(config.model.model or '').name}` with {objective.title} ({objective.paper}) "
-        "by simpo_megatron.",
+        f"by simpo_megatron. Weights: {dtype_name(dtype)}, trained in {dtype_name(parameter_dtype(config.precision))}.",
     ]
     if curves is not None:
         lines += [headline_of(curves), *_metrics(curves)]
     return "\n".join([*lines, "", "## Configuration", "", "```yaml", to_yaml(config).rstrip(), "```", ""])
 
 
-def card_of(checkpoint: Checkpoint, out_folder: str | Path) -> str | None:
+def card_of(checkpoint: Checkpoint, out_folder: str | Path, dtype: torch.dtype | None) -> str | None:
     """The card of `checkpoint` exported to `out_folder`, as its record and metrics have it; None without a run.
+
+    Args:
+        dtype: of the exported weights; None: that of the checkpoint.
 
     Raises:
         ConfigError: an option of the run is not one of this version, or the metrics cannot be read.
@@ -45,7 +52,8 @@ def card_of(checkpoint: Checkpoint, out_folder: str | Path) -> str | None:
         return None
     has_metrics = METRICS_FILE in checkpoint.files and checkpoint.files[METRICS_FILE].size > 0
     curves = read_curves(checkpoint.folder / METRICS_FILE) if has_metrics else None
-    return model_card(config_from(**options_in_force(options)), out_folder, curves)
+    config = config_from(**options_in_force(options))
+    return model_card(config, out_folder, curves, dtype or parameter_dtype(config.precision))
 
 
 def _metrics(curves: Curves) -> list[str]:

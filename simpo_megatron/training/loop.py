@@ -18,7 +18,7 @@ from simpo_megatron.errors import NumericsError, StoppedByMonitor, StoppedBySign
 from simpo_megatron.mcore import device
 from simpo_megatron.mcore.experts import LOAD_BALANCING_LOSS
 from simpo_megatron.mcore.optimizer import gather_parameters
-from simpo_megatron.mcore.precision import parameter_dtype
+from simpo_megatron.mcore.precision import export_dtype, parameter_dtype, rounding
 from simpo_megatron.training.assembly import Job, Plan, assemble, plan_run
 from simpo_megatron.training.card import model_card
 from simpo_megatron.training.checkpoint import Start, find_checkpoint, held_run_folder, start_run
@@ -291,10 +291,13 @@ def _finish(config: Config, job: Job, log: RunLog) -> None:
             job.plan.sources.model,
             config.model.export_hf,
             groups=job.trainer.groups,
-            dtype=parameter_dtype(config.precision),
-            model_card=model_card(config, config.model.export_hf, curves),
+            dtype=export_dtype(config),
+            model_card=model_card(config, config.model.export_hf, curves, export_dtype(config)),
         )
         log.say(f"model     {config.model.export_hf} (AutoModelForCausalLM loads it)")
+        said = rounding([parameter_dtype(config.precision)], export_dtype(config))
+        if said is not None:
+            log.say(f"NOTE      {said} there; --export-dtype stored keeps every bit")
     if config.lora.export_adapter is not None:
         export_adapter(
             job.model,

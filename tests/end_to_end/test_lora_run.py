@@ -14,6 +14,7 @@ def test_adapters_learn_and_leave_a_merged_model(tmp_path):
     options = ["--tp", "2", "--lora-rank", "8", "--lora-alpha", "16", "--train-iters", "16", "--log-interval", "4"]
     options += ["--save", str(tmp_path / "run"), "--data-cache", str(tmp_path / "cache")]
     options += ["--export-hf", str(tmp_path / "hf"), "--export-adapter", str(tmp_path / "adapter")]
+    options += ["--export-dtype", "stored"]
     done = torchrun("--nproc-per-node", "2", "examples/pretrain_simpo.py", *options)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     assert "trained   69,632 of 1,179,520 parameters (5.90%): adapters of rank 8 on linear_qkv" in done.stdout

@@ -18,7 +18,7 @@ from twin import response_log_probs
 from simpo_megatron.config import load_config
 from simpo_megatron.data import build_preference_dataset
 from simpo_megatron.demo import prepare_demo
-from tools import convert_hf
+from tools import convert_hf, verify_checkpoint
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SCRIPT = "examples/pretrain_simpo.py"
@@ -68,11 +68,14 @@ def write_set(folder: Path, name: str, lines: slice) -> Path:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """(what was printed, the run's folder, the options) of a short run of the embedded default on two ranks."""
+    """(what was printed, the run's folder, the options) of a short run of the embedded default on two ranks.
+
+    Its model is exported as it was trained, in fp32, so that numbers can be held against the trainer's.
+    """
     folder = tmp_path_factory.mktemp("pretrain")
     options = ["--tp", "2", "--train-iters", str(NUM_STEPS), "--log-interval", "1", "--global-batch-size", "16"]
     options += ["--save", str(folder / "run"), "--save-interval", "2", "--export-hf", str(folder / "hf")]
-    options += ["--data-cache", str(folder / "cache")]
+    options += ["--data-cache", str(folder / "cache"), "--export-dtype", "stored"]
     options += ["--valid-data", *(f"{name}={write_set(folder, name, lines)}" for name, lines in SETS.items())]
     done = torchrun(SCRIPT, *options)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
@@ -160,9 +163,10 @@ def test_the_exported_model_loads_in_transformers_and_scores_as_the_trainer_did(
 
 def test_the_newest_checkpoint_converts_to_the_very_folder_that_the_run_exported(run):
     _, folder, _ = run
-    assert convert_hf.main(["mcore-to-hf", str(folder / "run"), str(folder / "converted" / "hf")]) == 0
+    out = folder / "converted" / "hf"
+    assert convert_hf.main(["mcore-to-hf", str(folder / "run"), str(out), "--dtype", "stored"]) == 0
     exported = {path.name: path.read_bytes() for path in (folder / "hf").iterdir()}
-    assert {path.name: path.read_bytes() for path in (folder / "converted" / "hf").iterdir()} == exported
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == exported
     assert b"went from" in exported["README.md"] and b"## Metrics" in exported["README.md"]
 
 
@@ -174,10 +178,14 @@ def test_the_demonstration_text_comes_back_from_the_exported_tokenizer(run):
 
 
 def test_a_run_resumed_from_an_earlier_step_is_the_run_that_went_on(run):
-    """Same layout, same machine: the last step's numbers and the exported weights are equal, not close."""
+    """Same layout, same machine: the last step's numbers and the exported weights are equal, not close.
+
+    The resumed run exports bf16, what a run does that is told nothing, and says that this rounds.
+    """
     _, folder, options = run
     shutil.copytree(folder / "run", folder / "resumed")
     own = [*options, "--save", str(folder / "resumed"), "--resume", "2", "--export-hf", str(folder / "resumed_hf")]
+    own += ["--export-dtype", "bfloat16"]
     done = torchrun("--nproc-per-node", "2", SCRIPT, *own)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     assert "iter_0000002: step 2" in done.stdout
@@ -188,7 +196,25 @@ def test_a_run_resumed_from_an_earlier_step_is_the_run_that_went_on(run):
     assert last["resumed"] == last["run"] and last["run"]["iteration"] == NUM_STEPS
     exported = [load_file(folder / name / "model.safetensors") for name in ("hf", "resumed_hf")]
     assert exported[0].keys() == exported[1].keys()
-    assert all(torch.equal(exported[0][name], exported[1][name]) for name in exported[0])
+    assert all(torch.equal(exported[0][name].bfloat16(), exported[1][name]) for name in exported[0])
+    for folder_name, dtype in (("hf", "float32"), ("resumed_hf", "bfloat16")):
+        assert json.loads((folder / folder_name / "config.json").read_text())["dtype"] == dtype
+        assert f"Weights: {dtype}, trained in float32." in (folder / folder_name / "README.md").read_text()
+    said = "NOTE      float32 weights are rounded to bfloat16 there; --export-dtype stored keeps every bit"
+    assert said in done.stdout.splitlines() and "NOTE" not in run[0].stdout
+
+
+def test_without_a_word_both_ways_out_round_to_bf16_and_say_so(run, capsys):
+    _, folder, _ = run
+    out = folder / "rounded"
+    assert load_config([]).model.export_dtype == "bfloat16"
+    assert convert_hf.main(["mcore-to-hf", str(folder / "run"), str(out)]) == 0
+    said = "NOTE float32 weights are rounded to bfloat16; --dtype stored keeps every bit"
+    assert said in capsys.readouterr().out.splitlines()
+    trained, rounded = (load_file(path / "model.safetensors") for path in (folder / "hf", out))
+    assert all(torch.equal(rounded[name], tensor.bfloat16()) for name, tensor in trained.items())
+    assert verify_checkpoint.main([str(folder / "run"), str(out)]) == 0
+    assert "compared once cast to the narrower" in capsys.readouterr().out
 
 
 def test_bad_data_stops_all_ranks_with_one_line_and_the_exit_code_of_data(tmp_path):

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 
 from simpo_megatron.config import config_from, load_config
 from simpo_megatron.errors import ConfigError
@@ -29,8 +30,10 @@ def checkpoint(folder, lines=LINES, **facts):
 
 def test_a_checkpoint_gives_the_card_that_its_run_gives(tmp_path):
     saved = checkpoint(tmp_path / "iter_0000007")
-    card = card_of(saved, tmp_path / "out" / "better")
-    assert card == model_card(config_from(**OPTIONS), "better", read_curves(saved.folder / "metrics.jsonl"))
+    card = card_of(saved, tmp_path / "out" / "better", torch.bfloat16)
+    curves = read_curves(saved.folder / "metrics.jsonl")
+    assert card == model_card(config_from(**OPTIONS), "better", curves, torch.bfloat16)
+    assert "Weights: bfloat16, trained in bfloat16." in card
     assert "# better\n\nTrained from `llama` with SimPO (arXiv 2405.14734)" in card
     assert "accuracy went from 45.0% to 87.5%" in card
     assert "| accuracy | 45.0% | 87.5% | share of pairs" in card and "| loss | 1.5000 | 0.5000 |" in card
@@ -40,17 +43,18 @@ def test_a_checkpoint_gives_the_card_that_its_run_gives(tmp_path):
 
 
 def test_a_run_without_metrics_still_has_its_configuration(tmp_path):
-    card = card_of(checkpoint(tmp_path / "iter_0000007", lines=[]), "out")
-    assert card == model_card(config_from(**OPTIONS), "out", None)
+    card = card_of(checkpoint(tmp_path / "iter_0000007", lines=[]), "out", torch.float32)
+    assert card == model_card(config_from(**OPTIONS), "out", None, torch.float32)
+    assert "Weights: float32, trained in bfloat16." in card
     assert "beta: 2.5" in card and "## Metrics" not in card
 
 
 def test_weights_that_no_run_has_trained_have_no_card(tmp_path):
-    assert card_of(Checkpoint(tmp_path, 0, {"model": {}}, {}), "out") is None
+    assert card_of(Checkpoint(tmp_path, 0, {"model": {}}, {}), "out", None) is None
 
 
 def test_an_option_of_another_version_is_named(tmp_path):
     saved = checkpoint(tmp_path / "iter_0000007")
     saved.facts["config"]["no_such_option"] = 1
     with pytest.raises(ConfigError, match="no_such_option"):
-        card_of(saved, "out")
+        card_of(saved, "out", None)

@@ -132,13 +132,31 @@ def test_a_single_bit_is_seen_and_named(models, tmp_path, capsys):
     assert name in line and "at most" in line
 
 
-def test_the_same_numbers_in_another_dtype_are_not_the_same_model(models, tmp_path, capsys):
+def test_what_two_dtypes_store_is_compared_in_the_narrower_and_said_to_be(models, tmp_path, capsys):
+    copy, pairs = tmp_path / "copy", prepare_demo(tmp_path / "demo").valid_file
+    shutil.copytree(models / "c", copy)
+    save_file({name: tensor.bfloat16() for name, tensor in weights(copy).items()}, copy / "model.safetensors")
+    for sides in ((models / "c", copy), (copy, models / "c")):
+        assert verify_checkpoint.main([*map(str, sides), "--pairs", str(pairs), "--max-pairs", "2"]) == 0
+        out = capsys.readouterr().out
+        assert "equal as bfloat16" in out and "DIFFERS" not in out and "float32 [32]" in out
+        assert "21 of 21 tensors are equal in every byte; 21 are stored in two dtypes, and were compared once" in out
+        assert "of both models rounded to bfloat16" in out
+    changed = weights(copy)
+    name = "model.layers.1.mlp.up_proj.weight"
+    changed[name].view(torch.int16)[5, 7] ^= 1
+    save_file(changed, copy / "model.safetensors")
+    assert verify_checkpoint.main([str(models / "c"), str(copy)]) == 1
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "DIFFERS" in line]
+    assert name in line and "DIFFERS as bfloat16 by" in line
+
+
+def test_two_formats_of_as_many_bits_are_compared_in_that_of_the_second(models, tmp_path, capsys):
     copy = tmp_path / "copy"
     shutil.copytree(models / "a", copy)
-    save_file({name: tensor.float() for name, tensor in weights(copy).items()}, copy / "model.safetensors")
-    assert verify_checkpoint.main([str(models / "a"), str(copy)]) == 1
-    out = capsys.readouterr().out
-    assert "DIFFERS by 0 at most" in out and "bfloat16 [32] / float32 [32]" in out
+    save_file({name: tensor.half() for name, tensor in weights(copy).items()}, copy / "model.safetensors")
+    assert verify_checkpoint.main([str(models / "a"), str(copy)]) == 0
+    assert "equal as float16" in capsys.readouterr().out
 
 
 def test_log_probs_of_both_sides_are_printed_and_judged(models, tmp_path, capsys):
