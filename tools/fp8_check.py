@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -191,6 +192,8 @@ def main(argv: Sequence[str]) -> int:
     own, of_the_trainer = parser.parse_known_args(argv)
     if own.pairs < 1:
         parser.error(f"argument --pairs: found {own.pairs}, expected a number above 0")
+    # Of what megatron says to its own developers, nothing is the user's to mend.
+    warnings.simplefilter("ignore")
     try:
         check(load_config(of_the_trainer), own.recipe, own.pairs)
     except SimPOError as error:

@@ -7,15 +7,19 @@ from simpo_megatron.loss import SimPOObjective
 
 
 def lint(config: Config) -> list[str]:
-    """One line per doubtful setting: what was found, what was published. None for the demo, a toy on purpose.
+    """One line per setting without effect, and per doubtful one: what was found, what was published.
+
+    The demo is a toy on purpose, whose settings are not to be doubted.
 
     Source: the tuning advice of the reference implementation (princeton-nlp/SimPO), and its users' reports on
     batch size and repetition.
     """
+    warnings = _without_effect(config)
     if config.run.preset == DEMO:
-        return []
+        return warnings
     lr, pairs = config.optimizer.lr, config.batch.global_batch_size
-    warnings = _simpo_warnings(config.objective) if isinstance(config.objective, SimPOObjective) else []
+    if isinstance(config.objective, SimPOObjective):
+        warnings += _simpo_warnings(config.objective)
     if config.lora.lora_rank is not None:
         if lr < 1e-6:
             warnings.append(
@@ -26,8 +30,8 @@ def lint(config: Config) -> list[str]:
         warnings.append(f"lr {lr:g}: published runs use 3e-7 to 1e-6; at 1e-5 models fell into repetition")
     if pairs != 128:
         warnings.append(
-            f"global_batch_size {pairs}: published runs use 128; one user saw AlpacaEval 2 fall from 50.3 at "
-            "128 to 34.8 at 1024"
+            f"global_batch_size {pairs}: published runs use 128"
+            + ("; one user saw AlpacaEval 2 fall from 50.3 at 128 to 34.8 at 1024" if pairs > 128 else "")
         )
     if max(config.model.hidden_dropout, config.model.attention_dropout, config.lora.lora_dropout) > 0:
         warnings.append("dropout: published runs switch it off; it makes a pair's responses incomparable")
@@ -50,8 +54,34 @@ def _simpo_warnings(objective: SimPOObjective) -> list[str]:
         warnings.append(
             f"sft_weight {objective.sft_weight:g}: published runs use 0; it helped on GSM8K and hurt in chat"
         )
-    elif objective.sft_normalization != "token":
-        warnings.append(
-            f"sft_normalization {objective.sft_normalization}: without effect while sft_weight is 0"
-        )
     return warnings
+
+
+def idle_options(config: Config) -> dict[str, str]:
+    """The options that nothing in this run looks at, and why."""
+    batch, run, monitors = config.batch, config.run, config.monitors
+    has_held_out = config.data.valid_data or config.data.valid_fraction or DEMO in config.data.data
+    groups = (
+        (getattr(config.objective, "sft_weight", 0) == 0, "sft_weight is 0", ("sft_normalization",)),
+        (config.lora.lora_rank is None, "there are no adapters", ("lora_alpha", "lora_dropout", "lora_targets")),
+        (config.pairs.bad_record == "error", "bad_record is error", ("max_bad_fraction",)),
+        (batch.packing, "packing is on", ("micro_batch_size",)),
+        (not batch.packing, "packing is off", ("tokens_per_microbatch",)),
+        (config.optimizer.lr_decay_style == "constant", "lr_decay_style is constant", ("min_lr",)),
+        (
+            config.recompute.recompute_granularity != "selective",
+            "recompute_granularity is not selective",
+            ("recompute_modules",),
+        ),
+        (run.save is None, "save is not given", ("keep_checkpoints", "async_save", "on_save_failure")),
+        (monitors.repetition_prompts == 0, "repetition_prompts is 0", ("max_repetition", "repetition_tokens")),
+        (not has_held_out, "no pairs are held out", ("eval_interval", "max_displacement", "repetition_prompts")),
+    )
+    return {name: why for holds, why, names in groups if holds for name in names}
+
+
+def _without_effect(config: Config) -> list[str]:
+    values, defaults = config.flat(), Config(objective=type(config.objective)()).flat()
+    idle = {name: why for name, why in idle_options(config).items() if values.get(name) != defaults.get(name)}
+    shown = {name: " ".join(values[name]) if isinstance(values[name], tuple) else values[name] for name in idle}
+    return [f"{name} {shown[name]}: without effect while {why}" for name, why in idle.items()]

@@ -1,4 +1,4 @@
-"""A configuration as people and later runs read it: YAML that loads again, and a table for the terminal."""
+"""A configuration as people and later runs read it: YAML that loads again, and lines for the terminal."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from dataclasses import asdict
 from typing import Any
 
 import yaml
-from rich.table import Table
 from rich.text import Text
 
+from simpo_megatron.config.lint import idle_options
 from simpo_megatron.config.sections import Config
 
 
@@ -38,31 +38,37 @@ def options_in_force(options: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def to_table(config: Config) -> Table:
-    """A rich table of the options that have a value, bold where not the default, gamma beside its ratio."""
-    table = Table(
-        title="configuration", title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0)
-    )
-    table.add_column(style="dim")
-    table.add_column()
-    table.add_column(overflow="fold")
-    for section, values in _sections_in_force(config).items():
-        heading = section
-        for name, value in values.items():
-            if value in (None, [], ""):
-                continue
-            shown = " ".join(value) if isinstance(value, list) else _readable(value)
-            own = getattr(config, section)
-            is_default = getattr(own, name) == getattr(type(own), name)
-            # Text, not markup: a file name may hold square brackets.
-            table.add_row(heading, name, Text(shown), style=None if is_default else "bold")
-            heading = ""
+def to_text(config: Config) -> Text:
+    """A line for each option that has a value and a use, in bold and with its default where it has another value."""
+    idle, kept = idle_options(config), _sections_in_force(config)
+    shown = {
+        section: [name for name, value in values.items() if value not in (None, [], "") and name not in idle]
+        for section, values in kept.items()
+    }
+    width = max(len(name) for names in shown.values() for name in names)
+    # Text, not markup: a file name may hold square brackets.
+    text = Text("configuration")
+    for section, names in shown.items():
+        for name in names:
+            heading = section if name == names[0] else ""
+            text.append(f"\n{heading:10} ").append(f"{name:{width}}  ", style="dim")
+            text.append(*_value_and_style(config, section, name))
             if name == "gamma_beta_ratio":
-                table.add_row("", "gamma", f"{config.objective.gamma:g} (beta x gamma_beta_ratio)")
-    return table
+                text.append(f"\n{'':10} {'gamma':{width}}  {config.objective.gamma:g} (beta x gamma_beta_ratio)")
+    return text
+
+
+def _value_and_style(config: Config, section: str, name: str) -> tuple[str, str]:
+    own = getattr(config, section)
+    value, default = getattr(own, name), getattr(type(own), name)
+    if value == default:
+        return _readable(value), ""
+    return _readable(value) + (f"  (default {_readable(default)})" if default not in (None, (), "") else ""), "bold"
 
 
 def _readable(value: Any) -> str:
+    if isinstance(value, tuple):
+        return " ".join(value)
     if isinstance(value, bool):
         return str(value).lower()
     return f"{value:g}" if isinstance(value, float) else str(value)

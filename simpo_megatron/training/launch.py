@@ -30,6 +30,8 @@ def main(argv: Sequence[str], train: Callable[[Config], None], script: str) -> i
     Every rank reads the same configuration and finds the same mistake in it before any collective; the first one
     says it.
     """
+    # Deprecations inside megatron and torch's checkpoints, which a resume meets, are not the user's to mend.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(megatron|torch\.distributed)\.")
     try:
         config, notes = _read(argv)
         num_ranks = config.parallel.sizes.fewest_ranks

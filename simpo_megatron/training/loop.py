@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch.distributed as dist
 
 from simpo_megatron import faults, parallel
-from simpo_megatron.config import Config, lint, to_table
+from simpo_megatron.config import Config, lint, to_text
 from simpo_megatron.convert import export_adapter, export_hf, trained_share
 from simpo_megatron.data.doctor import num_leaked, summary
 from simpo_megatron.errors import NumericsError, StoppedByMonitor, StoppedBySignal
@@ -97,7 +97,7 @@ def _train(config: Config, sinks: Sequence[Sink], plan: Plan, watch: Watch) -> S
 
 def _introduce(config: Config, job: Job, notes: Sequence[str], log: RunLog) -> None:
     """Say what will run, on what, from where, and what looks doubtful."""
-    log.say(to_table(config))
+    log.say(to_text(config))
     for warning in lint(config):
         log.say(f"WARNING {warning}")
     for line in (*describe_job(config, job), *notes):
@@ -124,7 +124,7 @@ def describe_job(config: Config, job: Job) -> list[str]:
         f"{sizes.context} x dp {job.plan.layout.data_parallel_size}"
         + (f", experts over {sizes.expert}" if "num_moe_experts" in shape else ""),
         f"kernels   {device.kernels()}",
-        f"steps     {job.train_iters} of {batch.global_batch_size} pairs",
+        f"steps     {job.train_iters:,}, of {batch.global_batch_size} pairs each",
     ]
 
 

@@ -41,7 +41,7 @@ def probe_memory(config: Config, job: Job, start: Start) -> list[str]:
         (microbatch_tokens(dataset.lengths[list(pack)], trainer.batch_options), pack) for pack, *_ in plan
     )
     step = start.iteration + 1 + number
-    described = f"the largest pack of the run, {tokens} tokens in step {step} (pairs {listed(pack, _MAX_SHOWN)})"
+    described = f"the largest pack of the run, {tokens:,} tokens in step {step:,} (pairs {listed(pack, _MAX_SHOWN)})"
     try:
         _rehearse(trainer, dataset, _cut_to_what_is_held(trainer, plan))
     except Exception as error:

@@ -23,7 +23,7 @@ SMOLLM2 = {
 
 
 def loaded(path):
-    return load_config(["--config", str(path), "--model", "m", "--data", "d"])
+    return load_config(["--config", str(path), "--model", "m", "--data", "d", "--valid-fraction", "0.05"])
 
 
 def test_the_config_for_a_cpu_fits_its_model_and_two_ranks():
