@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from simpo_megatron.convert.direct import DirectFile
 from simpo_megatron.errors import CheckpointError
 from simpo_megatron.mcore.families import read_hf_json
 
@@ -118,10 +118,8 @@ def write_safetensors(path: Path, specs: Mapping[str, TensorSpec], tensors: Iter
 
     Source: https://github.com/huggingface/safetensors, "Format".
     """
-    with open(path, "wb") as file:
+    with DirectFile(path) as file:
         file.write(header_bytes(specs))
         for (name, spec), tensor in zip(specs.items(), tensors, strict=True):
             assert tensor.shape == spec.shape and tensor.dtype == spec.dtype, f"{name}: {tensor.shape} {tensor.dtype}"
             file.write(tensor.contiguous().flatten().view(torch.uint8).numpy())
-        file.flush()
-        os.fsync(file.fileno())

@@ -147,6 +147,9 @@ def _allocate_on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torc
 @functools.cache
 def install() -> None:
     """Make megatron-core run on this machine. Call it before building anything with megatron."""
+    # torch's own switch, read at its first tensor: large ones on the CPU lie in huge pages, whose first use costs the
+    # system a fifth as much.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     if not has_cuda():
         _run_without_cuda()
     if _adam() is torch.optim.AdamW:

@@ -36,9 +36,9 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
+from simpo_megatron.convert.direct import DirectFile
 from simpo_megatron.errors import CheckpointError, SimPOError
 from simpo_megatron.mcore.skeleton import Skeleton, StoredPart
-from simpo_megatron.offline.overlap import HashedFile, ahead
 from simpo_megatron.training import commit
 from simpo_megatron.training.state import check_index
 
@@ -49,13 +49,13 @@ COMMON_FILE = "common.pt"
 def write_parameters(
     skeleton: Skeleton, dtypes: dict[str, torch.dtype], compute: Callable[[str], Tensor], folder: Path
 ) -> dict[str, commit.Digest]:
-    """Write a checkpoint of weights alone into the empty `folder`, holding two parameters at a time.
+    """Write a checkpoint of weights alone into the empty `folder`, holding one parameter at a time.
 
     Returns the digests of the files of tensors, taken while they were written.
 
     Args:
         dtypes: of each parameter, by its name.
-        compute: the values of a parameter, by its name, in a thread of its own.
+        compute: the values of a parameter, by its name.
 
     Raises:
         OSError: a file cannot be written.
@@ -87,6 +87,17 @@ def _causes_raised() -> Iterator[None]:
         raise cause or first from error
 
 
+@contextmanager
+def _without_crc32() -> Iterator[None]:
+    """Spares torch.save the checksum that torch.load never looks at; the file as a whole has a better one."""
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        yield
+    finally:
+        torch.serialization.set_crc32_options(before)
+
+
 class _Writer(dcp.FileSystemWriter):
     """torch's writer, one tensor at a time and hashed beside the write; torch's own holds many and clones each.
 
@@ -96,7 +107,7 @@ class _Writer(dcp.FileSystemWriter):
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         name = f"__0_0{DEFAULT_SUFFIX}"
         results = []
-        with HashedFile(self.path / name) as file:
+        with _without_crc32(), DirectFile(self.path / name, hashed=True) as file:
             for item in plan.items:
                 start = file.size
                 torch.save(planner.resolve_data(item), file)
@@ -112,13 +123,13 @@ class _Writer(dcp.FileSystemWriter):
 
 
 class _Planner(SavePlanner):
-    """Announces every parameter, and has the next one computed while the last is written."""
+    """Announces every parameter, and computes each when it is asked for."""
 
     def __init__(
         self, skeleton: Skeleton, dtypes: dict[str, torch.dtype], compute: Callable[[str], Tensor]
     ) -> None:
         self.skeleton, self.dtypes = skeleton, dtypes
-        self.computed = ahead(skeleton.parts(name, compute(name)) for name in skeleton.shapes)
+        self.computed = (skeleton.parts(name, compute(name)) for name in skeleton.shapes)
         self.current: dict[tuple[str, tuple[int, ...]], Tensor] = {}
 
     def set_up_planner(self, state_dict: Any, storage_meta: Any = None, is_coordinator: bool = False) -> None:

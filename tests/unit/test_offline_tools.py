@@ -26,7 +26,6 @@ from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShard
 
 from simpo_megatron.mcore.model import build_model  # noqa: E402
 from simpo_megatron.offline.convert import to_mcore  # noqa: E402
-from simpo_megatron.offline.overlap import HashedFile, ahead  # noqa: E402
 from simpo_megatron.offline.weights import open_weights  # noqa: E402
 from simpo_megatron.training import commit  # noqa: E402
 from simpo_megatron.training.weights import fill_weights  # noqa: E402
@@ -225,24 +224,3 @@ def test_a_checkpoint_to_start_from_runs_nothing_and_needs_no_check_of_megatrons
         with pytest.raises(CheckpointError, match="does not fit this run.*weights_only"):
             fill_weights(model, release, opened.description, groups)
     assert not target.exists()
-
-
-def test_a_file_is_hashed_as_it_is_written(tmp_path):
-    with HashedFile(tmp_path / "file") as file:
-        for part in (b"abc", bytes(1 << 17), torch.arange(1 << 15).numpy(), b"end"):
-            file.write(part)
-    digest = commit.digest_file(tmp_path / "file")
-    assert (file.size, file.sha256) == (digest.size, digest.sha256) and digest.size == 6 + (1 << 17) + (1 << 18)
-
-
-def test_what_comes_ahead_comes_in_order_and_errors_come_where_they_belong():
-    assert list(ahead(range(5))) == list(range(5)) and list(ahead([])) == []
-
-    def breaks():
-        yield 1
-        raise CheckpointError("second")
-
-    items = ahead(breaks())
-    assert next(items) == 1
-    with pytest.raises(CheckpointError, match="second"):
-        next(items)
