@@ -415,7 +415,7 @@ def test_what_is_printed_marks_what_is_not_the_default_and_leaves_out_what_has_n
     text = to_text(load_config(["--objective", "cpo", "--sft-weight", "0.5", "--model", "m", "--save", "a" * 200]))
     lines = [line.split() for line in text.plain.splitlines()]
     assert ["sft_weight", "0.5", "(default", "1)"] in lines and ["beta", "0.1"] in lines
-    assert ["seed", "42"] in lines and ["save", "a" * 200] in lines
+    assert ["run", "seed", "42"] in lines and ["save", "a" * 200] in lines
     bold = [text.plain[span.start : span.end] for span in text.spans if span.style == "bold"]
     assert {"0.5  (default 1)", "a" * 200} <= set(bold) and "42" not in bold
     assert not {"gamma", "lora_targets", "micro_batch_size", "eval_interval"} & {line[0] for line in lines}
