@@ -73,6 +73,7 @@ def idle_options(config: Config) -> dict[str, str]:
             "recompute_granularity is not selective",
             ("recompute_modules",),
         ),
+        (config.model.export_hf is None, "export_hf is not given", ("export_dtype",)),
         (run.save is None, "save is not given", ("keep_checkpoints", "async_save", "on_save_failure")),
         (monitors.repetition_prompts == 0, "repetition_prompts is 0", ("max_repetition", "repetition_tokens")),
         (not has_held_out, "no pairs are held out", ("eval_interval", "max_displacement", "repetition_prompts")),

@@ -28,6 +28,7 @@ from simpo_megatron.mcore.model import PreferenceGPTModel, build_model, wrap_in_
 from simpo_megatron.mcore.optimizer import build_optimizer
 from simpo_megatron.parallel import ParallelGroups, first_rank_first
 from simpo_megatron.training import commit
+from simpo_megatron.training.loggers import check_sinks
 from simpo_megatron.training.step import Trainer, batch_options
 from simpo_megatron.training.weights import fill_weights
 
@@ -75,10 +76,11 @@ def plan_run(config: Config, world_size: int) -> Plan:
     """What `config` means on `world_size` ranks; every rank works it out alone and finds the same mistakes.
 
     Raises:
-        ConfigError: ranks, model, machine and options do not fit together.
+        ConfigError: ranks, model, machine and options do not fit together, or a package that logs is not installed.
         CheckpointError: the model's folder is not one, or the export would overwrite something.
         DataError: a preference file is not there or cannot be read.
     """
+    check_sinks(config)
     for folder in filter(None, (config.model.export_hf, config.lora.export_adapter)):
         refuse_existing_export(folder)
     sources = locate_sources(config)

@@ -159,7 +159,7 @@ def _tidy(save: Path, checkpoint: Checkpoint | None) -> list[str]:
         saved = checkpoint.folder / METRICS_FILE
         commit.replace_text(metrics, saved.read_text(encoding="utf-8") if METRICS_FILE in checkpoint.files else "")
         commit.write_latest(save, checkpoint.iteration)
-    elif metrics.exists():
+    elif metrics.exists() and metrics.stat().st_size > 0:
         moved.append(metrics.with_name(f"{METRICS_FILE}.aside-{uuid.uuid4().hex[:8]}"))
         os.rename(metrics, moved[-1])
     return [f"WARNING   {path.name} is not of this run's history; it was renamed and is kept" for path in moved]

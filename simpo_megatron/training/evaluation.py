@@ -28,10 +28,10 @@ def evaluate(trainer: Trainer, datasets: Mapping[str, PreferenceDataset]) -> dic
 
 
 def _means(trainer: Trainer, dataset: PreferenceDataset) -> dict[str, float]:
-    """Means over all pairs of `dataset`, by the names of the training metrics."""
+    """Means over all pairs of `dataset`, by the names of the training metrics, and `num_pairs`."""
     for chunk in trainer.chunks:
         chunk.eval()
     sums = []
     for plan in trainer.plan_evaluation(dataset):
         sums += run_pass(trainer, dataset, plan, forward_only=True).sums
-    return reduce_sums(sums, len(dataset), trainer.groups)
+    return reduce_sums(sums, len(dataset), trainer.groups) | {"num_pairs": len(dataset)}

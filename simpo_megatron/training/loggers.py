@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import re
@@ -101,7 +102,7 @@ def open_run_log(
 
     The run's folder is made, config.yaml is written into it, and metrics.jsonl is continued if it is there.
 
-    Raises: ConfigError when the folder cannot be written, or a package a sink needs is not installed.
+    Raises: ConfigError when the folder cannot be written.
     """
     if not is_logging_rank:
         return RunLog([])
@@ -125,6 +126,16 @@ def _made_run_folder(config: Config, folder: Path) -> Path:
         reason = f"{folder} cannot be written ({error.strerror})"
         raise ConfigError(f"save: {reason}, expected a folder of yours") from None
     return folder
+
+
+def check_sinks(config: Config) -> None:
+    """Raises ConfigError when a package is missing that a sink of `config` needs; before anything else was done."""
+    for key, package, remedy in (
+        ("tensorboard_dir", "tensorboard", "pip install tensorboard"),
+        ("wandb_project", "wandb", "pip install 'simpo-megatron[wandb]', or leave it out"),
+    ):
+        if getattr(config.run, key) is not None and importlib.util.find_spec(package) is None:
+            raise ConfigError(f"{key}: {package} is not installed: {remedy}")
 
 
 class JsonLines:
@@ -166,12 +177,8 @@ class TensorBoard:
     """Scalars for TensorBoard."""
 
     def __init__(self, folder: str) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            raise ConfigError(
-                "tensorboard_dir: tensorboard is not installed: pip install tensorboard"
-            ) from None
+        from torch.utils.tensorboard import SummaryWriter
+
         self._writer = SummaryWriter(folder)
 
     def write(self, record: Mapping[str, Any]) -> None:
@@ -186,12 +193,8 @@ class WeightsAndBiases:
     """Scalars for Weights & Biases, which takes its key from the environment itself."""
 
     def __init__(self, project: str, config: Config) -> None:
-        try:
-            import wandb
-        except ImportError:
-            raise ConfigError(
-                "wandb_project: wandb is not installed: pip install 'simpo-megatron[wandb]', or leave it out"
-            ) from None
+        import wandb
+
         self._run = wandb.init(project=project, config=config.flat())
 
     def write(self, record: Mapping[str, Any]) -> None:

@@ -87,6 +87,8 @@ def _train(config: Config, sinks: Sequence[Sink], plan: Plan, watch: Watch) -> S
             if start.iteration < job.train_iters:
                 with StopSignals() as signals, saver:
                     stopped = _run_steps(config, job, start, log, signals, watch, saver)
+            else:
+                log.say(f"resume    all {job.train_iters:,} steps were taken before, nothing is left to train")
             if stopped is None:
                 watch.at("the end", limit_seconds=_LONG_SECONDS)
                 _finish(config, job, log)

@@ -260,14 +260,32 @@ def _page(curves: Curves, config: Config, report: Report) -> str:
 
 
 def headline_of(curves: Curves) -> str:
-    """One sentence on how the held-out pairs fared."""
+    """One sentence on how the held-out pairs fared, or the training batches where nothing else tells."""
     accuracy, margin = (curves.held_out.get(name, []) for name in ("rewards/accuracies", "rewards/margins"))
     if len(accuracy) < 2 or len(margin) < 2:
-        return "No held-out pairs were evaluated before and after training."
+        why = "Held-out pairs were evaluated only once" if accuracy else "No held-out pairs were evaluated"
+        return f"{why}{_of_training(curves)}."
+    count, error = "", ""
+    if "num_pairs" in curves.held_out:
+        num_pairs, share = curves.held_out["num_pairs"][-1][1], accuracy[-1][1]
+        count = f"{num_pairs:,.0f} "
+        error = f" (standard error {math.sqrt(share * (1 - share) / num_pairs):.1%})"
     return (
-        f"On held-out pairs, accuracy went from {accuracy[0][1]:.1%} to {accuracy[-1][1]:.1%} "
+        f"On {count}held-out pairs, accuracy went from {accuracy[0][1]:.1%} to {accuracy[-1][1]:.1%}{error} "
         f"and the reward margin from {margin[0][1]:+.3f} to {margin[-1][1]:+.3f}."
     )
+
+
+def _of_training(curves: Curves) -> str:
+    """Means over the first and the last tenth of the logged steps, where there are two steps or more."""
+    ends = []
+    for name, shape in (("loss", "{:.4f}"), ("rewards/accuracies", "{:.1%}")):
+        _, values = _xy(curves.training.get(name, []))
+        if len(values) < 2:
+            return ""
+        tenth = max(1, len(values) // 10)
+        ends += [shape.format(sum(part) / tenth) for part in (values[:tenth], values[-tenth:])]
+    return "; on training batches, the loss went from {} to {} and accuracy from {} to {}".format(*ends)
 
 
 def before_and_after(metrics: Mapping[str, list[tuple[int, float]]]) -> list[tuple[str, str, str, str]]:
@@ -323,7 +341,7 @@ def _facts(curves: Curves, config: Config) -> list[tuple[str, str]]:
     steps = [iteration for iteration, _ in curves.training.get("loss", [])]
     if steps:
         batch, lr = config.batch.global_batch_size, config.optimizer.lr
-        facts.append(("steps", f"{steps[-1]} of {batch} pairs, up to lr {lr:g}"))
+        facts.append(("steps", f"{steps[-1]:,}, of {batch} pairs each, up to lr {lr:g}"))
     for name, title, shape in (
         ("pairs_per_second", "pairs per second", "{:.1f}"),
         ("tokens_per_second", "tokens per second", "{:,.0f}, padding apart"),

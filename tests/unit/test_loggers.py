@@ -9,7 +9,7 @@ from rich.console import Console
 
 from simpo_megatron.config import config_from, read_yaml
 from simpo_megatron.errors import ConfigError
-from simpo_megatron.training.loggers import JsonLines, Terminal, open_run_log
+from simpo_megatron.training.loggers import JsonLines, Terminal, check_sinks, open_run_log
 
 STEP = {
     "loss": 0.6931,
@@ -108,7 +108,8 @@ def test_a_missing_package_is_a_configuration_error_that_says_what_to_install(mo
     with pytest.raises(
         ConfigError, match=r"wandb_project: wandb is not installed: pip install 'simpo-megatron\[wandb\]'"
     ):
-        open_run_log(config_from(model="m", wandb_project="p"), train_iters=3, is_logging_rank=True)
+        check_sinks(config_from(model="m", wandb_project="p"))
+    check_sinks(config_from(model="m", tensorboard_dir="tb"))
 
 
 def test_tensorboard_gets_every_number_and_no_text(tmp_path):
