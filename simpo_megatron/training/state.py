@@ -38,6 +38,7 @@ from simpo_megatron.mcore.model import PreferenceGPTModel
 from simpo_megatron.mcore.optimizer import gather_parameters
 from simpo_megatron.parallel import ParallelGroups
 from simpo_megatron.training.step import Trainer
+from simpo_megatron.training.together import gathered
 
 _INDEX_FILE = ".metadata"
 # How the names begin of what is stored beside a model's weights.
@@ -122,7 +123,7 @@ def read_state(
     Collectives: megatron's, world.
 
     Raises:
-        CheckpointError: a tensor is missing or has another shape.
+        CheckpointError: a tensor is missing or has another shape, or is no part of the model.
     """
     stored = check_index(folder)
     own_settings = [_settings(group) for group in trainer.optimizer.param_groups]
@@ -177,12 +178,24 @@ def refuse_other_weights(stored: set[str], expected: set[str], folder: Path) -> 
         )
 
 
-def _load(state: dict[str, Any], stored: set[str], folder: Path) -> dict[str, Any]:
-    """megatron's load, after a check of the names: its own does not work with torch 2.14 and later."""
-    expected = {tensor.key for tensor in _tensors(state)}
+def refuse_other_names(stored: set[str], expected: set[str], folder: Path) -> None:
+    """Nothing, when all that is expected is stored, and of weights nothing else.
+
+    Raises:
+        CheckpointError: counting what is missing and what is too much, and naming ten of each.
+    """
     missing = sorted(expected - stored)
-    if missing:
-        raise CheckpointError(f"{folder}: {len(missing)} tensors of this run are not in it: {listed(missing, 10)}")
+    others = sorted(name for name in stored - expected if not name.startswith(_NO_WEIGHTS))
+    found = ((missing, "tensors of this run are not in it"), (others, "tensors in it are no part of this run's model"))
+    problems = [f"{len(names)} {what}: {listed(names, 10)}" for names, what in found if names]
+    if problems:
+        raise CheckpointError(f"{folder}: {'; '.join(problems)}")
+
+
+def _load(state: dict[str, Any], stored: set[str], folder: Path) -> dict[str, Any]:
+    """megatron's load, after a check of all ranks' names: its own does not work with torch 2.14 and later."""
+    own = {tensor.key for tensor in _tensors(state)}
+    refuse_other_names(stored, set().union(*gathered(lambda: own)), folder)
     try:
         return dist_checkpointing.load(state, str(folder))
     except (Exception, CheckpointException) as error:

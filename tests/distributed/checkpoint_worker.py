@@ -45,6 +45,8 @@ class Run:
     num_ranks: int = 2
     flip: str | None = None
     """Change the middle byte of this file before the start."""
+    rename: list | None = None
+    """[checkpoint, tensor, new name]: change its name before the start."""
     write_again: bool = False
     """After a resume, write the state that was read to FOLDER/<name>.state."""
     file_limit: list | None = None
@@ -91,6 +93,8 @@ def main(folder: Path) -> None:
             shutil.copytree(folder / run.copy_of, run.options["save"])
         if run.flip:
             injections.flip_byte(folder / run.name / run.flip)
+        if run.rename:
+            injections.rename_tensor(folder / run.name / run.rename[0], *run.rename[1:])
         started = time.monotonic()
         outcome = start(run, folder)
         seconds = time.monotonic() - started

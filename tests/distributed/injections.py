@@ -7,18 +7,20 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import re
 import resource
 import signal
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBucketGroup as BucketGroup
 
 from simpo_megatron.errors import SimPOError
-from simpo_megatron.training import loop, step
+from simpo_megatron.training import commit, loop, step
 from simpo_megatron.training.watch import Watch
 from simpo_megatron.training.writing import begin_write
 
@@ -185,6 +187,18 @@ def flip_byte(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
+
+
+def rename_tensor(checkpoint: Path, old: str, new: str) -> None:
+    """As if a model with another name for a tensor had written the checkpoint, which is whole and committed."""
+    saved, path = commit.read(checkpoint), checkpoint / ".metadata"
+    index = pickle.loads(path.read_bytes())
+    index.state_dict_metadata[new] = index.state_dict_metadata.pop(old)
+    index.storage_data = {
+        replace(place, fqn=new) if place.fqn == old else place: where for place, where in index.storage_data.items()
+    }
+    path.write_bytes(pickle.dumps(index))
+    commit._seal(checkpoint, replace(saved, files={**saved.files, path.name: commit.digest_file(path)}))
 
 
 def hold_writer(pattern: str, iteration: int, seconds: float, metrics: Path) -> None:

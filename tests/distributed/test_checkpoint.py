@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -28,11 +29,13 @@ NUM_PAIRS, BATCH = 20, 8
 SPEED = ("pairs_per_second", "tokens_per_second", "peak_memory_gib")
 
 TP2 = {"tensor_model_parallel_size": 2}
+TP4 = {"tensor_model_parallel_size": 4}
 PP2 = {"pipeline_model_parallel_size": 2}
 SHARDED = {"use_distributed_optimizer": True}
 DROPOUT_TP2 = {**TP2, "sequence_parallel": True, "hidden_dropout": 0.1, "attention_dropout": 0.1}
 OVERLAPPED_DP2 = {**SHARDED, "overlap_grad_reduce": True, "overlap_param_gather": True, "bf16": True}
 
+NORM = "decoder.final_layernorm.weight"
 ONE_LARGE_PACK = {"data": "all", "global_batch_size": 384, "tokens_per_microbatch": 32768}
 
 
@@ -53,6 +56,8 @@ RUNS = [
     resumed("plain_to_dp2", "plain", 2, {}, write_again=True),
     {"name": "sharded", "options": SHARDED},
     resumed("sharded_to_tp2", "sharded", 2, {**TP2, **SHARDED}, write_again=True),
+    resumed("plain_to_tp4", "plain", 2, TP4, num_ranks=4, write_again=True),
+    resumed("sharded_to_tp2_dp2", "sharded", 2, {**TP2, **SHARDED}, num_ranks=4, write_again=True),
     {"name": "flipped", "copy_of": "plain", "options": TP2, "flip": "iter_0000004/__1_0.distcp"},
     resumed("flipped_step", "plain", 4, {}, num_ranks=1, flip="iter_0000004/__1_0.distcp"),
     resumed("missing_step", "plain", 7, {}, num_ranks=1),
@@ -60,6 +65,8 @@ RUNS = [
     resumed("changed", "plain", 3, {"beta": 3.0, "data": "other"}, num_ranks=1),
     resumed("overridden", "plain", 3, {"beta": 3.0, "lr": 5e-4, "override_on_resume": True}, num_ranks=1),
     resumed("smaller_batches", "plain", 2, {"global_batch_size": 4, "override_on_resume": True}, num_ranks=1),
+    resumed("larger_batches", "plain", 1, {"global_batch_size": 16, "override_on_resume": True}, num_ranks=1),
+    resumed("renamed", "plain", 3, TP2, rename=["iter_0000003", NORM, "decoder.another.weight"]),
     resumed("disk_full", "plain", 3, TP2, file_limit=[1, 20_000], grace_seconds=20),
     {"name": "too_small", "options": {**TP2, **ONE_LARGE_PACK}, "memory_limit": [1, 1 << 20], "grace_seconds": 20},
     {"name": "anew", "copy_of": "plain", "options": {"resume": "none", "train_iters": 1}, "num_ranks": 1},
@@ -73,12 +80,12 @@ def folder(tmp_path_factory):
     torch.manual_seed(3)
     model = LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=1100,  # padded to 1152 rows for one tensor rank, to 1280 for two
+            vocab_size=1100,  # padded to 1152 rows for one tensor rank, to 1280 for two, to 1536 for four
             hidden_size=32,
             intermediate_size=48,
             num_hidden_layers=4,
-            num_attention_heads=4,
-            num_key_value_heads=2,
+            num_attention_heads=8,
+            num_key_value_heads=4,
             max_position_embeddings=256,
         )
     )
@@ -204,7 +211,13 @@ def test_steps_of_a_run_change_its_state_so_that_equal_hashes_mean_something(fol
         assert len(set(hashes)) == NUM_STEPS
 
 
-CROSSINGS = [("plain", "plain_to_pp2"), ("plain", "plain_to_dp2"), ("sharded", "sharded_to_tp2")]
+CROSSINGS = [
+    ("plain", "plain_to_pp2"),
+    ("plain", "plain_to_dp2"),
+    ("plain", "plain_to_tp4"),
+    ("sharded", "sharded_to_tp2"),
+    ("sharded", "sharded_to_tp2_dp2"),
+]
 
 
 @pytest.mark.parametrize(("whole", "name"), CROSSINGS)
@@ -216,7 +229,8 @@ def test_another_layout_reads_exactly_what_was_written(folder, whole, name):
         found = read[key]
         if found.shape != expected.shape:
             # The vocabulary is padded for the ranks that share it: true rows agree, padding is zero on both sides.
-            assert {len(found), len(expected)} == {1152, 1280} and not found[1100:].any()
+            assert len(found) != len(expected) and {len(found), len(expected)} < {1152, 1280, 1536}
+            assert not found[1100:].any()
             found, expected = found[:1100], expected[:1100]
         assert torch.equal(found, expected), key
 
@@ -282,6 +296,26 @@ def test_smaller_batches_go_on_behind_the_pairs_that_were_consumed(folder):
     (at, pairs), (next_at, next_pairs) = pairs_seen(folder, "smaller_batches")
     assert (at, next_at) == (16, 20) and len(pairs) == len(next_pairs) == 4
     assert sorted(pairs + next_pairs) == pairs_seen(folder, "plain")[2][1]
+
+
+def test_larger_batches_take_the_same_pairs_in_the_same_order(folder):
+    output = finished(folder, "larger_batches")
+    assert "training.global_batch_size: 8 when saved, 16 now" in output
+    steps, before = pairs_seen(folder, "larger_batches"), [pairs for _, pairs in pairs_seen(folder, "plain")]
+    assert [at for at, _ in steps] == [8, 24, 40] and all(len(pairs) == 16 for _, pairs in steps)
+    assert steps[0][1] == sorted(before[1] + before[2])
+    # The run that was saved ends in the midst of the second of these steps; from there on each epoch is whole.
+    rest = Counter(steps[1][1] + steps[2][1]) - Counter(before[3])
+    seen = Counter(pair for pairs in before for pair in pairs) + rest
+    assert sum(seen.values()) == 56 and set(seen.values()) <= {2, 3} and Counter(before[3]) <= Counter(steps[1][1])
+
+
+def test_tensors_of_another_name_are_refused_on_every_rank_and_named(folder):
+    codes, output = outcome(folder, "renamed")
+    assert codes == [4, 4]
+    assert f"1 tensors of this run are not in it: {NORM}; 1 tensors in it are no part of this run's model: " in output
+    assert "decoder.another.weight" in output and "held-out pairs" not in output
+    assert "CheckpointError" in (folder / "renamed.rank1.log").read_text()
 
 
 def test_a_start_anew_in_an_old_folder_mixes_nothing(folder):

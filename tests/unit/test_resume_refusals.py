@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from data_tokenizers import llama_like
 from tokenizers import Tokenizer
 
@@ -18,8 +17,6 @@ from simpo_megatron.mcore import device
 from simpo_megatron.mcore.families import describe_hf_model
 
 device.install()
-
-from megatron.core.dist_checkpointing import ShardedTensor  # noqa: E402
 
 from simpo_megatron.training import checkpoint, state  # noqa: E402
 from simpo_megatron.training.commit import Checkpoint  # noqa: E402
@@ -146,9 +143,13 @@ def test_another_objective_tokenizer_or_data_is_refused_unless_told(saved, tmp_p
     assert any(said in note for note in notes) and all(note.startswith("WARNING") for note in notes)
 
 
-def test_tensors_that_a_checkpoint_lacks_are_counted_and_ten_are_named(tmp_path):
-    wanted = {f"w{n:02}": ShardedTensor.from_rank_offsets(f"w{n:02}", torch.zeros(2)) for n in range(14)}
+def test_tensors_that_a_checkpoint_lacks_or_has_beside_are_counted_and_ten_of_each_are_named(tmp_path):
+    kept, lacking, beside = ({f"{name}{n:02}" for n in range(number)} for name, number in zip("kwx", (3, 12, 11)))
+    never = {"optimizer.state.exp_avg.k00", "rng.torch", "common_state/shard_0_1"}
+    state.refuse_other_names(kept | never, kept, tmp_path)
     with pytest.raises(CheckpointError) as caught:
-        state._load({"model": wanted}, {"w00", "w01"}, tmp_path)
-    assert "12 tensors of this run are not in it: w02, w03" in str(caught.value)
-    assert "w11" in str(caught.value) and "w12" not in str(caught.value)
+        state.refuse_other_names(kept | beside | never, kept | lacking, tmp_path)
+    assert "12 tensors of this run are not in it: w00, w01" in str(caught.value)
+    assert "11 tensors in it are no part of this run's model: x00, x01" in str(caught.value)
+    assert all(name in str(caught.value) for name in ("w09", "x09"))
+    assert not any(name in str(caught.value) for name in ("w10", "x10", "k00", "optimizer"))
