@@ -37,8 +37,10 @@ def average(arguments: argparse.Namespace, groups: ParallelGroups) -> int:
     from simpo_megatron.offline.weights import open_weights
 
     models = [open_weights(path, groups) for path in arguments.models]
-    merge(models, arguments.shares or [1.0] * len(models), arguments.out)
-    print(arguments.out)
+    shares = arguments.shares or [1.0] * len(models)
+    merge(models, shares, arguments.out)
+    parts = " + ".join(f"{share / sum(shares):.3g} x {model.folder}" for share, model in zip(shares, models))
+    print(f"{arguments.out} = {parts}")
     return 0
 
 

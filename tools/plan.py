@@ -70,7 +70,7 @@ def main(argv: list[str] | None = None) -> int:
         else:
             found = survey(job)
             best = _show(found, arguments.top, console)
-        _explain(best, arguments, console)
+        _explain(best, arguments, _whole_config(arguments, of_the_trainer), console)
     except SimPOError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
@@ -99,29 +99,34 @@ def _job(arguments: argparse.Namespace, of_the_trainer: list[str]) -> Job:
 
 def _show(found: Survey, top: int, console: Console) -> Candidate:
     if not found.candidates:
+        num_gpus, sizes = found.job.num_gpus, found.job.config.parallel.sizes
+        if not found.refusals:
+            raise ConfigError(f"gpus: found {num_gpus}, expected a multiple of tp {sizes.tensor} x cp {sizes.context}")
         console.print(refusals_table(found.refusals))
-        raise ConfigError(
-            f"gpus: found {found.job.num_gpus}, and no layout fits; expected more GPUs, smaller packs or LoRA"
-        )
+        raise ConfigError(f"gpus: found {num_gpus}, and no layout fits; expected more GPUs, smaller packs or LoRA")
     console.print(layouts_table(found.candidates[:top]))
-    if found.refusals:
-        console.print(refusals_table(found.refusals))
     console.print(summarize(found, found.recommended), style="bold", highlight=False, soft_wrap=True)
     return found.recommended
 
 
-def _explain(best: Candidate, arguments: argparse.Namespace, console: Console) -> None:
+def _whole_config(arguments: argparse.Namespace, of_the_trainer: list[str]) -> str | None:
+    """The YAML file that says all there is to the plan already, if one does."""
+    is_all = arguments.as_is and len(of_the_trainer) == 2 and of_the_trainer[0] == "--config"
+    return of_the_trainer[1] if is_all else None
+
+
+def _explain(best: Candidate, arguments: argparse.Namespace, config_file: str | None, console: Console) -> None:
     console.print(memory_table(best))
     for line in (time_line(best), *assumptions()):
         _say(line, console)
-    file = arguments.write or "plan.yaml"
+    file = arguments.write or config_file or "plan.yaml"
     commands = launch_commands(best, file, arguments.model)
     heading = f"{arguments.model} on {arguments.gpus} {arguments.gpu}, planned and not measured."
     text = run_yaml(best, "\n".join([heading, *(f"  {command}" for command in commands.values())]))
     if arguments.write:
         Path(file).write_text(text, encoding="utf-8")
         _say(f"\nwrote {file}", console)
-    else:
+    elif config_file is None:
         _say(f"\n{file} (--write FILE writes it):\n\n{text}", console)
     for where, command in commands.items():
         _say(f"{where}:\n  {command}", console)

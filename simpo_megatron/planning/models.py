@@ -66,7 +66,8 @@ def find_model(name: str) -> ModelDescription:
         name = PRESETS[name].summary.split(" on ")[0]
     wanted = name.lower().rpartition("/")[2]
     for published, config in PUBLISHED.items():
-        if published.lower().rpartition("/")[2] in (wanted, wanted + "-instruct"):
+        short = published.lower().rpartition("/")[2]
+        if short == wanted or short.startswith((wanted + "-instruct", wanted + "-it")):
             return describe_hf_config(config, published)
     raise ConfigError(
         f"model: found {name!r}, expected a Hugging Face folder, a config.json or one of {', '.join(PUBLISHED)}"

@@ -30,13 +30,17 @@ def describe_job(job: Job) -> list[str]:
         experts += f"{shape.num_moe_experts} experts a layer"
     return [
         f"model     {job.description.family}: {shape.num_layers} layers, hidden {shape.hidden_size}, vocabulary "
-        f"{shape.vocab_size:,}, {shape.num_parameters / 1e9:.1f} billion parameters{experts}",
+        f"{shape.vocab_size:,}, {_in_words(shape.num_parameters)} parameters{experts}",
         f"GPUs      {job.num_gpus} x {job.gpu.memory_gib:.1f} GiB, {job.gpu.per_node} a node",
         f"step      {num_pairs} pairs of {pack.prompt:g} prompt and 2 x {pack.response:g} response tokens: "
         f"{num_pairs * pack.pair_tokens:,.0f} tokens, prompts {'once' if pack.prefix_sharing else 'twice'}, "
         f"in {_microbatches(job)}",
         f"format    {format_}; gradients and sums in fp32",
     ]
+
+
+def _in_words(number: float) -> str:
+    return f"{number / 1e9:.1f} billion" if number >= 1e9 else f"{number / 1e6:.1f} million"
 
 
 def _microbatches(job: Job) -> str:
@@ -62,7 +66,7 @@ def layouts_table(candidates: Iterable[Candidate]) -> Table:
             str(load.num_microbatches),
             f"{candidate.fullest.total / GIB:.1f}",
             f"{time.bubble / time.total:.0%}",
-            f"{time.total:.1f}",
+            f"{time.total:.2f}",
             f"{candidate.tokens_per_second:,.0f}",
             f"{candidate.utilization:.0%}",
         )
@@ -109,6 +113,7 @@ def refusals_table(refusals: Iterable[Refusal]) -> Table:
 def assumptions() -> list[str]:
     """What the figures rest on."""
     return [
+        "lengths: --prompt-tokens and --response-tokens say others; tools/inspect_data.py tells those of your pairs",
         "memory: full packs, mean pairs (without packing: pairs of max_length), experts equally loaded; weights, "
         "gradients and optimizer as megatron-core allocates them (tested), activations as Transformer Engine's layers "
         "keep them, 1 GiB and 0.3 GiB for each kind of group for CUDA and NCCL; "

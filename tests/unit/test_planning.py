@@ -187,7 +187,7 @@ def test_the_yaml_loads_as_the_configuration_that_was_planned(tmp_path):
     assert load_config(["--config", str(file), "--model", "m", "--data", "d"]) == best.config
 
 
-@pytest.mark.parametrize("name", [*PUBLISHED, *(name for name in PRESETS if name != DEMO)])
+@pytest.mark.parametrize("name", [*PUBLISHED, "Mixtral-8x7B", "gemma-2-9b", *sorted(set(PRESETS) - {DEMO})])
 def test_a_model_is_found_by_name_or_preset(name):
     assert find_model(name).transformer["hidden_size"] in (2048, 3584, 4096, 6144, 8192)
 
@@ -210,6 +210,16 @@ def test_the_tool_prints_a_plan_and_writes_its_yaml(tmp_path, capsys):
     command = f"torchrun --standalone --nproc-per-node 8 examples/pretrain_simpo.py --config {file} --model MODEL_DIR"
     assert printed.strip().splitlines()[-1].strip().startswith(command)
     assert load_config(["--config", str(file), "--model", "m", "--data", "d"]).objective.beta == 10
-    assert main([*question, "--gpus", "1"]) == 2
-    refusal = capsys.readouterr().err.strip()
-    assert "no layout fits" in refusal and "\n" not in refusal
+    for asked, expected in ((["--gpus", "1"], "no layout fits"), (["--gpus", "8", "--tp", "3"], "a multiple of tp 3")):
+        assert main([*question, *asked]) == 2
+        refusal = capsys.readouterr().err.strip()
+        assert expected in refusal and "\n" not in refusal
+
+
+def test_a_config_planned_as_it_is_is_not_written_anew(capsys):
+    main = runpy.run_path(str(REPOSITORY / "tools/plan.py"))["main"]
+    file = str(REPOSITORY / "configs/llama3_8b_instruct_8xh100.yaml")
+    for more, is_new in (([], False), (["--lr", "7e-7"], True)):
+        assert main(["--model", "llama3-instruct", "--gpus", "8", "--as-is", "--config", file, *more]) == 0
+        printed = capsys.readouterr().out
+        assert ("lr: 7.0e-07" in printed) == is_new and (f"--config {file} " in printed) == (not is_new)
