@@ -7,8 +7,7 @@ missing ones here.
 import sys
 
 from simpo_megatron.training.launch import main
-from simpo_megatron.training.loop import train
 
 # Processes that tokenise are spawned and import this file again: only the real start may train.
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:], train, __file__))
+    sys.exit(main(sys.argv[1:], __file__))

@@ -9,7 +9,7 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from simpo_megatron.config import Config, load_config
@@ -17,14 +17,8 @@ from simpo_megatron.errors import PeerError, SimPOError, StoppedByMonitor, Stopp
 from simpo_megatron.mcore import device
 from simpo_megatron.nemo import load_nemo_command, names_nemo_config
 
-if not device.has_cuda():
-    # megatron-core warns of each package for GPUs that is not installed, every rank anew; here none is missed.
-    warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.")
 
-from simpo_megatron.training.assembly import plan_run
-
-
-def main(argv: Sequence[str], train: Callable[[Config], None], script: str) -> int:
+def main(argv: Sequence[str], script: str) -> int:
     """The exit code of one process of the run `script argv`: 0 done, else the error's own (errors.py), 1 unexpected.
 
     Every rank reads the same configuration and finds the same mistake in it before any collective; the first one
@@ -32,8 +26,16 @@ def main(argv: Sequence[str], train: Callable[[Config], None], script: str) -> i
     """
     # Deprecations inside megatron and torch's checkpoints, which a resume meets, are not the user's to mend.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(megatron|torch\.distributed)\.")
+    if not device.has_cuda():
+        # megatron-core warns of each package for GPUs that is not installed, every rank anew; here none is missed.
+        warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.")
     try:
         config, notes = _read(argv)
+        # Only now, for megatron takes ten seconds to import: a mistake in the configuration is told before, and the
+        # processes that tokenise, which import the script again, do without.
+        from simpo_megatron.training.assembly import plan_run
+        from simpo_megatron.training.loop import train
+
         num_ranks = config.parallel.sizes.fewest_ranks
         if _world_size() == 1 and num_ranks > 1:
             plan_run(config, num_ranks)

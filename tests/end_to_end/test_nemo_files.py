@@ -111,9 +111,8 @@ def test_dialects_that_say_the_same_train_the_same(tmp_path):
     script = (
         "import sys\n"
         "from simpo_megatron.training.launch import main\n"
-        "from simpo_megatron.training.loop import train\n"
         "if __name__ == '__main__':\n"
-        "    sys.exit(max(main(['--nemo-config', file], train, '') for file in sys.argv[1:]))\n"
+        "    sys.exit(max(main(['--nemo-config', file], '') for file in sys.argv[1:]))\n"
     )
     (tmp_path / "script.py").write_text(script)
     printed = run(*TORCHRUN, str(tmp_path / "script.py"), *files)

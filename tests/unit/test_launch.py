@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 
 import pytest
 import torch.distributed.run
@@ -80,7 +82,7 @@ def test_a_mistake_gives_one_line_and_its_exit_code_before_any_rank_speaks(
     argv = [argument.format(**files) for argument in arguments]
     if "--nemo-config" not in argv:
         argv += ["--data-cache", str(tmp_path / "cache"), "--save", str(tmp_path / "run")]
-    assert launch.main(argv, loop.train, SCRIPT) == exit_code
+    assert launch.main(argv, SCRIPT) == exit_code
     printed = capfd.readouterr()
     (line,) = printed.err.strip().splitlines()
     assert line.startswith("ERROR simpo_megatron rank 0: ")
@@ -95,15 +97,17 @@ def test_peers_leave_the_word_to_the_first_rank(monkeypatch, capfd):
     def train(_: Config) -> None:
         raise DataError("pairs.jsonl: no pairs")
 
-    assert launch.main(["--tp", "2"], train, SCRIPT) == 3
+    monkeypatch.setattr(loop, "train", train)
+    assert launch.main(["--tp", "2"], SCRIPT) == 3
     assert capfd.readouterr().err == ""
 
 
-def test_a_run_that_was_told_to_stop_does_not_call_it_an_error(capfd):
+def test_a_run_that_was_told_to_stop_does_not_call_it_an_error(monkeypatch, capfd):
     def train(_: Config) -> None:
         raise StoppedBySignal("SIGTERM: stopped after step 3")
 
-    assert launch.main([], train, SCRIPT) == 75
+    monkeypatch.setattr(loop, "train", train)
+    assert launch.main([], SCRIPT) == 75
     assert capfd.readouterr().err == "STOPPED simpo_megatron rank 0: SIGTERM: stopped after step 3\n"
 
 
@@ -114,7 +118,8 @@ def test_what_nobody_expected_says_what_it_is_on_the_rank_where_it_happened(monk
     def train(_: Config) -> None:
         raise RuntimeError("out of memory")
 
-    assert launch.main(["--tp", "2"], train, SCRIPT) == 1
+    monkeypatch.setattr(loop, "train", train)
+    assert launch.main(["--tp", "2"], SCRIPT) == 1
     printed = capfd.readouterr().err
     assert printed.startswith("ERROR simpo_megatron rank 1: unexpected RuntimeError: out of memory\n")
     assert "Traceback" in printed
@@ -124,7 +129,8 @@ def test_the_missing_ranks_are_started_here_and_the_whole_command_is_said(tmp_pa
     started = []
     monkeypatch.setattr(torch.distributed.run, "main", started.append)
     argv = ["--tp", "2", "--data-cache", str(tmp_path / "a cache")]
-    assert launch.main(argv, lambda _: pytest.fail("trained on one rank"), SCRIPT) == 0
+    monkeypatch.setattr(loop, "train", lambda _: pytest.fail("trained on one rank"))
+    assert launch.main(argv, SCRIPT) == 0
     assert started == [["--standalone", "--nproc-per-node", "2", SCRIPT, *argv]]
     (line,) = capfd.readouterr().out.splitlines()
     assert "1 rank runs, the layout needs 2" in line
@@ -135,20 +141,23 @@ def test_ranks_that_are_there_are_used(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     trained = []
     argv = ["--tp", "2", "--data-cache", str(tmp_path)]
-    assert launch.main(argv, trained.append, SCRIPT) == 0
+    monkeypatch.setattr(loop, "train", trained.append)
+    assert launch.main(argv, SCRIPT) == 0
     assert [config.parallel.sizes.tensor for config in trained] == [2]
 
 
-def test_one_rank_alone_is_enough_for_a_layout_of_one():
+def test_one_rank_alone_is_enough_for_a_layout_of_one(monkeypatch):
     trained = []
-    assert launch.main([], trained.append, SCRIPT) == 0
+    monkeypatch.setattr(loop, "train", trained.append)
+    assert launch.main([], SCRIPT) == 0
     assert len(trained) == 1
 
 
-def test_a_nemo_file_is_a_configuration_and_its_keys_are_accounted_for(files, capfd):
+def test_a_nemo_file_is_a_configuration_and_its_keys_are_accounted_for(files, monkeypatch, capfd):
     trained = []
     argv = ["--nemo-config", str(files["tmp"] / "nemo.yaml"), "model.optim.lr=2e-4", "++model.simpo.seed=3"]
-    assert launch.main(argv, trained.append, SCRIPT) == 0
+    monkeypatch.setattr(loop, "train", trained.append)
+    assert launch.main(argv, SCRIPT) == 0
     (config,) = trained
     assert (config.optimizer.train_iters, config.optimizer.lr, config.run.seed) == (2, 2e-4, 3)
     printed = capfd.readouterr().out
@@ -163,6 +172,20 @@ def test_every_error_has_an_exit_code_of_its_own():
 
 def test_help_is_not_an_error(capsys):
     with pytest.raises(SystemExit) as ended:
-        launch.main(["--help"], loop.train, SCRIPT)
+        launch.main(["--help"], SCRIPT)
     assert ended.value.code == 0
     assert "--tp" in capsys.readouterr().out
+
+
+def test_a_mistake_is_told_before_megatron_is_imported():
+    """Its import takes five times as long as all that precedes it."""
+    script = f"""
+import runpy, sys
+sys.argv = [{SCRIPT!r}, "--beat", "3"]
+try:
+    runpy.run_path({SCRIPT!r}, run_name="__main__")
+except SystemExit as ended:
+    print(ended.code, "megatron" in sys.modules, "transformers" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["2", "False", "False"]

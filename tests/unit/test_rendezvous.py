@@ -9,7 +9,7 @@ import time
 import pytest
 import torch.distributed as dist
 
-from simpo_megatron.training import launch, loop
+from simpo_megatron.training import launch
 
 SCRIPT = "examples/pretrain_simpo.py"
 BUSY = "the port of somebody else"
@@ -40,7 +40,7 @@ def test_ranks_that_cannot_meet_say_why_in_one_line(case, cache, tmp_path, monke
         monkeypatch.delenv("LOCAL_RANK", raising=False)
         started = time.monotonic()
         options = ["--tp", environment.get("WORLD_SIZE", "1"), "--data-cache", str(cache)]
-        code = launch.main([*options, "--save", str(tmp_path / "run")], loop.train, SCRIPT)
+        code = launch.main([*options, "--save", str(tmp_path / "run")], SCRIPT)
     (line,) = [line for line in capfd.readouterr().err.splitlines() if not line.startswith("[W")]
     assert code == 2 and line.startswith("ERROR simpo_megatron rank") and re.search(expected, line), line
     assert time.monotonic() - started < 15 and not dist.is_initialized()
