@@ -7,12 +7,13 @@ python tools/inspect_data.py --model DIR --data a.jsonl b.parquet --valid-data c
 import argparse
 import sys
 import tempfile
+from dataclasses import replace
 
 from rich.console import Console
 
 from simpo_megatron.config.options import Option, option_table
 from simpo_megatron.data import PairOptions, build_preference_dataset, load_tokenizer, parse_named_sources
-from simpo_megatron.data.doctor import diagnose, print_diagnosis, show_pairs, write_html
+from simpo_megatron.data.doctor import Finding, diagnose, print_diagnosis, show_pairs, write_html
 from simpo_megatron.errors import SimPOError
 
 
@@ -71,6 +72,7 @@ def main(argv: list[str] | None = None) -> int:
                 files = [file for named in parse_named_sources(arguments.valid_data).values() for file in named]
                 valid = build_preference_dataset(files, tokenizer, options, cache)
             diagnosis = diagnose(dataset, tokenizer, valid, arguments.padded_batch)
+            diagnosis = replace(diagnosis, sections={"Read": _reading(arguments)} | diagnosis.sections)
             shown = show_pairs(dataset, tokenizer, arguments.show) if arguments.show else []
     except SimPOError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -80,6 +82,16 @@ def main(argv: list[str] | None = None) -> int:
         write_html(diagnosis, shown, arguments.html)
         console.print(f"\nwrote {arguments.html}")
     return 0
+
+
+def _reading(arguments: argparse.Namespace) -> list[Finding]:
+    """What the diagnosis holds for: files, tokenizer, lengths, and every other option that is not its default."""
+    findings = [Finding("files", " ".join(arguments.data)), Finding("tokenizer", arguments.model)]
+    for option in _pair_options():
+        value = getattr(arguments, option.name)
+        if value != option.default or option.name in ("max_length", "max_prompt_length"):
+            findings.append(Finding(option.name, str(value)))
+    return findings
 
 
 def _pair_options() -> list[Option]:

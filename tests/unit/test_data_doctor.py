@@ -114,6 +114,7 @@ def test_the_tool_prints_the_diagnosis_and_writes_a_page(tmp_path):
     arguments += ["--html", "page.html", "--max-length", "64", "--max-prompt-length", "32"]
     run = run_tool(arguments, tmp_path)
     assert run.returncode == 0, run.stderr
+    assert re.search(r"files +sick.jsonl\b", run.stdout) and re.search(r"max_length +64\b", run.stdout)
     assert re.search(r"pairs used +12\b", run.stdout)
     assert re.search(r"identical_pair +3, first at sick.jsonl:13", run.stdout)
     assert "[rejected] no 0<|eot_id|>" in run.stdout
