@@ -67,7 +67,8 @@ def summary(dataset: PreferenceDataset, name: str = "") -> list[str]:
     )
     lines = [f"records   {name}{report.num_lines:,}: {report.num_used:,} used, dropped {dropped or 'none'}"]
     if lost.any():
-        parts = ", ".join(f"{count:,} {part}" for part, count in zip(PARTS, (lost > 0).sum(axis=0)) if count)
+        numbers = zip(("prompts", "chosen", "rejected"), (lost > 0).sum(axis=0), strict=True)
+        parts = ", ".join(f"{count:,} {part}" for part, count in numbers if count)
         lines.append(f"cut       {name}{parts}: {_lost(lost, dataset.lengths)}")
     return lines
 

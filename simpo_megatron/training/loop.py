@@ -137,7 +137,8 @@ def _describe_files(job: Job) -> list[str]:
         if job.plan.sources.valid:
             lines += summary(dataset, f"held out {name}".strip() + " ")
         if leaked := num_leaked(job.train_data, dataset):
-            lines.append(f"WARNING   {leaked:,} of {len(dataset):,} held-out pairs have a prompt that is trained on")
+            pairs = f"{len(dataset):,} pairs held out {name}".strip()
+            lines.append(f"WARNING   {leaked:,} of {pairs} have a prompt that is trained on")
     return lines
 
 
