@@ -53,7 +53,12 @@ class PreferenceDataset:
     def where(self, index: int) -> tuple[str, int]:
         """Returns the store's name and the line (from 1) in its file from which pair `index` comes."""
         store, pair = self._locate(index)
-        return store.folder.name.rsplit("-", 1)[0], int(store.pairs["line"][pair])
+        return store.name, int(store.pairs["line"][pair])
+
+    def shares(self) -> list[tuple[str, int, int]]:
+        """Returns, for each store, its name, how many of its pairs are chosen, and how many it has."""
+        counts = np.bincount(np.searchsorted(self._ends, self._chosen, side="right"), minlength=len(self._stores))
+        return [(store.name, int(count), len(store)) for store, count in zip(self._stores, counts, strict=True)]
 
     def select(self, indices: np.ndarray) -> "PreferenceDataset":
         """Returns a dataset of the pairs at `indices` of this one, in that order."""

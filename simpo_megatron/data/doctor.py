@@ -66,6 +66,10 @@ def summary(dataset: PreferenceDataset, name: str = "") -> list[str]:
         for reason, count in report.dropped.most_common()
     )
     lines = [f"records   {name}{report.num_lines:,}: {report.num_used:,} used, dropped {dropped or 'none'}"]
+    shares = dataset.shares()
+    if len(shares) > 1:
+        taken = ", ".join(f"{count:,} of {of:,} pairs of {file}" for file, count, of in shares)
+        lines.append(f"files     {name}{taken}")
     if lost.any():
         numbers = zip(("prompts", "chosen", "rejected"), (lost > 0).sum(axis=0), strict=True)
         parts = ", ".join(f"{count:,} {part}" for part, count in numbers if count)

@@ -98,6 +98,11 @@ class PairStore:
         self.pairs = np.load(folder / "pairs.npy", mmap_mode="r")
         self._tokens = np.memmap(folder / "pairs.bin", np.int32, mode="r") if size else np.empty(0, np.int32)
 
+    @property
+    def name(self) -> str:
+        """The name of the source's file, without its ending."""
+        return self.folder.name.rsplit("-", 1)[0]
+
     def __len__(self) -> int:
         return len(self.lengths)
 

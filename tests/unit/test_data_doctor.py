@@ -75,6 +75,16 @@ def test_the_summary_of_pairs_without_a_loss_is_one_line(tmp_path):
     assert summary(dataset) == ["records   1: 1 used, dropped none"]
 
 
+def test_the_summary_of_a_mixture_says_how_much_of_each_file_its_weights_take(tmp_path):
+    for name, count in (("few", 2), ("many", 9)):
+        rows = [{"prompt": f"{name} {i}", "chosen": "yes", "rejected": "no"} for i in range(count)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    files = ["0.5", str(tmp_path / "few.jsonl"), "0.5", str(tmp_path / "many.jsonl")]
+    dataset = build_preference_dataset(files, llama_like(), PairOptions(), tmp_path / "c")
+    assert summary(dataset)[1] == "files     2 of 2 pairs of few, 2 of 9 pairs of many"
+    assert summary(dataset.select(np.array([0])))[1] == "files     1 of 2 pairs of few, 0 of 9 pairs of many"
+
+
 def test_the_work_saved_is_counted_in_tokens(values):
     dataset, found = values
     longest = max(int(row[0] + row[1:].max()) for row in dataset.lengths)
