@@ -2,7 +2,7 @@
 
 import copy
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +11,7 @@ from simpo_megatron.data.options import PairOptions
 from simpo_megatron.data.sources import Source, parse_sources
 from simpo_megatron.data.store import BuildReport, PairStore, open_store
 from simpo_megatron.data.tokenization import TokenizedPair
-from simpo_megatron.errors import ConfigError, DataError
+from simpo_megatron.errors import ConfigError, DataError, listed
 
 _UINT64 = 1 << 64
 
@@ -54,6 +54,10 @@ class PreferenceDataset:
         """Returns the store's name and the line (from 1) in its file from which pair `index` comes."""
         store, pair = self._locate(index)
         return store.name, int(store.pairs["line"][pair])
+
+    def places(self, indices: Iterable[int], most: int) -> str:
+        """Returns where the first `most` pairs of `indices` come from, `name:line` each, and how many more."""
+        return listed(("{}:{}".format(*self.where(index)) for index in indices), most)
 
     def shares(self) -> list[tuple[str, int, int]]:
         """Returns, for each store, its name, how many of its pairs are chosen, and how many it has."""

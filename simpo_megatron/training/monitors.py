@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from simpo_megatron.config import Config
 from simpo_megatron.data.batching import step_pairs
-from simpo_megatron.errors import ConfigError, StoppedByMonitor, listed
+from simpo_megatron.errors import ConfigError, StoppedByMonitor
 from simpo_megatron.mcore import device
 from simpo_megatron.training import commit
 from simpo_megatron.training.assembly import Job
@@ -110,7 +110,8 @@ class Monitors:
             # A loss that is not a number is not below anything.
             if not metrics["loss"] <= limit:
                 record["pair_ids"] = self._pairs_until(consumed_pairs)
-                text = _spike_text(metrics["loss"], limit, losses, record["pair_ids"])
+                places = self._job.train_data.places(record["pair_ids"], _MAX_SHOWN)
+                text = _spike_text(metrics["loss"], limit, losses, places)
                 # The loss is of the model that this line's first step began with.
                 self._alarms.append(Alarm("loss_spike", text, iteration, self._logged_steps - 1))
         for name, values in self._lines.items():
@@ -230,11 +231,10 @@ class Monitors:
         return sorted(int(pair) for start in starts for pair in step_pairs(num_pairs, start, options))
 
 
-def _spike_text(loss: float, limit: float, losses: Sequence[float], pair_ids: Sequence[int]) -> str:
-    where = ", all in metrics.jsonl" if len(pair_ids) > _MAX_SHOWN else ""
+def _spike_text(loss: float, limit: float, losses: Sequence[float], places: str) -> str:
     return (
         f"the loss is {loss:.4f}, above {limit:.4f}, with a median of {median(losses):.4f} in the {len(losses)} log "
-        f"lines before; pairs {listed(pair_ids, _MAX_SHOWN)}{where}"
+        f"lines before; pairs {places}; their numbers in this run are in metrics.jsonl"
     )
 
 

@@ -7,7 +7,7 @@ import torch.distributed as dist
 
 from simpo_megatron.config import Config
 from simpo_megatron.data import PreferenceDataset, microbatch_tokens
-from simpo_megatron.errors import ConfigError, listed
+from simpo_megatron.errors import ConfigError
 from simpo_megatron.mcore import device
 from simpo_megatron.mcore.optimizer import reserve_moments, zero_gradients
 from simpo_megatron.training.assembly import Job
@@ -41,7 +41,8 @@ def probe_memory(config: Config, job: Job, start: Start) -> list[str]:
         (microbatch_tokens(dataset.lengths[list(pack)], trainer.batch_options), pack) for pack, *_ in plan
     )
     step = start.iteration + 1 + number
-    described = f"the largest pack of the run, {tokens:,} tokens in step {step:,} (pairs {listed(pack, _MAX_SHOWN)})"
+    shown = dataset.places(pack, _MAX_SHOWN)
+    described = f"the largest pack of the run, {tokens:,} tokens in step {step:,} (pairs {shown})"
     try:
         _rehearse(trainer, dataset, _cut_to_what_is_held(trainer, plan))
     except Exception as error:

@@ -24,7 +24,7 @@ from simpo_megatron.data import (
     plan_evaluation,
     plan_step,
 )
-from simpo_megatron.errors import NumericsError, SimPOError, listed
+from simpo_megatron.errors import NumericsError, SimPOError
 from simpo_megatron.loss import PreferenceObjective
 from simpo_megatron.mcore import device
 from simpo_megatron.mcore.batch import Microbatch, read_pairs, to_microbatch
@@ -198,16 +198,18 @@ def train_step(trainer: Trainer, dataset: PreferenceDataset, plan: StepPlan, not
     zero_gradients(trainer.chunks, trainer.optimizer)
     computed = run_pass(trainer, dataset, plan, forward_only=False)
     # A loss can be infinite and its gradient finite, so the norm alone does not tell.
-    largest = agree(_not_finite(computed.sums, plan[trainer.groups.dp.rank()]), noted())
+    largest = agree(_not_finite(computed.sums, plan[trainer.groups.dp.rank()], dataset), noted())
     try:
         return Step(computed, *update(trainer.optimizer, trainer.scheduler), largest)
     except NumericsError as error:
         pairs = sorted(index for rank in plan for microbatch in rank for index in microbatch)
-        shown = listed(pairs, _MAX_PAIRS_SHOWN)
+        shown = dataset.places(pairs, _MAX_PAIRS_SHOWN)
         raise NumericsError(f"{error}; the step's losses are finite, its pairs are {shown}") from None
 
 
-def _not_finite(sums: Sequence[dict[str, Tensor]], microbatches: Sequence[Sequence[int]]) -> NumericsError | None:
+def _not_finite(
+    sums: Sequence[dict[str, Tensor]], microbatches: Sequence[Sequence[int]], dataset: PreferenceDataset
+) -> NumericsError | None:
     """What is wrong with the losses of this rank's microbatches."""
     if not sums:
         return None
@@ -217,8 +219,8 @@ def _not_finite(sums: Sequence[dict[str, Tensor]], microbatches: Sequence[Sequen
         return None
     pairs = sorted(pair for number in bad for pair in microbatches[number])
     return NumericsError(
-        f"the loss is {float(losses[bad[0]])} in the microbatch of pairs {listed(pairs, _MAX_PAIRS_SHOWN)}; weights, "
-        "moments and schedule are as before the step"
+        f"the loss is {float(losses[bad[0]])} in the microbatch of pairs {dataset.places(pairs, _MAX_PAIRS_SHOWN)}; "
+        "weights, moments and schedule are as before the step"
     )
 
 

@@ -130,12 +130,12 @@ RUNS = {
     "a_loss_is_not_a_number": (
         {"fault": "forward@2:1:nan", "compare_state": True, "options": DP2},
         [5, 5],
-        {0: r"NumericsError: the loss is nan in the microbatch of pairs \d+, .*\(rank 1\); .*skip_nonfinite_steps"},
+        {0: r"NumericsError: the loss is nan in the microbatch of pairs \w+:\d+, .*\(rank 1\); .*skip_nonfinite_steps"},
     ),
     "a_gradient_overflows": (
         {"spoil_gradient": [1, 2], "compare_state": True},
         [5, 5],
-        {0: r"NumericsError: the gradient norm is (inf|nan); .* the step's losses are finite, its pairs are \d+, "},
+        {0: r"NumericsError: the gradient norm is (inf|nan); .* the step's losses are finite, its pairs are \w+:\d+, "},
     ),
     "a_step_is_left_out_before_a_stop": (
         {
@@ -164,7 +164,7 @@ RUNS = {
             },
         },
         [0, 0],
-        {0: r"WARNING   left out \(1 of at most 1\): the loss is nan in the microbatch of pairs \d+, .*\(rank 1\)"},
+        {0: r"WARNING   left out \(1 of at most 1\): the loss is nan in the microbatch of pairs \w+:\d+, .*\(rank 1\)"},
     ),
 }
 

@@ -13,7 +13,7 @@ from rich.console import Console
 from simpo_megatron.config import Config, config_from
 from simpo_megatron.data import BatchOptions
 from simpo_megatron.data.batching import step_pairs
-from simpo_megatron.errors import ConfigError
+from simpo_megatron.errors import ConfigError, listed
 from simpo_megatron.loss import MONITORED, SimPOObjective, length_correlation, monitored_sums, preference_loss
 from simpo_megatron.training.checkpoint import Start
 from simpo_megatron.training.loggers import RunLog, Terminal
@@ -24,9 +24,19 @@ OPTIONS = BatchOptions(global_batch_size=4, seed=5)
 STEADY = [1.30, 1.31, 1.29, 1.30, 1.32, 1.28, 1.30, 1.31]
 
 
+class Pairs:
+    """Ten of them, in one file."""
+
+    def __len__(self) -> int:
+        return 10
+
+    def places(self, indices, most):
+        return listed((f"file:{index + 1}" for index in indices), most)
+
+
 def job(pairs: str | None = "held out") -> SimpleNamespace:
     valid = {} if pairs is None else {"": SimpleNamespace(fingerprint=pairs)}
-    return SimpleNamespace(train_data=range(10), valid_data=valid, trainer=SimpleNamespace(batch_options=OPTIONS))
+    return SimpleNamespace(train_data=Pairs(), valid_data=valid, trainer=SimpleNamespace(batch_options=OPTIONS))
 
 
 def monitors(remembered=None, pairs: str | None = "held out", **options) -> Monitors:
@@ -72,7 +82,7 @@ def test_a_spike_is_told_with_the_pairs_of_the_steps_since_the_last_line(loss, t
     assert record == {"loss": pytest.approx(loss, nan_ok=True), "grad_norm": 1.0, "pair_ids": expected}
     (line,) = said(watching, tmp_path)
     assert line.startswith("WARNING loss_spike after step 6: the loss is")
-    assert f"pairs {', '.join(map(str, expected))}" in line
+    assert f"pairs {', '.join(f'file:{index + 1}' for index in expected)};" in line
     assert said(watching, tmp_path) == []
 
 
