@@ -122,13 +122,14 @@ def test_the_tool_prints_the_diagnosis_and_writes_a_page(tmp_path):
     llama_like().save_pretrained(tmp_path / "model")
     sick_file(tmp_path / "sick.jsonl")
     arguments = ["--model", "model", "--data", "sick.jsonl", "--valid-data", "held=sick.jsonl", "--show", "2"]
-    arguments += ["--html", "page.html", "--max-length", "64", "--max-prompt-length", "32"]
+    arguments += ["--html", "page.html", "--preset", "mistral-base", "--max-length", "64", "--max-prompt-length", "32"]
     run = run_tool(arguments, tmp_path)
     assert run.returncode == 0, run.stderr
     assert re.search(r"files +sick.jsonl\b", run.stdout) and re.search(r"max_length +64\b", run.stdout)
+    assert re.search(r"template_mode +princeton\b", run.stdout), "what the preset says"
     assert re.search(r"pairs used +12\b", run.stdout)
     assert re.search(r"identical_pair +3, first at sick.jsonl:13", run.stdout)
-    assert "[rejected] no 0<|eot_id|>" in run.stdout
+    assert "[rejected] <|start_header_id|>assistant<|end_header_id|>\n\nno 0<|eot_id|>" in run.stdout
     page = (tmp_path / "page.html").read_text()
     assert "identical_pair" in page
     assert "no 0&lt;|eot_id|&gt;" in page
