@@ -106,7 +106,7 @@ _TRAIN: dict[str, Rule] = {
 }
 
 _CHECKPOINT: dict[str, Rule] = {
-    **to.taken("checkpoint.", "save save_interval"),
+    **to.taken("checkpoint.", "save save_interval async_save"),
     "checkpoint.load": Translated(_resume, ("resume",)),
     "checkpoint.most_recent_k": to.KEEP_CHECKPOINTS,
     "checkpoint.pretrained_checkpoint": to.checkpoint_elsewhere("a Megatron checkpoint"),

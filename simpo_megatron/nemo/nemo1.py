@@ -113,6 +113,7 @@ _EXPERIMENT: Mapping[str, Rule] = {
     "exp_manager.create_tensorboard_logger": Translated(_tensorboard, ("tensorboard_dir",)),
     "exp_manager.create_wandb_logger": Translated(_wandb, ("wandb_project",)),
     "exp_manager.checkpoint_callback_params.every_n_train_steps": "save_interval",
+    "exp_manager.checkpoint_callback_params.async_save": "async_save",
     "exp_manager.checkpoint_callback_params.save_top_k": to.KEEP_CHECKPOINTS,
     **to.ignored(
         to.READ_WITH_ANOTHER, "exp_manager.", "name wandb_logger_kwargs.* resume_ignore_no_checkpoint"

@@ -75,6 +75,7 @@ _STRATEGY: dict[str, Rule] = {
         find_unused_parameters parallel_devices cluster_environment data_sampler progress_interval
         restore_config setup_optimizers replace_progress_bar megatron_log_level""",
     ),
+    "trainer.strategy.ckpt_async_save": "async_save",
     **to.ignored(to.OF_FILES, "trainer.strategy.", "ckpt_* save_ckpt_format checkpoint_io"),
 }
 

@@ -148,6 +148,7 @@ _MEGATRON_CFG: dict[str, Rule] = {
     **megatron_ddp(
         f"{_MEGATRON}distributed_data_parallel_config.", f"{_MEGATRON}optimizer.use_distributed_optimizer"
     ),
+    f"{_MEGATRON}checkpoint.async_save": "async_save",
     **to.ignored(to.OF_FILES, _MEGATRON, "checkpoint.* force_reconvert_from_hf converter_type"),
     **to.ignored(
         to.OF_THE_MODEL,

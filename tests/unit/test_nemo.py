@@ -153,6 +153,7 @@ GOLDEN = {
         seed=99,
         save="runs/bridge",
         save_interval=60,
+        async_save=True,
         resume="required",
         keep_checkpoints=5,
         log_interval=10,
@@ -186,6 +187,22 @@ def test_a_file_of_each_dialect_asks_for_what_it_says(name):
     config, report = load_nemo_config(CONFIGS / name)
     assert beyond_defaults(config) == GOLDEN[name]
     assert report.dialect == DIALECT_OF[name]
+
+
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [
+        ("aligner_dpo.yaml", "exp_manager.checkpoint_callback_params.async_save"),
+        ("nemo2_finetune.yaml", "trainer.strategy.ckpt_async_save"),
+        ("rl_megatron.yaml", "policy.megatron_cfg.checkpoint.async_save"),
+        ("bridge_container.yaml", "checkpoint.async_save"),
+    ],
+)
+@pytest.mark.parametrize("asked", [True, False])
+def test_each_dialect_asks_for_checkpoints_in_the_background(name, key, asked):
+    config, report = load_nemo_config(CONFIGS / name, [f"++{key}={str(asked).lower()}"])
+    assert config.run.async_save is asked
+    assert report.taken[key] == f"async_save={str(asked).lower()}"
 
 
 @pytest.mark.parametrize("name", GOLDEN)
