@@ -50,6 +50,7 @@ def resolve(config: Config, *, world_size: int, model: Mapping[str, Any], machin
     data_parallel_size = _data_parallel_size(config, world_size)
     _check_model(config, model)
     _check_lora(config, model)
+    _check_fp8_weights(config, model)
     _check_fp8(config, model, machine)
     layout = Layout(
         data_parallel_size=data_parallel_size,
@@ -191,6 +192,17 @@ def _check_fp8(config: Config, model: Mapping[str, Any], machine: Machine) -> No
         require(
             size % multiple == 0, key, recipe, f"the model's {name}, {size}, to be a multiple of {multiple}"
         )
+
+
+def _check_fp8_weights(config: Config, model: Mapping[str, Any]) -> None:
+    if not config.precision.fp8_param_gather:
+        return
+    for holds, expected in (
+        (config.parallel.use_distributed_optimizer, "use_distributed_optimizer with it, which keeps the fp32 masters"),
+        (config.lora.lora_rank is None, "no lora_rank beside it: frozen weights have no fp32 masters"),
+        (not model.get("num_moe_experts"), "a dense model: the FP8 weights of experts are not supported yet"),
+    ):
+        require(holds, "fp8_param_gather", True, expected)
 
 
 def _microbatch_multiple(config: Config) -> int:

@@ -142,9 +142,20 @@ class PrecisionConfig:
     fp8_recipe: Literal["delayed", "tensorwise", "blockwise", "mxfp8"] | None = None
     """Matrix products of the layers in FP8 by this recipe of Transformer Engine; mxfp8 needs Blackwell."""
 
+    fp8_param_gather: bool = False
+    """Keep the layers' matrices in FP8 alone, and gather them so after an update; fp32 masters stay in the distributed
+    optimizer, and checkpoints and exports are written from them in bf16."""
+
     def __post_init__(self) -> None:
         require(
             self.fp8_recipe is None or self.bf16, "fp8_recipe", self.fp8_recipe, "bf16 and not fp32 beside it"
+        )
+        # Delayed scaling would round the weights that are loaded by a scale of 1, before it has seen any.
+        require(
+            not self.fp8_param_gather or self.fp8_recipe in ("tensorwise", "blockwise"),
+            "fp8_param_gather",
+            True,
+            f"fp8_recipe tensorwise or blockwise with it, found {self.fp8_recipe or 'none'}",
         )
 
 

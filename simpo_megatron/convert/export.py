@@ -50,13 +50,15 @@ def export_hf(
     dtype: torch.dtype = torch.bfloat16,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     model_card: str | None = None,
+    in_place_of: Mapping[Tensor, Tensor] | None = None,
 ) -> None:
     """Write the model as a Hugging Face folder that appears under `out_folder` only when it is whole.
 
     Adapters are merged into what is written, each weight's sum taken in fp32; the model stays as it is.
     Every pipeline stage writes its own files, one tensor in memory at a time. Configuration, tokenizer and
-    chat template come from `source_folder`; `model_card` becomes README.md. Called on every rank; those that
-    hold a copy of another rank's weights return at once.
+    chat template come from `source_folder`; `model_card` becomes README.md; `in_place_of` names the tensors to write
+    for some parameters, those kept in FP8. Called on every rank; those that hold a copy of another rank's weights
+    return at once.
 
     Collectives: one gather over tp for every tensor that is cut, one send over ep for every expert that another rank
     holds; a few small objects over tp, pp and ep.
@@ -67,7 +69,7 @@ def export_hf(
     """
     owned: dict[str, list[Piece]] = {}
     for chunk in model_chunks:
-        for name, found in _pieces_by_name(chunk, description, groups.tp.size()).items():
+        for name, found in _pieces_by_name(chunk, description, groups.tp.size(), in_place_of).items():
             owned.setdefault(name, found)
     specs = {name: TensorSpec(shape, dtype) for name, shape in hf_tensors(description).items()}
     stage_names = set().union(*(_stage_names(chunk, description) for chunk in model_chunks))
@@ -142,10 +144,12 @@ def export_tensors(
 _EMBEDDING = "model.embed_tokens.weight"
 
 
-def _pieces_by_name(chunk: torch.nn.Module, description: ModelDescription, tp_size: int) -> dict[str, list[Piece]]:
+def _pieces_by_name(
+    chunk: torch.nn.Module, description: ModelDescription, tp_size: int, in_place_of: Mapping[Tensor, Tensor] | None
+) -> dict[str, list[Piece]]:
     """What `chunk` adds to an export from this rank; a head that shares the embedding's weight adds nothing."""
     by_name: dict[str, list[Piece]] = {}
-    for piece in pieces(chunk, description, tp_size=tp_size):
+    for piece in pieces(chunk, description, tp_size=tp_size, in_place_of=in_place_of):
         by_name.setdefault(piece.hf_name, []).append(piece)
     if not _has_embedding(chunk, description):
         by_name.pop(_EMBEDDING, None)

@@ -11,6 +11,7 @@ from simpo_megatron.convert.files import DTYPE_NAMES, StoredTensor, open_safeten
 from simpo_megatron.convert.mapping import Piece, hf_tensors, pieces
 from simpo_megatron.errors import CheckpointError, listed
 from simpo_megatron.mcore.families import ModelDescription
+from simpo_megatron.mcore.fp8_weights import awaited_values
 
 MAX_LISTED = 10
 """Names in an error message before it only counts."""
@@ -29,15 +30,17 @@ def load_hf_weights(
 ) -> None:
     """Fill this rank's parameters in place from the safetensors of `folder`, reading only what they need.
 
-    Stored values are cast to each parameter's dtype. Padded vocabulary rows become zero.
+    Stored values are cast to each parameter's dtype. Padded vocabulary rows become zero. What is kept in FP8 is not
+    touched itself: the values that become its masters are filled (`mcore.fp8_weights`).
 
     Raises:
         CheckpointError: a tensor is missing, extra or misshapen (ten are named), or a file unreadable.
     """
     stored = checked_tensors(folder, description, tp_rank=tp_rank, tp_size=tp_size)
+    awaited = awaited_values(model_chunks)
     wanted: dict[Path, list[Piece]] = {}
     for chunk in model_chunks:
-        for piece in pieces(chunk, description, tp_size=tp_size):
+        for piece in pieces(chunk, description, tp_size=tp_size, in_place_of=awaited):
             wanted.setdefault(stored[piece.hf_name].file, []).append(piece)
     for path, pieces_of_file in wanted.items():
         for batch in _batches(pieces_of_file, tp_size):

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -218,9 +218,16 @@ def _experts_of(rule: Rule, description: ModelDescription) -> Iterable[int | Non
     return range(description.transformer["num_moe_experts"]) if rule.layout.is_expert else (None,)
 
 
-def pieces(chunk: torch.nn.Module, description: ModelDescription, *, tp_size: int) -> list[Piece]:
+def pieces(
+    chunk: torch.nn.Module,
+    description: ModelDescription,
+    *,
+    tp_size: int,
+    in_place_of: Mapping[Tensor, Tensor] | None = None,
+) -> list[Piece]:
     """Every parameter of this rank's GPTModel `chunk`, as the parts of the Hugging Face tensors it holds.
 
+    `in_place_of` names the tensors that stand for some parameters, those kept in FP8.
     The head of a last pipeline stage, when tied, counts as the embedding, like the embedding itself. An adapter is no
     piece of its own: it comes with the pieces it adds to.
     """
@@ -229,7 +236,8 @@ def pieces(chunk: torch.nn.Module, description: ModelDescription, *, tp_size: in
     for name, parameter in chunk.named_parameters():
         if name.rpartition(".")[0] in adapters:
             continue
-        own = pieces_of(chunk, name, parameter.detach(), description, tp_size=tp_size)
+        values = (in_place_of or {}).get(parameter, parameter.detach())
+        own = pieces_of(chunk, name, values, description, tp_size=tp_size)
         adapter = adapters.get(name.removesuffix(".weight") + ADAPTER_SUFFIX)
         found += own if adapter is None else _with_adapter(own, adapter, description)
     return found

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.fp8_utils import is_float8tensor
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import (
     ColumnParallelLinear,
@@ -192,7 +193,9 @@ def zero_weights(chunks: list[PreferenceGPTModel]) -> None:
     with torch.no_grad():
         for chunk in chunks:
             for parameter in chunk.parameters():
-                parameter.zero_()
+                # FP8 weights come from the checkpoint whole, and no vocabulary is among them.
+                if not is_float8tensor(parameter):
+                    parameter.zero_()
 
 
 def _mark_divided_weights(chunk: PreferenceGPTModel) -> None:
@@ -228,6 +231,7 @@ def wrap_in_ddp(chunks: list[PreferenceGPTModel], config: Config) -> list[Distri
         use_distributed_optimizer=parallel.use_distributed_optimizer,
         overlap_grad_reduce=parallel.overlap_grad_reduce,
         overlap_param_gather=parallel.overlap_param_gather,
+        fp8_param_gather=config.precision.fp8_param_gather,
     )
     return [
         DistributedDataParallel(chunk.config, ddp_config, chunk, disable_bucketing=index > 0)

@@ -14,6 +14,7 @@ from simpo_megatron import faults
 from simpo_megatron.config import Config
 from simpo_megatron.errors import NumericsError
 from simpo_megatron.mcore import device
+from simpo_megatron.mcore.fp8_weights import gather, quantise_masters
 from simpo_megatron.mcore.precision import parameter_dtype
 
 
@@ -23,6 +24,8 @@ def build_optimizer(
     """megatron's Adam over the chunks (plain or distributed) and its schedule, which counts optimizer steps.
 
     Side effect: megatron's schedules learn how to scale the loss and finish the gradients of these chunks.
+
+    Collectives: those of `quantise_masters`.
     """
     settings, precision = config.optimizer, config.precision
     optimizer = get_megatron_optimizer(
@@ -61,6 +64,7 @@ def build_optimizer(
         for group in optimizer.param_groups:
             group["fused"] = True
     _teach_schedules(chunks, optimizer)
+    quantise_masters(chunks, optimizer)
     return optimizer, scheduler
 
 
@@ -126,4 +130,4 @@ def gather_parameters(chunks: list[DistributedDataParallel]) -> None:
     """
     for chunk in chunks:
         if chunk.ddp_config.overlap_param_gather:
-            chunk.start_param_sync(force_sync=True)
+            gather(chunk)

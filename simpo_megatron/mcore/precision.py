@@ -36,6 +36,7 @@ def precision_options(precision: PrecisionConfig) -> dict[str, Any]:
     recipe = precision.fp8_recipe
     if recipe is not None:
         options |= {"fp8": _FP8_FORMAT[recipe], "fp8_recipe": recipe, **_FP8_DETAILS[recipe]}
+        options["fp8_param"] = precision.fp8_param_gather
     return options
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, fields
 from simpo_megatron.config.lora import LORA_TARGETS
 from simpo_megatron.loss.fused_linear import DEFAULT_LOGITS_BUDGET_BYTES, MAX_BLOCK_WIDTH, MIN_BLOCK_WIDTH
 from simpo_megatron.mcore.families import padded_vocab_size
+from simpo_megatron.mcore.precision import precision_options
 from simpo_megatron.planning.load import Load
 from simpo_megatron.planning.parameters import (
     adapter_parameters,
@@ -50,7 +51,7 @@ def stage_memory(load: Load, stage: int) -> StageMemory:
     loss = sum(head_bytes(load)) if stage == load.sizes.pipeline - 1 else 0.0
     excess = max(0.0, backward_work_bytes(load) - loss)
     return StageMemory(
-        weights=parameters * load.itemsize + fp8_copies_bytes(load),
+        weights=parameters * load.itemsize + fp8_bytes(load, stage),
         gradients=gradient_bytes(sum(trained_parameters(load, stage))),
         optimizer=optimizer_bytes(load, stage),
         activations=activation_bytes(load, stage) + excess,
@@ -78,17 +79,25 @@ def optimizer_bytes(load: Load, stage: int) -> float:
     return (12 if load.config.precision.bf16 else 8) * optimizer_parameters(load, stage)
 
 
-def fp8_copies_bytes(load: Load) -> float:
-    """Two FP8 versions of each matrix of a stage's layers, as they are and transposed, kept over the microbatches.
+def fp8_bytes(load: Load, stage: int) -> float:
+    """What the FP8 matrices of a stage's layers add to weights in bf16, per rank.
 
-    Source: transformer_engine.pytorch Linear's weight workspace, rowwise and columnwise; weights stay bf16 beside.
+    Two versions of each, as it is and transposed, of a byte a value, are kept over the microbatches: beside the bf16
+    matrix, or, under fp8_param_gather, in its place. Layers that a recipe leaves in bf16 have none.
+
+    Source: transformer_engine.pytorch Linear's weight workspace, rowwise and columnwise, and with primary weights in
+    FP8 the weight itself (`_data`, `_transpose`; of blocks `_rowwise_data`, `_columnwise_data`).
     """
-    if load.config.precision.fp8_recipe is None:
+    precision, shape, sizes = load.config.precision, load.shape, load.sizes
+    if precision.fp8_recipe is None:
         return 0.0
-    shape, sizes = load.shape, load.sizes
+    kept = precision_options(precision)
+    num_layers = shape.num_layers // sizes.pipeline
+    num_layers -= kept.get("num_layers_at_start_in_bf16", 0) * (stage == 0)
+    num_layers -= kept.get("num_layers_at_end_in_bf16", 0) * (stage == sizes.pipeline - 1)
     divided = shape.attention_matrices if shape.num_moe_experts else shape.layer_matrices
     matrices = divided / sizes.tensor + shape.expert_matrices / sizes.expert
-    return 2.0 * shape.num_layers // sizes.pipeline * matrices
+    return (2.0 - load.itemsize * precision.fp8_param_gather) * max(num_layers, 0) * matrices
 
 
 def layer_activation_bytes(load: Load) -> dict[str, float]:

@@ -23,7 +23,8 @@ def describe_job(job: Job) -> list[str]:
     """What is planned for, a line each."""
     pack, precision, num_pairs = job.pack, job.config.precision, job.config.batch.global_batch_size
     shape = ModelShape.of(job.description)
-    format_ = f"FP8 {precision.fp8_recipe} over bf16" if precision.fp8_recipe else "bf16" if precision.bf16 else "fp32"
+    over = "with FP8 weights" if precision.fp8_param_gather else "over bf16"
+    format_ = f"FP8 {precision.fp8_recipe} {over}" if precision.fp8_recipe else "bf16" if precision.bf16 else "fp32"
     experts = ""
     if shape.num_moe_experts:
         experts = f", {shape.num_active_parameters / 1e9:.1f} for a token: {shape.moe_router_topk} of "

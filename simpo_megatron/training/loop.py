@@ -17,6 +17,7 @@ from simpo_megatron.data.doctor import num_leaked, summary
 from simpo_megatron.errors import NumericsError, StoppedByMonitor, StoppedBySignal
 from simpo_megatron.mcore import device
 from simpo_megatron.mcore.experts import LOAD_BALANCING_LOSS
+from simpo_megatron.mcore.fp8_weights import whole_masters
 from simpo_megatron.mcore.optimizer import gather_parameters
 from simpo_megatron.mcore.precision import export_dtype, parameter_dtype, rounding
 from simpo_megatron.training.assembly import Job, Plan, assemble, plan_run
@@ -296,6 +297,7 @@ def _finish(config: Config, job: Job, log: RunLog) -> None:
             groups=job.trainer.groups,
             dtype=export_dtype(config),
             model_card=model_card(config, config.model.export_hf, curves, export_dtype(config)),
+            in_place_of=whole_masters(job.trainer.optimizer),
         )
         log.say(f"model     {config.model.export_hf} (AutoModelForCausalLM loads it)")
         said = rounding([parameter_dtype(config.precision)], export_dtype(config))

@@ -17,6 +17,7 @@ from torch.distributed import ProcessGroup
 import simpo_megatron
 from simpo_megatron.config import Config
 from simpo_megatron.errors import NumericsError, ParallelError, listed
+from simpo_megatron.mcore.fp8_weights import plain
 from simpo_megatron.mcore.optimizer import gather_parameters
 from simpo_megatron.parallel import ParallelGroups
 from simpo_megatron.training.assembly import Job
@@ -114,7 +115,7 @@ def _named_weights(chunk: DistributedDataParallel) -> Iterable[tuple[str, Tensor
 
 def _not_finite(weights: Mapping[str, Tensor]) -> NumericsError | None:
     # Much faster than isfinite() of every value, and a NaN is the smallest and the largest of what it is among.
-    extremes = [torch.stack(torch.aminmax(weight.detach())) for weight in weights.values()]
+    extremes = [torch.stack(torch.aminmax(plain(weight))) for weight in weights.values()]
     are_finite = torch.stack([pair.isfinite().all() for pair in extremes]).tolist()
     bad = [name for name, is_finite in zip(weights, are_finite, strict=True) if not is_finite]
     if not bad:
@@ -127,7 +128,7 @@ def _differing(kind: str, group: ProcessGroup, weights: Mapping[str, Tensor]) ->
     if group.size() == 1 or not weights:
         return None
     names = list(weights)
-    sums = torch.stack([_sum_of_bits(weight.detach().flatten()) for weight in weights.values()])
+    sums = torch.stack([_sum_of_bits(plain(weight).flatten()) for weight in weights.values()])
     extremes = torch.cat([sums, -sums])
     dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=group)
     largest, smallest = extremes[: len(names)], -extremes[len(names) :]

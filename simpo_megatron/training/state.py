@@ -33,6 +33,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from simpo_megatron.errors import CheckpointError, listed
 from simpo_megatron.mcore import device
+from simpo_megatron.mcore.fp8_weights import awaited_values, quantise_masters, whole_masters
 from simpo_megatron.mcore.lora import ADAPTER_SUFFIX
 from simpo_megatron.mcore.model import PreferenceGPTModel
 from simpo_megatron.mcore.optimizer import gather_parameters
@@ -83,6 +84,7 @@ def request_write(
     device.write_checkpoints_in_threads()
     strategy = FullyParallelSaveStrategyWrapper(get_default_save_sharded_strategy(), trainer.groups.dp_cp)
     state = {"checkpoint_version": 3.0, "iteration": iteration, **_sharded_state(model, trainer)}
+    _put_in_place(state, whole_masters(trainer.optimizer))
     state["opt_param_scheduler"] = trainer.scheduler.state_dict()
     state["rng"] = _sharded_rng()
     held = [tensor.data for tensor in _tensors(state)]
@@ -134,6 +136,7 @@ def read_state(
     for name, chunk in _named_chunks(model):
         _load_chunk(chunk, loaded[name], folder)
     trainer.optimizer.load_state_dict(loaded["optimizer"])
+    quantise_masters(trainer.chunks, trainer.optimizer)
     for group, settings in zip(trainer.optimizer.param_groups, own_settings, strict=True):
         group.update(settings)
     trainer.scheduler.step(increment=iteration)
@@ -152,16 +155,19 @@ def read_weights(model: list[PreferenceGPTModel], groups: ParallelGroups, folder
     stored = check_index(folder)
     refuse_other_weights(stored, {name for name in stored if ADAPTER_SUFFIX not in name}, folder)
     state = _sharded_model(model, groups, _is_object)
-    adapters = {}
+    adapters, awaited = {}, awaited_values(model)
     for name, chunk in _named_chunks(model):
         adapters[name] = {key: value for key, value in chunk.state_dict().items() if ADAPTER_SUFFIX in key}
         state[name] = {key: value for key, value in state[name].items() if key not in adapters[name]}
         for key in state[name]:
             # Rows that pad the vocabulary are not stored for every number of ranks.
-            chunk.get_parameter(key).detach().zero_()
+            awaited.get(chunk.get_parameter(key), chunk.get_parameter(key).detach()).zero_()
     loaded = _load(state, stored, folder)
     for name, chunk in _named_chunks(model):
         _load_chunk(chunk, {**adapters[name], **loaded[name]}, folder)
+        for key, values in loaded[name].items():
+            if chunk.get_parameter(key) in awaited:
+                awaited[chunk.get_parameter(key)].copy_(values)
 
 
 def refuse_other_weights(stored: set[str], expected: set[str], folder: Path) -> None:
@@ -286,6 +292,15 @@ def _sharded_model(
         name: extract_matching_values(chunk.sharded_state_dict(metadata=_metadata(groups)), leave_out)[1]
         for name, chunk in _named_chunks(model)
     }
+
+
+def _put_in_place(state: dict[str, Any], masters: Mapping[torch.Tensor, torch.Tensor]) -> None:
+    """Of weights that are kept in FP8, store what `masters` say, as a run does that keeps them in bf16."""
+    held = {id(weight): values for weight, values in masters.items()}
+    for value in nested_values(state):
+        if isinstance(value, (ShardedTensor, ShardedTensorFactory)) and id(value.data) in held:
+            value.data = held.pop(id(value.data))
+    assert not held, f"{len(held)} FP8 weights are not part of the state"
 
 
 def _metadata(groups: ParallelGroups) -> dict[str, Any]:

@@ -180,6 +180,17 @@ def test_fp8_is_faster_keeps_less_and_is_refused_where_the_trainer_would():
         plan_one(job(**options, gpu="a100-80gb", fp8="tensorwise"))
 
 
+def test_weights_in_fp8_take_the_place_of_bf16_ones_in_the_layers_that_compute_in_fp8():
+    options = {"tp": 8, "pp": 4, "fp8": "tensorwise", "sequence_parallel": True, "use_distributed_optimizer": True}
+    beside, alone = (plan_one(job(**options, **more)) for more in ({}, {"fp8_param_gather": True}))
+    hidden, ffn, key_size = 8192, 28672, 1024
+    matrices = (2 * hidden * hidden + 2 * hidden * key_size + 3 * hidden * ffn) // 8
+    for stage, num_layers in enumerate((19, 20, 20, 19)):
+        before, after = beside.memory[stage], alone.memory[stage]
+        assert before.weights - after.weights == 2 * num_layers * matrices
+        assert (before.gradients, before.optimizer) == (after.gradients, after.optimizer)
+
+
 def test_the_yaml_loads_as_the_configuration_that_was_planned(tmp_path):
     best = survey(job(preset="llama3-instruct-v0.2", fp8="tensorwise")).candidates[0]
     file = tmp_path / "plan.yaml"

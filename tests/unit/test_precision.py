@@ -1,14 +1,19 @@
 """What the number formats become in the installed megatron-core; nothing of it can be executed without a GPU."""
 
 from dataclasses import fields
+from types import SimpleNamespace
 
 import pytest
 import torch
+from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig
 from megatron.core.transformer import TransformerConfig
 
-from simpo_megatron.config import PrecisionConfig, config_from
+from simpo_megatron.config import Machine, PrecisionConfig, config_from, resolve
 from simpo_megatron.config.options import option_table
+from simpo_megatron.errors import ConfigError
+from simpo_megatron.mcore import model as mcore_model
+from simpo_megatron.mcore.model import wrap_in_ddp
 from simpo_megatron.mcore.precision import export_dtype, precision_options, rounding
 from tools import convert_hf
 
@@ -20,6 +25,7 @@ RECIPES = ("delayed", "tensorwise", "blockwise", "mxfp8")
 def test_every_recipe_makes_a_config_that_megatron_accepts(recipe):
     options = precision_options(PrecisionConfig(fp8_recipe=recipe))
     config = TransformerConfig(**SHAPE, **options)
+    assert not config.fp8_param
     assert config.fp8 == ("hybrid" if recipe in ("delayed", "tensorwise") else "e4m3")
     assert config.fp8_recipe == recipe
     assert config.params_dtype is config.pipeline_dtype is torch.bfloat16
@@ -30,6 +36,37 @@ def test_every_option_is_a_field_of_the_installed_config(recipe):
     known = {field.name for field in fields(TransformerConfig)}
     assert set(precision_options(PrecisionConfig(fp8_recipe=recipe))) <= known
     assert "fp8_recipe" in {field.name for field in fields(OptimizerConfig)}
+    assert "fp8_param_gather" in {field.name for field in fields(DistributedDataParallelConfig)}
+
+
+@pytest.mark.parametrize("recipe", ["tensorwise", "blockwise"])
+def test_weights_kept_in_fp8_are_a_word_to_the_model_and_to_its_data_parallelism(recipe, monkeypatch):
+    options = {"use_distributed_optimizer": True, "fp8_recipe": recipe, "fp8_param_gather": True}
+    config = config_from(model="folder", data=("a.jsonl",), **options)
+    assert TransformerConfig(**SHAPE, **precision_options(config.precision)).fp8_param
+    monkeypatch.setattr(mcore_model, "DistributedDataParallel", lambda config, ddp_config, chunk, **kwargs: ddp_config)
+    (ddp_config,) = wrap_in_ddp([SimpleNamespace(config=None)], config)
+    assert ddp_config.fp8_param_gather and ddp_config.use_distributed_optimizer
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"fp8_recipe": None}, "fp8_recipe tensorwise or blockwise with it, found none"),
+        ({"fp8_recipe": "delayed"}, "fp8_recipe tensorwise or blockwise with it, found delayed"),
+        ({"use_distributed_optimizer": False}, "use_distributed_optimizer with it"),
+        ({"lora_rank": 8}, "no lora_rank beside it"),
+        ({"model": {"num_moe_experts": 8, "moe_ffn_hidden_size": 128}}, "a dense model"),
+        ({"machine": Machine(has_cuda=True, compute_capability=(9, 0))}, "pip install 'simpo-megatron[te]'"),
+    ],
+)
+def test_weights_kept_in_fp8_are_refused_where_nothing_could_keep_their_masters(options, message):
+    gpu = Machine(has_cuda=True, has_transformer_engine=True, compute_capability=(9, 0))
+    shape = {"num_layers": 4, "num_attention_heads": 4, "hidden_size": 128, "ffn_hidden_size": 256}
+    model, machine = {**shape, **options.pop("model", {})}, options.pop("machine", gpu)
+    asked = {"fp8_recipe": "tensorwise", "fp8_param_gather": True, "use_distributed_optimizer": True, **options}
+    with pytest.raises(ConfigError, match=message.replace("[", r"\[")):
+        resolve(config_from(model="folder", data=("a.jsonl",), **asked), world_size=1, model=model, machine=machine)
 
 
 def test_delayed_scaling_remembers_more_than_one_step():

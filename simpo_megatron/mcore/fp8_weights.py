@@ -1,0 +1,77 @@
+"""Weights that are kept in FP8: what fills them and what is stored of them are their masters' values, never their own.
+
+Such a weight is a Transformer Engine tensor of one byte a value and a scale. The values it was made from wait in the
+host's memory until megatron's distributed optimizer takes its fp32 masters from them (`get_high_precision_init_val`):
+there a loader writes. From then on the masters are the weights, and FP8 is made of them, by megatron itself, after
+every update.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.fp8_utils import dequantize_fp8_tensor, is_float8tensor, post_all_gather_processing
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from torch import Tensor
+
+
+def plain(weight: Tensor) -> Tensor:
+    """The weight as a tensor of its dtype, without gradient: itself, or what its FP8 values stand for."""
+    return dequantize_fp8_tensor(weight.detach()) if is_float8tensor(weight) else weight.detach()
+
+
+def awaited_values(chunks: Iterable[torch.nn.Module]) -> dict[Tensor, Tensor]:
+    """By FP8 weight the tensor to fill in its place, of its shape and dtype, in the host's memory.
+
+    Only before the optimizer is built, which takes these values as its masters and forgets them.
+    """
+    weights = [weight for chunk in chunks for weight in chunk.parameters() if is_float8tensor(weight)]
+    return {weight: weight.get_high_precision_init_val() for weight in weights}
+
+
+def quantise_masters(chunks: Sequence[DistributedDataParallel], optimizer: MegatronOptimizer) -> None:
+    """Make every FP8 weight what its masters are in FP8, as an update does; nothing where there is none.
+
+    Collectives: Transformer Engine's maximum of each weight and an all-gather of all weights, over dp.
+    """
+    if not any(is_float8tensor(weight) for chunk in chunks for weight in chunk.parameters()):
+        return
+    for single in optimizer.chained_optimizers:
+        single._copy_main_params_to_model_params()
+    for chunk in chunks:
+        gather(chunk)
+
+
+def gather(chunk: DistributedDataParallel) -> None:
+    """Bring every weight up to date now, for a reader that is no forward pass, from what its rank has of it.
+
+    Collectives: one all-gather of the weights over dp.
+    """
+    chunk.start_param_sync(force_sync=True)
+    weights = [weight for weight in chunk.parameters() if is_float8tensor(weight)]
+    if weights and chunk.ddp_config.overlap_param_gather:
+        # megatron makes the transposed copies anew only after a gathering that a forward pass has waited for.
+        post_all_gather_processing(weights)
+
+
+def whole_masters(optimizer: MegatronOptimizer) -> dict[Tensor, Tensor]:
+    """By FP8 weight its masters, put together and rounded to its dtype, in the host's memory.
+
+    Collectives: for each FP8 weight one all-reduce of its size over dp.
+    """
+    masters = {}
+    for single in optimizer.chained_optimizers:
+        if not isinstance(single, DistributedOptimizer) or single.is_stub_optimizer:
+            continue
+        for weight, shard, start in zip(*single._get_fp8_params_and_shard_fp32_from_fp8(), strict=True):
+            whole = torch.zeros(weight.shape, dtype=weight.dtype, device=weight.device)
+            if shard is not None:
+                whole.view(-1)[start : start + shard.numel()].copy_(shard)
+            # One rank holds each value, and adding zeros changes none.
+            dist.all_reduce(whole, group=single.data_parallel_group)
+            masters[weight] = whole.cpu()
+    return masters
