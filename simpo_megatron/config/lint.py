@@ -85,4 +85,7 @@ def _without_effect(config: Config) -> list[str]:
     values, defaults = config.flat(), Config(objective=type(config.objective)()).flat()
     idle = {name: why for name, why in idle_options(config).items() if values.get(name) != defaults.get(name)}
     shown = {name: " ".join(values[name]) if isinstance(values[name], tuple) else values[name] for name in idle}
-    return [f"{name} {shown[name]}: without effect while {why}" for name, why in idle.items()]
+    warnings = [f"{name} {shown[name]}: without effect while {why}" for name, why in idle.items()]
+    if "displacement" in config.monitors.stop_on and "max_displacement" in idle_options(config):
+        warnings.append("stop_on displacement: without effect while no pairs are held out")
+    return warnings

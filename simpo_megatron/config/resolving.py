@@ -119,6 +119,20 @@ def _check_model(config: Config, model: Mapping[str, Any]) -> None:
     )
     if experts > 0:
         _check_mixture(config)
+    else:
+        _check_dense(config)
+
+
+def _check_dense(config: Config) -> None:
+    coefficient, recompute = config.model.moe_aux_loss_coeff, config.recompute
+    require(not coefficient, "moe_aux_loss_coeff", coefficient, "none: the model has no experts to balance")
+    of_experts = [module for module in recompute.recompute_modules if module.startswith("moe")]
+    require(
+        recompute.recompute_granularity != "selective" or not of_experts,
+        "recompute_modules",
+        " ".join(of_experts),
+        "mlp in its place: the model has no experts, so nothing would be recomputed",
+    )
 
 
 def _check_lora(config: Config, model: Mapping[str, Any]) -> None:

@@ -30,6 +30,10 @@ OBJECTIVES: dict[str, type[Objective]] = {kind().objective: kind for kind in typ
 DEMO = "demo"  # as `model` or `data`: the tiny model and the preference pairs that come with the package
 
 
+RECOMPUTE_MODULES = ("core_attn", "mlp", "layernorm", "moe", "moe_act")
+"""The parts of a layer that megatron-core can recompute apart."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """What is trained, and where the result goes."""
@@ -174,10 +178,13 @@ class RecomputeConfig:
     """With full: layers per unit (uniform) or layers recomputed (block); 1 when not given."""
 
     recompute_modules: tuple[str, ...] = ("core_attn",)
-    """With selective: the parts of a layer to recompute, by megatron-core's names (core_attn, mlp, moe, ...)."""
+    """With selective: the parts of a layer to recompute, by megatron-core's names: core_attn, mlp, layernorm, moe,
+    moe_act."""
 
     def __post_init__(self) -> None:
         require_positive(self, "recompute_num_layers")
+        for module in self.recompute_modules:
+            require(module in RECOMPUTE_MODULES, "recompute_modules", module, " or ".join(RECOMPUTE_MODULES))
         if self.recompute_granularity == "full":
             object.__setattr__(self, "recompute_method", self.recompute_method or "uniform")
             object.__setattr__(self, "recompute_num_layers", self.recompute_num_layers or 1)

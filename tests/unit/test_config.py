@@ -210,6 +210,7 @@ def test_a_value_of_another_type_is_refused_with_its_place_and_the_expected_type
         ("save_interval: 5\n", "run.yaml:1: save_interval: found 5, expected save with it"),
         ("overlap_param_gather: true\n", "run.yaml:1: overlap_param_gather: found True"),
         ("recompute_num_layers: 2\n", "run.yaml:1: recompute_num_layers: found 2"),
+        ("recompute_modules: [mlp, attn]\n", "run.yaml:1: recompute_modules: found 'attn', expected core_attn or mlp"),
         ("fp32: true\nfp8: tensorwise\n", "run.yaml:2: fp8_recipe: found 'tensorwise', expected bf16"),
         ("loss_type: hinge\nlabel_smoothing: 0.1\n", "run.yaml:2: label_smoothing: found 0.1"),
         ("preset: llama3\n", "run.yaml:1: preset: found 'llama3'; did you mean 'llama3-"),

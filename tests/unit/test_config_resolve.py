@@ -96,6 +96,11 @@ def test_the_interleaved_schedule_wants_microbatches_in_rounds_of_the_stages():
             {"world_size": 6, "pp": 2, "ep": 2},
             "expert_model_parallel_size: found 2, expected a divisor of the 3 ranks of a pipeline stage",
         ),
+        ({"moe_aux_loss_coeff": 0.1}, "moe_aux_loss_coeff: found 0.1, expected none: the model has no experts"),
+        (
+            {"recompute": "selective", "recompute_modules": ("core_attn", "moe")},
+            "recompute_modules: found 'moe', expected mlp in its place",
+        ),
         ({"world_size": 4, "global_batch_size": 3}, "global_batch_size: found 3, expected at least 4"),
         (
             {"world_size": 4, "pp": 2, "vpp": 2, "global_batch_size": 3},

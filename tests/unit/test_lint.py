@@ -27,6 +27,7 @@ def test_the_defaults_raise_no_warning():
         ({"eval_interval": 10}, "eval_interval 10: without effect", "while no pairs are held out"),
         ({"recompute_modules": ("mlp", "core_attn")}, "recompute_modules mlp core_attn", "not selective"),
         ({"export_dtype": "stored"}, "export_dtype stored: without effect", "while export_hf is not given"),
+        ({"stop_on": ("displacement",)}, "stop_on displacement: without effect", "while no pairs are held out"),
         ({"async_save": True}, "async_save True: without effect", "while save is not given"),
         ({"lr_decay_style": "constant", "min_lr": 1e-7}, "min_lr 1e-07: without effect", "constant"),
         ({"lr": 1e-5}, "lr 1e-05", "3e-7 to 1e-6"),
