@@ -26,15 +26,16 @@ export OMP_NUM_THREADS TOKENIZERS_PARALLELISM PIP_DISABLE_PIP_VERSION_CHECK SIMP
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-smollm2 test test-newest lint clean
+.PHONY: help demo demo-smollm2 test test-newest test-nemo lint clean
 
 help:
 	@echo "make demo          train a tiny model on bundled preference pairs, on two ranks (ARGS='--beta 2.5 ...')"
 	@echo "make demo-smollm2  train SmolLM2-135M-Instruct (a 93 MB download) on SIMPO_REAL_PAIRS=FILE or the bundled pairs"
 	@echo "make test          run the tests (PYTEST='-k loss -x')"
 	@echo "make test-newest   run a selection on the newest megatron-core, given Python 3.12 (NEWEST_PYTHON=PATH)"
+	@echo "make test-nemo     run what needs NeMo and NeMo-Run, each in an environment of its own"
 	@echo "make lint          check the style"
-	@echo "make clean         remove .venv, .venv-newest and runs"
+	@echo "make clean         remove .venv, .venv-newest, .venv-nemo, .venv-nemo-run and runs"
 
 demo: $(VENV)/.ready
 	@$(BIN)/torchrun --standalone --nproc-per-node 2 examples/pretrain_simpo.py --tp 2 $(ARGS)
@@ -80,12 +81,49 @@ $(NEWEST)/.ready-test: constraints.txt setup.py
 	@$(NEWEST)/bin/pip install -qq --no-compile --constraint $(NEWEST)/constraints.txt --editable '.[test]'
 	@touch $@
 
+# NeMo and NeMo-Run exclude each other. Each environment sees the tests' one behind its own packages, and so holds only
+# what the extra adds or wants in another version; never another torch.
+NEMO_TESTS := tests/end_to_end/test_nemo_hydra.py
+NEMO_RUN_TESTS := tests/end_to_end/test_nemo_run.py
+
+test-nemo: $(VENV)/.ready-test
+	@failed=; \
+	for extra in nemo nemo-run; do \
+	  case $$extra in nemo) tests="$(NEMO_TESTS)";; *) tests="$(NEMO_RUN_TESTS)";; esac; \
+	  $(MAKE) --no-print-directory .venv-$$extra/.ready-test EXTRA=$$extra || { failed="$$failed $$extra"; continue; }; \
+	  if [ -s .venv-$$extra/missing ]; then \
+	    echo "== NOT TESTED under the extra $$extra, which cannot be installed here:"; tail -n 1 .venv-$$extra/missing; \
+	    continue; \
+	  fi; \
+	  echo "== tests under the extra $$extra"; \
+	  PATH="$$PWD/.venv-$$extra/bin:$$PATH" .venv-$$extra/bin/python -m pytest -rs --disable-warnings $$tests $(PYTEST) || \
+	    failed="$$failed $$extra"; \
+	done; \
+	test -z "$$failed"
+
+# A package index that is out of reach is no fault of the extra's; anything else that pip refuses is. NeMo-Run's executor
+# looks for torchrun on the PATH.
+.venv-nemo/.ready-test .venv-nemo-run/.ready-test: constraints.txt setup.py
+	@rm -rf $(@D)
+	@echo "== environment for the extra $(EXTRA): $(@D) (once; as long as the download takes)"
+	@$(BIN)/python -m venv --without-pip $(@D)
+	@$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > \
+	  "$$($(@D)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/behind.pth"
+	@grep '^torch==' $(VENV)/constraints.txt > $(@D)/constraints.txt || :
+	@printf '#!%s\nfrom torch.distributed.run import main\nmain()\n' "$$PWD/$(@D)/bin/python" > $(@D)/bin/torchrun
+	@chmod +x $(@D)/bin/torchrun
+	@if $(@D)/bin/python -m pip install -qq --no-compile --constraint $(@D)/constraints.txt --editable '.[$(EXTRA)]' \
+	  2> $(@D)/missing; then rm $(@D)/missing; touch $@; \
+	elif ! grep -Eq 'No matching distribution|[Cc]onnection|[Tt]imed? ?out|name resolution' $(@D)/missing; then \
+	  cat $(@D)/missing; exit 1; \
+	fi
+
 lint: $(VENV)/.ready-test
 	@echo "== style"
 	@$(BIN)/ruff check .
 
 clean:
-	rm -rf $(VENV) $(NEWEST) runs build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(NEWEST) .venv-nemo .venv-nemo-run runs build *.egg-info .pytest_cache .ruff_cache .hypothesis
 
 # A CUDA torch that is there stays as it is, with everything it came with. Elsewhere the versions are those of
 # constraints.txt, which are proven on Python 3.11 and exist from there on; Python 3.10 gets the ranges of setup.py.
