@@ -56,8 +56,13 @@ class PreferenceDataset:
         return store.name, int(store.pairs["line"][pair])
 
     def places(self, indices: Iterable[int], most: int) -> str:
-        """Returns where the first `most` pairs of `indices` come from, `name:line` each, and how many more."""
-        return listed(("{}:{}".format(*self.where(index)) for index in indices), most)
+        """Returns where the first `most` pairs of `indices` come from, as in `a:3, 9, b:1 and 4 more`."""
+        found, last = [], None
+        for index in indices:
+            name, line = self.where(index)
+            found.append(str(line) if name == last else f"{name}:{line}")
+            last = name
+        return listed(found, most)
 
     def shares(self) -> list[tuple[str, int, int]]:
         """Returns, for each store, its name, how many of its pairs are chosen, and how many it has."""
