@@ -190,12 +190,13 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """Scalars for Weights & Biases, which takes its key from the environment itself."""
+    """Scalars for Weights & Biases, which takes its key from the environment itself; the run has its folder's name."""
 
     def __init__(self, project: str, config: Config) -> None:
         import wandb
 
-        self._run = wandb.init(project=project, config=config.flat())
+        name = None if config.run.save is None else Path(config.run.save).name
+        self._run = wandb.init(project=project, name=name, config=config.flat())
 
     def write(self, record: Mapping[str, Any]) -> None:
         self._run.log(_numbers(record), step=record["iteration"])

@@ -3,13 +3,14 @@
 import io
 import json
 import sys
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
 
 from simpo_megatron.config import config_from, read_yaml
 from simpo_megatron.errors import ConfigError
-from simpo_megatron.training.loggers import JsonLines, Terminal, check_sinks, open_run_log
+from simpo_megatron.training.loggers import JsonLines, Terminal, WeightsAndBiases, check_sinks, open_run_log
 
 STEP = {
     "loss": 0.6931,
@@ -110,6 +111,19 @@ def test_a_missing_package_is_a_configuration_error_that_says_what_to_install(mo
     ):
         check_sinks(config_from(model="m", wandb_project="p"))
     check_sinks(config_from(model="m", tensorboard_dir="tb"))
+
+
+def test_a_run_on_weights_and_biases_has_its_folders_name_its_options_and_every_number(monkeypatch):
+    told = []
+    run = SimpleNamespace(log=lambda numbers, step: told.append((step, numbers)), finish=lambda: told.append("end"))
+    package = SimpleNamespace(init=lambda **options: told.append(options) or run)
+    monkeypatch.setitem(sys.modules, "wandb", package)
+    sink = WeightsAndBiases("p", config_from(model="m", save="runs/mine", lr=3e-7))
+    sink.write({"iteration": 2, "loss": 0.5, "pair_ids": [1], "done": True})
+    sink.close()
+    options, step, end = told
+    assert (options["project"], options["name"], options["config"]["lr"]) == ("p", "mine", 3e-7)
+    assert step == (2, {"loss": 0.5}) and end == "end"
 
 
 def test_tensorboard_gets_every_number_and_no_text(tmp_path):
