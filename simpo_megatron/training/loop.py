@@ -135,7 +135,7 @@ def _describe_files(job: Job) -> list[str]:
     """What became of the records of the preference files, and which held-out pairs are not held out."""
     lines = summary(job.train_data)
     for name, dataset in job.valid_data.items():
-        if job.plan.sources.valid:
+        if job.plan.sources.valid and (dataset.report.dropped or dataset.lost.any()):
             lines += summary(dataset, f"held out {name}".strip() + " ")
         if leaked := num_leaked(job.train_data, dataset):
             pairs = f"{len(dataset):,} pairs held out {name}".strip()
