@@ -265,13 +265,14 @@ def headline_of(curves: Curves) -> str:
     if len(accuracy) < 2 or len(margin) < 2:
         why = "Held-out pairs were evaluated only once" if accuracy else "No held-out pairs were evaluated"
         return f"{why}{_of_training(curves)}."
-    count, error = "", ""
+    # The first set that has a name is the one that is told of.
+    count, error, of_set = "", "", "".join(f" {name}" for name in list(curves.named)[:1])
     if "num_pairs" in curves.held_out:
         num_pairs, share = curves.held_out["num_pairs"][-1][1], accuracy[-1][1]
         count = f"{num_pairs:,.0f} "
         error = f" (standard error {math.sqrt(share * (1 - share) / num_pairs):.1%})"
     return (
-        f"On {count}held-out pairs, accuracy went from {accuracy[0][1]:.1%} to {accuracy[-1][1]:.1%}{error} "
+        f"On {count}held-out pairs{of_set}, accuracy went from {accuracy[0][1]:.1%} to {accuracy[-1][1]:.1%}{error} "
         f"and the reward margin from {margin[0][1]:+.3f} to {margin[-1][1]:+.3f}."
     )
 

@@ -68,7 +68,7 @@ def test_every_named_set_has_a_row_of_its_own(tmp_path):
     lines = [evaluation(0, 0.25, 0.0) | named(0, 0.25), step(1), evaluation(1, 0.5, 1.0) | named(1, 0.625)]
     report = write_report(write_run(tmp_path / "run", lines))
     page = report.page.read_text()
-    assert "from 25.0% to 50.0%" in report.headline, "the headline is of the first set"
+    assert "held-out pairs help, accuracy went from 25.0% to 50.0%" in report.headline, "of the first set"
     assert re.search(r"<tr><td>help</td><td[^>]*>25.0% &rarr; 62.5%</td>", page)
     assert re.search(r"<tr><td>harm&lt;less</td><td[^>]*>75.0% &rarr; 37.5%</td><td[^>]*>-</td>", page)
     assert set(read_curves(tmp_path / "run/metrics.jsonl").training) == {*step(1)}
