@@ -85,6 +85,8 @@ $(NEWEST)/.ready-test: constraints.txt setup.py
 # what the extra adds or wants in another version; never another torch.
 NEMO_TESTS := tests/end_to_end/test_nemo_hydra.py
 NEMO_RUN_TESTS := tests/end_to_end/test_nemo_run.py
+# What pip says when it reaches no package index.
+OUT_OF_REACH := No matching distribution|[Cc]onnection|[Tt]imed? ?out|name resolution
 
 test-nemo: $(VENV)/.ready-test
 	@failed=; \
@@ -92,7 +94,7 @@ test-nemo: $(VENV)/.ready-test
 	  case $$extra in nemo) tests="$(NEMO_TESTS)";; *) tests="$(NEMO_RUN_TESTS)";; esac; \
 	  $(MAKE) --no-print-directory .venv-$$extra/.ready-test EXTRA=$$extra || { failed="$$failed $$extra"; continue; }; \
 	  if [ -s .venv-$$extra/missing ]; then \
-	    echo "== NOT TESTED under the extra $$extra, which cannot be installed here:"; tail -n 1 .venv-$$extra/missing; \
+	    echo "== NOT TESTED under the extra $$extra, which cannot be installed here:"; grep -Em 1 '$(OUT_OF_REACH)' .venv-$$extra/missing; \
 	    continue; \
 	  fi; \
 	  echo "== tests under the extra $$extra"; \
@@ -114,7 +116,7 @@ test-nemo: $(VENV)/.ready-test
 	@chmod +x $(@D)/bin/torchrun
 	@if $(@D)/bin/python -m pip install -qq --no-compile --constraint $(@D)/constraints.txt --editable '.[$(EXTRA)]' \
 	  2> $(@D)/missing; then rm $(@D)/missing; touch $@; \
-	elif ! grep -Eq 'No matching distribution|[Cc]onnection|[Tt]imed? ?out|name resolution' $(@D)/missing; then \
+	elif ! grep -Eq '$(OUT_OF_REACH)' $(@D)/missing; then \
 	  cat $(@D)/missing; exit 1; \
 	fi
 
