@@ -52,6 +52,7 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[argparse.Namespace, 
         help="mean length of one response, default 400; tools/inspect_data.py tells both of your pairs",
     )
     parser.add_argument("--top", type=int, default=10, metavar="N", help="layouts to list, default 10")
+    parser.add_argument("--why-not", action="store_true", help="also say of every other layout why it does not fit")
     parser.add_argument("--as-is", action="store_true", help="plan the layout of --config as it stands, search none")
     parser.add_argument("--write", metavar="FILE", help="write the trainer's YAML of the recommended layout to FILE")
     return parser.parse_known_args(argv)
@@ -69,7 +70,7 @@ def main(argv: list[str] | None = None) -> int:
             best = plan_one(job)
         else:
             found = survey(job)
-            best = _show(found, arguments.top, console)
+            best = _show(found, arguments, console)
         _explain(best, arguments, _whole_config(arguments, of_the_trainer), console)
     except SimPOError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -97,14 +98,16 @@ def _job(arguments: argparse.Namespace, of_the_trainer: list[str]) -> Job:
     )
 
 
-def _show(found: Survey, top: int, console: Console) -> Candidate:
+def _show(found: Survey, arguments: argparse.Namespace, console: Console) -> Candidate:
     if not found.candidates:
         num_gpus, sizes = found.job.num_gpus, found.job.config.parallel.sizes
         if not found.refusals:
             raise ConfigError(f"gpus: found {num_gpus}, expected a multiple of tp {sizes.tensor} x cp {sizes.context}")
         console.print(refusals_table(found.refusals))
         raise ConfigError(f"gpus: found {num_gpus}, and no layout fits; expected more GPUs, smaller packs or LoRA")
-    console.print(layouts_table(found.candidates[:top]))
+    console.print(layouts_table(found.candidates[: arguments.top]))
+    if arguments.why_not and found.refusals:
+        console.print(refusals_table(found.refusals))
     console.print(summarize(found, found.recommended), style="bold", highlight=False, soft_wrap=True)
     return found.recommended
 
