@@ -162,9 +162,10 @@ def launch_commands(candidate: Candidate, config_file: str, model: str) -> dict[
 
 def summarize(survey: Survey, best: Candidate) -> str:
     """The recommendation in one line."""
+    refused = f", {len(survey.refusals)} do not (--why-not tells why)" if survey.refusals else ""
     return (
         f"recommended: {layout_name(best.config)}, dp {best.load.data_parallel_size}, "
         f"{recomputation(best.config)}: {best.fullest.total / GIB:.1f} GiB on the fullest GPU, "
         f"{best.tokens_per_second:,.0f} tokens/s, most memory left within {ASSUMED.speed_error:.0%} of the fastest; "
-        f"{len(survey.candidates)} layouts fit, {len(survey.refusals)} do not (--why-not)"
+        f"{len(survey.candidates)} layouts fit{refused}"
     )

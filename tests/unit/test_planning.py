@@ -218,10 +218,11 @@ def test_the_tool_prints_a_plan_and_writes_its_yaml(tmp_path, capsys):
     printed = capsys.readouterr().out
     for expected in ("layouts that fit", "recommended: tp", "optimizer", "on a GPU"):
         assert expected in printed
-    assert "cannot be run" not in printed
-    assert main([*question, "--gpus", "8", "--why-not"]) == 0
-    explained = capsys.readouterr().out
-    assert "layouts that cannot be run" in explained and "are usable" in explained
+    for more, explains in (([], False), (["--why-not"], True)):
+        assert main([*question, "--gpus", "2", *more]) == 0
+        printed_of_two = capsys.readouterr().out
+        assert "do not (--why-not tells why)" in printed_of_two
+        assert ("cannot be run" in printed_of_two and "are usable" in printed_of_two) == explains
     command = f"torchrun --standalone --nproc-per-node 8 examples/pretrain_simpo.py --config {file} --model MODEL_DIR"
     assert printed.strip().splitlines()[-1].strip().startswith(command)
     assert load_config(["--config", str(file), "--model", "m", "--data", "d"]).objective.beta == 10
