@@ -40,7 +40,12 @@ def _add_fields(group: argparse._ArgumentGroup, section: type) -> None:
     prose, kinds = field_prose(section), typing.get_type_hints(section)
     for entry in _own_fields(section):
         flag, kind = f"--simpo-{entry.name.replace('_', '-')}", kinds[entry.name]
-        how = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}
+        if kind is bool:
+            how = {"action": argparse.BooleanOptionalAction}
+        elif typing.get_origin(kind) is typing.Literal:
+            how = {"choices": typing.get_args(kind)}
+        else:
+            how = {"type": kind}
         group.add_argument(flag, default=entry.default, help=prose[entry.name].replace("%", "%%"), **how)
 
 

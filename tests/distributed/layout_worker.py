@@ -49,6 +49,9 @@ class ListDataset:
     def __getitem__(self, index: int) -> TokenizedPair:
         return self.pairs[index]
 
+    def places(self, indices: list[int], most: int) -> str:
+        return f"memory:{list(indices)[:most]}"
+
 
 def run(name: str, config: Config, job: dict, folder: Path) -> None:
     print(name, flush=True)
