@@ -15,7 +15,8 @@ set -u
 
 rendezvous=(--nnodes "${NODES:-1}" --nproc-per-node "${PER_NODE:-8}")
 if [ -n "${PET_NNODES:-}" ]; then
-  rendezvous=()
+  # Not every version of the operator hands on nprocPerNode.
+  rendezvous=(--nproc-per-node "${PET_NPROC_PER_NODE:-${PER_NODE:-8}}")
 elif [ "${NODES:-1}" = 1 ]; then
   rendezvous+=(--standalone)
 else
@@ -28,7 +29,17 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-8}"
 
 torchrun "${rendezvous[@]}" examples/pretrain_simpo.py "$@" &
 agent=$!
-trap 'pkill -USR1 -P "$agent"' TERM USR1
+stop() {
+  local ranks
+  mapfile -t ranks < <(pgrep -P "$agent")
+  kill -USR1 "${ranks[@]}"
+  # An agent that may restart its ranks would do so here, on a node that is about to go.
+  if [ "${PET_MAX_RESTARTS:-0}" -gt 0 ]; then
+    while kill -0 "${ranks[@]}" 2>/dev/null; do sleep 0.2; done
+    kill "$agent"
+  fi
+}
+trap stop TERM USR1
 wait "$agent"
 code=$?
 # A signal ends a wait, not the agent.

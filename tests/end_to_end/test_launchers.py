@@ -68,6 +68,27 @@ def test_two_nodes_train_and_when_one_is_taken_away_both_save_and_stop(tmp_path)
     assert f"iter_{steps(tmp_path)[-1]:07d}" in saved, printed
 
 
+def test_an_agent_that_may_restart_its_ranks_does_not_once_they_were_told_to_stop(tmp_path):
+    """With a stand-in for torchrun that starts its rank again whenever it ends."""
+    rank = "trap 'echo saved; exit 75' USR1; echo started; while :; do sleep 0.1; done"
+    agent = f'#!/usr/bin/env bash\necho "$*"\ntrap \'exit 1\' TERM\nwhile :; do bash -c "{rank}"& wait $!; done\n'
+    (tmp_path / "torchrun").write_text(agent)
+    (tmp_path / "torchrun").chmod(0o755)
+    job = environment(PET_NNODES="2:2", PET_MAX_RESTARTS="10")
+    job["PATH"] = f"{tmp_path}:{job['PATH']}"
+    script = subprocess.Popen(
+        [str(LAUNCH / "torchrun.sh"), "--tp", "2"], env=job, stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    try:
+        assert script.stdout.readline() == "--nproc-per-node 8 examples/pretrain_simpo.py --tp 2\n"
+        assert script.stdout.readline() == "started\n"
+        script.send_signal(signal.SIGTERM)
+        assert script.stdout.readline() == "saved\n"
+        assert script.wait(timeout=20) == 1
+    finally:
+        os.killpg(script.pid, signal.SIGKILL)
+
+
 def run_under_a_pretended_slurm(folder, exit_code):
     """slurm.sbatch of two nodes with two tasks each; (its exit code, what its tasks and scontrol saw)."""
     folder.mkdir()
