@@ -24,6 +24,8 @@ def main(argv: Sequence[str], script: str) -> int:
     Every rank reads the same configuration and finds the same mistake in it before any collective; the first one
     says it.
     """
+    # CUDA reads it when it starts: megatron-core's tensor parallelism relies on kernels being queued in order.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     # Deprecations inside megatron and torch's checkpoints, which a resume meets, are not the user's to mend.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(megatron|torch\.distributed)\.")
     if not device.has_cuda():

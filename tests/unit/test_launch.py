@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -144,6 +145,14 @@ def test_ranks_that_are_there_are_used(tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "train", trained.append)
     assert launch.main(argv, SCRIPT) == 0
     assert [config.parallel.sizes.tensor for config in trained] == [2]
+
+
+@pytest.mark.parametrize("said", [None, "32"])
+def test_megatrons_order_of_kernels_is_asked_for_unless_the_user_asks_otherwise(monkeypatch, said):
+    monkeypatch.setattr(os, "environ", {} if said is None else {"CUDA_DEVICE_MAX_CONNECTIONS": said})
+    monkeypatch.setattr(loop, "train", lambda _: None)
+    assert launch.main([], SCRIPT) == 0
+    assert os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] == (said or "1")
 
 
 def test_one_rank_alone_is_enough_for_a_layout_of_one(monkeypatch):
