@@ -44,6 +44,8 @@ from simpo_megatron.training.together import gathered
 _INDEX_FILE = ".metadata"
 # How the names begin of what is stored beside a model's weights.
 _NO_WEIGHTS = ("optimizer.", "rng.", "common_state")
+# What megatron's schedule reads of a group.
+_RATES = ("max_lr", "min_lr", "start_wd", "end_wd")
 # The index of tensors is made of these: modules of data classes, and single names.
 _INDEX_MODULES = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.planner")
 _INDEX_NAMES = {
@@ -135,6 +137,9 @@ def read_state(
     loaded = _load(state, stored, folder)
     for name, chunk in _named_chunks(model):
         _load_chunk(chunk, loaded[name], folder)
+    # megatron-core 0.19 tells groups apart by their rates too, which another configuration may have changed.
+    for group in _stored_groups(loaded["optimizer"]):
+        group.update({name: own_settings[0][name] for name in _RATES if name in group and name in own_settings[0]})
     trainer.optimizer.load_state_dict(loaded["optimizer"])
     quantise_masters(trainer.chunks, trainer.optimizer)
     for group, settings in zip(trainer.optimizer.param_groups, own_settings, strict=True):
@@ -333,6 +338,15 @@ def _reason(error: BaseException) -> str:
         told = [f"rank {rank}: {failure}" for rank, (failure, _) in error.failures.items()]
         return "; ".join(told) or "the first rank tells why"
     return f"{type(error).__name__}: {error}"
+
+
+def _stored_groups(state: Mapping[Any, Any]) -> Iterator[dict[str, Any]]:
+    """The groups of parameters in the state of an optimizer, or of several in one."""
+    for name, value in state.items():
+        if name == "param_groups":
+            yield from value
+        elif isinstance(value, Mapping):
+            yield from _stored_groups(value)
 
 
 def _settings(group: Mapping[str, Any]) -> dict[str, Any]:
