@@ -49,8 +49,6 @@ def verify(arguments: argparse.Namespace, groups: ParallelGroups) -> int:
     # Names and hashes stay whole where output goes to a file.
     console = Console() if sys.stdout.isatty() else Console(width=160)
     sides = [open_weights(path, groups) for path in (arguments.first, arguments.second)]
-    for side in sides:
-        side.confirm()
     equal = print_tensors(sides, console)
     if arguments.pairs:
         equal &= print_log_probs(sides, arguments.pairs, arguments.max_pairs, groups, console)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -71,7 +71,6 @@ def to_mcore(
             return values
 
         digests = write_parameters(skeleton, dtypes, compute, folder)
-        weights.confirm()
         copy_model_files(weights.folder, folder)
         write_json(folder / "config.json", weights.description.hf_config)
         facts = {"model": model_facts(weights.description), "converted_by": f"simpo_megatron {__version__}"}
@@ -102,7 +101,7 @@ def to_hf(
         out_folder,
         specs,
         lambda name: weights.read(name).to(specs[name].dtype),
-        sources=[weights],
+        like=weights,
         title="write hf",
         max_shard_bytes=max_shard_bytes,
         model_card=_card(weights, out_folder, dtype),
@@ -114,21 +113,19 @@ def write_hf(
     specs: Mapping[str, TensorSpec],
     tensor: Callable[[str], Tensor],
     *,
-    sources: Sequence[Weights],
+    like: Weights,
     title: str,
     max_shard_bytes: int,
     model_card: str | None,
 ) -> None:
-    """Write the tensors of `specs`, each as `tensor` gives it, as a Hugging Face folder.
+    """Write the tensors of `specs`, each as `tensor` gives it, as a Hugging Face folder with what stands beside `like`.
 
     Args:
-        sources: what `tensor` reads from; the configuration and the tokenizer of the first become the folder's.
         title: what the progress is called.
 
     Raises:
-        CheckpointError: `out_folder` cannot be written, or a source is damaged.
+        CheckpointError: `out_folder` cannot be written.
     """
-    first = sources[0]
     parts = divide(specs, max_shard_bytes)
     files = dict(zip(file_names(len(parts)), parts, strict=True))
     num_bytes = sum(spec.num_bytes for spec in specs.values())
@@ -140,9 +137,7 @@ def write_hf(
 
         for file, part in files.items():
             write_safetensors(staging / file, part, map(counted, part))
-        for source in sources:
-            source.confirm()
-        complete_folder(staging, first.folder, first.description.hf_config, files, model_card)
+        complete_folder(staging, like.folder, like.description.hf_config, files, model_card)
 
 
 def _card(weights: Weights, out_folder: Path, dtype: torch.dtype | None) -> str | None:

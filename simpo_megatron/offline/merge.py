@@ -46,7 +46,7 @@ def merge(
         out_folder,
         models[0].specs,
         lambda name: _average(models, fractions, name),
-        sources=models,
+        like=models[0],
         title="write merged",
         max_shard_bytes=max_shard_bytes,
         model_card=_card(out_folder, models, fractions),

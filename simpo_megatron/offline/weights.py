@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Mapping
-from concurrent.futures import Future
 from pathlib import Path
 from typing import Protocol
 
@@ -39,14 +37,6 @@ class Weights(Protocol):
         """The tensor `name` on the CPU, as it is stored."""
         ...
 
-    def confirm(self) -> None:
-        """Nothing, when all that was or will be read is what was committed; before this returns, publish none of it.
-
-        Raises:
-            CheckpointError: naming the file that is damaged.
-        """
-        ...
-
 
 def open_weights(path: str | Path, groups: ParallelGroups) -> Weights:
     """The model at `path`: a Hugging Face folder, a committed checkpoint, or a folder whose newest one counts.
@@ -76,23 +66,15 @@ class HfWeights:
         with open_safetensors(self._stored[name].file) as file:
             return file.get_tensor(name)
 
-    def confirm(self) -> None:
-        pass
-
-
 class MegatronWeights:
-    """A committed checkpoint, whose shards are verified beside the reading and whose other files before it."""
+    """A committed checkpoint, every file of it verified before torch unpickles any part of one."""
 
     def __init__(self, folder: Path, groups: ParallelGroups) -> None:
         self.folder, self._tp_group = folder, groups.tp
         self.checkpoint = commit.read(folder)
         if "config.json" not in self.checkpoint.files:
             raise CheckpointError(f"{folder}: has no config.json; an earlier version saved it, resume that run once")
-        shards = [name for name in self.checkpoint.files if name.endswith(".distcp")]
-        commit.check_hashes(self.checkpoint, self.checkpoint.files.keys() - shards)
-        self._verified: Future[None] = Future()
-        # A daemon: whoever gives up need not wait for the rest of a large checkpoint.
-        threading.Thread(target=self._verify, args=(shards,), daemon=True).start()
+        commit.check_hashes(self.checkpoint, self.checkpoint.files)
         self.description = describe_hf_model(folder)
         self._skeleton = Skeleton(self.description, groups)
         self._reader = CheckpointReader(folder)
@@ -112,27 +94,13 @@ class MegatronWeights:
         self._last: tuple[str, Tensor] | None = None
 
     def read(self, name: str) -> Tensor:
-        try:
-            found = [
-                piece
-                for parameter in self._parameters[name]
-                for piece in self._pieces(parameter, self._values(parameter))
-                if piece.hf_name == name
-            ]
-        except Exception:
-            # What torch says of a damaged shard is less than which it is.
-            self.confirm()
-            raise
+        found = [
+            piece
+            for parameter in self._parameters[name]
+            for piece in self._pieces(parameter, self._values(parameter))
+            if piece.hf_name == name
+        ]
         return gather_tensor(found, self.description, self.specs[name].dtype, tp_group=self._tp_group)
-
-    def confirm(self) -> None:
-        self._verified.result()
-
-    def _verify(self, shards: list[str]) -> None:
-        try:
-            self._verified.set_result(commit.check_hashes(self.checkpoint, shards))
-        except Exception as error:
-            self._verified.set_exception(error)
 
     def _pieces(self, parameter: str, values: Tensor) -> list:
         return pieces_of(self._skeleton.chunk, parameter, values, self.description, tp_size=1)
