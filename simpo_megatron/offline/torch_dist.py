@@ -7,6 +7,7 @@ for each tensor when it comes to it; that is all that is made use of here.
 from __future__ import annotations
 
 import errno
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -44,6 +45,9 @@ from simpo_megatron.training.state import check_index
 
 COMMON_FILE = "common.pt"
 """What megatron-core calls the file of all that is no tensor."""
+
+_SHARD_BYTES = 512 << 20
+"""Size at which a file ends, for whoever reads verifies one while it reads the one before."""
 
 
 def write_parameters(
@@ -105,15 +109,17 @@ class _Writer(dcp.FileSystemWriter):
     """
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        name = f"__0_0{DEFAULT_SUFFIX}"
-        results = []
-        with _without_crc32(), DirectFile(self.path / name, hashed=True) as file:
-            for item in plan.items:
-                start = file.size
-                torch.save(planner.resolve_data(item), file)
-                place = _StorageInfo(name, start, file.size - start)
-                results.append(WriteResult(item.index, place.length, place))
-        self.digests = {name: commit.Digest(file.size, file.sha256)}
+        self.digests: dict[str, commit.Digest] = {}
+        results, left = [], deque(plan.items)
+        while left:
+            name = f"__0_{len(self.digests)}{DEFAULT_SUFFIX}"
+            with _without_crc32(), DirectFile(self.path / name, hashed=True) as file:
+                while left and file.size < _SHARD_BYTES:
+                    item, start = left.popleft(), file.size
+                    torch.save(planner.resolve_data(item), file)
+                    place = _StorageInfo(name, start, file.size - start)
+                    results.append(WriteResult(item.index, place.length, place))
+            self.digests[name] = commit.Digest(file.size, file.sha256)
         done: Future[list[WriteResult]] = Future()
         done.set_result(results)
         return done
@@ -173,10 +179,13 @@ def _write_item(part: StoredPart) -> WriteItem:
 class CheckpointReader:
     """The tensors of a distributed checkpoint, whatever layout wrote them."""
 
-    def __init__(self, folder: Path) -> None:
-        """Raises: CheckpointError, when the index of `folder` is more than an index."""
+    def __init__(self, folder: Path, check: Callable[[str], None]) -> None:
+        """`check` is asked for each file, by its name, before anything of it is read; it raises what is to be raised.
+
+        Raises: CheckpointError, when the index of `folder` is more than an index.
+        """
         check_index(folder)
-        self.folder = folder
+        self.folder, self._check = folder, check
         self.reader = dcp.FileSystemReader(folder)
         metadata = self.reader.read_metadata()
         self.reader.set_up_storage_reader(metadata, is_coordinator=True)
@@ -214,6 +223,8 @@ class CheckpointReader:
         items = create_read_items_for_chunk_list(part.key, stored, [chunk])
         if sum(item.lengths.numel() for item in items) != wanted.numel():
             raise CheckpointError(f"{self.folder}: a part of {part.key} is in no file")
+        for item in items:
+            self._check(self.reader.storage_data[item.storage_index].relative_path)
         self.reader.read_data(LoadPlan(items), _Into(wanted)).wait()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
 
@@ -67,17 +68,19 @@ class HfWeights:
             return file.get_tensor(name)
 
 class MegatronWeights:
-    """A committed checkpoint, every file of it verified before torch unpickles any part of one."""
+    """A committed checkpoint, each file of it verified before anything of that file is read."""
 
     def __init__(self, folder: Path, groups: ParallelGroups) -> None:
         self.folder, self._tp_group = folder, groups.tp
         self.checkpoint = commit.read(folder)
         if "config.json" not in self.checkpoint.files:
             raise CheckpointError(f"{folder}: has no config.json; an earlier version saved it, resume that run once")
-        commit.check_hashes(self.checkpoint, self.checkpoint.files)
+        self._shards = sorted(name for name in self.checkpoint.files if name.endswith(".distcp"))
+        commit.check_hashes(self.checkpoint, self.checkpoint.files.keys() - self._shards)
+        self._verifier, self._verified = ThreadPoolExecutor(1), dict[str, Future[None]]()
         self.description = describe_hf_model(folder)
         self._skeleton = Skeleton(self.description, groups)
-        self._reader = CheckpointReader(folder)
+        self._reader = CheckpointReader(folder, self._verify)
         self._parameters: dict[str, dict[str, None]] = {}
         self._dtypes: dict[str, torch.dtype] = {}
         on_meta = {name: torch.empty(shape, device="meta") for name, shape in self._skeleton.shapes.items()}
@@ -101,6 +104,16 @@ class MegatronWeights:
             if piece.hf_name == name
         ]
         return gather_tensor(found, self.description, self.specs[name].dtype, tp_group=self._tp_group)
+
+    def _verify(self, shard: str) -> None:
+        """Return once `shard` is known to hold what was committed; the next one is looked at meanwhile."""
+        if shard not in self._shards:
+            raise CheckpointError(f"{self.folder}: its index names {shard!r}, which is no shard of this checkpoint")
+        first = self._shards.index(shard)
+        for name in self._shards[first : first + 2]:
+            if name not in self._verified:
+                self._verified[name] = self._verifier.submit(commit.check_hashes, self.checkpoint, [name])
+        self._verified[shard].result()
 
     def _pieces(self, parameter: str, values: Tensor) -> list:
         return pieces_of(self._skeleton.chunk, parameter, values, self.description, tp_size=1)

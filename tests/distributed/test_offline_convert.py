@@ -30,9 +30,11 @@ device.install()
 
 from simpo_megatron.convert.files import stored_tensors  # noqa: E402
 from simpo_megatron.errors import CheckpointError  # noqa: E402
+from simpo_megatron.offline import torch_dist  # noqa: E402
 from simpo_megatron.offline.convert import to_hf, to_mcore  # noqa: E402
 from simpo_megatron.offline.weights import open_weights  # noqa: E402
 from simpo_megatron.parallel import alone  # noqa: E402
+from simpo_megatron.training import commit  # noqa: E402
 from tools import convert_hf  # noqa: E402
 
 # What ranks read and write, too, where the others go there and back in this process alone.
@@ -127,9 +129,35 @@ def test_what_is_damaged_or_would_be_overwritten_is_refused(folder: Path, tmp_pa
         content[len(content) // 2] ^= 1
         shard.write_bytes(content)
         with pytest.raises(CheckpointError, match="__0_0.distcp: its bytes changed"):
-            open_weights(tmp_path / "megatron", groups)
+            to_hf(open_weights(tmp_path / "megatron", groups), tmp_path / "hf")
+        assert not (tmp_path / "hf").exists()
         with pytest.raises(CheckpointError, match="config.json: not found"):
             open_weights(tmp_path, groups)
+
+
+def test_a_large_checkpoint_is_several_files_each_verified_before_it_is_read(
+    folder: Path, tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.setattr(torch_dist, "_SHARD_BYTES", 40_000)
+    read, checked, real = [], [], commit.check_hashes
+    monkeypatch.setattr(commit, "check_hashes", lambda *args: checked.extend(args[1]) or real(*args))
+    with alone() as groups:
+        to_mcore(open_weights(folder / LLAMA, groups), tmp_path / "megatron", groups)
+        shards = sorted(path.name for path in (tmp_path / "megatron" / "release").glob("*.distcp"))
+        assert len(shards) > 2 and shards[0] == "__0_0.distcp"
+        to_hf(open_weights(tmp_path / "megatron", groups), tmp_path / "hf", max_shard_bytes=60_000)
+        assert set(shards) <= set(checked)
+        check_same_model(tmp_path / "hf", folder / LLAMA)
+        last = tmp_path / "megatron" / "release" / shards[-1]
+        content = bytearray(last.read_bytes())
+        content[len(content) // 2] ^= 1
+        last.write_bytes(content)
+        opened = open_weights(tmp_path / "megatron", groups)
+        with pytest.raises(CheckpointError, match=f"{shards[-1]}: its bytes changed"):
+            for name in opened.specs:
+                opened.read(name)
+                read.append(name)
+        assert 0 < len(read) < len(opened.specs)
 
 
 def test_a_checkpoint_without_the_file_of_one_rank_is_refused(folder: Path, tmp_path: Path) -> None:
