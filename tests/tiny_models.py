@@ -5,11 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from data_tokenizers import llama3_like
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
+    GenerationConfig,
     LlamaConfig,
+    LlamaForCausalLM,
     MistralConfig,
     MixtralConfig,
     Phi3Config,
@@ -121,3 +124,18 @@ def tokenizer_of_bytes() -> PreTrainedTokenizerFast:
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=backend, **names)
+
+
+def write_llama3(folder: Path, *, generation: dict | None = None, **shape) -> None:
+    """A Llama 3 of two layers and random weights, stored in bf16, that ends at either of its two stop ids."""
+    tokenizer = llama3_like()
+    ids = {
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.convert_tokens_to_ids(["<|end_of_text|>", "<|eot_id|>"]),
+    }
+    torch.manual_seed(3)
+    config = LlamaConfig(vocab_size=len(tokenizer) + 2, num_hidden_layers=2, **shape, **ids)
+    model = LlamaForCausalLM(config).bfloat16()
+    model.generation_config = GenerationConfig(**ids, **(generation or {}))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

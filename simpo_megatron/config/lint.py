@@ -83,9 +83,10 @@ def idle_options(config: Config) -> dict[str, str]:
 
 def _without_effect(config: Config) -> list[str]:
     values, defaults = config.flat(), Config(objective=type(config.objective)()).flat()
-    idle = {name: why for name, why in idle_options(config).items() if values.get(name) != defaults.get(name)}
-    shown = {name: " ".join(values[name]) if isinstance(values[name], tuple) else values[name] for name in idle}
-    warnings = [f"{name} {shown[name]}: without effect while {why}" for name, why in idle.items()]
-    if "displacement" in config.monitors.stop_on and "max_displacement" in idle_options(config):
+    idle = idle_options(config)
+    given = [name for name in idle if values.get(name) != defaults.get(name)]
+    shown = {name: " ".join(values[name]) if isinstance(values[name], tuple) else values[name] for name in given}
+    warnings = [f"{name} {shown[name]}: without effect while {idle[name]}" for name in given]
+    if "displacement" in config.monitors.stop_on and "max_displacement" in idle:
         warnings.append("stop_on displacement: without effect while no pairs are held out")
     return warnings

@@ -29,8 +29,7 @@ def awaited_values(chunks: Iterable[torch.nn.Module]) -> dict[Tensor, Tensor]:
 
     Only before the optimizer is built, which takes these values as its masters and forgets them.
     """
-    weights = [weight for chunk in chunks for weight in chunk.parameters() if is_float8tensor(weight)]
-    return {weight: weight.get_high_precision_init_val() for weight in weights}
+    return {weight: weight.get_high_precision_init_val() for weight in _kept_in_fp8(chunks)}
 
 
 def quantise_masters(chunks: Sequence[DistributedDataParallel], optimizer: MegatronOptimizer) -> None:
@@ -38,7 +37,7 @@ def quantise_masters(chunks: Sequence[DistributedDataParallel], optimizer: Megat
 
     Collectives: Transformer Engine's maximum of each weight and an all-gather of all weights, over dp.
     """
-    if not any(is_float8tensor(weight) for chunk in chunks for weight in chunk.parameters()):
+    if not _kept_in_fp8(chunks):
         return
     for single in optimizer.chained_optimizers:
         single._copy_main_params_to_model_params()
@@ -52,7 +51,7 @@ def gather(chunk: DistributedDataParallel) -> None:
     Collectives: one all-gather of the weights over dp.
     """
     chunk.start_param_sync(force_sync=True)
-    weights = [weight for weight in chunk.parameters() if is_float8tensor(weight)]
+    weights = _kept_in_fp8([chunk])
     if weights and chunk.ddp_config.overlap_param_gather:
         # megatron makes the transposed copies anew only after a gathering that a forward pass has waited for.
         post_all_gather_processing(weights)
@@ -75,3 +74,7 @@ def whole_masters(optimizer: MegatronOptimizer) -> dict[Tensor, Tensor]:
             dist.all_reduce(whole, group=single.data_parallel_group)
             masters[weight] = whole.cpu()
     return masters
+
+
+def _kept_in_fp8(chunks: Iterable[torch.nn.Module]) -> list[Tensor]:
+    return [weight for chunk in chunks for weight in chunk.parameters() if is_float8tensor(weight)]

@@ -67,6 +67,7 @@ class HfWeights:
         with open_safetensors(self._stored[name].file) as file:
             return file.get_tensor(name)
 
+
 class MegatronWeights:
     """A committed checkpoint, each file of it verified before anything of that file is read."""
 

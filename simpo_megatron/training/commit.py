@@ -14,7 +14,6 @@ import re
 import shutil
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -175,16 +174,14 @@ def read(folder: Path) -> Checkpoint:
 
 
 def check_hashes(checkpoint: Checkpoint, names: Iterable[str]) -> None:
-    """Nothing, when the files `names` hold the bytes that were committed; several are read at a time.
+    """Nothing, when the files `names` hold the bytes that were committed.
 
     Raises:
         CheckpointError: naming the first file that does not.
     """
-    names = sorted(names)
-    with ThreadPoolExecutor() as pool:
-        digests = list(pool.map(digest_file, (checkpoint.folder / name for name in names)))
-    for name, digest in zip(names, digests, strict=True):
-        expected, found = checkpoint.files[name].sha256, digest.sha256
+    for name in names:
+        expected = checkpoint.files[name].sha256
+        found = digest_file(checkpoint.folder / name).sha256
         if found != expected:
             raise CheckpointError(
                 f"{checkpoint.folder / name}: its bytes changed since it was committed (SHA-256 {found[:16]}..., "

@@ -181,7 +181,7 @@ def refuse_other_weights(stored: set[str], expected: set[str], folder: Path) -> 
     Raises:
         CheckpointError: naming what the model has not, such as the adapters of a run that trains nothing else.
     """
-    others = sorted(name for name in stored - expected if not name.startswith(_NO_WEIGHTS))
+    others = _weights_beside(stored, expected)
     if others:
         raise CheckpointError(
             f"{folder}: holds {len(others)} tensors that are no part of its config.json's model: "
@@ -195,12 +195,15 @@ def refuse_other_names(stored: set[str], expected: set[str], folder: Path) -> No
     Raises:
         CheckpointError: counting what is missing and what is too much, and naming ten of each.
     """
-    missing = sorted(expected - stored)
-    others = sorted(name for name in stored - expected if not name.startswith(_NO_WEIGHTS))
+    missing, others = sorted(expected - stored), _weights_beside(stored, expected)
     found = ((missing, "tensors of this run are not in it"), (others, "tensors in it are no part of this run's model"))
     problems = [f"{len(names)} {what}: {listed(names, 10)}" for names, what in found if names]
     if problems:
         raise CheckpointError(f"{folder}: {'; '.join(problems)}")
+
+
+def _weights_beside(stored: set[str], expected: set[str]) -> list[str]:
+    return sorted(name for name in stored - expected if not name.startswith(_NO_WEIGHTS))
 
 
 def _load(state: dict[str, Any], stored: set[str], folder: Path) -> dict[str, Any]:

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from data_tokenizers import llama3_like
 from ranks import REPOSITORY
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
+from tiny_models import write_llama3
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 PYTHON = os.environ.get("SIMPO_VLLM_PYTHON") or (sys.executable if find_spec("vllm") else None)
 pytestmark = [
@@ -36,25 +36,16 @@ def run(*command: str) -> None:
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory) -> Path:
     """What a short run leaves that trains a Llama 3 of random weights; heads of 32, the smallest that vLLM serves."""
-    folder, tokenizer = tmp_path_factory.mktemp("vllm"), llama3_like()
-    stops = tokenizer.convert_tokens_to_ids(["<|end_of_text|>", "<|eot_id|>"])
-    torch.manual_seed(3)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer) + 2,
+    folder = tmp_path_factory.mktemp("vllm")
+    write_llama3(
+        folder / "source",
         hidden_size=64,
         intermediate_size=96,
-        num_hidden_layers=2,
         num_attention_heads=2,
         num_key_value_heads=1,
         max_position_embeddings=512,
         initializer_range=0.2,  # Answers of smaller weights are one token over and over.
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=stops,
     )
-    model = LlamaForCausalLM(config).bfloat16()
-    model.generation_config = GenerationConfig(bos_token_id=tokenizer.bos_token_id, eos_token_id=stops)
-    model.save_pretrained(folder / "source")
-    tokenizer.save_pretrained(folder / "source")
     options = {"model": "source", "save": "run", "data-cache": "cache", "export-hf": "hf"}
     run(
         *(sys.executable, "-m", "torch.distributed.run", "--standalone", "examples/pretrain_simpo.py"),

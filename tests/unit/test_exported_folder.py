@@ -6,14 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from data_tokenizers import llama3_like
 from safetensors.torch import load_file
+from tiny_models import write_llama3
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
     LlamaConfig,
-    LlamaForCausalLM,
 )
 
 from simpo_megatron.config import config_from
@@ -36,25 +35,15 @@ QUESTION = [{"role": "user", "content": "What is the weather where you are?"}]
 @pytest.fixture(scope="module")
 def source(tmp_path_factory) -> Path:
     """A Llama 3 of random weights, stored in bf16, its head apart from its embedding."""
-    folder, tokenizer = tmp_path_factory.mktemp("llama3") / "source", llama3_like()
-    stops = tokenizer.convert_tokens_to_ids(["<|end_of_text|>", "<|eot_id|>"])
-    torch.manual_seed(3)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer) + 2,
+    folder = tmp_path_factory.mktemp("llama3") / "source"
+    write_llama3(
+        folder,
+        generation={"do_sample": True, "temperature": 0.6, "top_p": 0.9},
         hidden_size=32,
         intermediate_size=48,
-        num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=stops,
     )
-    model = LlamaForCausalLM(config).bfloat16()
-    model.generation_config = GenerationConfig(
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=stops, do_sample=True, temperature=0.6, top_p=0.9
-    )
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
     return folder
 
 

@@ -117,15 +117,20 @@ def test_shares_that_make_no_average_are_refused(models, tmp_path, capsys, share
     assert "shares: found" in capsys.readouterr().err
 
 
+def flip_a_bit(folder: Path) -> str:
+    """The name of the tensor of bf16 that has another lowest bit in one place now."""
+    changed, name = weights(folder), "model.layers.1.mlp.up_proj.weight"
+    changed[name].view(torch.int16)[5, 7] ^= 1
+    save_file(changed, folder / "model.safetensors")
+    return name
+
+
 def test_a_single_bit_is_seen_and_named(models, tmp_path, capsys):
     assert verify_checkpoint.main([str(models / "a"), str(models / "a")]) == 0
     assert "equal in every byte" in capsys.readouterr().out
     copy = tmp_path / "copy"
     shutil.copytree(models / "a", copy)
-    changed = weights(copy)
-    name = "model.layers.1.mlp.up_proj.weight"
-    changed[name].view(torch.int16)[5, 7] ^= 1
-    save_file(changed, copy / "model.safetensors")
+    name = flip_a_bit(copy)
     assert verify_checkpoint.main([str(models / "a"), str(copy)]) == 1
     (line,) = [line for line in capsys.readouterr().out.splitlines() if "DIFFERS" in line]
     assert name in line and "at most" in line
@@ -141,10 +146,7 @@ def test_what_two_dtypes_store_is_compared_in_the_narrower_and_said_to_be(models
         assert "equal as bfloat16" in out and "DIFFERS" not in out and "float32 [32]" in out
         assert "21 of 21 tensors are equal in every byte; 21 are stored in two dtypes, and were compared once" in out
         assert "of both models rounded to bfloat16" in out
-    changed = weights(copy)
-    name = "model.layers.1.mlp.up_proj.weight"
-    changed[name].view(torch.int16)[5, 7] ^= 1
-    save_file(changed, copy / "model.safetensors")
+    name = flip_a_bit(copy)
     assert verify_checkpoint.main([str(models / "c"), str(copy)]) == 1
     (line,) = [line for line in capsys.readouterr().out.splitlines() if "DIFFERS" in line]
     assert name in line and "DIFFERS as bfloat16 by" in line
