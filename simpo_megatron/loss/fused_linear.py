@@ -29,6 +29,7 @@ from torch.distributed import ProcessGroup
 
 from simpo_megatron.errors import ConfigError, DataError
 from simpo_megatron.loss.log_probs import merge_shards
+from simpo_megatron.loss.main_grad import gradient_already_added
 from simpo_megatron.loss.rows import RowSelection
 from simpo_megatron.loss.softcap import SoftCap
 from simpo_megatron.loss.tokens import ResponseTokens, VocabShard, check_targets
@@ -355,15 +356,7 @@ class _WeightGrad:
         """Returns what autograd is to see: the gradient, or Megatron's stand-in for one already added."""
         if self.main_grad_vH is None:
             return self.out_vH
-        weight_vH = self.work.weight_vH
-        if not hasattr(weight_vH, "grad_added_to_main_grad"):
-            return None
-        # DDP's hooks want a gradient to be there; they read it only where `zero_out_wgrad` says that other
-        # uses of the weight (a tied embedding) are added to it.
-        weight_vH.grad_added_to_main_grad = True
-        if getattr(weight_vH, "zero_out_wgrad", False):
-            return torch.zeros_like(weight_vH)
-        return torch.empty_like(weight_vH)
+        return gradient_already_added(self.work.weight_vH)
 
 
 def _check_tensors(hidden_SBH, weight_vH, vocab: VocabShard, tp_group: ProcessGroup | None) -> None:

@@ -164,6 +164,7 @@ def _run_without_cuda() -> None:
     _replace_random_state()
     _name_cpu_tensors_as_the_optimizers_expect()
     _route_tokens_on_the_cpu()
+    _scale_tensors_where_they_are()
 
 
 def keep_compiled_helpers() -> None:
@@ -256,6 +257,17 @@ def _route_tokens_on_the_cpu() -> None:
         return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
     importlib.import_module(f"{moe}.token_dispatcher").maybe_move_tensor_to_cpu = as_on_the_cpu
+
+
+def _scale_tensors_where_they_are() -> None:
+    """Let clipping write each gradient scaled, without a temporary copy of it that is made and then copied back."""
+
+    def scale(chunk_size: int, noop_flag: Any, tensor_lists: list[list[torch.Tensor]], factor: Any) -> None:
+        for source, target in zip(*tensor_lists, strict=True):
+            torch.mul(source, factor, out=target)
+
+    for name in ("clip_grads", "optimizer"):
+        importlib.import_module(f"megatron.core.optimizer.{name}").multi_tensor_scale_impl = scale
 
 
 def write_checkpoints_in_threads() -> None:

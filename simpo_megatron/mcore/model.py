@@ -22,6 +22,7 @@ from simpo_megatron.loss import VocabShard, fused_linear_log_probs
 from simpo_megatron.mcore import device
 from simpo_megatron.mcore.architecture import ArchitectureConfig
 from simpo_megatron.mcore.attention import MicrobatchLayout
+from simpo_megatron.mcore.embedding import MainGradEmbedding
 from simpo_megatron.mcore.families import ModelDescription, padded_vocab_size
 from simpo_megatron.mcore.lora import add_adapters
 from simpo_megatron.mcore.precision import precision_options
@@ -62,8 +63,10 @@ class PreferenceGPTModel(GPTModel):
 
     def __init__(self, *args: Any, true_vocab_size: int, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        # GPTModel builds both ends itself and offers no way to name other classes.
+        if self.pre_process:
+            self.embedding.word_embeddings.__class__ = MainGradEmbedding
         if self.post_process:
-            # GPTModel builds its output layer itself and offers no way to name another class.
             self.output_layer.__class__ = LogProbHead
             self.output_layer.true_vocab_size = true_vocab_size
         # Frequencies are picked by position below, and not cut a second time under context parallelism.

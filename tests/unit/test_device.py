@@ -193,3 +193,15 @@ def test_every_option_given_to_megatron_is_one_of_its_own():
                     assert target.attr in known["ArchitectureConfig"], f"{file.name}: {target.attr}"
                     seen.add("mcore_config")
     assert seen == {*owners, "mcore_config"}, "the search above finds no call any more"
+
+
+@pytest.mark.parametrize("factor", [0.3, torch.tensor(0.3)], ids=["number", "tensor"])
+def test_gradients_are_scaled_where_they_are_by_megatrons_rule(factor):
+    from megatron.core.optimizer import clip_grads
+    from megatron.core.utils import local_multi_tensor_scale
+
+    source = torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
+    expected, rounded, in_place = torch.empty(5, 3), torch.empty(5, 3, dtype=torch.bfloat16), source.clone()
+    local_multi_tensor_scale(0, None, [[source], [expected]], factor)
+    clip_grads.multi_tensor_scale_impl(0, None, [[in_place, source], [in_place, rounded]], factor)
+    assert torch.equal(in_place, expected) and torch.equal(rounded, expected.to(torch.bfloat16))

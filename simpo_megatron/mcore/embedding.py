@@ -1,0 +1,54 @@
+"""megatron's embedding of token ids, with a gradient of the rows that a microbatch looked up and of no others."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.tensor_parallel import VocabParallelEmbedding, gather_from_sequence_parallel_region
+from torch import Tensor
+
+from simpo_megatron.loss.main_grad import gradient_already_added
+
+
+class MainGradEmbedding(VocabParallelEmbedding):
+    """Adds the gradient of each token to its row of `weight.main_grad`, in the dtype of that.
+
+    megatron's own makes a gradient of this rank's whole slice of the vocabulary for every microbatch, all but some
+    thousand rows of it zeros, in the dtype of the weight, which DDP then adds to all of `main_grad`. Without a
+    `main_grad` it is megatron's.
+    """
+
+    def forward(self, input_: Tensor) -> Tensor:
+        """[B, S, H] of ids [B, S], or this rank's [S, B, H] under sequence parallelism, in the weight's dtype."""
+        if torch.is_grad_enabled() and self.weight.requires_grad and hasattr(self.weight, "main_grad"):
+            return _LookUp.apply(self.weight, input_, self)
+        return super().forward(input_)
+
+
+class _LookUp(torch.autograd.Function):
+    """megatron's forward as it is; many tokens may have one id, and index_put_ adds them up in one order on a GPU too.
+
+    Collectives: those of megatron, a reduction over tp in the forward, which under sequence parallelism is a
+    reduce-scatter and in the backward an all-gather.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, weight_vH: Tensor, ids_BS: Tensor, embedding: MainGradEmbedding) -> Tensor:
+        ctx.embedding = embedding
+        ctx.save_for_backward(ids_BS)
+        return VocabParallelEmbedding.forward(embedding, ids_BS)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        embedding, (ids_BS,) = ctx.embedding, ctx.saved_tensors
+        weight_vH = embedding.weight
+        if embedding.reduce_scatter_embeddings:
+            grad = gather_from_sequence_parallel_region(grad, group=embedding.tp_group).transpose(0, 1)
+        # Tokens of other ranks add zero to a row that is there.
+        is_elsewhere_BS = (ids_BS < embedding.vocab_start_index) | (ids_BS >= embedding.vocab_end_index)
+        row_BS = (ids_BS - embedding.vocab_start_index).masked_fill(is_elsewhere_BS, 0)
+        grad_BSH = grad.masked_fill(is_elsewhere_BS[..., None], 0).to(weight_vH.main_grad.dtype)
+        weight_vH.main_grad.index_put_((row_BS,), grad_BSH, accumulate=True)
+        return gradient_already_added(weight_vH), None, None

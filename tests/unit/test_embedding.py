@@ -1,0 +1,93 @@
+"""The embedding's gradient reaches `main_grad` row by row, and is the one that autograd takes through megatron's own.
+
+Ranks that share the vocabulary or the sequence are compared with a float64 twin in tests/distributed/test_layouts.py.
+"""
+
+import pytest
+import torch
+from megatron.core.tensor_parallel import VocabParallelEmbedding
+
+from simpo_megatron import parallel
+from simpo_megatron.mcore import device
+from simpo_megatron.mcore.architecture import ArchitectureConfig
+from simpo_megatron.mcore.embedding import MainGradEmbedding
+
+V, H = 50, 16
+
+
+@pytest.fixture
+def make(monkeypatch):
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}.items():
+        monkeypatch.setenv(name, value)
+    device.install()
+    groups = parallel.initialize(parallel.ParallelSizes(), backend="gloo")
+
+    def make(kind: type, dtype: torch.dtype) -> VocabParallelEmbedding:
+        config = ArchitectureConfig(
+            num_layers=1,
+            hidden_size=H,
+            num_attention_heads=1,
+            use_cpu_initialization=True,
+            perform_initialization=False,
+            params_dtype=dtype,
+        )
+        embedding = kind(V, H, init_method=lambda weight: None, config=config, tp_group=groups.tp)
+        torch.nn.init.normal_(embedding.weight, generator=torch.Generator().manual_seed(0))
+        return embedding
+
+    yield make
+    parallel.shut_down()
+
+
+def ids_and_slopes(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids with many repetitions, the first and the last of the vocabulary among them, and a gradient for each."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, 9, (2, 37), generator=generator)
+    ids[0, 0], ids[1, 36] = V - 1, 0
+    return ids, torch.randn(2, 37, H, generator=generator)
+
+
+def expected_gradient(seeds: range) -> torch.Tensor:
+    total = torch.zeros(V, H, dtype=torch.float64)
+    for seed in seeds:
+        ids, slopes = ids_and_slopes(seed)
+        for row, slope in zip(ids.flatten(), slopes.reshape(-1, H), strict=True):
+            total[row] += slope.double()
+    return total
+
+
+def backward(embedding: VocabParallelEmbedding, seeds: range) -> None:
+    for seed in seeds:
+        ids, slopes = ids_and_slopes(seed)
+        (embedding(ids).float() * slopes).sum().backward()
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["one use", "tied"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_microbatches_add_up_in_main_grad(make, dtype, tied):
+    embedding = make(MainGradEmbedding, dtype)
+    weight = embedding.weight
+    weight.main_grad, weight.grad_added_to_main_grad, weight.zero_out_wgrad = torch.ones(V, H), False, tied
+    backward(embedding, range(2))
+    # bf16 rounds each token's gradient, at 2**-9, and the sum not at all.
+    budget = 1e-6 if dtype == torch.float32 else 4e-3
+    expected = expected_gradient(range(2))
+    assert (weight.main_grad.double() - 1 - expected).norm() <= budget * expected.norm()
+    assert (weight.main_grad[9 : V - 1] == 1).all()
+    assert weight.grad_added_to_main_grad and weight.grad.shape == weight.shape
+    assert not tied or (weight.grad == 0).all()
+
+
+def test_values_and_gradients_are_megatrons_without_main_grad(make):
+    embedding, plain = make(MainGradEmbedding, torch.float32), make(VocabParallelEmbedding, torch.float32)
+    ids, _ = ids_and_slopes(0)
+    assert torch.equal(embedding(ids), plain(ids))
+    for layer in (embedding, plain):
+        backward(layer, range(1))
+    assert torch.equal(embedding.weight.grad, plain.weight.grad)
+
+
+def test_a_frozen_embedding_passes_no_gradient(make):
+    embedding = make(MainGradEmbedding, torch.float32)
+    embedding.weight.requires_grad_(False).main_grad = torch.ones(V, H)
+    assert not embedding(ids_and_slopes(0)[0]).requires_grad
