@@ -135,7 +135,7 @@ def megatron():
 METHODS = {
     "ours": ours,
     "ours at 64 MiB": lambda: ours(64 * MIB),
-    "ours at 48 MiB": lambda: ours(48 * MIB),
+    "ours at 32 MiB": lambda: ours(32 * MIB),
     "princeton": princeton,
     "trl": trl,
     "liger": lambda: liger(False),
