@@ -7,21 +7,17 @@ import pytest
 import torch
 from megatron.core.tensor_parallel import VocabParallelEmbedding
 
-from simpo_megatron import parallel
 from simpo_megatron.mcore import device
 from simpo_megatron.mcore.architecture import ArchitectureConfig
 from simpo_megatron.mcore.embedding import MainGradEmbedding
+
+device.install()
 
 V, H = 50, 16
 
 
 @pytest.fixture
-def make(monkeypatch):
-    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}.items():
-        monkeypatch.setenv(name, value)
-    device.install()
-    groups = parallel.initialize(parallel.ParallelSizes(), backend="gloo")
-
+def make(tp_group):
     def make(kind: type, dtype: torch.dtype) -> VocabParallelEmbedding:
         config = ArchitectureConfig(
             num_layers=1,
@@ -31,12 +27,11 @@ def make(monkeypatch):
             perform_initialization=False,
             params_dtype=dtype,
         )
-        embedding = kind(V, H, init_method=lambda weight: None, config=config, tp_group=groups.tp)
+        embedding = kind(V, H, init_method=lambda weight: None, config=config, tp_group=tp_group)
         torch.nn.init.normal_(embedding.weight, generator=torch.Generator().manual_seed(0))
         return embedding
 
-    yield make
-    parallel.shut_down()
+    return make
 
 
 def ids_and_slopes(seed: int) -> tuple[torch.Tensor, torch.Tensor]:

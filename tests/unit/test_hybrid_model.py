@@ -10,7 +10,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from simpo_megatron import parallel
 from simpo_megatron.loss import ResponseTokens, VocabShard, fused_linear_log_probs
 from simpo_megatron.mcore import device
 
@@ -18,16 +17,6 @@ device.install()
 hybrid_block = pytest.importorskip("megatron.core.models.hybrid.hybrid_block", reason="megatron-core before 0.19")
 
 VOCAB_SIZE, LENGTH = 512, 32
-
-
-@pytest.fixture
-def tp_group(monkeypatch):
-    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}.items():
-        monkeypatch.setenv(name, value)
-    groups = parallel.initialize(parallel.ParallelSizes(), backend="gloo")
-    parallel.seed_everything(1)
-    yield groups.tp
-    parallel.shut_down()
 
 
 @pytest.fixture
