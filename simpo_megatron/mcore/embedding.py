@@ -21,7 +21,7 @@ class MainGradEmbedding(VocabParallelEmbedding):
 
     def forward(self, input_: Tensor) -> Tensor:
         """[B, S, H] of ids [B, S], or this rank's [S, B, H] under sequence parallelism, in the weight's dtype."""
-        if torch.is_grad_enabled() and self.weight.requires_grad and hasattr(self.weight, "main_grad"):
+        if hasattr(self.weight, "main_grad"):
             return _LookUp.apply(self.weight, input_, self)
         return super().forward(input_)
 
