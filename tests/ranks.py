@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -15,9 +16,20 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 
 
 def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
+    """A port that nothing listens on, and that the kernel gives no connection until somebody does.
+
+    What `bind` to port 0 gives may be some other process's outgoing connection by the time a rank listens on it.
+    """
+    kernels_own = Path("/proc/sys/net/ipv4/ip_local_port_range")
+    below = int(kernels_own.read_text().split()[0]) if kernels_own.exists() else 32768
+    while True:
+        port = random.SystemRandom().randrange(below // 2, below)
+        with socket.socket() as listener:
+            try:
+                listener.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
 
 
 def run_ranks(script: Path, num_ranks: int, *arguments: str, timeout: float = 300.0) -> None:

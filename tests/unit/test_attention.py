@@ -14,7 +14,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from ranks import free_port
 from safetensors.torch import load_file
 from twin import response_log_probs
 
@@ -143,7 +142,7 @@ FAMILIES = {
 def groups():
     device.install()
     saved = dict(os.environ)
-    os.environ.update(RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
+    os.environ.update(RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     yield parallel.initialize(config_from(data=("none",)).parallel.sizes, backend="gloo")
     parallel.shut_down()
     os.environ.clear()

@@ -6,7 +6,6 @@ import os
 
 import pytest
 import torch
-from ranks import free_port
 from transformers import AutoModelForCausalLM, MixtralConfig
 
 from simpo_megatron import parallel
@@ -45,7 +44,7 @@ def models(tmp_path_factory):
             parameter.add_(0.1 * torch.randn_like(parameter))
     twin.save_pretrained(folder)
     saved = dict(os.environ)
-    os.environ.update(RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
+    os.environ.update(RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     groups = parallel.initialize(parallel.ParallelSizes(), backend="gloo")
     parallel.seed_everything(0)
     description = describe_hf_model(folder)
