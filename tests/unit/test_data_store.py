@@ -1,6 +1,9 @@
 """The store and the dataset: megatron reads the files, nothing is built twice or half, splits hold."""
 
 import json
+import os
+import shutil
+import time
 import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 
@@ -129,6 +132,22 @@ def test_a_build_that_fails_or_is_killed_leaves_no_store(tmp_path, monkeypatch):
     half.mkdir()
     (half / "pairs.bin").write_bytes(b"1234")
     assert len(build(path, tmp_path)) == 10
+
+
+def test_what_a_killed_build_has_left_is_removed_by_a_later_one_and_a_living_build_stays(tmp_path):
+    source = write_pairs(tmp_path / "pairs.jsonl", 3)
+    build(source, tmp_path)
+    (store,) = folders(tmp_path)
+    shutil.rmtree(store)
+    killed, living = (store.with_name(f".{store.name}.{name}") for name in ("killed00", "living00"))
+    for unfinished in (killed, living):
+        unfinished.mkdir()
+        (unfinished / "pairs.bin").write_bytes(b"1234")
+    long_ago = time.time() - store_module.ABANDONED_SECONDS - 60
+    for path in (killed / "pairs.bin", killed, living):
+        os.utime(path, (long_ago, long_ago))
+    build(source, tmp_path)
+    assert folders(tmp_path) == sorted((store, living))
 
 
 def test_two_builders_at_once_end_with_one_good_store(tmp_path):
