@@ -20,7 +20,7 @@ A script of your own needs no more than the hooks:
 
 import sys
 
-from simpo_megatron.errors import SimPOError
+from simpo_megatron.errors import SimPOError, printed
 from simpo_megatron.megatron_lm import pretrain
 
 # Checkpoints are written by processes that import this file again: only the real start may train.
@@ -28,5 +28,4 @@ if __name__ == "__main__":
     try:
         pretrain()
     except SimPOError as error:
-        print(f"ERROR simpo_megatron: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+        sys.exit(printed(error))

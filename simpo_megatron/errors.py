@@ -1,10 +1,11 @@
 """The exceptions a user may see: what was wrong, where, what was found, what was expected, what to do.
 
-And the two phrases that many of their messages are made of.
+And the one way in which commands print them, and two phrases that many of their messages are made of.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 
 
@@ -61,6 +62,12 @@ class StoppedBySignal(SimPOError):
     """
 
     exit_code = 75
+
+
+def printed(error: SimPOError) -> int:
+    """Prints the line that every command ends with when it fails; returns the exit code."""
+    print(f"ERROR simpo_megatron: {error}", file=sys.stderr)
+    return error.exit_code
 
 
 def require(holds: bool, key: str, found: object, expected: str) -> None:

@@ -6,7 +6,7 @@ python tools/verify_checkpoint.py runs/mine runs/mine/hf --pairs pairs.jsonl
 Prints the SHA-256 of every tensor on both sides, under its Hugging Face name, and with --pairs the average log-prob of
 each response on both sides: of a folder by transformers, of a checkpoint by megatron-core, both in fp32 on the CPU.
 A tensor that one side stores in fewer bits is compared after both are cast to these, and so are the log-probs.
-Exit code 0: every byte is the same (and log-probs are within 1e-4); 1: something differs; 4: a side cannot be read.
+Exit code 0: every value is the same (and log-probs are within 1e-4); 1: something differs; 4: a side cannot be read.
 """
 
 import argparse

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 import warnings
 from collections.abc import Callable
 
-from simpo_megatron.errors import SimPOError
+from simpo_megatron.errors import SimPOError, printed
 from simpo_megatron.mcore import device
 from simpo_megatron.parallel import ParallelGroups, alone
 
@@ -23,5 +22,4 @@ def run_command(work: Callable[[ParallelGroups], int]) -> int:
         with alone() as groups:
             return work(groups)
     except SimPOError as error:
-        print(f"ERROR {error}", file=sys.stderr)
-        return error.exit_code
+        return printed(error)
