@@ -1,8 +1,8 @@
 """The one module that knows CUDA may be absent: it lets unmodified megatron-core run on the CPU over gloo.
 
-Where CUDA is there, `install` mends at most how torch's Adam is restored. Elsewhere it redirects, once, the few
-places at which megatron-core names a CUDA device outright. Every replacement is as narrow as the place it serves,
-so that no torch call inside the layers pays for it.
+Where CUDA is there, `install` mends at most what megatron-core asks of a Transformer Engine that is absent, and how
+torch's Adam is restored. Elsewhere it redirects, once, the few places at which megatron-core names a CUDA device
+outright. Every replacement is as narrow as the place it serves, so that no torch call inside the layers pays for it.
 """
 
 from __future__ import annotations
@@ -152,6 +152,8 @@ def install() -> None:
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     if not has_cuda():
         _run_without_cuda()
+    if not _has_transformer_engine():
+        _recompute_parts_without_transformer_engine()
     if _adam() is torch.optim.AdamW:
         _restore_adam_step_of_the_distributed_optimizer()
 
@@ -165,6 +167,13 @@ def _run_without_cuda() -> None:
     _name_cpu_tensors_as_the_optimizers_expect()
     _route_tokens_on_the_cpu()
     _scale_tensors_where_they_are()
+
+
+def _recompute_parts_without_transformer_engine() -> None:
+    """Let norms and activations be recomputed apart: megatron always asks Transformer Engine whether they are FP8."""
+    random = importlib.import_module("megatron.core.tensor_parallel.random")
+    random.FP8GlobalStateManager = types.SimpleNamespace(is_fp8_enabled=lambda: False)
+    random.activation_recompute_forward = random.fp8_autocast = lambda **_: contextlib.nullcontext()
 
 
 def keep_compiled_helpers() -> None:

@@ -149,8 +149,11 @@ def _mixture(description: ModelDescription, config: Config) -> dict[str, Any]:
 def _fusions(description: ModelDescription, config: Config) -> dict[str, bool]:
     """Fused kernels where there is a GPU; on the CPU they would compile for seconds or are not there at all."""
     fused = device.has_cuda()
+    is_swiglu = description.transformer["activation_func"] is F.silu
     return {
-        "bias_activation_fusion": fused and description.transformer["activation_func"] is F.silu,
+        "bias_activation_fusion": fused and is_swiglu,
+        # Through this door the layer's spec brings its own; experts multiply by their tokens' weights in between.
+        "use_te_activation_func": not fused and is_swiglu and "num_moe_experts" not in description.transformer,
         "bias_dropout_fusion": fused,
         "masked_softmax_fusion": fused,
         "apply_rope_fusion": fused and device.machine().has_transformer_engine,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 
 import torch
-import torch.nn.functional as F
 from megatron.core.extensions.transformer_engine import TEColumnParallelLinear, TENorm, TERowParallelLinear
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
@@ -16,32 +15,11 @@ from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
-from torch import Tensor
 
 from simpo_megatron.mcore.architecture import ArchitectureConfig
 from simpo_megatron.mcore.attention import SegmentedAttention
 from simpo_megatron.mcore.experts import LoadBalancedRouter
-
-
-class RMSNorm(torch.nn.RMSNorm):
-    """torch's RMSNorm under megatron's constructor, its weight marked for the sequence-parallel gradient all-reduce.
-
-    megatron's stock torch norm refuses sequence parallelism because it lacks the mark that finalize_model_grads reads;
-    it also refuses weights that are zero where they change nothing, which stay as they are in the file here.
-    """
-
-    def __init__(self, config: ArchitectureConfig, hidden_size: int, eps: float = 1e-5, **_) -> None:
-        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
-        self.weight.sequence_parallel = config.sequence_parallel
-        self.is_zero_centered = config.layernorm_zero_centered_gamma
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        """The norm of the last dimension, in the dtype of `hidden`."""
-        if not self.is_zero_centered:
-            return super().forward(hidden)
-        # One plus a small weight would lose the weight in bf16.
-        wide = torch.promote_types(hidden.dtype, torch.float32)
-        return F.rms_norm(hidden.to(wide), self.normalized_shape, 1 + self.weight.to(wide), self.eps).to(hidden.dtype)
+from simpo_megatron.mcore.fused import RMSNorm, SwiGLU
 
 
 @functools.cache
@@ -72,6 +50,8 @@ def local_layer_spec(config: ArchitectureConfig) -> ModuleSpec:
     attention.core_attention = SegmentedAttention
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
+    if config.use_te_activation_func:
+        mlp_submodules(layer).activation_func = SwiGLU
     if config.num_moe_experts is not None:
         mlp_submodules(layer).router = LoadBalancedRouter
     if config.post_layernorms:

@@ -123,22 +123,27 @@ def layer_activation_bytes(load: Load) -> dict[str, float]:
             "attention": _attention_bytes(load),
             "attention out": query + (0.5 * query if is_fp8 else 0),
             "mlp in": product * load.hidden_bytes * needs["linear_fc1"],
-            "mlp": ((2 if shape.fuses_activation else 4) + product * needs["linear_fc2"]) * mlp
+            "mlp": ((2 if _fuses_activation(load) else 4) + product * needs["linear_fc2"]) * mlp
             + _routing_bytes(load, product),
             "adapters": low,
         }
-    # Unfused: a norm keeps its input and, while its weight is trained, that normalised, in fp32, rotation its cosines
-    # and sines, SwiGLU each factor, an expert that times its router's weight; attention its outputs before they are put
-    # together, and the masks of its segments.
+    # Rotation keeps its cosines and sines, an activation that is not fused each factor, an expert that times its
+    # router's weight; attention its outputs before they are put together, and the masks of its segments.
     return {
-        "norms": num_norms * (1 if is_lora else 2) * load.hidden_bytes * 4 / e,
+        "norms": num_norms * load.hidden_bytes,
         "attention in": load.hidden_bytes * needs["linear_qkv"] + 4 * load.tokens * shape.kv_channels * e,
         "attention": _attention_bytes(load),
         "attention out": query * needs["linear_proj"],
         "mlp in": load.hidden_bytes * needs["linear_fc1"],
-        "mlp": (4 + needs["linear_fc2"] + bool(shape.num_moe_experts)) * mlp + _routing_bytes(load, 1.0),
+        "mlp": ((2 if _fuses_activation(load) else 4) + needs["linear_fc2"] + bool(shape.num_moe_experts)) * mlp
+        + _routing_bytes(load, 1.0),
         "adapters": low,
     }
+
+
+def _fuses_activation(load: Load) -> bool:
+    """Whether the MLP keeps the input of its gated activation alone; the CPU's experts do not."""
+    return load.shape.fuses_activation and (load.engine == "transformer_engine" or not load.shape.num_moe_experts)
 
 
 def _routing_bytes(load: Load, product: float) -> float:
@@ -256,7 +261,7 @@ def backward_work_bytes(load: Load) -> float:
     shape, e, tp = load.shape, load.itemsize, load.sizes.tensor
     parts, recompute = layer_activation_bytes(load), load.config.recompute
     # Fused SwiGLU hands on both halves' gradient at once.
-    width = (2 if load.engine == "transformer_engine" else 1) * shape.ffn_hidden_size / tp
+    width = (2 if _fuses_activation(load) else 1) * shape.ffn_hidden_size / tp
     is_frozen = load.config.lora.lora_rank is not None
     gradients = 2 * load.hidden_bytes + load.tokens * width * e + (0 if is_frozen else width * shape.hidden_size * e)
     again = 0.0
@@ -289,7 +294,7 @@ def head_bytes(load: Load) -> tuple[float, float]:
     width = min(max(budget / (rows_N * e) / 8, MIN_BLOCK_WIDTH), MAX_BLOCK_WIDTH, v)
     logits = min(rows_N * v * e, budget)
     is_frozen = load.config.lora.lora_rank is not None
-    norm = load.hidden_bytes * (2 if load.engine == "transformer_engine" else 1 + (1 if is_frozen else 2) * 4 / e)
+    norm = 2 * load.hidden_bytes
     block = rows_N * width * 4 if e < 4 else 0.0
     backward = rows * (4 / e + 1) + (0 if is_frozen else width * shape.hidden_size * (4 + e))
     # Rows travel to every tensor rank and back under sequence parallelism; then the gradient of all positions.

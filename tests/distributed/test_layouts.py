@@ -57,6 +57,7 @@ LAYOUTS = {
         "tensor_model_parallel_size": 2,
         "sequence_parallel": True,
         "recompute_granularity": "selective",
+        "recompute_modules": ("core_attn", "layernorm"),
     },
     "pp2_vpp2_dp2": {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2},
     "pp2_vpp2_tp2_sequence_parallel": {

@@ -1,0 +1,95 @@
+"""RMSNorm and SwiGLU of torch's operations, which keep for their backward what they were given, not what they made.
+
+A GPU has kernels for both. Shapes: H hidden size, F the MLP's width on this tensor-parallel rank, `...` any before.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from simpo_megatron.mcore.architecture import ArchitectureConfig
+
+
+class RMSNorm(torch.nn.RMSNorm):
+    """RMSNorm under megatron's constructor, its weight marked for the sequence-parallel gradient all-reduce.
+
+    megatron's stock torch norm refuses sequence parallelism because it lacks the mark that finalize_model_grads reads;
+    it also refuses weights that are zero where they change nothing, which stay as they are in the file here.
+
+    Source: arXiv 1910.07467.
+    """
+
+    def __init__(self, config: ArchitectureConfig, hidden_size: int, eps: float = 1e-5, **_) -> None:
+        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
+        self.weight.sequence_parallel = config.sequence_parallel
+        self.is_zero_centered = config.layernorm_zero_centered_gamma
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """The norm of the last dimension of [..., H], in the dtype of `hidden`, computed in fp32 at least."""
+        # One plus a small weight would lose the weight in bf16.
+        weight = 1 + self.weight.to(_wide(hidden.dtype)) if self.is_zero_centered else self.weight
+        return _NormedRows.apply(hidden, weight, self.eps)
+
+
+class _NormedRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight_H: Tensor, eps: float) -> Tensor:
+        wide = hidden.to(_wide(hidden.dtype))
+        rstd = (torch.linalg.vecdot(wide, wide)[..., None] / hidden.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(hidden, weight_H, rstd)
+        return (wide * rstd).mul_(weight_H).to(hidden.dtype)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        hidden, weight_H, rstd = ctx.saved_tensors
+        hidden_grad = weight_grad = None
+        wide, grad = hidden.to(rstd.dtype), grad.to(rstd.dtype)
+        if ctx.needs_input_grad[1]:
+            weight_grad = (grad * wide).flatten(0, -2).T.mv(rstd.flatten()).to(weight_H.dtype)
+        if ctx.needs_input_grad[0]:
+            scaled = grad * weight_H
+            along = torch.linalg.vecdot(scaled, wide)[..., None] * rstd**3 / hidden.shape[-1]
+            hidden_grad = scaled.mul_(rstd).addcmul_(wide, along, value=-1).to(hidden.dtype)
+        return hidden_grad, weight_grad, None
+
+
+class SwiGLU(torch.nn.Module):
+    """The gated activation of an MLP, where megatron would take Transformer Engine's: [..., 2F] to [..., F].
+
+    Source: arXiv 2002.05202.
+    """
+
+    def __init__(self, config: ArchitectureConfig) -> None:
+        super().__init__()
+
+    def forward(self, gate_and_up: Tensor) -> Tensor:
+        """silu(gate) * up in the dtype of the input, whose first half is the gate."""
+        return _GatedRows.apply(gate_and_up)
+
+
+class _GatedRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate_and_up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate_and_up)
+        gate, up = gate_and_up.chunk(2, dim=-1)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (gate_and_up,) = ctx.saved_tensors
+        gate, up = gate_and_up.chunk(2, dim=-1)
+        both = torch.empty_like(gate_and_up)
+        gate_grad, up_grad = both.chunk(2, dim=-1)
+        torch.mul(F.silu(gate), grad, out=up_grad)
+        torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=gate_grad)
+        return both
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
