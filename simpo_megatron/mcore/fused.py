@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
 from simpo_megatron.mcore.architecture import ArchitectureConfig
@@ -58,14 +59,11 @@ class _NormedRows(torch.autograd.Function):
         return hidden_grad, weight_grad, None
 
 
-class SwiGLU(torch.nn.Module):
+class SwiGLU(MegatronModule):
     """The gated activation of an MLP, where megatron would take Transformer Engine's: [..., 2F] to [..., F].
 
     Source: arXiv 2002.05202.
     """
-
-    def __init__(self, config: ArchitectureConfig) -> None:
-        super().__init__()
 
     def forward(self, gate_and_up: Tensor) -> Tensor:
         """silu(gate) * up in the dtype of the input, whose first half is the gate."""
