@@ -31,6 +31,7 @@ torchrun "${rendezvous[@]}" examples/pretrain_simpo.py "$@" &
 agent=$!
 stop() {
   local ranks
+  is_over=false
   mapfile -t ranks < <(pgrep -P "$agent")
   kill -USR1 "${ranks[@]}"
   # An agent that may restart its ranks would do so here, on a node that is about to go.
@@ -40,11 +41,14 @@ stop() {
   fi
 }
 trap stop TERM USR1
-wait "$agent"
-code=$?
-# A signal ends a wait, not the agent.
-while kill -0 "$agent" 2>/dev/null; do
+is_over=false
+code=127
+until $is_over; do
+  # A signal ends a wait, and with it this round; the agent's own code is what a wait without one returns.
+  is_over=true
   wait "$agent"
-  code=$?
+  ended=$?
+  # Which knows nothing of an agent whose code an earlier one has returned.
+  [ "$ended" = 127 ] || code=$ended
 done
 exit "$code"
