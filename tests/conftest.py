@@ -23,13 +23,10 @@ def smollm2(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def tp_group(monkeypatch):
+def tp_group():
     """The tensor-parallel group of a process that trains alone, its random state seeded."""
     from simpo_megatron import parallel
 
-    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}.items():
-        monkeypatch.setenv(name, value)
-    groups = parallel.initialize(parallel.ParallelSizes(), backend="gloo")
-    parallel.seed_everything(1)
-    yield groups.tp
-    parallel.shut_down()
+    with parallel.alone() as groups:
+        parallel.seed_everything(1)
+        yield groups.tp

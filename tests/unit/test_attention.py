@@ -8,7 +8,6 @@ sides.
 
 from __future__ import annotations
 
-import os
 from types import SimpleNamespace
 
 import numpy as np
@@ -141,12 +140,8 @@ FAMILIES = {
 @pytest.fixture(scope="module")
 def groups():
     device.install()
-    saved = dict(os.environ)
-    os.environ.update(RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
-    yield parallel.initialize(config_from(data=("none",)).parallel.sizes, backend="gloo")
-    parallel.shut_down()
-    os.environ.clear()
-    os.environ.update(saved)
+    with parallel.alone() as groups:
+        yield groups
 
 
 @pytest.fixture(scope="module", params=FAMILIES)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, MixtralConfig
@@ -43,18 +41,13 @@ def models(tmp_path_factory):
         for parameter in twin.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
     twin.save_pretrained(folder)
-    saved = dict(os.environ)
-    os.environ.update(RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
-    groups = parallel.initialize(parallel.ParallelSizes(), backend="gloo")
-    parallel.seed_everything(0)
-    description = describe_hf_model(folder)
-    options = config_from(model=str(folder), data=("none",), bf16=False)
-    (model,) = build_model(description, options, groups)
-    load_hf_weights([model], folder, description, tp_rank=0, tp_size=1)
-    yield model.double(), twin.double()
-    parallel.shut_down()
-    os.environ.clear()
-    os.environ.update(saved)
+    with parallel.alone() as groups:
+        parallel.seed_everything(0)
+        description = describe_hf_model(folder)
+        options = config_from(model=str(folder), data=("none",), bf16=False)
+        (model,) = build_model(description, options, groups)
+        load_hf_weights([model], folder, description, tp_rank=0, tp_size=1)
+        yield model.double(), twin.double()
 
 
 def balance(router_logits: torch.Tensor) -> torch.Tensor:

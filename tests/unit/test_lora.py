@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import os
 
 import pytest
 import torch
@@ -33,11 +32,9 @@ RANK = 4
 
 @pytest.fixture(scope="module")
 def groups():
-    os.environ.update(RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
-    groups = parallel.initialize(parallel.ParallelSizes(), backend="gloo", timeout_minutes=1)
-    parallel.seed_everything(1)
-    yield groups
-    parallel.shut_down()
+    with parallel.alone() as groups:
+        parallel.seed_everything(1)
+        yield groups
 
 
 TINY = {
