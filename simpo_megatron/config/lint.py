@@ -42,9 +42,7 @@ def _simpo_warnings(objective: SimPOObjective) -> list[str]:
     """Of the constants of SimPO itself."""
     warnings = []
     if objective.beta < 1:
-        warnings.append(
-            f"beta {objective.beta:g}: published runs use 2 to 10; 0.1 is DPO's scale, not SimPO's"
-        )
+        warnings.append(f"beta {objective.beta:g}: published runs use 2 to 10; 0.1 is DPO's scale, not SimPO's")
     if objective.gamma_beta_ratio > 1:
         warnings.append(
             f"gamma_beta_ratio {objective.gamma_beta_ratio:g}: published runs use 0.1 to 0.8. It counts in "

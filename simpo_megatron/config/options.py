@@ -131,9 +131,7 @@ def option_table() -> dict[str, Option]:
         kind=float,
         help="The margin itself; gamma_beta_ratio is then gamma / beta.",
     )
-    table["fp32"] = Option(
-        name="fp32", section="precision", kind=bool, help="Everything in fp32: bf16 false."
-    )
+    table["fp32"] = Option(name="fp32", section="precision", kind=bool, help="Everything in fp32: bf16 false.")
     return table
 
 
@@ -238,6 +236,4 @@ def refuse_both(names: dict[str, str]) -> None:
         given = [name for name in group if name in names]
         if len(given) > 1:
             why = _WHY_NOT_GAMMA_TWICE if "gamma" in given else "they are two ways to say one thing"
-            raise ConfigError(
-                f"{names[given[1]]}: found both {given[0]} and {given[1]}, expected one of them: {why}"
-            )
+            raise ConfigError(f"{names[given[1]]}: found both {given[0]} and {given[1]}, expected one of them: {why}")

@@ -63,10 +63,7 @@ def load_config(argv: Sequence[str] | None = None) -> Config:
 
 def config_from(**options: typing.Any) -> Config:
     """A configuration from python values under the options' names (or aliases), for programs and tests."""
-    layer = {
-        find_option(name, "config_from").name: Setting(value, "config_from")
-        for name, value in options.items()
-    }
+    layer = {find_option(name, "config_from").name: Setting(value, "config_from") for name, value in options.items()}
     return config_of(layer)
 
 
@@ -116,9 +113,7 @@ def _yaml_items(path: Path) -> list[tuple[yaml.Node, yaml.Node]]:
     if root is None:
         raise ConfigError(f"{path}: found an empty file, expected lines such as 'lr: 5e-7'")
     if not isinstance(root, yaml.MappingNode) or root.tag != _PLAIN_TAG + "map":
-        raise ConfigError(
-            f"{path}:{root.start_mark.line + 1}: found a {root.id}, expected lines such as 'lr: 5e-7'"
-        )
+        raise ConfigError(f"{path}:{root.start_mark.line + 1}: found a {root.id}, expected lines such as 'lr: 5e-7'")
     return root.value
 
 
@@ -171,9 +166,7 @@ def _parser() -> _Parser:
         description="SimPO on Megatron-Core. Each flag is also a key of the YAML file given with --config.\n"
         "The command line wins over the file, the file over the preset.",
         epilog=_preset_help(),
-        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(
-            prog, max_help_position=34, width=110
-        ),
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=34, width=110),
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )

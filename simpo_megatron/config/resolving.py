@@ -190,9 +190,7 @@ def _check_fp8(config: Config, model: Mapping[str, Any], machine: Machine) -> No
     if recipe is None:
         return
     key = "fp8_recipe"
-    require(
-        machine.has_cuda, key, recipe, "a CUDA device, and none is there; without --fp8 it trains in bf16"
-    )
+    require(machine.has_cuda, key, recipe, "a CUDA device, and none is there; without --fp8 it trains in bf16")
     # Without Transformer Engine megatron-core accepts the recipe and computes in full precision, silently.
     engine = "Transformer Engine, which cannot be imported here: pip install 'simpo-megatron[te]'"
     require(machine.has_transformer_engine, key, recipe, engine)
@@ -203,9 +201,7 @@ def _check_fp8(config: Config, model: Mapping[str, Any], machine: Machine) -> No
     # Experts are whole on a rank.
     width = model.get("moe_ffn_hidden_size") or model["ffn_hidden_size"] // config.parallel.tensor_model_parallel_size
     for name, size in (("hidden size", model["hidden_size"]), ("MLP width per rank", width)):
-        require(
-            size % multiple == 0, key, recipe, f"the model's {name}, {size}, to be a multiple of {multiple}"
-        )
+        require(size % multiple == 0, key, recipe, f"the model's {name}, {size}, to be a multiple of {multiple}")
 
 
 def _check_fp8_weights(config: Config, model: Mapping[str, Any]) -> None:

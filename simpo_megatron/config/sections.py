@@ -151,9 +151,7 @@ class PrecisionConfig:
     optimizer, and checkpoints and exports are written from them in bf16."""
 
     def __post_init__(self) -> None:
-        require(
-            self.fp8_recipe is None or self.bf16, "fp8_recipe", self.fp8_recipe, "bf16 and not fp32 beside it"
-        )
+        require(self.fp8_recipe is None or self.bf16, "fp8_recipe", self.fp8_recipe, "bf16 and not fp32 beside it")
         # Delayed scaling would round the weights that are loaded by a scale of 1, before it has seen any.
         require(
             not self.fp8_param_gather or self.fp8_recipe in ("tensorwise", "blockwise"),

@@ -118,9 +118,7 @@ def _pieces(
     for layer in chunk.decoder.layers:
         for name, parameter in layer.named_parameters():
             if name in rules:
-                yield from pieces_by_rule(
-                    parameter.detach(), rules[name], layer.layer_number - 1, description, tp_size
-                )
+                yield from pieces_by_rule(parameter.detach(), rules[name], layer.layer_number - 1, description, tp_size)
 
 
 def _join(staging: Path, files: Files) -> None:

@@ -171,6 +171,7 @@ def heaviest_step(
     In this plan each rank's largest microbatches come first. Largest is what has the most tokens, padding included;
     of several, what has the most response tokens.
     """
+
     def size(microbatch: Microbatch) -> tuple[int, int]:
         chosen = lengths[list(microbatch)]
         return microbatch_tokens(chosen, options), int(chosen[:, 1:].sum())

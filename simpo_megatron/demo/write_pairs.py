@@ -122,9 +122,7 @@ def _polite_answer(topic: Topic, rng: random.Random) -> str:
     return " ".join(sentences)
 
 
-def _flawed_answer(
-    topic: Topic, templates: tuple[str, ...], num_words_wanted: float, rng: random.Random
-) -> str:
+def _flawed_answer(topic: Topic, templates: tuple[str, ...], num_words_wanted: float, rng: random.Random) -> str:
     """At least two sentences of one flaw."""
     sentences: list[str] = []
     num_words = 0

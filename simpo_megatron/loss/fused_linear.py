@@ -141,8 +141,7 @@ class _Layout:
         cuts = torch.searchsorted(column_N, torch.tensor(starts, device=column_N.device)).tolist()
         own = slice(cuts[0], cuts[-1])
         blocks = tuple(
-            _Block(starts[i], starts[i + 1], slice(cuts[i] - cuts[0], cuts[i + 1] - cuts[0]))
-            for i in range(num_blocks)
+            _Block(starts[i], starts[i + 1], slice(cuts[i] - cuts[0], cuts[i + 1] - cuts[0])) for i in range(num_blocks)
         )
         return cls(order_N[own], column_N[own], blocks, max(num_kept, 0) if differentiable else 0, width)
 

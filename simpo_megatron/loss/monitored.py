@@ -52,9 +52,7 @@ def length_correlation(sums: Mapping[str, float], num_responses: int) -> float |
 
     The average log-prob is SimPO's reward, beta apart. None where either is the same for all.
     """
-    length, length_squared, log_prob, log_prob_squared, product = (
-        sums[name] / num_responses for name in MONITORED[1:]
-    )
+    length, length_squared, log_prob, log_prob_squared, product = (sums[name] / num_responses for name in MONITORED[1:])
     variances = (length_squared - length**2) * (log_prob_squared - log_prob**2)
     # What is left of equal numbers by rounding is no variance; a NaN is not above anything.
     if not variances > 1e-20 * length_squared * log_prob_squared:

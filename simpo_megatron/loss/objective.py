@@ -145,7 +145,9 @@ def preference_loss(
     """
     require(
         reference_avg_R is not None or not objective.needs_reference,
-        "reference_avg_R", None, f"the reference model's average log-probabilities: {objective.title} needs them",
+        "reference_avg_R",
+        None,
+        f"the reference model's average log-probabilities: {objective.title} needs them",
     )
     chosen, rejected = _responses(avg_R, counts_R, reference_avg_R)
     compared = objective.compare(chosen, rejected)

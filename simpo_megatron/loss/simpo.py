@@ -94,6 +94,8 @@ class SimPOObjective(PreferenceObjective):
         require(0 <= self.label_smoothing < 0.5, "label_smoothing", self.label_smoothing, "in [0, 0.5)")
         require(
             self.label_smoothing == 0 or self.loss_type == "sigmoid",
-            "label_smoothing", self.label_smoothing, "0 with loss_type hinge, which has no smoothed form",
+            "label_smoothing",
+            self.label_smoothing,
+            "0 with loss_type hinge, which has no smoothed form",
         )
         require(self.sft_weight >= 0, "sft_weight", self.sft_weight, "a number >= 0")

@@ -70,9 +70,7 @@ class ResponseTokens:
         """
         num_rows, length = labels_RS.shape
         if num_rows % 2:
-            raise ConfigError(
-                f"labels: {num_rows} rows; expected two per pair, chosen and rejected in turn"
-            )
+            raise ConfigError(f"labels: {num_rows} rows; expected two per pair, chosen and rejected in turn")
         row_N, position_N = (labels_RS != ignore_index).nonzero(as_tuple=True)
         return cls(
             rows_N=row_N * length + position_N,

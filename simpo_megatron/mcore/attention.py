@@ -57,9 +57,7 @@ class VariableLengths:
     @classmethod
     def of(cls, segments: tuple[Segment, ...], device: torch.device) -> VariableLengths:
         """The arguments for `segments`, whose queries tile this rank's rows in order."""
-        rows = [
-            torch.cat((torch.arange(s.prefix_start, s.prefix_end), torch.arange(s.start, s.end))) for s in segments
-        ]
+        rows = [torch.cat((torch.arange(s.prefix_start, s.prefix_end), torch.arange(s.start, s.end))) for s in segments]
         lengths = torch.tensor([[s.num_queries for s in segments], [s.num_keys for s in segments]])
         sums = torch.nn.functional.pad(lengths.cumsum(1), (1, 0)).to(device, torch.int32, non_blocking=True)
         return cls(

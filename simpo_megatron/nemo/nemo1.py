@@ -115,9 +115,7 @@ _EXPERIMENT: Mapping[str, Rule] = {
     "exp_manager.checkpoint_callback_params.every_n_train_steps": "save_interval",
     "exp_manager.checkpoint_callback_params.async_save": "async_save",
     "exp_manager.checkpoint_callback_params.save_top_k": to.KEEP_CHECKPOINTS,
-    **to.ignored(
-        to.READ_WITH_ANOTHER, "exp_manager.", "name wandb_logger_kwargs.* resume_ignore_no_checkpoint"
-    ),
+    **to.ignored(to.READ_WITH_ANOTHER, "exp_manager.", "name wandb_logger_kwargs.* resume_ignore_no_checkpoint"),
     **to.ignored(
         to.OF_FILES, "exp_manager.", "checkpoint_callback_params.* create_checkpoint_callback resume_past_end"
     ),

@@ -131,9 +131,7 @@ _RUN: dict[str, Rule] = {
         "restore_config restore_config.path resume_from_directory resume_from_path",
         to.checkpoint_elsewhere("a NeMo checkpoint"),
     ),
-    **to.ignored(
-        to.OF_FILES, "resume.", "resume_past_end restore_config.load_* restore_config.adapter_path"
-    ),
+    **to.ignored(to.OF_FILES, "resume.", "resume_past_end restore_config.load_* restore_config.adapter_path"),
 }
 
 NEMO_2 = Dialect(

@@ -145,9 +145,7 @@ _MEGATRON_CFG: dict[str, Rule] = {
     f"{_MEGATRON}freeze_moe_router": Ignored(to.OF_ROUTERS),
     **megatron_optimizer(f"{_MEGATRON}optimizer."),
     **megatron_scheduler(f"{_MEGATRON}scheduler.", *_STEPS),
-    **megatron_ddp(
-        f"{_MEGATRON}distributed_data_parallel_config.", f"{_MEGATRON}optimizer.use_distributed_optimizer"
-    ),
+    **megatron_ddp(f"{_MEGATRON}distributed_data_parallel_config.", f"{_MEGATRON}optimizer.use_distributed_optimizer"),
     f"{_MEGATRON}checkpoint.async_save": "async_save",
     **to.ignored(to.OF_FILES, _MEGATRON, "checkpoint.* force_reconvert_from_hf converter_type"),
     **to.ignored(

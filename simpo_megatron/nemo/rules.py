@@ -178,9 +178,7 @@ def _simpo_settings(dialect: Dialect, values: Mapping[str, Any], report: Report)
     return layer
 
 
-def _outcome(
-    rule: Rule, value: Any, asked: Asked, decided: set[str], where: str, simpo: str
-) -> dict[str, Any] | str:
+def _outcome(rule: Rule, value: Any, asked: Asked, decided: set[str], where: str, simpo: str) -> dict[str, Any] | str:
     """{option: value}, or the reason why there is none."""
     if isinstance(rule, Ignored):
         return rule.reason

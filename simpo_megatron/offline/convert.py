@@ -35,9 +35,7 @@ from simpo_megatron.training.card import card_of
 from simpo_megatron.training.checkpoint import model_facts
 
 
-def to_mcore(
-    weights: Weights, out_folder: Path, groups: ParallelGroups, *, dtype: torch.dtype | None = None
-) -> None:
+def to_mcore(weights: Weights, out_folder: Path, groups: ParallelGroups, *, dtype: torch.dtype | None = None) -> None:
     """Write `weights` as a checkpoint of megatron-core, committed, that any layout reads.
 
     `out_folder`/release holds it, with configuration and tokenizer; Megatron's pointer file beside it names it. Memory:
@@ -56,9 +54,7 @@ def to_mcore(
         name: dtype or _common_dtype(weights, {piece.hf_name for piece in _pieces(weights, skeleton, name)})
         for name in skeleton.shapes
     }
-    num_bytes = sum(
-        TensorSpec(shape, dtypes[name]).num_bytes for name, shape in skeleton.shapes.items()
-    )
+    num_bytes = sum(TensorSpec(shape, dtypes[name]).num_bytes for name, shape in skeleton.shapes.items())
     with new_folder(out_folder) as staging, Transfer("write megatron", num_bytes) as transfer:
         folder = staging / commit.RELEASE
         folder.mkdir()

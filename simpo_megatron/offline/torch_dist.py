@@ -131,9 +131,7 @@ class _Writer(dcp.FileSystemWriter):
 class _Planner(SavePlanner):
     """Announces every parameter, and computes each when it is asked for."""
 
-    def __init__(
-        self, skeleton: Skeleton, dtypes: dict[str, torch.dtype], compute: Callable[[str], Tensor]
-    ) -> None:
+    def __init__(self, skeleton: Skeleton, dtypes: dict[str, torch.dtype], compute: Callable[[str], Tensor]) -> None:
         self.skeleton, self.dtypes = skeleton, dtypes
         self.computed = (skeleton.parts(name, compute(name)) for name in skeleton.shapes)
         self.current: dict[tuple[str, tuple[int, ...]], Tensor] = {}

@@ -142,13 +142,16 @@ def _layouts(job: Job) -> Iterator[Config]:
             spread = _divisors(math.gcd(model.get("num_moe_experts", 1), job.num_gpus // pipeline))
             for expert in _sizes(given.expert_model_parallel_size, spread):
                 for chunks in _sizes(given.virtual_pipeline_model_parallel_size or 1, virtual):
-                    yield _with_layout(job, ParallelSizes(
-                        tensor=tensor,
-                        pipeline=pipeline,
-                        virtual_pipeline=chunks if chunks > 1 else None,
-                        context=context,
-                        expert=expert,
-                    ))
+                    yield _with_layout(
+                        job,
+                        ParallelSizes(
+                            tensor=tensor,
+                            pipeline=pipeline,
+                            virtual_pipeline=chunks if chunks > 1 else None,
+                            context=context,
+                            expert=expert,
+                        ),
+                    )
 
 
 def _sizes(given: int, otherwise: list[int] | tuple[int, ...]) -> list[int] | tuple[int, ...]:
@@ -197,9 +200,7 @@ def _try(job: Job, config: Config) -> Candidate | Refusal:
 
 def _evaluate(job: Job, config: Config) -> Candidate | Refusal:
     try:
-        layout = resolve(
-            config, world_size=job.num_gpus, model=job.description.transformer, machine=job.gpu.machine
-        )
+        layout = resolve(config, world_size=job.num_gpus, model=job.description.transformer, machine=job.gpu.machine)
     except ConfigError as error:
         return Refusal(name=layout_name(config), reason=str(error))
     dp = layout.data_parallel_size

@@ -24,6 +24,8 @@ from simpo_megatron.planning.parameters import (
 )
 
 GIB = 2**30
+
+
 @dataclass(frozen=True, kw_only=True)
 class StageMemory:
     """Bytes on a rank of one pipeline stage at the peak of a step, by part; they add up to `total`."""

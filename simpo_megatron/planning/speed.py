@@ -108,9 +108,7 @@ def _products(load: Load) -> int:
     return 6 if load.config.lora.lora_rank is None else 4
 
 
-def _recompute(
-    load: Load, matrices: float, attention: float, exchanged: tuple[float, float, float]
-) -> float:
+def _recompute(load: Load, matrices: float, attention: float, exchanged: tuple[float, float, float]) -> float:
     """`exchanged`: a microbatch's seconds of tensor, context and expert parallelism, forward and backward."""
     tensor, context, expert = exchanged
     forward = 2 / _products(load)

@@ -32,9 +32,7 @@ SUMMED = (
 )
 
 
-def reduce_sums(
-    sums: Sequence[dict[str, Tensor]], num_pairs: int, groups: ParallelGroups
-) -> dict[str, float]:
+def reduce_sums(sums: Sequence[dict[str, Tensor]], num_pairs: int, groups: ParallelGroups) -> dict[str, float]:
     """Means over `num_pairs` pairs of the metrics that PreferenceResult and the monitors sum, the same on every rank.
 
     Args:

@@ -190,9 +190,7 @@ class Monitors:
             return None
         kept = self._last_checkpoint_within(min((alarm.num_sound_steps for alarm in stopping), default=0))
         found = "; ".join(f"{alarm.monitor}: {alarm.text}" for alarm in stopping)
-        return StoppedByMonitor(
-            f"{found}; stopped after step {iteration}, which was not saved; {kept}"
-        )
+        return StoppedByMonitor(f"{found}; stopped after step {iteration}, which was not saved; {kept}")
 
     def _last_checkpoint_within(self, num_steps: int) -> str:
         save = self._config.run.save

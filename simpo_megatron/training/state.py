@@ -267,9 +267,7 @@ class _IndexUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"it refers to {module}.{name}")
 
 
-def _sharded_state(
-    model: list[PreferenceGPTModel], trainer: Trainer, *, is_loading: bool = False
-) -> dict[str, Any]:
+def _sharded_state(model: list[PreferenceGPTModel], trainer: Trainer, *, is_loading: bool = False) -> dict[str, Any]:
     """Model and optimizer, each tensor with its place in the whole."""
     state = _sharded_model(model, trainer.groups, _is_left_out)
     if is_loading:

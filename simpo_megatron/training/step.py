@@ -56,9 +56,7 @@ class Trainer:
         """The microbatches of every data-parallel rank for the step after the first `consumed_pairs` pairs."""
         return plan_step(dataset.lengths, consumed_pairs, self.batch_options, **self._divided_by())
 
-    def plan_heaviest(
-        self, dataset: PreferenceDataset, consumed_pairs: int, num_steps: int
-    ) -> tuple[int, StepPlan]:
+    def plan_heaviest(self, dataset: PreferenceDataset, consumed_pairs: int, num_steps: int) -> tuple[int, StepPlan]:
         """(its number from 0, its plan) of the one of the next `num_steps` steps with the largest microbatch."""
         return heaviest_step(
             dataset.lengths, consumed_pairs, self.batch_options, num_steps=num_steps, **self._divided_by()

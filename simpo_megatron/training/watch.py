@@ -96,9 +96,7 @@ class Watch:
                 # Whoever kept the store is gone; the main thread's next collective or message fails.
                 return
 
-    def _raise_alarm(
-        self, store: dist.Store, kind: str, says: str, error: Exception | None = None
-    ) -> dict[str, Any]:
+    def _raise_alarm(self, store: dist.Store, kind: str, says: str, error: Exception | None = None) -> dict[str, Any]:
         """The first alarm of any rank, this one's if there was none."""
         alarm = {
             "kind": kind,
@@ -149,9 +147,7 @@ class Watch:
     def _verdict(self) -> str:
         store = self._thread_store
         answers = {
-            rank: json.loads(store.get(f"here/{rank}"))
-            for rank in range(self._world)
-            if store.check([f"here/{rank}"])
+            rank: json.loads(store.get(f"here/{rank}")) for rank in range(self._world) if store.check([f"here/{rank}"])
         }
         silent = {
             rank: store.get(f"at/{rank}").decode() if store.check([f"at/{rank}"]) else "start-up"

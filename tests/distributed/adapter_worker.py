@@ -42,9 +42,7 @@ def run(model: Path, layout: str, options: dict, job: dict) -> None:
         chunk.eval()
     logits = logits_of(chunks, torch.tensor(job["tokens"]), groups)
     out = model.with_name(f"{model.name}-{layout}")
-    export_adapter(
-        chunks, description, config.lora, model, f"{out}-adapter", groups=groups, dtype=torch.float32
-    )
+    export_adapter(chunks, description, config.lora, model, f"{out}-adapter", groups=groups, dtype=torch.float32)
     export_hf(chunks, description, model, f"{out}-merged", groups=groups, dtype=torch.float32)
     if dist.get_rank() == 0:
         save_file({"logits": logits[..., : description.vocab_size].contiguous()}, f"{out}.safetensors")

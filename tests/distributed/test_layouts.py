@@ -227,9 +227,7 @@ def runs(request, tmp_path_factory):
 
 def test_every_layout_continues_prompts_as_the_twin_does(runs):
     *_, folder, layouts = runs
-    twin = AutoModelForCausalLM.from_pretrained(
-        folder / "twin", dtype=torch.float64, experts_implementation="eager"
-    )
+    twin = AutoModelForCausalLM.from_pretrained(folder / "twin", dtype=torch.float64, experts_implementation="eager")
     expected = []
     for prompt in PROMPTS:
         ids = list(prompt)

@@ -38,9 +38,7 @@ def weights(tmp_path_factory):
         "model": str(folder / "model"), "data": ("none",), "fp32": True, "global_batch_size": 8,
         "tokens_per_microbatch": 128, "lr": 1e-3,
     }  # fmt: skip
-    job = dict(
-        model=str(folder / "model"), pairs=pairs, num_steps=2, options=options, layouts=LAYOUTS, poisoned=()
-    )
+    job = dict(model=str(folder / "model"), pairs=pairs, num_steps=2, options=options, layouts=LAYOUTS, poisoned=())
     (folder / "job.json").write_text(json.dumps(job))
     run_ranks(WORKER, 2, str(folder))
     return {name: dict(_items(folder / name)) for name in LAYOUTS}

@@ -35,6 +35,4 @@ def say_and_sleep(item):
 
 def mapped(work, num_items=20, num_workers=2):
     items = iter(range(num_items))
-    return map_in_processes(
-        work, items, num_workers=num_workers, prepare=prepare, arguments=(2,), describe=describe
-    )
+    return map_in_processes(work, items, num_workers=num_workers, prepare=prepare, arguments=(2,), describe=describe)

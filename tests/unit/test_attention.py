@@ -33,8 +33,6 @@ PACKS = {
 HEADS = {"as many groups as heads": (4, 4), "grouped": (6, 2), "one group": (3, 1)}
 
 
-
-
 def attention(window: int | None = None, cap: float | None = None) -> SegmentedAttention:
     config = SimpleNamespace(
         attention_dropout=0.0,
@@ -186,9 +184,7 @@ def log_probs_of(model, pairs, **options) -> torch.Tensor:
 
     batch = collate(pairs, range(len(pairs)), BatchOptions(global_batch_size=len(pairs), **options))
     microbatch = to_microbatch(batch, torch.device("cpu"))
-    log_probs_N = model(
-        microbatch.tokens_BS, microbatch.position_ids_BS, None, packed_seq_params=microbatch.layout
-    )
+    log_probs_N = model(microbatch.tokens_BS, microbatch.position_ids_BS, None, packed_seq_params=microbatch.layout)
     return log_probs_N[torch.argsort(batch.sequence_N, stable=True)]
 
 

@@ -248,9 +248,7 @@ def test_a_configuration_error_ends_the_process_with_code_2():
 )
 def test_a_yaml_tag_is_refused_and_never_obeyed(tmp_path, monkeypatch, value):
     monkeypatch.chdir(tmp_path)
-    assert re.match(
-        r"run\.yaml:1: save: found the tag \S+, expected text", refusal(tmp_path, f"save: {value}\n")
-    )
+    assert re.match(r"run\.yaml:1: save: found the tag \S+, expected text", refusal(tmp_path, f"save: {value}\n"))
     assert not (tmp_path / "pwned").exists()
 
 

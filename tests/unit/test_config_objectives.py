@@ -17,9 +17,7 @@ def test_gamma_is_translated_with_the_beta_of_the_whole_configuration(tmp_path):
 
 
 def test_gamma_takes_the_place_of_a_presets_ratio_and_the_other_way_round(tmp_path):
-    assert load_config(
-        ["--preset", "gemma2-9b-it", "--gamma", "2"]
-    ).objective.gamma_beta_ratio == pytest.approx(0.2)
+    assert load_config(["--preset", "gemma2-9b-it", "--gamma", "2"]).objective.gamma_beta_ratio == pytest.approx(0.2)
     assert load_yaml(tmp_path, "gamma: 2\nbeta: 10\n", "--gamma-beta-ratio", "0.5").objective.gamma == 5.0
 
 

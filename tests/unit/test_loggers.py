@@ -40,9 +40,7 @@ def terminal(*, is_terminal, width=200, train_iters=12):
 
 
 def test_a_record_is_on_disk_when_the_call_returns(tmp_path):
-    log = open_run_log(
-        config_from(model="m", save=str(tmp_path / "run")), train_iters=3, is_logging_rank=True
-    )
+    log = open_run_log(config_from(model="m", save=str(tmp_path / "run")), train_iters=3, is_logging_rank=True)
     with log:
         log.step(1, STEP)
         assert records(tmp_path / "run/metrics.jsonl") == [{"iteration": 1, **STEP}]
@@ -68,9 +66,7 @@ def test_a_rank_that_does_not_log_touches_nothing(tmp_path, capsys):
 
 def test_numbers_that_json_has_no_word_for_are_written_as_text(tmp_path):
     sink = JsonLines(tmp_path / "m.jsonl")
-    sink.write(
-        {"iteration": 1, "loss": float("nan"), "grad_norm": float("-inf"), "pair_ids": [1, float("inf")]}
-    )
+    sink.write({"iteration": 1, "loss": float("nan"), "grad_norm": float("-inf"), "pair_ids": [1, float("inf")]})
     sink.close()
     assert records(tmp_path / "m.jsonl") == [
         {"iteration": 1, "loss": "nan", "grad_norm": "-inf", "pair_ids": [1, "inf"]}
@@ -99,9 +95,7 @@ def test_the_file_is_closed_when_the_run_fails(tmp_path):
 def test_a_folder_that_cannot_be_made_is_a_configuration_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="save: .* cannot be written"):
-        open_run_log(
-            config_from(model="m", save=str(tmp_path / "file/run")), train_iters=3, is_logging_rank=True
-        )
+        open_run_log(config_from(model="m", save=str(tmp_path / "file/run")), train_iters=3, is_logging_rank=True)
 
 
 def test_a_missing_package_is_a_configuration_error_that_says_what_to_install(monkeypatch):
@@ -179,9 +173,7 @@ def test_a_metric_that_is_missing_leaves_a_dash():
 
 def test_an_evaluation_is_a_line_of_its_own():
     shown, file = terminal(is_terminal=False)
-    shown.write(
-        {"iteration": 0, "eval/loss": 0.7, "eval/rewards/margins": -0.01, "eval/rewards/accuracies": 0.5}
-    )
+    shown.write({"iteration": 0, "eval/loss": 0.7, "eval/rewards/margins": -0.01, "eval/rewards/accuracies": 0.5})
     shown.close()
     assert file.getvalue() == "held-out pairs after 0 steps: loss 0.7000, margin -0.0100, accuracy 50.0%\n"
 

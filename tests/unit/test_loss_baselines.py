@@ -72,8 +72,7 @@ def make_pairs(seed):
     """[(chosen, rejected), ...] of float64 token log-probabilities."""
     generator = torch.Generator().manual_seed(seed)
     return [
-        tuple(-4 * torch.rand(length, generator=generator, dtype=torch.float64) for length in pair)
-        for pair in LENGTHS
+        tuple(-4 * torch.rand(length, generator=generator, dtype=torch.float64) for length in pair) for pair in LENGTHS
     ]
 
 

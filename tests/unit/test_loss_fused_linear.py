@@ -64,7 +64,9 @@ def relative(got, want):
 @pytest.mark.parametrize("budget", BUDGETS.values(), ids=BUDGETS.keys())
 @pytest.mark.parametrize(
     # A dot product of 12, a sum of 300 exponentials, and the way back: some ten roundings of the dtype's eps.
-    ("dtype", "tolerance"), [(torch.float64, 1e-14), (torch.float32, 2e-6)], ids=["fp64", "fp32"]
+    ("dtype", "tolerance"),
+    [(torch.float64, 1e-14), (torch.float32, 2e-6)],
+    ids=["fp64", "fp32"],
 )
 def test_values_and_gradients_equal_dense_autograd(dtype, tolerance, budget, cap):
     inputs = make(dtype)
@@ -136,9 +138,7 @@ def test_logits_kept_for_the_backward_stay_within_the_budget(budget):
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         hidden.requires_grad_()
-        fused_linear_log_probs(
-            hidden, weight, TOKENS, vocab=VOCAB, tp_group=None, logits_budget_bytes=budget
-        )
+        fused_linear_log_probs(hidden, weight, TOKENS, vocab=VOCAB, tp_group=None, logits_budget_bytes=budget)
     assert sum(sizes.values()) <= budget
     # All of it is used where everything fits, and most of it where not.
     assert sum(sizes.values()) == ALL_BYTES or budget < ALL_BYTES
@@ -223,7 +223,12 @@ def test_bf16_errs_no_more_than_plain_bf16_autograd(cap):
         ours = gradients(
             torch.bfloat16,
             lambda *leaves: fused_linear_log_probs(
-                *leaves, tokens, vocab=vocab, tp_group=None, logits_budget_bytes=budget, logit_softcap=cap  # noqa: B023
+                *leaves,
+                tokens,
+                vocab=vocab,
+                tp_group=None,
+                logits_budget_bytes=budget,
+                logit_softcap=cap,  # noqa: B023
             ),
         )
         for got, plainly, want in zip(ours, reference, exact):

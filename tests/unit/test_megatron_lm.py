@@ -118,16 +118,25 @@ def test_forward_step_hands_the_model_a_pack_and_the_loss_its_tokens(megatron_ar
     assert float(total) == pytest.approx(2 * math.log1p(math.exp(1.0)), rel=1e-6)
 
 
-def pretrain_of_0_17(train_valid_test_dataset_provider, model_provider, model_type, forward_step_func,
-                     process_non_loss_data_func=None, extra_args_provider=None, args_defaults=None): ...
+def pretrain_of_0_17(
+    train_valid_test_dataset_provider,
+    model_provider,
+    model_type,
+    forward_step_func,
+    process_non_loss_data_func=None,
+    extra_args_provider=None,
+    args_defaults=None,
+): ...
 
 
-def pretrain_of_0_18(cfg_container, train_valid_test_dataset_provider, model_provider, model_type,
-                     forward_step_func): ...
+def pretrain_of_0_18(
+    cfg_container, train_valid_test_dataset_provider, model_provider, model_type, forward_step_func
+): ...
 
 
-def pretrain_of_0_19(cfg_container, train_valid_test_dataset_provider, model_type, forward_step_func,
-                     model_provider=None): ...
+def pretrain_of_0_19(
+    cfg_container, train_valid_test_dataset_provider, model_type, forward_step_func, model_provider=None
+): ...
 
 
 @pytest.mark.parametrize("function", [pretrain_of_0_17, pretrain_of_0_18, pretrain_of_0_19])

@@ -53,8 +53,9 @@ def test_a_published_model_has_the_parameters_its_name_promises(model, billions,
 
 
 def test_the_tokens_of_a_pack_add_up_pair_by_pair():
-    shared, apart = Pack(tokens=440, prompt=20, response=100), Pack(
-        tokens=480, prompt=20, response=100, prefix_sharing=False
+    shared, apart = (
+        Pack(tokens=440, prompt=20, response=100),
+        Pack(tokens=480, prompt=20, response=100, prefix_sharing=False),
     )
     assert (shared.num_pairs, shared.response_rows, shared.repeated_keys) == (2, 400, 40)
     assert (apart.num_pairs, apart.response_rows, apart.repeated_keys) == (2, 400, 0)
@@ -92,9 +93,7 @@ def test_chunks_in_flight_are_those_of_the_schedule(pp, vpp):
 
 
 def test_the_distributed_optimizer_divides_the_optimizer_and_nothing_else():
-    load = Load(
-        shape=shape_of({}), config=config_from(), pack=PACK, data_parallel_size=8, num_microbatches=1
-    )
+    load = Load(shape=shape_of({}), config=config_from(), pack=PACK, data_parallel_size=8, num_microbatches=1)
     divided = replace(load, config=config_from(use_distributed_optimizer=True))
     before, after = stage_memory(load, 0), stage_memory(divided, 0)
     assert after.optimizer == before.optimizer / 8

@@ -52,9 +52,7 @@ def write_model(folder: Path, num_layers: int) -> None:
         "torch_dtype": "bfloat16",
     }
     (folder / "config.json").write_text(json.dumps(config))
-    specs = {
-        name: TensorSpec(shape, torch.bfloat16) for name, shape in hf_tensors(describe_hf_model(folder)).items()
-    }
+    specs = {name: TensorSpec(shape, torch.bfloat16) for name, shape in hf_tensors(describe_hf_model(folder)).items()}
     tensors = (torch.empty(spec.shape, dtype=spec.dtype).normal_(std=0.02) for spec in specs.values())
     write_safetensors(folder / "model.safetensors", specs, tensors)
 

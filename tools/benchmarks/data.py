@@ -47,9 +47,7 @@ def prepare(data: str, count: int, folder: Path) -> None:
             record = records[number % len(records)]
             prompt = [dict(turn) for turn in as_messages(record.prompt)]
             prompt[-1]["content"] += f" ({number})"
-            answers = (
-                {"role": "assistant", "content": text.strip()} for text in (record.chosen, record.rejected)
-            )
+            answers = ({"role": "assistant", "content": text.strip()} for text in (record.chosen, record.rejected))
             row = dict(zip(("chosen", "rejected"), ([*prompt, answer] for answer in answers), strict=True))
             file.write(json.dumps(row) + "\n")
     train_tokenizer(folder)
@@ -65,9 +63,7 @@ def train_tokenizer(folder: Path) -> None:
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     options = {"initial_alphabet": alphabet, "special_tokens": SPECIAL_TOKENS, "show_progress": False}
     with open(folder / "pairs.jsonl", encoding="utf-8") as file:
-        texts = (
-            json.loads(line)["chosen"][-1]["content"] for _, line in zip(range(2000), file, strict=False)
-        )
+        texts = (json.loads(line)["chosen"][-1]["content"] for _, line in zip(range(2000), file, strict=False))
         backend.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=16_000, **options))
     names = {"bos_token": SPECIAL_TOKENS[0], "eos_token": SPECIAL_TOKENS[1], "pad_token": SPECIAL_TOKENS[1]}
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **names)
@@ -82,9 +78,7 @@ def run_ours(folder: Path, num_workers: int):
     options = PairOptions(max_length=MAX_LENGTH, max_prompt_length=MAX_PROMPT_LENGTH)
     data = [str(folder / "pairs.jsonl")]
     with tempfile.TemporaryDirectory(dir=folder) as cache:
-        dataset = build_preference_dataset(
-            data, load_tokenizer(folder), options, cache, num_workers=num_workers
-        )
+        dataset = build_preference_dataset(data, load_tokenizer(folder), options, cache, num_workers=num_workers)
         return int((dataset.lengths @ [2, 1, 1]).sum())
 
 
@@ -103,9 +97,7 @@ def run_trl(folder: Path, num_workers: int):
 
     datasets.disable_progress_bars()
     with tempfile.TemporaryDirectory(dir=folder) as cache:
-        dataset = datasets.load_dataset(
-            "json", data_files=str(folder / "pairs.jsonl"), split="train", cache_dir=cache
-        )
+        dataset = datasets.load_dataset("json", data_files=str(folder / "pairs.jsonl"), split="train", cache_dir=cache)
         num_proc = num_workers if num_workers > 1 else None
         dataset = dataset.map(maybe_extract_prompt, num_proc=num_proc)
         tokenizer = {"processing_class": Tokenizing.processing_class}
@@ -144,9 +136,7 @@ def cpu_seconds() -> float:
 
 def main() -> None:
     """Prepares the pairs, measures every method in processes of their own and prints a table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", help="preference file to take the pairs from")
     parser.add_argument("--count", type=int, default=4000, help="pairs to tokenise, default 4000")
     parser.add_argument("--num-workers", default="1,2", help="numbers of processes, default 1,2")

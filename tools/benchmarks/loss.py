@@ -236,9 +236,7 @@ def measure(method: str, shape: str, tp: int, reference: Path) -> dict:
         command += ["--reference", str(reference), "--store", f"{folder}/store"]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         ranks = [
-            subprocess.Popen(
-                [*command, "--rank", str(rank)], stdout=subprocess.PIPE, text=True, env=environment
-            )
+            subprocess.Popen([*command, "--rank", str(rank)], stdout=subprocess.PIPE, text=True, env=environment)
             for rank in range(tp)
         ]
         reports = []
@@ -287,9 +285,7 @@ def print_table(shape: str, tp: int, results: dict[str, dict]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default=STANDARD_SHAPES, help="HIDDENxVOCAB:ROWSxPOSITIONS,...")
     parser.add_argument("--methods", help="comma-separated names; the default is all")
     parser.add_argument("--rounds", type=int, default=3)

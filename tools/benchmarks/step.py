@@ -182,8 +182,10 @@ def run_trl(job: dict, micro_batch_size: int) -> dict:
                 ids = feature["prompt_ids"] + feature[f"{name}_ids"]
                 row[f"{name}_input_ids"] = ids
                 row[f"{name}_labels"] = [-100] * num_prompt + ids[num_prompt:]
-            return row | {f"{name}_attention_mask": [1] * len(row[f"{name}_input_ids"]) for name in
-                          ("prompt", "chosen", "rejected")}
+            return row | {
+                f"{name}_attention_mask": [1] * len(row[f"{name}_input_ids"])
+                for name in ("prompt", "chosen", "rejected")
+            }
 
         def get_batch_loss_metrics(self, *arguments, **options):
             loss, metrics = super().get_batch_loss_metrics(*arguments, **options)
@@ -307,8 +309,10 @@ def report(methods: list[str], results: dict[str, list[dict]]) -> None:
         )
         losses = " ".join(f"{loss:.6f}" for loss in runs[0]["losses"])
         values = best[method]
-        print(f"{method:18}{values['pairs_per_second']:9.2f}{values['cpu_per_pair']:12.3f}"
-              f"{values['memory'] / MIB:12.0f}  {losses}")
+        print(
+            f"{method:18}{values['pairs_per_second']:9.2f}{values['cpu_per_pair']:12.3f}"
+            f"{values['memory'] / MIB:12.0f}  {losses}"
+        )
     rivals = [best[method] for method in methods if method.startswith("trl")]
     if not rivals or methods[0].startswith("trl"):
         return
