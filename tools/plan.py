@@ -19,7 +19,7 @@ from simpo_megatron.errors import ConfigError, SimPOError, printed
 from simpo_megatron.planning.gpus import GPUS
 from simpo_megatron.planning.layouts import Candidate, Job, Survey, plan_one, survey
 from simpo_megatron.planning.models import find_model
-from simpo_megatron.planning.report import (
+from simpo_megatron.planning.tables import (
     assumptions,
     describe_job,
     launch_commands,

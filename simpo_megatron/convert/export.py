@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from simpo_megatron.convert.experts import ExpertExchange
+from simpo_megatron.convert.expert_exchange import ExpertExchange
 from simpo_megatron.convert.files import TensorSpec, write_safetensors
 from simpo_megatron.convert.folder import (
     MAX_SHARD_BYTES,

@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from simpo_megatron.convert.direct import DirectFile
+from simpo_megatron.convert.direct_io import DirectFile
 from simpo_megatron.errors import CheckpointError
 from simpo_megatron.mcore.families import read_hf_json
 

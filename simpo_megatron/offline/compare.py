@@ -17,7 +17,7 @@ from simpo_megatron.mcore.families import ModelDescription
 from simpo_megatron.mcore.model import build_model
 from simpo_megatron.offline.weights import HfWeights, Weights
 from simpo_megatron.parallel import ParallelGroups
-from simpo_megatron.training.weights import fill_weights
+from simpo_megatron.checkpoint.initial_weights import fill_weights
 
 
 @dataclass(frozen=True)

@@ -21,18 +21,18 @@ from simpo_megatron.convert.folder import (
     refuse_existing_export,
     write_json,
 )
-from simpo_megatron.convert.load import fill
+from simpo_megatron.convert.load_weights import fill
 from simpo_megatron.convert.mapping import pieces_of
 from simpo_megatron.errors import CheckpointError, ConfigError
 from simpo_megatron.mcore.skeleton import Skeleton
 from simpo_megatron.offline.progress import Transfer
 from simpo_megatron.offline.staging import new_folder
-from simpo_megatron.offline.torch_dist import write_parameters
+from simpo_megatron.checkpoint.torch_dist import write_parameters
 from simpo_megatron.offline.weights import MegatronWeights, Weights
 from simpo_megatron.parallel import ParallelGroups
-from simpo_megatron.training import commit
+from simpo_megatron.checkpoint import manifest
 from simpo_megatron.training.card import card_of
-from simpo_megatron.training.checkpoint import model_facts
+from simpo_megatron.training.resume import model_facts
 
 
 def to_mcore(weights: Weights, out_folder: Path, groups: ParallelGroups, *, dtype: torch.dtype | None = None) -> None:
@@ -56,7 +56,7 @@ def to_mcore(weights: Weights, out_folder: Path, groups: ParallelGroups, *, dtyp
     }
     num_bytes = sum(TensorSpec(shape, dtypes[name]).num_bytes for name, shape in skeleton.shapes.items())
     with new_folder(out_folder) as staging, Transfer("write megatron", num_bytes) as transfer:
-        folder = staging / commit.RELEASE
+        folder = staging / manifest.RELEASE
         folder.mkdir()
 
         def compute(name: str) -> Tensor:
@@ -70,7 +70,7 @@ def to_mcore(weights: Weights, out_folder: Path, groups: ParallelGroups, *, dtyp
         copy_model_files(weights.folder, folder)
         write_json(folder / "config.json", weights.description.hf_config)
         facts = {"model": model_facts(weights.description), "converted_by": f"simpo_megatron {__version__}"}
-        commit.release(staging, facts, digests)
+        manifest.commit_weights_only(staging, facts, digests)
 
 
 def to_hf(

@@ -14,7 +14,7 @@ from simpo_megatron.data.tokenization import load_tokenizer, tokenizer_identity
 from simpo_megatron.errors import CheckpointError, ConfigError, listed
 from simpo_megatron.offline.convert import write_hf
 from simpo_megatron.offline.weights import Weights
-from simpo_megatron.training.checkpoint import model_facts
+from simpo_megatron.training.resume import model_facts
 
 
 def merge(

@@ -12,15 +12,15 @@ from torch import Tensor
 
 from simpo_megatron.convert.export import gather_tensor
 from simpo_megatron.convert.files import DTYPE_NAMES, TensorSpec, open_safetensors
-from simpo_megatron.convert.load import checked_tensors
+from simpo_megatron.convert.load_weights import checked_tensors
 from simpo_megatron.convert.mapping import hf_tensors, pieces_of
 from simpo_megatron.errors import CheckpointError
 from simpo_megatron.mcore.families import ModelDescription, describe_hf_model
 from simpo_megatron.mcore.skeleton import Skeleton
-from simpo_megatron.offline.torch_dist import CheckpointReader
+from simpo_megatron.checkpoint.torch_dist import CheckpointReader
 from simpo_megatron.parallel import ParallelGroups
-from simpo_megatron.training import commit
-from simpo_megatron.training.state import refuse_other_weights
+from simpo_megatron.checkpoint import manifest
+from simpo_megatron.checkpoint.sharded_state import refuse_other_weights
 
 _DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
@@ -46,7 +46,7 @@ def open_weights(path: str | Path, groups: ParallelGroups) -> Weights:
         CheckpointError: it is none of them, damaged, or holds another model than its config.json describes.
         ConfigError: its family, or an option of it, is not supported.
     """
-    folder = commit.named(Path(path))
+    folder = manifest.resolve_checkpoint(Path(path))
     return HfWeights(Path(path)) if folder is None else MegatronWeights(folder, groups)
 
 
@@ -73,11 +73,11 @@ class MegatronWeights:
 
     def __init__(self, folder: Path, groups: ParallelGroups) -> None:
         self.folder, self._tp_group = folder, groups.tp
-        self.checkpoint = commit.read(folder)
+        self.checkpoint = manifest.read(folder)
         if "config.json" not in self.checkpoint.files:
             raise CheckpointError(f"{folder}: has no config.json; an earlier version saved it, resume that run once")
         self._shards = sorted(name for name in self.checkpoint.files if name.endswith(".distcp"))
-        commit.check_hashes(self.checkpoint, self.checkpoint.files.keys() - self._shards)
+        manifest.check_hashes(self.checkpoint, self.checkpoint.files.keys() - self._shards)
         self._verifier, self._verified = ThreadPoolExecutor(1), dict[str, Future[None]]()
         self.description = describe_hf_model(folder)
         self._skeleton = Skeleton(self.description, groups)
@@ -113,7 +113,7 @@ class MegatronWeights:
         first = self._shards.index(shard)
         for name in self._shards[first : first + 2]:
             if name not in self._verified:
-                self._verified[name] = self._verifier.submit(commit.check_hashes, self.checkpoint, [name])
+                self._verified[name] = self._verifier.submit(manifest.check_hashes, self.checkpoint, [name])
         self._verified[shard].result()
 
     def _pieces(self, parameter: str, values: Tensor) -> list:

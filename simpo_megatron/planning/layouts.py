@@ -11,7 +11,7 @@ from simpo_megatron.errors import ConfigError
 from simpo_megatron.mcore.families import ModelDescription
 from simpo_megatron.parallel import ParallelSizes
 from simpo_megatron.planning.gpus import ASSUMED, GIB, Gpu
-from simpo_megatron.planning.load import Load
+from simpo_megatron.planning.workload import Load
 from simpo_megatron.planning.memory import StageMemory, stage_memory
 from simpo_megatron.planning.shapes import ModelShape, Pack
 from simpo_megatron.planning.speed import StepTime, step_time, useful_flops

@@ -15,7 +15,7 @@ from simpo_megatron.config.lora import LORA_TARGETS
 from simpo_megatron.loss.fused_linear import DEFAULT_LOGITS_BUDGET_BYTES, MAX_BLOCK_WIDTH, MIN_BLOCK_WIDTH
 from simpo_megatron.mcore.families import padded_vocab_size
 from simpo_megatron.mcore.precision import precision_options
-from simpo_megatron.planning.load import Load
+from simpo_megatron.planning.workload import Load
 from simpo_megatron.planning.parameters import (
     adapter_parameters,
     optimizer_parameters,

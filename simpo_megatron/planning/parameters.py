@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from simpo_megatron.mcore.families import padded_vocab_size
 from simpo_megatron.parallel import ParallelSizes
-from simpo_megatron.planning.load import Load
+from simpo_megatron.planning.workload import Load
 from simpo_megatron.planning.shapes import ModelShape
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 
 from simpo_megatron.planning.gpus import ASSUMED, Assumptions, Gpu
-from simpo_megatron.planning.load import Load
+from simpo_megatron.planning.workload import Load
 from simpo_megatron.planning.parameters import optimizer_parameters, trained_parameters
 
 

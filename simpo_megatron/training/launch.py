@@ -35,7 +35,7 @@ def main(argv: Sequence[str], script: str) -> int:
         config, notes = _read(argv)
         # Only now, for megatron takes ten seconds to import: a mistake in the configuration is told before, and the
         # processes that tokenise, which import the script again, do without.
-        from simpo_megatron.training.assembly import plan_run
+        from simpo_megatron.training.setup import plan_run
         from simpo_megatron.training.loop import train
 
         num_ranks = config.parallel.sizes.fewest_ranks

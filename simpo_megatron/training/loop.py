@@ -20,21 +20,21 @@ from simpo_megatron.mcore.experts import LOAD_BALANCING_LOSS
 from simpo_megatron.mcore.fp8_weights import whole_masters
 from simpo_megatron.mcore.optimizer import gather_parameters
 from simpo_megatron.mcore.precision import export_dtype, parameter_dtype, rounding
-from simpo_megatron.training.assembly import Job, Plan, assemble, plan_run
+from simpo_megatron.training.setup import Job, Plan, assemble, plan_run
 from simpo_megatron.training.card import model_card
-from simpo_megatron.training.checkpoint import Start, find_checkpoint, held_run_folder, start_run
+from simpo_megatron.training.resume import Start, find_checkpoint, held_run_folder, start_run
 from simpo_megatron.training.evaluation import evaluate
-from simpo_megatron.training.guard import StopSignals, agree
+from simpo_megatron.training.stop_signals import StopSignals, agree
 from simpo_megatron.training.loggers import RunLog, Sink, open_run_log
 from simpo_megatron.training.metrics import reduce_sums, throughput
 from simpo_megatron.training.monitors import Monitors
-from simpo_megatron.training.probe import probe_memory
+from simpo_megatron.training.memory_check import probe_memory
 from simpo_megatron.training.reference import with_reference
-from simpo_megatron.training.replicas import check_replicas, check_same, job_facts, startup_facts
+from simpo_megatron.training.consistency import check_replicas, check_same, job_facts, startup_facts
 from simpo_megatron.training.report import write_report
-from simpo_megatron.training.saving import Saver
+from simpo_megatron.training.checkpoint_manager import Saver
 from simpo_megatron.training.step import Pass, Step, train_step
-from simpo_megatron.training.watch import Watch
+from simpo_megatron.training.watchdog import Watch
 
 # Everything a rank does alone, such as tokenising for the others, must fit into a wait of the others.
 _GROUP_TIMEOUT_MINUTES = 60.0

@@ -21,9 +21,9 @@ from simpo_megatron.config import Config
 from simpo_megatron.data.batching import step_pairs
 from simpo_megatron.errors import ConfigError, StoppedByMonitor
 from simpo_megatron.mcore import device
-from simpo_megatron.training import commit
-from simpo_megatron.training.assembly import Job
-from simpo_megatron.training.checkpoint import Start
+from simpo_megatron.checkpoint import manifest
+from simpo_megatron.training.setup import Job
+from simpo_megatron.training.resume import Start
 from simpo_megatron.training.loggers import EVALUATION_PREFIX, RunLog
 from simpo_megatron.training.repetition import greedy_samples, held_out_prompts, repetition
 
@@ -194,7 +194,7 @@ class Monitors:
 
     def _last_checkpoint_within(self, num_steps: int) -> str:
         save = self._config.run.save
-        saved = {} if save is None else {commit.iteration_of(path): path for path in commit.committed(Path(save))}
+        saved = {} if save is None else {manifest.iteration_of(path): path for path in manifest.committed(Path(save))}
         sound = [iteration for iteration in saved if iteration <= num_steps]
         if not sound:
             return "there is no checkpoint from before; start anew with a lower lr"

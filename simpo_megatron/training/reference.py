@@ -24,10 +24,10 @@ from simpo_megatron.errors import DataError, NumericsError
 from simpo_megatron.mcore import device
 from simpo_megatron.mcore.forward_step import AverageLogProbs
 from simpo_megatron.parallel import on_first_rank
-from simpo_megatron.training import commit
-from simpo_megatron.training.assembly import Job, cache_folder
+from simpo_megatron.checkpoint import manifest
+from simpo_megatron.training.setup import Job, cache_folder
 from simpo_megatron.training.step import Trainer, run_microbatches
-from simpo_megatron.training.weights import fill_weights
+from simpo_megatron.checkpoint.initial_weights import fill_weights
 
 FORMAT_VERSION = 1
 _SAMPLES_A_FILE, _SAMPLE_BYTES = 256, 1 << 16
@@ -127,7 +127,7 @@ def model_fingerprint(folder: Path) -> str:
     """
     digest = hashlib.sha256((folder / "config.json").read_bytes())
     # The record of a checkpoint holds the hashes of its files.
-    for path in sorted([*folder.glob("*.safetensors"), *folder.glob(commit.RECORD_FILE)]):
+    for path in sorted([*folder.glob("*.safetensors"), *folder.glob(manifest.RECORD_FILE)]):
         size = path.stat().st_size
         digest.update(f"{path.name} {size}".encode())
         with path.open("rb") as file:

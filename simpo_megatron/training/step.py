@@ -32,7 +32,7 @@ from simpo_megatron.mcore.experts import take_load_balancing_loss, weigh_load_ba
 from simpo_megatron.mcore.forward_step import ForwardStep, MicrobatchStep
 from simpo_megatron.mcore.optimizer import update, zero_gradients
 from simpo_megatron.parallel import ParallelGroups
-from simpo_megatron.training.guard import agree
+from simpo_megatron.training.stop_signals import agree
 
 StepPlan = Sequence[Sequence[Sequence[int]]]
 """Pair indices by data-parallel rank and microbatch; every rank has the same number of microbatches."""

@@ -20,9 +20,10 @@ import torch
 from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBucketGroup as BucketGroup
 
 from simpo_megatron.errors import SimPOError
-from simpo_megatron.training import commit, loop, step
-from simpo_megatron.training.watch import Watch
-from simpo_megatron.training.writing import begin_write
+from simpo_megatron.checkpoint import manifest
+from simpo_megatron.training import loop, step
+from simpo_megatron.training.watchdog import Watch
+from simpo_megatron.checkpoint.writer import begin_write
 
 
 def record_pairs(path: Path) -> None:
@@ -191,14 +192,14 @@ def flip_byte(path: Path) -> None:
 
 def rename_tensor(checkpoint: Path, old: str, new: str) -> None:
     """As if a model with another name for a tensor had written the checkpoint, which is whole and committed."""
-    saved, path = commit.read(checkpoint), checkpoint / ".metadata"
+    saved, path = manifest.read(checkpoint), checkpoint / ".metadata"
     index = pickle.loads(path.read_bytes())
     index.state_dict_metadata[new] = index.state_dict_metadata.pop(old)
     index.storage_data = {
         replace(place, fqn=new) if place.fqn == old else place: where for place, where in index.storage_data.items()
     }
     path.write_bytes(pickle.dumps(index))
-    commit._seal(checkpoint, replace(saved, files={**saved.files, path.name: commit.digest_file(path)}))
+    manifest._seal(checkpoint, replace(saved, files={**saved.files, path.name: manifest.digest_file(path)}))
 
 
 def hold_writer(pattern: str, iteration: int, seconds: float, metrics: Path) -> None:

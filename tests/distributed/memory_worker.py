@@ -26,7 +26,7 @@ from simpo_megatron import parallel  # noqa: E402
 from simpo_megatron.config import config_from, resolve  # noqa: E402
 from simpo_megatron.mcore.forward_step import ForwardStep  # noqa: E402
 from simpo_megatron.mcore.model import build_model  # noqa: E402
-from simpo_megatron.training.assembly import build_trainer  # noqa: E402
+from simpo_megatron.training.setup import build_trainer  # noqa: E402
 from simpo_megatron.training.step import Trainer, _materialise, batch_options, train_step  # noqa: E402
 
 

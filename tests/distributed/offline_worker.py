@@ -27,8 +27,8 @@ from simpo_megatron.config import config_from  # noqa: E402
 from simpo_megatron.convert import load_hf_weights  # noqa: E402
 from simpo_megatron.mcore.families import describe_hf_model  # noqa: E402
 from simpo_megatron.mcore.model import build_model  # noqa: E402
-from simpo_megatron.training import commit  # noqa: E402
-from simpo_megatron.training.weights import fill_weights  # noqa: E402
+from simpo_megatron.checkpoint import manifest  # noqa: E402
+from simpo_megatron.checkpoint.initial_weights import fill_weights  # noqa: E402
 
 
 def run(model: Path, layout: str, options: dict) -> None:
@@ -82,8 +82,8 @@ def write(chunks: list, save: Path, release: Path) -> None:
     dist_checkpointing.save({"iteration": 7, **sharded(chunks)}, str(draft))
     if dist.get_rank() == 0:
         shutil.copyfile(release / "config.json", draft / "config.json")
-        files = {path.name: commit.digest_file(path) for path in draft.iterdir()}
-        commit.commit(draft, 7, files, {})
+        files = {path.name: manifest.digest_file(path) for path in draft.iterdir()}
+        manifest.commit_draft(draft, 7, files, {})
     dist.barrier()
 
 

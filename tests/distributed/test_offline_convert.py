@@ -30,11 +30,11 @@ device.install()
 
 from simpo_megatron.convert.files import stored_tensors  # noqa: E402
 from simpo_megatron.errors import CheckpointError  # noqa: E402
-from simpo_megatron.offline import torch_dist  # noqa: E402
+from simpo_megatron.checkpoint import torch_dist  # noqa: E402
 from simpo_megatron.offline.convert import to_hf, to_mcore  # noqa: E402
 from simpo_megatron.offline.weights import open_weights  # noqa: E402
 from simpo_megatron.parallel import alone  # noqa: E402
-from simpo_megatron.training import commit  # noqa: E402
+from simpo_megatron.checkpoint import manifest  # noqa: E402
 from tools import convert_hf  # noqa: E402
 
 # What ranks read and write, too, where the others go there and back in this process alone.
@@ -139,7 +139,7 @@ def test_a_large_checkpoint_is_several_files_each_verified_before_it_is_read(
     folder: Path, tmp_path: Path, monkeypatch
 ) -> None:
     monkeypatch.setattr(torch_dist, "_SHARD_BYTES", 40_000)
-    read, checked, real = [], [], commit.check_hashes
+    read, checked, real = [], [], manifest.check_hashes
     monkeypatch.setattr(commit, "check_hashes", lambda *args: checked.extend(args[1]) or real(*args))
     with alone() as groups:
         to_mcore(open_weights(folder / LLAMA, groups), tmp_path / "megatron", groups)

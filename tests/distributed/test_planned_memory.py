@@ -9,7 +9,7 @@ from ranks import REPOSITORY, run_ranks
 
 from simpo_megatron.config import config_from
 from simpo_megatron.mcore.families import describe_hf_config
-from simpo_megatron.planning.load import Load
+from simpo_megatron.planning.workload import Load
 from simpo_megatron.planning.memory import activation_bytes, head_bytes, stage_memory
 from simpo_megatron.planning.models import PUBLISHED
 from simpo_megatron.planning.parameters import adapter_parameters, stage_parameters

@@ -15,7 +15,7 @@ import pytest
 from ranks import run_ranks
 from small_runs import small_run
 
-from simpo_megatron.training.guard import STOP_SIGNALS, StopSignals
+from simpo_megatron.training.stop_signals import STOP_SIGNALS, StopSignals
 
 WORKER = Path(__file__).parents[1] / "distributed" / "checkpoint_worker.py"
 SPEED = ("pairs_per_second", "tokens_per_second", "peak_memory_gib")

@@ -27,8 +27,8 @@ from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShard
 from simpo_megatron.mcore.model import build_model  # noqa: E402
 from simpo_megatron.offline.convert import to_mcore  # noqa: E402
 from simpo_megatron.offline.weights import open_weights  # noqa: E402
-from simpo_megatron.training import commit  # noqa: E402
-from simpo_megatron.training.weights import fill_weights  # noqa: E402
+from simpo_megatron.checkpoint import manifest  # noqa: E402
+from simpo_megatron.checkpoint.initial_weights import fill_weights  # noqa: E402
 
 TINY = {
     "vocab_size": 1003,
@@ -222,7 +222,7 @@ def test_a_checkpoint_to_start_from_runs_nothing_and_needs_no_check_of_megatrons
         assert torch.equal(table[:1003], weights(models / "a")["model.embed_tokens.weight"]) and not table[1003:].any()
         (release / "COMMIT.json").unlink()
         torch.save({"iteration": Calls(target)}, release / "common.pt")
-        commit.release(tmp_path / "megatron", {}, {})
+        manifest.commit_weights_only(tmp_path / "megatron", {}, {})
         with pytest.raises(CheckpointError, match="does not fit this run.*weights_only"):
             fill_weights(model, release, opened.description, groups)
     assert not target.exists()

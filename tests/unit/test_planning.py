@@ -12,11 +12,11 @@ from simpo_megatron.config import DEMO, PRESETS, config_from, load_config
 from simpo_megatron.errors import ConfigError
 from simpo_megatron.planning.gpus import GPUS
 from simpo_megatron.planning.layouts import Job, layout_name, plan_one, survey
-from simpo_megatron.planning.load import Load
+from simpo_megatron.planning.workload import Load
 from simpo_megatron.planning.memory import chunks_in_flight, stage_memory
 from simpo_megatron.planning.models import PUBLISHED, find_model
 from simpo_megatron.planning.parameters import stage_parameters
-from simpo_megatron.planning.report import run_yaml
+from simpo_megatron.planning.tables import run_yaml
 from simpo_megatron.planning.shapes import ModelShape, Pack
 
 PACK = Pack(tokens=8192, prompt=300, response=400)

@@ -18,8 +18,9 @@ from simpo_megatron.mcore.families import describe_hf_model
 
 device.install()
 
-from simpo_megatron.training import checkpoint, state  # noqa: E402
-from simpo_megatron.training.commit import Checkpoint  # noqa: E402
+from simpo_megatron.checkpoint import sharded_state
+from simpo_megatron.training import resume  # noqa: E402
+from simpo_megatron.checkpoint.manifest import Checkpoint  # noqa: E402
 
 MODEL = {
     "model_type": "llama",

@@ -21,10 +21,10 @@ import torch.distributed as dist
 
 from simpo_megatron.config import load_config
 from simpo_megatron.training import loop
-from simpo_megatron.training.guard import agree
-from simpo_megatron.training.replicas import check_replicas, check_same, job_facts, startup_facts
+from simpo_megatron.training.stop_signals import agree
+from simpo_megatron.training.consistency import check_replicas, check_same, job_facts, startup_facts
 from simpo_megatron.training.step import train_step
-from simpo_megatron.training.watch import Watch
+from simpo_megatron.training.watchdog import Watch
 
 NUM_CALLS = 30
 

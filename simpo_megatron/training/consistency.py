@@ -20,8 +20,8 @@ from simpo_megatron.errors import NumericsError, ParallelError, listed
 from simpo_megatron.mcore.fp8_weights import plain
 from simpo_megatron.mcore.optimizer import gather_parameters
 from simpo_megatron.parallel import ParallelGroups
-from simpo_megatron.training.assembly import Job
-from simpo_megatron.training.guard import agree
+from simpo_megatron.training.setup import Job
+from simpo_megatron.training.stop_signals import agree
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32}
 _MAX_SHOWN = 6

@@ -17,15 +17,15 @@ from simpo_megatron import faults
 from simpo_megatron.config import Config
 from simpo_megatron.convert.folder import copy_model_files, write_json
 from simpo_megatron.errors import CheckpointError, NumericsError
-from simpo_megatron.training import commit
-from simpo_megatron.training.assembly import Job
-from simpo_megatron.training.checkpoint import describe_run
-from simpo_megatron.training.guard import agree
+from simpo_megatron.checkpoint import manifest
+from simpo_megatron.training.setup import Job
+from simpo_megatron.training.resume import describe_run
+from simpo_megatron.training.stop_signals import agree
 from simpo_megatron.training.loggers import METRICS_FILE, RunLog
-from simpo_megatron.training.state import FailedAloneError
+from simpo_megatron.checkpoint.sharded_state import FailedAloneError
 from simpo_megatron.training.together import agreed, gathered
-from simpo_megatron.training.watch import Watch
-from simpo_megatron.training.writing import Writing, begin_write
+from simpo_megatron.training.watchdog import Watch
+from simpo_megatron.checkpoint.writer import Writing, begin_write
 
 
 @dataclass(frozen=True)
@@ -161,7 +161,7 @@ class Saver:
     def _begin(self, iteration: int, facts: Mapping[str, Any], *, in_background: bool) -> _Draft:
         save, job, is_first = self._save, self._job, dist.get_rank() == 0
         began = time.perf_counter()
-        folder = gathered(lambda: commit.begin(save, iteration) if is_first else None)[0]
+        folder = gathered(lambda: manifest.create_draft(save, iteration) if is_first else None)[0]
         with _whole_or_removed(folder):
             faults.at("save")
             agreed(lambda: _add_small_files(save, folder, job) if is_first else None)
@@ -169,18 +169,18 @@ class Saver:
         waited = time.perf_counter() - began
         return _Draft(folder, iteration, facts, writing, began, waited)
 
-    def _commit(self, draft: _Draft) -> commit.Checkpoint:
+    def _commit(self, draft: _Draft) -> manifest.Checkpoint:
         is_first = dist.get_rank() == 0
         with _whole_or_removed(draft.folder):
             shards = draft.writing.finish()
 
-            def seal() -> commit.Checkpoint:
+            def seal() -> manifest.Checkpoint:
                 small = {path.name for path in draft.folder.iterdir()} - shards.keys()
-                files = {**shards, **{name: commit.digest_file(draft.folder / name) for name in sorted(small)}}
-                return commit.commit(draft.folder, draft.iteration, files, draft.facts)
+                files = {**shards, **{name: manifest.digest_file(draft.folder / name) for name in sorted(small)}}
+                return manifest.commit_draft(draft.folder, draft.iteration, files, draft.facts)
 
             checkpoint = gathered(lambda: seal() if is_first else None)[0]
-        gathered(lambda: commit.prune(self._save, self._config.run.keep_checkpoints) if is_first else None)
+        gathered(lambda: manifest.delete_old(self._save, self._config.run.keep_checkpoints) if is_first else None)
         return checkpoint
 
     @property

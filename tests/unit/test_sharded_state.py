@@ -26,8 +26,8 @@ device.install()
 from megatron.core import dist_checkpointing  # noqa: E402
 from megatron.core.dist_checkpointing import ShardedTensor  # noqa: E402
 
-from simpo_megatron.training import state  # noqa: E402
-from simpo_megatron.training.state import check_index, refuse_other_weights  # noqa: E402
+from simpo_megatron.checkpoint import sharded_state  # noqa: E402
+from simpo_megatron.checkpoint.sharded_state import check_index, refuse_other_weights  # noqa: E402
 
 
 def index(entry=None, file="__0_0.distcp", length=16):

@@ -23,13 +23,13 @@ from simpo_megatron.data.tokenization import tokenizer_identity
 from simpo_megatron.errors import CheckpointError, listed
 from simpo_megatron.mcore.families import ModelDescription
 from simpo_megatron.parallel import on_first_rank
-from simpo_megatron.training import commit
-from simpo_megatron.training.assembly import Job
-from simpo_megatron.training.commit import Checkpoint
-from simpo_megatron.training.lock import check_same_folder, holder, lock
+from simpo_megatron.checkpoint import manifest
+from simpo_megatron.training.setup import Job
+from simpo_megatron.checkpoint.manifest import Checkpoint
+from simpo_megatron.checkpoint.run_lock import check_same_folder, holder, lock
 from simpo_megatron.training.loggers import METRICS_FILE
 from simpo_megatron.training.reference import model_fingerprint
-from simpo_megatron.training.state import read_state
+from simpo_megatron.checkpoint.sharded_state import read_state
 from simpo_megatron.training.together import agreed, gathered
 
 _NEVER_CHANGES = ("model", "precision")
@@ -94,14 +94,14 @@ def find_checkpoint(config: Config) -> Found:
     save, resume = Path(config.run.save), config.run.resume
 
     def search() -> tuple[list[Path], list[Path], str | None]:
-        drafts, folders = commit.remove_drafts(save), commit.candidates(save, resume)
-        return drafts, folders, commit.stray_pointer(save) if folders else None
+        drafts, folders = manifest.remove_drafts(save), manifest.list_resumable(save, resume)
+        return drafts, folders, manifest.stray_pointer(save) if folders else None
 
     drafts, folders, said = gathered(lambda: search() if dist.get_rank() == 0 else None)[0]
     notes = [f"resume    ignored {draft.name}, which was never completed" for draft in drafts]
     if said is not None:
-        notes.append(f"WARNING   resume: ignored {commit.LATEST_FILE}, which says {said!r} and not the newest step")
-    checkpoint, problems = commit.first_sound(folders, resume, _verified)
+        notes.append(f"WARNING   resume: ignored {manifest.LATEST_FILE}, which says {said!r} and not the newest step")
+    checkpoint, problems = manifest.first_valid(folders, resume, _verified)
     notes += [f"WARNING   resume: passed over a damaged checkpoint: {problem}" for problem in problems]
     if checkpoint is not None:
         notes.append(f"resume    from {checkpoint.folder}: step {checkpoint.iteration}")
@@ -110,8 +110,8 @@ def find_checkpoint(config: Config) -> Found:
 
 def _verified(folder: Path) -> Checkpoint:
     def check() -> Checkpoint:
-        checkpoint = commit.read(folder)
-        commit.check_hashes(checkpoint, sorted(checkpoint.files)[dist.get_rank() :: dist.get_world_size()])
+        checkpoint = manifest.read(folder)
+        manifest.check_hashes(checkpoint, sorted(checkpoint.files)[dist.get_rank() :: dist.get_world_size()])
         return checkpoint
 
     return agreed(check)
@@ -153,12 +153,12 @@ def start_run(config: Config, job: Job, found: Found) -> Start:
 
 def _tidy(save: Path, checkpoint: Checkpoint | None) -> list[str]:
     """What was renamed, so that the run's folder continues `checkpoint`, or starts anew."""
-    moved = commit.set_aside_after(save, checkpoint.iteration if checkpoint else 0)
+    moved = manifest.move_aside_newer(save, checkpoint.iteration if checkpoint else 0)
     metrics = save / METRICS_FILE
     if checkpoint is not None:
         saved = checkpoint.folder / METRICS_FILE
-        commit.replace_text(metrics, saved.read_text(encoding="utf-8") if METRICS_FILE in checkpoint.files else "")
-        commit.write_latest(save, checkpoint.iteration)
+        manifest.replace_text(metrics, saved.read_text(encoding="utf-8") if METRICS_FILE in checkpoint.files else "")
+        manifest.write_latest(save, checkpoint.iteration)
     elif metrics.exists() and metrics.stat().st_size > 0:
         moved.append(metrics.with_name(f"{METRICS_FILE}.aside-{uuid.uuid4().hex[:8]}"))
         os.rename(metrics, moved[-1])
@@ -186,7 +186,7 @@ def describe_run(config: Config, job: Job) -> dict[str, Any]:
         "model": {**model_facts(description), **_describe_adapters(config, job)},
         "precision": {key: options[key] for key in ("bf16", "use_distributed_optimizer")},
         "inputs": {
-            "tokenizer": commit.hash_text(identity),
+            "tokenizer": manifest.hash_text(identity),
             "data": job.train_data.fingerprint,
             "num_pairs": len(job.train_data),
             "reference_model": job.reference_model,

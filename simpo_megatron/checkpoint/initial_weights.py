@@ -10,8 +10,8 @@ from simpo_megatron.convert import load_hf_weights
 from simpo_megatron.mcore.families import ModelDescription
 from simpo_megatron.mcore.model import PreferenceGPTModel
 from simpo_megatron.parallel import ParallelGroups
-from simpo_megatron.training import commit
-from simpo_megatron.training.state import read_weights
+from simpo_megatron.checkpoint import manifest
+from simpo_megatron.checkpoint.sharded_state import read_weights
 from simpo_megatron.training.together import agreed
 
 
@@ -25,13 +25,13 @@ def fill_weights(
     Raises:
         CheckpointError: the folder is damaged, or does not hold the model that its config.json describes.
     """
-    if not (folder / commit.RECORD_FILE).is_file():
+    if not (folder / manifest.RECORD_FILE).is_file():
         load_hf_weights(model, folder, description, tp_rank=groups.tp.rank(), tp_size=groups.tp.size())
         return
 
     def check() -> None:
-        checkpoint = commit.read(folder)
-        commit.check_hashes(checkpoint, sorted(checkpoint.files)[dist.get_rank() :: dist.get_world_size()])
+        checkpoint = manifest.read(folder)
+        manifest.check_hashes(checkpoint, sorted(checkpoint.files)[dist.get_rank() :: dist.get_world_size()])
 
     agreed(check)
     read_weights(model, groups, folder)

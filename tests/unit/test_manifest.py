@@ -13,31 +13,31 @@ from pathlib import Path
 import pytest
 
 from simpo_megatron.errors import CheckpointError
-from simpo_megatron.training import commit, lock
+from simpo_megatron.checkpoint import manifest, run_lock
 
 CONTENT = {"__0_0.distcp": b"a" * 1000, "__1_0.distcp": b"b" * 999, ".metadata": b"index", "empty": b""}
 
 
 def save(folder, iteration, **facts):
-    draft = commit.begin(folder, iteration)
+    draft = manifest.create_draft(folder, iteration)
     for name, content in CONTENT.items():
         (draft / name).write_bytes(content + str(iteration).encode())
-    digests = {name: commit.digest_file(draft / name) for name in CONTENT}
-    return commit.commit(draft, iteration, digests, {"metrics": {}, **facts})
+    digests = {name: manifest.digest_file(draft / name) for name in CONTENT}
+    return manifest.commit_draft(draft, iteration, digests, {"metrics": {}, **facts})
 
 
 def verified(folder):
-    checkpoint = commit.read(folder)
-    commit.check_hashes(checkpoint, checkpoint.files)
+    checkpoint = manifest.read(folder)
+    manifest.check_hashes(checkpoint, checkpoint.files)
     return checkpoint
 
 
 def resumed(folder, resume="latest"):
-    return commit.first_sound(commit.candidates(folder, resume), resume, verified)
+    return manifest.first_valid(manifest.list_resumable(folder, resume), resume, verified)
 
 
 def steps(folder):
-    return [commit.read(entry).iteration for entry in commit.committed(folder)]
+    return [manifest.read(entry).iteration for entry in manifest.committed(folder)]
 
 
 def test_what_was_committed_is_read_back(tmp_path):
@@ -46,7 +46,7 @@ def test_what_was_committed_is_read_back(tmp_path):
     assert problems == [] and found == written
     assert found.facts["consumed_pairs"] == 56 and found.num_bytes == sum(len(c) + 1 for c in CONTENT.values())
     assert found.folder.name == "iter_0000007"
-    assert (tmp_path / commit.LATEST_FILE).read_text() == "7\n"
+    assert (tmp_path / manifest.LATEST_FILE).read_text() == "7\n"
 
 
 def test_a_committed_folder_is_never_overwritten(tmp_path):
@@ -57,15 +57,15 @@ def test_a_committed_folder_is_never_overwritten(tmp_path):
 
 
 def test_a_draft_with_other_files_than_were_hashed_is_not_committed(tmp_path):
-    draft = commit.begin(tmp_path, 3)
+    draft = manifest.create_draft(tmp_path, 3)
     (draft / "a").write_bytes(b"1")
     (draft / "b").write_bytes(b"2")
-    digests = {"a": commit.digest_file(draft / "a")}
+    digests = {"a": manifest.digest_file(draft / "a")}
     with pytest.raises(CheckpointError, match="b: not part of"):
-        commit.commit(draft, 3, digests, {})
+        manifest.commit_draft(draft, 3, digests, {})
     with pytest.raises(CheckpointError, match="c: missing"):
-        commit.commit(draft, 3, {**digests, "b": digests["a"], "c": digests["a"]}, {})
-    assert commit.committed(tmp_path) == []
+        manifest.commit_draft(draft, 3, {**digests, "b": digests["a"], "c": digests["a"]}, {})
+    assert manifest.committed(tmp_path) == []
 
 
 def truncate(path):
@@ -113,9 +113,9 @@ def test_damage_is_named_and_only_an_unnamed_step_falls_back(tmp_path, damage, r
 def test_sizes_are_checked_without_reading_and_hashes_when_asked(tmp_path):
     checkpoint = save(tmp_path, 4)
     flip(checkpoint.folder / "__0_0.distcp")
-    assert commit.read(checkpoint.folder) == checkpoint
+    assert manifest.read(checkpoint.folder) == checkpoint
     with pytest.raises(CheckpointError, match="__0_0.distcp"):
-        commit.check_hashes(checkpoint, ["__0_0.distcp"])
+        manifest.check_hashes(checkpoint, ["__0_0.distcp"])
 
 
 @pytest.mark.parametrize(
@@ -134,7 +134,7 @@ def test_sizes_are_checked_without_reading_and_hashes_when_asked(tmp_path):
 )
 def test_a_record_that_is_not_one_makes_the_checkpoint_invisible_or_refused(tmp_path, content):
     older, newer = save(tmp_path, 4), save(tmp_path, 6)
-    (newer.folder / commit.RECORD_FILE).write_bytes(content)
+    (newer.folder / manifest.RECORD_FILE).write_bytes(content)
     found, problems = resumed(tmp_path)
     assert found == older and "iter_0000006" in problems[0]
     with pytest.raises(CheckpointError, match="iter_0000006"):
@@ -143,24 +143,24 @@ def test_a_record_that_is_not_one_makes_the_checkpoint_invisible_or_refused(tmp_
 
 def test_one_changed_digit_in_a_record_is_noticed(tmp_path):
     checkpoint = save(tmp_path, 6, consumed_pairs=48)
-    path = checkpoint.folder / commit.RECORD_FILE
+    path = checkpoint.folder / manifest.RECORD_FILE
     path.write_text(path.read_text().replace('"consumed_pairs": 48', '"consumed_pairs": 49'))
     with pytest.raises(CheckpointError, match="hash does not match"):
-        commit.read(checkpoint.folder)
+        manifest.read(checkpoint.folder)
 
 
 def test_a_record_moved_to_another_step_is_refused(tmp_path):
     checkpoint = save(tmp_path, 6)
     checkpoint.folder.rename(tmp_path / "iter_0000009")
     with pytest.raises(CheckpointError, match="records step 6"):
-        commit.read(tmp_path / "iter_0000009")
+        manifest.read(tmp_path / "iter_0000009")
 
 
 def test_a_checkpoint_of_a_newer_version_is_neither_read_nor_passed_over(tmp_path):
     save(tmp_path, 4)
     newer = save(tmp_path, 6)
-    path = newer.folder / commit.RECORD_FILE
-    path.write_text(json.dumps({**json.loads(path.read_text()), "format": commit.FORMAT + 1}))
+    path = newer.folder / manifest.RECORD_FILE
+    path.write_text(json.dumps({**json.loads(path.read_text()), "format": manifest.FORMAT + 1}))
     for resume in ("latest", "6"):
         with pytest.raises(CheckpointError, match="newer version"):
             resumed(tmp_path, resume)
@@ -168,7 +168,7 @@ def test_a_checkpoint_of_a_newer_version_is_neither_read_nor_passed_over(tmp_pat
 
 def test_a_checkpoint_of_another_format_is_passed_over_by_name(tmp_path):
     older, newer = save(tmp_path, 4), save(tmp_path, 6)
-    path = newer.folder / commit.RECORD_FILE
+    path = newer.folder / manifest.RECORD_FILE
     path.write_text(json.dumps({**json.loads(path.read_text()), "format": 0}))
     found, (problem,) = resumed(tmp_path)
     assert found == older and "its format is 0, this version reads 1" in problem
@@ -202,12 +202,12 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_anew_by_itself(t
 @pytest.mark.parametrize("pointer", [b"", b"abc", b" 7\n", "\uff14".encode(), b"999", None])
 def test_the_pointer_of_megatron_is_a_hint_that_nothing_depends_on(tmp_path, pointer):
     checkpoint = save(tmp_path, 4)
-    path = tmp_path / commit.LATEST_FILE
+    path = tmp_path / manifest.LATEST_FILE
     path.unlink() if pointer is None else path.write_bytes(pointer)
     assert resumed(tmp_path) == (checkpoint, [])
-    assert commit.stray_pointer(tmp_path) == (None if pointer is None else pointer.decode())
+    assert manifest.stray_pointer(tmp_path) == (None if pointer is None else pointer.decode())
     save(tmp_path, 6)
-    assert path.read_text() == "6\n" and commit.stray_pointer(tmp_path) is None
+    assert path.read_text() == "6\n" and manifest.stray_pointer(tmp_path) is None
 
 
 @pytest.mark.parametrize(
@@ -219,8 +219,8 @@ def test_only_exact_names_are_checkpoints_and_nothing_else_is_ever_removed(tmp_p
     checkpoint.folder.rename(tmp_path / name)
     kept = [save(tmp_path, iteration) for iteration in (8, 9)]
     assert steps(tmp_path) == [8, 9]
-    assert commit.prune(tmp_path, 2) == [] and commit.remove_drafts(tmp_path) == []
-    assert (tmp_path / name / commit.RECORD_FILE).exists() and resumed(tmp_path)[0] == kept[-1]
+    assert manifest.delete_old(tmp_path, 2) == [] and manifest.remove_drafts(tmp_path) == []
+    assert (tmp_path / name / manifest.RECORD_FILE).exists() and resumed(tmp_path)[0] == kept[-1]
 
 
 def test_links_are_not_followed(tmp_path):
@@ -234,15 +234,15 @@ def test_links_are_not_followed(tmp_path):
     save(run, 2)
     save(run, 3)
     assert steps(run) == [2, 3]
-    commit.prune(run, 1)
-    commit.remove_drafts(run)
+    manifest.delete_old(run, 1)
+    manifest.remove_drafts(run)
     assert verified(target).iteration == 1
 
 
 def test_pruning_keeps_the_newest_and_the_best(tmp_path):
     for iteration, accuracy in enumerate([0.5, 0.9, 0.6, None, 0.7, 0.8], start=1):
-        save(tmp_path, iteration, metrics={} if accuracy is None else {commit.BEST_METRIC: accuracy})
-    removed = commit.prune(tmp_path, 2)
+        save(tmp_path, iteration, metrics={} if accuracy is None else {manifest.BEST_METRIC: accuracy})
+    removed = manifest.delete_old(tmp_path, 2)
     assert [folder.name for folder in removed] == ["iter_0000001", "iter_0000003", "iter_0000004"]
     assert steps(tmp_path) == [2, 5, 6]
     assert sorted(entry.name for entry in tmp_path.iterdir() if entry.is_dir()) == [
@@ -255,21 +255,21 @@ def test_pruning_counts_and_removes_only_what_is_whole(tmp_path):
         save(tmp_path, iteration)
     truncate(tmp_path / "iter_0000004" / ".metadata")
     (tmp_path / "iter_0000005").mkdir()
-    commit.prune(tmp_path, 2)
+    manifest.delete_old(tmp_path, 2)
     assert sorted(entry.name[-1] for entry in tmp_path.glob("iter_*")) == ["2", "3", "4", "5"]
 
 
 def test_a_run_that_goes_back_puts_later_checkpoints_aside(tmp_path):
     for iteration in (2, 4, 6):
         save(tmp_path, iteration)
-    moved = commit.set_aside_after(tmp_path, 2)
+    moved = manifest.move_aside_newer(tmp_path, 2)
     assert {path.name.split(".aside-")[0] for path in moved} == {"iter_0000004", "iter_0000006"}
     assert all(path.is_dir() for path in moved) and steps(tmp_path) == [2]
     save(tmp_path, 4)
     assert steps(tmp_path) == [2, 4]
 
 
-LOCKER = "import sys, pathlib; from simpo_megatron.training import lock; lock.lock(pathlib.Path(sys.argv[1]))"
+LOCKER = "import sys, pathlib; from simpo_megatron.checkpoint import run_lock; run_lock.lock(pathlib.Path(sys.argv[1]))"
 
 
 def try_to_lock(folder):
@@ -278,7 +278,7 @@ def try_to_lock(folder):
 
 
 def test_a_second_run_cannot_have_the_same_folder_and_a_later_one_can(tmp_path):
-    held = lock.lock(tmp_path / "run")
+    held = run_lock.lock(tmp_path / "run")
     refused = try_to_lock(tmp_path / "run")
     assert refused.returncode and f"in use by another run (process {os.getpid()} on" in refused.stderr
     held.close()
@@ -286,32 +286,32 @@ def test_a_second_run_cannot_have_the_same_folder_and_a_later_one_can(tmp_path):
 
 
 def test_a_machine_that_sees_another_folder_is_refused(tmp_path):
-    held = lock.lock(tmp_path / "run")
-    nonce = lock.holder(held)
+    held = run_lock.lock(tmp_path / "run")
+    nonce = run_lock.holder(held)
     (tmp_path / "other").mkdir()
     for name in ("other", "absent"):
         with pytest.raises(CheckpointError, match="not the folder that the first rank sees"):
-            lock.check_same_folder(tmp_path / name, nonce)
-    lock.check_same_folder(tmp_path / "run", nonce)
+            run_lock.check_same_folder(tmp_path / name, nonce)
+    run_lock.check_same_folder(tmp_path / "run", nonce)
     assert [entry.name for entry in (tmp_path / "run").iterdir()] == [".lock"]
 
 
 def test_a_machine_that_can_read_the_folder_alone_is_refused(tmp_path, monkeypatch):
-    held = lock.lock(tmp_path / "run")
-    nonce = lock.holder(held)
+    held = run_lock.lock(tmp_path / "run")
+    nonce = run_lock.holder(held)
 
     def refuse(dir):
         raise OSError(errno.EROFS, "Read-only file system", str(dir))
 
     monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
     with pytest.raises(CheckpointError, match="cannot be written by .*Read-only file system"):
-        lock.check_same_folder(tmp_path / "run", nonce)
+        run_lock.check_same_folder(tmp_path / "run", nonce)
 
 
 def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(CheckpointError, match="cannot be written"):
-        lock.lock(tmp_path / "file")
+        run_lock.lock(tmp_path / "file")
 
 
 def save_and_die(folder, iteration, num_operations):
@@ -341,9 +341,9 @@ def save_and_die(folder, iteration, num_operations):
 
 
 def tidy_save_and_prune(folder, iteration):
-    commit.remove_drafts(folder)
+    manifest.remove_drafts(folder)
     save(folder, iteration)
-    commit.prune(folder, 2)
+    manifest.delete_old(folder, 2)
 
 
 def test_killed_before_any_of_its_file_operations_a_save_leaves_two_whole_checkpoints(tmp_path):
@@ -356,7 +356,7 @@ def test_killed_before_any_of_its_file_operations_a_save_leaves_two_whole_checkp
         finished = save_and_die(folder, 6, num_operations)
         found, problems = resumed(folder)
         assert problems == [] and found.iteration in (4, 6)
-        assert len([verified(entry) for entry in commit.committed(folder)]) >= 2
+        assert len([verified(entry) for entry in manifest.committed(folder)]) >= 2
         newest.append(found.iteration)
         # The next run clears up whatever this one left.
         tidy_save_and_prune(folder, found.iteration + 2)

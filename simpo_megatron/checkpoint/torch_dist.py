@@ -37,11 +37,11 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from simpo_megatron.convert.direct import DirectFile
+from simpo_megatron.convert.direct_io import DirectFile
 from simpo_megatron.errors import CheckpointError, SimPOError
 from simpo_megatron.mcore.skeleton import Skeleton, StoredPart
-from simpo_megatron.training import commit
-from simpo_megatron.training.state import check_index
+from simpo_megatron.checkpoint import manifest
+from simpo_megatron.checkpoint.sharded_state import check_index
 
 COMMON_FILE = "common.pt"
 """What megatron-core calls the file of all that is no tensor."""
@@ -52,7 +52,7 @@ _SHARD_BYTES = 512 << 20
 
 def write_parameters(
     skeleton: Skeleton, dtypes: dict[str, torch.dtype], compute: Callable[[str], Tensor], folder: Path
-) -> dict[str, commit.Digest]:
+) -> dict[str, manifest.Digest]:
     """Write a checkpoint of weights alone into the empty `folder`, holding one parameter at a time.
 
     Returns the digests of the files of tensors, taken while they were written.
@@ -109,7 +109,7 @@ class _Writer(dcp.FileSystemWriter):
     """
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        self.digests: dict[str, commit.Digest] = {}
+        self.digests: dict[str, manifest.Digest] = {}
         results, left = [], deque(plan.items)
         while left:
             name = f"__0_{len(self.digests)}{DEFAULT_SUFFIX}"
@@ -119,7 +119,7 @@ class _Writer(dcp.FileSystemWriter):
                     torch.save(planner.resolve_data(item), file)
                     place = _StorageInfo(name, start, file.size - start)
                     results.append(WriteResult(item.index, place.length, place))
-            self.digests[name] = commit.Digest(file.size, file.sha256)
+            self.digests[name] = manifest.Digest(file.size, file.sha256)
         done: Future[list[WriteResult]] = Future()
         done.set_result(results)
         return done

@@ -14,8 +14,8 @@ import torch.distributed as dist
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 
 from simpo_megatron.mcore.model import PreferenceGPTModel
-from simpo_megatron.training.commit import Digest, digest_file
-from simpo_megatron.training.state import described, request_write
+from simpo_megatron.checkpoint.manifest import Digest, digest_file
+from simpo_megatron.checkpoint.sharded_state import described, request_write
 from simpo_megatron.training.step import Trainer
 from simpo_megatron.training.together import gathered
 

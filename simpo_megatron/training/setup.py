@@ -27,10 +27,10 @@ from simpo_megatron.mcore.families import ModelDescription, describe_hf_model
 from simpo_megatron.mcore.model import PreferenceGPTModel, build_model, wrap_in_ddp, zero_weights
 from simpo_megatron.mcore.optimizer import build_optimizer
 from simpo_megatron.parallel import ParallelGroups, first_rank_first
-from simpo_megatron.training import commit
+from simpo_megatron.checkpoint import manifest
 from simpo_megatron.training.loggers import check_sinks
 from simpo_megatron.training.step import Trainer, batch_options
-from simpo_megatron.training.weights import fill_weights
+from simpo_megatron.checkpoint.initial_weights import fill_weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -119,7 +119,7 @@ def locate_sources(config: Config) -> Sources:
         raise ConfigError("model: none given; name a Hugging Face folder with --model DIR")
     if not train:
         raise ConfigError("data: none given; name preference files with --data FILE...")
-    folder = commit.named(Path(model)) or Path(model)
+    folder = manifest.resolve_checkpoint(Path(model)) or Path(model)
     return Sources(model=folder, train=train, valid=parse_named_sources(valid))
 
 

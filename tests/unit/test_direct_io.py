@@ -7,9 +7,9 @@ import os
 import pytest
 import torch
 
-from simpo_megatron.convert import direct
-from simpo_megatron.convert.direct import DirectFile
-from simpo_megatron.training import commit
+from simpo_megatron.convert import direct_io
+from simpo_megatron.convert.direct_io import DirectFile
+from simpo_megatron.checkpoint import manifest
 
 PARTS = {
     "nothing": [],
@@ -30,7 +30,7 @@ def test_bytes_and_hash_are_those_written(tmp_path, parts):
     with DirectFile(tmp_path / "file", hashed=True) as file:
         assert [file.write(part) for part in parts] == [len(part) for part in parts]
     assert (tmp_path / "file").read_bytes() == b"".join(parts)
-    digest = commit.digest_file(tmp_path / "file")
+    digest = manifest.digest_file(tmp_path / "file")
     assert (file.size, file.sha256) == (digest.size, digest.sha256)
 
 

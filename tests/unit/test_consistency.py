@@ -7,7 +7,7 @@ import torch
 
 from simpo_megatron.config import Config
 from simpo_megatron.errors import NumericsError
-from simpo_megatron.training.replicas import _not_finite, _ranks_by_value, _sum_of_bits, _text, startup_facts
+from simpo_megatron.training.consistency import _not_finite, _ranks_by_value, _sum_of_bits, _text, startup_facts
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -63,7 +63,7 @@ class Checkpoint:
         return sum(digest.size for digest in self.files.values())
 
 
-def begin(save: Path, iteration: int) -> Path:
+def create_draft(save: Path, iteration: int) -> Path:
     """A new empty folder to write the checkpoint of `iteration` into; no reader sees it."""
     draft = save / f"{_name(iteration)}.tmp-{uuid.uuid4().hex}"
     draft.mkdir()
@@ -85,7 +85,7 @@ def hash_text(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def commit(draft: Path, iteration: int, files: Mapping[str, Digest], facts: Mapping[str, Any]) -> Checkpoint:
+def commit_draft(draft: Path, iteration: int, files: Mapping[str, Digest], facts: Mapping[str, Any]) -> Checkpoint:
     """The checkpoint that `draft` becomes, in one rename, after everything in it is on the disk.
 
     Raises:
@@ -102,7 +102,7 @@ def commit(draft: Path, iteration: int, files: Mapping[str, Digest], facts: Mapp
     return checkpoint
 
 
-def release(root: Path, facts: Mapping[str, Any], digests: Mapping[str, Digest]) -> Checkpoint:
+def commit_weights_only(root: Path, facts: Mapping[str, Any], digests: Mapping[str, Digest]) -> Checkpoint:
     """The checkpoint that the files in `root`/release become, and Megatron's pointer to it.
 
     A run neither continues from it nor removes it: it has weights, but no history. Whoever calls gives `root` its
@@ -119,7 +119,7 @@ def release(root: Path, facts: Mapping[str, Any], digests: Mapping[str, Digest])
     return checkpoint
 
 
-def named(path: Path) -> Path | None:
+def resolve_checkpoint(path: Path) -> Path | None:
     """The committed folder that `path` means: itself, or the newest in it; None when it is nothing of ours."""
     if (path / RECORD_FILE).is_file():
         return path
@@ -197,7 +197,7 @@ def committed(save: Path) -> list[Path]:
     return sorted((folder for folder in folders if (folder / RECORD_FILE).is_file()), key=iteration_of)
 
 
-def candidates(save: Path, resume: str) -> list[Path]:
+def list_resumable(save: Path, resume: str) -> list[Path]:
     """The folders to try for `--resume`, best first: none, the one of an explicit step, or all.
 
     Raises:
@@ -217,7 +217,7 @@ def candidates(save: Path, resume: str) -> list[Path]:
     return found
 
 
-def first_sound(
+def first_valid(
     folders: Sequence[Path], resume: str, check: Callable[[Path], Checkpoint]
 ) -> tuple[Checkpoint | None, list[str]]:
     """(the first checkpoint that passes `check`, what was wrong with those before it); None when there are no folders.
@@ -242,7 +242,7 @@ def first_sound(
     return None, problems
 
 
-def set_aside_after(save: Path, iteration: int) -> list[Path]:
+def move_aside_newer(save: Path, iteration: int) -> list[Path]:
     """The new paths of the checkpoints later than `iteration`, renamed so that no reader takes them for this run's.
 
     A run that continues from an earlier step, or anew, makes a history of its own.
@@ -257,7 +257,7 @@ def set_aside_after(save: Path, iteration: int) -> list[Path]:
     return moved
 
 
-def prune(save: Path, num_newest: int) -> list[Path]:
+def delete_old(save: Path, num_newest: int) -> list[Path]:
     """The checkpoints removed: all but the newest `num_newest` and the one with the best held-out accuracy.
 
     What is not a whole checkpoint of this format stays. A removed folder disappears in one rename.
