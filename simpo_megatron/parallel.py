@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
-from simpo_megatron.errors import ConfigError, ParallelError
-
-Result = TypeVar("Result")
+from simpo_megatron.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +32,7 @@ class ParallelSizes:
         return self.tensor * self.pipeline * self.context
 
     @property
-    def fewest_ranks(self) -> int:
+    def min_world_size(self) -> int:
         """The smallest world that these sizes divide; experts are spread over whatever ranks a stage has."""
         return self.pipeline * math.lcm(self.tensor * self.context, self.expert)
 
@@ -178,43 +175,3 @@ def shut_down() -> None:
     parallel_state.destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def on_first_rank(work: Callable[[], Result]) -> Result:
-    """`work()` of rank 0, its result on every rank.
-
-    Collectives: one object broadcast, world.
-
-    Raises:
-        SimPOError: what rank 0 raised, on rank 0.
-        ParallelError: on the others, when rank 0 failed; it ends the process with rank 0's exit code.
-    """
-    failure: Exception | None = None
-    result = None
-    if dist.get_rank() == 0:
-        try:
-            result = work()
-        except Exception as error:
-            failure = error
-    told = None if failure is None else (f"{type(failure).__name__}: {failure}", getattr(failure, "exit_code", 1))
-    heard = [told, result]
-    dist.broadcast_object_list(heard, src=0)
-    if failure is not None:
-        raise failure
-    if heard[0] is not None:
-        text, exit_code = heard[0]
-        stopped = ParallelError(f"stopped because rank 0 failed ({text})")
-        # Whichever rank ends first, whoever started them learns the cause.
-        stopped.exit_code = exit_code
-        raise stopped
-    return heard[1]
-
-
-def first_rank_first(work: Callable[[bool], Result]) -> Result:
-    """`work(True)` of rank 0; on the others `work(False)`, called once rank 0 is done and may be relied on.
-
-    Collectives and errors: those of `on_first_rank`.
-    """
-    own: list[Result] = []
-    on_first_rank(lambda: own.append(work(True)))
-    return own[0] if own else work(False)

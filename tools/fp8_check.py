@@ -148,8 +148,8 @@ def emulate(chunks: Sequence[torch.nn.Module], recipe: str) -> int:
 def check(config: Config, recipe: str, num_pairs: int) -> None:
     """Judge the first `num_pairs` training pairs in both formats, on the ranks that torchrun started, and print it."""
     device.install()
-    from simpo_megatron.training.setup import assemble, plan_run
     from simpo_megatron.training.reference import reference_log_probs
+    from simpo_megatron.training.setup import assemble, plan_run
 
     if not isinstance(config.objective, SimPOObjective):
         raise ConfigError(f"objective: found {config.objective.objective}, expected simpo, which has a target margin")

@@ -17,8 +17,9 @@ from rich.console import Console
 from simpo_megatron.config import load_config
 from simpo_megatron.errors import ConfigError, SimPOError, printed
 from simpo_megatron.planning.gpus import GPUS
-from simpo_megatron.planning.layouts import Candidate, Job, Survey, plan_one, survey
+from simpo_megatron.planning.layouts import Candidate, PlanRequest, Survey, plan_one, survey
 from simpo_megatron.planning.models import find_model
+from simpo_megatron.planning.shapes import Pack
 from simpo_megatron.planning.tables import (
     assumptions,
     describe_job,
@@ -30,7 +31,6 @@ from simpo_megatron.planning.tables import (
     summarize,
     time_line,
 )
-from simpo_megatron.planning.shapes import Pack
 
 
 def parse_arguments(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
@@ -77,7 +77,7 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _job(arguments: argparse.Namespace, of_the_trainer: list[str]) -> Job:
+def _job(arguments: argparse.Namespace, of_the_trainer: list[str]) -> PlanRequest:
     for name in ("gpus", "prompt_tokens", "response_tokens"):
         if getattr(arguments, name) <= 0:
             raise ConfigError(f"{name}: found {getattr(arguments, name):g}, expected a number above 0")
@@ -86,7 +86,7 @@ def _job(arguments: argparse.Namespace, of_the_trainer: list[str]) -> Job:
     prompt, response = arguments.prompt_tokens, arguments.response_tokens
     longest = config.pairs.max_length / (prompt + response)
     pairs_of = {"prompt": max(1.0, longest) * prompt, "response": max(1.0, longest) * response}
-    return Job(
+    return PlanRequest(
         description=description,
         config=config,
         num_gpus=arguments.gpus,

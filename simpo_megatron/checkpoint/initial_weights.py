@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch.distributed as dist
-
+from simpo_megatron.checkpoint import manifest
+from simpo_megatron.checkpoint.sharded_state import read_weights
+from simpo_megatron.checkpoint.verification import read_verified
 from simpo_megatron.convert import load_hf_weights
 from simpo_megatron.mcore.families import ModelDescription
 from simpo_megatron.mcore.model import PreferenceGPTModel
 from simpo_megatron.parallel import ParallelGroups
-from simpo_megatron.checkpoint import manifest
-from simpo_megatron.checkpoint.sharded_state import read_weights
-from simpo_megatron.training.together import agreed
 
 
 def fill_weights(
@@ -28,10 +26,5 @@ def fill_weights(
     if not (folder / manifest.RECORD_FILE).is_file():
         load_hf_weights(model, folder, description, tp_rank=groups.tp.rank(), tp_size=groups.tp.size())
         return
-
-    def check() -> None:
-        checkpoint = manifest.read(folder)
-        manifest.check_hashes(checkpoint, sorted(checkpoint.files)[dist.get_rank() :: dist.get_world_size()])
-
-    agreed(check)
+    read_verified(folder)
     read_weights(model, groups, folder)

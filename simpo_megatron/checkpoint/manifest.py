@@ -9,17 +9,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
-import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from simpo_megatron.convert.folder import sync
+from simpo_megatron.atomic import draft_name, draft_of, move_aside, remove_folder, rename, sync, write_text
 from simpo_megatron.errors import CheckpointError, listed
+
+if TYPE_CHECKING:
+    from simpo_megatron.mcore.families import ModelDescription
 
 FORMAT = 1
 RECORD_FILE = "COMMIT.json"
@@ -30,7 +31,6 @@ RELEASE = "release"
 BEST_METRIC = "eval/rewards/accuracies"
 
 _NAME = re.compile(r"iter_([0-9]{7,9})")
-_DRAFT = re.compile(r"iter_[0-9]{7,9}\.tmp-[0-9a-f]{32}")
 _MAX_POINTER_BYTES = 64
 _MAX_RECORD_BYTES = 64 << 20
 _CHUNK_BYTES = 4 << 20
@@ -63,9 +63,21 @@ class Checkpoint:
         return sum(digest.size for digest in self.files.values())
 
 
+def model_facts(description: ModelDescription) -> dict[str, Any]:
+    """What a checkpoint says of its model, as JSON values."""
+    shape = {**description.transformer, **description.gpt}
+    return as_json({"family": description.family, "vocab_size": description.vocab_size, **shape})
+
+
+def as_json(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """`facts` as JSON keeps them."""
+    # Functions, such as an activation, by their names.
+    return json.loads(json.dumps(facts, default=lambda value: getattr(value, "__name__", str(value))))
+
+
 def create_draft(save: Path, iteration: int) -> Path:
     """A new empty folder to write the checkpoint of `iteration` into; no reader sees it."""
-    draft = save / f"{_name(iteration)}.tmp-{uuid.uuid4().hex}"
+    draft = draft_name(save / _name(iteration))
     draft.mkdir()
     return draft
 
@@ -96,8 +108,7 @@ def commit_draft(draft: Path, iteration: int, files: Mapping[str, Digest], facts
         raise CheckpointError(f"{folder}: exists already, and a checkpoint is never overwritten")
     checkpoint = Checkpoint(folder, iteration, facts, files)
     _seal(draft, checkpoint)
-    os.rename(draft, folder)
-    sync(folder.parent)
+    rename(draft, folder)
     write_latest(folder.parent, iteration)
     return checkpoint
 
@@ -115,7 +126,7 @@ def commit_weights_only(root: Path, facts: Mapping[str, Any], digests: Mapping[s
     files = {path.name: digests.get(path.name) or digest_file(path) for path in sorted(folder.iterdir())}
     checkpoint = Checkpoint(folder, 0, facts, files)
     _seal(folder, checkpoint)
-    replace_text(root / LATEST_FILE, f"{RELEASE}\n")
+    write_text(root / LATEST_FILE, f"{RELEASE}\n")
     return checkpoint
 
 
@@ -141,7 +152,7 @@ def _seal(folder: Path, checkpoint: Checkpoint) -> None:
 
 def write_latest(save: Path, iteration: int) -> None:
     """Tell Megatron's own readers which checkpoint is the newest."""
-    replace_text(save / LATEST_FILE, f"{iteration}\n")
+    write_text(save / LATEST_FILE, f"{iteration}\n")
 
 
 def stray_pointer(save: Path) -> str | None:
@@ -151,15 +162,6 @@ def stray_pointer(save: Path) -> str | None:
         return None
     said = path.read_bytes()[:_MAX_POINTER_BYTES].decode(errors="replace")
     return None if said == f"{iteration_of(folders[-1])}\n" else said
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Give `path` a new content at once: a reader, also after a crash, sees the old one or the new one."""
-    draft = path.with_name(f"{path.name}.tmp")
-    draft.write_text(text, encoding="utf-8")
-    sync(draft)
-    os.replace(draft, path)
-    sync(path.parent)
 
 
 def read(folder: Path) -> Checkpoint:
@@ -247,11 +249,7 @@ def move_aside_newer(save: Path, iteration: int) -> list[Path]:
 
     A run that continues from an earlier step, or anew, makes a history of its own.
     """
-    moved = []
-    for folder in reversed(committed(save)):
-        if iteration_of(folder) > iteration:
-            moved.append(folder.with_name(f"{folder.name}.aside-{uuid.uuid4().hex[:8]}"))
-            os.rename(folder, moved[-1])
+    moved = [move_aside(folder) for folder in reversed(committed(save)) if iteration_of(folder) > iteration]
     if moved:
         sync(save)
     return moved
@@ -269,9 +267,7 @@ def delete_old(save: Path, num_newest: int) -> list[Path]:
         kept.add(max(scored, key=lambda checkpoint: (_accuracy(checkpoint), checkpoint.iteration)).iteration)
     removed = [checkpoint.folder for checkpoint in ours if checkpoint.iteration not in kept]
     for folder in removed:
-        doomed = folder.with_name(f"{folder.name}.tmp-{uuid.uuid4().hex}")
-        os.rename(folder, doomed)
-        shutil.rmtree(doomed, ignore_errors=True)
+        remove_folder(folder)
     return removed
 
 
@@ -279,11 +275,18 @@ def remove_drafts(save: Path) -> list[Path]:
     """The drafts and half-removed folders of runs that were killed, removed."""
     if not save.is_dir():
         return []
-    drafts = [entry for entry in save.iterdir() if _DRAFT.fullmatch(entry.name) and _is_real_folder(entry)]
+    drafts = [entry for entry in save.iterdir() if _is_draft(entry) and _is_real_folder(entry)]
+    for entry in save.iterdir():
+        if draft_of(entry) is not None and entry.is_file():
+            entry.unlink(missing_ok=True)
     for draft in drafts:
         # A rank of the killed run may still be writing: what is left goes next time.
         shutil.rmtree(draft, ignore_errors=True)
     return drafts
+
+
+def _is_draft(path: Path) -> bool:
+    return _NAME.fullmatch(draft_of(path) or "") is not None
 
 
 def _name(iteration: int) -> str:

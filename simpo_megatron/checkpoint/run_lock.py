@@ -2,73 +2,85 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import socket
 import tempfile
 import uuid
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
+from filelock import BaseFileLock
+
+from simpo_megatron import atomic
 from simpo_megatron.errors import CheckpointError
 
-_LOCK_FILE = ".lock"
+# Beside the lock file, which some versions of filelock empty when another process asks for it.
+_HOLDER_FILE = ".holder"
 _MAX_HOLDER = 400
 
 
-def lock(save: Path) -> IO[str]:
-    """The open lock file of the run's folder, which is made; the lock lasts until the file or the process ends.
+@dataclass(frozen=True)
+class RunLock:
+    """The lock on a run's folder, held until it is released or the process ends."""
+
+    nonce: str
+    """The text that tells this holder from every other."""
+    held: BaseFileLock
+
+    def release(self) -> None:
+        """Let the next run have the folder."""
+        self.held.release()
+
+
+def lock(save: Path) -> RunLock:
+    """The lock on the run's folder `save`, which is made.
 
     Raises:
         CheckpointError: another process holds it, or the folder cannot be written.
     """
     try:
         save.mkdir(parents=True, exist_ok=True)
-        # A lock of the process, not of the open file: a process that it forked and that outlives it does not keep it.
-        file = (save / _LOCK_FILE).open("a+", encoding="utf-8")
-    except OSError as error:
-        raise CheckpointError(f"save: {save} cannot be written ({error.strerror}); name a folder of yours") from None
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        other = holder(file) or "unknown"
-        file.close()
+        held = atomic.lock(save / atomic.LOCK_FILE)
+    except BlockingIOError:
         raise CheckpointError(
-            f"save: {save} is in use by another run ({other}); wait for it or choose another folder"
+            f"save: found {save} in use by another run ({_holder(save) or 'unknown'}), expected a folder of this run's "
+            "own; wait for it or choose another folder"
         ) from None
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}, {uuid.uuid4().hex}")
-    file.flush()
-    os.fsync(file.fileno())
-    return file
+    except OSError as error:
+        raise CheckpointError(
+            f"save: found {save}, which cannot be written ({error.strerror}), expected a folder of yours"
+        ) from None
+    nonce = f"process {os.getpid()} on {socket.gethostname()}, {uuid.uuid4().hex}"
+    try:
+        atomic.write_text(save / _HOLDER_FILE, nonce)
+    except BaseException:
+        held.release()
+        raise
+    return RunLock(nonce, held)
 
 
-def holder(held: IO[str]) -> str:
-    """What the open lock file says of its holder, which no other run's does."""
-    held.seek(0)
-    return held.read(_MAX_HOLDER)
-
-
-def check_same_folder(save: Path, expected_holder: str) -> None:
-    """Nothing, when this rank sees the folder that `expected_holder` locked, and can write there. Not for the
-    holder's own process.
+def check_same_folder(save: Path, nonce: str) -> None:
+    """Return if this rank sees the folder whose holder has `nonce`, and can write there.
 
     Raises:
         CheckpointError: it does not, or cannot.
     """
-    try:
-        found = (save / _LOCK_FILE).read_text(encoding="utf-8")
-    except OSError:
-        found = ""
-    if found != expected_holder:
+    if _holder(save) != nonce:
         raise CheckpointError(
-            f"save: {save} on {socket.gethostname()} is not the folder that the first rank sees; name one that all "
-            "machines share"
+            f"save: found {save} on {socket.gethostname()}, which is not the folder that rank 0 sees, expected one "
+            "that all machines share"
         )
     try:
         # Nameless: a rank that is killed here leaves nothing.
         tempfile.TemporaryFile(dir=save).close()
     except OSError as error:
         raise CheckpointError(
-            f"save: {save} cannot be written by {socket.gethostname()} ({error.strerror}), although the first rank can"
+            f"save: found {save}, which {socket.gethostname()} cannot write ({error.strerror}) although rank 0 can"
         ) from None
+
+
+def _holder(save: Path) -> str:
+    try:
+        return (save / _HOLDER_FILE).read_text(encoding="utf-8")[:_MAX_HOLDER]
+    except OSError:
+        return ""

@@ -9,11 +9,10 @@ as objects (FP8 scaling histories) starts anew on a resume.
 from __future__ import annotations
 
 import inspect
-import io
 import logging
-import pickle
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +25,14 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 from megatron.core.dist_checkpointing.serialization import get_default_save_sharded_strategy
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from torch.distributed.checkpoint import CheckpointException
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from simpo_megatron.checkpoint.tensor_index import check_index, refuse_other_names, refuse_other_weights
 from simpo_megatron.errors import CheckpointError, listed
 from simpo_megatron.mcore import device
 from simpo_megatron.mcore.fp8_weights import awaited_values, quantise_masters, whole_masters
@@ -38,23 +40,10 @@ from simpo_megatron.mcore.lora import ADAPTER_SUFFIX
 from simpo_megatron.mcore.model import PreferenceGPTModel
 from simpo_megatron.mcore.optimizer import gather_parameters
 from simpo_megatron.parallel import ParallelGroups
-from simpo_megatron.training.step import Trainer
-from simpo_megatron.training.together import gathered
+from simpo_megatron.ranks import gather_or_raise
 
-_INDEX_FILE = ".metadata"
-# How the names begin of what is stored beside a model's weights.
-_NO_WEIGHTS = ("optimizer.", "rng.", "common_state")
 # What megatron's schedule reads of a group.
 _RATES = ("max_lr", "min_lr", "start_wd", "end_wd")
-# The index of tensors is made of these: modules of data classes, and single names.
-_INDEX_MODULES = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.planner")
-_INDEX_NAMES = {
-    ("collections", "OrderedDict"),
-    ("torch", "Size"),
-    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-    ("torch.distributed.checkpoint.filesystem", "_StoragePrefix"),
-    ("torch.serialization", "_get_layout"),
-}
 
 
 class FailedAloneError(CheckpointError):
@@ -69,9 +58,22 @@ def _is_news(record: logging.LogRecord) -> bool:
 logging.getLogger(dist_checkpointing.serialization.__name__).addFilter(_is_news)
 
 
-def request_write(
-    model: list[PreferenceGPTModel], trainer: Trainer, iteration: int, folder: Path
-) -> tuple[AsyncRequest, set[int]]:
+@dataclass(frozen=True, kw_only=True)
+class RunState:
+    """What a checkpoint holds of a run, on this rank."""
+
+    chunks: Sequence[DistributedDataParallel]
+    optimizer: MegatronOptimizer
+    scheduler: OptimizerParamScheduler
+    groups: ParallelGroups
+
+    @property
+    def model(self) -> list[PreferenceGPTModel]:
+        """The chunks without what DDP puts around them."""
+        return [chunk.module for chunk in self.chunks]
+
+
+def request_write(state: RunState, iteration: int, folder: Path) -> tuple[AsyncRequest, set[int]]:
     """(What is left to do on this rank to write the run's tensors into the empty `folder`, the storages it reads).
 
     All ranks see `folder`, and each writes a share of what it holds. The storages, by address, are those of the state
@@ -82,21 +84,21 @@ def request_write(
     Raises:
         FailedAloneError: on this rank.
     """
-    gather_parameters(trainer.chunks)
+    gather_parameters(state.chunks)
     device.write_checkpoints_in_threads()
-    strategy = FullyParallelSaveStrategyWrapper(get_default_save_sharded_strategy(), trainer.groups.dp_cp)
-    state = {"checkpoint_version": 3.0, "iteration": iteration, **_sharded_state(model, trainer)}
-    _put_in_place(state, whole_masters(trainer.optimizer))
-    state["opt_param_scheduler"] = trainer.scheduler.state_dict()
-    state["rng"] = _sharded_rng()
-    held = [tensor.data for tensor in _tensors(state)]
+    strategy = FullyParallelSaveStrategyWrapper(get_default_save_sharded_strategy(), state.groups.dp_cp)
+    sharded = {"checkpoint_version": 3.0, "iteration": iteration, **_sharded_state(state)}
+    _put_in_place(sharded, whole_masters(state.optimizer))
+    sharded["opt_param_scheduler"] = state.scheduler.state_dict()
+    sharded["rng"] = _sharded_rng()
+    held = [tensor.data for tensor in _tensors(sharded)]
     storages = {data.untyped_storage().data_ptr() for data in held if data.device.type == "cpu"}
     # From 0.17 on megatron-core would look for NVIDIA's resiliency package first.
     takes_strategy = "async_strategy" in inspect.signature(dist_checkpointing.save).parameters
     options = {"async_strategy": "mcore"} if takes_strategy else {}
     with described(folder):
         request = dist_checkpointing.save(
-            state, str(folder), strategy, async_sharded_save=True, content_metadata=_content(), **options
+            sharded, str(folder), strategy, async_sharded_save=True, content_metadata=_content(), **options
         )
     return request, storages
 
@@ -117,10 +119,8 @@ def described(folder: Path) -> Iterator[None]:
         raise FailedAloneError(f"{folder}: could not be written ({_reason(error)})") from error
 
 
-def read_state(
-    model: list[PreferenceGPTModel], trainer: Trainer, iteration: int, folder: Path, *, same_layout: bool
-) -> None:
-    """Fill model, moments and schedule from `folder`, and with the `same_layout` the random states.
+def read_state(state: RunState, iteration: int, folder: Path, *, same_layout: bool) -> None:
+    """Fill model, moments and schedule of `state` from `folder`, and with the `same_layout` the random states.
 
     Hyper-parameters stay those of the configuration.
 
@@ -130,21 +130,22 @@ def read_state(
         CheckpointError: a tensor is missing or has another shape, or is no part of the model.
     """
     stored = check_index(folder)
-    own_settings = [_settings(group) for group in trainer.optimizer.param_groups]
-    state = _sharded_state(model, trainer, is_loading=True)
+    optimizer = state.optimizer
+    own_settings = [_settings(group) for group in optimizer.param_groups]
+    sharded = _sharded_state(state, is_loading=True)
     if same_layout:
-        state["rng"] = _sharded_rng()
-    loaded = _load(state, stored, folder)
-    for name, chunk in _named_chunks(model):
+        sharded["rng"] = _sharded_rng()
+    loaded = _load(sharded, stored, folder)
+    for name, chunk in _named_chunks(state.model):
         _load_chunk(chunk, loaded[name], folder)
     # megatron-core 0.19 tells groups apart by their rates too, which another configuration may have changed.
     for group in _stored_groups(loaded["optimizer"]):
         group.update({name: own_settings[0][name] for name in _RATES if name in group and name in own_settings[0]})
-    trainer.optimizer.load_state_dict(loaded["optimizer"])
-    quantise_masters(trainer.chunks, trainer.optimizer)
-    for group, settings in zip(trainer.optimizer.param_groups, own_settings, strict=True):
+    optimizer.load_state_dict(loaded["optimizer"])
+    quantise_masters(state.chunks, optimizer)
+    for group, settings in zip(optimizer.param_groups, own_settings, strict=True):
         group.update(settings)
-    trainer.scheduler.step(increment=iteration)
+    state.scheduler.step(increment=iteration)
     if same_layout:
         restore_rng(loaded["rng"])
 
@@ -175,41 +176,10 @@ def read_weights(model: list[PreferenceGPTModel], groups: ParallelGroups, folder
                 awaited[chunk.get_parameter(key)].copy_(values)
 
 
-def refuse_other_weights(stored: set[str], expected: set[str], folder: Path) -> None:
-    """Nothing, when all that is stored belongs to the model, or to a run's optimizer and random states.
-
-    Raises:
-        CheckpointError: naming what the model has not, such as the adapters of a run that trains nothing else.
-    """
-    others = _weights_beside(stored, expected)
-    if others:
-        raise CheckpointError(
-            f"{folder}: holds {len(others)} tensors that are no part of its config.json's model: "
-            f"{listed(others, 3)}; of a run with adapters, take what --export-hf writes, where they are merged"
-        )
-
-
-def refuse_other_names(stored: set[str], expected: set[str], folder: Path) -> None:
-    """Nothing, when all that is expected is stored, and of weights nothing else.
-
-    Raises:
-        CheckpointError: counting what is missing and what is too much, and naming ten of each.
-    """
-    missing, others = sorted(expected - stored), _weights_beside(stored, expected)
-    found = ((missing, "tensors of this run are not in it"), (others, "tensors in it are no part of this run's model"))
-    problems = [f"{len(names)} {what}: {listed(names, 10)}" for names, what in found if names]
-    if problems:
-        raise CheckpointError(f"{folder}: {'; '.join(problems)}")
-
-
-def _weights_beside(stored: set[str], expected: set[str]) -> list[str]:
-    return sorted(name for name in stored - expected if not name.startswith(_NO_WEIGHTS))
-
-
 def _load(state: dict[str, Any], stored: set[str], folder: Path) -> dict[str, Any]:
     """megatron's load, after a check of all ranks' names: its own does not work with torch 2.14 and later."""
     own = {tensor.key for tensor in _tensors(state)}
-    refuse_other_names(stored, set().union(*gathered(lambda: own)), folder)
+    refuse_other_names(stored, set().union(*gather_or_raise(lambda: own)), folder)
     try:
         return dist_checkpointing.load(state, str(folder))
     except (Exception, CheckpointException) as error:
@@ -224,60 +194,17 @@ def _tensors(state: Mapping[str, Any]) -> Iterator[ShardedTensor]:
             yield value
 
 
-def check_index(folder: Path) -> set[str]:
-    """What the index of tensors in `folder` names, when it is data, and so is what it leads to, in `folder` alone.
-
-    torch unpickles the index, and what the index calls an object (the newest megatron-core keeps its settings so),
-    whatever they may call.
-
-    Raises:
-        CheckpointError: it names something that is no part of such an index, or a file elsewhere, or an object
-            that is more than numbers, texts and tensors.
-    """
-    path = folder / _INDEX_FILE
-    try:
-        with path.open("rb") as file:
-            index = _IndexUnpickler(file).load()
-        files = {entry.name for entry in folder.iterdir()}
-        for key, stored in index.storage_data.items():
-            if stored.relative_path not in files:
-                raise pickle.UnpicklingError(f"it refers to the file {stored.relative_path}")
-            if not isinstance(index.state_dict_metadata[key.fqn], TensorStorageMetadata):
-                with (folder / stored.relative_path).open("rb") as file:
-                    file.seek(stored.offset)
-                    torch.load(io.BytesIO(file.read(stored.length)), weights_only=True)
-        return set(index.state_dict_metadata)
-    except Exception as error:
-        raise CheckpointError(f"{path}: not an index of tensors ({error})") from None
-
-
-class _IndexUnpickler(pickle.Unpickler):
-    """Builds the data classes of torch's checkpoint index and refuses everything else by name."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in _INDEX_NAMES:
-            return super().find_class(module, name)
-        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
-            return getattr(torch, name)
-        if module in _INDEX_MODULES and "." not in name:
-            found = super().find_class(module, name)
-            # Not what the module itself has imported.
-            if isinstance(found, type) and found.__module__ == module:
-                return found
-        raise pickle.UnpicklingError(f"it refers to {module}.{name}")
-
-
-def _sharded_state(model: list[PreferenceGPTModel], trainer: Trainer, *, is_loading: bool = False) -> dict[str, Any]:
+def _sharded_state(state: RunState, *, is_loading: bool = False) -> dict[str, Any]:
     """Model and optimizer, each tensor with its place in the whole."""
-    state = _sharded_model(model, trainer.groups, _is_left_out)
+    sharded = _sharded_model(state.model, state.groups, _is_left_out)
     if is_loading:
-        for optimizer in trainer.optimizer.chained_optimizers:
+        for optimizer in state.optimizer.chained_optimizers:
             if isinstance(optimizer, DistributedOptimizer):
                 # torch's AdamW has no state to describe before its first step.
                 optimizer._init_optimizer_states_with_dummy_values()
-    metadata = _metadata(trainer.groups)
-    state["optimizer"] = trainer.optimizer.sharded_state_dict(state, is_loading=is_loading, metadata=metadata)
-    return state
+    metadata = _metadata(state.groups)
+    sharded["optimizer"] = state.optimizer.sharded_state_dict(sharded, is_loading=is_loading, metadata=metadata)
+    return sharded
 
 
 def _is_object(value: Any) -> bool:

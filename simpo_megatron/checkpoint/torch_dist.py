@@ -37,11 +37,11 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
+from simpo_megatron.checkpoint import manifest
+from simpo_megatron.checkpoint.tensor_index import check_index
 from simpo_megatron.convert.direct_io import DirectFile
 from simpo_megatron.errors import CheckpointError, SimPOError
 from simpo_megatron.mcore.skeleton import Skeleton, StoredPart
-from simpo_megatron.checkpoint import manifest
-from simpo_megatron.checkpoint.sharded_state import check_index
 
 COMMON_FILE = "common.pt"
 """What megatron-core calls the file of all that is no tensor."""

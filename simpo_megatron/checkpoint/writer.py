@@ -13,19 +13,16 @@ import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 
-from simpo_megatron.mcore.model import PreferenceGPTModel
 from simpo_megatron.checkpoint.manifest import Digest, digest_file
-from simpo_megatron.checkpoint.sharded_state import described, request_write
-from simpo_megatron.training.step import Trainer
-from simpo_megatron.training.together import gathered
+from simpo_megatron.checkpoint.sharded_state import RunState, described, request_write
+from simpo_megatron.errors import CheckpointError
+from simpo_megatron.ranks import gather_or_raise
 
 
-def begin_write(
-    model: list[PreferenceGPTModel], trainer: Trainer, iteration: int, folder: Path, *, in_background: bool
-) -> Writing:
+def begin_write(state: RunState, iteration: int, folder: Path, *, in_background: bool) -> Writing:
     """The run's tensors as they are now, being written into the empty `folder`, which all ranks see.
 
-    In the background, the host's memory holds a copy of this rank's share until it is written.
+    In the background, the host's memory holds a copy of this rank's shards until they are written.
 
     Collectives: megatron's and one object gather, world.
 
@@ -33,14 +30,14 @@ def begin_write(
         CheckpointError: on every rank alike, memory did not suffice for the copies.
         FailedAloneError: on this rank.
     """
-    request, live = request_write(model, trainer, iteration, folder)
+    request, live = request_write(state, iteration, folder)
     arguments: list[Any] = []
 
     def stage() -> int:
         arguments.extend(_staged(request, live if in_background else set()))
         return _num_bytes(arguments) if request.async_fn is not None else 0
 
-    num_bytes = sum(gathered(stage))
+    num_bytes = sum(gather_or_raise(stage, wrap=CheckpointError))
     writing = Writing(request, arguments, folder, num_bytes)
     writing.start(in_background=in_background)
     return writing
@@ -80,7 +77,7 @@ class Writing:
         """
         if self._thread.is_alive():
             self._thread.join()
-        digests = gathered(self._result)
+        digests = gather_or_raise(self._result, wrap=CheckpointError)
         with described(self._folder):
             for finalize in self._request.finalize_fns:
                 finalize()

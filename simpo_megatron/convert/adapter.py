@@ -23,9 +23,9 @@ from simpo_megatron.convert.folder import mark, write_json
 from simpo_megatron.convert.mapping import (
     COLUMNS,
     REPLICATED,
-    Layout,
     Piece,
     Rule,
+    WeightLayout,
     hf_tensors,
     in_every_layer,
     layer_rules,
@@ -101,7 +101,7 @@ def _adapter_rules(description: ModelDescription, settings: LoRAConfig) -> Itera
         # One A for each layer of Hugging Face, which may be one for all views of the weight.
         names_of_A = tuple(dict.fromkeys(f"{module}.lora_A.weight" for module in modules))
         is_cut = rule.layout is COLUMNS
-        copies = Layout(1 if is_cut else None, partial(_copies, len(names_of_A)))
+        copies = WeightLayout(1 if is_cut else None, partial(_copies, len(names_of_A)))
         yield Rule(f"{layer_name}{ADAPTER_SUFFIX}.lora_A", names_of_A, copies, (rank, num_inputs))
         names_of_B = tuple(f"{module}.lora_B.weight" for module in modules)
         rows = REPLICATED if is_cut else rule.layout

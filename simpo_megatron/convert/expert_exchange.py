@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from simpo_megatron.mcore import device
+from simpo_megatron.ranks import gather_or_raise
 
 
 @dataclass(frozen=True)
@@ -27,18 +28,15 @@ class ExpertExchange:
 
         Collectives: one exchange of names over the group.
         """
-        names_of_ranks: list = [None] * group.size()
-        dist.all_gather_object(names_of_ranks, list(own_names), group=group)
+        names_of_ranks = gather_or_raise(lambda: list(own_names), group)
         return cls({name: rank for rank, names in enumerate(names_of_ranks) for name in names}, group)
 
-    def agree(self, proceeds: bool) -> bool:
-        """What the first rank says.
+    def proceeds(self, says: bool) -> bool:
+        """Whether the group's first rank says that the export goes on.
 
-        Collectives: one broadcast of a flag over the group.
+        Collectives: one object gather over the group.
         """
-        said = [proceeds]
-        dist.broadcast_object_list(said, dist.get_global_rank(self.group, 0), group=self.group)
-        return said[0]
+        return gather_or_raise(lambda: says, self.group)[0]
 
     def bring(self, name: str, own: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
         """The tensor `name` on the group's first rank; None on the others.

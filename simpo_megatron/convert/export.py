@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import shutil
-import uuid
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -19,13 +19,16 @@ from simpo_megatron.convert.folder import (
     complete_folder,
     divide,
     file_names,
-    publish,
+    new_output,
     refuse_existing_export,
 )
 from simpo_megatron.convert.mapping import Piece, hf_tensors, pieces, stage_tensors
 from simpo_megatron.errors import CheckpointError
 from simpo_megatron.mcore.families import ModelDescription
 from simpo_megatron.parallel import ParallelGroups
+from simpo_megatron.ranks import gather_or_raise, raise_on_all_ranks
+
+Result = TypeVar("Result")
 
 Files = dict[str, dict[str, TensorSpec]]
 """The tensors of each weight file, by its name."""
@@ -116,32 +119,33 @@ def export_tensors(
     exchange = ExpertExchange.of(experts, groups.ep) if lends_experts else None
     source = _Source(owned, description, groups.tp, exchange)
     if holds_copies:
-        if exchange is not None and exchange.agree(False):
+        if exchange is not None and exchange.proceeds(False):
             for name in sorted(experts, key=list(specs).index):
                 source.tensor(name, specs[name])
         return
     out_folder = Path(out_folder)
     shards = _plan_shards(specs, list(owned if stage_names is None else stage_names), max_shard_bytes, groups=groups)
     is_committer = groups.tp.rank() == 0 and groups.pp.rank() == 0
-    staging = None
-    try:
-        staging = _agreed_staging_folder(out_folder, is_committer, groups)
-    finally:
-        if exchange is not None:
-            exchange.agree(staging is not None)
-    failure = None
-    for shard in shards:
-        if shard.stage == groups.pp.rank():
-            tensors = (source.tensor(name, spec) for name, spec in shard.specs.items())
-            failure = _write_or_drain(staging / shard.file_name, shard, tensors, groups, failure)
-    _raise_together(failure, staging, groups)
-    if is_committer:
-        failure = _attempt(complete, staging, {shard.file_name: shard.specs for shard in shards})
-        failure = failure or _attempt(publish, staging, out_folder)
-    _raise_together(failure, staging, groups)
+    with ExitStack() as stack:
+        staging = None
+        try:
+            staging = _on_committer(lambda: _begin(out_folder, stack), is_committer, groups)
+        finally:
+            if exchange is not None:
+                exchange.proceeds(staging is not None)
+        failure: CheckpointError | None = None
+        for shard in shards:
+            if shard.stage == groups.pp.rank():
+                tensors = (source.tensor(name, spec) for name, spec in shard.specs.items())
+                failure = _write_or_drain(staging / shard.file_name, shard, tensors, groups, failure)
+        raise_on_all_ranks(lambda: _raise(failure), groups.tp, groups.pp)
+        files = {shard.file_name: shard.specs for shard in shards}
+        _on_committer(lambda: complete(staging, files), is_committer, groups)
+        _on_committer(stack.close, is_committer, groups)
 
 
 _EMBEDDING = "model.embed_tokens.weight"
+_FAILED = "the export failed and left nothing behind"
 
 
 def _pieces_by_name(
@@ -197,7 +201,7 @@ def _plan_shards(
 
     Collectives: one exchange of names over pp.
     """
-    names_of_stages = _all_gather_objects(own_names, groups.pp)
+    names_of_stages = gather_or_raise(lambda: own_names, groups.pp)
     parts: list[tuple[int, dict[str, TensorSpec]]] = []
     for stage, names in enumerate(map(set, names_of_stages)):
         own = {name: spec for name, spec in specs.items() if name in names}
@@ -243,52 +247,45 @@ def _write_or_drain(
     shard: _Shard,
     tensors: Iterator[Tensor | None],
     groups: ParallelGroups,
-    failure: str | None,
-) -> str | None:
+    failure: CheckpointError | None,
+) -> CheckpointError | None:
     """Why writing failed, now or before. A rank that cannot write still gathers: its peers wait there."""
     if groups.tp.rank() == 0 and failure is None:
-        failure = _attempt(write_safetensors, path, shard.specs, tensors)
+        try:
+            write_safetensors(path, shard.specs, tensors)
+        except (OSError, CheckpointError) as error:
+            failure = CheckpointError(f"{_FAILED}: {error}")
     for _ in tensors:
         pass
     return failure
 
 
-def _agreed_staging_folder(out_folder: Path, is_committer: bool, groups: ParallelGroups) -> Path:
-    """A new folder beside `out_folder`, made by one rank and known to all."""
-    name, failure = None, None
-    if is_committer:
-        name = f".{out_folder.name}.{uuid.uuid4().hex}.tmp"
-        failure = _attempt(refuse_existing_export, out_folder)
-        failure = failure or _attempt((out_folder.parent / name).mkdir, parents=True)
-    names = _all_gather_objects(_all_gather_objects(name, groups.tp), groups.pp)
-    staging = out_folder.parent / names[0][0]
-    _raise_together(failure, staging, groups)
-    return staging
+def _begin(out_folder: Path, stack: ExitStack) -> Path:
+    """The folder to write into, which appears as `out_folder` when `stack` is closed without an error."""
+    refuse_existing_export(out_folder)
+    return stack.enter_context(new_output(out_folder))
 
 
-def _attempt(action, *args, **kwargs) -> str | None:
-    """Why `action` could not do its work on this machine; None when it did."""
-    try:
-        action(*args, **kwargs)
-    except (OSError, CheckpointError) as error:
-        return str(error)
-    return None
+def _on_committer(work: Callable[[], Result], is_committer: bool, groups: ParallelGroups) -> Result:
+    """The result of `work` on the rank that publishes the export, on every rank that takes part.
 
+    Collectives: one object gather over tp, one over pp.
 
-def _raise_together(failure: str | None, staging: Path, groups: ParallelGroups) -> None:
-    """Nothing, when no rank failed; else the same error on all, and nothing left behind.
-
-    Collectives: one exchange of a short text over tp, one over pp.
+    Raises:
+        CheckpointError: on every rank alike, it failed.
     """
-    by_stage = _all_gather_objects(_all_gather_objects(failure, groups.tp), groups.pp)
-    failures = [text for texts in by_stage for text in texts if text]
-    if failures:
-        if groups.tp.rank() == 0 and groups.pp.rank() == 0:
-            shutil.rmtree(staging, ignore_errors=True)
-        raise CheckpointError(f"the export failed and left nothing behind: {failures[0]}")
+
+    def attempt() -> Result | None:
+        if not is_committer:
+            return None
+        try:
+            return work()
+        except (OSError, CheckpointError) as error:
+            raise CheckpointError(f"{_FAILED}: {error}") from error
+
+    return cast(Result, gather_or_raise(attempt, groups.tp, groups.pp)[0])
 
 
-def _all_gather_objects(value, group: dist.ProcessGroup) -> list:
-    gathered = [None] * group.size()
-    dist.all_gather_object(gathered, value, group=group)
-    return gathered
+def _raise(failure: CheckpointError | None) -> None:
+    if failure is not None:
+        raise failure

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from simpo_megatron import __version__
+from simpo_megatron import __version__, atomic
 from simpo_megatron.convert.files import INDEX_FILE, SINGLE_FILE, TensorSpec
 from simpo_megatron.errors import CheckpointError
 
@@ -49,6 +49,26 @@ def refuse_existing_export(out_folder: str | Path) -> None:
             f"{path}: exists already and is no export of simpo_megatron, which alone would be replaced; remove it or "
             "name another folder"
         )
+
+
+@contextmanager
+def new_output(out_folder: Path) -> Iterator[Path]:
+    """A folder to fill, which becomes `out_folder` at the end, in place of what is there; after an error it is gone.
+
+    What a killed process has left of the same output is removed.
+
+    Raises:
+        CheckpointError: another process is writing the same output, or the place cannot be written.
+    """
+    try:
+        with atomic.new_folder(out_folder) as draft:
+            yield draft
+    except BlockingIOError:
+        raise CheckpointError(
+            f"{out_folder}: found another process writing it, expected none; wait for it or name another folder"
+        ) from None
+    except OSError as error:
+        raise CheckpointError(f"{out_folder}: could not be written ({error.strerror})") from error
 
 
 def divide(specs: Mapping[str, TensorSpec], max_shard_bytes: int) -> list[dict[str, TensorSpec]]:
@@ -118,25 +138,3 @@ def _with_dtype(hf_config: Mapping[str, Any], files: Mapping[str, Mapping[str, T
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write `content` as JSON that people can read."""
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def publish(staging: Path, out_folder: Path) -> None:
-    """Give the whole `staging`, once it is on the disk, the name `out_folder`; an earlier export there goes."""
-    for path in staging.iterdir():
-        sync(path)
-    sync(staging)
-    replaced = staging.with_suffix(".replaced")
-    if out_folder.exists():
-        os.rename(out_folder, replaced)
-    os.rename(staging, out_folder)
-    sync(out_folder.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
-
-
-def sync(path: Path) -> None:
-    """Return once what `path`, a file or a folder, holds is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

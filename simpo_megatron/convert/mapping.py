@@ -24,7 +24,7 @@ from simpo_megatron.mcore.lora import ADAPTER_SUFFIX, Adapter
 
 
 @dataclass(frozen=True)
-class Layout:
+class WeightLayout:
     """How Hugging Face tensors make up one megatron parameter."""
 
     cut: int | None
@@ -54,14 +54,13 @@ def _query_key_value_of_each_group(parameter: Tensor, description: ModelDescript
     return grouped.split((num_queries, 1, 1), dim=1)
 
 
-VOCABULARY = Layout(0, _whole, is_vocabulary=True)
-REPLICATED = Layout(None, _whole)
-ROWS = Layout(0, _whole)
-COLUMNS = Layout(1, _whole)
-GATE_UP = Layout(0, _halves)
-QKV = Layout(0, _query_key_value_of_each_group)
-EXPERT = Layout(None, _whole, is_expert=True)
-EXPERT_GATE_UP = Layout(None, _halves, is_expert=True)
+VOCABULARY = WeightLayout(0, _whole, is_vocabulary=True)
+REPLICATED = WeightLayout(None, _whole)
+COLUMNS = WeightLayout(1, _whole)
+GATE_UP = WeightLayout(0, _halves)
+QKV = WeightLayout(0, _query_key_value_of_each_group)
+EXPERT = WeightLayout(None, _whole, is_expert=True)
+EXPERT_GATE_UP = WeightLayout(None, _halves, is_expert=True)
 
 _EXPERT_NAMES = {
     "mixtral": ("block_sparse_moe.gate", "block_sparse_moe.experts.{}.", ("w1", "w3", "w2")),
@@ -79,7 +78,7 @@ class Rule:
     hf_names: tuple[str, ...]
     """One per view of the layout, `{}` for the layer and then the expert, counted from zero. Equal names: one tensor,
     whose rows are the views' in turn."""
-    layout: Layout
+    layout: WeightLayout
     shape: tuple[int, ...]
     """Of the whole parameter, vocabulary unpadded."""
     te_parameter: str | None = None
@@ -97,7 +96,7 @@ class Piece:
     """Shape of these elements in the file."""
     first_row: int
     """Where the whole view's rows start in the tensor; above zero in fused tensors only."""
-    layout: Layout
+    layout: WeightLayout
     added: Callable[[], Tensor] | None = None
     """fp32, of `hf_shape`: what an adapter adds to these elements; None without adapter."""
 

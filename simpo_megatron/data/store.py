@@ -5,14 +5,10 @@ A store is a folder: `pairs.bin` and `pairs.idx` (three sequences per document: 
 counts). It appears whole, by one rename, or not at all.
 """
 
-import contextlib
 import hashlib
 import json
 import os
-import shutil
 import struct
-import tempfile
-import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -21,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+from simpo_megatron.atomic import new_folder
 from simpo_megatron.data.options import PairOptions
 from simpo_megatron.data.records import (
     UNUSABLE_REASONS,
@@ -42,7 +39,6 @@ INT32_CODE = 4
 CHUNK_RECORDS = 64
 CHUNK_BYTES = 1 << 20
 # A build that has written nothing for this long was killed.
-ABANDONED_SECONDS = 24 * 3600
 # Below this many bytes, starting processes takes longer than tokenising in this one.
 MIN_BYTES_PER_WORKER = 16 << 20
 PAIR_DTYPE = np.dtype([("line", np.int64), ("prompt_key", np.uint64), ("lost", np.int32, 3)])
@@ -143,31 +139,11 @@ def open_store(path: str, tokenizer, options: PairOptions, cache_dir: str, *, bu
 
 
 def _build_store(folder: Path, path: str, tokenizer, options: PairOptions, num_workers: int, identity: dict) -> None:
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    _remove_abandoned(folder)
-    unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
-        sidecar = _write_store(unfinished, path, tokenizer, options, num_workers) | {"identity": identity}
+    with new_folder(folder, first_wins=True) as draft:
+        sidecar = _write_store(draft, path, tokenizer, options, num_workers) | {"identity": identity}
         if source_identity(path) != identity["source"]:
             raise DataError(f"{path}: the file changed while it was being read; start again once it is complete")
-        (unfinished / "store.json").write_text(json.dumps(sidecar, indent=1))
-        unfinished.chmod(0o755)
-        os.rename(unfinished, folder)
-    except OSError:
-        # Another process finished the same store first: rename refuses a folder that is not empty.
-        if not (folder / "store.json").exists():
-            raise
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-
-
-def _remove_abandoned(folder: Path) -> None:
-    """Removes what killed builds of this store have left beside it; a living one writes all the time."""
-    for left in folder.parent.glob(f".{folder.name}.*"):
-        with contextlib.suppress(OSError):
-            written = max(file.stat().st_mtime for file in (left, *left.iterdir()))
-            if time.time() - written > ABANDONED_SECONDS:
-                shutil.rmtree(left, ignore_errors=True)
+        (draft / "store.json").write_text(json.dumps(sidecar, indent=1))
 
 
 def _write_store(folder: Path, path: str, tokenizer, options: PairOptions, num_workers: int) -> dict:

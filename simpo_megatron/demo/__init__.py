@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+
+from simpo_megatron.atomic import new_folder
 
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
@@ -40,16 +40,9 @@ def prepare_demo(folder: str | Path) -> DemoAssets:
     bundled = Path(__file__).parent
     assets = DemoAssets(Path(folder) / "tiny-llama", bundled / "pairs.jsonl", bundled / "held_out_pairs.jsonl")
     if not assets.model_dir.is_dir():
-        assets.model_dir.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".tiny-llama.") as scratch:
-            staging = Path(scratch, "model")
-            _write_tokenizer(staging, assets.train_file)
-            _write_model(staging)
-            try:
-                os.rename(staging, assets.model_dir)
-            except OSError:
-                if not assets.model_dir.is_dir():
-                    raise
+        with new_folder(assets.model_dir, first_wins=True) as draft:
+            _write_tokenizer(draft, assets.train_file)
+            _write_model(draft)
     return assets
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch.distributed as dist
+
 from simpo_megatron.data import (
     BatchOptions,
     PreferenceBatch,
@@ -17,7 +19,8 @@ from simpo_megatron.data import (
 )
 from simpo_megatron.errors import ConfigError
 from simpo_megatron.megatron_lm.arguments import batch_options, pair_options
-from simpo_megatron.parallel import data_parallel_rank, first_rank_first
+from simpo_megatron.parallel import data_parallel_rank
+from simpo_megatron.ranks import raise_on_all_ranks
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,7 @@ def train_valid_test_datasets_provider(
     """Endless iterators over training pairs from the first one not yet consumed, over held-out pairs, and None.
 
     Every rank reads for itself (`is_distributed`), and each virtual pipeline stage has iterators of its own. Tokenised
-    once by rank 0. Collectives: those of `first_rank_first`, once a file set.
+    once by rank 0. Collectives: two object gathers, world, for each set of files.
 
     Raises: ConfigError, DataError: what is wrong with arguments or files, on every rank.
     """
@@ -75,9 +78,12 @@ def _dataset(files: list[str], args) -> PreferenceDataset:
 
     tokenizer = AutoTokenizer.from_pretrained(args.tokenizer_model, trust_remote_code=False)
     pairs = pair_options(args)
-    dataset = first_rank_first(
-        lambda is_first: build_preference_dataset(files, tokenizer, pairs, args.simpo_data_cache, build=is_first)
-    )
+
+    def load(*, build: bool) -> PreferenceDataset:
+        return build_preference_dataset(files, tokenizer, pairs, args.simpo_data_cache, build=build)
+
+    built = raise_on_all_ranks(lambda: load(build=True) if dist.get_rank() == 0 else None)
+    dataset = raise_on_all_ranks(lambda: load(build=False) if built is None else built)
     check_vocabulary(dataset, args.padded_vocab_size)
     return dataset
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from simpo_megatron.checkpoint.initial_weights import fill_weights
 from simpo_megatron.config import config_from
 from simpo_megatron.convert.files import TensorSpec
 from simpo_megatron.data import PairOptions, PreferenceDataset, build_preference_dataset, load_tokenizer
@@ -17,7 +18,6 @@ from simpo_megatron.mcore.families import ModelDescription
 from simpo_megatron.mcore.model import build_model
 from simpo_megatron.offline.weights import HfWeights, Weights
 from simpo_megatron.parallel import ParallelGroups
-from simpo_megatron.checkpoint.initial_weights import fill_weights
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,9 @@ import torch
 from torch import Tensor
 
 from simpo_megatron import __version__
+from simpo_megatron.checkpoint import manifest
+from simpo_megatron.checkpoint.manifest import model_facts
+from simpo_megatron.checkpoint.torch_dist import write_parameters
 from simpo_megatron.convert.files import TensorSpec, write_safetensors
 from simpo_megatron.convert.folder import (
     MAX_SHARD_BYTES,
@@ -18,6 +21,7 @@ from simpo_megatron.convert.folder import (
     copy_model_files,
     divide,
     file_names,
+    new_output,
     refuse_existing_export,
     write_json,
 )
@@ -26,13 +30,9 @@ from simpo_megatron.convert.mapping import pieces_of
 from simpo_megatron.errors import CheckpointError, ConfigError
 from simpo_megatron.mcore.skeleton import Skeleton
 from simpo_megatron.offline.progress import Transfer
-from simpo_megatron.offline.staging import new_folder
-from simpo_megatron.checkpoint.torch_dist import write_parameters
 from simpo_megatron.offline.weights import MegatronWeights, Weights
 from simpo_megatron.parallel import ParallelGroups
-from simpo_megatron.checkpoint import manifest
 from simpo_megatron.training.card import card_of
-from simpo_megatron.training.resume import model_facts
 
 
 def to_mcore(weights: Weights, out_folder: Path, groups: ParallelGroups, *, dtype: torch.dtype | None = None) -> None:
@@ -55,7 +55,7 @@ def to_mcore(weights: Weights, out_folder: Path, groups: ParallelGroups, *, dtyp
         for name in skeleton.shapes
     }
     num_bytes = sum(TensorSpec(shape, dtypes[name]).num_bytes for name, shape in skeleton.shapes.items())
-    with new_folder(out_folder) as staging, Transfer("write megatron", num_bytes) as transfer:
+    with new_output(out_folder) as staging, Transfer("write megatron", num_bytes) as transfer:
         folder = staging / manifest.RELEASE
         folder.mkdir()
 
@@ -125,7 +125,7 @@ def write_hf(
     parts = divide(specs, max_shard_bytes)
     files = dict(zip(file_names(len(parts)), parts, strict=True))
     num_bytes = sum(spec.num_bytes for spec in specs.values())
-    with new_folder(out_folder) as staging, Transfer(title, num_bytes) as transfer:
+    with new_output(out_folder) as staging, Transfer(title, num_bytes) as transfer:
 
         def counted(name: str) -> Tensor:
             transfer.advance(specs[name].num_bytes)

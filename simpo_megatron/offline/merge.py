@@ -8,13 +8,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from simpo_megatron.checkpoint.manifest import model_facts
 from simpo_megatron.convert.folder import MAX_SHARD_BYTES, refuse_existing_export
 from simpo_megatron.data import PairOptions
 from simpo_megatron.data.tokenization import load_tokenizer, tokenizer_identity
 from simpo_megatron.errors import CheckpointError, ConfigError, listed
 from simpo_megatron.offline.convert import write_hf
 from simpo_megatron.offline.weights import Weights
-from simpo_megatron.training.resume import model_facts
 
 
 def merge(

@@ -10,6 +10,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from simpo_megatron.checkpoint import manifest
+from simpo_megatron.checkpoint.tensor_index import refuse_other_weights
+from simpo_megatron.checkpoint.torch_dist import CheckpointReader
 from simpo_megatron.convert.export import gather_tensor
 from simpo_megatron.convert.files import DTYPE_NAMES, TensorSpec, open_safetensors
 from simpo_megatron.convert.load_weights import checked_tensors
@@ -17,10 +20,7 @@ from simpo_megatron.convert.mapping import hf_tensors, pieces_of
 from simpo_megatron.errors import CheckpointError
 from simpo_megatron.mcore.families import ModelDescription, describe_hf_model
 from simpo_megatron.mcore.skeleton import Skeleton
-from simpo_megatron.checkpoint.torch_dist import CheckpointReader
 from simpo_megatron.parallel import ParallelGroups
-from simpo_megatron.checkpoint import manifest
-from simpo_megatron.checkpoint.sharded_state import refuse_other_weights
 
 _DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 

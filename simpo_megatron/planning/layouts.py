@@ -11,14 +11,14 @@ from simpo_megatron.errors import ConfigError
 from simpo_megatron.mcore.families import ModelDescription
 from simpo_megatron.parallel import ParallelSizes
 from simpo_megatron.planning.gpus import ASSUMED, GIB, Gpu
-from simpo_megatron.planning.workload import Load
 from simpo_megatron.planning.memory import StageMemory, stage_memory
 from simpo_megatron.planning.shapes import ModelShape, Pack
 from simpo_megatron.planning.speed import StepTime, step_time, useful_flops
+from simpo_megatron.planning.workload import Workload
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
+class PlanRequest:
     """What is to be planned; `config` holds everything but the layout, whose sizes above 1 are kept as given."""
 
     description: ModelDescription
@@ -36,7 +36,7 @@ class Candidate:
     """A layout that fits."""
 
     config: Config
-    load: Load
+    load: Workload
     memory: tuple[StageMemory, ...]
     """Of a rank of each pipeline stage."""
     time: StepTime
@@ -76,7 +76,7 @@ class Refusal:
 class Survey:
     """Everything that was looked at: what fits, fastest first, and what does not."""
 
-    job: Job
+    job: PlanRequest
     candidates: tuple[Candidate, ...]
     refusals: tuple[Refusal, ...]
 
@@ -88,7 +88,7 @@ class Survey:
         return min(equals, key=lambda candidate: (round(candidate.fullest.total / GIB), candidate.time.total))
 
 
-def survey(job: Job) -> Survey:
+def survey(job: PlanRequest) -> Survey:
     """All layouts of `job`, each with the least recomputation that fits (or with what the configuration asks for)."""
     candidates, refusals = [], []
     for layout in _layouts(job):
@@ -98,7 +98,7 @@ def survey(job: Job) -> Survey:
     return Survey(job=job, candidates=tuple(candidates), refusals=tuple(refusals))
 
 
-def plan_one(job: Job) -> Candidate:
+def plan_one(job: PlanRequest) -> Candidate:
     """The layout that the configuration itself states, as it is.
 
     Raises:
@@ -125,7 +125,7 @@ def recomputation(config: Config) -> str:
     return "whole layers recomputed" if recompute.recompute_granularity == "full" else "nothing recomputed"
 
 
-def _layouts(job: Job) -> Iterator[Config]:
+def _layouts(job: PlanRequest) -> Iterator[Config]:
     given, model = job.config.parallel, job.description.transformer
     num_layers = model["num_layers"]
     for tensor in _sizes(given.tensor_model_parallel_size, _divisors(job.gpu.per_node)):
@@ -162,7 +162,7 @@ def _divisors(number: int) -> list[int]:
     return [size for size in range(1, number + 1) if number % size == 0]
 
 
-def _with_layout(job: Job, sizes: ParallelSizes) -> Config:
+def _with_layout(job: PlanRequest, sizes: ParallelSizes) -> Config:
     replicas = job.num_gpus // (sizes.tensor * sizes.pipeline)
     return replace(
         job.config,
@@ -181,7 +181,7 @@ def _with_layout(job: Job, sizes: ParallelSizes) -> Config:
     )
 
 
-def _try(job: Job, config: Config) -> Candidate | Refusal:
+def _try(job: PlanRequest, config: Config) -> Candidate | Refusal:
     """`config` with the least recomputation that fits: none, core attention, MLPs with it, then whole layers."""
     mlp = "moe" if "num_moe_experts" in job.description.transformer else "mlp"
     if config.recompute.recompute_granularity is not None:
@@ -198,7 +198,7 @@ def _try(job: Job, config: Config) -> Candidate | Refusal:
     return answer
 
 
-def _evaluate(job: Job, config: Config) -> Candidate | Refusal:
+def _evaluate(job: PlanRequest, config: Config) -> Candidate | Refusal:
     try:
         layout = resolve(config, world_size=job.num_gpus, model=job.description.transformer, machine=job.gpu.machine)
     except ConfigError as error:
@@ -207,7 +207,7 @@ def _evaluate(job: Job, config: Config) -> Candidate | Refusal:
     step_tokens = config.batch.global_batch_size * job.pack.pair_tokens
     multiple = layout.microbatch_multiple
     num_microbatches = math.ceil(math.ceil(step_tokens / job.pack.tokens / dp) / multiple) * multiple
-    load = Load(
+    load = Workload(
         shape=ModelShape.of(job.description),
         config=config,
         pack=job.pack,
@@ -231,7 +231,7 @@ def _evaluate(job: Job, config: Config) -> Candidate | Refusal:
     )
 
 
-def _too_much(job: Job, config: Config, memory: tuple[StageMemory, ...]) -> Refusal | None:
+def _too_much(job: PlanRequest, config: Config, memory: tuple[StageMemory, ...]) -> Refusal | None:
     usable = job.gpu.memory_gib * ASSUMED.usable_memory * GIB
     stage, fullest = max(enumerate(memory), key=lambda entry: entry[1].total)
     if fullest.total <= usable:

@@ -15,13 +15,13 @@ from simpo_megatron.config.lora import LORA_TARGETS
 from simpo_megatron.loss.fused_linear import DEFAULT_LOGITS_BUDGET_BYTES, MAX_BLOCK_WIDTH, MIN_BLOCK_WIDTH
 from simpo_megatron.mcore.families import padded_vocab_size
 from simpo_megatron.mcore.precision import precision_options
-from simpo_megatron.planning.workload import Load
 from simpo_megatron.planning.parameters import (
     adapter_parameters,
     optimizer_parameters,
     stage_parameters,
     trained_parameters,
 )
+from simpo_megatron.planning.workload import Workload
 
 GIB = 2**30
 
@@ -43,7 +43,7 @@ class StageMemory:
         return sum(getattr(self, part.name) for part in fields(self))
 
 
-def stage_memory(load: Load, stage: int) -> StageMemory:
+def stage_memory(load: Workload, stage: int) -> StageMemory:
     """The parts of a rank of pipeline stage `stage` (from 0).
 
     On top of what the layers keep, the peak is the larger of two moments: the loss at work, or, what it kept given
@@ -72,7 +72,7 @@ def gradient_bytes(parameters: int) -> int:
     return 4 * parameters
 
 
-def optimizer_bytes(load: Load, stage: int) -> float:
+def optimizer_bytes(load: Workload, stage: int) -> float:
     """Adam's two fp32 moments and, beside bf16 weights, an fp32 copy of the rank's share.
 
     Source: megatron.core DistributedOptimizer (shard_fp32_from_float16_groups) and
@@ -81,7 +81,7 @@ def optimizer_bytes(load: Load, stage: int) -> float:
     return (12 if load.config.precision.bf16 else 8) * optimizer_parameters(load, stage)
 
 
-def fp8_bytes(load: Load, stage: int) -> float:
+def fp8_bytes(load: Workload, stage: int) -> float:
     """What the FP8 matrices of a stage's layers add to weights in bf16, per rank.
 
     Two versions of each, as it is and transposed, of a byte a value, are kept over the microbatches: beside the bf16
@@ -102,7 +102,7 @@ def fp8_bytes(load: Load, stage: int) -> float:
     return (2.0 - load.itemsize * precision.fp8_param_gather) * max(num_layers, 0) * matrices
 
 
-def layer_activation_bytes(load: Load) -> dict[str, float]:
+def layer_activation_bytes(load: Workload) -> dict[str, float]:
     """What one layer keeps of a pack for its backward, by part, nothing recomputed.
 
     Source: for the torch engine the tensors that autograd saves in megatron.core's local layer; for Transformer
@@ -143,12 +143,12 @@ def layer_activation_bytes(load: Load) -> dict[str, float]:
     }
 
 
-def _fuses_activation(load: Load) -> bool:
+def _fuses_activation(load: Workload) -> bool:
     """Whether the MLP keeps the input of its gated activation alone; the CPU's experts do not."""
     return load.shape.fuses_activation and (load.engine == "transformer_engine" or not load.shape.num_moe_experts)
 
 
-def _routing_bytes(load: Load, product: float) -> float:
+def _routing_bytes(load: Workload, product: float) -> float:
     """What a mixture keeps beyond a dense MLP: each expert's inputs, and three fp32 scores a token and expert.
 
     As many tokens reach a rank as leave it: experts are taken to be chosen equally often.
@@ -162,7 +162,7 @@ def _routing_bytes(load: Load, product: float) -> float:
     return inputs + 12 * load.tokens / load.sequence_ranks * shape.num_moe_experts
 
 
-def _attention_bytes(load: Load) -> float:
+def _attention_bytes(load: Workload) -> float:
     """What the core attention keeps: queries, the gathered keys and values of all segments, and its own sums.
 
     A prompt's keys are gathered once more for the rejected response. With capped scores torch's operations keep
@@ -181,7 +181,7 @@ def _attention_bytes(load: Load) -> float:
     return query + 2 * key * gathered + log_sum_exp + query + masks
 
 
-def _keys_per_token(load: Load) -> float:
+def _keys_per_token(load: Workload) -> float:
     """Keys that a rank gathers for each of its tokens: under context parallelism also those that lie with others.
 
     Source: ContextShare's two pieces a rank; each needs what comes before it in the sequence that it begins in.
@@ -192,13 +192,13 @@ def _keys_per_token(load: Load) -> float:
     return min(1 + 2 * (pack.prompt + pack.response) / load.tokens, cp + 0.5)
 
 
-def _query_key_bytes(load: Load) -> tuple[float, float]:
+def _query_key_bytes(load: Workload) -> tuple[float, float]:
     """Of [S, A / tp, D] and [S, G / tp, D]."""
     per_width = load.tokens / load.sizes.tensor * load.itemsize
     return per_width * load.shape.query_size, per_width * load.shape.key_size
 
 
-def kept_layer_bytes(load: Load) -> float:
+def kept_layer_bytes(load: Workload) -> float:
     """What one layer keeps between forward and backward, selective recomputation taken into account.
 
     Source: megatron.core Attention._checkpointed_attention_forward keeps the rotated query and key and, because the
@@ -213,12 +213,12 @@ def kept_layer_bytes(load: Load) -> float:
     return sum(parts.values())
 
 
-def chunk_layers(load: Load) -> int:
+def chunk_layers(load: Workload) -> int:
     """Layers of one model chunk: of a stage, or of one of its virtual stages."""
     return load.shape.num_layers // load.sizes.pipeline // (load.sizes.virtual_pipeline or 1)
 
 
-def chunks_in_flight(load: Load, stage: int) -> int:
+def chunks_in_flight(load: Workload, stage: int) -> int:
     """Model chunks of this stage whose forward is done and whose backward is not, at most.
 
     Source: megatron.core schedules: the warm-up of 1F1B and of interleaved 1F1B, and one more in the steady state.
@@ -232,7 +232,7 @@ def chunks_in_flight(load: Load, stage: int) -> int:
     return min(load.num_microbatches * num_chunks, warm_up + 1)
 
 
-def activation_bytes(load: Load, stage: int) -> float:
+def activation_bytes(load: Workload, stage: int) -> float:
     """What all chunks in flight on a stage keep: their layers, and with pipelining each chunk's output.
 
     Source: megatron.core TransformerBlock._checkpointed_forward for full recomputation; schedules keep the outputs
@@ -253,7 +253,7 @@ def activation_bytes(load: Load, stage: int) -> float:
     return kept * chunks_in_flight(load, stage)
 
 
-def backward_work_bytes(load: Load) -> float:
+def backward_work_bytes(load: Workload) -> float:
     """Peak of one layer's backward beyond what was kept, what it computes again included.
 
     Gradients travel along the residual stream and through the MLP's widest activations, a weight gradient beside
@@ -281,7 +281,7 @@ def backward_work_bytes(load: Load) -> float:
     return gradients + max(0.0, again)
 
 
-def head_bytes(load: Load) -> tuple[float, float]:
+def head_bytes(load: Workload) -> tuple[float, float]:
     """(what the final norm and the head keep of a pack, their peak beyond that).
 
     Source: simpo_megatron.loss.fused_linear: the selected rows and logits within the byte budget are kept; a block
@@ -305,7 +305,7 @@ def head_bytes(load: Load) -> tuple[float, float]:
     return norm + rows + logits, max(block, backward, returned)
 
 
-def communication_bytes(load: Load) -> float:
+def communication_bytes(load: Workload) -> float:
     """Buffers of collectives and pipeline messages outside NCCL.
 
     Source: megatron.core's global memory buffer holds one gathered [S, H] under sequence parallelism (Transformer
@@ -318,7 +318,7 @@ def communication_bytes(load: Load) -> float:
     return gathered + (4 * load.hidden_bytes if load.sizes.pipeline > 1 else 0.0)
 
 
-def runtime_bytes(load: Load) -> float:
+def runtime_bytes(load: Workload) -> float:
     """CUDA context, kernels and workspaces, and NCCL's channels for each kind of group. Assumed, not measured."""
     if load.engine == "torch":
         return 0.0

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from simpo_megatron.mcore.families import padded_vocab_size
 from simpo_megatron.parallel import ParallelSizes
-from simpo_megatron.planning.workload import Load
 from simpo_megatron.planning.shapes import ModelShape
+from simpo_megatron.planning.workload import Workload
 
 
 def layer_parameters(shape: ModelShape, tensor_ranks: int) -> int:
@@ -43,7 +43,7 @@ def stage_parameters(shape: ModelShape, sizes: ParallelSizes, stage: int) -> int
     return layers + expert_parameters(shape, sizes) + num_tables * table + (shape.hidden_size if is_last else 0)
 
 
-def adapter_parameters(load: Load) -> int:
+def adapter_parameters(load: Workload) -> int:
     """Parameters of a stage's low-rank adapters on a tensor-parallel rank; 0 without adapters.
 
     Source: simpo_megatron.mcore.lora: A [r, inputs] and B [outputs, r] of each target, one of the two divided.
@@ -60,7 +60,7 @@ def adapter_parameters(load: Load) -> int:
     return shape.num_layers // load.sizes.pipeline * lora.lora_rank * sum(sides[name] for name in lora.lora_targets)
 
 
-def trained_parameters(load: Load, stage: int) -> tuple[int, int]:
+def trained_parameters(load: Workload, stage: int) -> tuple[int, int]:
     """(those outside experts, those of experts) that an optimizer step changes on a rank of a pipeline stage."""
     if load.config.lora.lora_rank is not None:
         return adapter_parameters(load), 0
@@ -68,7 +68,7 @@ def trained_parameters(load: Load, stage: int) -> tuple[int, int]:
     return stage_parameters(load.shape, load.sizes, stage) - experts, experts
 
 
-def optimizer_parameters(load: Load, stage: int) -> float:
+def optimizer_parameters(load: Workload, stage: int) -> float:
     """Parameters whose optimizer state a rank keeps: with the distributed optimizer its share of those it trains.
 
     Source: megatron.core get_megatron_optimizer: one optimizer over the dp x cp ranks, and one over the ranks that

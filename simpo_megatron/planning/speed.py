@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 
 from simpo_megatron.planning.gpus import ASSUMED, Assumptions, Gpu
-from simpo_megatron.planning.workload import Load
 from simpo_megatron.planning.parameters import optimizer_parameters, trained_parameters
+from simpo_megatron.planning.workload import Workload
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +35,7 @@ class StepTime:
         return sum(getattr(self, part.name) for part in fields(self))
 
 
-def step_time(load: Load, tokens: float, gpu: Gpu, assumed: Assumptions = ASSUMED) -> StepTime:
+def step_time(load: Workload, tokens: float, gpu: Gpu, assumed: Assumptions = ASSUMED) -> StepTime:
     """The parts of a step whose microbatches hold `tokens` tokens each, on average."""
     num, sizes = load.num_microbatches, load.sizes
     share = tokens / load.pack.tokens
@@ -51,7 +51,7 @@ def step_time(load: Load, tokens: float, gpu: Gpu, assumed: Assumptions = ASSUME
     )
 
 
-def useful_flops(load: Load, tokens: float) -> float:
+def useful_flops(load: Workload, tokens: float) -> float:
     """Operations of one data-parallel rank's step that training needs, recomputation apart, over its whole model."""
     share = tokens / load.pack.tokens * load.num_microbatches
     shape, pack, products = load.shape, load.pack, _products(load)
@@ -59,7 +59,7 @@ def useful_flops(load: Load, tokens: float) -> float:
     return share * (layers + products * pack.response_rows * shape.vocab_size * shape.hidden_size)
 
 
-def _forward_backward(load: Load, share: float, gpu: Gpu, assumed: Assumptions) -> dict[str, float]:
+def _forward_backward(load: Workload, share: float, gpu: Gpu, assumed: Assumptions) -> dict[str, float]:
     """Seconds of one microbatch on the slowest stage, the last: its layers and the head."""
     shape, pack, sizes, e = load.shape, load.pack, load.sizes, load.itemsize
     layers, ranks = shape.num_layers / sizes.pipeline, sizes.tensor * sizes.context
@@ -103,12 +103,12 @@ def _forward_backward(load: Load, share: float, gpu: Gpu, assumed: Assumptions) 
     }
 
 
-def _products(load: Load) -> int:
+def _products(load: Workload) -> int:
     """Operations for each weight and token: three products, or two of a frozen weight, which gets no gradient."""
     return 6 if load.config.lora.lora_rank is None else 4
 
 
-def _recompute(load: Load, matrices: float, attention: float, exchanged: tuple[float, float, float]) -> float:
+def _recompute(load: Workload, matrices: float, attention: float, exchanged: tuple[float, float, float]) -> float:
     """`exchanged`: a microbatch's seconds of tensor, context and expert parallelism, forward and backward."""
     tensor, context, expert = exchanged
     forward = 2 / _products(load)
@@ -121,7 +121,7 @@ def _recompute(load: Load, matrices: float, attention: float, exchanged: tuple[f
     return seconds
 
 
-def _data_parallel(load: Load, busy: float, gpu: Gpu, assumed: Assumptions) -> float:
+def _data_parallel(load: Workload, busy: float, gpu: Gpu, assumed: Assumptions) -> float:
     """Reducing fp32 gradients and gathering bf16 weights, less what overlaps with half of a microbatch's time each."""
     within_node = load.sizes.model * load.data_parallel_size <= gpu.per_node
     rate = (gpu.nvlink_bytes_rate if within_node else gpu.network_bytes_rate) * assumed.links
@@ -137,7 +137,7 @@ def _data_parallel(load: Load, busy: float, gpu: Gpu, assumed: Assumptions) -> f
     return gradients + weights
 
 
-def _optimizer(load: Load, gpu: Gpu, assumed: Assumptions) -> float:
+def _optimizer(load: Workload, gpu: Gpu, assumed: Assumptions) -> float:
     """Adam reads and writes its shard (30 bytes a parameter), the norm reads and zeroing writes all gradients."""
     last = load.sizes.pipeline - 1
     touched = 30 * optimizer_parameters(load, last) + 8 * sum(trained_parameters(load, last))

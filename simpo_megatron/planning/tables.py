@@ -13,13 +13,13 @@ from rich.table import Table
 
 from simpo_megatron.config import Config
 from simpo_megatron.planning.gpus import ASSUMED, GIB
-from simpo_megatron.planning.layouts import Candidate, Job, Refusal, Survey, layout_name, recomputation
+from simpo_megatron.planning.layouts import Candidate, PlanRequest, Refusal, Survey, layout_name, recomputation
 from simpo_megatron.planning.memory import StageMemory
 from simpo_megatron.planning.shapes import ModelShape
 from simpo_megatron.planning.speed import StepTime
 
 
-def describe_job(job: Job) -> list[str]:
+def describe_job(job: PlanRequest) -> list[str]:
     """What is planned for, a line each."""
     pack, precision, num_pairs = job.pack, job.config.precision, job.config.batch.global_batch_size
     shape = ModelShape.of(job.description)
@@ -44,7 +44,7 @@ def _in_words(number: float) -> str:
     return f"{number / 1e9:.1f} billion" if number >= 1e9 else f"{number / 1e6:.1f} million"
 
 
-def _microbatches(job: Job) -> str:
+def _microbatches(job: PlanRequest) -> str:
     if job.largest is None:
         return f"packs of up to {job.pack.tokens:,}"
     return f"microbatches of up to {job.config.batch.micro_batch_size} pairs, {job.largest.tokens:,} tokens the largest"

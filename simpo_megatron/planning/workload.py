@@ -14,7 +14,7 @@ Engine = Literal["transformer_engine", "torch"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Load:
+class Workload:
     """What a rank's memory depends on, its pipeline stage apart."""
 
     shape: ModelShape

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import torch
 
+from simpo_megatron.checkpoint.manifest import Checkpoint
 from simpo_megatron.config import Config, config_from, options_in_force, to_yaml
 from simpo_megatron.mcore.precision import dtype_name, parameter_dtype
-from simpo_megatron.checkpoint.manifest import Checkpoint
 from simpo_megatron.training.loggers import METRICS_FILE
 from simpo_megatron.training.report import Curves, before_and_after, headline_of, read_curves
 

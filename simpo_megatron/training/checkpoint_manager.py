@@ -14,18 +14,17 @@ from typing import Any
 import torch.distributed as dist
 
 from simpo_megatron import faults
+from simpo_megatron.checkpoint import manifest
+from simpo_megatron.checkpoint.sharded_state import FailedAloneError
+from simpo_megatron.checkpoint.writer import Writing, begin_write
 from simpo_megatron.config import Config
 from simpo_megatron.convert.folder import copy_model_files, write_json
 from simpo_megatron.errors import CheckpointError, NumericsError
-from simpo_megatron.checkpoint import manifest
-from simpo_megatron.training.setup import Job
-from simpo_megatron.training.resume import describe_run
-from simpo_megatron.training.stop_signals import agree
+from simpo_megatron.ranks import gather_or_raise, raise_on_all_ranks, sync_status
 from simpo_megatron.training.loggers import METRICS_FILE, RunLog
-from simpo_megatron.checkpoint.sharded_state import FailedAloneError
-from simpo_megatron.training.together import agreed, gathered
-from simpo_megatron.training.watchdog import Watch
-from simpo_megatron.checkpoint.writer import Writing, begin_write
+from simpo_megatron.training.resume import describe_run
+from simpo_megatron.training.setup import Job
+from simpo_megatron.training.watchdog import Watchdog
 
 
 @dataclass(frozen=True)
@@ -49,8 +48,8 @@ class Saver:
     not have heard of, dropped. What it does is in the same order on every rank.
     """
 
-    def __init__(self, config: Config, job: Job, log: RunLog, watch: Watch) -> None:
-        self._config, self._job, self._log, self._watch = config, job, log, watch
+    def __init__(self, config: Config, job: Job, log: RunLog, watchdog: Watchdog) -> None:
+        self._config, self._job, self._log, self._watchdog = config, job, log, watchdog
         self._draft: _Draft | None = None
         self._goes_on = config.run.on_save_failure == "continue"
         self._num_failed = 0
@@ -100,7 +99,7 @@ class Saver:
         Collectives: while something is under way, one all-reduce of 32 bytes, world; those of `finish` once it is
         written.
         """
-        if self._draft is not None and not agree(None, int(self._draft.writing.is_under_way())):
+        if self._draft is not None and not sync_status(None, int(self._draft.writing.is_under_way())):
             self.finish()
 
     def finish(self) -> None:
@@ -148,7 +147,7 @@ class Saver:
         if error is not None and not isinstance(error, NumericsError):
             self._drop(self._draft)
             return
-        self._watch.at(f"the end of the checkpoint of step {self._draft.iteration}", limit_seconds=float("inf"))
+        self._watchdog.enter_phase(f"the end of the checkpoint of step {self._draft.iteration}", timeout=float("inf"))
         self._goes_on |= error is not None
         self.finish()
 
@@ -161,11 +160,15 @@ class Saver:
     def _begin(self, iteration: int, facts: Mapping[str, Any], *, in_background: bool) -> _Draft:
         save, job, is_first = self._save, self._job, dist.get_rank() == 0
         began = time.perf_counter()
-        folder = gathered(lambda: manifest.create_draft(save, iteration) if is_first else None)[0]
+
+        def create_draft() -> Path | None:
+            return manifest.create_draft(save, iteration) if is_first else None
+
+        folder = gather_or_raise(create_draft, wrap=CheckpointError)[0]
         with _whole_or_removed(folder):
             faults.at("save")
-            agreed(lambda: _add_small_files(save, folder, job) if is_first else None)
-            writing = begin_write(job.model, job.trainer, iteration, folder, in_background=in_background)
+            raise_on_all_ranks(lambda: _add_small_files(save, folder, job) if is_first else None, wrap=CheckpointError)
+            writing = begin_write(job.trainer.state, iteration, folder, in_background=in_background)
         waited = time.perf_counter() - began
         return _Draft(folder, iteration, facts, writing, began, waited)
 
@@ -179,8 +182,9 @@ class Saver:
                 files = {**shards, **{name: manifest.digest_file(draft.folder / name) for name in sorted(small)}}
                 return manifest.commit_draft(draft.folder, draft.iteration, files, draft.facts)
 
-            checkpoint = gathered(lambda: seal() if is_first else None)[0]
-        gathered(lambda: manifest.delete_old(self._save, self._config.run.keep_checkpoints) if is_first else None)
+            checkpoint = gather_or_raise(lambda: seal() if is_first else None, wrap=CheckpointError)[0]
+        keep = self._config.run.keep_checkpoints
+        raise_on_all_ranks(lambda: manifest.delete_old(self._save, keep) if is_first else None, wrap=CheckpointError)
         return checkpoint
 
     @property

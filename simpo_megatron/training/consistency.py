@@ -20,8 +20,8 @@ from simpo_megatron.errors import NumericsError, ParallelError, listed
 from simpo_megatron.mcore.fp8_weights import plain
 from simpo_megatron.mcore.optimizer import gather_parameters
 from simpo_megatron.parallel import ParallelGroups
+from simpo_megatron.ranks import gather_or_raise, sync_status
 from simpo_megatron.training.setup import Job
-from simpo_megatron.training.stop_signals import agree
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32}
 _MAX_SHOWN = 6
@@ -57,8 +57,7 @@ def check_same(facts: Mapping[str, Any]) -> None:
     Raises:
         ParallelError: on every rank alike, with each fact that differs and the ranks on which it does.
     """
-    every: list[dict[str, str]] = [{}] * dist.get_world_size()
-    dist.all_gather_object(every, {name: _text(value) for name, value in facts.items()})
+    every = gather_or_raise(lambda: {name: _text(value) for name, value in facts.items()})
     # More ranks share the right value than a wrong one.
     problems = [
         f"{name} is {_ranks_by_value([stated.get(name, 'not there') for stated in every])}"
@@ -87,7 +86,7 @@ def check_replicas(chunks: Sequence[DistributedDataParallel], groups: ParallelGr
     The copy of a tied embedding on the last pipeline stage is not compared with that on the first.
 
     Collectives: one all-reduce of 16 bytes a weight over dp and cp, or over expert_dp, one over tp, and those of
-    `agree`; under `overlap_param_gather` one all-gather of the weights before.
+    `sync_status`; under `overlap_param_gather` one all-gather of the weights before.
 
     Raises:
         NumericsError, ParallelError: on every rank alike, with a weight and its rank.
@@ -103,7 +102,7 @@ def check_replicas(chunks: Sequence[DistributedDataParallel], groups: ParallelGr
         _differing("expert-data-parallel", groups.expert_dp, experts),
         _differing("tensor-parallel", groups.tp, undivided),
     ]
-    agree(next((problem for problem in problems if problem is not None), None))
+    sync_status(next((problem for problem in problems if problem is not None), None))
 
 
 def _named_weights(chunk: DistributedDataParallel) -> Iterable[tuple[str, Tensor]]:
@@ -136,8 +135,7 @@ def _differing(kind: str, group: ProcessGroup, weights: Mapping[str, Tensor]) ->
     if not differing:
         return None
     first = differing[0]
-    every: list[int] = [0] * group.size()
-    dist.all_gather_object(every, int(sums[first]), group=group)
+    every = gather_or_raise(lambda: int(sums[first]), group)
     ranks = [dist.get_global_rank(group, member) for member in range(group.size())]
     return ParallelError(
         f"{kind} copies of {len(differing)} weights differ, {names[first]} first; its checksum is "

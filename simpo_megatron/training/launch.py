@@ -35,10 +35,10 @@ def main(argv: Sequence[str], script: str) -> int:
         config, notes = _read(argv)
         # Only now, for megatron takes ten seconds to import: a mistake in the configuration is told before, and the
         # processes that tokenise, which import the script again, do without.
-        from simpo_megatron.training.setup import plan_run
         from simpo_megatron.training.loop import train
+        from simpo_megatron.training.setup import plan_run
 
-        num_ranks = config.parallel.sizes.fewest_ranks
+        num_ranks = config.parallel.sizes.min_world_size
         if _world_size() == 1 and num_ranks > 1:
             plan_run(config, num_ranks)
             return _start_local_ranks(num_ranks, script, argv)

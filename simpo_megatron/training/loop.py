@@ -20,21 +20,22 @@ from simpo_megatron.mcore.experts import LOAD_BALANCING_LOSS
 from simpo_megatron.mcore.fp8_weights import whole_masters
 from simpo_megatron.mcore.optimizer import gather_parameters
 from simpo_megatron.mcore.precision import export_dtype, parameter_dtype, rounding
-from simpo_megatron.training.setup import Job, Plan, assemble, plan_run
+from simpo_megatron.ranks import sync_status
 from simpo_megatron.training.card import model_card
-from simpo_megatron.training.resume import Start, find_checkpoint, held_run_folder, start_run
+from simpo_megatron.training.checkpoint_manager import Saver
+from simpo_megatron.training.consistency import check_replicas, check_same, job_facts, startup_facts
 from simpo_megatron.training.evaluation import evaluate
-from simpo_megatron.training.stop_signals import StopSignals, agree
 from simpo_megatron.training.loggers import RunLog, Sink, open_run_log
+from simpo_megatron.training.memory_check import probe_memory
 from simpo_megatron.training.metrics import reduce_sums, throughput
 from simpo_megatron.training.monitors import Monitors
-from simpo_megatron.training.memory_check import probe_memory
 from simpo_megatron.training.reference import with_reference
-from simpo_megatron.training.consistency import check_replicas, check_same, job_facts, startup_facts
 from simpo_megatron.training.report import write_report
-from simpo_megatron.training.checkpoint_manager import Saver
+from simpo_megatron.training.resume import Start, find_checkpoint, held_run_folder, start_run
+from simpo_megatron.training.setup import Job, RunPlan, build_job, plan_run
 from simpo_megatron.training.step import Pass, Step, train_step
-from simpo_megatron.training.watchdog import Watch
+from simpo_megatron.training.stop_signals import StopSignals
+from simpo_megatron.training.watchdog import Watchdog
 
 # Everything a rank does alone, such as tokenising for the others, must fit into a wait of the others.
 _GROUP_TIMEOUT_MINUTES = 60.0
@@ -59,23 +60,23 @@ def train(config: Config, sinks: Sequence[Sink] = ()) -> None:
     faults.arm()
     plan = plan_run(config, int(os.environ.get("WORLD_SIZE", 1)))
     parallel.join(device.backend(), _GROUP_TIMEOUT_MINUTES)
-    with Watch() as watch:
+    with Watchdog() as watchdog:
         # Before the groups are made: ranks that divide themselves differently would wait for each other there.
         check_same(startup_facts(config))
-        stopped = _train(config, sinks, plan, watch)
+        stopped = _train(config, sinks, plan, watchdog)
     parallel.shut_down()
     if stopped is not None:
         raise stopped
 
 
-def _train(config: Config, sinks: Sequence[Sink], plan: Plan, watch: Watch) -> Stopped | None:
+def _train(config: Config, sinks: Sequence[Sink], plan: RunPlan, watchdog: Watchdog) -> Stopped | None:
     groups = parallel.initialize(
         config.parallel.sizes, backend=device.backend(), timeout_minutes=_GROUP_TIMEOUT_MINUTES
     )
     parallel.seed_everything(config.run.seed)
     with held_run_folder(config):
         found = find_checkpoint(config)
-        job = assemble(config, plan, groups, load_weights=found.checkpoint is None)
+        job = build_job(config, plan, groups, load_weights=found.checkpoint is None)
         job, reference_notes = with_reference(config, job, has_initial_weights=found.checkpoint is None)
         start = start_run(config, job, found)
         check_same(job_facts(job))
@@ -84,14 +85,14 @@ def _train(config: Config, sinks: Sequence[Sink], plan: Plan, watch: Watch) -> S
         with open_run_log(config, sinks, train_iters=job.train_iters, is_logging_rank=is_logging_rank) as log:
             _introduce(config, job, found.notes + reference_notes + start.notes, log)
             stopped = None
-            saver = Saver(config, job, log, watch)
+            saver = Saver(config, job, log, watchdog)
             if start.iteration < job.train_iters:
                 with StopSignals() as signals, saver:
-                    stopped = _run_steps(config, job, start, log, signals, watch, saver)
+                    stopped = _run_steps(config, job, start, log, signals, watchdog, saver)
             else:
                 log.say(f"resume    all {job.train_iters:,} steps were taken before, nothing is left to train")
             if stopped is None:
-                watch.at("the end", limit_seconds=_LONG_SECONDS)
+                watchdog.enter_phase("the end", timeout=_LONG_SECONDS)
                 _finish(config, job, log)
             if not isinstance(stopped, StoppedByMonitor):
                 saver.require_last()
@@ -144,21 +145,21 @@ def _describe_files(job: Job) -> list[str]:
 
 
 def _run_steps(
-    config: Config, job: Job, start: Start, log: RunLog, signals: StopSignals, watch: Watch, saver: Saver
+    config: Config, job: Job, start: Start, log: RunLog, signals: StopSignals, watchdog: Watchdog, saver: Saver
 ) -> Stopped | None:
     """Why the run is to leave before its end, if it is; every rank is told the same, after the same step."""
     trainer, run = job.trainer, config.run
     monitors = Monitors(config, job, start)
-    watch.at("the memory probe", limit_seconds=_LONG_SECONDS)
+    watchdog.enter_phase("the memory probe", timeout=_LONG_SECONDS)
     for line in probe_memory(config, job, start):
         log.say(line)
     if start.iteration == 0:
-        watch.at("the evaluation before step 1", limit_seconds=_LONG_SECONDS)
+        watchdog.enter_phase("the evaluation before step 1", timeout=_LONG_SECONDS)
         _evaluate(job, monitors, log, 0)
-    taken = _Taken(start.consumed_pairs, start.monitors.get(_SKIPPED, 0))
+    taken = _DataProgress(start.consumed_pairs, start.monitors.get(_SKIPPED, 0))
     window = _Window()
     for iteration in range(start.iteration + 1, job.train_iters + 1):
-        watch.at(f"step {iteration}", limit_seconds=run.distributed_timeout_seconds_after_init)
+        watchdog.enter_phase(f"step {iteration}", timeout=run.distributed_timeout_seconds_after_init)
         faults.at("step")
         computed, grad_norm, learning_rate, stop = _finite_step(config, job, log, taken, signals)
         window.add(computed)
@@ -173,13 +174,13 @@ def _run_steps(
             log.advance(iteration)
         held_out = {}
         if is_last or _is_due(iteration, run.eval_interval) or (saves and not stop and monitors.evaluate_before_saving):
-            watch.at(f"the evaluation after step {iteration}", limit_seconds=_LONG_SECONDS)
+            watchdog.enter_phase(f"the evaluation after step {iteration}", timeout=_LONG_SECONDS)
             held_out = _evaluate(job, monitors, log, iteration)
         found = monitors.judge(iteration, log)
         if found is not None:
             return found
         if saves:
-            watch.at(f"the checkpoint of step {iteration}", limit_seconds=_LONG_SECONDS)
+            watchdog.enter_phase(f"the checkpoint of step {iteration}", timeout=_LONG_SECONDS)
             check_replicas(trainer.chunks, trainer.groups)
             saver.save(
                 iteration=iteration,
@@ -192,7 +193,7 @@ def _run_steps(
             saver.poll()
         if saves or is_last:
             # A signal that came while a checkpoint was written needs no other one.
-            stop = stop or agree(None, signals.noted())
+            stop = stop or sync_status(None, signals.noted())
         if stop:
             return _stopped(config, signal.Signals(stop).name, iteration)
         if saves or held_out:
@@ -201,14 +202,14 @@ def _run_steps(
 
 
 @dataclass
-class _Taken:
+class _DataProgress:
     """What was taken from the data so far, over all starts of the run."""
 
     pairs: int
     num_skipped_steps: int = 0
 
 
-def _finite_step(config: Config, job: Job, log: RunLog, taken: _Taken, signals: StopSignals) -> Step:
+def _finite_step(config: Config, job: Job, log: RunLog, taken: _DataProgress, signals: StopSignals) -> Step:
     """The next step whose losses and gradient are finite; the pairs of one that is not are passed over.
 
     Raises:

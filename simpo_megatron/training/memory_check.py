@@ -5,15 +5,15 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
+from simpo_megatron.checkpoint.sharded_state import restore_rng, rng_states
 from simpo_megatron.config import Config
 from simpo_megatron.data import PreferenceDataset, microbatch_tokens
 from simpo_megatron.errors import ConfigError
 from simpo_megatron.mcore import device
 from simpo_megatron.mcore.optimizer import reserve_moments, zero_gradients
-from simpo_megatron.training.setup import Job
-from simpo_megatron.training.resume import Start
 from simpo_megatron.training.metrics import peak_memory_bytes
-from simpo_megatron.checkpoint.sharded_state import restore_rng, rng_states
+from simpo_megatron.training.resume import Start
+from simpo_megatron.training.setup import Job
 from simpo_megatron.training.step import StepPlan, Trainer, run_pass
 
 _MAX_SHOWN = 8

@@ -14,18 +14,17 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
+from simpo_megatron.checkpoint import manifest
 from simpo_megatron.config import Config
 from simpo_megatron.data.batching import step_pairs
 from simpo_megatron.errors import ConfigError, StoppedByMonitor
-from simpo_megatron.mcore import device
-from simpo_megatron.checkpoint import manifest
-from simpo_megatron.training.setup import Job
-from simpo_megatron.training.resume import Start
+from simpo_megatron.ranks import sync_status
 from simpo_megatron.training.loggers import EVALUATION_PREFIX, RunLog
 from simpo_megatron.training.repetition import greedy_samples, held_out_prompts, repetition
+from simpo_megatron.training.resume import Start
+from simpo_megatron.training.setup import Job
 
 DISPLACEMENT = EVALUATION_PREFIX + "logps/chosen_displacement"
 REPETITION = EVALUATION_PREFIX + "repetition"
@@ -180,13 +179,13 @@ class Monitors:
     def judge(self, iteration: int, log: RunLog) -> StoppedByMonitor | None:
         """Say what was found, and why the run is to end before this step is saved, if `stop_on` says so.
 
-        Collectives: one broadcast of 4 bytes, world, where `stop_on` names any; every rank ends with the first.
+        Collectives: one all-reduce of 32 bytes, world, where `stop_on` names any; every rank ends with the first.
         """
         alarms, self._alarms = self._alarms, []
         for alarm in alarms:
             log.say(f"WARNING {alarm.monitor} after step {alarm.iteration}: {alarm.text}")
         stopping = [alarm for alarm in alarms if alarm.monitor in self._settings.stop_on]
-        if not self._settings.stop_on or not _first_rank_says(bool(stopping)):
+        if not self._settings.stop_on or not sync_status(None, int(bool(stopping) and dist.get_rank() == 0)):
             return None
         kept = self._last_checkpoint_within(min((alarm.num_sound_steps for alarm in stopping), default=0))
         found = "; ".join(f"{alarm.monitor}: {alarm.text}" for alarm in stopping)
@@ -234,9 +233,3 @@ def _spike_text(loss: float, limit: float, losses: Sequence[float], places: str)
         f"the loss is {loss:.4f}, above {limit:.4f}, with a median of {median(losses):.4f} in the {len(losses)} log "
         f"lines before; pairs {places}; their numbers in this run are in metrics.jsonl"
     )
-
-
-def _first_rank_says(yes: bool) -> bool:
-    said = torch.tensor(int(yes), dtype=torch.int32, device=device.current_device())
-    dist.broadcast(said, src=0)
-    return bool(said)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, replace
@@ -18,16 +17,17 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from simpo_megatron.atomic import new_file
+from simpo_megatron.checkpoint import manifest
+from simpo_megatron.checkpoint.initial_weights import fill_weights
 from simpo_megatron.config import Config
 from simpo_megatron.data import PreferenceDataset
 from simpo_megatron.errors import DataError, NumericsError
 from simpo_megatron.mcore import device
 from simpo_megatron.mcore.forward_step import AverageLogProbs
-from simpo_megatron.parallel import on_first_rank
-from simpo_megatron.checkpoint import manifest
+from simpo_megatron.ranks import gather_or_raise, raise_on_all_ranks, sync_status
 from simpo_megatron.training.setup import Job, cache_folder
 from simpo_megatron.training.step import Trainer, run_microbatches
-from simpo_megatron.checkpoint.initial_weights import fill_weights
 
 FORMAT_VERSION = 1
 _SAMPLES_A_FILE, _SAMPLE_BYTES = 256, 1 << 16
@@ -42,8 +42,8 @@ def with_reference(config: Config, job: Job, *, has_initial_weights: bool) -> tu
     Args:
         has_initial_weights: whether the model holds them; they are loaded otherwise, if anything is to be computed.
 
-    Collectives: one object broadcast, world, for each set of pairs; those of one forward pass over the pairs that were
-    not in the cache, and one all-reduce of 8 bytes a pair over dp.
+    Collectives: two object gathers and one broadcast, world, for each set of pairs; those of one forward pass over the
+    pairs that were not in the cache, and one all-reduce of 8 bytes a pair over dp.
 
     Raises:
         DataError: on every rank alike, when the cache cannot be read or written.
@@ -51,13 +51,14 @@ def with_reference(config: Config, job: Job, *, has_initial_weights: bool) -> tu
     """
     if not job.trainer.objective.needs_reference:
         return job, ()
-    model = on_first_rank(lambda: model_fingerprint(job.plan.sources.model))
+    is_first = dist.get_rank() == 0
+    model = gather_or_raise(lambda: model_fingerprint(job.plan.sources.model) if is_first else "")[0]
     notes: list[str] = []
 
-    def known(dataset: PreferenceDataset) -> PreferenceDataset:
+    def with_cached_logps(dataset: PreferenceDataset) -> PreferenceDataset:
         nonlocal has_initial_weights
         path = _cache_path(config, model, dataset)
-        avg = on_first_rank(lambda: _read(path, len(dataset)))
+        avg = _broadcast(raise_on_all_ranks(lambda: _read(path, len(dataset)) if is_first else None), len(dataset))
         if avg is not None:
             notes.append(f"reference {len(dataset)} pairs, from {path}")
             return dataset.with_reference(avg)
@@ -66,13 +67,13 @@ def with_reference(config: Config, job: Job, *, has_initial_weights: bool) -> tu
             has_initial_weights = True
         started = time.perf_counter()
         avg = reference_log_probs(job.trainer, dataset)
-        on_first_rank(lambda: _write(path, avg))
+        raise_on_all_ranks(lambda: _write(path, avg) if is_first else None)
         seconds = time.perf_counter() - started
         notes.append(f"reference {len(dataset)} pairs in {seconds:.1f} s with the initial weights, kept in {path}")
         return dataset.with_reference(avg)
 
-    train_data = known(job.train_data)
-    valid_data = {name: known(dataset) for name, dataset in job.valid_data.items()}
+    train_data = with_cached_logps(job.train_data)
+    valid_data = {name: with_cached_logps(dataset) for name, dataset in job.valid_data.items()}
     return replace(job, train_data=train_data, valid_data=valid_data, reference_model=model), tuple(notes)
 
 
@@ -91,7 +92,7 @@ def reference_log_probs(trainer: Trainer, dataset: PreferenceDataset) -> np.ndar
     for chunk in trainer.chunks:
         chunk.eval()
     averages = torch.zeros(len(dataset), 2, device=device.current_device())
-    for plan in _told(trainer.plan_evaluation(dataset), len(dataset)):
+    for plan in _with_progress(trainer.plan_evaluation(dataset), len(dataset)):
         computed = run_microbatches(trainer, dataset, plan, AverageLogProbs(), forward_only=True)
         if groups.is_last_stage:
             for indices, averages_R in zip(plan[groups.dp.rank()], computed, strict=True):
@@ -108,7 +109,7 @@ def reference_log_probs(trainer: Trainer, dataset: PreferenceDataset) -> np.ndar
     return found
 
 
-def _told(plans: list, num_pairs: int) -> Iterator:
+def _with_progress(plans: list, num_pairs: int) -> Iterator:
     """The plans, with a line from time to time, for a large model takes minutes over them."""
     done, last = 0, time.monotonic()
     for plan in plans:
@@ -171,14 +172,23 @@ def _read(path: Path, num_pairs: int) -> np.ndarray | None:
     return found
 
 
+def _broadcast(found: np.ndarray | None, num_pairs: int) -> np.ndarray | None:
+    """What rank 0 has found, on every rank: float32 [num_pairs, 2], or None.
+
+    Collectives: one all-reduce of 32 bytes and, where it has found any, one broadcast, world.
+    """
+    if not sync_status(None, int(found is not None)):
+        return None
+    averages = torch.zeros(num_pairs, 2) if found is None else torch.from_numpy(found)
+    averages = averages.to(device.current_device())
+    dist.broadcast(averages, src=0)
+    return averages.cpu().numpy()
+
+
 def _write(path: Path, averages: np.ndarray) -> None:
-    """Whole, by one rename, or not at all."""
-    unfinished = path.with_name(f".{path.stem}.{os.getpid()}.npy")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        np.save(unfinished, averages)
-        os.replace(unfinished, path)
+        with new_file(path) as draft, draft.open("wb") as file:
+            np.save(file, averages)
     except OSError as error:
-        if unfinished.exists():
-            unfinished.unlink()
         raise DataError(f"{path}: cannot be written ({error.strerror}); name another folder with data_cache") from None

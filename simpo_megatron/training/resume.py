@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import functools
 import json
-import os
-import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -18,19 +16,19 @@ from typing import Any
 
 import torch.distributed as dist
 
+from simpo_megatron.atomic import move_aside, write_text
+from simpo_megatron.checkpoint import manifest
+from simpo_megatron.checkpoint.manifest import Checkpoint, as_json, model_facts
+from simpo_megatron.checkpoint.run_lock import check_same_folder, lock
+from simpo_megatron.checkpoint.sharded_state import read_state
+from simpo_megatron.checkpoint.verification import read_verified
 from simpo_megatron.config import Config
 from simpo_megatron.data.tokenization import tokenizer_identity
 from simpo_megatron.errors import CheckpointError, listed
-from simpo_megatron.mcore.families import ModelDescription
-from simpo_megatron.parallel import on_first_rank
-from simpo_megatron.checkpoint import manifest
-from simpo_megatron.training.setup import Job
-from simpo_megatron.checkpoint.manifest import Checkpoint
-from simpo_megatron.checkpoint.run_lock import check_same_folder, holder, lock
+from simpo_megatron.ranks import gather_or_raise, raise_on_all_ranks
 from simpo_megatron.training.loggers import METRICS_FILE
 from simpo_megatron.training.reference import model_fingerprint
-from simpo_megatron.checkpoint.sharded_state import read_state
-from simpo_megatron.training.together import agreed, gathered
+from simpo_megatron.training.setup import Job
 
 _NEVER_CHANGES = ("model", "precision")
 _CHANGES_IF_TOLD = ("inputs", "training")
@@ -70,15 +68,14 @@ def held_run_folder(config: Config) -> Iterator[None]:
         return
     save = Path(config.run.save)
     is_first = dist.get_rank() == 0
-    held = agreed(lambda: lock(save) if is_first else None)
+    held = raise_on_all_ranks(lambda: lock(save) if is_first else None, wrap=CheckpointError)
     try:
-        nonce = gathered(lambda: holder(held) if is_first else None)[0]
-        # The first rank stays away from the file: a process loses its lock with the first file of that name it closes.
-        agreed(lambda: is_first or check_same_folder(save, nonce))
+        nonce = gather_or_raise(lambda: held.nonce if held is not None else None)[0]
+        raise_on_all_ranks(lambda: check_same_folder(save, nonce), wrap=CheckpointError)
         yield
     finally:
         if held is not None:
-            held.close()
+            held.release()
 
 
 def find_checkpoint(config: Config) -> Found:
@@ -97,24 +94,16 @@ def find_checkpoint(config: Config) -> Found:
         drafts, folders = manifest.remove_drafts(save), manifest.list_resumable(save, resume)
         return drafts, folders, manifest.stray_pointer(save) if folders else None
 
-    drafts, folders, said = gathered(lambda: search() if dist.get_rank() == 0 else None)[0]
+    found = gather_or_raise(lambda: search() if dist.get_rank() == 0 else None, wrap=CheckpointError)[0]
+    drafts, folders, said = found
     notes = [f"resume    ignored {draft.name}, which was never completed" for draft in drafts]
     if said is not None:
         notes.append(f"WARNING   resume: ignored {manifest.LATEST_FILE}, which says {said!r} and not the newest step")
-    checkpoint, problems = manifest.first_valid(folders, resume, _verified)
+    checkpoint, problems = manifest.first_valid(folders, resume, read_verified)
     notes += [f"WARNING   resume: passed over a damaged checkpoint: {problem}" for problem in problems]
     if checkpoint is not None:
         notes.append(f"resume    from {checkpoint.folder}: step {checkpoint.iteration}")
     return Found(checkpoint, tuple(notes))
-
-
-def _verified(folder: Path) -> Checkpoint:
-    def check() -> Checkpoint:
-        checkpoint = manifest.read(folder)
-        manifest.check_hashes(checkpoint, sorted(checkpoint.files)[dist.get_rank() :: dist.get_world_size()])
-        return checkpoint
-
-    return agreed(check)
 
 
 def start_run(config: Config, job: Job, found: Found) -> Start:
@@ -138,7 +127,7 @@ def start_run(config: Config, job: Job, found: Found) -> Start:
         notes += _refuse_changes(checkpoint, now, override=config.run.override_on_resume)
         iteration, consumed_pairs = checkpoint.iteration, checkpoint.facts["consumed_pairs"]
         same_layout = checkpoint.facts["layout"] == now["layout"]
-        read_state(job.model, job.trainer, iteration, checkpoint.folder, same_layout=same_layout)
+        read_state(job.trainer.state, iteration, checkpoint.folder, same_layout=same_layout)
         source = job.plan.sources.model
         if config.lora.lora_rank is None:
             notes.append(f"resume    weights are those of the checkpoint, not those in {source}")
@@ -146,7 +135,7 @@ def start_run(config: Config, job: Job, found: Found) -> Start:
             notes.append(f"resume    adapters are those of the checkpoint, on the weights in {source}")
         if not same_layout:
             notes.append("resume    another layout: dropout, if any, draws other numbers from here on")
-    notes += gathered(lambda: _tidy(save, checkpoint) if dist.get_rank() == 0 else [])[0]
+    notes += gather_or_raise(lambda: _tidy(save, checkpoint) if dist.get_rank() == 0 else [], wrap=CheckpointError)[0]
     monitors = checkpoint.facts.get("monitors", {}) if checkpoint is not None else {}
     return Start(iteration, consumed_pairs, tuple(notes), monitors)
 
@@ -157,23 +146,11 @@ def _tidy(save: Path, checkpoint: Checkpoint | None) -> list[str]:
     metrics = save / METRICS_FILE
     if checkpoint is not None:
         saved = checkpoint.folder / METRICS_FILE
-        manifest.replace_text(metrics, saved.read_text(encoding="utf-8") if METRICS_FILE in checkpoint.files else "")
+        write_text(metrics, saved.read_text(encoding="utf-8") if METRICS_FILE in checkpoint.files else "")
         manifest.write_latest(save, checkpoint.iteration)
     elif metrics.exists() and metrics.stat().st_size > 0:
-        moved.append(metrics.with_name(f"{METRICS_FILE}.aside-{uuid.uuid4().hex[:8]}"))
-        os.rename(metrics, moved[-1])
+        moved.append(move_aside(metrics))
     return [f"WARNING   {path.name} is not of this run's history; it was renamed and is kept" for path in moved]
-
-
-def model_facts(description: ModelDescription) -> dict[str, Any]:
-    """What a checkpoint says of its model, as JSON values."""
-    shape = {**description.transformer, **description.gpt}
-    return _as_json({"family": description.family, "vocab_size": description.vocab_size, **shape})
-
-
-def _as_json(facts: Mapping[str, Any]) -> dict[str, Any]:
-    # Functions, such as an activation, by their names.
-    return json.loads(json.dumps(facts, default=lambda value: getattr(value, "__name__", str(value))))
 
 
 def describe_run(config: Config, job: Job) -> dict[str, Any]:
@@ -201,13 +178,13 @@ def describe_run(config: Config, job: Job) -> dict[str, Any]:
         "config": options,
         "versions": {name: version(name) for name in ("torch", "megatron-core")},
     }
-    return _as_json(facts)
+    return as_json(facts)
 
 
 def _describe_adapters(config: Config, job: Job) -> dict[str, Any]:
     """What a checkpoint of adapters, which holds them alone, can be continued with.
 
-    Collectives: one object broadcast, world, the first time.
+    Collectives: one object gather, world, the first time.
     """
     lora = config.lora
     if lora.lora_rank is None:
@@ -220,9 +197,9 @@ def _describe_adapters(config: Config, job: Job) -> dict[str, Any]:
 def _fingerprint(folder: Path) -> str:
     """Of a model that stays the same while the run lasts.
 
-    Collectives: one object broadcast, world.
+    Collectives: one object gather, world.
     """
-    return on_first_rank(lambda: model_fingerprint(folder))
+    return gather_or_raise(lambda: model_fingerprint(folder) if dist.get_rank() == 0 else "", wrap=CheckpointError)[0]
 
 
 def _refuse_changes(checkpoint: Checkpoint, now: Mapping[str, Any], *, override: bool) -> list[str]:

@@ -7,6 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch.distributed as dist
+
+from simpo_megatron.checkpoint import manifest
+from simpo_megatron.checkpoint.initial_weights import fill_weights
 from simpo_megatron.config import DEMO, Config, Layout, resolve
 from simpo_megatron.convert import refuse_existing_export
 from simpo_megatron.data import (
@@ -26,11 +30,10 @@ from simpo_megatron.mcore import device
 from simpo_megatron.mcore.families import ModelDescription, describe_hf_model
 from simpo_megatron.mcore.model import PreferenceGPTModel, build_model, wrap_in_ddp, zero_weights
 from simpo_megatron.mcore.optimizer import build_optimizer
-from simpo_megatron.parallel import ParallelGroups, first_rank_first
-from simpo_megatron.checkpoint import manifest
+from simpo_megatron.parallel import ParallelGroups
+from simpo_megatron.ranks import raise_on_all_ranks
 from simpo_megatron.training.loggers import check_sinks
 from simpo_megatron.training.step import Trainer, batch_options
-from simpo_megatron.checkpoint.initial_weights import fill_weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -47,7 +50,7 @@ class Sources:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class RunPlan:
     """What is known of a run before any process group exists."""
 
     sources: Sources
@@ -59,7 +62,7 @@ class Plan:
 class Job:
     """A run, ready to step."""
 
-    plan: Plan
+    plan: RunPlan
     tokenizer: PreTrainedTokenizerBase
     train_data: PreferenceDataset
     valid_data: Mapping[str, PreferenceDataset]
@@ -72,7 +75,7 @@ class Job:
     """Fingerprint of the initial model, where the pairs hold what it says of them."""
 
 
-def plan_run(config: Config, world_size: int) -> Plan:
+def plan_run(config: Config, world_size: int) -> RunPlan:
     """What `config` means on `world_size` ranks; every rank works it out alone and finds the same mistakes.
 
     Raises:
@@ -93,7 +96,7 @@ def plan_run(config: Config, world_size: int) -> Plan:
             f"model in {sources.model}; lower it, and max_prompt_length ({config.pairs.max_prompt_length}) below it"
         )
     layout = resolve(config, world_size=world_size, model=description.transformer, machine=device.machine())
-    return Plan(sources=sources, description=description, layout=layout)
+    return RunPlan(sources=sources, description=description, layout=layout)
 
 
 def _check_files(sources: Sources) -> None:
@@ -133,17 +136,22 @@ def cache_folder(config: Config) -> Path:
 def load_data(
     config: Config, sources: Sources, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[PreferenceDataset, dict[str, PreferenceDataset]]:
-    """(training pairs, held-out pairs by the name of their set), tokenised by rank 0 where that was not done before."""
+    """(training pairs, held-out pairs by the name of their set), tokenised by rank 0 where that was not done before.
+
+    Collectives: two object gathers, world, for each set of files.
+    """
     cache = cache_folder(config) / "pairs"
 
-    def build(files: Sequence[str]) -> PreferenceDataset:
-        return first_rank_first(
-            lambda is_first: build_preference_dataset(files, tokenizer, config.pairs, cache, build=is_first)
-        )
+    def load(files: Sequence[str], *, build: bool) -> PreferenceDataset:
+        return build_preference_dataset(files, tokenizer, config.pairs, cache, build=build)
 
-    train_data = build(sources.train)
+    def load_on_all_ranks(files: Sequence[str]) -> PreferenceDataset:
+        built = raise_on_all_ranks(lambda: load(files, build=True) if dist.get_rank() == 0 else None)
+        return raise_on_all_ranks(lambda: load(files, build=False) if built is None else built)
+
+    train_data = load_on_all_ranks(sources.train)
     if sources.valid:
-        return train_data, {name: build(files) for name, files in sources.valid.items()}
+        return train_data, {name: load_on_all_ranks(files) for name, files in sources.valid.items()}
     if config.data.valid_fraction:
         train_data, held_out = split(train_data, config.data.valid_fraction, config.run.seed)
         return train_data, {"": held_out}
@@ -167,7 +175,7 @@ def num_train_iters(config: Config, num_pairs: int) -> int:
     return num_steps
 
 
-def assemble(config: Config, plan: Plan, groups: ParallelGroups, *, load_weights: bool = True) -> Job:
+def build_job(config: Config, plan: RunPlan, groups: ParallelGroups, *, load_weights: bool = True) -> Job:
     """The pieces of the run on this rank, nothing trained yet; weights are the model's, or zero for a resume to fill.
 
     Beside adapters they are always the model's: a checkpoint holds the adapters alone.

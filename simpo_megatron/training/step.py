@@ -14,6 +14,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
+from simpo_megatron.checkpoint.sharded_state import RunState
 from simpo_megatron.config import Config, Layout
 from simpo_megatron.data import (
     BatchOptions,
@@ -32,7 +33,7 @@ from simpo_megatron.mcore.experts import take_load_balancing_loss, weigh_load_ba
 from simpo_megatron.mcore.forward_step import ForwardStep, MicrobatchStep
 from simpo_megatron.mcore.optimizer import update, zero_gradients
 from simpo_megatron.parallel import ParallelGroups
-from simpo_megatron.training.stop_signals import agree
+from simpo_megatron.ranks import sync_status
 
 StepPlan = Sequence[Sequence[Sequence[int]]]
 """Pair indices by data-parallel rank and microbatch; every rank has the same number of microbatches."""
@@ -51,6 +52,11 @@ class Trainer:
     objective: PreferenceObjective
     batch_options: BatchOptions
     layout: Layout
+
+    @property
+    def state(self) -> RunState:
+        """What a checkpoint holds of this rank."""
+        return RunState(chunks=self.chunks, optimizer=self.optimizer, scheduler=self.scheduler, groups=self.groups)
 
     def plan_step(self, dataset: PreferenceDataset, consumed_pairs: int) -> StepPlan:
         """The microbatches of every data-parallel rank for the step after the first `consumed_pairs` pairs."""
@@ -132,7 +138,7 @@ def run_microbatches(
 ) -> list[Any]:
     """What `forward_step` kept of each microbatch of this rank: on the last pipeline stage, nothing elsewhere.
 
-    Collectives: one broadcast over tp for the tokens, that of `agree`, then megatron's own.
+    Collectives: one broadcast over tp for the tokens, that of `sync_status`, then megatron's own.
 
     Raises:
         DataError: on every rank alike, when one could not read its pairs.
@@ -140,7 +146,7 @@ def run_microbatches(
     """
     microbatches, problem = _read(trainer, dataset, plan[trainer.groups.dp.rank()])
     # Ranks that planned apart would leave pairs out without a word, or wait for each other.
-    agree(problem, same=zlib.crc32(repr(plan).encode()))
+    sync_status(problem, checksum=zlib.crc32(repr(plan).encode()))
     return run_schedule(trainer, microbatches, forward_step, forward_only=forward_only)
 
 
@@ -184,7 +190,7 @@ def train_step(trainer: Trainer, dataset: PreferenceDataset, plan: StepPlan, not
     Args:
         noted: asked once, when gradients are there; the largest answer of any rank is in what is returned.
 
-    Collectives: those of `run_pass`, of `agree`, and of `update`.
+    Collectives: those of `run_pass`, of `sync_status`, and of `update`.
 
     Raises:
         DataError: on every rank alike, before anything was computed, when one could not read its pairs.
@@ -196,7 +202,7 @@ def train_step(trainer: Trainer, dataset: PreferenceDataset, plan: StepPlan, not
     zero_gradients(trainer.chunks, trainer.optimizer)
     computed = run_pass(trainer, dataset, plan, forward_only=False)
     # A loss can be infinite and its gradient finite, so the norm alone does not tell.
-    largest = agree(_not_finite(computed.sums, plan[trainer.groups.dp.rank()], dataset), noted())
+    largest = sync_status(_not_finite(computed.sums, plan[trainer.groups.dp.rank()], dataset), noted())
     try:
         return Step(computed, *update(trainer.optimizer, trainer.scheduler), largest)
     except NumericsError as error:

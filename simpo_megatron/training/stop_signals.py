@@ -1,67 +1,15 @@
-"""What keeps ranks together: a problem of one is raised on all, and a signal to one stops all after a whole step."""
+"""Signals that stop a run: the first is noted, and all ranks stop together after a whole step."""
 
 from __future__ import annotations
 
 import os
 import signal
-from collections import Counter
 from types import FrameType, TracebackType
 
-import torch
 import torch.distributed as dist
-
-from simpo_megatron.errors import ParallelError, SimPOError, listed
-from simpo_megatron.mcore import device
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 """SIGTERM is what torchrun, Kubernetes and Slurm send; SIGUSR1 what Slurm's `--signal=USR1@300` sends ahead of it."""
-
-_MAX_SHOWN = 8
-
-
-def agree(problem: SimPOError | None, number: int = 0, *, same: int = 0) -> int:
-    """The largest `number` of any rank, when no rank has a problem.
-
-    Called by every rank where one may fail alone, before a collective in which its peers would wait for it.
-
-    Args:
-        same: what must be the same on every rank, as a number of at most 62 bits.
-
-    Collectives: one all-reduce of 32 bytes, world; when a rank has a problem, one object gather.
-
-    Raises:
-        SimPOError: on every rank alike, the problem of the first rank that has one of its own, and which rank it is.
-        ParallelError: on every rank alike, when `same` is not, with the ranks that differ from most.
-    """
-    # Integers: a MAX over floats may lose a NaN.
-    word = torch.tensor([problem is not None, number, same, -same], dtype=torch.int64, device=device.current_device())
-    dist.all_reduce(word, op=dist.ReduceOp.MAX)
-    failed, largest, highest, lowest = word.tolist()
-    if not failed and highest == -lowest:
-        return largest
-    if not failed:
-        raise _disagreement(same)
-    problems: list[SimPOError | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(problems, problem)
-    # A rank that heard of a failure from a peer of its group has nothing of its own to say.
-    told = sorted(
-        (isinstance(heard, ParallelError), rank, heard) for rank, heard in enumerate(problems) if heard is not None
-    )
-    _, rank, first = told[0]
-    error = type(first)(f"{first} (rank {rank})")
-    error.exit_code = first.exit_code
-    raise error from problem
-
-
-def _disagreement(same: int) -> ParallelError:
-    every = [0] * dist.get_world_size()
-    dist.all_gather_object(every, same)
-    ((most, _),) = Counter(every).most_common(1)
-    others = [rank for rank, value in enumerate(every) if value != most]
-    return ParallelError(
-        f"ranks planned different work for this step: the pairs or microbatches of {listed(others, _MAX_SHOWN)} are "
-        f"not those of the other ranks (of {len(every)}); start again from the last checkpoint, and report it"
-    )
 
 
 class StopSignals:

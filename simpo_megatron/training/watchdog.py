@@ -29,13 +29,13 @@ _LOST = ("Connection closed", "Connection reset", "Broken pipe", "Timed out", "t
 _MAX_NAMED = 8
 
 
-class Watch:
+class Watchdog:
     """While the context lasts, the end of one rank ends all ranks, and one line says which rank it was and why.
 
-    `at` names the phase that starts and how long it may last. When one lasts longer, or a connection is lost, every
-    rank is asked where it is; one of them says which did not arrive or does not answer, and all end with the exit code
-    of a ParallelError. When a rank raises an error alone, the others learn its words and end within seconds, whatever
-    they wait for.
+    `enter_phase` names the phase that starts and how long it may last. When one lasts longer, or a connection is lost,
+    every rank is asked where it is; one of them says which did not arrive or does not answer, and all end with the exit
+    code of a ParallelError. When a rank raises an error alone, the others learn its words and end within seconds,
+    whatever they wait for.
 
     Costs: one message to the store for each phase, and, from a thread, one a second.
     """
@@ -54,7 +54,7 @@ class Watch:
         self._leaving = threading.Event()
         self._thread = threading.Thread(target=self._listen, name="watch", daemon=True)
 
-    def __enter__(self) -> Watch:
+    def __enter__(self) -> Watchdog:
         self._thread.start()
         return self
 
@@ -79,10 +79,13 @@ class Watch:
             # The thread asks or answers, and ends the process.
             self._thread.join()
 
-    def at(self, where: str, *, limit_seconds: float) -> None:
-        """Note that this rank has come to `where`; phases are the same, in the same order, on every rank."""
-        self._number, self._where, self._limit, self._started = self._number + 1, where, limit_seconds, time.monotonic()
-        self._store.set(f"at/{self._rank}", where)
+    def enter_phase(self, name: str, *, timeout: float) -> None:
+        """Note that this rank enters the phase `name`, which may last `timeout` seconds.
+
+        Phases are the same, in the same order, on every rank.
+        """
+        self._number, self._where, self._limit, self._started = self._number + 1, name, timeout, time.monotonic()
+        self._store.set(f"at/{self._rank}", name)
 
     def _listen(self) -> None:
         store = self._thread_store

@@ -30,8 +30,8 @@ from simpo_megatron.convert import export_hf, load_hf_weights  # noqa: E402
 from simpo_megatron.errors import CheckpointError  # noqa: E402
 from simpo_megatron.mcore.families import describe_hf_model  # noqa: E402
 from simpo_megatron.mcore.model import build_model  # noqa: E402
-from simpo_megatron.training.setup import build_trainer  # noqa: E402
 from simpo_megatron.training.reference import reference_log_probs  # noqa: E402
+from simpo_megatron.training.setup import build_trainer  # noqa: E402
 from simpo_megatron.training.step import batch_options  # noqa: E402
 
 

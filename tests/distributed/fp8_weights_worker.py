@@ -25,16 +25,16 @@ from layout_worker import ListDataset  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
 from simpo_megatron import parallel  # noqa: E402
+from simpo_megatron.checkpoint.sharded_state import read_state, read_weights  # noqa: E402
+from simpo_megatron.checkpoint.writer import begin_write  # noqa: E402
 from simpo_megatron.config import Machine, config_from, resolve  # noqa: E402
 from simpo_megatron.convert import export_hf, load_hf_weights  # noqa: E402
 from simpo_megatron.mcore.families import describe_hf_model  # noqa: E402
 from simpo_megatron.mcore.fp8_weights import awaited_values, whole_masters  # noqa: E402
 from simpo_megatron.mcore.model import build_model, zero_weights  # noqa: E402
-from simpo_megatron.training.setup import build_trainer  # noqa: E402
 from simpo_megatron.training.consistency import check_replicas  # noqa: E402
-from simpo_megatron.checkpoint.sharded_state import read_state, read_weights  # noqa: E402
+from simpo_megatron.training.setup import build_trainer  # noqa: E402
 from simpo_megatron.training.step import Trainer, batch_options, train_step  # noqa: E402
-from simpo_megatron.checkpoint.writer import begin_write  # noqa: E402
 
 OPTIONS = {
     "data": ("none",), "use_distributed_optimizer": True, "global_batch_size": 8, "tokens_per_microbatch": 128,

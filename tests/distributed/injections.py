@@ -19,11 +19,11 @@ from pathlib import Path
 import torch
 from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBucketGroup as BucketGroup
 
-from simpo_megatron.errors import SimPOError
 from simpo_megatron.checkpoint import manifest
-from simpo_megatron.training import loop, step
-from simpo_megatron.training.watchdog import Watch
 from simpo_megatron.checkpoint.writer import begin_write
+from simpo_megatron.errors import SimPOError
+from simpo_megatron.training import loop, step
+from simpo_megatron.training.watchdog import Watchdog
 
 
 def record_pairs(path: Path) -> None:
@@ -124,13 +124,13 @@ def halve_sums_of_gradients(swap: bool) -> None:
 
 
 def note_phases(file: Path) -> None:
-    at = Watch.at
+    enter_phase = Watchdog.enter_phase
 
-    def noted(self, where, *, limit_seconds):
-        at(self, where, limit_seconds=limit_seconds)
+    def noted(self, name, *, timeout):
+        enter_phase(self, name, timeout=timeout)
         file.touch()
 
-    Watch.at = noted
+    Watchdog.enter_phase = noted
 
 
 def compare_state_of_steps() -> None:

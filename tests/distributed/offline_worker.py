@@ -23,12 +23,12 @@ from megatron.core.dist_checkpointing.dict_utils import extract_matching_values 
 from megatron.core.dist_checkpointing.mapping import ShardedObject  # noqa: E402
 
 from simpo_megatron import parallel  # noqa: E402
+from simpo_megatron.checkpoint import manifest  # noqa: E402
+from simpo_megatron.checkpoint.initial_weights import fill_weights  # noqa: E402
 from simpo_megatron.config import config_from  # noqa: E402
 from simpo_megatron.convert import load_hf_weights  # noqa: E402
 from simpo_megatron.mcore.families import describe_hf_model  # noqa: E402
 from simpo_megatron.mcore.model import build_model  # noqa: E402
-from simpo_megatron.checkpoint import manifest  # noqa: E402
-from simpo_megatron.checkpoint.initial_weights import fill_weights  # noqa: E402
 
 
 def run(model: Path, layout: str, options: dict) -> None:

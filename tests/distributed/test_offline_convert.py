@@ -28,13 +28,13 @@ from simpo_megatron.mcore import device
 
 device.install()
 
+from simpo_megatron.atomic import draft_of  # noqa: E402
+from simpo_megatron.checkpoint import manifest, torch_dist  # noqa: E402
 from simpo_megatron.convert.files import stored_tensors  # noqa: E402
 from simpo_megatron.errors import CheckpointError  # noqa: E402
-from simpo_megatron.checkpoint import torch_dist  # noqa: E402
 from simpo_megatron.offline.convert import to_hf, to_mcore  # noqa: E402
 from simpo_megatron.offline.weights import open_weights  # noqa: E402
 from simpo_megatron.parallel import alone  # noqa: E402
-from simpo_megatron.checkpoint import manifest  # noqa: E402
 from tools import convert_hf  # noqa: E402
 
 # What ranks read and write, too, where the others go there and back in this process alone.
@@ -140,7 +140,7 @@ def test_a_large_checkpoint_is_several_files_each_verified_before_it_is_read(
 ) -> None:
     monkeypatch.setattr(torch_dist, "_SHARD_BYTES", 40_000)
     read, checked, real = [], [], manifest.check_hashes
-    monkeypatch.setattr(commit, "check_hashes", lambda *args: checked.extend(args[1]) or real(*args))
+    monkeypatch.setattr(manifest, "check_hashes", lambda *args: checked.extend(args[1]) or real(*args))
     with alone() as groups:
         to_mcore(open_weights(folder / LLAMA, groups), tmp_path / "megatron", groups)
         shards = sorted(path.name for path in (tmp_path / "megatron" / "release").glob("*.distcp"))
@@ -182,7 +182,8 @@ def test_a_full_disk_or_a_kill_leaves_no_output_to_the_next(folder: Path, tmp_pa
     assert "out: could not be written (" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
     kill_when_it_writes(arguments, tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == [".out.partial"]
+    (left,) = tmp_path.iterdir()
+    assert draft_of(left) == "out"
     assert convert_hf.main(arguments) == 0
     assert "MiB/s), peak memory" in capsys.readouterr().out
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -196,7 +197,7 @@ def kill_when_it_writes(arguments: list[str], parent: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
     running = subprocess.Popen([*TOOL, *arguments], cwd=REPOSITORY, env=environment, stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
-    while not list(parent.glob(".out.partial/*")) and time.monotonic() < deadline:
+    while not list(parent.glob("out.tmp-*/*")) and time.monotonic() < deadline:
         time.sleep(0.001)
     running.send_signal(signal.SIGKILL)
     running.wait()

@@ -9,11 +9,11 @@ from ranks import REPOSITORY, run_ranks
 
 from simpo_megatron.config import config_from
 from simpo_megatron.mcore.families import describe_hf_config
-from simpo_megatron.planning.workload import Load
 from simpo_megatron.planning.memory import activation_bytes, head_bytes, stage_memory
 from simpo_megatron.planning.models import PUBLISHED
 from simpo_megatron.planning.parameters import adapter_parameters, stage_parameters
 from simpo_megatron.planning.shapes import ModelShape, Pack
+from simpo_megatron.planning.workload import Workload
 
 WORKERS = REPOSITORY / "tests" / "distributed"
 LAYOUT = {"tp": 8, "pp": 4, "sequence_parallel": True, "use_distributed_optimizer": True}
@@ -72,7 +72,7 @@ def test_weights_gradients_and_optimizer_are_what_megatron_allocates(tmp_path):
     for name, case in job.items():
         config = config_from(**case["options"])
         sizes = config.parallel.sizes
-        load = Load(
+        load = Workload(
             shape=ModelShape.of(describe_hf_config(case["model"], "config.json")),
             config=config,
             pack=Pack(tokens=8192, prompt=300, response=400),
@@ -128,7 +128,7 @@ def test_activations_and_the_peak_of_a_step_are_what_a_run_measures(cases, num_r
         for rank in range(num_ranks):
             measured = json.loads(Path(tmp_path, f"{name}.{rank}.json").read_text())
             config = config_from(**case["options"])
-            load = Load(
+            load = Workload(
                 shape=shape_of(case),
                 config=config,
                 pack=pack_of(case),

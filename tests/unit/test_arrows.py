@@ -1,8 +1,10 @@
 """The rooms of the package depend on each other in one direction, and each keeps out of what is not its own."""
 
 import ast
+import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -12,20 +14,37 @@ PACKAGE = Path(__file__).parents[2] / "simpo_megatron"
 # What each room may import of the package, itself apart.
 MAY_IMPORT = {
     "errors": set(),
+    "atomic": set(),
     "faults": {"errors"},
+    "ranks": {"errors"},
     "loss": {"errors"},
-    "data": {"errors"},
+    "data": {"errors", "atomic"},
     "parallel": {"errors"},
-    "demo": {"errors", "data"},
+    "demo": {"errors", "atomic", "data"},
     "config": {"errors", "loss", "data", "parallel"},
-    "mcore": {"errors", "faults", "loss", "data", "parallel", "config"},
-    "convert": {"errors", "parallel", "config", "mcore"},
+    "mcore": {"errors", "faults", "loss", "data", "parallel", "ranks", "config"},
+    "convert": {"errors", "atomic", "parallel", "ranks", "config", "mcore"},
+    "checkpoint": {"errors", "atomic", "parallel", "ranks", "config", "mcore", "convert"},
     "nemo": {"errors", "data", "config"},
-    "megatron_lm": {"errors", "loss", "data", "parallel", "config", "mcore"},
+    "megatron_lm": {"errors", "loss", "data", "parallel", "ranks", "config", "mcore"},
     "planning": {"errors", "parallel", "loss", "config", "mcore"},
     "recipes": {"errors", "config", "training"},
-    "training": {"errors", "faults", "loss", "data", "parallel", "demo", "config", "mcore", "convert", "nemo"},
-    "offline": {"errors", "data", "parallel", "config", "mcore", "convert", "training"},
+    "training": {
+        "errors",
+        "atomic",
+        "faults",
+        "loss",
+        "data",
+        "parallel",
+        "ranks",
+        "demo",
+        "config",
+        "mcore",
+        "convert",
+        "checkpoint",
+        "nemo",
+    },
+    "offline": {"errors", "data", "parallel", "config", "mcore", "convert", "checkpoint"},
 }
 # Outside packages that a room must do without, at import and in its functions alike.
 FORBIDDEN = {
@@ -107,6 +126,44 @@ def test_no_room_imports_a_package_it_does_without(path):
 def test_only_parallel_reads_megatrons_global_state():
     readers = {path.name for path in MODULES if "parallel_state" in path.read_text()}
     assert readers <= {"parallel.py"}
+
+
+def object_collectives(path, tree=None):
+    """`file.function` of every function that hands objects from rank to rank."""
+    for node in ast.walk(tree or ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef):
+            for inner in ast.walk(node):
+                name = getattr(inner, "attr", getattr(inner, "id", ""))
+                if isinstance(inner, (ast.Attribute, ast.Name)) and re.fullmatch(r"(all_gather|gather|broadcast|scatter|send|recv)_object(_list)?", name):
+                    yield f"{path.relative_to(PACKAGE)}: {node.name}"
+
+
+def test_ranks_agree_in_one_place():
+    found = [place for path in MODULES for place in object_collectives(path)]
+    assert found == ["ranks.py: _gather"]
+    tree = ast.parse("def f():\n    dist.broadcast_object_list([1])\ndef g():\n    all_gather_object(x, y)")
+    assert len(list(object_collectives(PACKAGE / "loss/simpo.py", tree))) == 2, "the walk sees others"
+
+
+def test_folders_appear_and_locks_are_taken_in_one_place():
+    names = {"os.rename", "os.replace", "fcntl.flock", "fcntl.lockf", "FileLock"}
+    users = {
+        str(path.relative_to(PACKAGE))
+        for path in MODULES
+        if names & (attributes(path) | {name.split(".")[-1] for _, name in imported(path)})
+    }
+    assert users == {"atomic.py"}
+
+
+def test_no_module_and_no_class_has_the_name_of_another():
+    stems = Counter(path.stem for path in MODULES if path.stem not in ("__init__", "__main__"))
+    classes = Counter(
+        node.name
+        for path in MODULES
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ClassDef)
+    )
+    assert [name for name, count in (stems + classes).items() if count > 1] == []
 
 
 def attributes(path):

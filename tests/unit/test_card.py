@@ -5,10 +5,10 @@ import json
 import pytest
 import torch
 
+from simpo_megatron.checkpoint.manifest import Checkpoint, Digest
 from simpo_megatron.config import config_from, load_config
 from simpo_megatron.errors import ConfigError
 from simpo_megatron.training.card import card_of, model_card
-from simpo_megatron.checkpoint.manifest import Checkpoint, Digest
 from simpo_megatron.training.report import read_curves
 
 OPTIONS = {"model": "models/llama", "data": ("a.jsonl", "b.jsonl"), "beta": 2.5, "valid_data": ("held.jsonl",)}

@@ -6,7 +6,7 @@ import pytest
 
 from simpo_megatron.config import DEMO, PRESETS, Machine, lint, load_config, resolve
 from simpo_megatron.planning.gpus import GPUS
-from simpo_megatron.planning.layouts import Job, plan_one
+from simpo_megatron.planning.layouts import PlanRequest, plan_one
 from simpo_megatron.planning.models import find_model
 from simpo_megatron.planning.shapes import Pack
 
@@ -43,7 +43,7 @@ def test_a_config_for_gpus_fits_them_and_keeps_them_busy(path):
     config = loaded(path)
     (model,) = [name for stem, name in MODELS.items() if path.stem.startswith(stem)] or [config.run.preset]
     num_gpus = int(path.stem.rpartition("_")[2].removesuffix("xh100"))
-    job = Job(
+    job = PlanRequest(
         description=find_model(model),
         config=config,
         num_gpus=num_gpus,

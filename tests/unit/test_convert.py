@@ -15,8 +15,8 @@ from qwen2_twin import HEAD_DIM, HIDDEN, LAYERS, VOCAB, random_weights, stand_in
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from simpo_megatron.convert import load_weights as loading
 from simpo_megatron.convert import load_hf_weights, refuse_existing_export
+from simpo_megatron.convert import load_weights as loading
 from simpo_megatron.convert.files import TensorSpec, write_safetensors
 from simpo_megatron.convert.folder import MARKER_FILE
 from simpo_megatron.errors import CheckpointError

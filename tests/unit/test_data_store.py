@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from data_tokenizers import gemma_like, llama_like, qwen_like
 
+from simpo_megatron import atomic
 from simpo_megatron.data import PairOptions, build_preference_dataset, check_vocabulary, split
 from simpo_megatron.data import store as store_module
 from simpo_megatron.errors import ConfigError, DataError
@@ -128,7 +129,7 @@ def test_a_build_that_fails_or_is_killed_leaves_no_store(tmp_path, monkeypatch):
         with pytest.raises(ZeroDivisionError):
             build(path, tmp_path)
     assert folders(tmp_path) == []
-    half = tmp_path / "cache" / ".pairs-0.killed"
+    half = tmp_path / "cache" / f"pairs-0.tmp-{'0' * 32}"
     half.mkdir()
     (half / "pairs.bin").write_bytes(b"1234")
     assert len(build(path, tmp_path)) == 10
@@ -139,15 +140,16 @@ def test_what_a_killed_build_has_left_is_removed_by_a_later_one_and_a_living_bui
     build(source, tmp_path)
     (store,) = folders(tmp_path)
     shutil.rmtree(store)
-    killed, living = (store.with_name(f".{store.name}.{name}") for name in ("killed00", "living00"))
-    for unfinished in (killed, living):
-        unfinished.mkdir()
-        (unfinished / "pairs.bin").write_bytes(b"1234")
-    long_ago = time.time() - store_module.ABANDONED_SECONDS - 60
-    for path in (killed / "pairs.bin", killed, living):
-        os.utime(path, (long_ago, long_ago))
+    killed, just_begun, long_begun, living = (store.with_name(f"{store.name}.tmp-{number:032x}") for number in range(4))
+    for draft in (killed, just_begun, long_begun, living):
+        draft.mkdir()
+        (draft / "pairs.bin").write_bytes(b"1234")
+    (killed / ".lock").touch()
+    os.utime(long_begun, (time.time() - 3600,) * 2)
+    held = atomic.lock(living / ".lock")
     build(source, tmp_path)
-    assert folders(tmp_path) == sorted((store, living))
+    held.release()
+    assert folders(tmp_path) == sorted((store, just_begun, living))
 
 
 def test_two_builders_at_once_end_with_one_good_store(tmp_path):

@@ -7,9 +7,9 @@ import os
 import pytest
 import torch
 
+from simpo_megatron.checkpoint import manifest
 from simpo_megatron.convert import direct_io
 from simpo_megatron.convert.direct_io import DirectFile
-from simpo_megatron.checkpoint import manifest
 
 PARTS = {
     "nothing": [],
@@ -22,7 +22,7 @@ PARTS = {
 
 @pytest.fixture(autouse=True)
 def small_buffers(monkeypatch):
-    monkeypatch.setattr(direct, "_BUFFER_BYTES", 1 << 16)
+    monkeypatch.setattr(direct_io, "_BUFFER_BYTES", 1 << 16)
 
 
 @pytest.mark.parametrize("parts", PARTS.values(), ids=PARTS)

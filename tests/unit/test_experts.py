@@ -92,9 +92,9 @@ def test_routers_are_pulled_to_balance_by_the_mean_over_microbatches(models):
 
 
 def test_a_run_is_started_on_as_few_ranks_as_its_sizes_divide():
-    assert parallel.ParallelSizes(expert=4).fewest_ranks == 4
-    assert parallel.ParallelSizes(tensor=4, pipeline=2, expert=2).fewest_ranks == 8
-    assert parallel.ParallelSizes(tensor=2, pipeline=3, expert=6).fewest_ranks == 18
+    assert parallel.ParallelSizes(expert=4).min_world_size == 4
+    assert parallel.ParallelSizes(tensor=4, pipeline=2, expert=2).min_world_size == 8
+    assert parallel.ParallelSizes(tensor=2, pipeline=3, expert=6).min_world_size == 18
 
 
 def test_fp8_looks_at_the_width_of_an_expert_which_no_rank_divides():

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from simpo_megatron.errors import CheckpointError
 from simpo_megatron.checkpoint import manifest, run_lock
+from simpo_megatron.errors import CheckpointError
 
 CONTENT = {"__0_0.distcp": b"a" * 1000, "__1_0.distcp": b"b" * 999, ".metadata": b"index", "empty": b""}
 
@@ -281,30 +281,30 @@ def test_a_second_run_cannot_have_the_same_folder_and_a_later_one_can(tmp_path):
     held = run_lock.lock(tmp_path / "run")
     refused = try_to_lock(tmp_path / "run")
     assert refused.returncode and f"in use by another run (process {os.getpid()} on" in refused.stderr
-    held.close()
+    held.release()
     assert try_to_lock(tmp_path / "run").returncode == 0
 
 
 def test_a_machine_that_sees_another_folder_is_refused(tmp_path):
     held = run_lock.lock(tmp_path / "run")
-    nonce = run_lock.holder(held)
+    nonce = held.nonce
     (tmp_path / "other").mkdir()
     for name in ("other", "absent"):
-        with pytest.raises(CheckpointError, match="not the folder that the first rank sees"):
+        with pytest.raises(CheckpointError, match="not the folder that rank 0 sees"):
             run_lock.check_same_folder(tmp_path / name, nonce)
     run_lock.check_same_folder(tmp_path / "run", nonce)
-    assert [entry.name for entry in (tmp_path / "run").iterdir()] == [".lock"]
+    assert sorted(entry.name for entry in (tmp_path / "run").iterdir()) == [".holder", ".lock"]
 
 
 def test_a_machine_that_can_read_the_folder_alone_is_refused(tmp_path, monkeypatch):
     held = run_lock.lock(tmp_path / "run")
-    nonce = run_lock.holder(held)
+    nonce = held.nonce
 
     def refuse(dir):
         raise OSError(errno.EROFS, "Read-only file system", str(dir))
 
     monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
-    with pytest.raises(CheckpointError, match="cannot be written by .*Read-only file system"):
+    with pytest.raises(CheckpointError, match="cannot write .*Read-only file system"):
         run_lock.check_same_folder(tmp_path / "run", nonce)
 
 

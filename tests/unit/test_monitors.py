@@ -15,10 +15,10 @@ from simpo_megatron.data import BatchOptions
 from simpo_megatron.data.batching import step_pairs
 from simpo_megatron.errors import ConfigError, listed
 from simpo_megatron.loss import MONITORED, SimPOObjective, length_correlation, monitored_sums, preference_loss
-from simpo_megatron.training.resume import Start
 from simpo_megatron.training.loggers import RunLog, Terminal
 from simpo_megatron.training.monitors import DISPLACEMENT, Monitors, spike_limit
 from simpo_megatron.training.repetition import held_out_prompts, repetition
+from simpo_megatron.training.resume import Start
 
 OPTIONS = BatchOptions(global_batch_size=4, seed=5)
 STEADY = [1.30, 1.31, 1.29, 1.30, 1.32, 1.28, 1.30, 1.31]

@@ -13,10 +13,10 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from simpo_megatron.config import config_from
+from simpo_megatron.convert.folder import new_output
 from simpo_megatron.demo import prepare_demo
 from simpo_megatron.errors import CheckpointError
 from simpo_megatron.mcore import device
-from simpo_megatron.offline.staging import new_folder
 from simpo_megatron.parallel import alone
 from tools import merge_checkpoints, verify_checkpoint
 
@@ -24,11 +24,11 @@ device.install()
 
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy  # noqa: E402
 
+from simpo_megatron.checkpoint import manifest  # noqa: E402
+from simpo_megatron.checkpoint.initial_weights import fill_weights  # noqa: E402
 from simpo_megatron.mcore.model import build_model  # noqa: E402
 from simpo_megatron.offline.convert import to_mcore  # noqa: E402
 from simpo_megatron.offline.weights import open_weights  # noqa: E402
-from simpo_megatron.checkpoint import manifest  # noqa: E402
-from simpo_megatron.checkpoint.initial_weights import fill_weights  # noqa: E402
 
 TINY = {
     "vocab_size": 1003,
@@ -169,24 +169,25 @@ def test_log_probs_of_both_sides_are_printed_and_judged(models, tmp_path, capsys
 
 
 def test_two_writers_of_one_output_do_not_meet(tmp_path):
-    with new_folder(tmp_path / "out") as staging:
+    with new_output(tmp_path / "out") as staging:
         (staging / "file").write_text("first")
-        with pytest.raises(CheckpointError, match="another process is writing it"), new_folder(tmp_path / "out"):
+        with pytest.raises(CheckpointError, match="another process is writing it"), new_output(tmp_path / "out"):
             pass
         assert (staging / "file").exists()
     assert (tmp_path / "out" / "file").read_text() == "first"
 
 
 def test_what_a_killed_writer_left_is_removed_and_an_error_leaves_nothing(tmp_path):
-    left = tmp_path / ".out.partial" / "half"
+    left = tmp_path / f"out.tmp-{'0' * 32}" / "half"
     left.mkdir(parents=True)
     (left / "file").write_text("half")
-    with pytest.raises(RuntimeError), new_folder(tmp_path / "out") as staging:
-        assert not list(staging.iterdir())
+    (left.parent / ".lock").touch()
+    with pytest.raises(RuntimeError), new_output(tmp_path / "out") as staging:
+        assert [entry.name for entry in staging.iterdir()] == [".lock"] and not left.exists()
         raise RuntimeError
     assert not list(tmp_path.iterdir())
     (tmp_path / "file").touch()
-    with pytest.raises(CheckpointError, match="cannot be written"), new_folder(tmp_path / "file" / "out"):
+    with pytest.raises(CheckpointError, match="cannot be written"), new_output(tmp_path / "file" / "out"):
         pass
 
 

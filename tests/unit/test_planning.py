@@ -11,20 +11,20 @@ from ranks import REPOSITORY
 from simpo_megatron.config import DEMO, PRESETS, config_from, load_config
 from simpo_megatron.errors import ConfigError
 from simpo_megatron.planning.gpus import GPUS
-from simpo_megatron.planning.layouts import Job, layout_name, plan_one, survey
-from simpo_megatron.planning.workload import Load
+from simpo_megatron.planning.layouts import PlanRequest, layout_name, plan_one, survey
 from simpo_megatron.planning.memory import chunks_in_flight, stage_memory
 from simpo_megatron.planning.models import PUBLISHED, find_model
 from simpo_megatron.planning.parameters import stage_parameters
-from simpo_megatron.planning.tables import run_yaml
 from simpo_megatron.planning.shapes import ModelShape, Pack
+from simpo_megatron.planning.tables import run_yaml
+from simpo_megatron.planning.workload import Workload
 
 PACK = Pack(tokens=8192, prompt=300, response=400)
 
 
 def job(model="Llama-3.1-70B", num_gpus=64, gpu="h100-80gb", pack=PACK, **options):
     config = config_from(model="m", data=("d",), tokens_per_microbatch=pack.tokens, **options)
-    return Job(description=find_model(model), config=config, num_gpus=num_gpus, gpu=GPUS[gpu], pack=pack)
+    return PlanRequest(description=find_model(model), config=config, num_gpus=num_gpus, gpu=GPUS[gpu], pack=pack)
 
 
 @pytest.mark.parametrize(
@@ -82,7 +82,7 @@ def in_flight_by_schedule(pp, vpp, stage, num_microbatches):
 def test_chunks_in_flight_are_those_of_the_schedule(pp, vpp):
     for num_microbatches in (pp, 2 * pp, 8 * pp):
         for stage in range(pp):
-            load = Load(
+            load = Workload(
                 shape=shape_of({}),
                 config=config_from(pp=pp, vpp=vpp if vpp > 1 else None),
                 pack=PACK,
@@ -93,7 +93,7 @@ def test_chunks_in_flight_are_those_of_the_schedule(pp, vpp):
 
 
 def test_the_distributed_optimizer_divides_the_optimizer_and_nothing_else():
-    load = Load(shape=shape_of({}), config=config_from(), pack=PACK, data_parallel_size=8, num_microbatches=1)
+    load = Workload(shape=shape_of({}), config=config_from(), pack=PACK, data_parallel_size=8, num_microbatches=1)
     divided = replace(load, config=config_from(use_distributed_optimizer=True))
     before, after = stage_memory(load, 0), stage_memory(divided, 0)
     assert after.optimizer == before.optimizer / 8
@@ -150,7 +150,7 @@ def test_without_packing_memory_holds_the_longest_pairs_and_time_the_mean_ones()
     config = config_from(model="m", data=("d",), **options)
     mean, longest = (Pack.of(config.batch, prompt=300 * n, response=400 * n) for n in (1, 2))
     assert (mean.tokens, mean.num_pairs, longest.tokens) == (2 * 2 * 700, 2, 2 * 2 * 1400)
-    one = Job(
+    one = PlanRequest(
         description=find_model("Meta-Llama-3-8B-Instruct"), config=config, num_gpus=8, gpu=GPUS["h100-80gb"], pack=mean
     )
     small, large = survey(one).candidates[0], survey(replace(one, largest=longest)).candidates[0]

@@ -18,9 +18,9 @@ from simpo_megatron.mcore.families import describe_hf_model
 
 device.install()
 
-from simpo_megatron.checkpoint import sharded_state
-from simpo_megatron.training import resume  # noqa: E402
+from simpo_megatron.checkpoint import tensor_index  # noqa: E402
 from simpo_megatron.checkpoint.manifest import Checkpoint  # noqa: E402
+from simpo_megatron.training import resume  # noqa: E402
 
 MODEL = {
     "model_type": "llama",
@@ -82,23 +82,23 @@ def describe(folder: Path, *, model=None, tokenizer=None, pairs=None, **options)
     tokenizer = tokenizer or llama_like()
     data = build_preference_dataset([str(folder / "pairs.jsonl")], tokenizer, PairOptions(), folder / "cache")
     job = Job(Plan(describe_hf_model(folder)), tokenizer, data, config.optimizer.train_iters)
-    return checkpoint.describe_run(config, job)
+    return resume.describe_run(config, job)
 
 
 @pytest.fixture
 def saved(tmp_path, monkeypatch) -> Checkpoint:
-    monkeypatch.setattr(checkpoint.dist, "get_world_size", lambda: 1)
+    monkeypatch.setattr(resume.dist, "get_world_size", lambda: 1)
     return Checkpoint(tmp_path / "iter_0000004", 4, describe(tmp_path / "saved"), {})
 
 
 def refused(saved: Checkpoint, now: dict[str, Any], *, override: bool = False) -> str:
     with pytest.raises(CheckpointError) as caught:
-        checkpoint._refuse_changes(saved, now, override=override)
+        resume._refuse_changes(saved, now, override=override)
     return str(caught.value)
 
 
 def test_the_same_run_is_not_refused(saved, tmp_path):
-    assert checkpoint._refuse_changes(saved, describe(tmp_path / "now"), override=False) == []
+    assert resume._refuse_changes(saved, describe(tmp_path / "now"), override=False) == []
 
 
 @pytest.mark.parametrize(
@@ -140,16 +140,16 @@ def test_another_objective_tokenizer_or_data_is_refused_unless_told(saved, tmp_p
     now = describe(tmp_path / "now", **changes)
     message = refused(saved, now)
     assert said in message and "--override-on-resume" in message
-    notes = checkpoint._refuse_changes(saved, now, override=True)
+    notes = resume._refuse_changes(saved, now, override=True)
     assert any(said in note for note in notes) and all(note.startswith("WARNING") for note in notes)
 
 
 def test_tensors_that_a_checkpoint_lacks_or_has_beside_are_counted_and_ten_of_each_are_named(tmp_path):
     kept, lacking, beside = ({f"{name}{n:02}" for n in range(number)} for name, number in zip("kwx", (3, 12, 11)))
     never = {"optimizer.state.exp_avg.k00", "rng.torch", "common_state/shard_0_1"}
-    state.refuse_other_names(kept | never, kept, tmp_path)
+    tensor_index.refuse_other_names(kept | never, kept, tmp_path)
     with pytest.raises(CheckpointError) as caught:
-        state.refuse_other_names(kept | beside | never, kept | lacking, tmp_path)
+        tensor_index.refuse_other_names(kept | beside | never, kept | lacking, tmp_path)
     assert "12 tensors of this run are not in it: w00, w01" in str(caught.value)
     assert "11 tensors in it are no part of this run's model: x00, x01" in str(caught.value)
     assert all(name in str(caught.value) for name in ("w09", "x09"))

@@ -27,7 +27,7 @@ from megatron.core import dist_checkpointing  # noqa: E402
 from megatron.core.dist_checkpointing import ShardedTensor  # noqa: E402
 
 from simpo_megatron.checkpoint import sharded_state  # noqa: E402
-from simpo_megatron.checkpoint.sharded_state import check_index, refuse_other_weights  # noqa: E402
+from simpo_megatron.checkpoint.tensor_index import check_index, refuse_other_weights  # noqa: E402
 
 
 def index(entry=None, file="__0_0.distcp", length=16):
@@ -134,11 +134,11 @@ def one_tensor():
 def test_settings_that_would_call_something_are_refused_and_call_nothing(checkpoint, tmp_path, wrapped):
     common = checkpoint / "common.pt"
     before, target = common.read_bytes(), tmp_path / "made"
-    assert state._load(one_tensor(), check_index(checkpoint), checkpoint)["iteration"] == 3
+    assert sharded_state._load(one_tensor(), check_index(checkpoint), checkpoint)["iteration"] == 3
     torch.save(wrapped(Calls(os.mkdir, str(target))), common)
     try:
         with pytest.raises(CheckpointError, match="does not fit this run"):
-            state._load(one_tensor(), check_index(checkpoint), checkpoint)
+            sharded_state._load(one_tensor(), check_index(checkpoint), checkpoint)
     finally:
         common.write_bytes(before)
     assert not target.exists()

@@ -5,7 +5,7 @@
 
 The arguments are those of examples/pretrain_simpo.py. The run goes as it always does; then each guard is called again
 and again by itself, all ranks together, and its median time is set against the median step. During a step ranks also
-wait in `agree` for the slowest of them, which they would do in the step's next collective without it.
+wait in `sync_status` for the slowest of them, which they would do in the step's next collective without it.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ import torch
 import torch.distributed as dist
 
 from simpo_megatron.config import load_config
+from simpo_megatron.ranks import sync_status
 from simpo_megatron.training import loop
-from simpo_megatron.training.stop_signals import agree
 from simpo_megatron.training.consistency import check_replicas, check_same, job_facts, startup_facts
 from simpo_megatron.training.step import train_step
-from simpo_megatron.training.watchdog import Watch
+from simpo_megatron.training.watchdog import Watchdog
 
 NUM_CALLS = 30
 
@@ -40,8 +40,8 @@ def main(argv: list[str]) -> None:
         step_seconds.append(time.perf_counter() - started)
         return done
 
-    def measured_watch() -> Watch:
-        watches.append(Watch())
+    def measured_watch() -> Watchdog:
+        watches.append(Watchdog())
         return watches[0]
 
     def measured_end(config: Any, job: Any, log: Any) -> None:
@@ -52,17 +52,17 @@ def main(argv: list[str]) -> None:
             print(*table(rows, statistics.median(step_seconds[1:])), sep="\n", flush=True)
 
     finish = loop._finish
-    loop.train_step, loop.Watch, loop._finish = timed_step, measured_watch, measured_end
+    loop.train_step, loop.Watchdog, loop._finish = timed_step, measured_watch, measured_end
     loop.train(config)
 
 
-def measure(config: Any, job: Any, watch: Watch) -> list[tuple[str, str, float, int]]:
+def measure(config: Any, job: Any, watchdog: Watchdog) -> list[tuple[str, str, float, int]]:
     """(guard, when it is called, seconds a call, calls then) of each guard."""
     trainer = job.trainer
     facts = {**startup_facts(config), **job_facts(job)}
     return [
-        ("agree", "step", median_seconds(lambda: agree(None, 0, same=1)), 2),
-        ("watch", "step", median_seconds(lambda: watch.at("the benchmark", limit_seconds=3600)), 1),
+        ("sync_status", "step", median_seconds(lambda: sync_status(None, 0, checksum=1)), 2),
+        ("watchdog", "step", median_seconds(lambda: watchdog.enter_phase("the benchmark", timeout=3600)), 1),
         ("weights compared", "save", median_seconds(lambda: check_replicas(trainer.chunks, trainer.groups)), 1),
         ("options and code compared", "start", median_seconds(lambda: check_same(facts)), 2),
     ]

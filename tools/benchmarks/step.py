@@ -146,8 +146,8 @@ def run_ours(job: dict, options: dict) -> dict:
 
     device.install()
     from simpo_megatron import parallel
-    from simpo_megatron.training.setup import assemble, plan_run
     from simpo_megatron.training.metrics import reduce_sums
+    from simpo_megatron.training.setup import assemble, plan_run
     from simpo_megatron.training.step import train_step
 
     meter = Meter()
