@@ -28,7 +28,7 @@ from simpo_megatron import parallel
 from simpo_megatron.config import Config, PrecisionConfig, load_config
 from simpo_megatron.errors import ConfigError, SimPOError, printed
 from simpo_megatron.loss import SimPOObjective
-from simpo_megatron.mcore import device
+from simpo_megatron.mcore import cpu_patches, device
 
 RECIPES = ("tensorwise", "blockwise", "delayed")
 BLOCK = 128
@@ -147,7 +147,7 @@ def emulate(chunks: Sequence[torch.nn.Module], recipe: str) -> int:
 
 def check(config: Config, recipe: str, num_pairs: int) -> None:
     """Judge the first `num_pairs` training pairs in both formats, on the ranks that torchrun started, and print it."""
-    device.install()
+    cpu_patches.install()
     from simpo_megatron.training.assembly import assemble, plan_run
     from simpo_megatron.training.reference import reference_log_probs
 

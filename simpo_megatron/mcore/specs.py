@@ -19,7 +19,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayerSubmodul
 from simpo_megatron.mcore.architecture import ArchitectureConfig
 from simpo_megatron.mcore.attention import SegmentedAttention
 from simpo_megatron.mcore.experts import LoadBalancedRouter
-from simpo_megatron.mcore.fused import RMSNorm, SwiGLU
+from simpo_megatron.mcore.lean_layers import RMSNorm, SwiGLU
 
 
 @functools.cache

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import inspect
 import io
-import logging
 import pickle
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -32,7 +31,7 @@ from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from simpo_megatron.errors import CheckpointError, listed
-from simpo_megatron.mcore import device
+from simpo_megatron.mcore import cpu_patches, device
 from simpo_megatron.mcore.fp8_weights import awaited_values, quantise_masters, whole_masters
 from simpo_megatron.mcore.lora import ADAPTER_SUFFIX
 from simpo_megatron.mcore.model import PreferenceGPTModel
@@ -61,14 +60,6 @@ class FailedAloneError(CheckpointError):
     """A failure that the other ranks may not have heard of: they may wait for this one, so the run cannot go on."""
 
 
-def _is_news(record: logging.LogRecord) -> bool:
-    """Not what megatron says of a folder with any file in it: a run puts small ones into its draft first."""
-    return not record.getMessage().startswith("Overwriting old incomplete")
-
-
-logging.getLogger(dist_checkpointing.serialization.__name__).addFilter(_is_news)
-
-
 def request_write(
     model: list[PreferenceGPTModel], trainer: Trainer, iteration: int, folder: Path
 ) -> tuple[AsyncRequest, set[int]]:
@@ -83,7 +74,8 @@ def request_write(
         FailedAloneError: on this rank.
     """
     gather_parameters(trainer.chunks)
-    device.write_checkpoints_in_threads()
+    cpu_patches.write_checkpoints_in_threads()
+    cpu_patches.drop_warning_of_incomplete_folder()
     strategy = FullyParallelSaveStrategyWrapper(get_default_save_sharded_strategy(), trainer.groups.dp_cp)
     state = {"checkpoint_version": 3.0, "iteration": iteration, **_sharded_state(model, trainer)}
     _put_in_place(state, whole_masters(trainer.optimizer))

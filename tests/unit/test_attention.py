@@ -19,7 +19,7 @@ from twin import response_log_probs
 from simpo_megatron import parallel
 from simpo_megatron.config import config_from
 from simpo_megatron.data import BatchOptions, TokenizedPair, collate
-from simpo_megatron.mcore import device
+from simpo_megatron.mcore import cpu_patches
 from simpo_megatron.mcore.attention import MicrobatchLayout, Segment, SegmentedAttention
 
 # First and last rows: a segment of one token, prefixes of none, one and many tokens, one token behind a long
@@ -137,7 +137,7 @@ FAMILIES = {
 
 @pytest.fixture(scope="module")
 def groups():
-    device.install()
+    cpu_patches.install()
     with parallel.alone() as groups:
         yield groups
 

@@ -15,12 +15,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from simpo_megatron.config import config_from
 from simpo_megatron.demo import prepare_demo
 from simpo_megatron.errors import CheckpointError
-from simpo_megatron.mcore import device
+from simpo_megatron.mcore import cpu_patches
 from simpo_megatron.offline.staging import new_folder
 from simpo_megatron.parallel import alone
 from tools import merge_checkpoints, verify_checkpoint
 
-device.install()
+cpu_patches.install()
 
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy  # noqa: E402
 

@@ -31,7 +31,7 @@ class StoredPart:
     """Of a vocabulary, whose stored tensor may have any number of rows beyond these."""
 
 
-class Skeleton:
+class MetaModel:
     """Parameters by name, none of them with memory, and the places megatron-core stores them in.
 
     Its vocabulary is padded for one tensor-parallel rank.
