@@ -16,7 +16,6 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor
 
-from simpo_megatron.loss import ResponseTokens
 from simpo_megatron.mcore.context import ContextShare
 
 
@@ -83,20 +82,18 @@ class MicrobatchLayout(PackedSeqParams):
     """Whether many sequences stand in one row; otherwise every row is a sequence."""
     segments: tuple[Segment, ...] | None = None
     """Tile [0, S) of a pack; None for padded rows, each causal by itself. Keys are rows of the whole microbatch."""
-    tokens: ResponseTokens | None = None
-    """What the last pipeline stage predicts."""
     context: ContextShare | None = None
     """This rank's rows, where others hold the rest of every sequence: then S above counts this rank's rows."""
     _masks: dict[tuple[Segment, int | None], Tensor] = field(default_factory=dict)
     _varlen: VariableLengths | None = None
 
     @classmethod
-    def of_padded_rows(cls, sequence_length: int, tokens: ResponseTokens) -> MicrobatchLayout:
+    def of_padded_rows(cls, sequence_length: int) -> MicrobatchLayout:
         """The layout of B rows padded on the right to `sequence_length`."""
-        return cls(qkv_format="sbhd", max_seqlen_q=sequence_length, max_seqlen_kv=sequence_length, tokens=tokens)
+        return cls(qkv_format="sbhd", max_seqlen_q=sequence_length, max_seqlen_kv=sequence_length)
 
     @classmethod
-    def of_pack(cls, position_ids_S: Tensor, segments: tuple[Segment, ...], tokens: ResponseTokens) -> MicrobatchLayout:
+    def of_pack(cls, position_ids_S: Tensor, segments: tuple[Segment, ...]) -> MicrobatchLayout:
         """The layout of one pack of whole pairs."""
         num_positions = int(position_ids_S.max()) + 1
         return cls(
@@ -106,11 +103,10 @@ class MicrobatchLayout(PackedSeqParams):
             position_ids_S=position_ids_S,
             is_pack=True,
             segments=segments,
-            tokens=tokens,
         )
 
-    def divided(self, context: ContextShare, batch_size: int) -> MicrobatchLayout:
-        """The layout of this context-parallel rank's rows of a microbatch of `batch_size` rows of sequences."""
+    def divided(self, context: ContextShare) -> MicrobatchLayout:
+        """The layout of this context-parallel rank's rows of the microbatch."""
         rows = context.rows()
         positions_S = torch.arange(context.num_rows) if self.position_ids_S is None else self.position_ids_S
         whole = self.segments or (Segment(0, context.num_rows, 0, 0),)
@@ -124,7 +120,6 @@ class MicrobatchLayout(PackedSeqParams):
             self,
             position_ids_S=positions_S[rows.to(positions_S.device)],
             segments=own,
-            tokens=self.tokens.of_rows(rows, context.num_rows, batch_size),
             context=context,
         )
 

@@ -11,7 +11,13 @@ import torch
 from torch import Tensor
 
 from simpo_megatron import faults
-from simpo_megatron.loss import PreferenceObjective, average_log_probs, monitored_sums, preference_loss
+from simpo_megatron.loss import (
+    PreferenceObjective,
+    ResponseTokens,
+    average_log_probs,
+    monitored_sums,
+    preference_loss,
+)
 from simpo_megatron.mcore.batch import Microbatch
 
 LossFunction = Callable[[Tensor], tuple[Tensor, Tensor, Any]]
@@ -30,6 +36,7 @@ class MicrobatchStep(ABC):
             microbatch.tokens_BS,
             microbatch.position_ids_BS,
             None,
+            labels=microbatch.labels,
             packed_seq_params=microbatch.layout,
         )
 
@@ -78,14 +85,19 @@ class AverageLogProbs(MicrobatchStep):
 
 def _averages(log_probs_N: Tensor, microbatch: Microbatch) -> tuple[Tensor, Tensor]:
     """(average log-prob, tokens) of each response of the microbatch."""
-    tokens, context = microbatch.layout.tokens, microbatch.layout.context
+    tokens, context = _labels(microbatch), microbatch.layout.context
     cp_group = None if context is None else context.group
     return average_log_probs(log_probs_N, tokens.sequence_N, 2 * tokens.num_pairs, cp_group)
 
 
 def _num_pairs(log_probs_N: Tensor, microbatch: Microbatch) -> Tensor:
     """The pairs of the microbatch, once over the context-parallel ranks that share them: megatron adds them up."""
-    layout = microbatch.layout
-    counts_here = layout.context is None or layout.context.group.rank() == 0
-    num_pairs = layout.tokens.num_pairs if counts_here else 0
+    context = microbatch.layout.context
+    counts_here = context is None or context.group.rank() == 0
+    num_pairs = _labels(microbatch).num_pairs if counts_here else 0
     return torch.tensor(num_pairs, dtype=torch.int, device=log_probs_N.device)
+
+
+def _labels(microbatch: Microbatch) -> ResponseTokens:
+    assert microbatch.labels is not None, "a step that needs log-probs got a microbatch without labels"
+    return microbatch.labels
