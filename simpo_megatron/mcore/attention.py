@@ -7,7 +7,7 @@ of a group, D head size; heads and groups are this tensor-parallel rank's.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor
 
+from simpo_megatron.mcore.architecture import ArchitectureConfig
 from simpo_megatron.mcore.context import ContextShare
 
 
@@ -70,7 +71,7 @@ class VariableLengths:
 
 @dataclass
 class MicrobatchLayout(PackedSeqParams):
-    """Where everything lies in one microbatch; travels through megatron's layers as their `packed_seq_params`.
+    """The segments and positions of one microbatch, which travel to megatron's layers as `packed_seq_params`.
 
     `qkv_format` stays "sbhd" and the `cu_seqlens` stay None, so that megatron's own rotary embedding takes its
     plain path over frequencies that the model has already put in the order of `position_ids_S`.
@@ -79,7 +80,7 @@ class MicrobatchLayout(PackedSeqParams):
     position_ids_S: Tensor | None = None
     """int64 [S], the position of each token in its own sequence; None for padded rows, where it is the index."""
     is_pack: bool = False
-    """Whether many sequences stand in one row; otherwise every row is a sequence."""
+    """True where one row holds many sequences; otherwise every row is a sequence."""
     segments: tuple[Segment, ...] | None = None
     """Tile [0, S) of a pack; None for padded rows, each causal by itself. Keys are rows of the whole microbatch."""
     context: ContextShare | None = None
@@ -156,7 +157,8 @@ class MicrobatchLayout(PackedSeqParams):
         return key, value
 
     def variable_lengths(self, device: torch.device) -> VariableLengths:
-        """What variable-length kernels take, worked out once for the microbatch."""
+        """The arguments of variable-length kernels, computed once for the microbatch."""
+        assert self.segments is not None, "padded rows have no variable lengths"
         if self._varlen is None:
             self._varlen = VariableLengths.of(self.segments, device)
         return self._varlen
@@ -172,13 +174,13 @@ class SegmentedAttention(torch.nn.Module):
 
     def __init__(
         self,
-        config,
+        config: ArchitectureConfig,
         layer_number: int,
         attn_mask_type: AttnMaskType,
         attention_type: str,
         attention_dropout: float | None = None,
         softmax_scale: float | None = None,
-        **_,
+        **_: Any,
     ) -> None:
         super().__init__()
         self.softmax_scale = softmax_scale

@@ -83,7 +83,7 @@ def _split(ids: np.ndarray, lengths: np.ndarray) -> list[TokenizedPair]:
 
 @dataclass(frozen=True)
 class Microbatch:
-    """What megatron's model call and the loss take for one microbatch, on this rank's device."""
+    """The arguments of the model call and of the loss for one microbatch, on this rank's device."""
 
     tokens_BS: Tensor
     position_ids_BS: Tensor
@@ -92,6 +92,12 @@ class Microbatch:
     """The tokens that the last pipeline stage predicts, on the CPU; None: it yields logits."""
     reference_avg_R: Tensor | None = None
     """fp32 [2 * pairs], the responses' average log-probs under the reference model, where the objective needs them."""
+
+    @property
+    def response_tokens(self) -> ResponseTokens:
+        """The labels, of a microbatch that has some."""
+        assert self.labels is not None, "a microbatch without labels has no log-probs"
+        return self.labels
 
 
 def to_microbatch(

@@ -15,7 +15,7 @@ from simpo_megatron.errors import ConfigError
 
 
 def has_cuda() -> bool:
-    """Whether this process trains on a GPU."""
+    """True when this process trains on a GPU."""
     return torch.cuda.is_available()
 
 
@@ -37,14 +37,14 @@ def memory_bytes() -> int:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether `error` says that memory did not suffice, of the GPU or, as far as the system refuses any, of the CPU."""
+    """True when `error` says that memory did not suffice, of the GPU or, where the system refuses any, of the CPU."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     return any(sign in str(error) for sign in ("DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED"))
 
 
 def machine() -> Machine:
-    """What the configuration must know of this machine."""
+    """The facts of this machine that the configuration depends on."""
     return Machine(
         has_cuda=has_cuda(),
         has_transformer_engine=has_transformer_engine(),
@@ -53,7 +53,7 @@ def machine() -> Machine:
 
 
 def has_transformer_engine() -> bool:
-    """Whether Transformer Engine is installed and can be loaded."""
+    """True when Transformer Engine is installed and can be loaded."""
     try:
         importlib.import_module("transformer_engine.pytorch")
     except (ImportError, RuntimeError, OSError):
@@ -63,7 +63,7 @@ def has_transformer_engine() -> bool:
 
 
 def kernels() -> str:
-    """The kernels of layers and Adam, and whether gradients accumulate in products: by what is installed."""
+    """The implementations of layers and Adam that are installed, and whether gradient accumulation is fused."""
     layers = "Transformer Engine" if has_cuda() and has_transformer_engine() else "torch"
     optimizer = {"transformer_engine": "Transformer Engine", "apex": "apex"}.get(
         adam().__module__.split(".")[0], "torch"
@@ -73,7 +73,7 @@ def kernels() -> str:
 
 
 def fuses_weight_gradients() -> bool:
-    """Whether products can add weight gradients to `main_grad` themselves, in fp32: on a GPU, given NVIDIA's apex."""
+    """True when GEMMs add weight gradients to `main_grad` themselves, in fp32: on a GPU with NVIDIA's apex."""
     layers = importlib.import_module("megatron.core.tensor_parallel.layers")
     return has_cuda() and bool(layers._grad_accum_fusion_available)
 

@@ -13,7 +13,6 @@ from torch import Tensor
 from simpo_megatron import faults
 from simpo_megatron.loss import (
     PreferenceObjective,
-    ResponseTokens,
     average_log_probs,
     monitored_sums,
     preference_loss,
@@ -85,7 +84,7 @@ class AverageLogProbs(MicrobatchStep):
 
 def _averages(log_probs_N: Tensor, microbatch: Microbatch) -> tuple[Tensor, Tensor]:
     """(average log-prob, tokens) of each response of the microbatch."""
-    tokens, context = _labels(microbatch), microbatch.layout.context
+    tokens, context = microbatch.response_tokens, microbatch.layout.context
     cp_group = None if context is None else context.group
     return average_log_probs(log_probs_N, tokens.sequence_N, 2 * tokens.num_pairs, cp_group)
 
@@ -94,10 +93,5 @@ def _num_pairs(log_probs_N: Tensor, microbatch: Microbatch) -> Tensor:
     """The pairs of the microbatch, once over the context-parallel ranks that share them: megatron adds them up."""
     context = microbatch.layout.context
     counts_here = context is None or context.group.rank() == 0
-    num_pairs = _labels(microbatch).num_pairs if counts_here else 0
+    num_pairs = microbatch.response_tokens.num_pairs if counts_here else 0
     return torch.tensor(num_pairs, dtype=torch.int, device=log_probs_N.device)
-
-
-def _labels(microbatch: Microbatch) -> ResponseTokens:
-    assert microbatch.labels is not None, "a step that needs log-probs got a microbatch without labels"
-    return microbatch.labels

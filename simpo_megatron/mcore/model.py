@@ -137,7 +137,7 @@ def transformer_config(description: ModelDescription, config: Config) -> Archite
 
 
 def _mixture(description: ModelDescription, config: Config) -> dict[str, Any]:
-    """How a mixture's tokens are routed and its experts computed; nothing for a dense model."""
+    """Arguments for the routing and the experts of an MoE; none for a dense model."""
     if "num_moe_experts" not in description.transformer:
         return {}
     coefficient = config.model.moe_aux_loss_coeff

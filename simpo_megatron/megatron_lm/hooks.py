@@ -72,7 +72,7 @@ def forward_step(data_iterator: Iterator[Sample], model: torch.nn.Module) -> tup
         labels=microbatch.labels,
         packed_seq_params=microbatch.layout,
     )
-    return output, partial(loss_func, microbatch.labels, sample.pairs_per_chosen_token)
+    return output, partial(loss_func, microbatch.response_tokens, sample.pairs_per_chosen_token)
 
 
 def loss_func(

@@ -37,7 +37,7 @@ def pretrain() -> None:
 
 
 def pretrain_arguments(pretrain_function: Callable) -> dict[str, Any]:
-    """What to call Megatron-LM's `pretrain_function` with.
+    """Arguments for Megatron-LM's `pretrain_function`.
 
     Up to 0.17 it reads the command line itself; since 0.18 it wants to be told what the command line says. The order
     of its parameters changed with 0.19, their names never.
