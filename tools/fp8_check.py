@@ -28,7 +28,7 @@ from simpo_megatron import parallel
 from simpo_megatron.config import Config, PrecisionConfig, load_config
 from simpo_megatron.errors import ConfigError, SimPOError, printed
 from simpo_megatron.loss import SimPOObjective
-from simpo_megatron.mcore import device
+from simpo_megatron.mcore import cpu_patches, device
 
 RECIPES = ("tensorwise", "blockwise", "delayed")
 BLOCK = 128
@@ -147,9 +147,9 @@ def emulate(chunks: Sequence[torch.nn.Module], recipe: str) -> int:
 
 def check(config: Config, recipe: str, num_pairs: int) -> None:
     """Judge the first `num_pairs` training pairs in both formats, on the ranks that torchrun started, and print it."""
-    device.install()
+    cpu_patches.install()
     from simpo_megatron.training.reference import reference_log_probs
-    from simpo_megatron.training.setup import assemble, plan_run
+    from simpo_megatron.training.setup import build_job, plan_run
 
     if not isinstance(config.objective, SimPOObjective):
         raise ConfigError(f"objective: found {config.objective.objective}, expected simpo, which has a target margin")
@@ -165,7 +165,7 @@ def check(config: Config, recipe: str, num_pairs: int) -> None:
         dist.init_process_group(device.backend(), store=dist.HashStore(), rank=0, world_size=1)
     groups = parallel.initialize(config.parallel.sizes, backend=device.backend())
     parallel.seed_everything(config.run.seed)
-    job = assemble(in_bf16, plans[0], groups)
+    job = build_job(in_bf16, plans[0], groups)
     probe = job.train_data.select(np.arange(min(num_pairs, len(job.train_data))))
     first = reference_log_probs(job.trainer, probe)
     if is_emulated:
@@ -173,7 +173,7 @@ def check(config: Config, recipe: str, num_pairs: int) -> None:
         how = f"EMULATED in software, e4m3 in {num_linears} linear layers of this rank"
     else:
         del job
-        job = assemble(in_fp8, plans[1], groups)
+        job = build_job(in_fp8, plans[1], groups)
         how = "by Transformer Engine"
     found = Comparison.of(first, reference_log_probs(job.trainer, probe))
     if dist.get_rank() == 0:

@@ -9,7 +9,6 @@ as objects (FP8 scaling histories) starts anew on a resume.
 from __future__ import annotations
 
 import inspect
-import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -34,7 +33,7 @@ from torch.distributed.checkpoint import CheckpointException
 
 from simpo_megatron.checkpoint.tensor_index import check_index, refuse_other_names, refuse_other_weights
 from simpo_megatron.errors import CheckpointError, listed
-from simpo_megatron.mcore import device
+from simpo_megatron.mcore import cpu_patches, device
 from simpo_megatron.mcore.fp8_weights import awaited_values, quantise_masters, whole_masters
 from simpo_megatron.mcore.lora import ADAPTER_SUFFIX
 from simpo_megatron.mcore.model import PreferenceGPTModel
@@ -48,14 +47,6 @@ _RATES = ("max_lr", "min_lr", "start_wd", "end_wd")
 
 class FailedAloneError(CheckpointError):
     """A failure that the other ranks may not have heard of: they may wait for this one, so the run cannot go on."""
-
-
-def _is_news(record: logging.LogRecord) -> bool:
-    """Not what megatron says of a folder with any file in it: a run puts small ones into its draft first."""
-    return not record.getMessage().startswith("Overwriting old incomplete")
-
-
-logging.getLogger(dist_checkpointing.serialization.__name__).addFilter(_is_news)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +76,8 @@ def request_write(state: RunState, iteration: int, folder: Path) -> tuple[AsyncR
         FailedAloneError: on this rank.
     """
     gather_parameters(state.chunks)
-    device.write_checkpoints_in_threads()
+    cpu_patches.write_checkpoints_in_threads()
+    cpu_patches.drop_warning_of_incomplete_folder()
     strategy = FullyParallelSaveStrategyWrapper(get_default_save_sharded_strategy(), state.groups.dp_cp)
     sharded = {"checkpoint_version": 3.0, "iteration": iteration, **_sharded_state(state)}
     _put_in_place(sharded, whole_masters(state.optimizer))

@@ -41,7 +41,7 @@ from simpo_megatron.checkpoint import manifest
 from simpo_megatron.checkpoint.tensor_index import check_index
 from simpo_megatron.convert.direct_io import DirectFile
 from simpo_megatron.errors import CheckpointError, SimPOError
-from simpo_megatron.mcore.skeleton import Skeleton, StoredPart
+from simpo_megatron.mcore.meta_model import MetaModel, StoredPart
 
 COMMON_FILE = "common.pt"
 """What megatron-core calls the file of all that is no tensor."""
@@ -51,7 +51,7 @@ _SHARD_BYTES = 512 << 20
 
 
 def write_parameters(
-    skeleton: Skeleton, dtypes: dict[str, torch.dtype], compute: Callable[[str], Tensor], folder: Path
+    model: MetaModel, dtypes: dict[str, torch.dtype], compute: Callable[[str], Tensor], folder: Path
 ) -> dict[str, manifest.Digest]:
     """Write a checkpoint of weights alone into the empty `folder`, holding one parameter at a time.
 
@@ -70,7 +70,7 @@ def write_parameters(
         # The form that every version of megatron-core reads; the newest writes another, which older ones do not read.
         with (folder / COMMON_FILE).open("wb") as file:
             torch.save({"checkpoint_version": 3.0, "iteration": 0}, file)
-        dcp.save({}, storage_writer=writer, planner=_Planner(skeleton, dtypes, compute))
+        dcp.save({}, storage_writer=writer, planner=_Planner(model, dtypes, compute))
     save_config(CheckpointingConfig("torch_dist", 1), str(folder))
     return writer.digests
 
@@ -131,9 +131,9 @@ class _Writer(dcp.FileSystemWriter):
 class _Planner(SavePlanner):
     """Announces every parameter, and computes each when it is asked for."""
 
-    def __init__(self, skeleton: Skeleton, dtypes: dict[str, torch.dtype], compute: Callable[[str], Tensor]) -> None:
-        self.skeleton, self.dtypes = skeleton, dtypes
-        self.computed = (skeleton.parts(name, compute(name)) for name in skeleton.shapes)
+    def __init__(self, model: MetaModel, dtypes: dict[str, torch.dtype], compute: Callable[[str], Tensor]) -> None:
+        self.model, self.dtypes = model, dtypes
+        self.computed = (model.parts(name, compute(name)) for name in model.shapes)
         self.current: dict[tuple[str, tuple[int, ...]], Tensor] = {}
 
     def set_up_planner(self, state_dict: Any, storage_meta: Any = None, is_coordinator: bool = False) -> None:
@@ -143,8 +143,8 @@ class _Planner(SavePlanner):
         return SavePlan(
             [
                 _write_item(part)
-                for name, shape in self.skeleton.shapes.items()
-                for part in self.skeleton.parts(name, torch.empty(shape, dtype=self.dtypes[name], device="meta"))
+                for name, shape in self.model.shapes.items()
+                for part in self.model.parts(name, torch.empty(shape, dtype=self.dtypes[name], device="meta"))
             ]
         )
 

@@ -33,7 +33,7 @@ class LoRAConfig:
     @property
     def scale(self) -> float:
         """The factor of what the adapters add."""
-        return 1.0 if self.lora_alpha is None else self.lora_alpha / self.lora_rank
+        return 1.0 if self.lora_alpha is None or self.lora_rank is None else self.lora_alpha / self.lora_rank
 
     def __post_init__(self) -> None:
         require_positive(self, "lora_rank", "lora_alpha")

@@ -21,7 +21,9 @@ slice, b one block of it, N response tokens, n those of them whose target lies i
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -107,7 +109,7 @@ class _Block:
 
 @dataclass(frozen=True)
 class _Layout:
-    """How the vocabulary slice is cut into blocks, and which of them are kept for the backward.
+    """The blocks of the vocabulary slice, and the number of them that is kept for the backward.
 
     token_n: int64, the tokens whose target this rank holds, in the order of their targets.
     column_n: int64, ascending, the column of each of those targets in this rank's slice.
@@ -122,7 +124,17 @@ class _Layout:
     width: int
 
     @classmethod
-    def of(cls, targets_N, vocab, *, width, dtype, budget_bytes, capped, differentiable) -> _Layout:
+    def of(
+        cls,
+        targets_N: Tensor,
+        vocab: VocabShard,
+        *,
+        width: int,
+        dtype: torch.dtype,
+        budget_bytes: int,
+        capped: bool,
+        differentiable: bool,
+    ) -> _Layout:
         """Returns the layout for `width` real columns of logits of `dtype`."""
         num_bytes_column = max(targets_N.numel(), 1) * dtype.itemsize
         budget = budget_bytes // num_bytes_column
@@ -179,7 +191,7 @@ class _FusedLinearLogProbs(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden_SBH, weight_vH, head):
+    def forward(ctx: Any, hidden_SBH: Tensor, weight_vH: Tensor, head: _Head) -> Tensor:
         layout = head.layout
         rows_NH = head.selection.gather(hidden_SBH)
         work = _BlockWork(rows_NH, weight_vH, head)
@@ -211,7 +223,7 @@ class _FusedLinearLogProbs(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_N):
+    def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         head, layout = ctx.head, ctx.head.layout
         hidden_SBH, weight_vH, rows_NH, lse_N, target_N, *saved = ctx.saved_tensors
         kept, shifts = saved[: layout.num_kept], saved[layout.num_kept :]
@@ -254,7 +266,7 @@ class _FusedLinearLogProbs(torch.autograd.Function):
 class _BlockWork:
     """Logits and exponentials of one block at a time, in buffers that are allocated once."""
 
-    def __init__(self, rows_NH: Tensor, weight_vH: Tensor, head: _Head):
+    def __init__(self, rows_NH: Tensor, weight_vH: Tensor, head: _Head) -> None:
         self.rows_NH, self.weight_vH, self.layout, self.softcap = rows_NH, weight_vH, head.layout, head.softcap
         self.dtype = torch.promote_types(rows_NH.dtype, torch.float32)
         self._buffers: dict[torch.dtype, Tensor] = {}
@@ -290,7 +302,7 @@ class _BlockWork:
         """Gives back the buffers of blocks that are not kept."""
         self._buffers.clear()
 
-    def _buffer(self, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    def _buffer(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         if dtype not in self._buffers:
             first = self.layout.blocks[0]
             self._buffers[dtype] = self.rows_NH.new_empty(shape[0] * (first.stop - first.start), dtype=dtype)
@@ -300,7 +312,7 @@ class _BlockWork:
 class _HiddenGrad:
     """Sums grad * (W[target] - softmax @ W) over blocks, in fp32 at least; slope_N: the soft cap's at the target."""
 
-    def __init__(self, work: _BlockWork, grad_N: Tensor, slope_N: Tensor | None):
+    def __init__(self, work: _BlockWork, grad_N: Tensor, slope_N: Tensor | None) -> None:
         self.work, self.grad_N, self.slope_N = work, grad_N, slope_N
         self.sum_NH = torch.zeros_like(work.rows_NH, dtype=work.dtype)
 
@@ -325,12 +337,11 @@ class _WeightGrad:
     Many tokens may have one target: index_put_ adds them up in one order always, which index_add_ on a GPU does not.
     """
 
-    def __init__(self, work: _BlockWork, grad_N: Tensor, slope_N: Tensor | None, main_grad_vH: Tensor | None):
+    def __init__(self, work: _BlockWork, grad_N: Tensor, slope_N: Tensor | None, main_grad_vH: Tensor | None) -> None:
         self.work, self.grad_N, self.main_grad_vH = work, grad_N, main_grad_vH
         self.target_grad_N = grad_N if slope_N is None else grad_N * slope_N
-        self.out_vH = main_grad_vH
+        self.out_vH = torch.empty_like(work.weight_vH) if main_grad_vH is None else main_grad_vH
         if main_grad_vH is None:
-            self.out_vH = torch.empty_like(work.weight_vH)
             self.out_vH[work.layout.width :].zero_()
 
     def add(self, block: _Block, exps_Nb: Tensor, scale_N: Tensor) -> None:
@@ -358,7 +369,7 @@ class _WeightGrad:
         return gradient_already_added(self.work.weight_vH)
 
 
-def _check_tensors(hidden_SBH, weight_vH, vocab: VocabShard, tp_group: ProcessGroup | None) -> None:
+def _check_tensors(hidden_SBH: Tensor, weight_vH: Tensor, vocab: VocabShard, tp_group: ProcessGroup | None) -> None:
     if hidden_SBH.dim() != 3 or weight_vH.dim() != 2 or hidden_SBH.shape[2] != weight_vH.shape[1]:
         raise ConfigError(
             f"hidden states {tuple(hidden_SBH.shape)} and output weight {tuple(weight_vH.shape)}: "

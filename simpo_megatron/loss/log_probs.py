@@ -5,6 +5,8 @@ Shapes: N tokens (any leading shape, flattened), v this rank's vocabulary slice.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -80,7 +82,14 @@ class _LogProbs(torch.autograd.Function):
     """log p(target) of every row; saves the logits themselves and one log-sum-exp a row, no softmax."""
 
     @staticmethod
-    def forward(ctx, logits_Nv, targets_N, counted_N, vocab, tp_group):
+    def forward(
+        ctx: Any,
+        logits_Nv: Tensor,
+        targets_N: Tensor,
+        counted_N: Tensor,
+        vocab: VocabShard,
+        tp_group: ProcessGroup | None,
+    ) -> Tensor:
         width = vocab.num_real(logits_Nv.shape[1])
         real_Nv = logits_Nv[:, :width].to(torch.promote_types(logits_Nv.dtype, torch.float32))
         column_N = targets_N - vocab.start
@@ -95,7 +104,7 @@ class _LogProbs(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_N):
+    def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor, None, None, None, None]:
         logits_Nv, lse_N, counted_N, own_N, column_N = ctx.saved_tensors
         grad_N = grad_N.masked_fill(~counted_N, 0)
         # An ignored row may hold anything, inf included: its gradient is 0 by replacement, not by 0 * inf.

@@ -38,6 +38,7 @@ class Responses:
     @property
     def avg_ratio_P(self) -> Tensor:
         """log(pi(y|x) / pi_ref(y|x)) / |y|, nats per token."""
+        assert self.reference_avg_P is not None, "preference_loss requires a reference where an objective needs one"
         return self.avg_P - self.reference_avg_P
 
     @property
@@ -48,7 +49,7 @@ class Responses:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What an objective makes of P pairs: the loss of each, with gradient, and the rewards of its responses."""
+    """An objective's loss of each of P pairs, with gradient, and the rewards of its responses."""
 
     loss_P: Tensor
     chosen_reward_P: Tensor
@@ -57,7 +58,7 @@ class Comparison:
 
 @dataclass(frozen=True, kw_only=True)
 class PreferenceObjective(ABC):
-    """What is optimised; a subclass holds the constants of one published objective and compares pairs by it.
+    """A published objective: a subclass holds its constants and compares pairs by it.
 
     Raises ConfigError for a constant outside its range.
     """
@@ -65,9 +66,9 @@ class PreferenceObjective(ABC):
     title: ClassVar[str]
     """Its name as its authors write it."""
     paper: ClassVar[str]
-    """Where it was published."""
+    """The publication."""
     needs_reference: ClassVar[bool] = False
-    """Whether it compares with the log-probabilities of the model that training started from."""
+    """True where it needs log-probabilities under the model that training started from."""
 
     # A subclass that weighs the log-likelihood of chosen responses makes options of these, or other constants.
     sft_weight = 0.0
@@ -157,9 +158,10 @@ def preference_loss(
     if objective.sft_weight > 0:
         sft_P = -chosen.avg_P
         if objective.sft_normalization == "token":
-            if pairs_per_chosen_token is None:
-                pairs_per_chosen_token = margin_P.numel() / chosen.count_P.sum().clamp(min=1)
-            sft_P = sft_P * chosen.count_P * pairs_per_chosen_token
+            weight: float | Tensor | None = pairs_per_chosen_token
+            if weight is None:
+                weight = margin_P.numel() / chosen.count_P.sum().clamp(min=1)
+            sft_P = sft_P * chosen.count_P * weight
         loss_P = loss_P + objective.sft_weight * sft_P
         sums["sft_loss"] = sft_P.detach().sum()
 
@@ -182,7 +184,7 @@ def preference_loss(
 def _responses(avg_R: Tensor, counts_R: Tensor, reference_avg_R: Tensor | None) -> tuple[Responses, Responses]:
     """(chosen, rejected) of responses in turn."""
     avgs, counts = avg_R.view(-1, 2).unbind(1), counts_R.to(avg_R.dtype).view(-1, 2).unbind(1)
-    references = (None, None)
+    references: tuple[Tensor | None, ...] = (None, None)
     if reference_avg_R is not None:
         references = reference_avg_R.to(avg_R.dtype).view(-1, 2).unbind(1)
     chosen, rejected = (Responses(*parts) for parts in zip(avgs, counts, references, strict=True))

@@ -3,6 +3,10 @@
 Shapes: N response tokens, R responses.
 """
 
+from __future__ import annotations
+
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -46,11 +50,11 @@ class _SumOverRanks(torch.autograd.Function):
     """The sum over a group's ranks, each of which goes on to compute the same from it."""
 
     @staticmethod
-    def forward(ctx, own, group):
+    def forward(ctx: Any, own: Tensor, group: ProcessGroup) -> Tensor:
         total = own.contiguous().clone()
         dist.all_reduce(total, group=group)
         return total
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad, None

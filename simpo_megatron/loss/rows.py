@@ -17,7 +17,7 @@ from torch.distributed import ProcessGroup
 
 @dataclass(frozen=True)
 class RowSelection:
-    """Which rows of this rank's hidden states are selected, and how many every rank holds.
+    """The selected rows of this rank's hidden states, and the number of them on every rank.
 
     own_M: int64, flat indices into the first two dimensions of this rank's hidden states.
     counts: M of every rank under sequence parallelism; None where the hidden states are replicated.

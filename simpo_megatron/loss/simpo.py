@@ -22,7 +22,7 @@ LossType = Literal["sigmoid", "hinge"]
 
 @dataclass(frozen=True, kw_only=True)
 class SimPOObjective(PreferenceObjective):
-    """What is optimised: SimPO (arXiv 2405.14734, eq. 6) and its published variants.
+    """SimPO (arXiv 2405.14734, eq. 6) and its published variants.
 
     For a pair with average log-probabilities `w` (chosen) and `l` (rejected), `z = beta * (w - l) - gamma`
     and the loss is `-logsigmoid(z)`. Raises ConfigError for a value outside its range.

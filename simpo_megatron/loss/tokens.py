@@ -25,7 +25,7 @@ class VocabShard:
     start: int
     size: int
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.start < 0 or self.size < 1:
             raise ConfigError(
                 f"VocabShard: start {self.start}, size {self.size}: expected start >= 0 and size >= 1, "
@@ -33,13 +33,13 @@ class VocabShard:
             )
 
     def num_real(self, width: int) -> int:
-        """How many of this slice's `width` columns are real token ids; they are the first ones."""
+        """The number of this slice's `width` columns that are real token ids; they are the first ones."""
         return min(max(self.size - self.start, 0), width)
 
 
 @dataclass(frozen=True)
 class ResponseTokens:
-    """Which hidden row predicts which token of which response; the same on every tensor-parallel rank.
+    """The response tokens of a microbatch, each with its hidden row; the same on every tensor-parallel rank.
 
     On the CPU, as a data loader hands them out, their checks cost no device synchronisation; tensors that
     already lie on a GPU work too, for one synchronisation a call.

@@ -1,4 +1,4 @@
-"""What some families compute and megatron-core's TransformerConfig has no word for."""
+"""Options of some model families that megatron-core's TransformerConfig lacks."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from megatron.core.transformer import TransformerConfig
 
 @dataclass
 class ArchitectureConfig(TransformerConfig):
-    """megatron's TransformerConfig and, by transformers' names, what our specs and model add to its layers."""
+    """megatron's TransformerConfig and, by transformers' names, the options of our specs and model."""
 
     attn_logit_softcapping: float | None = None
     """Attention scores become cap * tanh(score / cap) before the softmax."""
@@ -18,10 +18,10 @@ class ArchitectureConfig(TransformerConfig):
     """The same for the output layer's logits."""
 
     embedding_multiplier: float = 1.0
-    """What the embedding's output is multiplied by, rounded to its dtype first."""
+    """Factor of the embedding's output, rounded to its dtype first."""
 
     post_layernorms: bool = False
     """Norms on what attention and MLP add to the residual, beside those on what they take from it."""
 
     moe_aux_loss_scale: float = 1.0
-    """What a microbatch's load-balancing loss is multiplied by; set anew for every step."""
+    """Factor of a microbatch's load-balancing loss; set anew for every step."""

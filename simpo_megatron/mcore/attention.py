@@ -7,7 +7,7 @@ of a group, D head size; heads and groups are this tensor-parallel rank's.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor
 
-from simpo_megatron.loss import ResponseTokens
+from simpo_megatron.mcore.architecture import ArchitectureConfig
 from simpo_megatron.mcore.context import ContextShare
 
 
@@ -71,7 +71,7 @@ class VariableLengths:
 
 @dataclass
 class MicrobatchLayout(PackedSeqParams):
-    """Where everything lies in one microbatch; travels through megatron's layers as their `packed_seq_params`.
+    """The segments and positions of one microbatch, which travel to megatron's layers as `packed_seq_params`.
 
     `qkv_format` stays "sbhd" and the `cu_seqlens` stay None, so that megatron's own rotary embedding takes its
     plain path over frequencies that the model has already put in the order of `position_ids_S`.
@@ -80,23 +80,21 @@ class MicrobatchLayout(PackedSeqParams):
     position_ids_S: Tensor | None = None
     """int64 [S], the position of each token in its own sequence; None for padded rows, where it is the index."""
     is_pack: bool = False
-    """Whether many sequences stand in one row; otherwise every row is a sequence."""
+    """True where one row holds many sequences; otherwise every row is a sequence."""
     segments: tuple[Segment, ...] | None = None
     """Tile [0, S) of a pack; None for padded rows, each causal by itself. Keys are rows of the whole microbatch."""
-    tokens: ResponseTokens | None = None
-    """What the last pipeline stage predicts."""
     context: ContextShare | None = None
     """This rank's rows, where others hold the rest of every sequence: then S above counts this rank's rows."""
     _masks: dict[tuple[Segment, int | None], Tensor] = field(default_factory=dict)
     _varlen: VariableLengths | None = None
 
     @classmethod
-    def of_padded_rows(cls, sequence_length: int, tokens: ResponseTokens) -> MicrobatchLayout:
+    def of_padded_rows(cls, sequence_length: int) -> MicrobatchLayout:
         """The layout of B rows padded on the right to `sequence_length`."""
-        return cls(qkv_format="sbhd", max_seqlen_q=sequence_length, max_seqlen_kv=sequence_length, tokens=tokens)
+        return cls(qkv_format="sbhd", max_seqlen_q=sequence_length, max_seqlen_kv=sequence_length)
 
     @classmethod
-    def of_pack(cls, position_ids_S: Tensor, segments: tuple[Segment, ...], tokens: ResponseTokens) -> MicrobatchLayout:
+    def of_pack(cls, position_ids_S: Tensor, segments: tuple[Segment, ...]) -> MicrobatchLayout:
         """The layout of one pack of whole pairs."""
         num_positions = int(position_ids_S.max()) + 1
         return cls(
@@ -106,11 +104,10 @@ class MicrobatchLayout(PackedSeqParams):
             position_ids_S=position_ids_S,
             is_pack=True,
             segments=segments,
-            tokens=tokens,
         )
 
-    def divided(self, context: ContextShare, batch_size: int) -> MicrobatchLayout:
-        """The layout of this context-parallel rank's rows of a microbatch of `batch_size` rows of sequences."""
+    def divided(self, context: ContextShare) -> MicrobatchLayout:
+        """The layout of this context-parallel rank's rows of the microbatch."""
         rows = context.rows()
         positions_S = torch.arange(context.num_rows) if self.position_ids_S is None else self.position_ids_S
         whole = self.segments or (Segment(0, context.num_rows, 0, 0),)
@@ -124,7 +121,6 @@ class MicrobatchLayout(PackedSeqParams):
             self,
             position_ids_S=positions_S[rows.to(positions_S.device)],
             segments=own,
-            tokens=self.tokens.of_rows(rows, context.num_rows, batch_size),
             context=context,
         )
 
@@ -161,7 +157,8 @@ class MicrobatchLayout(PackedSeqParams):
         return key, value
 
     def variable_lengths(self, device: torch.device) -> VariableLengths:
-        """What variable-length kernels take, worked out once for the microbatch."""
+        """The arguments of variable-length kernels, computed once for the microbatch."""
+        assert self.segments is not None, "padded rows have no variable lengths"
         if self._varlen is None:
             self._varlen = VariableLengths.of(self.segments, device)
         return self._varlen
@@ -177,13 +174,13 @@ class SegmentedAttention(torch.nn.Module):
 
     def __init__(
         self,
-        config,
+        config: ArchitectureConfig,
         layer_number: int,
         attn_mask_type: AttnMaskType,
         attention_type: str,
         attention_dropout: float | None = None,
         softmax_scale: float | None = None,
-        **_,
+        **_: Any,
     ) -> None:
         super().__init__()
         self.softmax_scale = softmax_scale

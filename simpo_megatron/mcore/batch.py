@@ -83,13 +83,21 @@ def _split(ids: np.ndarray, lengths: np.ndarray) -> list[TokenizedPair]:
 
 @dataclass(frozen=True)
 class Microbatch:
-    """What megatron's model call and the loss take for one microbatch, on this rank's device."""
+    """The arguments of the model call and of the loss for one microbatch, on this rank's device."""
 
     tokens_BS: Tensor
     position_ids_BS: Tensor
     layout: MicrobatchLayout
+    labels: ResponseTokens | None = None
+    """The tokens that the last pipeline stage predicts, on the CPU; None: it yields logits."""
     reference_avg_R: Tensor | None = None
     """fp32 [2 * pairs], the responses' average log-probs under the reference model, where the objective needs them."""
+
+    @property
+    def response_tokens(self) -> ResponseTokens:
+        """The labels, of a microbatch that has some."""
+        assert self.labels is not None, "a microbatch without labels has no log-probs"
+        return self.labels
 
 
 def to_microbatch(
@@ -98,19 +106,19 @@ def to_microbatch(
     reference_avg: np.ndarray | None = None,
     cp_group: ProcessGroup | None = None,
 ) -> Microbatch:
-    """`batch` on `device`, its segments as the layout that the attention and the head read.
+    """`batch` on `device`, its segments as the layout that attention reads, its response tokens as labels.
 
     `reference_avg`, [num_pairs, 2] of the dataset that `batch` comes from, is what an objective with a reference needs.
     Of the ranks of `cp_group` each gets its share of the tokens.
     """
     # These stay on the CPU, where checking and counting them costs no synchronisation; the head moves what it needs.
-    response = ResponseTokens(batch.rows_N, batch.targets_N, batch.sequence_N, num_pairs=batch.num_pairs)
+    labels = ResponseTokens(batch.rows_N, batch.targets_N, batch.sequence_N, num_pairs=batch.num_pairs)
     position_ids_BS = batch.position_ids_BS.to(device)
     if batch.segments_G4 is None:
-        layout = MicrobatchLayout.of_padded_rows(batch.tokens_BS.size(1), response)
+        layout = MicrobatchLayout.of_padded_rows(batch.tokens_BS.size(1))
     else:
         segments = tuple(Segment(*row) for row in batch.segments_G4.tolist())
-        layout = MicrobatchLayout.of_pack(position_ids_BS[0], segments, response)
+        layout = MicrobatchLayout.of_pack(position_ids_BS[0], segments)
     reference_avg_R = None
     if reference_avg is not None:
         reference_avg_R = torch.from_numpy(reference_avg[batch.pair_ids_P.numpy()]).flatten().to(device)
@@ -118,11 +126,14 @@ def to_microbatch(
     if cp_group is not None and cp_group.size() > 1:
         batch_size, length = tokens_BS.shape
         context = ContextShare(cp_group, length)
-        layout = layout.divided(context, batch_size)
-        tokens_BS, position_ids_BS = (x[:, context.rows().to(x.device)] for x in (tokens_BS, position_ids_BS))
+        rows = context.rows()
+        layout = layout.divided(context)
+        labels = labels.of_rows(rows, length, batch_size)
+        tokens_BS, position_ids_BS = (x[:, rows.to(x.device)] for x in (tokens_BS, position_ids_BS))
     return Microbatch(
         tokens_BS=tokens_BS.to(device),
         position_ids_BS=position_ids_BS,
         layout=layout,
+        labels=labels,
         reference_avg_R=reference_avg_R,
     )

@@ -6,6 +6,7 @@ Shapes: S rows of the whole microbatch, s those of this rank.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -60,14 +61,14 @@ class _Gather(torch.autograd.Function):
     """All ranks' rows in order; in the backward, the sum over ranks of the gradients of this rank's rows."""
 
     @staticmethod
-    def forward(ctx, own_s, share):
+    def forward(ctx: Any, own_s: Tensor, share: ContextShare) -> Tensor:
         ctx.share, ctx.order_S = share, share.ranks_in_order(own_s.device)
         by_rank = own_s.new_empty(share.num_rows, *own_s.shape[1:])
         dist.all_gather_into_tensor(by_rank, own_s.contiguous(), group=share.group)
         return by_rank.index_select(0, ctx.order_S)
 
     @staticmethod
-    def backward(ctx, grad_S):
+    def backward(ctx: Any, grad_S: Tensor) -> tuple[Tensor, None]:
         by_rank = torch.empty_like(grad_S, memory_format=torch.contiguous_format)
         by_rank.index_copy_(0, ctx.order_S, grad_S)
         own_s = grad_S.new_empty(len(grad_S) // ctx.share.group.size(), *grad_S.shape[1:])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -23,13 +24,13 @@ class LoadBalancedRouter(TopKRouter):
     averages over data-parallel ranks by an operation that gloo does not have.
     """
 
-    def __init__(self, config: ArchitectureConfig, *args, **kwargs) -> None:
+    def __init__(self, config: ArchitectureConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
         self.logged_loss: Tensor | None = None
         """Sum over microbatches since it was last taken, of this rank's tokens."""
 
     def attach_and_log_load_balancing_loss(
-        self, activation: Tensor, aux_loss_coeff: float, aux_loss: Tensor, *_, **__
+        self, activation: Tensor, aux_loss_coeff: float, aux_loss: Tensor, *_: Any, **__: Any
     ) -> Tensor:
         """`activation`, in whose backward pass the auxiliary loss gets the gradient of its share."""
         unweighted = aux_loss.detach() / aux_loss_coeff
@@ -56,10 +57,11 @@ def take_load_balancing_loss(chunks: Sequence[torch.nn.Module], *, num_microbatc
     Collectives: one all-reduce of 8 bytes, world; none where no chunk has a router.
     """
     routers = [module for chunk in chunks for module in chunk.modules() if isinstance(module, LoadBalancedRouter)]
-    if not routers or routers[0].logged_loss is None:
+    logged = [router.logged_loss for router in routers if router.logged_loss is not None]
+    if not logged:
         return None
     # Tensor-parallel ranks each hold their tokens' part of a layer's loss, pipeline stages their layers.
-    sums = torch.stack([router.logged_loss for router in routers]).double().sum()[None]
+    sums = torch.stack(logged).double().sum()[None]
     for router in routers:
         router.logged_loss = None
     dist.all_reduce(sums)

@@ -21,7 +21,7 @@ _FULL, _WINDOWED = "full_attention", "sliding_attention"
 
 @dataclass(frozen=True)
 class ModelDescription:
-    """What an architecture fixes; what a run chooses (dtype, parallelism, recomputation) is not in here."""
+    """A model's architecture; the choices of a run (dtype, parallelism, recompute) are not in here."""
 
     family: str
     """`model_type` of config.json."""
@@ -101,7 +101,7 @@ def read_hf_json(folder: str | Path, name: str) -> dict[str, Any]:
 
 
 def _transformer_arguments(config: dict[str, Any]) -> dict[str, Any]:
-    """What all families share: pre-norm blocks of RMSNorm, grouped-query attention and a gated SiLU MLP."""
+    """Arguments that all families share: pre-norm blocks of RMSNorm, grouped-query attention and a gated SiLU MLP."""
     num_heads = _count(config, "num_attention_heads")
     num_groups = _count(config, "num_key_value_heads") if config.get("num_key_value_heads") else num_heads
     if num_heads % num_groups:
@@ -132,7 +132,7 @@ def gelu_tanh(gate: Tensor) -> Tensor:
     return F.gelu(gate, approximate="tanh")
 
 
-_ACTIVATIONS = {"silu": F.silu, "swish": F.silu, "gelu_pytorch_tanh": gelu_tanh}
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "swish": F.silu, "gelu_pytorch_tanh": gelu_tanh}
 _DEFAULT_ACTIVATIONS = {"hidden_activation": "gelu_pytorch_tanh"}
 
 
@@ -260,9 +260,10 @@ def _sliding_window(config: dict[str, Any], window: int | None, kinds: list[str]
     windowed = [int(kind == _WINDOWED) for kind in kinds]
     if not any(windowed):
         return {}
-    if _count({"sliding_window": window}, "sliding_window") >= _count(config, "max_position_embeddings"):
+    num_seen = _count({"sliding_window": window}, "sliding_window")
+    if num_seen >= _count(config, "max_position_embeddings"):
         return {}
-    return {"window_size": (window - 1, 0), "window_attn_skip_freq": None if all(windowed) else windowed}
+    return {"window_size": (num_seen - 1, 0), "window_attn_skip_freq": None if all(windowed) else windowed}
 
 
 _FAMILY_OPTIONS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
@@ -275,7 +276,7 @@ _FAMILY_OPTIONS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
     "qwen3": _qwen3,
     "qwen3_moe": _qwen3_moe,
 }
-"""What each family adds to or changes in `_transformer_arguments`."""
+"""The arguments that each family adds to `_transformer_arguments`, or changes there."""
 
 _WHY_NOT: dict[Any, str] = {"qwen2_moe": " yet: experts that every token passes are neither mapped nor trained"}
 

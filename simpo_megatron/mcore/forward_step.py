@@ -11,7 +11,12 @@ import torch
 from torch import Tensor
 
 from simpo_megatron import faults
-from simpo_megatron.loss import PreferenceObjective, average_log_probs, monitored_sums, preference_loss
+from simpo_megatron.loss import (
+    PreferenceObjective,
+    average_log_probs,
+    monitored_sums,
+    preference_loss,
+)
 from simpo_megatron.mcore.batch import Microbatch
 
 LossFunction = Callable[[Tensor], tuple[Tensor, Tensor, Any]]
@@ -30,6 +35,7 @@ class MicrobatchStep(ABC):
             microbatch.tokens_BS,
             microbatch.position_ids_BS,
             None,
+            labels=microbatch.labels,
             packed_seq_params=microbatch.layout,
         )
 
@@ -78,14 +84,14 @@ class AverageLogProbs(MicrobatchStep):
 
 def _averages(log_probs_N: Tensor, microbatch: Microbatch) -> tuple[Tensor, Tensor]:
     """(average log-prob, tokens) of each response of the microbatch."""
-    tokens, context = microbatch.layout.tokens, microbatch.layout.context
+    tokens, context = microbatch.response_tokens, microbatch.layout.context
     cp_group = None if context is None else context.group
     return average_log_probs(log_probs_N, tokens.sequence_N, 2 * tokens.num_pairs, cp_group)
 
 
 def _num_pairs(log_probs_N: Tensor, microbatch: Microbatch) -> Tensor:
     """The pairs of the microbatch, once over the context-parallel ranks that share them: megatron adds them up."""
-    layout = microbatch.layout
-    counts_here = layout.context is None or layout.context.group.rank() == 0
-    num_pairs = layout.tokens.num_pairs if counts_here else 0
+    context = microbatch.layout.context
+    counts_here = context is None or context.group.rank() == 0
+    num_pairs = microbatch.response_tokens.num_pairs if counts_here else 0
     return torch.tensor(num_pairs, dtype=torch.int, device=log_probs_N.device)

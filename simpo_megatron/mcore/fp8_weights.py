@@ -29,7 +29,10 @@ def awaited_values(chunks: Iterable[torch.nn.Module]) -> dict[Tensor, Tensor]:
 
     Only before the optimizer is built, which takes these values as its masters and forgets them.
     """
-    return {weight: weight.get_high_precision_init_val() for weight in _kept_in_fp8(chunks)}
+    return {
+        weight: weight.get_high_precision_init_val()  # type: ignore[attr-defined]  # of Transformer Engine's tensors
+        for weight in _kept_in_fp8(chunks)
+    }
 
 
 def quantise_masters(chunks: Sequence[DistributedDataParallel], optimizer: MegatronOptimizer) -> None:

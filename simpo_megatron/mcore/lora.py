@@ -18,9 +18,11 @@ from __future__ import annotations
 
 import hashlib
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import (
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
@@ -37,14 +39,14 @@ from torch.distributed import ProcessGroup
 from simpo_megatron.config.lora import LoRAConfig
 
 ADAPTER_SUFFIX = "_adapter"
-"""What the name of an adapter adds to its layer's."""
+"""Suffix of an adapter's name after its layer's."""
 
 
 class Adapter(torch.nn.Module):
     """A [r, I] and B [O, r] of one layer, and what both kinds of layers have in common."""
 
     divided: str
-    """Which of the two is divided over tp, along its longer dimension."""
+    """The name of the one of the two that is sharded over tp, along its longer dimension."""
 
     def __init__(
         self,
@@ -60,25 +62,28 @@ class Adapter(torch.nn.Module):
         super().__init__()
         num_outputs, num_inputs = weight_OI.shape
         rank = settings.lora_rank
+        assert rank is not None, "adapters without a rank"
         self.scale, self.dropout = settings.scale, settings.lora_dropout
         self.tp_group, self.sequence_parallel, self.is_gated = tp_group, sequence_parallel, is_gated
-        like = {"dtype": weight_OI.dtype, "device": weight_OI.device}
+        dtype, here = weight_OI.dtype, weight_OI.device
         whole_A = initial_A(rank, num_inputs * (tp_group.size() if self.divided == "lora_A" else 1), draw)
         first = tp_group.rank() * num_inputs if self.divided == "lora_A" else 0
-        self.lora_A = torch.nn.Parameter(whole_A[:, first : first + num_inputs].to(**like).contiguous())
-        self.lora_B = torch.nn.Parameter(torch.zeros(num_outputs, rank, **like))
+        self.lora_A = torch.nn.Parameter(whole_A[:, first : first + num_inputs].to(here, dtype).contiguous())
+        self.lora_B = torch.nn.Parameter(torch.zeros(num_outputs, rank, dtype=dtype, device=here))
         divided, replicated = self.lora_A, self.lora_B
         if self.divided == "lora_B":
             divided, replicated = replicated, divided
         set_tensor_model_parallel_attributes(divided, True, self._divided_dimension, 1)
         # Under sequence parallelism each rank sees its own tokens only: finalize_model_grads sums over tp by this mark.
-        replicated.sequence_parallel = sequence_parallel
+        replicated.sequence_parallel = sequence_parallel  # type: ignore[attr-defined]  # megatron's own mark
 
     @property
     def _divided_dimension(self) -> int:
         return 0 if self.divided == "lora_B" else 1
 
-    def add_to(self, layer: torch.nn.Module, inputs: tuple, outputs: tuple) -> tuple:
+    def add_to(
+        self, layer: torch.nn.Module, inputs: tuple[Tensor, ...], outputs: tuple[Tensor, Tensor | None]
+    ) -> tuple[Tensor, Tensor | None]:
         """The layer's forward hook: its (output, bias) with the adapter's share in the output."""
         output, bias = outputs
         return self(inputs[0], output), bias
@@ -101,8 +106,14 @@ class Adapter(torch.nn.Module):
         """fp32 [rows, I]: what is added to the rows of the layer's weight that `rows_of_B` [..., r] belong to."""
         return self.scale * (rows_of_B.reshape(-1, self.lora_A.shape[0]).float() @ self.lora_A.float())
 
-    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
+    def sharded_state_dict(
+        self,
+        prefix: str = "",
+        sharded_offsets: tuple[tuple[int, int, int], ...] = (),
+        metadata: dict[str, Any] | None = None,
+    ) -> dict[str, Any]:
         """A and B with their places in the whole, as megatron's dist_checkpointing asks for them."""
+        assert metadata is not None, "megatron hands its groups on"
         state = make_sharded_tensors_for_checkpoint(
             self.state_dict(keep_vars=True),
             prefix,
@@ -173,13 +184,13 @@ def initial_A(rank: int, num_inputs: int, draw: torch.Generator) -> Tensor:
 
 
 def generator_of(seed: int, layer_number: int, target: str) -> torch.Generator:
-    """What draws the A of one layer, counted from 1: a function of these alone, so of no parallel layout."""
+    """The generator for the A of one layer, counted from 1; the same under every parallel layout."""
     digest = hashlib.sha256(f"{seed} {layer_number} {target}".encode()).digest()
     return torch.Generator(device="cpu").manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
-def add_adapters(chunk: torch.nn.Module, settings: LoRAConfig, *, tp_group: ProcessGroup, seed: int) -> None:
-    """Freeze every parameter of the GPTModel `chunk` and give the chosen layers adapters, which alone are trained.
+def add_adapters(chunk: GPTModel, settings: LoRAConfig, *, tp_group: ProcessGroup, seed: int) -> None:
+    """Freeze every parameter of `chunk` and give the chosen layers adapters, which alone are trained.
 
     An adapter computes from what enters its layer: a layer that fuses its norm gets the norm's input, not its own.
     """

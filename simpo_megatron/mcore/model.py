@@ -18,7 +18,7 @@ from megatron.core.tensor_parallel import (
 from torch import Tensor
 
 from simpo_megatron.config import Config
-from simpo_megatron.loss import VocabShard, fused_linear_log_probs
+from simpo_megatron.loss import ResponseTokens, VocabShard, fused_linear_log_probs
 from simpo_megatron.mcore import device
 from simpo_megatron.mcore.architecture import ArchitectureConfig
 from simpo_megatron.mcore.attention import MicrobatchLayout
@@ -40,16 +40,16 @@ class LogProbHead(ColumnParallelLinear):
 
     true_vocab_size: int
 
-    def forward(self, input_: Tensor, weight: Tensor | None = None, *, tokens: Any = None) -> Any:
-        """fp32 [N] log-probs of `tokens` with gradients, or this rank's logits [S, B, v] where `tokens` is None."""
+    def forward(self, input_: Tensor, weight: Tensor | None = None, *, labels: ResponseTokens | None = None) -> Tensor:
+        """fp32 [N] log-probs of `labels` with gradients, or this rank's logits [S, B, v] where there are none."""
         cap = self.config.final_logit_softcapping
-        if tokens is None:
+        if labels is None:
             logits = super().forward(input_, weight)[0]
             return logits if cap is None else cap * torch.tanh(logits / cap)
         return fused_linear_log_probs(
             input_,
             self.weight if weight is None else weight,
-            tokens,
+            labels,
             vocab=VocabShard(start=self.tp_group.rank() * self.output_size_per_partition, size=self.true_vocab_size),
             tp_group=self.tp_group,
             sequence_parallel=self.sequence_parallel,
@@ -59,7 +59,11 @@ class LogProbHead(ColumnParallelLinear):
 
 
 class PreferenceGPTModel(GPTModel):
-    """GPTModel over one microbatch of pairs; its last stage yields fp32 [N] log-probs of the response tokens."""
+    """GPTModel over one microbatch of pairs, whose `labels` are the response tokens it is to predict.
+
+    As in megatron, `forward` without labels yields logits. With `labels=ResponseTokens(...)` the last stage yields
+    their fp32 [N] log-probs, natural log.
+    """
 
     def __init__(self, *args: Any, true_vocab_size: int, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -86,15 +90,15 @@ class PreferenceGPTModel(GPTModel):
             frequencies = frequencies[layout.position_ids_S]
         return hidden, frequencies, *rest
 
-    def _postprocess(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Hidden states between stages; from the last, log-probs, or logits [B, S, v] without response tokens."""
+    def _postprocess(
+        self, hidden_states: Tensor, *args: Any, labels: ResponseTokens | None = None, **kwargs: Any
+    ) -> Tensor:
+        """Hidden states between stages; from the last, log-probs of `labels`, or logits [B, S, v] without labels."""
         if not self.post_process:
             return hidden_states
         weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
-        layout = kwargs.get("packed_seq_params")
-        tokens = layout.tokens if isinstance(layout, MicrobatchLayout) else None
-        output = self.output_layer(hidden_states, weight, tokens=tokens)
-        return output if tokens is not None else output.transpose(0, 1).contiguous()
+        output = self.output_layer(hidden_states, weight, labels=labels)
+        return output.transpose(0, 1).contiguous() if labels is None else output
 
 
 def transformer_config(description: ModelDescription, config: Config) -> ArchitectureConfig:
@@ -133,7 +137,7 @@ def transformer_config(description: ModelDescription, config: Config) -> Archite
 
 
 def _mixture(description: ModelDescription, config: Config) -> dict[str, Any]:
-    """How a mixture's tokens are routed and its experts computed; nothing for a dense model."""
+    """Arguments for the routing and the experts of an MoE; none for a dense model."""
     if "num_moe_experts" not in description.transformer:
         return {}
     coefficient = config.model.moe_aux_loss_coeff

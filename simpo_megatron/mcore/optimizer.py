@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
@@ -80,7 +82,7 @@ def _teach_schedules(chunks: list[DistributedDataParallel], optimizer: MegatronO
         mcore_config.param_sync_func = [chunk.start_param_sync for chunk in chunks]
 
 
-def _per_chunk(functions: list) -> list | object:
+def _per_chunk(functions: list[Callable[..., Any]]) -> list[Callable[..., Any]] | Callable[..., Any]:
     return functions if len(functions) > 1 else functions[0]
 
 

@@ -52,7 +52,7 @@ def export_dtype(config: Config) -> torch.dtype:
 
 
 def rounding(stored: Iterable[torch.dtype], written: torch.dtype) -> str | None:
-    """What is to be said of weights in `stored` that are written as `written`; None where every number stays."""
+    """A sentence on weights of dtypes `stored` that lose digits when written as `written`; None where none do."""
     lost = sorted({dtype_name(dtype) for dtype in stored if torch.promote_types(dtype, written) != written})
     return f"{' and '.join(lost)} weights are rounded to {dtype_name(written)}" if lost else None
 

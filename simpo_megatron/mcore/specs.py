@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 from megatron.core.extensions.transformer_engine import TEColumnParallelLinear, TENorm, TERowParallelLinear
@@ -19,15 +20,15 @@ from megatron.core.transformer.transformer_layer import TransformerLayerSubmodul
 from simpo_megatron.mcore.architecture import ArchitectureConfig
 from simpo_megatron.mcore.attention import SegmentedAttention
 from simpo_megatron.mcore.experts import LoadBalancedRouter
-from simpo_megatron.mcore.fused import RMSNorm, SwiGLU
+from simpo_megatron.mcore.lean_layers import RMSNorm, SwiGLU
 
 
 @functools.cache
 def with_post_norm(linear: type[torch.nn.Module], norm: type) -> type[torch.nn.Module]:
     """megatron's row-parallel `linear` with a `norm` on its output: what a layer adds to the residual, normalised."""
 
-    class PostNormLinear(linear):
-        def __init__(self, *args, config: ArchitectureConfig, **kwargs) -> None:
+    class PostNormLinear(linear):  # type: ignore[misc,valid-type]  # mypy knows no class that is an argument
+        def __init__(self, *args: Any, config: ArchitectureConfig, **kwargs: Any) -> None:
             super().__init__(*args, config=config, **kwargs)
             self.post_layernorm = norm(config, config.hidden_size, eps=config.layernorm_epsilon)
             # A hook, so that an adapter beside the layer can come before it.

@@ -45,12 +45,10 @@ class TESegmentedAttention(TEDotProductAttention):
         packed_seq_params: MicrobatchLayout | None = None,
     ) -> Tensor:
         """[S, B, A*D] in the dtype of the query, this rank's heads; padded rows as megatron computes them."""
-        layout = packed_seq_params
-        is_pack = layout is not None and layout.is_pack
-        context = None if layout is None else layout.context
+        layout = packed_seq_params or MicrobatchLayout()
         if self.config.context_parallel_size > 1:
-            self._divide_over(None if context is None or is_pack else context.group)
-        if not is_pack:
+            self._divide_over(None if layout.context is None or layout.is_pack else layout.context.group)
+        if not layout.is_pack:
             return super().forward(query_SBAD, key_SBGD, value_SBGD, attention_mask, attn_mask_type)
         key_SBGD, value_SBGD = layout.all_keys(key_SBGD, value_SBGD)
         lengths = layout.variable_lengths(query_SBAD.device)

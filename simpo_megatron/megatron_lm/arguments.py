@@ -41,7 +41,7 @@ def _add_fields(group: argparse._ArgumentGroup, section: type) -> None:
     for entry in _own_fields(section):
         flag, kind = f"--simpo-{entry.name.replace('_', '-')}", kinds[entry.name]
         if kind is bool:
-            how = {"action": argparse.BooleanOptionalAction}
+            how: dict[str, typing.Any] = {"action": argparse.BooleanOptionalAction}
         elif typing.get_origin(kind) is typing.Literal:
             how = {"choices": typing.get_args(kind)}
         else:
@@ -58,7 +58,7 @@ def objective_of(args: argparse.Namespace) -> SimPOObjective:
 
 
 def pair_options(args: argparse.Namespace) -> PairOptions:
-    """How records become pairs of at most `--seq-length` tokens.
+    """Options for pairs of at most `--seq-length` tokens.
 
     Raises: ConfigError for a value outside its range.
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -25,7 +26,7 @@ from simpo_megatron.ranks import raise_on_all_ranks
 
 @dataclass(frozen=True)
 class Sample:
-    """What Megatron-LM's iterator hands to `forward_step`: one microbatch, on the CPU."""
+    """One microbatch on the CPU, as Megatron-LM's iterator hands it to `forward_step`."""
 
     batch: PreferenceBatch
     pairs_per_chosen_token: float
@@ -70,10 +71,10 @@ def train_valid_test_datasets_provider(
     return train, valid, None
 
 
-train_valid_test_datasets_provider.is_distributed = True
+train_valid_test_datasets_provider.is_distributed = True  # type: ignore[attr-defined]  # Megatron-LM's mark
 
 
-def _dataset(files: list[str], args) -> PreferenceDataset:
+def _dataset(files: list[str], args: argparse.Namespace) -> PreferenceDataset:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(args.tokenizer_model, trust_remote_code=False)

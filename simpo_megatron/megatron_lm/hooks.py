@@ -65,8 +65,14 @@ def forward_step(data_iterator: Iterator[Sample], model: torch.nn.Module) -> tup
     """(the model's output for the next microbatch, `loss_func` of it)."""
     sample = next(data_iterator)
     microbatch = to_microbatch(sample.batch, device.current_device())
-    output = model(microbatch.tokens_BS, microbatch.position_ids_BS, None, packed_seq_params=microbatch.layout)
-    return output, partial(loss_func, microbatch.layout.tokens, sample.pairs_per_chosen_token)
+    output = model(
+        microbatch.tokens_BS,
+        microbatch.position_ids_BS,
+        None,
+        labels=microbatch.labels,
+        packed_seq_params=microbatch.layout,
+    )
+    return output, partial(loss_func, microbatch.response_tokens, sample.pairs_per_chosen_token)
 
 
 def loss_func(

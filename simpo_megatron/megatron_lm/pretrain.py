@@ -9,7 +9,7 @@ from typing import Any
 from megatron.core.enums import ModelType
 
 from simpo_megatron.errors import ConfigError
-from simpo_megatron.mcore import device
+from simpo_megatron.mcore import cpu_patches, device
 from simpo_megatron.megatron_lm.arguments import add_simpo_args
 from simpo_megatron.megatron_lm.datasets import train_valid_test_datasets_provider
 from simpo_megatron.megatron_lm.hooks import forward_step, model_provider
@@ -32,12 +32,12 @@ def pretrain() -> None:
         ) from error
     if not device.has_cuda():
         raise ConfigError("Megatron-LM trains on CUDA devices, none is there; examples/pretrain_simpo.py needs none")
-    device.keep_compiled_helpers()
+    cpu_patches.keep_compiled_helpers()
     training.pretrain(**pretrain_arguments(training.pretrain))
 
 
 def pretrain_arguments(pretrain_function: Callable) -> dict[str, Any]:
-    """What to call Megatron-LM's `pretrain_function` with.
+    """Arguments for Megatron-LM's `pretrain_function`.
 
     Up to 0.17 it reads the command line itself; since 0.18 it wants to be told what the command line says. The order
     of its parameters changed with 0.19, their names never.

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable
 
 from simpo_megatron.errors import SimPOError, printed
-from simpo_megatron.mcore import device
+from simpo_megatron.mcore import cpu_patches
 from simpo_megatron.parallel import ParallelGroups, alone
 
 
@@ -17,7 +17,7 @@ def run_command(work: Callable[[ParallelGroups], int]) -> int:
     """
     # Of what megatron, torch and transformers say to their own developers, nothing is the user's to mend.
     warnings.simplefilter("ignore")
-    device.install()
+    cpu_patches.install()
     try:
         with alone() as groups:
             return work(groups)

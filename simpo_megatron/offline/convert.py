@@ -28,7 +28,7 @@ from simpo_megatron.convert.folder import (
 from simpo_megatron.convert.load_weights import fill
 from simpo_megatron.convert.mapping import pieces_of
 from simpo_megatron.errors import CheckpointError, ConfigError
-from simpo_megatron.mcore.skeleton import Skeleton
+from simpo_megatron.mcore.meta_model import MetaModel
 from simpo_megatron.offline.progress import Transfer
 from simpo_megatron.offline.weights import MegatronWeights, Weights
 from simpo_megatron.parallel import ParallelGroups
@@ -49,24 +49,24 @@ def to_mcore(weights: Weights, out_folder: Path, groups: ParallelGroups, *, dtyp
     """
     if out_folder.exists() and (not out_folder.is_dir() or any(out_folder.iterdir())):
         raise CheckpointError(f"{out_folder}: exists already; remove it or name another folder")
-    skeleton = Skeleton(weights.description, groups)
+    model = MetaModel(weights.description, groups)
     dtypes = {
-        name: dtype or _common_dtype(weights, {piece.hf_name for piece in _pieces(weights, skeleton, name)})
-        for name in skeleton.shapes
+        name: dtype or _common_dtype(weights, {piece.hf_name for piece in _pieces(weights, model, name)})
+        for name in model.shapes
     }
-    num_bytes = sum(TensorSpec(shape, dtypes[name]).num_bytes for name, shape in skeleton.shapes.items())
+    num_bytes = sum(TensorSpec(shape, dtypes[name]).num_bytes for name, shape in model.shapes.items())
     with new_output(out_folder) as staging, Transfer("write megatron", num_bytes) as transfer:
         folder = staging / manifest.RELEASE
         folder.mkdir()
 
         def compute(name: str) -> Tensor:
-            values = torch.empty(skeleton.shapes[name], dtype=dtypes[name])
-            for piece in _pieces(weights, skeleton, name, values):
+            values = torch.empty(model.shapes[name], dtype=dtypes[name])
+            for piece in _pieces(weights, model, name, values):
                 fill(piece, weights.read(piece.hf_name), 0, weights.description)
             transfer.advance(values.nbytes)
             return values
 
-        digests = write_parameters(skeleton, dtypes, compute, folder)
+        digests = write_parameters(model, dtypes, compute, folder)
         copy_model_files(weights.folder, folder)
         write_json(folder / "config.json", weights.description.hf_config)
         facts = {"model": model_facts(weights.description), "converted_by": f"simpo_megatron {__version__}"}
@@ -147,9 +147,9 @@ def _card(weights: Weights, out_folder: Path, dtype: torch.dtype | None) -> str 
         return None
 
 
-def _pieces(weights: Weights, skeleton: Skeleton, name: str, values: Tensor | None = None) -> list:
-    values = torch.empty(skeleton.shapes[name], device="meta") if values is None else values
-    return pieces_of(skeleton.chunk, name, values, weights.description, tp_size=1)
+def _pieces(weights: Weights, model: MetaModel, name: str, values: Tensor | None = None) -> list:
+    values = torch.empty(model.shapes[name], device="meta") if values is None else values
+    return pieces_of(model.chunk, name, values, weights.description, tp_size=1)
 
 
 def _common_dtype(weights: Weights, hf_names: set[str]) -> torch.dtype:

@@ -19,7 +19,7 @@ from simpo_megatron.convert.load_weights import checked_tensors
 from simpo_megatron.convert.mapping import hf_tensors, pieces_of
 from simpo_megatron.errors import CheckpointError
 from simpo_megatron.mcore.families import ModelDescription, describe_hf_model
-from simpo_megatron.mcore.skeleton import Skeleton
+from simpo_megatron.mcore.meta_model import MetaModel
 from simpo_megatron.parallel import ParallelGroups
 
 _DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
@@ -80,12 +80,12 @@ class MegatronWeights:
         manifest.check_hashes(self.checkpoint, self.checkpoint.files.keys() - self._shards)
         self._verifier, self._verified = ThreadPoolExecutor(1), dict[str, Future[None]]()
         self.description = describe_hf_model(folder)
-        self._skeleton = Skeleton(self.description, groups)
+        self._model = MetaModel(self.description, groups)
         self._reader = CheckpointReader(folder, self._verify)
         self._parameters: dict[str, dict[str, None]] = {}
         self._dtypes: dict[str, torch.dtype] = {}
-        on_meta = {name: torch.empty(shape, device="meta") for name, shape in self._skeleton.shapes.items()}
-        parts = {name: self._skeleton.parts(name, values) for name, values in on_meta.items()}
+        on_meta = {name: torch.empty(shape, device="meta") for name, shape in self._model.shapes.items()}
+        parts = {name: self._model.parts(name, values) for name, values in on_meta.items()}
         refuse_other_weights(set(self._reader.tensors), {part.key for own in parts.values() for part in own}, folder)
         for parameter, values in on_meta.items():
             self._dtypes[parameter] = self._reader.tensor(parts[parameter][0]).properties.dtype
@@ -117,14 +117,14 @@ class MegatronWeights:
         self._verified[shard].result()
 
     def _pieces(self, parameter: str, values: Tensor) -> list:
-        return pieces_of(self._skeleton.chunk, parameter, values, self.description, tp_size=1)
+        return pieces_of(self._model.chunk, parameter, values, self.description, tp_size=1)
 
     def _values(self, parameter: str) -> Tensor:
         """The whole parameter; the last one stays, for it may be several Hugging Face tensors."""
         if self._last is None or self._last[0] != parameter:
             self._last = None
-            values = torch.empty(self._skeleton.shapes[parameter], dtype=self._dtypes[parameter])
-            for part in self._skeleton.parts(parameter, values):
+            values = torch.empty(self._model.shapes[parameter], dtype=self._dtypes[parameter])
+            for part in self._model.parts(parameter, values):
                 self._reader.fill(part)
             self._last = (parameter, values)
         return self._last[1]

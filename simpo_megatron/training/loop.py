@@ -15,7 +15,7 @@ from simpo_megatron.config import Config, lint, to_text
 from simpo_megatron.convert import export_adapter, export_hf, trained_share
 from simpo_megatron.data.doctor import num_leaked, summary
 from simpo_megatron.errors import NumericsError, StoppedByMonitor, StoppedBySignal
-from simpo_megatron.mcore import device
+from simpo_megatron.mcore import cpu_patches, device
 from simpo_megatron.mcore.experts import LOAD_BALANCING_LOSS
 from simpo_megatron.mcore.fp8_weights import whole_masters
 from simpo_megatron.mcore.optimizer import gather_parameters
@@ -56,7 +56,7 @@ def train(config: Config, sinks: Sequence[Sink] = ()) -> None:
         StoppedBySignal: on every rank alike, after a whole step and a checkpoint, when a rank was told to stop.
         StoppedByMonitor: on every rank alike, after a whole step, when a monitor that `stop_on` names found something.
     """
-    device.install()
+    cpu_patches.install()
     faults.arm()
     plan = plan_run(config, int(os.environ.get("WORLD_SIZE", 1)))
     parallel.join(device.backend(), _GROUP_TIMEOUT_MINUTES)

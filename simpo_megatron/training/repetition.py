@@ -135,6 +135,6 @@ def _one_row(ids: Sequence[int], trainer: Trainer) -> Microbatch:
     tokens_BS[0, : len(ids)] = torch.tensor(ids, device=here)
     position_ids_BS = torch.zeros_like(tokens_BS)
     position_ids_BS[0, : len(ids)] = torch.arange(len(ids), device=here)
-    # Without response tokens the model gives logits.
-    layout = MicrobatchLayout(qkv_format="sbhd", max_seqlen_q=width, max_seqlen_kv=width)
+    # Without labels the model yields logits.
+    layout = MicrobatchLayout.of_padded_rows(width)
     return Microbatch(tokens_BS=tokens_BS, position_ids_BS=position_ids_BS, layout=layout)

@@ -10,9 +10,9 @@ import json
 import sys
 from pathlib import Path
 
-from simpo_megatron.mcore import device
+from simpo_megatron.mcore import cpu_patches
 
-device.install()
+cpu_patches.install()
 
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402

@@ -14,9 +14,9 @@ import sys
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
-from simpo_megatron.mcore import device
+from simpo_megatron.mcore import cpu_patches, device
 
-device.install()
+cpu_patches.install()
 
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402

@@ -9,9 +9,9 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from simpo_megatron.mcore import device
+from simpo_megatron.mcore import cpu_patches
 
-device.install()
+cpu_patches.install()
 
 import fp8_stand_in  # noqa: E402
 

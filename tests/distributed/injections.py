@@ -1,6 +1,6 @@
 """What checkpoint_worker.py does to a rank before its run: note what it does, and let things go wrong.
 
-To be imported after `device.install()`.
+To be imported after `cpu_patches.install()`.
 """
 
 from __future__ import annotations

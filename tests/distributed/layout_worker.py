@@ -12,9 +12,9 @@ import os
 import sys
 from pathlib import Path
 
-from simpo_megatron.mcore import device
+from simpo_megatron.mcore import cpu_patches, device
 
-device.install()
+cpu_patches.install()
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402

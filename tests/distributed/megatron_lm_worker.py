@@ -10,9 +10,9 @@ import sys
 import torch
 import torch.distributed as dist
 
-from simpo_megatron.mcore import device
+from simpo_megatron.mcore import cpu_patches
 
-device.install()
+cpu_patches.install()
 
 from megatron.training import arguments, initialize, training  # noqa: E402
 
@@ -24,7 +24,7 @@ _ALLOCATES_ON_CUDA = ("megatron.training", "megatron.core.rerun_state_machine", 
 def let_training_do_without_cuda() -> None:
     for name, module in list(sys.modules.items()):
         if name.startswith(_ALLOCATES_ON_CUDA) and getattr(module, "torch", None) is torch:
-            module.torch = device._TorchOnCpu()
+            module.torch = cpu_patches.TorchOnCpu()
     training.initialize_megatron = functools.partial(initialize.initialize_megatron, allow_no_cuda=True)
     # It warms up fused CUDA kernels, and one check of arguments asks for the GPU's generation.
     training.set_jit_fusion_options = lambda **sizes: None
@@ -36,6 +36,6 @@ def let_training_do_without_cuda() -> None:
 if __name__ == "__main__":
     let_training_do_without_cuda()
     dist.init_process_group("gloo")
-    device.keep_compiled_helpers()
+    cpu_patches.keep_compiled_helpers()
     training.pretrain(**pretrain_arguments(training.pretrain))
     dist.destroy_process_group()

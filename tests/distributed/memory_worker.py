@@ -12,9 +12,9 @@ import os
 import sys
 from pathlib import Path
 
-from simpo_megatron.mcore import device
+from simpo_megatron.mcore import cpu_patches, device
 
-device.install()
+cpu_patches.install()
 
 import torch  # noqa: E402
 from layout_worker import ListDataset  # noqa: E402

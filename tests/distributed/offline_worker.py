@@ -12,9 +12,9 @@ import shutil
 import sys
 from pathlib import Path
 
-from simpo_megatron.mcore import device
+from simpo_megatron.mcore import cpu_patches
 
-device.install()
+cpu_patches.install()
 
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
@@ -78,7 +78,7 @@ def write(chunks: list, save: Path, release: Path) -> None:
     if dist.get_rank() == 0:
         draft.mkdir(parents=True)
     dist.barrier()
-    device.write_checkpoints_in_threads()
+    cpu_patches.write_checkpoints_in_threads()
     dist_checkpointing.save({"iteration": 7, **sharded(chunks)}, str(draft))
     if dist.get_rank() == 0:
         shutil.copyfile(release / "config.json", draft / "config.json")

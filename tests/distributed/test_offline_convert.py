@@ -24,9 +24,9 @@ from safetensors.torch import load_file, save_file
 from tiny_models import DENSE, MIXTURES, write_model
 from transformers import AutoModelForCausalLM
 
-from simpo_megatron.mcore import device
+from simpo_megatron.mcore import cpu_patches
 
-device.install()
+cpu_patches.install()
 
 from simpo_megatron.atomic import draft_of  # noqa: E402
 from simpo_megatron.checkpoint import manifest, torch_dist  # noqa: E402

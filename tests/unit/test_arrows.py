@@ -128,13 +128,15 @@ def test_only_parallel_reads_megatrons_global_state():
     assert readers <= {"parallel.py"}
 
 
+OBJECT_COLLECTIVE = re.compile(r"(all_gather|gather|broadcast|scatter|send|recv)_object(_list)?")
+
+
 def object_collectives(path, tree=None):
-    """`file.function` of every function that hands objects from rank to rank."""
+    """`file: function` of every function that hands objects from rank to rank."""
     for node in ast.walk(tree or ast.parse(path.read_text())):
         if isinstance(node, ast.FunctionDef):
             for inner in ast.walk(node):
-                name = getattr(inner, "attr", getattr(inner, "id", ""))
-                if isinstance(inner, (ast.Attribute, ast.Name)) and re.fullmatch(r"(all_gather|gather|broadcast|scatter|send|recv)_object(_list)?", name):
+                if OBJECT_COLLECTIVE.fullmatch(getattr(inner, "attr", getattr(inner, "id", ""))):
                     yield f"{path.relative_to(PACKAGE)}: {node.name}"
 
 
@@ -176,28 +178,110 @@ def test_only_device_asks_whether_cuda_is_there():
     assert asking == {"device.py"}
 
 
-def assigned_to_foreign_modules(path):
-    """Assignments to an attribute of a module that the file imported: a patch of somebody else's code."""
-    tree = ast.parse(path.read_text())
-    names = {
+_LOGGER_CHANGES = {"addFilter", "removeFilter", "addHandler", "removeHandler", "setLevel"}
+_ON_IMPORT = _LOGGER_CHANGES | {"basicConfig", "filterwarnings", "simplefilter", "captureWarnings", "disable"}
+
+
+def foreign_names(tree):
+    """The names under which a file imports modules, classes and functions that it did not write."""
+    return {
         (alias.asname or alias.name).split(".")[0]
         for node in ast.walk(tree)
         if isinstance(node, (ast.Import, ast.ImportFrom))
         for alias in node.names
     }
+
+
+def root_of(node):
+    """The name that a chain of attributes, calls and items begins with; None where it begins with no name."""
+    while isinstance(node, (ast.Attribute, ast.Call, ast.Subscript)):
+        node = node.func if isinstance(node, ast.Call) else node.value
+    return node.id if isinstance(node, ast.Name) else None
+
+
+def patches(path, tree=None):
+    """Changes of somebody else's code: attributes of what the file imported assigned, set or deleted, and its loggers.
+
+    Of loggers their own are those that `logging.getLogger` gives for `__name__` or a name of the package.
+    """
+    tree = tree or ast.parse(path.read_text())
+    foreign = foreign_names(tree)
     for node in ast.walk(tree):
         for target in getattr(node, "targets", [getattr(node, "target", None)]):
-            root = target
-            while isinstance(root, ast.Attribute):
-                root = root.value
-            if isinstance(target, ast.Attribute) and isinstance(root, ast.Name) and root.id in names:
+            if isinstance(target, ast.Attribute) and root_of(target) in foreign:
                 yield f"{path.name}:{target.lineno} {ast.unparse(target)}"
+        if not isinstance(node, ast.Call):
+            continue
+        called = ast.unparse(node.func)
+        if called in ("setattr", "delattr") and root_of(node.args[0]) in foreign:
+            yield f"{path.name}:{node.lineno} {ast.unparse(node)}"
+        if called.rpartition(".")[2] in _LOGGER_CHANGES and is_foreign_logger(node.func.value, foreign):
+            yield f"{path.name}:{node.lineno} {ast.unparse(node)}"
+
+
+def is_foreign_logger(logger, foreign):
+    if not isinstance(logger, ast.Call):
+        return root_of(logger) in foreign
+    if not ast.unparse(logger.func).endswith("getLogger"):
+        return root_of(logger) in foreign
+    name = ast.unparse(logger.args[0]) if logger.args else ""
+    return name != "__name__" and not name.strip("'\"").startswith(PACKAGE.name)
+
+
+def run_on_import(tree):
+    """The calls that importing a module makes: those outside functions."""
+    open_nodes = list(tree.body)
+    while open_nodes:
+        node = open_nodes.pop()
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+            continue
+        if isinstance(node, ast.Call):
+            yield node
+        open_nodes += ast.iter_child_nodes(node)
+
+
+def set_on_import(path, tree=None):
+    """Filters and handlers of logging or warnings that importing a module sets."""
+    for node in run_on_import(tree or ast.parse(path.read_text())):
+        if isinstance(node.func, ast.Attribute) and node.func.attr in _ON_IMPORT:
+            yield f"{path.name}:{node.lineno} {ast.unparse(node)}"
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_only_device_patches_what_others_wrote(path):
-    if path != PACKAGE / "mcore/device.py":
-        assert list(assigned_to_foreign_modules(path)) == []
+def test_only_cpu_patches_changes_what_others_wrote(path):
+    if path != PACKAGE / "mcore/cpu_patches.py":
+        assert list(patches(path)) == []
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_importing_a_module_sets_no_filter(path):
+    assert list(set_on_import(path)) == []
+
+
+def test_the_walk_sees_every_kind_of_patch():
+    source = """
+import logging, warnings
+import torch
+from megatron.core import utils
+torch.cuda.synchronize = None
+torch.cuda.calls += 1
+setattr(torch.Tensor, "type", None)
+delattr(utils, "log_single_rank")
+logging.getLogger("megatron.core").addFilter(print)
+utils.logger.setLevel(40)
+logging.getLogger(utils.__name__).addFilter(print)
+def f():
+    setattr(utils, "a", 1)
+    logging.getLogger("transformers").setLevel(40)
+warnings.simplefilter("ignore")
+"""
+    path = PACKAGE / "training/loop.py"
+    assert len(list(patches(path, ast.parse(source)))) == 9
+    assert len(list(set_on_import(path, ast.parse(source)))) == 4
+    own = "import logging\nlogger = logging.getLogger(__name__)\ndef f(own):\n    logger.setLevel(20)\n    own.x = 1\n"
+    own += "    setattr(own, 'x', 2)\n    logging.getLogger('simpo_megatron').addHandler(own)\n"
+    assert list(patches(path, ast.parse(own))) == list(set_on_import(path, ast.parse(own))) == []
+    assert list(patches(PACKAGE / "mcore/cpu_patches.py")), "the patches there are seen"
 
 
 def test_the_walk_sees_an_arrow_that_points_back():
@@ -205,7 +289,6 @@ def test_the_walk_sees_an_arrow_that_points_back():
     assert len(backward(PACKAGE / "loss/simpo.py", tree)) == 2
     relative = ast.parse("from ..data import records")
     assert len(backward(PACKAGE / "loss/simpo.py", relative)) == 1
-    assert list(assigned_to_foreign_modules(PACKAGE / "mcore/device.py")), "the patches there are seen"
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from twin import response_log_probs
 from simpo_megatron import parallel
 from simpo_megatron.config import config_from
 from simpo_megatron.data import BatchOptions, TokenizedPair, collate
-from simpo_megatron.mcore import device
+from simpo_megatron.mcore import cpu_patches
 from simpo_megatron.mcore.attention import MicrobatchLayout, Segment, SegmentedAttention
 
 # First and last rows: a segment of one token, prefixes of none, one and many tokens, one token behind a long
@@ -45,7 +45,7 @@ def attention(window: int | None = None, cap: float | None = None) -> SegmentedA
 
 def layout_of(segments) -> MicrobatchLayout:
     length = segments[-1][1]
-    return MicrobatchLayout.of_pack(torch.arange(length), tuple(Segment(*s) for s in segments), tokens=None)
+    return MicrobatchLayout.of_pack(torch.arange(length), tuple(Segment(*s) for s in segments))
 
 
 def dense_attention(query, key, value, segments, window=None, cap=None) -> torch.Tensor:
@@ -89,7 +89,7 @@ def test_a_pack_attends_as_its_definition_says(segments, heads, window, cap):
 def test_padded_rows_attend_each_by_itself(window):
     torch.manual_seed(2)
     inputs = [torch.randn(6, 3, number, 5, dtype=torch.float64) for number in (4, 2, 2)]
-    found = attention(window)(*inputs, packed_seq_params=MicrobatchLayout.of_padded_rows(6, tokens=None))
+    found = attention(window)(*inputs, packed_seq_params=MicrobatchLayout.of_padded_rows(6))
     for row in range(3):
         expected = dense_attention(*(x[:, row : row + 1] for x in inputs), [(0, 6, 0, 0)], window)
         torch.testing.assert_close(found[:, row : row + 1], expected, rtol=1e-12, atol=1e-12)
@@ -137,7 +137,7 @@ FAMILIES = {
 
 @pytest.fixture(scope="module")
 def groups():
-    device.install()
+    cpu_patches.install()
     with parallel.alone() as groups:
         yield groups
 
@@ -184,7 +184,13 @@ def log_probs_of(model, pairs, **options) -> torch.Tensor:
 
     batch = collate(pairs, range(len(pairs)), BatchOptions(global_batch_size=len(pairs), **options))
     microbatch = to_microbatch(batch, torch.device("cpu"))
-    log_probs_N = model(microbatch.tokens_BS, microbatch.position_ids_BS, None, packed_seq_params=microbatch.layout)
+    log_probs_N = model(
+        microbatch.tokens_BS,
+        microbatch.position_ids_BS,
+        None,
+        labels=microbatch.labels,
+        packed_seq_params=microbatch.layout,
+    )
     return log_probs_N[torch.argsort(batch.sequence_N, stable=True)]
 
 

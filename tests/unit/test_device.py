@@ -1,11 +1,10 @@
-"""The redirection of megatron-core to the CPU is narrow, and absent where CUDA is; options given to it exist."""
+"""What the device module answers with and without CUDA, and the options that our configuration gives megatron-core."""
 
 from __future__ import annotations
 
 import ast
 import dataclasses
 import importlib
-import inspect
 from pathlib import Path
 
 import pytest
@@ -13,12 +12,12 @@ import torch
 
 from simpo_megatron.config import Machine, config_from
 from simpo_megatron.errors import ConfigError
-from simpo_megatron.mcore import device
+from simpo_megatron.mcore import cpu_patches, device
 
 
 @pytest.fixture(scope="module", autouse=True)
 def installed():
-    device.install()
+    cpu_patches.install()
 
 
 @pytest.fixture
@@ -31,81 +30,23 @@ class TransformerEnginesAdam:
     __module__ = "transformer_engine.pytorch.optimizers.fused_adam"
 
 
-@pytest.mark.parametrize(("adam", "expected"), [(TransformerEnginesAdam, []), (torch.optim.AdamW, ["_restore"])])
-def test_install_mends_nothing_but_torchs_adam_where_cuda_is_there(gpu, monkeypatch, adam, expected):
-    ran = []
-    for name, _ in inspect.getmembers(device, inspect.isfunction):
-        if name.startswith(("_replace", "_import", "_name", "_restore", "_route", "_run")):
-            monkeypatch.setattr(device, name, lambda n=name: ran.append(n))
-    monkeypatch.setattr(importlib.import_module("megatron.core.optimizer"), "Adam", adam)
-    assert device.install.__wrapped__() is None
-    assert [name[: len("_restore")] for name in ran] == expected
-
-
 def test_what_computes_is_told_by_what_is_installed(gpu, monkeypatch):
     optimizer, layers = (importlib.import_module(f"megatron.core.{n}") for n in ("optimizer", "tensor_parallel.layers"))
-    after = "weight gradients added up after their products"
-    assert device.kernels() == f"layers of torch, Adam of torch, {after}"
-    monkeypatch.setattr(device, "_has_transformer_engine", lambda: True)
+    assert device.kernels() == "layers: torch, Adam: torch, grad accumulation fusion: off"
+    monkeypatch.setattr(device, "has_transformer_engine", lambda: True)
     monkeypatch.setattr(optimizer, "Adam", TransformerEnginesAdam)
-    assert device.kernels() == f"layers of Transformer Engine, Adam of Transformer Engine, {after}"
+    engines = "layers: Transformer Engine, Adam: Transformer Engine, grad accumulation fusion:"
+    assert device.kernels() == f"{engines} off"
     monkeypatch.setattr(layers, "_grad_accum_fusion_available", True)
-    assert device.kernels().endswith("weight gradients added up within their products")
+    assert device.kernels() == f"{engines} on"
     monkeypatch.setattr(device, "has_cuda", lambda: False)
-    assert device.kernels() == f"layers of torch, Adam of Transformer Engine, {after}"
-
-
-def test_install_runs_once():
-    step = torch.Tensor.type
-    device.install()
-    assert torch.Tensor.type is step
-
-
-def test_tensor_type_tells_the_truth_to_everybody_but_megatrons_optimizers():
-    tensor = torch.zeros(2)
-    assert tensor.type() == "torch.FloatTensor"
-    assert tensor.type(torch.float64).dtype == torch.float64
-    told = {}
-    asks = "answer = tensor.type(); other = tensor.type(torch.float64)"
-    for module in ("megatron.core.optimizer.clip_grads", "megatron.core.tensor_parallel.layers", "another"):
-        scope = {"__name__": module, "tensor": tensor, "torch": torch}
-        exec(asks, scope)
-        told[module] = scope["answer"]
-        assert scope["other"].dtype == torch.float64
-    assert told == {
-        "megatron.core.optimizer.clip_grads": "torch.cuda.FloatTensor",
-        "megatron.core.tensor_parallel.layers": "torch.FloatTensor",
-        "another": "torch.FloatTensor",
-    }
-
-
-def test_only_the_modules_that_name_cuda_allocate_on_the_cpu_instead():
-    schedules = importlib.import_module("megatron.core.pipeline_parallel.schedules")
-    assert schedules.torch.zeros(2, device="cuda").device.type == "cpu"
-    assert schedules.torch.tensor([1], dtype=torch.int).dtype == torch.int
-    assert schedules.torch.nn is torch.nn
-    layers = importlib.import_module("megatron.core.tensor_parallel.layers")
-    assert layers.torch is torch
-    assert not isinstance(torch, device._TorchOnCpu)
-
-
-@pytest.mark.parametrize("module", device._MODULES_NAMING_CUDA)
-def test_every_redirected_module_of_the_installed_megatron_still_names_cuda(module):
-    """One that no longer does should leave the list; its allocations would not need us."""
-    source = Path(importlib.import_module(module).__file__).read_text()
-    named = {
-        node.value
-        for node in ast.walk(ast.parse(source))
-        if isinstance(node, ast.Constant) and isinstance(node.value, str)
-    }
-    asks_for_device = "torch.cuda.current_device()" in source
-    assert "cuda" in named or asks_for_device, f"{module} names no CUDA device"
+    assert device.kernels() == "layers: torch, Adam: Transformer Engine, grad accumulation fusion: off"
 
 
 def test_the_device_of_a_machine_without_cuda():
     assert (device.backend(), device.current_device()) == ("gloo", torch.device("cpu"))
     assert device.machine() == Machine(
-        has_cuda=False, has_transformer_engine=device._has_transformer_engine(), compute_capability=None
+        has_cuda=False, has_transformer_engine=device.has_transformer_engine(), compute_capability=None
     )
     device.require_local_ranks(1000)
 
@@ -193,15 +134,3 @@ def test_every_option_given_to_megatron_is_one_of_its_own():
                     assert target.attr in known["ArchitectureConfig"], f"{file.name}: {target.attr}"
                     seen.add("mcore_config")
     assert seen == {*owners, "mcore_config"}, "the search above finds no call any more"
-
-
-@pytest.mark.parametrize("factor", [0.3, torch.tensor(0.3)], ids=["number", "tensor"])
-def test_gradients_are_scaled_where_they_are_by_megatrons_rule(factor):
-    from megatron.core.optimizer import clip_grads
-    from megatron.core.utils import local_multi_tensor_scale
-
-    source = torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
-    expected, rounded, in_place = torch.empty(5, 3), torch.empty(5, 3, dtype=torch.bfloat16), source.clone()
-    local_multi_tensor_scale(0, None, [[source], [expected]], factor)
-    clip_grads.multi_tensor_scale_impl(0, None, [[in_place, source], [in_place, rounded]], factor)
-    assert torch.equal(in_place, expected) and torch.equal(rounded, expected.to(torch.bfloat16))

@@ -7,11 +7,11 @@ import pytest
 import torch
 from megatron.core.tensor_parallel import VocabParallelEmbedding
 
-from simpo_megatron.mcore import device
+from simpo_megatron.mcore import cpu_patches
 from simpo_megatron.mcore.architecture import ArchitectureConfig
 from simpo_megatron.mcore.embedding import MainGradEmbedding
 
-device.install()
+cpu_patches.install()
 
 V, H = 50, 16
 

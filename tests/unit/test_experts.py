@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, MixtralConfig
 from simpo_megatron import parallel
 from simpo_megatron.config import Machine, config_from, resolve
 from simpo_megatron.errors import ConfigError
-from simpo_megatron.mcore import device
+from simpo_megatron.mcore import cpu_patches
 
 EXPERTS, CHOSEN, COEFFICIENT, LAYERS = 6, 2, 0.05, 3
 
@@ -17,7 +17,7 @@ EXPERTS, CHOSEN, COEFFICIENT, LAYERS = 6, 2, 0.05, 3
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     """(megatron's model, transformers' model with the same weights), float64."""
-    device.install()
+    cpu_patches.install()
     from simpo_megatron.convert import load_hf_weights
     from simpo_megatron.mcore.families import describe_hf_model
     from simpo_megatron.mcore.model import build_model

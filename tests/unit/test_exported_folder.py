@@ -16,11 +16,11 @@ from transformers import (
 )
 
 from simpo_megatron.config import config_from
-from simpo_megatron.mcore import device
+from simpo_megatron.mcore import cpu_patches
 from simpo_megatron.parallel import alone
 from tools import convert_hf
 
-device.install()
+cpu_patches.install()
 
 from simpo_megatron.convert import export_hf, load_hf_weights  # noqa: E402
 from simpo_megatron.convert.files import TensorSpec, header_bytes  # noqa: E402

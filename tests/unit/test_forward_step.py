@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -25,7 +27,7 @@ def forward_step(**objective) -> ForwardStep:
 
 def log_probs_for(microbatch: Microbatch) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
-    return -torch.rand(len(microbatch.layout.tokens.targets_N), generator=generator) - 0.1
+    return -torch.rand(len(microbatch.labels.targets_N), generator=generator) - 0.1
 
 
 @pytest.mark.parametrize("num_pairs", [1, 3])
@@ -77,15 +79,33 @@ def test_an_empty_microbatch_adds_nothing_and_has_a_gradient():
     assert log_probs_N.grad.shape == (0,)
 
 
-def test_the_model_gets_the_tokens_positions_and_layout_of_the_next_microbatch():
+def test_the_model_gets_the_tokens_positions_labels_and_layout_of_the_next_microbatch():
     seen = []
 
-    def model(tokens_BS, position_ids_BS, attention_mask, packed_seq_params):
-        seen.append((tokens_BS, position_ids_BS, attention_mask, packed_seq_params))
+    def model(tokens_BS, position_ids_BS, attention_mask, labels, packed_seq_params):
+        seen.append((tokens_BS, position_ids_BS, attention_mask, labels, packed_seq_params))
         return log_probs_for(first)
 
     first, second = microbatch_of(2), microbatch_of(1)
     output, loss = forward_step()(iter([first, second]), model)
     assert seen[0][0] is first.tokens_BS and seen[0][1] is first.position_ids_BS
-    assert seen[0][2] is None and seen[0][3] is first.layout
+    assert seen[0][2] is None and seen[0][3] is first.labels and seen[0][4] is first.layout
     assert int(loss(output)[1]) == 2
+
+
+def test_context_parallel_ranks_share_tokens_and_labels_without_overlap():
+    """Each token of a response is predicted by one rank, from the row that this rank holds."""
+    ids = np.arange(1, 8, dtype=np.int32)
+    batch = collate([TokenizedPair(ids[:3], ids, ids[2:])], [0], BatchOptions(global_batch_size=1, sequence_multiple=4))
+    here = torch.device("cpu")
+    whole = to_microbatch(batch, here)
+    found = []
+    for rank in range(2):
+        group = SimpleNamespace(rank=lambda rank=rank: rank, size=lambda: 2)
+        own = to_microbatch(batch, here, cp_group=group)
+        rows = own.layout.context.rows()
+        assert torch.equal(own.tokens_BS, whole.tokens_BS[:, rows]) and own.labels.num_pairs == 1
+        found += zip(rows[own.labels.rows_N].tolist(), own.labels.targets_N.tolist(), own.labels.sequence_N.tolist())
+    labels = whole.labels
+    expected = zip(labels.rows_N.tolist(), labels.targets_N.tolist(), labels.sequence_N.tolist())
+    assert sorted(found) == sorted(expected)

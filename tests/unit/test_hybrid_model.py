@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 
 from simpo_megatron.loss import ResponseTokens, VocabShard, fused_linear_log_probs
-from simpo_megatron.mcore import device
+from simpo_megatron.mcore import cpu_patches
 
-device.install()
+cpu_patches.install()
 hybrid_block = pytest.importorskip("megatron.core.models.hybrid.hybrid_block", reason="megatron-core before 0.19")
 
 VOCAB_SIZE, LENGTH = 512, 32

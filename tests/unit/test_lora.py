@@ -7,9 +7,9 @@ import importlib
 import pytest
 import torch
 
-from simpo_megatron.mcore import device
+from simpo_megatron.mcore import cpu_patches
 
-device.install()
+cpu_patches.install()
 
 from megatron.core.extensions import transformer_engine  # noqa: E402
 from megatron.core.models.gpt import gpt_layer_specs  # noqa: E402

@@ -108,9 +108,9 @@ def test_forward_step_hands_the_model_a_pack_and_the_loss_its_tokens(megatron_ar
     dataset = build_preference_dataset([str(demo.train_file)], tokenizer, pair_options(args), tmp_path / "cache")
     samples = _samples(dataset, batch_options(args), dp_rank=0, dp_size=2, consumed_pairs=0)
 
-    def model(tokens_BS, position_ids_BS, attention_mask, packed_seq_params):
-        assert tokens_BS.shape == position_ids_BS.shape and attention_mask is None
-        return torch.full((len(packed_seq_params.tokens.targets_N),), -1.0)
+    def model(tokens_BS, position_ids_BS, attention_mask, labels, packed_seq_params):
+        assert tokens_BS.shape == position_ids_BS.shape and attention_mask is None and packed_seq_params.is_pack
+        return torch.full((len(labels.targets_N),), -1.0)
 
     log_probs_N, loss = forward_step(samples, model)
     total, num_pairs, metrics = loss(log_probs_N)

@@ -16,11 +16,11 @@ from simpo_megatron.config import config_from
 from simpo_megatron.convert.folder import new_output
 from simpo_megatron.demo import prepare_demo
 from simpo_megatron.errors import CheckpointError
-from simpo_megatron.mcore import device
+from simpo_megatron.mcore import cpu_patches
 from simpo_megatron.parallel import alone
 from tools import merge_checkpoints, verify_checkpoint
 
-device.install()
+cpu_patches.install()
 
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy  # noqa: E402
 

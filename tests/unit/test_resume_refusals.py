@@ -13,10 +13,10 @@ from tokenizers import Tokenizer
 from simpo_megatron.config import config_from
 from simpo_megatron.data import PairOptions, build_preference_dataset
 from simpo_megatron.errors import CheckpointError
-from simpo_megatron.mcore import device
+from simpo_megatron.mcore import cpu_patches
 from simpo_megatron.mcore.families import describe_hf_model
 
-device.install()
+cpu_patches.install()
 
 from simpo_megatron.checkpoint import tensor_index  # noqa: E402
 from simpo_megatron.checkpoint.manifest import Checkpoint  # noqa: E402

@@ -19,9 +19,9 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from simpo_megatron.errors import CheckpointError
-from simpo_megatron.mcore import device
+from simpo_megatron.mcore import cpu_patches
 
-device.install()
+cpu_patches.install()
 
 from megatron.core import dist_checkpointing  # noqa: E402
 from megatron.core.dist_checkpointing import ShardedTensor  # noqa: E402
@@ -120,7 +120,7 @@ def checkpoint(tmp_path_factory):
     folder = tmp_path_factory.mktemp("checkpoint")
     store = dist.FileStore(str(tmp_path_factory.mktemp("store") / "file"), 1)
     dist.init_process_group("gloo", store=store, rank=0, world_size=1)
-    device.write_checkpoints_in_threads()
+    cpu_patches.write_checkpoints_in_threads()
     dist_checkpointing.save({"iteration": 3, **one_tensor()}, str(folder))
     yield folder
     dist.destroy_process_group()

@@ -6,7 +6,6 @@ computes what they mean, one sequence at a time; the result must be the CPU atte
 
 import importlib
 import sys
-from dataclasses import replace
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -89,7 +88,7 @@ def rows(num_heads):
 
 
 def layout():
-    return MicrobatchLayout.of_pack(torch.arange(SEGMENTS[-1].end), SEGMENTS, None)
+    return MicrobatchLayout.of_pack(torch.arange(SEGMENTS[-1].end), SEGMENTS)
 
 
 @pytest.mark.parametrize("window_size", [None, (3, 0)])
@@ -125,12 +124,11 @@ def test_each_of_two_context_parallel_ranks_computes_its_rows_of_a_pack(attentio
     torchs = SegmentedAttention(configuration(window_size), 1, None, "self")
     query, key, value = rows(HEADS), rows(GROUPS), rows(GROUPS)
     expected = torchs(query, key, value, packed_seq_params=layout())
-    tokens = ResponseTokens(*(torch.zeros(0, dtype=torch.long) for _ in range(3)), num_pairs=2)
     for rank in range(2):
         share = Neighbours(SimpleNamespace(rank=lambda: rank, size=lambda: 2), len(query))  # noqa: B023
         object.__setattr__(share, "keys", torch.cat((key, value), dim=-1))
         own = share.rows()
-        divided = replace(layout(), tokens=tokens).divided(share, 1)
+        divided = layout().divided(share)
         module = attention if kernel == "Transformer Engine's" else torchs
         found = module(query[own], key[own], value[own], packed_seq_params=divided)
         torch.testing.assert_close(found, expected[own], rtol=0, atol=1e-12)
@@ -143,15 +141,16 @@ def test_padded_rows_are_divided_by_transformer_engine_itself(attention, monkeyp
     group = SimpleNamespace(rank=lambda: 1, size=lambda: 2)
     share = ContextShare(group, 24)
     tokens = ResponseTokens(torch.tensor([11, 12, 40, 47]), *[torch.arange(4)] * 2, num_pairs=2)
-    divided = MicrobatchLayout.of_padded_rows(24, tokens).divided(share, 2)
+    divided = MicrobatchLayout.of_padded_rows(24).divided(share)
     # Of 24 positions of two rows, this rank has 6 to 17; flat rows are 2 * position + row.
     assert divided.position_ids_S.tolist() == list(range(6, 18))
-    assert divided.tokens.rows_N.tolist() == [0] and divided.tokens.targets_N.tolist() == [1]
+    labels = tokens.of_rows(share.rows(), 24, 2)
+    assert labels.rows_N.tolist() == [0] and labels.targets_N.tolist() == [1]
     attention.config.context_parallel_size = 2
     found = attention(rows(HEADS), rows(GROUPS), rows(GROUPS), packed_seq_params=divided)
     assert found == "megatron's own path"
     # Rows that a rank holds whole, such as those of a probe, are nobody else's.
-    whole = MicrobatchLayout.of_padded_rows(24, tokens)
+    whole = MicrobatchLayout.of_padded_rows(24)
     attention(rows(HEADS), rows(GROUPS), rows(GROUPS), packed_seq_params=whole)
     assert attention.divided_over == [(group, [4, 5], MegatronWrapper.cp_stream, "p2p"), (None, None, None, "p2p")]
 
@@ -169,5 +168,5 @@ def test_the_kernel_is_told_lengths_format_and_mask(attention):
 
 
 def test_padded_rows_take_megatrons_own_path(attention):
-    padded = MicrobatchLayout.of_padded_rows(24, None)
+    padded = MicrobatchLayout.of_padded_rows(24)
     assert attention(rows(HEADS), rows(GROUPS), rows(GROUPS), packed_seq_params=padded) == "megatron's own path"

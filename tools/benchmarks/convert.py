@@ -110,9 +110,9 @@ METHODS = {
 def measure(method: str, folder: Path) -> dict:
     """Returns wall and CPU seconds of `method`, and the peak memory in bytes of its process."""
     if method.startswith(("hf", "mcore")):
-        from simpo_megatron.mcore import device
+        from simpo_megatron.mcore import cpu_patches
 
-        device.install()
+        cpu_patches.install()
     elif method == "safetensors copy":
         import safetensors.torch  # noqa: F401
     for path in (folder / SOURCES.get(method, "model")).rglob("*"):

@@ -142,9 +142,9 @@ def config_of(job: dict, **options):
 
 def run_ours(job: dict, options: dict) -> dict:
     """Our trainer's own pieces, on one rank."""
-    from simpo_megatron.mcore import device
+    from simpo_megatron.mcore import cpu_patches, device
 
-    device.install()
+    cpu_patches.install()
     from simpo_megatron import parallel
     from simpo_megatron.training.metrics import reduce_sums
     from simpo_megatron.training.setup import assemble, plan_run

@@ -1,4 +1,4 @@
-"""The whole model on one rank without memory for its weights: what its parameters are called, and where they lie."""
+"""The whole model on one rank on torch's meta device: its parameters' names, shapes and places in a checkpoint."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ class StoredPart:
     values: Tensor
     """A view of the parameter with as many dimensions as the stored tensor."""
     num_true_rows: int | None
-    """Of a vocabulary, whose stored tensor may have any number of rows beyond these."""
+    """Rows of a vocabulary, whose stored tensor may have more for padding; None for other parameters."""
 
 
-class Skeleton:
-    """Parameters by name, none of them with memory, and the places megatron-core stores them in.
+class MetaModel:
+    """Parameters by name on the meta device, and the places megatron-core stores them in.
 
-    Its vocabulary is padded for one tensor-parallel rank.
+    The vocabulary is padded for one tensor-parallel rank.
     """
 
     def __init__(self, description: ModelDescription, groups: ParallelGroups) -> None:
@@ -55,7 +55,7 @@ class Skeleton:
         self.state = {name: self.state[name] for name in self.shapes}
 
     def parts(self, name: str, values: Tensor) -> list[StoredPart]:
-        """Where the `values` of the parameter `name` are stored."""
+        """The places in which the `values` of the parameter `name` are stored."""
         entry = self.state[name]
         if isinstance(entry, ShardedTensorFactory):
             found = nested_values(entry.build_fn(entry.key, values, entry.replica_id, entry.flattened_range))

@@ -24,9 +24,9 @@ class RMSNorm(torch.nn.RMSNorm):
     Source: arXiv 1910.07467.
     """
 
-    def __init__(self, config: ArchitectureConfig, hidden_size: int, eps: float = 1e-5, **_) -> None:
+    def __init__(self, config: ArchitectureConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
-        self.weight.sequence_parallel = config.sequence_parallel
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]  # megatron's own mark
         self.is_zero_centered = config.layernorm_zero_centered_gamma
 
     def forward(self, hidden: Tensor) -> Tensor:

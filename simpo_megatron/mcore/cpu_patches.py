@@ -1,0 +1,330 @@
+"""All changes to modules of megatron-core and torch; `PATCHES` lists each, and no other module makes any.
+
+Most let unmodified megatron-core run without CUDA. On a GPU, `install` changes at most what megatron-core asks of an
+absent Transformer Engine, and how torch's Adam is restored. Each patch is as narrow as the place it serves.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import logging
+import multiprocessing.dummy
+import os
+import sys
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from simpo_megatron.mcore import device
+
+
+class Patch(NamedTuple):
+    """One change: which names it replaces, in which versions they need it, when it is made, and why."""
+
+    places: str
+    """Dotted names, with alternatives of the last part in braces."""
+    versions: str
+    """A requirement, as pip reads it."""
+    when: str
+    why: str
+
+
+_ALL = "megatron-core>=0.16.1,<0.20"
+# Modules that allocate with a literal device="cuda"; each gets its own view of `torch`, nobody else does.
+MODULES_NAMING_CUDA = (
+    "megatron.core.pipeline_parallel.schedules",
+    "megatron.core.optimizer.optimizer",
+    "megatron.core.optimizer.clip_grads",
+    "megatron.core.optimizer.grad_scaler",
+    "megatron.core.distributed.param_and_grad_buffer",
+    "megatron.core.utils",
+)
+PATCHES = {
+    "_replace_cuda_runtime": Patch(
+        "torch.cuda.{current_device,synchronize,current_stream,default_stream,Stream,Event,stream,get_rng_state,"
+        "set_rng_state,manual_seed} torch.Tensor.cuda",
+        "torch>=2.6",
+        "no CUDA",
+        "megatron-core calls them unconditionally: groups, DDP, schedules, random states, dispatchers",
+    ),
+    "_import_megatron_uncompiled": Patch(
+        "torch.compile",
+        "torch>=2.6",
+        "no CUDA, during one import",
+        "decorators alone cost two seconds of import in every rank; fusions are off, so nothing compiled is called",
+    ),
+    "_allocate_on_the_cpu": Patch(
+        " ".join(f"{module}.torch" for module in MODULES_NAMING_CUDA),
+        _ALL,
+        "no CUDA",
+        'they allocate with a literal device="cuda"',
+    ),
+    "_replace_random_state": Patch(
+        "megatron.core.tensor_parallel.random.{_get_cuda_rng_state,_set_cuda_rng_state}",
+        _ALL,
+        "no CUDA",
+        "they read CUDA's generators; dropout and recompute of the CPU draw from torch's own",
+    ),
+    "_name_cpu_tensors_as_the_optimizers_expect": Patch(
+        "torch.Tensor.type",
+        "torch>=2.6",
+        "no CUDA, for callers in megatron.core.optimizer",
+        "optimizers sort parameters by type() == 'torch.cuda.FloatTensor' and refuse others",
+    ),
+    "_define_te_general_gemm": Patch(
+        "megatron.core.transformer.moe.moe_utils.te_general_gemm",
+        "megatron-core>=0.16.1,<0.17",
+        "no CUDA",
+        "the router's product names it, and without Transformer Engine it is not defined",
+    ),
+    "_route_tokens_on_the_cpu": Patch(
+        "megatron.core.transformer.moe.token_dispatcher.maybe_move_tensor_to_cpu",
+        _ALL,
+        "no CUDA",
+        "it turns into numpy only what it has moved from a GPU",
+    ),
+    "_scale_tensors_where_they_are": Patch(
+        "megatron.core.optimizer.clip_grads.multi_tensor_scale_impl "
+        "megatron.core.optimizer.optimizer.multi_tensor_scale_impl",
+        _ALL,
+        "no CUDA",
+        "its torch form makes a scaled copy of every gradient and copies it back",
+    ),
+    "_recompute_parts_without_transformer_engine": Patch(
+        "megatron.core.tensor_parallel.random.{FP8GlobalStateManager,activation_recompute_forward,fp8_autocast}",
+        _ALL,
+        "no Transformer Engine",
+        "recompute of norms and activations always asks Transformer Engine whether they are FP8",
+    ),
+    "_restore_adam_step_of_the_distributed_optimizer": Patch(
+        "megatron.core.optimizer.distrib_optimizer.DistributedOptimizer._set_main_param_and_optimizer_states",
+        _ALL,
+        "torch's AdamW",
+        "the loader drops `step`: it fails on the missing key, or all parameters share one tensor, silently wrong",
+    ),
+    "write_checkpoints_in_threads": Patch(
+        "megatron.core.dist_checkpointing.strategies.filesystem_async.{mp,_results_queue}",
+        _ALL,
+        "before a checkpoint is written",
+        "the writer forks (0.16) and spawns a process that imports torch and megatron again (all), seconds a rank",
+    ),
+    "drop_warning_of_incomplete_folder": Patch(
+        "megatron.core.dist_checkpointing.serialization.logger",
+        _ALL,
+        "before a checkpoint is written",
+        "a run puts small files into its draft first, and megatron-core warns of any file there",
+    ),
+    "keep_compiled_helpers": Patch(
+        "megatron.core.datasets.utils.compile_helpers",
+        _ALL,
+        "before Megatron-LM's training, installed from a wheel",
+        "it runs `make` and exits where that fails; a wheel has the helpers compiled and no Makefile",
+    ),
+}
+"""By the function that makes it."""
+
+_FACTORIES = ("tensor", "zeros", "ones", "empty", "full")
+
+
+@functools.cache
+def install() -> None:
+    """Make megatron-core run on this machine. Call it before building anything with megatron."""
+    # torch's own switch, read at its first tensor: large ones on the CPU lie in huge pages, whose first use costs the
+    # system a fifth as much.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    if not device.has_cuda():
+        _run_without_cuda()
+    if not device.has_transformer_engine():
+        _recompute_parts_without_transformer_engine()
+    if device.adam() is torch.optim.AdamW:
+        _restore_adam_step_of_the_distributed_optimizer()
+
+
+def _run_without_cuda() -> None:
+    _replace_cuda_runtime()
+    _import_megatron_uncompiled()
+    _allocate_on_the_cpu()
+    _replace_random_state()
+    _name_cpu_tensors_as_the_optimizers_expect()
+    _define_te_general_gemm()
+    _route_tokens_on_the_cpu()
+    _scale_tensors_where_they_are()
+
+
+def _replace(owner: Any, **replacements: Any) -> None:
+    """Set attributes of a foreign module or class."""
+    for name, replacement in replacements.items():
+        setattr(owner, name, replacement)
+
+
+class _NullStream:
+    """A CUDA stream or event on a machine that runs everything in order: each method is a no-op."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def __getattr__(self, name: str) -> Callable[..., _NullStream]:
+        return lambda *args, **kwargs: self
+
+
+def _replace_cuda_runtime() -> None:
+    _replace(
+        torch.cuda,
+        current_device=lambda: torch.device("cpu"),
+        synchronize=lambda *args, **kwargs: None,
+        current_stream=_NullStream,
+        default_stream=_NullStream,
+        Stream=_NullStream,
+        Event=_NullStream,
+        stream=lambda *args, **kwargs: contextlib.nullcontext(),
+        get_rng_state=lambda *args, **kwargs: torch.get_rng_state(),
+        set_rng_state=lambda state, *args, **kwargs: torch.set_rng_state(state),
+        manual_seed=torch.manual_seed,
+    )
+    _replace(torch.Tensor, cuda=lambda self, *args, **kwargs: self)
+
+
+def _import_megatron_uncompiled() -> None:
+    """Import megatron's model code with its `torch.compile` decorators inert."""
+    compile_ = torch.compile
+    _replace(torch, compile=lambda model=None, **kwargs: model or (lambda function: function))
+    try:
+        importlib.import_module("megatron.core.models.gpt")
+    finally:
+        _replace(torch, compile=compile_)
+
+
+class TorchOnCpu(types.ModuleType):
+    """`torch` as one megatron module sees it: a tensor asked for on CUDA is made on the CPU."""
+
+    def __init__(self) -> None:
+        super().__init__("torch")
+        for name in _FACTORIES:
+            setattr(self, name, _on_cpu(getattr(torch, name)))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+
+def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    @functools.wraps(factory)
+    def allocate(*args: Any, device: Any = None, **kwargs: Any) -> torch.Tensor:
+        return factory(*args, device="cpu" if str(device).startswith("cuda") else device, **kwargs)
+
+    return allocate
+
+
+def _allocate_on_the_cpu() -> None:
+    for name in MODULES_NAMING_CUDA:
+        _replace(importlib.import_module(name), torch=TorchOnCpu())
+
+
+def _replace_random_state() -> None:
+    _replace(
+        importlib.import_module("megatron.core.tensor_parallel.random"),
+        _get_cuda_rng_state=lambda *args, **kwargs: torch.get_rng_state(),
+        _set_cuda_rng_state=lambda state, *args, **kwargs: torch.set_rng_state(state),
+    )
+
+
+def _name_cpu_tensors_as_the_optimizers_expect() -> None:
+    type_ = torch.Tensor.type
+
+    @functools.wraps(type_)
+    def type_seen_by_caller(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        answer = type_(self, *args, **kwargs)
+        caller = sys._getframe(1).f_globals.get("__name__", "")
+        if isinstance(answer, str) and caller.startswith("megatron.core.optimizer"):
+            return answer.replace("torch.", "torch.cuda.", 1)
+        return answer
+
+    _replace(torch.Tensor, type=type_seen_by_caller)
+
+
+def _define_te_general_gemm() -> None:
+    utils = importlib.import_module("megatron.core.transformer.moe.moe_utils")
+    if not hasattr(utils, "te_general_gemm"):
+        _replace(utils, te_general_gemm=None)
+
+
+def _route_tokens_on_the_cpu() -> None:
+    def as_on_the_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+    dispatcher = importlib.import_module("megatron.core.transformer.moe.token_dispatcher")
+    _replace(dispatcher, maybe_move_tensor_to_cpu=as_on_the_cpu)
+
+
+def _scale_tensors_where_they_are() -> None:
+    def scale(chunk_size: int, noop_flag: Any, tensor_lists: list[list[torch.Tensor]], factor: Any) -> None:
+        for source, target in zip(*tensor_lists, strict=True):
+            torch.mul(source, factor, out=target)
+
+    for name in ("clip_grads", "optimizer"):
+        _replace(importlib.import_module(f"megatron.core.optimizer.{name}"), multi_tensor_scale_impl=scale)
+
+
+def _recompute_parts_without_transformer_engine() -> None:
+    _replace(
+        importlib.import_module("megatron.core.tensor_parallel.random"),
+        FP8GlobalStateManager=types.SimpleNamespace(is_fp8_enabled=lambda: False),
+        activation_recompute_forward=lambda **_: contextlib.nullcontext(),
+        fp8_autocast=lambda **_: contextlib.nullcontext(),
+    )
+
+
+def _restore_adam_step_of_the_distributed_optimizer() -> None:
+    """Keep torch AdamW's `step`, which megatron's loader drops, when a distributed optimizer is restored.
+
+    The GPU optimizers (Transformer Engine, apex) keep the step in the parameter group; torch's keeps one
+    tensor per parameter. Without this the loader fails on the missing key, and the dummy initialisation
+    shares one tensor among all parameters, so that a resumed run is silently wrong.
+    """
+    optimizer = importlib.import_module("megatron.core.optimizer.distrib_optimizer").DistributedOptimizer
+    set_states = optimizer._set_main_param_and_optimizer_states
+
+    @functools.wraps(set_states)
+    @torch.no_grad()
+    def set_states_and_step(self: Any, model_param: torch.Tensor, tensors: dict[str, torch.Tensor]) -> None:
+        group_index, group_order = self.model_param_group_index_map[model_param]
+        state = self.optimizer.state[self.optimizer.param_groups[group_index]["params"][group_order]]
+        if "step" in state:
+            state["step"] = state["step"].clone()
+            tensors = {**tensors, "step": state["step"]}
+        set_states(self, model_param, tensors)
+
+    _replace(optimizer, _set_main_param_and_optimizer_states=set_states_and_step)
+
+
+def write_checkpoints_in_threads() -> None:
+    """Let megatron's checkpoint writer work in threads of this process, as its 0.17 does by itself.
+
+    A fork takes a copy of every connection and lock of the rank along, which lives on where the rank is killed. The
+    spawned process only carries the report, of which none of an earlier save is left here.
+    """
+    _replace(
+        importlib.import_module("megatron.core.dist_checkpointing.strategies.filesystem_async"),
+        mp=types.SimpleNamespace(get_context=lambda method=None: multiprocessing.dummy),
+        _results_queue=None,
+    )
+
+
+def drop_warning_of_incomplete_folder() -> None:
+    """Drop what megatron's logger says of a checkpoint folder with any file in it."""
+    importlib.import_module("megatron.core.dist_checkpointing.serialization").logger.addFilter(_is_news)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith("Overwriting old incomplete")
+
+
+def keep_compiled_helpers() -> None:
+    """Let Megatron-LM's training start from megatron-core's wheel, where its data helpers are compiled already."""
+    utils = importlib.import_module("megatron.core.datasets.utils")
+    if not Path(str(utils.__file__)).with_name("Makefile").exists():
+        _replace(utils, compile_helpers=lambda: None)

@@ -1,0 +1,142 @@
+"""Patches of megatron-core and torch are listed, narrow, and absent where CUDA is."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+import pkgutil
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+import torch
+from packaging.requirements import Requirement
+
+from simpo_megatron.mcore import cpu_patches, device
+
+RESTORE = "_restore_adam_step_of_the_distributed_optimizer"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def installed():
+    cpu_patches.install()
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A machine with a GPU, as far as it shows before anything is computed."""
+    monkeypatch.setattr(device, "has_cuda", lambda: True)
+
+
+class TransformerEnginesAdam:
+    __module__ = "transformer_engine.pytorch.optimizers.fused_adam"
+
+
+@pytest.mark.parametrize(("adam", "expected"), [(TransformerEnginesAdam, []), (torch.optim.AdamW, [RESTORE])])
+def test_install_patches_nothing_but_torchs_adam_where_cuda_is_there(gpu, monkeypatch, adam, expected):
+    ran = []
+    for name in cpu_patches.PATCHES:
+        monkeypatch.setattr(cpu_patches, name, lambda n=name: ran.append(n))
+    monkeypatch.setattr(device, "has_transformer_engine", lambda: True)
+    monkeypatch.setattr(importlib.import_module("megatron.core.optimizer"), "Adam", adam)
+    assert cpu_patches.install.__wrapped__() is None
+    assert ran == expected
+
+
+def places(patch: cpu_patches.Patch) -> list[str]:
+    """Each dotted name of a patch, braces written out."""
+    found = []
+    for place in patch.places.split(" "):
+        parent, _, names = place.rpartition(".") if "{" not in place else place.partition(".{")
+        found += [f"{parent}.{name}" for name in names.rstrip("}").split(",")]
+    return found
+
+
+def is_needed(patch: cpu_patches.Patch) -> bool:
+    requirement = Requirement(patch.versions)
+    return requirement.specifier.contains(version(requirement.name), prereleases=True)
+
+
+@pytest.mark.parametrize("patch", cpu_patches.PATCHES.values(), ids=list(cpu_patches.PATCHES))
+def test_every_place_that_is_listed_exists_in_the_versions_that_need_the_patch(patch):
+    for place in places(patch) if is_needed(patch) else []:
+        owner, _, name = place.rpartition(".")
+        assert hasattr(pkgutil.resolve_name(owner), name), place
+    assert patch.when and patch.why
+
+
+def test_every_patch_stands_in_the_list_with_the_names_it_replaces():
+    """A function that replaces or filters something is an entry, and replaces what its entry says."""
+    tree = ast.parse(inspect.getsource(cpu_patches))
+    replaced = {}
+    for function in (node for node in tree.body if isinstance(node, ast.FunctionDef)):
+        calls = [node for node in ast.walk(function) if isinstance(node, ast.Call)]
+        names = {key.arg for call in calls if ast.unparse(call.func) == "_replace" for key in call.keywords}
+        if any(ast.unparse(call.func).endswith(".addFilter") for call in calls):
+            names.add("logger")
+        if names:
+            replaced[function.name] = names
+    listed = {
+        name: {place.rpartition(".")[2] for place in places(patch)} for name, patch in cpu_patches.PATCHES.items()
+    }
+    assert replaced == listed
+
+
+def test_install_runs_once():
+    step = torch.Tensor.type
+    cpu_patches.install()
+    assert torch.Tensor.type is step
+
+
+def test_tensor_type_tells_the_truth_to_everybody_but_megatrons_optimizers():
+    tensor = torch.zeros(2)
+    assert tensor.type() == "torch.FloatTensor"
+    assert tensor.type(torch.float64).dtype == torch.float64
+    told = {}
+    asks = "answer = tensor.type(); other = tensor.type(torch.float64)"
+    for module in ("megatron.core.optimizer.clip_grads", "megatron.core.tensor_parallel.layers", "another"):
+        scope = {"__name__": module, "tensor": tensor, "torch": torch}
+        exec(asks, scope)
+        told[module] = scope["answer"]
+        assert scope["other"].dtype == torch.float64
+    assert told == {
+        "megatron.core.optimizer.clip_grads": "torch.cuda.FloatTensor",
+        "megatron.core.tensor_parallel.layers": "torch.FloatTensor",
+        "another": "torch.FloatTensor",
+    }
+
+
+def test_only_the_modules_that_name_cuda_allocate_on_the_cpu_instead():
+    schedules = importlib.import_module("megatron.core.pipeline_parallel.schedules")
+    assert schedules.torch.zeros(2, device="cuda").device.type == "cpu"
+    assert schedules.torch.tensor([1], dtype=torch.int).dtype == torch.int
+    assert schedules.torch.nn is torch.nn
+    layers = importlib.import_module("megatron.core.tensor_parallel.layers")
+    assert layers.torch is torch
+    assert not isinstance(torch, cpu_patches.TorchOnCpu)
+
+
+@pytest.mark.parametrize("module", cpu_patches.MODULES_NAMING_CUDA)
+def test_every_redirected_module_of_the_installed_megatron_still_names_cuda(module):
+    """One that no longer does should leave the list; its allocations would not need us."""
+    source = Path(importlib.import_module(module).__file__).read_text()
+    named = {
+        node.value
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    }
+    asks_for_device = "torch.cuda.current_device()" in source
+    assert "cuda" in named or asks_for_device, f"{module} names no CUDA device"
+
+
+@pytest.mark.parametrize("factor", [0.3, torch.tensor(0.3)], ids=["number", "tensor"])
+def test_gradients_are_scaled_where_they_are_by_megatrons_rule(factor):
+    from megatron.core.optimizer import clip_grads
+    from megatron.core.utils import local_multi_tensor_scale
+
+    source = torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
+    expected, rounded, in_place = torch.empty(5, 3), torch.empty(5, 3, dtype=torch.bfloat16), source.clone()
+    local_multi_tensor_scale(0, None, [[source], [expected]], factor)
+    clip_grads.multi_tensor_scale_impl(0, None, [[in_place, source], [in_place, rounded]], factor)
+    assert torch.equal(in_place, expected) and torch.equal(rounded, expected.to(torch.bfloat16))
