@@ -16,7 +16,7 @@ from rich.console import Console
 
 from simpo_megatron.config import Config, load_config
 from simpo_megatron.data import PreferenceDataset, build_preference_dataset, load_tokenizer, parse_named_sources
-from simpo_megatron.data.doctor import Finding, diagnose, print_diagnosis, show_pairs, write_html
+from simpo_megatron.data.inspect import Finding, diagnose, print_diagnosis, show_pairs, write_html
 from simpo_megatron.errors import SimPOError, printed
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from simpo_megatron.data.options import PairOptions
+from simpo_megatron.data.pair_options import PairOptions
 from simpo_megatron.data.records import BadRecord, parse_json_array
 from simpo_megatron.errors import ConfigError, DataError
 

@@ -27,8 +27,8 @@ from simpo_megatron.mcore.families import ModelDescription, describe_hf_model
 from simpo_megatron.mcore.model import PreferenceGPTModel, build_model, wrap_in_ddp, zero_weights
 from simpo_megatron.mcore.optimizer import build_optimizer
 from simpo_megatron.parallel import ParallelGroups, first_rank_first
+from simpo_megatron.reporting.loggers import check_sinks
 from simpo_megatron.training import commit
-from simpo_megatron.training.loggers import check_sinks
 from simpo_megatron.training.step import Trainer, batch_options
 from simpo_megatron.training.weights import fill_weights
 

@@ -23,11 +23,11 @@ from simpo_megatron.data.tokenization import tokenizer_identity
 from simpo_megatron.errors import CheckpointError, listed
 from simpo_megatron.mcore.families import ModelDescription
 from simpo_megatron.parallel import on_first_rank
+from simpo_megatron.reporting.loggers import METRICS_FILE
 from simpo_megatron.training import commit
 from simpo_megatron.training.assembly import Job
 from simpo_megatron.training.commit import Checkpoint
 from simpo_megatron.training.lock import check_same_folder, holder, lock
-from simpo_megatron.training.loggers import METRICS_FILE
 from simpo_megatron.training.reference import model_fingerprint
 from simpo_megatron.training.state import read_state
 from simpo_megatron.training.together import agreed, gathered

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from simpo_megatron.data import PreferenceDataset
-from simpo_megatron.training.loggers import EVALUATION_PREFIX, named_set_prefix
+from simpo_megatron.reporting.loggers import EVALUATION_PREFIX, named_set_prefix
 from simpo_megatron.training.metrics import reduce_sums
 from simpo_megatron.training.step import Trainer, run_pass
 

@@ -13,25 +13,25 @@ import torch.distributed as dist
 from simpo_megatron import faults, parallel
 from simpo_megatron.config import Config, lint, to_text
 from simpo_megatron.convert import export_adapter, export_hf, trained_share
-from simpo_megatron.data.doctor import num_leaked, summary
+from simpo_megatron.data.inspect import num_leaked, summary
 from simpo_megatron.errors import NumericsError, StoppedByMonitor, StoppedBySignal
 from simpo_megatron.mcore import device
 from simpo_megatron.mcore.experts import LOAD_BALANCING_LOSS
 from simpo_megatron.mcore.fp8_weights import whole_masters
 from simpo_megatron.mcore.optimizer import gather_parameters
 from simpo_megatron.mcore.precision import export_dtype, parameter_dtype, rounding
+from simpo_megatron.reporting.loggers import RunLog, Sink, open_run_log
+from simpo_megatron.reporting.model_card import model_card
+from simpo_megatron.reporting.run_report import write_report
 from simpo_megatron.training.assembly import Job, Plan, assemble, plan_run
-from simpo_megatron.training.card import model_card
 from simpo_megatron.training.checkpoint import Start, find_checkpoint, held_run_folder, start_run
 from simpo_megatron.training.evaluation import evaluate
 from simpo_megatron.training.guard import StopSignals, agree
-from simpo_megatron.training.loggers import RunLog, Sink, open_run_log
 from simpo_megatron.training.metrics import reduce_sums, throughput
 from simpo_megatron.training.monitors import Monitors
 from simpo_megatron.training.probe import probe_memory
 from simpo_megatron.training.reference import with_reference
 from simpo_megatron.training.replicas import check_replicas, check_same, job_facts, startup_facts
-from simpo_megatron.training.report import write_report
 from simpo_megatron.training.saving import Saver
 from simpo_megatron.training.step import Pass, Step, train_step
 from simpo_megatron.training.watch import Watch

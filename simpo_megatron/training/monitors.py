@@ -21,10 +21,10 @@ from simpo_megatron.config import Config
 from simpo_megatron.data.batching import step_pairs
 from simpo_megatron.errors import ConfigError, StoppedByMonitor
 from simpo_megatron.mcore import device
+from simpo_megatron.reporting.loggers import EVALUATION_PREFIX, RunLog
 from simpo_megatron.training import commit
 from simpo_megatron.training.assembly import Job
 from simpo_megatron.training.checkpoint import Start
-from simpo_megatron.training.loggers import EVALUATION_PREFIX, RunLog
 from simpo_megatron.training.repetition import greedy_samples, held_out_prompts, repetition
 
 DISPLACEMENT = EVALUATION_PREFIX + "logps/chosen_displacement"

@@ -17,11 +17,11 @@ from simpo_megatron import faults
 from simpo_megatron.config import Config
 from simpo_megatron.convert.folder import copy_model_files, write_json
 from simpo_megatron.errors import CheckpointError, NumericsError
+from simpo_megatron.reporting.loggers import METRICS_FILE, RunLog
 from simpo_megatron.training import commit
 from simpo_megatron.training.assembly import Job
 from simpo_megatron.training.checkpoint import describe_run
 from simpo_megatron.training.guard import agree
-from simpo_megatron.training.loggers import METRICS_FILE, RunLog
 from simpo_megatron.training.state import FailedAloneError
 from simpo_megatron.training.together import agreed, gathered
 from simpo_megatron.training.watch import Watch

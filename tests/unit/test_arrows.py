@@ -23,9 +23,22 @@ MAY_IMPORT = {
     "nemo": {"errors", "data", "config"},
     "megatron_lm": {"errors", "loss", "data", "parallel", "config", "mcore"},
     "planning": {"errors", "parallel", "loss", "config", "mcore"},
+    "reporting": {"errors", "data", "parallel", "config", "mcore"},
     "recipes": {"errors", "config", "training"},
-    "training": {"errors", "faults", "loss", "data", "parallel", "demo", "config", "mcore", "convert", "nemo"},
-    "offline": {"errors", "data", "parallel", "config", "mcore", "convert", "training"},
+    "training": {
+        "errors",
+        "faults",
+        "loss",
+        "data",
+        "parallel",
+        "demo",
+        "config",
+        "mcore",
+        "convert",
+        "nemo",
+        "reporting",
+    },
+    "offline": {"errors", "data", "parallel", "config", "mcore", "convert", "reporting", "training"},
 }
 # Outside packages that a room must do without, at import and in its functions alike.
 FORBIDDEN = {

@@ -7,9 +7,8 @@ import torch
 
 from simpo_megatron.config import config_from, load_config
 from simpo_megatron.errors import ConfigError
-from simpo_megatron.training.card import card_of, model_card
-from simpo_megatron.training.commit import Checkpoint, Digest
-from simpo_megatron.training.report import read_curves
+from simpo_megatron.reporting.model_card import card_of_checkpoint, model_card
+from simpo_megatron.reporting.run_report import read_curves
 
 OPTIONS = {"model": "models/llama", "data": ("a.jsonl", "b.jsonl"), "beta": 2.5, "valid_data": ("held.jsonl",)}
 LINES = [
@@ -19,19 +18,19 @@ LINES = [
 ]
 
 
-def checkpoint(folder, lines=LINES, **facts):
-    """As a run commits it, the weights left out."""
-    folder.mkdir(exist_ok=True)
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+def checkpoint(folder, lines=LINES):
+    """(options, metrics) as a checkpoint keeps them of its run."""
     options = json.loads(json.dumps(config_from(**OPTIONS).flat()))
-    size = (folder / "metrics.jsonl").stat().st_size
-    return Checkpoint(folder, 7, {"config": options, **facts}, {"metrics.jsonl": Digest(size, "")})
+    if not lines:
+        return options, None
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return options, folder / "metrics.jsonl"
 
 
 def test_a_checkpoint_gives_the_card_that_its_run_gives(tmp_path):
-    saved = checkpoint(tmp_path / "iter_0000007")
-    card = card_of(saved, tmp_path / "out" / "better", torch.bfloat16)
-    curves = read_curves(saved.folder / "metrics.jsonl")
+    options, metrics_file = checkpoint(tmp_path)
+    card = card_of_checkpoint(options, metrics_file, tmp_path / "out" / "better", torch.bfloat16)
+    curves = read_curves(metrics_file)
     assert card == model_card(config_from(**OPTIONS), "better", curves, torch.bfloat16)
     assert "Weights: bfloat16, trained in bfloat16." in card
     assert "# better\n\nTrained from `llama` with SimPO (arXiv 2405.14734)" in card
@@ -43,18 +42,13 @@ def test_a_checkpoint_gives_the_card_that_its_run_gives(tmp_path):
 
 
 def test_a_run_without_metrics_still_has_its_configuration(tmp_path):
-    card = card_of(checkpoint(tmp_path / "iter_0000007", lines=[]), "out", torch.float32)
+    card = card_of_checkpoint(*checkpoint(tmp_path, lines=[]), "out", torch.float32)
     assert card == model_card(config_from(**OPTIONS), "out", None, torch.float32)
     assert "Weights: float32, trained in bfloat16." in card
     assert "beta: 2.5" in card and "## Metrics" not in card
 
 
-def test_weights_that_no_run_has_trained_have_no_card(tmp_path):
-    assert card_of(Checkpoint(tmp_path, 0, {"model": {}}, {}), "out", None) is None
-
-
 def test_an_option_of_another_version_is_named(tmp_path):
-    saved = checkpoint(tmp_path / "iter_0000007")
-    saved.facts["config"]["no_such_option"] = 1
+    options, metrics_file = checkpoint(tmp_path)
     with pytest.raises(ConfigError, match="no_such_option"):
-        card_of(saved, "out", None)
+        card_of_checkpoint({**options, "no_such_option": 1}, metrics_file, "out", None)

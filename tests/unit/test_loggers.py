@@ -10,7 +10,7 @@ from rich.console import Console
 
 from simpo_megatron.config import config_from, read_yaml
 from simpo_megatron.errors import ConfigError
-from simpo_megatron.training.loggers import JsonLines, Terminal, WeightsAndBiases, check_sinks, open_run_log
+from simpo_megatron.reporting.loggers import JsonLines, Terminal, WeightsAndBiases, check_sinks, open_run_log
 
 STEP = {
     "loss": 0.6931,

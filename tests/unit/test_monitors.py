@@ -15,8 +15,8 @@ from simpo_megatron.data import BatchOptions
 from simpo_megatron.data.batching import step_pairs
 from simpo_megatron.errors import ConfigError, listed
 from simpo_megatron.loss import MONITORED, SimPOObjective, length_correlation, monitored_sums, preference_loss
+from simpo_megatron.reporting.loggers import RunLog, Terminal
 from simpo_megatron.training.checkpoint import Start
-from simpo_megatron.training.loggers import RunLog, Terminal
 from simpo_megatron.training.monitors import DISPLACEMENT, Monitors, spike_limit
 from simpo_megatron.training.repetition import held_out_prompts, repetition
 

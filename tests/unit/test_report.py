@@ -8,7 +8,7 @@ import pytest
 
 from simpo_megatron.config import config_from, to_yaml
 from simpo_megatron.errors import ConfigError
-from simpo_megatron.training.report import main, read_curves, write_report
+from simpo_megatron.reporting.run_report import main, read_curves, write_report
 
 
 def write_run(folder, lines, **options):

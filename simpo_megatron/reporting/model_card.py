@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from simpo_megatron.config import Config, config_from, options_in_force, to_yaml
 from simpo_megatron.mcore.precision import dtype_name, parameter_dtype
-from simpo_megatron.training.commit import Checkpoint
-from simpo_megatron.training.loggers import METRICS_FILE
-from simpo_megatron.training.report import Curves, before_and_after, headline_of, read_curves
+from simpo_megatron.reporting.run_report import Curves, before_and_after, headline_of, read_curves
 
 _OF_TRAINING = ("loss", "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected")
 
@@ -38,20 +38,20 @@ def model_card(config: Config, out_folder: str | Path, curves: Curves | None, dt
     return "\n".join([*lines, "", "## Configuration", "", "```yaml", to_yaml(config).rstrip(), "```", ""])
 
 
-def card_of(checkpoint: Checkpoint, out_folder: str | Path, dtype: torch.dtype | None) -> str | None:
-    """The card of `checkpoint` exported to `out_folder`, as its record and metrics have it; None without a run.
+def card_of_checkpoint(
+    options: Mapping[str, Any], metrics_file: Path | None, out_folder: str | Path, dtype: torch.dtype | None
+) -> str:
+    """The card of a checkpoint exported to `out_folder`, from what it keeps of its run.
 
     Args:
+        options: of the run, as the checkpoint's manifest has them.
+        metrics_file: the metrics.jsonl in the checkpoint; None where it keeps none.
         dtype: of the exported weights; None: that of the checkpoint.
 
     Raises:
         ConfigError: an option of the run is not one of this version, or the metrics cannot be read.
     """
-    options = checkpoint.facts.get("config")
-    if options is None:
-        return None
-    has_metrics = METRICS_FILE in checkpoint.files and checkpoint.files[METRICS_FILE].size > 0
-    curves = read_curves(checkpoint.folder / METRICS_FILE) if has_metrics else None
+    curves = None if metrics_file is None else read_curves(metrics_file)
     config = config_from(**options_in_force(options))
     return model_card(config, out_folder, curves, dtype or parameter_dtype(config.precision))
 

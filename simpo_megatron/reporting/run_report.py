@@ -1,6 +1,6 @@
 """What a run achieved, from its metrics.jsonl and config.yaml: a picture of the curves and a page to open.
 
-python -m simpo_megatron.training.report RUN_DIR
+python -m simpo_megatron.reporting.run_report RUN_DIR
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from string import Template
 
 from simpo_megatron.config import Config, load_config, to_yaml
 from simpo_megatron.errors import ConfigError, SimPOError, printed
-from simpo_megatron.training.loggers import CONFIG_FILE, EVALUATION_PREFIX, METRICS_FILE, NAMED_SET
+from simpo_megatron.reporting.loggers import CONFIG_FILE, EVALUATION_PREFIX, METRICS_FILE, NAMED_SET
 
 PICTURE_FILE = "loss.png"
 PAGE_FILE = "report.html"
@@ -358,7 +358,7 @@ def _facts(curves: Curves, config: Config) -> list[tuple[str, str]]:
 
 def main() -> int:
     """Write the report of the folder named on the command line; the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m simpo_megatron.training.report", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m simpo_megatron.reporting.run_report", description=__doc__)
     parser.add_argument("run_dir", metavar="RUN_DIR", help="what --save named")
     try:
         report = write_report(parser.parse_args().run_dir)

@@ -1,4 +1,4 @@
-"""The doctor: its numbers are right on data made to be sick, and the tool prints and writes them."""
+"""The inspection of data: its numbers are right on data made to be sick, and the tool prints and writes them."""
 
 import json
 import re
@@ -11,7 +11,7 @@ import pytest
 from data_tokenizers import llama_like
 
 from simpo_megatron.data import PairOptions, build_preference_dataset
-from simpo_megatron.data.doctor import diagnose, histogram, num_leaked, show_pairs, summary
+from simpo_megatron.data.inspect import diagnose, histogram, num_leaked, show_pairs, summary
 
 ROOT = Path(__file__).parents[2]
 TOOL = ROOT / "tools" / "inspect_data.py"
