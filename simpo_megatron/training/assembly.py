@@ -43,7 +43,7 @@ class Sources:
     model: Path
     train: tuple[str, ...]
     valid: Mapping[str, Sequence[str]]
-    """Held-out files by the name of their set."""
+    """Validation files by the name of their set."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +63,7 @@ class Job:
     tokenizer: PreTrainedTokenizerBase
     train_data: PreferenceDataset
     valid_data: Mapping[str, PreferenceDataset]
-    """Held-out pairs by the name of their set, "" for the only one that has none; the best checkpoint, the curves and
+    """Validation pairs by the name of their set, "" for the only one that has none; the best checkpoint, the curves and
     the result are told by the first."""
     model: list[PreferenceGPTModel]
     trainer: Trainer
@@ -133,7 +133,7 @@ def cache_folder(config: Config) -> Path:
 def load_data(
     config: Config, sources: Sources, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[PreferenceDataset, dict[str, PreferenceDataset]]:
-    """(training pairs, held-out pairs by the name of their set), tokenised by rank 0 where that was not done before."""
+    """(training pairs, validation pairs by the name of their set), tokenised by rank 0 where they were not before."""
     cache = cache_folder(config) / "pairs"
 
     def build(files: Sequence[str]) -> PreferenceDataset:
@@ -145,8 +145,8 @@ def load_data(
     if sources.valid:
         return train_data, {name: build(files) for name, files in sources.valid.items()}
     if config.data.valid_fraction:
-        train_data, held_out = split(train_data, config.data.valid_fraction, config.run.seed)
-        return train_data, {"": held_out}
+        train_data, validation = split(train_data, config.data.valid_fraction, config.run.seed)
+        return train_data, {"": validation}
     return train_data, {}
 
 

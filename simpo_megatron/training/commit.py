@@ -258,7 +258,7 @@ def set_aside_after(save: Path, iteration: int) -> list[Path]:
 
 
 def prune(save: Path, num_newest: int) -> list[Path]:
-    """The checkpoints removed: all but the newest `num_newest` and the one with the best held-out accuracy.
+    """The checkpoints removed: all but the newest `num_newest` and the one with the best validation accuracy.
 
     What is not a whole checkpoint of this format stays. A removed folder disappears in one rename.
     """

@@ -70,7 +70,7 @@ class Saver:
         What is under way is finished first.
 
         Args:
-            metrics: the latest numbers, held-out ones under `eval/`; by them the best checkpoint is kept.
+            metrics: the latest numbers, those of validation under `eval/`; by them the best checkpoint is kept.
             monitors: what the monitors are to remember, JSON values.
             in_background: return as soon as training may go on; `poll` and `finish` commit.
 
