@@ -33,7 +33,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["simpo_megatron", "simpo_megatron.*"]),
-    package_data={"simpo_megatron": ["demo/*.jsonl", "demo/*.json"]},
+    package_data={"simpo_megatron": ["demo/*.jsonl", "demo/*.json", "reporting/templates/*"]},
     install_requires=[
         # 2.10 is the first whose torch.load(weights_only=True) stands up to hostile files (CVE-2026-24747).
         "torch>=2.6",
@@ -46,6 +46,8 @@ setup(
         "numpy>=1.26",
         "pyyaml>=6",
         "rich>=13",
+        "jinja2>=3.1",
+        "huggingface_hub>=0.34",
         "matplotlib>=3.8",
         "tensorboard>=2.16",
         # megatron-core's checkpoint writer imports it without declaring it.

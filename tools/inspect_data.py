@@ -4,7 +4,7 @@ python tools/inspect_data.py --model DIR --data pairs.jsonl --preset llama3-inst
 python tools/inspect_data.py --model DIR --data a.jsonl b.parquet --valid-data c.jsonl --html report.html
 
 Every option of the trainer may follow, its presets and YAML files too: what they say of pairs (--max-length,
---template-mode, --chosen-column ...) is what the diagnosis holds for. Malformed records are counted and passed over.
+--template-mode, --chosen-column ...) is what the inspection holds for. Malformed records are counted and passed over.
 """
 
 import argparse
@@ -16,8 +16,9 @@ from rich.console import Console
 
 from simpo_megatron.config import Config, load_config
 from simpo_megatron.data import PreferenceDataset, build_preference_dataset, load_tokenizer, parse_named_sources
-from simpo_megatron.data.doctor import Finding, diagnose, print_diagnosis, show_pairs, write_html
+from simpo_megatron.data.inspect import InspectedRow, inspect_dataset, print_inspection, show_pairs
 from simpo_megatron.errors import SimPOError, printed
+from simpo_megatron.reporting.data_page import write_data_page
 
 
 def parse_arguments(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
@@ -33,7 +34,7 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[argparse.Namespace, 
         "--valid-data", nargs="+", metavar="FILE", help="validation files, searched for training prompts"
     )
     parser.add_argument("--show", type=int, default=0, metavar="N", help="print N pairs, response tokens marked")
-    parser.add_argument("--html", metavar="FILE", help="also write the diagnosis with plots to FILE")
+    parser.add_argument("--html", metavar="FILE", help="also write the inspection with plots to FILE")
     parser.add_argument(
         "--padded-batch", type=int, default=4, metavar="PAIRS", help="padded batch to compare with (default: 4)"
     )
@@ -52,14 +53,14 @@ def main(argv: list[str] | None = None) -> int:
         tokenizer = load_tokenizer(arguments.model)
         with tempfile.TemporaryDirectory() as scratch:
             dataset, valid = _read(config, tokenizer, config.data.data_cache or scratch)
-            diagnosis = diagnose(dataset, tokenizer, valid, arguments.padded_batch)
-            diagnosis = replace(diagnosis, sections={"Read": _reading(config)} | diagnosis.sections)
+            inspection = inspect_dataset(dataset, tokenizer, valid, arguments.padded_batch)
+            inspection = replace(inspection, sections={"Read": _reading(config)} | inspection.sections)
             shown = show_pairs(dataset, tokenizer, arguments.show) if arguments.show else []
     except SimPOError as error:
         return printed(error)
-    print_diagnosis(diagnosis, shown, console)
+    print_inspection(inspection, shown, console)
     if arguments.html:
-        write_html(diagnosis, shown, arguments.html)
+        write_data_page(inspection, shown, arguments.html)
         console.print(f"\nwrote {arguments.html}")
     return 0
 
@@ -67,18 +68,18 @@ def main(argv: list[str] | None = None) -> int:
 def _read(config: Config, tokenizer, cache: str) -> tuple[PreferenceDataset, PreferenceDataset | None]:
     options = replace(config.pairs, bad_record="skip", max_bad_fraction=1.0)
     dataset = build_preference_dataset(config.data.data, tokenizer, options, cache)
-    held_out = [file for named in parse_named_sources(config.data.valid_data).values() for file in named]
-    return dataset, build_preference_dataset(held_out, tokenizer, options, cache) if held_out else None
+    validation = [file for named in parse_named_sources(config.data.valid_data).values() for file in named]
+    return dataset, build_preference_dataset(validation, tokenizer, options, cache) if validation else None
 
 
-def _reading(config: Config) -> list[Finding]:
-    """What the diagnosis holds for: files, tokenizer, and every option of pairs that decides over tokens."""
-    findings = [Finding("files", " ".join(config.data.data)), Finding("tokenizer", config.model.model)]
+def _reading(config: Config) -> list[InspectedRow]:
+    """What the inspection holds for: files, tokenizer, and every option of pairs that decides over tokens."""
+    rows = [InspectedRow("files", " ".join(config.data.data)), InspectedRow("tokenizer", config.model.model)]
     for option in fields(config.pairs):
         value = getattr(config.pairs, option.name)
         if value != option.default or option.name in ("max_length", "max_prompt_length", "template_mode"):
-            findings.append(Finding(option.name, str(value)))
-    return findings
+            rows.append(InspectedRow(option.name, str(value)))
+    return rows
 
 
 if __name__ == "__main__":

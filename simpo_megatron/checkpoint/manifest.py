@@ -256,7 +256,7 @@ def move_aside_newer(save: Path, iteration: int) -> list[Path]:
 
 
 def delete_old(save: Path, num_newest: int) -> list[Path]:
-    """The checkpoints removed: all but the newest `num_newest` and the one with the best held-out accuracy.
+    """The checkpoints removed: all but the newest `num_newest` and the one with the best validation accuracy.
 
     What is not a whole checkpoint of this format stays. A removed folder disappears in one rename.
     """

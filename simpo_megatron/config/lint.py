@@ -58,7 +58,7 @@ def _simpo_warnings(objective: SimPOObjective) -> list[str]:
 def idle_options(config: Config) -> dict[str, str]:
     """The options that nothing in this run looks at, and why."""
     batch, run, monitors = config.batch, config.run, config.monitors
-    has_held_out = config.data.valid_data or config.data.valid_fraction or DEMO in config.data.data
+    has_validation = config.data.valid_data or config.data.valid_fraction or DEMO in config.data.data
     groups = (
         (getattr(config.objective, "sft_weight", 0) == 0, "sft_weight is 0", ("sft_normalization",)),
         (config.lora.lora_rank is None, "there are no adapters", ("lora_alpha", "lora_dropout", "lora_targets")),
@@ -74,7 +74,11 @@ def idle_options(config: Config) -> dict[str, str]:
         (config.model.export_hf is None, "export_hf is not given", ("export_dtype",)),
         (run.save is None, "save is not given", ("keep_checkpoints", "async_save", "on_save_failure")),
         (monitors.repetition_prompts == 0, "repetition_prompts is 0", ("max_repetition", "repetition_tokens")),
-        (not has_held_out, "no pairs are held out", ("eval_interval", "max_displacement", "repetition_prompts")),
+        (
+            not has_validation,
+            "no validation pairs are there",
+            ("eval_interval", "max_displacement", "repetition_prompts"),
+        ),
     )
     return {name: why for holds, why, names in groups if holds for name in names}
 
@@ -86,5 +90,5 @@ def _without_effect(config: Config) -> list[str]:
     shown = {name: " ".join(values[name]) if isinstance(values[name], tuple) else values[name] for name in given}
     warnings = [f"{name} {shown[name]}: without effect while {idle[name]}" for name in given]
     if "displacement" in config.monitors.stop_on and "max_displacement" in idle:
-        warnings.append("stop_on displacement: without effect while no pairs are held out")
+        warnings.append("stop_on displacement: without effect while no validation pairs are there")
     return warnings

@@ -36,15 +36,15 @@ class MonitorConfig:
     window."""
 
     max_displacement: float | None = 1.0
-    """Warn when the average log-prob of held-out chosen responses has fallen by more than this many nats per token
+    """Warn when the average log-prob of chosen validation responses has fallen by more than this many nats per token
     since step 0."""
 
     max_repetition: float | None = 0.5
-    """Warn when more than this share of the 4-grams of greedy continuations of held-out prompts is repeated, and more
+    """Warn when more than this share of the 4-grams of greedy continuations of validation prompts is repeated, and more
     than at step 0."""
 
     repetition_prompts: int = 0
-    """Held-out prompts to continue greedily at every evaluation; 0 for none. Each token is a forward pass."""
+    """Validation prompts to continue greedily at every evaluation; 0 for none. Each token is a forward pass."""
 
     repetition_tokens: int = 64
     """Tokens of a continuation, at most."""

@@ -201,11 +201,11 @@ class DataConfig:
     in turn; the word demo stands for the pairs that come with the package."""
 
     valid_data: tuple[str, ...] = ()
-    """Held-out preference files. NAME=FILE NAME=FILE evaluates sets by name, as valid/NAME/...; the first one
+    """Validation preference files. NAME=FILE NAME=FILE evaluates sets by name, as eval/NAME/...; the first one
     decides which checkpoint is best."""
 
     valid_fraction: float = 0.0
-    """Share of the training pairs held out for evaluation, when there are no files of their own."""
+    """Share of the training pairs kept for validation, when there are no files of their own."""
 
     data_cache: str | None = None
     """Folder for tokenised data, made once and shared by all runs; beside the run's folder when not given."""
@@ -309,7 +309,7 @@ class RunConfig:
     """Continue although objective, schedule, batch size, tokenizer or data changed since the checkpoint."""
 
     keep_checkpoints: int = 2
-    """Newest checkpoints to keep; the one with the best held-out accuracy stays as well."""
+    """Newest checkpoints to keep; the one with the best validation accuracy stays as well."""
 
     async_save: bool = False
     """Write checkpoints while training goes on; the host's memory then holds a copy of each rank's share meanwhile."""
@@ -318,7 +318,7 @@ class RunConfig:
     """What a checkpoint that cannot be written means: the end of the run, or a warning, as long as steps follow."""
 
     eval_interval: int | None = None
-    """Steps between evaluations on held-out pairs; only before and after training when not given."""
+    """Steps between evaluations on validation pairs; only before and after training when not given."""
 
     log_interval: int = 1
     """Steps between log lines."""

@@ -24,11 +24,12 @@ from simpo_megatron.data.batching import (
     plan_step,
 )
 from simpo_megatron.data.dataset import PreferenceDataset, build_preference_dataset, check_vocabulary, split
-from simpo_megatron.data.options import PairOptions
-from simpo_megatron.data.sources import parse_named_sources
+from simpo_megatron.data.pair_options import PairOptions
+from simpo_megatron.data.sources import METRIC_GROUPS, parse_named_sources
 from simpo_megatron.data.tokenization import TokenizedPair, load_tokenizer
 
 __all__ = [
+    "METRIC_GROUPS",
     "BatchOptions",
     "PairOptions",
     "PreferenceBatch",

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from simpo_megatron.data.options import PairOptions
+from simpo_megatron.data.pair_options import PairOptions
 from simpo_megatron.data.sources import Source, parse_sources
 from simpo_megatron.data.store import BuildReport, PairStore, open_store
 from simpo_megatron.data.tokenization import TokenizedPair

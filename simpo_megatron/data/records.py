@@ -4,7 +4,7 @@ import json
 import re
 from dataclasses import dataclass
 
-from simpo_megatron.data.options import PairOptions
+from simpo_megatron.data.pair_options import PairOptions
 
 Message = dict[str, str]
 

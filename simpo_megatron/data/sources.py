@@ -8,11 +8,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from simpo_megatron.data.options import PairOptions
+from simpo_megatron.data.pair_options import PairOptions
 from simpo_megatron.data.records import BadRecord, parse_json_array
 from simpo_megatron.errors import ConfigError, DataError
 
 HUB_PREFIX = "hub:"
+
+METRIC_GROUPS = frozenset({"rewards", "logps", "response_length"})
+"""First parts of the names of metrics, as in `eval/rewards/chosen`; no validation set can have such a name."""
 
 _NAMED = re.compile(r"([\w.-]+)=(.+)")
 
@@ -68,7 +71,8 @@ def parse_named_sources(data: Sequence[str]) -> dict[str, list[str]]:
     `NAME=PATH` belongs to the set NAME, a path beside such ones to a set named after its file. Where nothing has
     a name, all of `data` is one set, called "". A name holds no slash: `./a=b.jsonl` is a path.
 
-    Raises: ConfigError when two sets have one name and no `NAME=` tells them apart.
+    Raises: ConfigError when two sets have one name and no `NAME=` tells them apart, or a name is one of METRIC_GROUPS:
+    metrics of a set are called `eval/NAME/...`, metrics of the first or only one `eval/...`.
     """
     matches = [_NAMED.fullmatch(item) for item in data]
     if not any(matches):
@@ -79,6 +83,11 @@ def parse_named_sources(data: Sequence[str]) -> dict[str, list[str]]:
         name, path = match.groups() if match else (Path(item).name.split(".")[0], item)
         if name in named and not (match and name in explicit):
             raise ConfigError(f"valid_data: two sets are called {name!r}; name them NAME=PATH")
+        if name in METRIC_GROUPS:
+            raise ConfigError(
+                f"valid_data: found a set called {name}, the name of a group of metrics (eval/{name}/...), expected "
+                "another name; write NAME=PATH"
+            )
         if match:
             explicit.add(name)
         named.setdefault(name, []).append(path)

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from simpo_megatron.atomic import new_folder
-from simpo_megatron.data.options import PairOptions
+from simpo_megatron.data.pair_options import PairOptions
 from simpo_megatron.data.records import (
     UNUSABLE_REASONS,
     BadRecord,

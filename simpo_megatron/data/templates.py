@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from simpo_megatron.data.options import PairOptions
+from simpo_megatron.data.pair_options import PairOptions
 from simpo_megatron.data.records import BadRecord, Message, PreferenceRecord
 from simpo_megatron.errors import DataError
 

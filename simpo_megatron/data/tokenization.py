@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from simpo_megatron.data.options import PairOptions
+from simpo_megatron.data.pair_options import PairOptions
 from simpo_megatron.data.records import BadRecord, PreferenceRecord
 from simpo_megatron.data.templates import TEMPLATE_MARK, PairRenderer, RenderedPair, chat_template_of
 from simpo_megatron.data.truncation import kept_tokens, princeton_kept_tokens

@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from simpo_megatron.data.options import PairOptions
+from simpo_megatron.data.pair_options import PairOptions
 
 
 class KeptTokens(NamedTuple):

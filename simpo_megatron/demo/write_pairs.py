@@ -3,7 +3,7 @@
 Every topic is asked about several times. Chosen answers are direct, correct and courteous; rejected ones are
 rude, evasive, rambling or wrong. Rejected answers are shorter than the chosen one as often as longer, so that
 length tells nothing, and some wrong ones are as courteous as a right one: who does not know the answer cannot
-tell, so a tiny model should end well above chance and below certainty. Held-out pairs ask about topics that
+tell, so a tiny model should end well above chance and below certainty. Validation pairs ask about topics that
 the others never mention.
 """
 
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 SEED = 2405
-NUM_HELD_OUT_TOPICS = 16
+NUM_VALIDATION_TOPICS = 16
 
 FRAMES = (
     "{}",
@@ -142,8 +142,8 @@ def write_pairs(folder: Path) -> None:
     lines = Path(__file__).with_name("topics.jsonl").read_text(encoding="utf-8").splitlines()
     topics = [Topic(**json.loads(line)) for line in rng.sample(lines, len(lines))]
     for name, part in (
-        ("held_out_pairs.jsonl", topics[:NUM_HELD_OUT_TOPICS]),
-        ("pairs.jsonl", topics[NUM_HELD_OUT_TOPICS:]),
+        ("held_out_pairs.jsonl", topics[:NUM_VALIDATION_TOPICS]),
+        ("pairs.jsonl", topics[NUM_VALIDATION_TOPICS:]),
     ):
         pairs = [pair for topic in part for pair in pairs_of(topic, rng)]
         rng.shuffle(pairs)

@@ -26,7 +26,7 @@ def add_simpo_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """
     group = parser.add_argument_group("SimPO")
     group.add_argument("--simpo-data", nargs="+", metavar="FILE", help="Preference files; weights and files in turn.")
-    group.add_argument("--simpo-valid-data", nargs="+", metavar="FILE", help="Held-out preference files.")
+    group.add_argument("--simpo-valid-data", nargs="+", metavar="FILE", help="Validation preference files.")
     group.add_argument("--simpo-data-cache", metavar="DIR", default="runs/cache", help="Folder for tokenised pairs.")
     for section in (SimPOObjective, PairOptions):
         _add_fields(group, section)

@@ -36,7 +36,7 @@ class Sample:
 def train_valid_test_datasets_provider(
     train_valid_test_num_samples: object, vp_stage: int | None = None
 ) -> tuple[Iterator[Sample], Iterator[Sample] | None, None]:
-    """Endless iterators over training pairs from the first one not yet consumed, over held-out pairs, and None.
+    """Endless iterators over training pairs from the first one not yet consumed, over validation pairs, and None.
 
     Every rank reads for itself (`is_distributed`), and each virtual pipeline stage has iterators of its own. Tokenised
     once by rank 0. Collectives: two object gathers, world, for each set of files.
@@ -50,8 +50,7 @@ def train_valid_test_datasets_provider(
         raise ConfigError("--simpo-data: none given, expected preference files")
     if bool(args.simpo_valid_data) != bool(args.eval_iters):
         raise ConfigError(
-            f"--eval-iters: found {args.eval_iters}, expected steps of held-out pairs with --simpo-valid-data and 0 "
-            "without"
+            f"--eval-iters: found {args.eval_iters}, expected steps of validation with --simpo-valid-data and 0 without"
         )
     options = batch_options(args)
 

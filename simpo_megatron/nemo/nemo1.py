@@ -69,7 +69,7 @@ def _columns(value: Any, asked: Asked) -> dict[str, Any] | str:
     return {"chosen_column": "chosen_response", "rejected_column": "rejected_response"}
 
 
-def _held_out_share(value: Any, asked: Asked) -> dict[str, Any] | str:
+def _validation_share(value: Any, asked: Asked) -> dict[str, Any] | str:
     """Megatron's `train,validation,test` weights; there is no test part here, its pairs are trained on."""
     if any(key.startswith("model.data.data_prefix.") for key in asked.values):
         return "files for training and validation are given"
@@ -215,7 +215,7 @@ _DATA: Mapping[str, Rule] = {
     "model.data.data_prefix.validation": "valid_data",
     "model.data.data_prefix.test": Ignored("there is no test part here"),
     "model.data.data_impl": Translated(_columns, ("chosen_column", "rejected_column")),
-    "model.data.splits_string": Translated(_held_out_share, ("valid_fraction",)),
+    "model.data.splits_string": Translated(_validation_share, ("valid_fraction",)),
     "model.data.seq_length": to.LENGTH,
     **to.ignored(
         to.OF_DATA,

@@ -18,12 +18,12 @@ def _save(value: Any, asked: Asked) -> dict[str, Any]:
     return {"save": explicit or f"{asked.get('log.log_dir')}/{asked.get('log.name') or 'default'}"}
 
 
-def dataset_folder(held_out: str) -> Translated:
-    """NeMo's folder of training.jsonl and validation.jsonl; `held_out` false leaves the second alone."""
+def dataset_folder(validation: str) -> Translated:
+    """NeMo's folder of training.jsonl and validation.jsonl; `validation` false leaves the second alone."""
 
     def files(value: Any, asked: Asked) -> dict[str, Any]:
-        held_out_files = {} if asked.get(held_out) is False else {"valid_data": f"{value}/validation.jsonl"}
-        return {"data": f"{value}/training.jsonl"} | held_out_files
+        validation_files = {} if asked.get(validation) is False else {"valid_data": f"{value}/validation.jsonl"}
+        return {"data": f"{value}/training.jsonl"} | validation_files
 
     return Translated(files, ("data",))
 

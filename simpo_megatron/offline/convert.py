@@ -32,7 +32,8 @@ from simpo_megatron.mcore.meta_model import MetaModel
 from simpo_megatron.offline.progress import Transfer
 from simpo_megatron.offline.weights import MegatronWeights, Weights
 from simpo_megatron.parallel import ParallelGroups
-from simpo_megatron.training.card import card_of
+from simpo_megatron.reporting.loggers import METRICS_FILE
+from simpo_megatron.reporting.model_card import card_of_checkpoint
 
 
 def to_mcore(weights: Weights, out_folder: Path, groups: ParallelGroups, *, dtype: torch.dtype | None = None) -> None:
@@ -139,8 +140,13 @@ def write_hf(
 def _card(weights: Weights, out_folder: Path, dtype: torch.dtype | None) -> str | None:
     if not isinstance(weights, MegatronWeights):
         return None
+    checkpoint = weights.checkpoint
+    options, metrics = checkpoint.facts.get("config"), checkpoint.files.get(METRICS_FILE)
+    if options is None:
+        return None
+    metrics_file = checkpoint.folder / METRICS_FILE if metrics is not None and metrics.size else None
     try:
-        return card_of(weights.checkpoint, out_folder, dtype)
+        return card_of_checkpoint(options, metrics_file, out_folder, dtype)
     except ConfigError as error:
         # Another version's options: the model is as good without its card.
         print(f"WARNING no model card, for this version cannot read the run's options: {error}", file=sys.stderr)

@@ -15,6 +15,7 @@ from simpo_megatron.data.tokenization import load_tokenizer, tokenizer_identity
 from simpo_megatron.errors import CheckpointError, ConfigError, listed
 from simpo_megatron.offline.convert import write_hf
 from simpo_megatron.offline.weights import Weights
+from simpo_megatron.reporting.model_card import merged_model_card
 
 
 def merge(
@@ -49,7 +50,9 @@ def merge(
         like=models[0],
         title="write merged",
         max_shard_bytes=max_shard_bytes,
-        model_card=_card(out_folder, models, fractions),
+        model_card=merged_model_card(
+            out_folder.name, [(share, model.folder.name) for share, model in zip(fractions, models, strict=True)]
+        ),
     )
 
 
@@ -91,12 +94,6 @@ def _tokenizer_differences(*folders: Path) -> list[str]:
     backends = first["backend"], other["backend"]
     found += [key for key in backends[0] | backends[1] if backends[0].get(key) != backends[1].get(key)]
     return [f"tokenizers differ in {key}" for key in found]
-
-
-def _card(out_folder: Path, models: Sequence[Weights], fractions: Sequence[float]) -> str:
-    lines = [f"- {fraction:g} x `{model.folder.name}`" for model, fraction in zip(models, fractions, strict=True)]
-    head = ["---", "library_name: transformers", "tags: [merge, simpo_megatron]", "---", f"# {out_folder.name}", ""]
-    return "\n".join([*head, "The weighted average, taken in fp32 by simpo_megatron, of", "", *lines, ""])
 
 
 def _is_finite(share: float) -> bool:

@@ -21,7 +21,7 @@ from simpo_megatron.config import Config
 from simpo_megatron.convert.folder import copy_model_files, write_json
 from simpo_megatron.errors import CheckpointError, NumericsError
 from simpo_megatron.ranks import gather_or_raise, raise_on_all_ranks, sync_status
-from simpo_megatron.training.loggers import METRICS_FILE, RunLog
+from simpo_megatron.reporting.loggers import METRICS_FILE, RunLog
 from simpo_megatron.training.resume import describe_run
 from simpo_megatron.training.setup import Job
 from simpo_megatron.training.watchdog import Watchdog
@@ -69,7 +69,7 @@ class Saver:
         What is under way is finished first.
 
         Args:
-            metrics: the latest numbers, held-out ones under `eval/`; by them the best checkpoint is kept.
+            metrics: the latest numbers, those of validation under `eval/`; by them the best checkpoint is kept.
             monitors: what the monitors are to remember, JSON values.
             in_background: return as soon as training may go on; `poll` and `finish` commit.
 

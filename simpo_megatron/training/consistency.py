@@ -35,11 +35,11 @@ def startup_facts(config: Config) -> dict[str, Any]:
 
 def job_facts(job: Job) -> dict[str, Any]:
     """What every rank must have found alike: the pairs, the model's shape, the number of steps."""
-    held_out = {f"held out {name}": dataset.fingerprint for name, dataset in job.valid_data.items()}
+    validation = {f"validation {name}": dataset.fingerprint for name, dataset in job.valid_data.items()}
     description = job.plan.description
     return {
         "data": job.train_data.fingerprint,
-        **held_out,
+        **validation,
         "num_pairs": len(job.train_data),
         "train_iters": job.train_iters,
         "family": description.family,

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from simpo_megatron import faults, parallel
 from simpo_megatron.config import Config, lint, to_text
 from simpo_megatron.convert import export_adapter, export_hf, trained_share
-from simpo_megatron.data.doctor import num_leaked, summary
+from simpo_megatron.data.inspect import num_leaked, summary
 from simpo_megatron.errors import NumericsError, StoppedByMonitor, StoppedBySignal
 from simpo_megatron.mcore import cpu_patches, device
 from simpo_megatron.mcore.experts import LOAD_BALANCING_LOSS
@@ -21,16 +21,16 @@ from simpo_megatron.mcore.fp8_weights import whole_masters
 from simpo_megatron.mcore.optimizer import gather_parameters
 from simpo_megatron.mcore.precision import export_dtype, parameter_dtype, rounding
 from simpo_megatron.ranks import sync_status
-from simpo_megatron.training.card import model_card
+from simpo_megatron.reporting.loggers import RunLog, Sink, open_run_log
+from simpo_megatron.reporting.model_card import model_card
+from simpo_megatron.reporting.run_report import write_report
 from simpo_megatron.training.checkpoint_manager import Saver
 from simpo_megatron.training.consistency import check_replicas, check_same, job_facts, startup_facts
 from simpo_megatron.training.evaluation import evaluate
-from simpo_megatron.training.loggers import RunLog, Sink, open_run_log
 from simpo_megatron.training.memory_check import probe_memory
 from simpo_megatron.training.metrics import reduce_sums, throughput
 from simpo_megatron.training.monitors import Monitors
 from simpo_megatron.training.reference import with_reference
-from simpo_megatron.training.report import write_report
 from simpo_megatron.training.resume import Start, find_checkpoint, held_run_folder, start_run
 from simpo_megatron.training.setup import Job, RunPlan, build_job, plan_run
 from simpo_megatron.training.step import Pass, Step, train_step
@@ -116,13 +116,14 @@ def describe_job(config: Config, job: Job) -> list[str]:
     padded = job.trainer.chunks[0].module.vocab_size
     if padded != description.vocab_size:
         vocabulary += f" padded to {padded} for tp {sizes.tensor} (padding is masked out of the softmax)"
-    held_out = ", ".join(f"{len(dataset):,} held out {name}".strip() for name, dataset in job.valid_data.items())
+    validation = [f"{len(dataset):,} for validation {name}".strip() for name, dataset in job.valid_data.items()]
     batch = job.trainer.batch_options
     return [
         f"model     {description.family} from {job.plan.sources.model}: {shape['num_layers']} layers, hidden "
         f"{shape['hidden_size']}, {vocabulary}",
         f"trained   {trained_share(description, config.lora)}",
-        f"pairs     {len(job.train_data):,} to train on, {held_out or 'none held out to tell whether it learns'}",
+        f"pairs     {len(job.train_data):,} to train on, "
+        + (", ".join(validation) or "none for validation to tell whether it learns"),
         *_describe_files(job),
         f"ranks     {dist.get_world_size()} ({device.backend()}): tp {sizes.tensor} x pp {sizes.pipeline} x cp "
         f"{sizes.context} x dp {job.plan.layout.data_parallel_size}"
@@ -133,14 +134,14 @@ def describe_job(config: Config, job: Job) -> list[str]:
 
 
 def _describe_files(job: Job) -> list[str]:
-    """What became of the records of the preference files, and which held-out pairs are not held out."""
+    """The records of the preference files that were read, and the leakage of training prompts into validation sets."""
     lines = summary(job.train_data)
     for name, dataset in job.valid_data.items():
         if job.plan.sources.valid and (dataset.report.dropped or dataset.lost.any()):
-            lines += summary(dataset, f"held out {name}".strip() + " ")
+            lines += summary(dataset, f"validation {name}".strip() + " ")
         if leaked := num_leaked(job.train_data, dataset):
-            pairs = f"{len(dataset):,} pairs held out {name}".strip()
-            lines.append(f"WARNING   {leaked:,} of {pairs} have a prompt that is trained on")
+            pairs = f"{len(dataset):,} validation pairs {name}".strip()
+            lines.append(f"WARNING   leakage: {leaked:,} of {pairs} share a prompt with the training set")
     return lines
 
 
@@ -172,10 +173,10 @@ def _run_steps(
             log.step(iteration, monitors.step(iteration, metrics, taken.pairs))
         else:
             log.advance(iteration)
-        held_out = {}
+        evaluated: dict[str, float] = {}
         if is_last or _is_due(iteration, run.eval_interval) or (saves and not stop and monitors.evaluate_before_saving):
             watchdog.enter_phase(f"the evaluation after step {iteration}", timeout=_LONG_SECONDS)
-            held_out = _evaluate(job, monitors, log, iteration)
+            evaluated = _evaluate(job, monitors, log, iteration)
         found = monitors.judge(iteration, log)
         if found is not None:
             return found
@@ -185,7 +186,7 @@ def _run_steps(
             saver.save(
                 iteration=iteration,
                 consumed_pairs=taken.pairs,
-                metrics=held_out,
+                metrics=evaluated,
                 monitors=monitors.remembered() | {_SKIPPED: taken.num_skipped_steps},
                 in_background=run.async_save and not (is_last or stop),
             )
@@ -196,7 +197,7 @@ def _run_steps(
             stop = stop or sync_status(None, signals.noted())
         if stop:
             return _stopped(config, signal.Signals(stop).name, iteration)
-        if saves or held_out:
+        if saves or evaluated:
             window.restart_clock()
     return None
 
@@ -273,7 +274,7 @@ class _Window:
 
 
 def _evaluate(job: Job, monitors: Monitors, log: RunLog, iteration: int) -> dict[str, float]:
-    """The metrics of the held-out pairs by the names they are logged under; none without such pairs."""
+    """The metrics of the validation pairs by the names they are logged under; none without such pairs."""
     metrics = monitors.evaluation(iteration, evaluate(job.trainer, job.valid_data))
     if metrics:
         log.evaluation(iteration, metrics)

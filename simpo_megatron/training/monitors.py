@@ -21,8 +21,8 @@ from simpo_megatron.config import Config
 from simpo_megatron.data.batching import step_pairs
 from simpo_megatron.errors import ConfigError, StoppedByMonitor
 from simpo_megatron.ranks import sync_status
-from simpo_megatron.training.loggers import EVALUATION_PREFIX, RunLog
-from simpo_megatron.training.repetition import greedy_samples, held_out_prompts, repetition
+from simpo_megatron.reporting.loggers import EVALUATION_PREFIX, RunLog
+from simpo_megatron.training.repetition import first_prompts, greedy_samples, repetition
 from simpo_megatron.training.resume import Start
 from simpo_megatron.training.setup import Job
 
@@ -31,7 +31,7 @@ REPETITION = EVALUATION_PREFIX + "repetition"
 _CHOSEN = EVALUATION_PREFIX + "logps/chosen"
 _MEDIAN_DISTANCE_TO_DEVIATION = 1.4826
 _SMALLEST_DEVIATION = 0.01
-_BY_HELD_OUT_PAIRS = {"displacement", "repetition"}
+_BY_VALIDATION = {"displacement", "repetition"}
 _MAX_SHOWN = 16
 _MAX_TEXT = 100
 
@@ -71,7 +71,7 @@ class Monitors:
         start: where the run starts, with what `remembered()` said when that was saved.
 
     Raises:
-        ConfigError: the run is to stop by held-out pairs and has none.
+        ConfigError: the run is to stop by validation pairs and has none.
     """
 
     def __init__(self, config: Config, job: Job, start: Start) -> None:
@@ -79,8 +79,8 @@ class Monitors:
         remembered = start.monitors
         if self.evaluate_before_saving and not job.valid_data:
             raise ConfigError(
-                f"stop_on: found {' '.join(self._settings.stop_on)}, but there are no held-out pairs; add --valid-data "
-                "or --valid-fraction"
+                f"stop_on: found {' '.join(self._settings.stop_on)}, but there are no validation pairs; add "
+                "--valid-data or --valid-fraction"
             )
         self._lines = {
             name: deque(remembered.get(name, ()), maxlen=self._settings.monitor_window)
@@ -93,12 +93,12 @@ class Monitors:
         self._prompts = None
         if self._settings.repetition_prompts and job.valid_data:
             first_set = next(iter(job.valid_data.values()))
-            self._prompts = held_out_prompts(first_set, self._settings.repetition_prompts, job.trainer.groups)
+            self._prompts = first_prompts(first_set, self._settings.repetition_prompts, job.trainer.groups)
 
     @property
     def evaluate_before_saving(self) -> bool:
-        """Whether a checkpoint is to be saved only after held-out pairs were looked at."""
-        return not _BY_HELD_OUT_PAIRS.isdisjoint(self._settings.stop_on)
+        """Whether validation comes before a checkpoint is saved."""
+        return not _BY_VALIDATION.isdisjoint(self._settings.stop_on)
 
     def step(self, iteration: int, metrics: Mapping[str, float], consumed_pairs: int) -> dict[str, Any]:
         """`metrics` of the log line after `iteration`, with the `pair_ids` of its steps where the loss is a spike."""
@@ -142,7 +142,7 @@ class Monitors:
             iteration,
             "displacement",
             limit is not None and not moved >= -limit,
-            f"held-out chosen responses have {moved:+.3f} nats per token since step 0 (max_displacement {limit})",
+            f"chosen validation responses have {moved:+.3f} nats per token since step 0 (max_displacement {limit})",
         )
         return {DISPLACEMENT: moved}
 

@@ -1,4 +1,4 @@
-"""The repetition probe: greedy continuations of a few held-out prompts, and how far they repeat themselves.
+"""The repetition probe: greedy continuations of a few validation prompts, and how far they repeat themselves.
 
 Every token is one forward pass over the whole rows through megatron's schedule, as an evaluation is: slow for much text
 and exact under every layout, which is what a few dozen tokens ask for.
@@ -44,7 +44,7 @@ class Prompts:
     """Where a response ends: the last tokens of these prompts' chosen responses."""
 
 
-def held_out_prompts(dataset: PreferenceDataset, num_prompts: int, groups: ParallelGroups) -> Prompts:
+def first_prompts(dataset: PreferenceDataset, num_prompts: int, groups: ParallelGroups) -> Prompts:
     """The first prompts of `dataset` that differ and have at most 256 tokens; fewer where it holds no more.
 
     Collectives: that of `read_pairs`.

@@ -26,7 +26,7 @@ from simpo_megatron.config import Config
 from simpo_megatron.data.tokenization import tokenizer_identity
 from simpo_megatron.errors import CheckpointError, listed
 from simpo_megatron.ranks import gather_or_raise, raise_on_all_ranks
-from simpo_megatron.training.loggers import METRICS_FILE
+from simpo_megatron.reporting.loggers import METRICS_FILE
 from simpo_megatron.training.reference import model_fingerprint
 from simpo_megatron.training.setup import Job
 

@@ -32,7 +32,7 @@ from simpo_megatron.mcore.model import PreferenceGPTModel, build_model, wrap_in_
 from simpo_megatron.mcore.optimizer import build_optimizer
 from simpo_megatron.parallel import ParallelGroups
 from simpo_megatron.ranks import raise_on_all_ranks
-from simpo_megatron.training.loggers import check_sinks
+from simpo_megatron.reporting.loggers import check_sinks
 from simpo_megatron.training.step import Trainer, batch_options
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ class Sources:
     model: Path
     train: tuple[str, ...]
     valid: Mapping[str, Sequence[str]]
-    """Held-out files by the name of their set."""
+    """Validation files by the name of their set."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +66,7 @@ class Job:
     tokenizer: PreTrainedTokenizerBase
     train_data: PreferenceDataset
     valid_data: Mapping[str, PreferenceDataset]
-    """Held-out pairs by the name of their set, "" for the only one that has none; the best checkpoint, the curves and
+    """Validation pairs by the name of their set, "" for the only one that has none; the best checkpoint, the curves and
     the result are told by the first."""
     model: list[PreferenceGPTModel]
     trainer: Trainer
@@ -136,7 +136,7 @@ def cache_folder(config: Config) -> Path:
 def load_data(
     config: Config, sources: Sources, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[PreferenceDataset, dict[str, PreferenceDataset]]:
-    """(training pairs, held-out pairs by the name of their set), tokenised by rank 0 where that was not done before.
+    """(training pairs, validation pairs by the name of their set), tokenised by rank 0 where that was not done before.
 
     Collectives: two object gathers, world, for each set of files.
     """
@@ -153,8 +153,8 @@ def load_data(
     if sources.valid:
         return train_data, {name: load_on_all_ranks(files) for name, files in sources.valid.items()}
     if config.data.valid_fraction:
-        train_data, held_out = split(train_data, config.data.valid_fraction, config.run.seed)
-        return train_data, {"": held_out}
+        train_data, validation = split(train_data, config.data.valid_fraction, config.run.seed)
+        return train_data, {"": validation}
     return train_data, {}
 
 

@@ -202,7 +202,7 @@ def test_memory_that_does_not_suffice_is_told_once_before_the_first_step(folder)
     assert "tokens_per_microbatch: found 32768" in line
     assert re.search(r" \d\d,\d{3} tokens in step \d \(pairs \w+:\d+(, \d+){7} and 376 more\)", line)
     assert "memory of rank 1" in line and "lower it" in line
-    assert "held-out pairs after" not in told[0]
+    assert "validation pairs after" not in told[0]
 
 
 def test_steps_of_a_run_change_its_state_so_that_equal_hashes_mean_something(folder):
@@ -264,7 +264,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over_loudly(folder):
 def test_a_checkpoint_that_is_asked_for_and_not_sound_ends_the_run(folder, name, said):
     codes, output = outcome(folder, name)
     assert codes == [4] and said in output and "CheckpointError" in output
-    assert "held-out pairs" not in output  # nothing was trained or evaluated
+    assert "validation pairs" not in output  # nothing was trained or evaluated
 
 
 def test_a_rank_that_cannot_write_ends_the_run_on_every_rank_and_harms_nothing(folder):
@@ -314,7 +314,7 @@ def test_tensors_of_another_name_are_refused_on_every_rank_and_named(folder):
     codes, output = outcome(folder, "renamed")
     assert codes == [4, 4]
     assert f"1 tensors of this run are not in it: {NORM}; 1 tensors in it are no part of this run's model: " in output
-    assert "decoder.another.weight" in output and "held-out pairs" not in output
+    assert "decoder.another.weight" in output and "validation pairs" not in output
     assert "CheckpointError" in (folder / "renamed.rank1.log").read_text()
 
 

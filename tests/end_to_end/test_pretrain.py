@@ -23,7 +23,7 @@ from tools import convert_hf, verify_checkpoint
 REPOSITORY = Path(__file__).resolve().parents[2]
 SCRIPT = "examples/pretrain_simpo.py"
 NUM_STEPS = 3
-# Held-out sets by name, and which lines of the bundled held-out pairs they hold.
+# Validation sets by name, and which lines of the bundled validation pairs they hold.
 SETS = {"front": slice(0, 32), "back": slice(32, 50)}
 SPEED = ("pairs_per_second", "tokens_per_second", "peak_memory_gib")
 STEP_KEYS = {
@@ -117,35 +117,42 @@ def test_every_step_and_evaluation_is_in_the_metrics_file_under_its_documented_k
     for evaluation in evaluations:
         moved = evaluation.pop("eval/logps/chosen_displacement")
         assert moved == evaluation["eval/logps/chosen"] - evaluations[0]["eval/logps/chosen"]
-        own = {key.removeprefix("eval/"): value for key, value in evaluation.items() if key.startswith("eval/")}
+        of_sets = [key for key in evaluation if key.startswith(tuple(f"eval/{name}/" for name in SETS))]
+        own = {
+            key.removeprefix("eval/"): value
+            for key, value in evaluation.items()
+            if key.startswith("eval/") and key not in of_sets
+        }
         for name in SETS:
-            assert own.keys() == {key.split("/", 2)[2] for key in evaluation if key.startswith(f"valid/{name}/")}
+            assert own.keys() == {key.split("/", 2)[2] for key in of_sets if key.startswith(f"eval/{name}/")}
         assert len(evaluation) == 1 + 3 * len(own)
-        assert all(evaluation[f"valid/front/{key}"] == value for key, value in own.items()), "eval/ is the first set"
+        assert all(evaluation[f"eval/front/{key}"] == value for key, value in own.items()), "eval/ is the first set"
     assert evaluations[1]["eval/loss"] != evaluations[0]["eval/loss"]
 
 
 def test_each_named_set_is_shown_and_the_first_decides_the_best_checkpoint(run):
     done, folder, _ = run
     for name, lines in SETS.items():
-        assert f"{lines.stop - lines.start} held out {name}" in done.stdout
-        assert len([line for line in done.stdout.splitlines() if line.startswith(f"held-out pairs {name} after")]) == 2
+        assert f"{lines.stop - lines.start} for validation {name}" in done.stdout
+        assert (
+            len([line for line in done.stdout.splitlines() if line.startswith(f"validation pairs {name} after")]) == 2
+        )
     page = (folder / "run" / "report.html").read_text()
     assert "<td>front</td>" in page and "<td>back</td>" in page
     facts = json.loads((folder / "run" / "iter_0000003" / "COMMIT.json").read_text())["facts"]
     _, evaluations = records_of(folder)
     accuracy = "rewards/accuracies"
-    assert facts["metrics"][f"eval/{accuracy}"] == evaluations[-1][f"valid/front/{accuracy}"]
+    assert facts["metrics"][f"eval/{accuracy}"] == evaluations[-1][f"eval/front/{accuracy}"]
 
 
-@pytest.mark.parametrize("held_out", SETS)
-def test_the_exported_model_loads_in_transformers_and_scores_as_the_trainer_did(run, held_out):
+@pytest.mark.parametrize("validation", SETS)
+def test_the_exported_model_loads_in_transformers_and_scores_as_the_trainer_did(run, validation):
     """A log-prob of 7 in fp32 is good to 4e-7 and the mean of many to less: 1e-5 (measured: 3e-8)."""
     _, folder, options = run
     model = AutoModelForCausalLM.from_pretrained(folder / "hf", dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(folder / "hf")
     config = load_config(options)
-    files = [str(folder / f"{held_out}.jsonl")]
+    files = [str(folder / f"{validation}.jsonl")]
     dataset = build_preference_dataset(files, tokenizer, config.pairs, folder / "twin_cache")
     averages = {"chosen": [], "rejected": []}
     with torch.no_grad():
@@ -155,7 +162,7 @@ def test_the_exported_model_loads_in_transformers_and_scores_as_the_trainer_did(
                 found.append(float(log_probs.mean()))
     _, evaluations = records_of(folder)
     for name, found in averages.items():
-        expected = evaluations[-1][f"valid/{held_out}/logps/{name}"]
+        expected = evaluations[-1][f"eval/{validation}/logps/{name}"]
         difference = abs(sum(found) / len(found) - expected)
         print(f"{name}: {difference:.1e}")
         assert difference <= 1e-5

@@ -28,6 +28,7 @@ MAY_IMPORT = {
     "nemo": {"errors", "data", "config"},
     "megatron_lm": {"errors", "loss", "data", "parallel", "ranks", "config", "mcore"},
     "planning": {"errors", "parallel", "loss", "config", "mcore"},
+    "reporting": {"errors", "data", "parallel", "config", "mcore"},
     "recipes": {"errors", "config", "training"},
     "training": {
         "errors",
@@ -42,9 +43,10 @@ MAY_IMPORT = {
         "mcore",
         "convert",
         "checkpoint",
+        "reporting",
         "nemo",
     },
-    "offline": {"errors", "data", "parallel", "config", "mcore", "convert", "checkpoint"},
+    "offline": {"errors", "data", "parallel", "config", "mcore", "convert", "checkpoint", "reporting"},
 }
 # Outside packages that a room must do without, at import and in its functions alike.
 FORBIDDEN = {

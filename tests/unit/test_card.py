@@ -4,12 +4,12 @@ import json
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 
-from simpo_megatron.checkpoint.manifest import Checkpoint, Digest
 from simpo_megatron.config import config_from, load_config
 from simpo_megatron.errors import ConfigError
-from simpo_megatron.training.card import card_of, model_card
-from simpo_megatron.training.report import read_curves
+from simpo_megatron.reporting.model_card import card_of_checkpoint, merged_model_card, model_card
+from simpo_megatron.reporting.run_report import read_curves
 
 OPTIONS = {"model": "models/llama", "data": ("a.jsonl", "b.jsonl"), "beta": 2.5, "valid_data": ("held.jsonl",)}
 LINES = [
@@ -19,19 +19,19 @@ LINES = [
 ]
 
 
-def checkpoint(folder, lines=LINES, **facts):
-    """As a run commits it, the weights left out."""
-    folder.mkdir(exist_ok=True)
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+def checkpoint(folder, lines=LINES):
+    """(options, metrics) as a checkpoint keeps them of its run."""
     options = json.loads(json.dumps(config_from(**OPTIONS).flat()))
-    size = (folder / "metrics.jsonl").stat().st_size
-    return Checkpoint(folder, 7, {"config": options, **facts}, {"metrics.jsonl": Digest(size, "")})
+    if not lines:
+        return options, None
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return options, folder / "metrics.jsonl"
 
 
 def test_a_checkpoint_gives_the_card_that_its_run_gives(tmp_path):
-    saved = checkpoint(tmp_path / "iter_0000007")
-    card = card_of(saved, tmp_path / "out" / "better", torch.bfloat16)
-    curves = read_curves(saved.folder / "metrics.jsonl")
+    options, metrics_file = checkpoint(tmp_path)
+    card = card_of_checkpoint(options, metrics_file, tmp_path / "out" / "better", torch.bfloat16)
+    curves = read_curves(metrics_file)
     assert card == model_card(config_from(**OPTIONS), "better", curves, torch.bfloat16)
     assert "Weights: bfloat16, trained in bfloat16." in card
     assert "# better\n\nTrained from `llama` with SimPO (arXiv 2405.14734)" in card
@@ -43,18 +43,52 @@ def test_a_checkpoint_gives_the_card_that_its_run_gives(tmp_path):
 
 
 def test_a_run_without_metrics_still_has_its_configuration(tmp_path):
-    card = card_of(checkpoint(tmp_path / "iter_0000007", lines=[]), "out", torch.float32)
+    card = card_of_checkpoint(*checkpoint(tmp_path, lines=[]), "out", torch.float32)
     assert card == model_card(config_from(**OPTIONS), "out", None, torch.float32)
     assert "Weights: float32, trained in bfloat16." in card
     assert "beta: 2.5" in card and "## Metrics" not in card
 
 
-def test_weights_that_no_run_has_trained_have_no_card(tmp_path):
-    assert card_of(Checkpoint(tmp_path, 0, {"model": {}}, {}), "out", None) is None
+def test_hugging_face_reads_what_the_card_says(tmp_path):
+    curves = read_curves(checkpoint(tmp_path)[1])
+    text = model_card(config_from(**OPTIONS), "out/better", curves, torch.bfloat16)
+    data = ModelCard(text).data
+    assert (data.library_name, data.tags, data.model_name) == ("transformers", ["simpo", "simpo_megatron"], "better")
+    results = {(result.dataset_name, result.metric_type): result.metric_value for result in data.eval_results}
+    assert results == {
+        ("validation", "accuracy"): 0.875,
+        ("validation", "rewards/margins"): 1.25,
+        ("validation", "loss"): 0.5,
+    }
+    assert data.base_model is None and data.datasets is None, "a folder's name means nothing to others"
+    assert "models/llama" not in text.partition("## Configuration")[0]
+
+
+def test_models_and_data_of_the_hub_are_named_as_the_hub_names_them():
+    model = "/cache/hub/models--some-org--Llama-3-8B/snapshots/0a1b2c"
+    options = OPTIONS | {"model": model, "data": ("0.5", "hub:org/pairs:train", "0.5", "b.jsonl")}
+    text = model_card(config_from(**options), "better", None, torch.bfloat16)
+    data = ModelCard(text).data
+    assert (data.base_model, data.datasets) == ("some-org/Llama-3-8B", ["org/pairs"])
+    assert data.eval_results is None
+    assert "Trained from `some-org/Llama-3-8B` with SimPO" in text
+
+
+def test_each_named_set_has_results_and_what_is_no_number_has_none(tmp_path):
+    lines = [*LINES, {"iteration": 7, "eval/a/rewards/accuracies": 0.5, "eval/b/rewards/accuracies": 1.0}]
+    lines.append({"iteration": 7, "eval/a/loss": "nan"})
+    data = ModelCard(card_of_checkpoint(*checkpoint(tmp_path, lines), "better", None)).data
+    results = [(result.dataset_name, result.metric_type, result.metric_value) for result in data.eval_results]
+    assert results == [("validation a", "accuracy", 0.5), ("validation b", "accuracy", 1.0)]
+
+
+def test_the_card_of_an_average_names_its_parts():
+    text = merged_model_card("mean", [(0.25, "a"), (0.75, "b")])
+    assert "# mean\n" in text and "- 0.25 x `a`\n- 0.75 x `b`\n" in text
+    assert ModelCard(text).data.tags == ["merge", "simpo_megatron"]
 
 
 def test_an_option_of_another_version_is_named(tmp_path):
-    saved = checkpoint(tmp_path / "iter_0000007")
-    saved.facts["config"]["no_such_option"] = 1
+    options, metrics_file = checkpoint(tmp_path)
     with pytest.raises(ConfigError, match="no_such_option"):
-        card_of(saved, "out", None)
+        card_of_checkpoint({**options, "no_such_option": 1}, metrics_file, "out", None)

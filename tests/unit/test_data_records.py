@@ -283,6 +283,13 @@ def test_validation_sets_have_names():
         parse_named_sources(["help=a.jsonl", "a/test.jsonl", "b/test.jsonl"])
 
 
+@pytest.mark.parametrize("files", [["logps=a.jsonl"], ["help=a.jsonl", "some/rewards.jsonl"]])
+def test_a_validation_set_cannot_be_called_as_a_group_of_metrics_is(files):
+    with pytest.raises(ConfigError, match=r"valid_data: found a set called (logps|rewards), the name of a group"):
+        parse_named_sources(files)
+    assert parse_named_sources(["rewards.jsonl"]) == {"": ["rewards.jsonl"]}, "its metrics are eval/..."
+
+
 def test_validation_files_without_a_name_are_one_set():
     assert parse_named_sources(["a/test.jsonl", "./lr=1/b.jsonl"]) == {"": ["a/test.jsonl", "./lr=1/b.jsonl"]}
     assert parse_named_sources(["0.3", "a.jsonl", "0.7", "b.jsonl"]) == {"": ["0.3", "a.jsonl", "0.7", "b.jsonl"]}

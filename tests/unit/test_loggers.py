@@ -2,7 +2,9 @@
 
 import io
 import json
+import re
 import sys
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +12,15 @@ from rich.console import Console
 
 from simpo_megatron.config import config_from, read_yaml
 from simpo_megatron.errors import ConfigError
-from simpo_megatron.training.loggers import JsonLines, Terminal, WeightsAndBiases, check_sinks, open_run_log
+from simpo_megatron.reporting.loggers import (
+    JsonLines,
+    Terminal,
+    WeightsAndBiases,
+    check_sinks,
+    evaluation_metric,
+    open_run_log,
+    set_prefix,
+)
 
 STEP = {
     "loss": 0.6931,
@@ -34,9 +44,9 @@ def records(path):
     return [json.loads(line, parse_constant=pytest.fail) for line in path.read_text().splitlines()]
 
 
-def terminal(*, is_terminal, width=200, train_iters=12):
+def terminal(*, is_terminal, width=200, train_iters=12, clock=time.monotonic):
     console = Console(file=io.StringIO(), force_terminal=is_terminal, width=width, color_system=None)
-    return Terminal(train_iters, console), console.file
+    return Terminal(train_iters, console, clock), console.file
 
 
 def test_a_record_is_on_disk_when_the_call_returns(tmp_path):
@@ -151,9 +161,34 @@ def test_a_narrow_terminal_shows_fewer_columns_and_never_wraps():
     shown, file = terminal(is_terminal=True, width=60)
     shown.write({"iteration": 1, **STEP})
     shown.close()
-    lines = [line for line in file.getvalue().splitlines() if "0.6931" in line or "loss" in line]
-    assert lines and all(len(line.split("\x1b")[0].rstrip()) <= 60 for line in lines)
-    assert "GiB" not in file.getvalue() and "56.2%" in file.getvalue()
+    plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", file.getvalue())
+    heading, line = (line for line in plain.splitlines() if "0.6931" in line or "loss" in line)
+    assert len(heading) == len(line) <= 60
+    assert "GiB" not in plain and "56.2%" in line
+    assert heading.split()[-2:] == ["elapsed", "left"], "what is dropped is left of them"
+
+
+def test_step_lines_end_with_elapsed_and_remaining_time():
+    now = [1000.0]
+    shown, file = terminal(is_terminal=False, clock=lambda: now[0])
+    now[0] += 30
+    shown.write({"iteration": 0, "eval/loss": 0.7})
+    for iteration in range(1, 5):
+        now[0] += 900
+        shown.advance(iteration)
+    shown.write({"iteration": 4, **STEP})
+    now[0] += 8 * 900
+    shown.write({"iteration": 12, **STEP})
+    lines = [line.split()[-2:] for line in file.getvalue().splitlines()[1:]]
+    assert lines == [["elapsed", "left"], ["1:00:30", "2:00:00"], ["3:00:30", "0:00:00"]]
+
+
+def test_the_remaining_time_of_a_resumed_run_is_that_of_the_steps_taken_since():
+    now = [0.0]
+    shown, file = terminal(is_terminal=False, train_iters=100, clock=lambda: now[0])
+    now[0] += 6
+    shown.write({"iteration": 91, **STEP})
+    assert file.getvalue().splitlines()[-1].split()[-2:] == ["0:00:06", "0:00:54"]
 
 
 def test_a_progress_bar_counts_the_steps_of_a_terminal():
@@ -175,18 +210,25 @@ def test_an_evaluation_is_a_line_of_its_own():
     shown, file = terminal(is_terminal=False)
     shown.write({"iteration": 0, "eval/loss": 0.7, "eval/rewards/margins": -0.01, "eval/rewards/accuracies": 0.5})
     shown.close()
-    assert file.getvalue() == "held-out pairs after 0 steps: loss 0.7000, margin -0.0100, accuracy 50.0%\n"
+    assert file.getvalue() == "validation pairs after 0 steps: loss 0.7000, margin -0.0100, accuracy 50.0%\n"
 
 
 def test_each_named_set_has_a_line_of_its_own():
     shown, file = terminal(is_terminal=False)
-    numbers = {"eval/loss": 0.7, "valid/help/loss": 0.7, "valid/harmless-2/loss": 0.8}
-    shown.write({"iteration": 4, **numbers, "valid/harmless-2/rewards/accuracies": 0.25})
+    numbers = {"eval/loss": 0.7, "eval/help/loss": 0.7, "eval/harmless-2/loss": 0.8}
+    shown.write({"iteration": 4, **numbers, "eval/harmless-2/rewards/accuracies": 0.25})
     shown.close()
     assert file.getvalue().splitlines() == [
-        "held-out pairs help after 4 steps: loss 0.7000",
-        "held-out pairs harmless-2 after 4 steps: loss 0.8000, accuracy 25.0%",
+        "validation pairs help after 4 steps: loss 0.7000",
+        "validation pairs harmless-2 after 4 steps: loss 0.8000, accuracy 25.0%",
     ]
+
+
+@pytest.mark.parametrize("name", ["", "help", "harmless-2"])
+@pytest.mark.parametrize("metric", [*STEP, "repetition", "logps/chosen_displacement"])
+def test_a_metric_of_validation_pairs_says_of_which_set_it_is(name, metric):
+    assert evaluation_metric(set_prefix(name) + metric) == (name, metric)
+    assert evaluation_metric(metric) is None
 
 
 def test_what_is_said_is_not_taken_for_markup():

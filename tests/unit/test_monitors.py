@@ -15,9 +15,9 @@ from simpo_megatron.data import BatchOptions
 from simpo_megatron.data.batching import step_pairs
 from simpo_megatron.errors import ConfigError, listed
 from simpo_megatron.loss import MONITORED, SimPOObjective, length_correlation, monitored_sums, preference_loss
-from simpo_megatron.training.loggers import RunLog, Terminal
+from simpo_megatron.reporting.loggers import RunLog, Terminal
 from simpo_megatron.training.monitors import DISPLACEMENT, Monitors, spike_limit
-from simpo_megatron.training.repetition import held_out_prompts, repetition
+from simpo_megatron.training.repetition import first_prompts, repetition
 from simpo_megatron.training.resume import Start
 
 OPTIONS = BatchOptions(global_batch_size=4, seed=5)
@@ -34,12 +34,12 @@ class Pairs:
         return listed((f"file:{index + 1}" for index in indices), most)
 
 
-def job(pairs: str | None = "held out") -> SimpleNamespace:
+def job(pairs: str | None = "validation") -> SimpleNamespace:
     valid = {} if pairs is None else {"": SimpleNamespace(fingerprint=pairs)}
     return SimpleNamespace(train_data=Pairs(), valid_data=valid, trainer=SimpleNamespace(batch_options=OPTIONS))
 
 
-def monitors(remembered=None, pairs: str | None = "held out", **options) -> Monitors:
+def monitors(remembered=None, pairs: str | None = "validation", **options) -> Monitors:
     config = config_from(model="m", monitor_window=16, **options)
     return Monitors(config, job(pairs), Start(monitors=remembered or {}))
 
@@ -171,7 +171,7 @@ def test_repetition_is_the_share_of_4_grams_that_were_there_before():
 def test_repetition_is_told_only_where_there_is_more_than_before_training(monkeypatch, tmp_path):
     samples = []
     module = "simpo_megatron.training.monitors"
-    monkeypatch.setattr(f"{module}.held_out_prompts", lambda *_: SimpleNamespace(ids=[[1]], end_ids=frozenset()))
+    monkeypatch.setattr(f"{module}.first_prompts", lambda *_: SimpleNamespace(ids=[[1]], end_ids=frozenset()))
     monkeypatch.setattr(f"{module}.greedy_samples", lambda *_, **__: [samples.pop(0)])
     working = job()
     working.trainer.groups = None
@@ -205,9 +205,9 @@ def test_prompts_differ_and_are_short(monkeypatch):
         return [SimpleNamespace(prompt_ids=np.arange(i), chosen_ids=np.array([8, 90 + i % 2])) for i in indices]
 
     monkeypatch.setattr("simpo_megatron.training.repetition.read_pairs", read)
-    prompts = held_out_prompts(dataset, 2, SimpleNamespace(tp=None))
+    prompts = first_prompts(dataset, 2, SimpleNamespace(tp=None))
     assert asked == [1, 3] and prompts.ids == [[0], [0, 1, 2]] and prompts.end_ids == {91}
-    assert len(held_out_prompts(dataset, 9, SimpleNamespace(tp=None)).ids) == 3
+    assert len(first_prompts(dataset, 9, SimpleNamespace(tp=None)).ids) == 3
 
 
 def responses(counts, averages) -> tuple[torch.Tensor, torch.Tensor]:
@@ -257,7 +257,7 @@ def test_options_that_make_no_sense_are_refused(options, expected):
         config_from(model="m", **options)
 
 
-def test_a_stop_by_held_out_pairs_needs_some():
+def test_a_stop_by_validation_pairs_needs_some():
     with pytest.raises(ConfigError, match="stop_on: found displacement, .*--valid-data"):
         monitors(pairs=None, stop_on=("displacement",))
     assert monitors(stop_on=("displacement",)).evaluate_before_saving

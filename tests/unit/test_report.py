@@ -8,7 +8,7 @@ import pytest
 
 from simpo_megatron.config import config_from, to_yaml
 from simpo_megatron.errors import ConfigError
-from simpo_megatron.training.report import main, read_curves, write_report
+from simpo_megatron.reporting.run_report import main, read_curves, write_report
 
 
 def write_run(folder, lines, **options):
@@ -32,7 +32,7 @@ def test_a_report_says_before_and_after_and_stands_alone(tmp_path):
     lines = [evaluation(0, 0.45, -0.02), *(step(i) for i in range(1, 31)), evaluation(30, 0.875, 1.25)]
     report = write_report(write_run(tmp_path / "run", lines, export_hf="out/hf", beta=2.5))
     page = report.page.read_text()
-    assert report.headline.startswith("On held-out pairs, accuracy went from 45.0% to 87.5%")
+    assert report.headline.startswith("On validation pairs, accuracy went from 45.0% to 87.5%")
     assert report.headline in page.replace("&#x27;", "'")
     row = re.search(r"<tr><td>reward margin</td>.*", page).group()
     assert ">-0.020<" in row and ">+1.250<" in row
@@ -43,18 +43,20 @@ def test_a_report_says_before_and_after_and_stands_alone(tmp_path):
 def test_the_headline_says_how_far_an_accuracy_of_so_few_pairs_can_be_trusted(tmp_path):
     lines = [evaluation(i, accuracy, 0.0) | {"eval/num_pairs": 100} for i, accuracy in ((0, 0.5), (3, 0.8))]
     report = write_report(write_run(tmp_path / "run", lines))
-    assert report.headline.startswith("On 100 held-out pairs, accuracy went from 50.0% to 80.0% (standard error 4.0%)")
+    assert report.headline.startswith(
+        "On 100 validation pairs, accuracy went from 50.0% to 80.0% (standard error 4.0%)"
+    )
 
 
 def test_without_a_second_evaluation_the_headline_is_of_the_training_batches(tmp_path):
     steps = [step(i, **{"loss": 2.0 - i / 20, "rewards/accuracies": i / 20}) for i in range(1, 21)]
     told = "; on training batches, the loss went from 1.9250 to 1.0250 and accuracy from 7.5% to 97.5%."
-    for lines, why in ((steps, "No held-out pairs were evaluated"), ([evaluation(0, 0.5, 0.0), *steps], "only once")):
+    for lines, why in ((steps, "No validation pairs were evaluated"), ([evaluation(0, 0.5, 0.0), *steps], "only once")):
         headline = write_report(write_run(tmp_path / "run", lines)).headline
         assert headline.endswith(why + told)
 
 
-def test_what_the_monitors_saw_of_held_out_pairs_stands_beside_it(tmp_path):
+def test_what_the_monitors_saw_of_validation_pairs_stands_beside_it(tmp_path):
     lines = [evaluation(i, 0.5, 0.0) | {"eval/repetition": i / 8, "eval/rewards/saturated": 0.0} for i in (0, 3)]
     page = write_report(write_run(tmp_path / "run", lines)).page.read_text()
     assert re.search(r"<tr><td>repetition</td><td[^>]*>0.0%</td><td[^>]*>37.5%</td>", page)
@@ -63,15 +65,30 @@ def test_what_the_monitors_saw_of_held_out_pairs_stands_beside_it(tmp_path):
 
 def test_every_named_set_has_a_row_of_its_own(tmp_path):
     def named(iteration, accuracy):
-        return {f"valid/{name}/rewards/accuracies": a for name, a in (("help", accuracy), ("harm<less", 1 - accuracy))}
+        return {f"eval/{name}/rewards/accuracies": a for name, a in (("help", accuracy), ("harm<less", 1 - accuracy))}
 
     lines = [evaluation(0, 0.25, 0.0) | named(0, 0.25), step(1), evaluation(1, 0.5, 1.0) | named(1, 0.625)]
     report = write_report(write_run(tmp_path / "run", lines))
     page = report.page.read_text()
-    assert "held-out pairs help, accuracy went from 25.0% to 50.0%" in report.headline, "of the first set"
+    assert "validation pairs help, accuracy went from 25.0% to 50.0%" in report.headline, "of the first set"
     assert re.search(r"<tr><td>help</td><td[^>]*>25.0% &rarr; 62.5%</td>", page)
     assert re.search(r"<tr><td>harm&lt;less</td><td[^>]*>75.0% &rarr; 37.5%</td><td[^>]*>-</td>", page)
     assert set(read_curves(tmp_path / "run/metrics.jsonl").training) == {*step(1)}
+
+
+def test_metrics_of_an_earlier_version_and_of_this_one_are_the_same_curves(tmp_path):
+    def named(prefix, accuracy):
+        return {f"{prefix}/{name}/rewards/accuracies": accuracy for name in ("help", "rewards")}
+
+    earlier = evaluation(0, 0.25, 0.0) | named("valid", 0.25)
+    lines = [earlier, step(1), evaluation(1, 0.5, 1.0) | named("valid", 0.5) | {"eval/help/loss": 2.0}]
+    resumed = evaluation(2, 0.75, 1.0) | {"eval/help/rewards/accuracies": 0.75}
+    curves = read_curves(write_run(tmp_path / "run", [*lines, resumed]) / "metrics.jsonl")
+    assert curves.named["help"]["rewards/accuracies"] == [(0, 0.25), (1, 0.5), (2, 0.75)]
+    assert curves.named["help"]["loss"] == [(1, 2.0)]
+    assert curves.named["rewards"]["rewards/accuracies"] == [(0, 0.25), (1, 0.5)], "a name it allowed"
+    assert curves.validation["rewards/accuracies"] == [(0, 0.25), (1, 0.5), (2, 0.75)]
+    assert set(curves.training) == {*step(1)}
 
 
 def test_the_picture_is_a_png_of_the_promised_size(tmp_path):
@@ -100,7 +117,9 @@ def test_two_runs_give_two_pictures(tmp_path):
 )
 def test_a_run_that_did_not_get_far_still_has_a_report(tmp_path, lines):
     report = write_report(write_run(tmp_path / "run", lines))
-    assert report.headline.startswith(("No held-out pairs were evaluated", "Held-out pairs were evaluated only once"))
+    assert report.headline.startswith(
+        ("No validation pairs were evaluated", "Validation pairs were evaluated only once")
+    )
     assert report.picture.stat().st_size > 1000 and "Curves" in report.page.read_text()
 
 
@@ -114,7 +133,7 @@ def test_a_step_done_again_after_a_resume_counts_once_and_last(tmp_path):
     lines = [step(1), step(2, loss=9.0), step(3, loss=9.0), step(2, loss=0.2), step(3, loss=0.1)]
     curves = read_curves(write_run(tmp_path / "run", lines) / "metrics.jsonl")
     assert curves.training["loss"] == [(1, 1.0), (2, 0.2), (3, 0.1)]
-    assert curves.held_out == {}
+    assert curves.validation == {}
 
 
 def test_half_a_line_left_by_a_kill_is_passed_over(tmp_path):
@@ -128,7 +147,7 @@ def test_text_and_switches_in_a_record_are_no_curves(tmp_path):
     assert {"pair_ids", "done"}.isdisjoint(read_curves(path).training)
 
 
-def test_a_folder_that_is_no_run_is_refused(tmp_path, capsys, monkeypatch):
+def test_a_folder_that_is_no_run_is_refused(tmp_path, capsys):
     with pytest.raises(ConfigError, match=r"metrics.jsonl: cannot be read"):
         write_report(tmp_path)
     (tmp_path / "metrics.jsonl").write_text("\n")
@@ -137,8 +156,7 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path, capsys, monkeypatch):
     (tmp_path / "metrics.jsonl").write_text(json.dumps(step(1)))
     with pytest.raises(ConfigError, match=r"found no config.yaml"):
         write_report(tmp_path)
-    monkeypatch.setattr("sys.argv", ["report", str(tmp_path)])
-    assert main() == 2 and "found no config.yaml" in capsys.readouterr().err
+    assert main([str(tmp_path)]) == 2 and "found no config.yaml" in capsys.readouterr().err
 
 
 def test_the_command_prints_the_result_and_where_it_lies(tmp_path, capsys, monkeypatch):

@@ -1,4 +1,4 @@
-"""The doctor: its numbers are right on data made to be sick, and the tool prints and writes them."""
+"""The inspection of data: its numbers are right on data made to be sick, and the tool prints and writes them."""
 
 import json
 import re
@@ -11,7 +11,7 @@ import pytest
 from data_tokenizers import llama_like
 
 from simpo_megatron.data import PairOptions, build_preference_dataset
-from simpo_megatron.data.doctor import diagnose, histogram, num_leaked, show_pairs, summary
+from simpo_megatron.data.inspect import histogram, inspect_dataset, num_leaked, show_pairs, summary
 
 ROOT = Path(__file__).parents[2]
 TOOL = ROOT / "tools" / "inspect_data.py"
@@ -30,11 +30,11 @@ def values(tmp_path):
     options = PairOptions(max_length=32, max_prompt_length=16, bad_record="skip", max_bad_fraction=1)
     dataset = build_preference_dataset([str(sick_file(tmp_path / "sick.jsonl"))], llama_like(), options, tmp_path / "c")
     valid = dataset.select(np.array([0, 3]))
-    findings = diagnose(dataset, llama_like(), valid, micro_batch_size=12)
-    return dataset, {f.name.strip(): f for rows in findings.sections.values() for f in rows}
+    inspection = inspect_dataset(dataset, llama_like(), valid, micro_batch_size=12)
+    return dataset, {f.name.strip(): f for rows in inspection.sections.values() for f in rows}
 
 
-def test_the_diagnosis_counts_what_was_made_wrong(values):
+def test_the_inspection_counts_what_was_made_wrong(values):
     dataset, found = values
     assert found["records"].value == "17"
     assert found["pairs used"].value == "12"
@@ -57,13 +57,13 @@ def test_the_diagnosis_counts_what_was_made_wrong(values):
 
 def test_the_summary_of_a_run_names_every_loss(values):
     dataset, _ = values
-    records, cut = summary(dataset, "held out ")
+    records, cut = summary(dataset, "validation ")
     path = dataset.report.first["identical_pair"].split(":13")[0]
-    assert records.startswith("records   held out 17: 12 used, dropped 3 identical_pair (first at " + path + ":13), ")
+    assert records.startswith("records   validation 17: 12 used, dropped 3 identical_pair (first at " + path + ":13), ")
     num_lost, num_left = int(dataset.lost.sum()), int(dataset.lengths.sum())
     num_cut = int((dataset.lost[:, 1] > 0).sum())
     assert cut == (
-        f"cut       held out {num_cut} chosen: {num_lost} tokens lost ({num_lost / (num_lost + num_left):.1%})"
+        f"cut       validation {num_cut} chosen: {num_lost} tokens lost ({num_lost / (num_lost + num_left):.1%})"
     )
     assert num_leaked(dataset.select(np.array([0])), dataset) == 3
 
@@ -119,7 +119,7 @@ def run_tool(arguments, folder):
     )
 
 
-def test_the_tool_prints_the_diagnosis_and_writes_a_page(tmp_path):
+def test_the_tool_prints_the_inspection_and_writes_a_page(tmp_path):
     llama_like().save_pretrained(tmp_path / "model")
     sick_file(tmp_path / "sick.jsonl")
     arguments = ["--model", "model", "--data", "sick.jsonl", "--valid-data", "held=sick.jsonl", "--show", "2"]

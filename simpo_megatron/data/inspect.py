@@ -1,15 +1,20 @@
-"""What a training run would make of preference data: a diagnosis, for the terminal and as a page."""
+"""Inspection of preference data: what a training run would read, drop, truncate and save, and its terminal text."""
 
-import base64
-import io
+from __future__ import annotations
+
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
-from html import escape
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from simpo_megatron.data.dataset import PreferenceDataset
 from simpo_megatron.data.records import UNUSABLE_REASONS
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from transformers import PreTrainedTokenizerFast
 
 PARTS = ("prompt", "chosen", "rejected")
 # A judge of length alone that is right this often has something to teach the model besides quality.
@@ -17,8 +22,8 @@ LENGTH_BIAS_LIMIT = 0.6
 
 
 @dataclass(frozen=True)
-class Finding:
-    """One line of a diagnosis; `warning` when it deserves a look before training."""
+class InspectedRow:
+    """One line of an inspection; `warning` when it deserves a look before training."""
 
     name: str
     value: str
@@ -26,11 +31,13 @@ class Finding:
 
 
 @dataclass(frozen=True)
-class Diagnosis:
-    """The findings under their headings, and the lengths in tokens, int32 [num_pairs, 3], for histograms."""
+class DatasetInspection:
+    """What was found in a dataset, for the terminal and for a page."""
 
-    sections: dict[str, list[Finding]]
+    sections: dict[str, list[InspectedRow]]
+    """Lines under their headings."""
     lengths: np.ndarray
+    """int32 [num_pairs, 3]: tokens of prompt, chosen and rejected, for histograms."""
 
 
 @dataclass(frozen=True)
@@ -41,9 +48,12 @@ class ShownPair:
     texts: tuple[str, str, str]
 
 
-def diagnose(
-    dataset: PreferenceDataset, tokenizer, valid: PreferenceDataset | None = None, micro_batch_size: int = 4
-) -> Diagnosis:
+def inspect_dataset(
+    dataset: PreferenceDataset,
+    tokenizer: PreTrainedTokenizerFast,
+    validation: PreferenceDataset | None = None,
+    micro_batch_size: int = 4,
+) -> DatasetInspection:
     """Returns what is in `dataset`, with a comparison to padded batches of `micro_batch_size` pairs."""
     sections = {
         "Records": _records(dataset),
@@ -53,9 +63,9 @@ def diagnose(
         "Work saved": _work_saved(dataset.lengths, micro_batch_size),
         "Duplicates": _duplicates(dataset),
     }
-    if valid is not None:
-        sections["Validation"] = _leaks(dataset, valid)
-    return Diagnosis(sections, dataset.lengths)
+    if validation is not None:
+        sections["Validation"] = _leaks(dataset, validation)
+    return DatasetInspection(sections, dataset.lengths)
 
 
 def summary(dataset: PreferenceDataset, name: str = "") -> list[str]:
@@ -77,12 +87,12 @@ def summary(dataset: PreferenceDataset, name: str = "") -> list[str]:
     return lines
 
 
-def num_leaked(dataset: PreferenceDataset, valid: PreferenceDataset) -> int:
-    """Returns how many pairs of `valid` have a prompt that `dataset` has too."""
-    return int(np.isin(valid.prompt_keys, dataset.prompt_keys).sum())
+def num_leaked(dataset: PreferenceDataset, validation: PreferenceDataset) -> int:
+    """Returns how many pairs of `validation` have a prompt that `dataset` has too."""
+    return int(np.isin(validation.prompt_keys, dataset.prompt_keys).sum())
 
 
-def show_pairs(dataset: PreferenceDataset, tokenizer, count: int) -> list[ShownPair]:
+def show_pairs(dataset: PreferenceDataset, tokenizer: PreTrainedTokenizerFast, count: int) -> list[ShownPair]:
     """Returns `count` pairs, spread evenly over the dataset, decoded from the ids that are trained on."""
     shown = []
     for index in np.unique(np.linspace(0, len(dataset) - 1, count).astype(int)).tolist():
@@ -99,32 +109,32 @@ def histogram(lengths: np.ndarray, num_bins: int = 12) -> tuple[np.ndarray, np.n
     return edges, np.stack([np.histogram(lengths[:, part], edges)[0] for part in (1, 2)])
 
 
-def _records(dataset: PreferenceDataset) -> list[Finding]:
+def _records(dataset: PreferenceDataset) -> list[InspectedRow]:
     report = dataset.report
     num_dropped = f"{sum(report.dropped.values()):,}"
     if not report.dropped.keys() <= UNUSABLE_REASONS:
         num_dropped += ", where bad_record is skip; a run stops at the first malformed one else"
-    findings = [
-        Finding("records", f"{report.num_lines:,}"),
-        Finding("pairs used", f"{report.num_used:,}"),
-        Finding("records dropped", num_dropped),
+    rows = [
+        InspectedRow("records", f"{report.num_lines:,}"),
+        InspectedRow("pairs used", f"{report.num_used:,}"),
+        InspectedRow("records dropped", num_dropped),
     ]
     for reason, count in report.dropped.most_common():
         first = report.first[reason].replace(f": {reason}: ", ": ")
-        findings.append(Finding(f"  {reason}", f"{count:,}, first at {first}", reason != "blank_line"))
+        rows.append(InspectedRow(f"  {reason}", f"{count:,}, first at {first}", reason != "blank_line"))
     if report.extra_keys:
-        findings.append(Finding("columns not read", ", ".join(sorted(report.extra_keys))))
+        rows.append(InspectedRow("columns not read", ", ".join(sorted(report.extra_keys))))
     if apart := report.notes["tokenized_apart"]:
         text = f"{apart:,} pairs, prompt and response tokenised apart"
-        findings.append(Finding("tokens across the boundary", text, True))
+        rows.append(InspectedRow("tokens across the boundary", text, True))
     if len(dataset) != report.num_used:
-        findings.append(Finding("pairs in this choice", f"{len(dataset):,}"))
-    return findings
+        rows.append(InspectedRow("pairs in this choice", f"{len(dataset):,}"))
+    return rows
 
 
-def _special_tokens(dataset: PreferenceDataset, tokenizer) -> list[Finding]:
+def _special_tokens(dataset: PreferenceDataset, tokenizer: PreTrainedTokenizerFast) -> list[InspectedRow]:
     bos, ends = tokenizer.bos_token_id, set(tokenizer.all_special_ids)
-    counts = Counter()
+    counts: Counter[str] = Counter()
     for index in range(len(dataset)):
         pair = dataset[index]
         start = pair.prompt_ids[:2].tolist()
@@ -135,16 +145,16 @@ def _special_tokens(dataset: PreferenceDataset, tokenizer) -> list[Finding]:
             counts["responses with two end tokens"] += last == [True, True]
             counts["responses without an end token, cut ones"] += not last[-1] and lost > 0
             counts["responses without an end token, whole ones"] += not last[-1] and lost == 0
-    return [Finding(name, f"{count:,}", count > 0) for name, count in counts.items()]
+    return [InspectedRow(name, f"{count:,}", count > 0) for name, count in counts.items()]
 
 
-def _truncation(dataset: PreferenceDataset) -> list[Finding]:
-    findings = []
+def _truncation(dataset: PreferenceDataset) -> list[InspectedRow]:
+    rows = []
     for part, name in enumerate(PARTS):
         lost = dataset.lost[:, part]
         text = f"{int((lost > 0).sum()):,} cut, {_lost(lost, dataset.lengths[:, part])}"
-        findings.append(Finding(name, text, bool((lost > 0).mean() > 0.05)))
-    return findings
+        rows.append(InspectedRow(name, text, bool((lost > 0).mean() > 0.05)))
+    return rows
 
 
 def _lost(lost: np.ndarray, lengths: np.ndarray) -> str:
@@ -153,23 +163,23 @@ def _lost(lost: np.ndarray, lengths: np.ndarray) -> str:
     return f"{num_lost:,} tokens lost ({num_lost / max(num_lost + lengths.sum(dtype=np.int64), 1):.1%})"
 
 
-def _length_bias(lengths: np.ndarray) -> list[Finding]:
-    findings = []
+def _length_bias(lengths: np.ndarray) -> list[InspectedRow]:
+    rows = []
     for part, name in enumerate(PARTS):
         column = lengths[:, part]
         median, most, longest = np.quantile(column, (0.5, 0.95, 1))
         text = f"mean {column.mean():.1f}, median {median:,.0f}, 95% up to {most:,.0f}, longest {longest:,.0f}"
-        findings.append(Finding(name, text))
+        rows.append(InspectedRow(name, text))
     longer, equal = lengths[:, 1] > lengths[:, 2], lengths[:, 1] == lengths[:, 2]
     judge = float(longer.mean() + equal.mean() / 2)
     ratio = lengths[:, 1].sum(dtype=np.int64) / lengths[:, 2].sum(dtype=np.int64)
     is_biased = max(judge, 1 - judge) > LENGTH_BIAS_LIMIT
-    findings.append(Finding("chosen tokens per rejected token", f"{ratio:.3f}"))
-    findings.append(Finding("chosen is the longer response", f"{judge:.1%}", is_biased))
-    return findings
+    rows.append(InspectedRow("chosen tokens per rejected token", f"{ratio:.3f}"))
+    rows.append(InspectedRow("chosen is the longer response", f"{judge:.1%}", is_biased))
+    return rows
 
 
-def _work_saved(lengths: np.ndarray, micro_batch_size: int) -> list[Finding]:
+def _work_saved(lengths: np.ndarray, micro_batch_size: int) -> list[InspectedRow]:
     total = lengths.astype(np.int64)
     longest = total[:, 0] + total[:, 1:].max(axis=1)
     order = np.random.default_rng(0).permutation(len(longest))
@@ -179,15 +189,15 @@ def _work_saved(lengths: np.ndarray, micro_batch_size: int) -> list[Finding]:
     packed, shared = int((total @ [2, 1, 1]).sum()), int(total.sum())
     responses = int(total[:, 1:].sum())
     return [
-        Finding(f"tokens in padded batches of {micro_batch_size} pairs", f"{padded:,}"),
-        Finding("tokens in packs", f"{packed:,} ({padded / packed:.2f} times fewer)"),
-        Finding("tokens in packs that share prompts", f"{shared:,} ({padded / shared:.2f} times fewer)"),
-        Finding("response tokens, which the loss sees", f"{responses:,} ({responses / shared:.0%} of these)"),
+        InspectedRow(f"tokens in padded batches of {micro_batch_size} pairs", f"{padded:,}"),
+        InspectedRow("tokens in packs", f"{packed:,} ({padded / packed:.2f} times fewer)"),
+        InspectedRow("tokens in packs that share prompts", f"{shared:,} ({padded / shared:.2f} times fewer)"),
+        InspectedRow("response tokens, which the loss sees", f"{responses:,} ({responses / shared:.0%} of these)"),
     ]
 
 
-def _duplicates(dataset: PreferenceDataset) -> list[Finding]:
-    seen = Counter()
+def _duplicates(dataset: PreferenceDataset) -> list[InspectedRow]:
+    seen: Counter[int] = Counter()
     for index in range(len(dataset)):
         pair = dataset[index]
         ids = (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids)
@@ -195,97 +205,39 @@ def _duplicates(dataset: PreferenceDataset) -> list[Finding]:
     repeated = len(dataset) - len(seen)
     prompts, counts = np.unique(dataset.prompt_keys, return_counts=True)
     return [
-        Finding("pairs that repeat another one", f"{repeated:,}", repeated > 0),
-        Finding("different prompts", f"{len(prompts):,}, the most frequent {counts.max():,} times"),
+        InspectedRow("pairs that repeat another one", f"{repeated:,}", repeated > 0),
+        InspectedRow("different prompts", f"{len(prompts):,}, the most frequent {counts.max():,} times"),
     ]
 
 
-def _leaks(dataset: PreferenceDataset, valid: PreferenceDataset) -> list[Finding]:
-    leaked = num_leaked(dataset, valid)
+def _leaks(dataset: PreferenceDataset, validation: PreferenceDataset) -> list[InspectedRow]:
+    leaked = num_leaked(dataset, validation)
     return [
-        Finding("validation pairs", f"{len(valid):,}"),
-        Finding("of them with a prompt of the training pairs", f"{leaked:,}", leaked > 0),
+        InspectedRow("validation pairs", f"{len(validation):,}"),
+        InspectedRow("of them with a prompt of the training pairs", f"{leaked:,}", leaked > 0),
     ]
 
 
-def print_diagnosis(diagnosis: Diagnosis, shown: list[ShownPair], console) -> None:
-    """Prints a diagnosis and the shown pairs to a rich console, findings that deserve a look in yellow."""
+def print_inspection(inspection: DatasetInspection, shown: Sequence[ShownPair], console: Console) -> None:
+    """Prints an inspection and the shown pairs to a rich console, lines that deserve a look in yellow."""
     from rich.table import Column, Table
     from rich.text import Text
 
     table = Table.grid(Column(overflow="fold"), Column(overflow="fold"), padding=(0, 2))
-    for title, findings in diagnosis.sections.items():
+    for title, rows in inspection.sections.items():
         table.add_row(Text(title, style="bold"))
-        for finding in findings:
-            table.add_row(
-                *(Text(text, "yellow" if finding.warning else "") for text in ("  " + finding.name, finding.value))
-            )
+        for row in rows:
+            table.add_row(*(Text(text, "yellow" if row.warning else "") for text in ("  " + row.name, row.value)))
     console.print(table)
-    edges, counts = histogram(diagnosis.lengths)
+    edges, counts = histogram(inspection.lengths)
     console.print(Text("Response lengths in tokens: chosen, rejected", style="bold"))
     for number, (chosen, rejected) in enumerate(counts.T):
         bars = [("#" * round(24 * count / counts.max())).ljust(24) for count in (chosen, rejected)]
-        text = Text(f"  to {edges[number + 1]:6.0f}  ")
+        line = Text(f"  to {edges[number + 1]:6.0f}  ")
         console.print(
-            text.append(bars[0], "green").append(f" {chosen:<7}").append(bars[1], "red").append(f" {rejected}")
+            line.append(bars[0], "green").append(f" {chosen:<7}").append(bars[1], "red").append(f" {rejected}")
         )
     for pair in shown:
         console.print(Text(f"\n{pair.where}", style="bold"))
         for name, text, style in zip(PARTS, pair.texts, ("dim", "green", "red"), strict=True):
             console.print(Text(f"[{name}] ", "bold").append(text, style), soft_wrap=True)
-
-
-def write_html(diagnosis: Diagnosis, shown: list[ShownPair], path: str) -> None:
-    """Writes a diagnosis, plots of the lengths and the shown pairs as one HTML file."""
-    rows = []
-    for title, findings in diagnosis.sections.items():
-        rows.append(f"<tr><th colspan=2>{escape(title)}</th></tr>")
-        for finding in findings:
-            style = " class=warning" if finding.warning else ""
-            rows.append(f"<tr{style}><td>{escape(finding.name)}</td><td>{escape(finding.value)}</td></tr>")
-    pairs = []
-    for pair in shown:
-        texts = (f"<pre class={name}>{escape(text)}</pre>" for name, text in zip(PARTS, pair.texts, strict=True))
-        pairs.append(f"<h3>{escape(pair.where)}</h3>" + "".join(texts))
-    page = _PAGE.format(rows="\n".join(rows), plots=_plots_as_base64(diagnosis.lengths), pairs="\n".join(pairs))
-    with open(path, "w", encoding="utf-8") as file:
-        file.write(page)
-
-
-def _plots_as_base64(lengths: np.ndarray) -> str:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 3.5), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    edges, counts = histogram(lengths, num_bins=40)
-    for name, row, color in zip(PARTS[1:], counts, ("tab:green", "tab:red"), strict=True):
-        left.stairs(row, edges, label=name, color=color, fill=True, alpha=0.5)
-    left.set(xlabel="tokens of a response", ylabel="responses")
-    left.legend()
-    right.hist(lengths[:, 1] - lengths[:, 2], bins=60, color="tab:blue")
-    right.axvline(0, color="black", linewidth=1)
-    right.set(xlabel="tokens of chosen - tokens of rejected", ylabel="pairs")
-    image = io.BytesIO()
-    figure.savefig(image, format="png", dpi=120)
-    return base64.b64encode(image.getvalue()).decode()
-
-
-_PAGE = """<!doctype html>
-<html lang="en"><meta charset="utf-8"><title>Preference data</title>
-<style>
-body {{ font: 15px/1.5 sans-serif; max-width: 60em; margin: 2em auto; padding: 0 1em; color: #222 }}
-th {{ text-align: left; padding-top: 1em }} td {{ padding: 0 2em 0 1em }} .warning {{ background: #fff3cd }}
-pre {{ white-space: pre-wrap; padding: .5em; margin: .2em 0; background: #f6f6f6 }}
-pre.chosen {{ border-left: 4px solid green }} pre.rejected {{ border-left: 4px solid crimson }}
-img {{ max-width: 100% }}
-</style>
-<h1>Preference data</h1>
-<table>
-{rows}
-</table>
-<img alt="Lengths of chosen and rejected responses" src="data:image/png;base64,{plots}">
-<h2>Pairs as the model sees them</h2>
-<p>Gray is context; the tokens with a green or red bar are trained on.</p>
-{pairs}
-</html>
-"""

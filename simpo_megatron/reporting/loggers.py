@@ -1,48 +1,73 @@
-"""Where a run's numbers go: metrics.jsonl, TensorBoard, Weights & Biases, terminal. Only one rank writes."""
+"""The sinks of a run's numbers: metrics.jsonl, TensorBoard, Weights & Biases, terminal. Only rank 0 writes."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
 import math
-import re
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 
 from simpo_megatron.config import Config, to_yaml
+from simpo_megatron.data import METRIC_GROUPS
 from simpo_megatron.errors import ConfigError
 
 METRICS_FILE = "metrics.jsonl"
 CONFIG_FILE = "config.yaml"
 EVALUATION_PREFIX = "eval/"
-NAMED_SET = re.compile(r"valid/([^/]+)/(.+)")
-"""The name of a metric of a held-out set that has a name: the set's, then the metric's own."""
+_EARLIER_PREFIX = "valid/"
+"""First part of the metrics of named validation sets in a metrics.jsonl of version 0.1."""
 
 _HEADER_EVERY = 25
 _WIDTH_OF_A_FILE = 160
-# Columns of a step line: heading, width, format, and the metrics shown (c/r: chosen, then rejected).
+
+
+class _Column(NamedTuple):
+    """One column of a step line."""
+
+    heading: str
+    width: int
+    format: str
+    metrics: tuple[str, ...]
+
+
+# c/r: chosen, then rejected.
 _COLUMNS = (
-    ("loss", 8, "{:.4f}", ("loss",)),
-    ("margin", 9, "{:+.4f}", ("rewards/margins",)),
-    ("accuracy", 9, "{:.1%}", ("rewards/accuracies",)),
-    ("rewards c/r", 16, "{:.3f}/{:.3f}", ("rewards/chosen", "rewards/rejected")),
-    ("log-probs c/r", 16, "{:.3f}/{:.3f}", ("logps/chosen", "logps/rejected")),
-    ("tokens c/r", 11, "{:.0f}/{:.0f}", ("response_length/chosen", "response_length/rejected")),
-    ("grad norm", 10, "{:.3g}", ("grad_norm",)),
-    ("lr", 9, "{:.1e}", ("learning_rate",)),
-    ("pairs/s", 8, "{:.1f}", ("pairs_per_second",)),
-    ("tokens/s", 9, "{:,.0f}", ("tokens_per_second",)),
-    ("memory", 9, "{:.1f} GiB", ("peak_memory_gib",)),
+    _Column("loss", 8, "{:.4f}", ("loss",)),
+    _Column("margin", 9, "{:+.4f}", ("rewards/margins",)),
+    _Column("accuracy", 9, "{:.1%}", ("rewards/accuracies",)),
+    _Column("rewards c/r", 16, "{:.3f}/{:.3f}", ("rewards/chosen", "rewards/rejected")),
+    _Column("log-probs c/r", 16, "{:.3f}/{:.3f}", ("logps/chosen", "logps/rejected")),
+    _Column("tokens c/r", 11, "{:.0f}/{:.0f}", ("response_length/chosen", "response_length/rejected")),
+    _Column("grad norm", 10, "{:.3g}", ("grad_norm",)),
+    _Column("lr", 9, "{:.1e}", ("learning_rate",)),
+    _Column("pairs/s", 8, "{:.1f}", ("pairs_per_second",)),
+    _Column("tokens/s", 9, "{:,.0f}", ("tokens_per_second",)),
+    _Column("memory", 9, "{:.1f} GiB", ("peak_memory_gib",)),
 )
+# Taken from the clock of the terminal's sink, in seconds; they stand at the end of every step line.
+_ELAPSED, _LEFT = _Column("elapsed", 8, "", ()), _Column("left", 8, "", ())
 
 
-def named_set_prefix(name: str) -> str:
-    """What the metrics of the held-out set `name` begin with; `NAMED_SET` reads them."""
-    return f"valid/{name}/"
+def set_prefix(name: str) -> str:
+    """The first part of the metrics of the validation set `name`; "" is the first or only one."""
+    return f"{EVALUATION_PREFIX}{name}/" if name else EVALUATION_PREFIX
+
+
+def evaluation_metric(name: str) -> tuple[str, str] | None:
+    """(set, metric) of a metric of validation pairs, the set "" for the first or only one; None of another metric."""
+    prefix, _, rest = name.partition("/")
+    first, slash, metric = rest.partition("/")
+    if prefix + "/" not in (EVALUATION_PREFIX, _EARLIER_PREFIX) or not rest:
+        return None
+    if slash and (first not in METRIC_GROUPS or prefix + "/" == _EARLIER_PREFIX):
+        return first, metric
+    return "", rest
 
 
 class Sink(Protocol):
@@ -70,7 +95,7 @@ class RunLog:
         self._write({"iteration": iteration, **metrics})
 
     def evaluation(self, iteration: int, metrics: Mapping[str, Any]) -> None:
-        """Record an evaluation after `iteration` steps; its metrics are called `eval/...` and `valid/NAME/...`."""
+        """Record an evaluation after `iteration` steps; its metrics are called `eval/...` and `eval/NAME/...`."""
         self._write({"iteration": iteration, **metrics})
 
     def advance(self, iteration: int) -> None:
@@ -214,12 +239,21 @@ def _numbers(record: Mapping[str, Any]) -> dict[str, float]:
 
 
 class Terminal:
-    """A line per step under a heading, over a progress bar where the terminal redraws; else plain lines."""
+    """A line per step under a heading, over a progress bar where the terminal redraws; else plain lines.
 
-    def __init__(self, train_iters: int, console: Console | None = None) -> None:
+    Args:
+        clock: seconds, for the elapsed and the remaining time.
+    """
+
+    def __init__(
+        self, train_iters: int, console: Console | None = None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._console = console or Console()
         self._train_iters = train_iters
         self._num_lines = 0
+        self._clock = clock
+        self._opened = self._steps_began = clock()
+        self._first_step: int | None = None
         width = self._console.width if self._console.is_terminal else _WIDTH_OF_A_FILE
         self._columns = _columns_within(width, 2 * len(str(train_iters)) + 1)
         self._progress = Progress(
@@ -237,17 +271,23 @@ class Terminal:
 
     def write(self, record: Mapping[str, Any]) -> None:
         if any(name.startswith(EVALUATION_PREFIX) for name in record):
+            if self._first_step is None:
+                self._steps_began = self._clock()
             for line in _evaluation_lines(record):
                 self.say(line)
             return
         if self._num_lines % _HEADER_EVERY == 0:
-            self.say(self._line("step", [heading for heading, *_ in self._columns]))
+            headings = [column.heading for column in (*self._columns, _ELAPSED, _LEFT)]
+            self.say(self._line("step", headings))
         self._num_lines += 1
-        cells = [_cell(shape, [record.get(name) for name in names]) for _, _, shape, names in self._columns]
-        self.say(self._line(f"{record['iteration']}/{self._train_iters}", cells))
-        self.advance(record["iteration"])
+        iteration = record["iteration"]
+        self.advance(iteration)
+        cells = [_cell(column.format, [record.get(name) for name in column.metrics]) for column in self._columns]
+        self.say(self._line(f"{iteration}/{self._train_iters}", [*cells, *self._times(iteration)]))
 
     def advance(self, iteration: int) -> None:
+        if self._first_step is None:
+            self._first_step = iteration
         self._progress.update(self._task, completed=iteration)
 
     def say(self, *things: Any) -> None:
@@ -256,17 +296,24 @@ class Terminal:
     def close(self) -> None:
         self._progress.stop()
 
+    def _times(self, iteration: int) -> tuple[str, str]:
+        """Time since the run's log was opened, and that of the steps left, as fast as those of this start so far."""
+        assert self._first_step is not None
+        now, num_taken = self._clock(), iteration - self._first_step + 1
+        left = (now - self._steps_began) / num_taken * (self._train_iters - iteration)
+        return _hours(now - self._opened), _hours(left)
+
     def _line(self, step: str, cells: Sequence[str]) -> str:
         first = step.rjust(2 * len(str(self._train_iters)) + 1)
-        widths = [width for _, width, *_ in self._columns]
+        widths = [column.width for column in (*self._columns, _ELAPSED, _LEFT)]
         return first + "".join(" " + cell.rjust(width) for cell, width in zip(cells, widths, strict=True))
 
 
-def _columns_within(width: int, first_width: int) -> Sequence[tuple]:
-    """The columns, from the left, that fit `width` characters beside a first column of `first_width`."""
-    chosen, used = [], max(first_width, len("step"))
+def _columns_within(width: int, first_width: int) -> Sequence[_Column]:
+    """The columns, from the left, that fit `width` characters beside a first one of `first_width` and the times."""
+    chosen, used = [], max(first_width, len("step")) + 2 + _ELAPSED.width + _LEFT.width
     for column in _COLUMNS:
-        used += 1 + column[1]
+        used += 1 + column.width
         if used > width:
             break
         chosen.append(column)
@@ -279,16 +326,23 @@ def _cell(shape: str, values: Sequence[Any]) -> str:
     return shape.format(*values)
 
 
+def _hours(seconds: float) -> str:
+    """`seconds` as hours, minutes and seconds, as in 0:01:23."""
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
+
+
 def _evaluation_lines(record: Mapping[str, Any]) -> list[str]:
-    """A line for each held-out set: those with names, or the only one."""
-    names = dict.fromkeys(match[1] for key in record if (match := NAMED_SET.fullmatch(key)))
-    prefixes = {f" {name}": named_set_prefix(name) for name in names} or {"": EVALUATION_PREFIX}
+    """A line for each validation set: those with names, or the only one."""
+    found = [of_set for key in record if (of_set := evaluation_metric(key)) is not None]
+    names = dict.fromkeys(name for name, _ in found if name) or {"": None}
     lines = []
-    for name, prefix in prefixes.items():
+    for name in names:
         shown = []
         for heading, _, shape, metrics in _COLUMNS[:3]:
-            values = [record.get(prefix + metric) for metric in metrics]
+            values = [record.get(set_prefix(name) + metric) for metric in metrics]
             if None not in values:
                 shown.append(f"{heading} {shape.format(*values)}")
-        lines.append(f"held-out pairs{name} after {record['iteration']} steps: {', '.join(shown)}")
+        pairs = f"validation pairs {name}".strip()
+        lines.append(f"{pairs} after {record['iteration']} steps: {', '.join(shown)}")
     return lines

@@ -1,6 +1,6 @@
-"""What a run achieved, from its metrics.jsonl and config.yaml: a picture of the curves and a page to open.
+"""The report of a run from its metrics.jsonl and config.yaml: a picture of the curves and a page to open.
 
-python -m simpo_megatron.training.report RUN_DIR
+python -m simpo_megatron.reporting.run_report RUN_DIR
 """
 
 from __future__ import annotations
@@ -10,61 +10,78 @@ import base64
 import json
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
-from string import Template
+from typing import TYPE_CHECKING, NamedTuple
 
 from simpo_megatron.config import Config, load_config, to_yaml
 from simpo_megatron.errors import ConfigError, SimPOError, printed
-from simpo_megatron.training.loggers import CONFIG_FILE, EVALUATION_PREFIX, METRICS_FILE, NAMED_SET
+from simpo_megatron.reporting.loggers import CONFIG_FILE, METRICS_FILE, evaluation_metric
+from simpo_megatron.reporting.rendering import render
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 PICTURE_FILE = "loss.png"
 PAGE_FILE = "report.html"
 
-# Metric, title, format and what is good, for the table of held-out pairs before and after.
-_HELD_OUT_ROWS = (
-    (
-        "rewards/accuracies",
-        "accuracy",
-        "{:.1%}",
-        "share of pairs whose chosen response has the higher reward",
-    ),
-    ("rewards/margins", "reward margin", "{:+.3f}", "chosen minus rejected reward"),
-    ("loss", "loss", "{:.4f}", "what training lowers"),
-    (
+Point = tuple[int, float]
+"""(iteration, value)."""
+
+
+class _Row(NamedTuple):
+    """A metric of validation pairs, in the table of before and after."""
+
+    metric: str
+    title: str
+    format: str
+    meaning: str
+
+    def ends(self, points: Sequence[Point]) -> tuple[str, str] | None:
+        """(before, after); None of a metric that was taken once or never."""
+        if len(points) < 2:
+            return None
+        return self.format.format(points[0][1]), self.format.format(points[-1][1])
+
+
+_VALIDATION_ROWS = (
+    _Row("rewards/accuracies", "accuracy", "{:.1%}", "share of pairs whose chosen response has the higher reward"),
+    _Row("rewards/margins", "reward margin", "{:+.3f}", "chosen minus rejected reward"),
+    _Row("loss", "loss", "{:.4f}", "what training lowers"),
+    _Row(
         "logps/chosen",
         "log-prob of chosen",
         "{:.3f}",
         "average per token, nats; it may fall while its lead over the rejected grows",
     ),
-    ("logps/rejected", "log-prob of rejected", "{:.3f}", "average per token, nats"),
-    (
+    _Row("logps/rejected", "log-prob of rejected", "{:.3f}", "average per token, nats"),
+    _Row(
         "rewards/saturated",
         "saturated",
         "{:.1%}",
         "share of pairs whose loss is below 0.01, with hardly a gradient left",
     ),
-    (
+    _Row(
         "rewards/length_correlation",
         "length correlation",
         "{:+.2f}",
         "of a response's average log-prob with its length",
     ),
-    ("repetition", "repetition", "{:.1%}", "share of repeated 4-grams in greedy continuations"),
+    _Row("repetition", "repetition", "{:.1%}", "share of repeated 4-grams in greedy continuations"),
 )
+_NAMED_SET_ROWS = _VALIDATION_ROWS[:3]
 
 
 @dataclass(frozen=True)
 class Curves:
-    """A run's numbers by metric: (iteration, value) in order, training steps and evaluations apart."""
+    """A run's numbers by metric, in order of the iterations, training steps and evaluations apart."""
 
-    training: dict[str, list[tuple[int, float]]]
-    held_out: dict[str, list[tuple[int, float]]]
-    """Of the first held-out set."""
-    named: dict[str, dict[str, list[tuple[int, float]]]]
-    """Of every held-out set that has a name, by that name."""
+    training: dict[str, list[Point]]
+    validation: dict[str, list[Point]]
+    """Of the first or only validation set."""
+    named: dict[str, dict[str, list[Point]]]
+    """Of every validation set that has a name, by that name."""
 
 
 @dataclass(frozen=True)
@@ -102,21 +119,22 @@ def read_curves(path: Path) -> Curves:
         lines = path.read_text(encoding="utf-8").splitlines()
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}), expected the metrics of a run") from None
-    values: dict[str, dict[int, float]] = {}
+    # By (set, metric), so that what an earlier version called otherwise continues in the same curve.
+    values: dict[tuple[str, str] | str, dict[int, float]] = {}
     for record in map(_record, lines):
         for name, value in record.items():
-            values.setdefault(name, {})[int(record["iteration"])] = value
+            values.setdefault(evaluation_metric(name) or name, {})[int(record["iteration"])] = value
     if "iteration" not in values:
         raise ConfigError(f"{path}: found no record, expected the metrics of a run")
     curves = Curves({}, {}, {})
-    for name, points in values.items():
+    for key, points in values.items():
         in_order = sorted(points.items())
-        if match := NAMED_SET.fullmatch(name):
-            curves.named.setdefault(match[1], {})[match[2]] = in_order
-        elif name.startswith(EVALUATION_PREFIX):
-            curves.held_out[name.removeprefix(EVALUATION_PREFIX)] = in_order
+        if isinstance(key, str):
+            curves.training[key] = in_order
         else:
-            curves.training[name] = in_order
+            of_set, metric = key
+            group = curves.named.setdefault(of_set, {}) if of_set else curves.validation
+            group[metric] = in_order
     return curves
 
 
@@ -139,10 +157,8 @@ def _is_number(value: object) -> bool:
 
 def draw_curves(curves: Curves, config: Config, path: Path) -> None:
     """Draw loss, reward margin and accuracy over the steps into a PNG of 1800 x 600 pixels."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
     from matplotlib.ticker import PercentFormatter
 
     panels = (
@@ -151,8 +167,9 @@ def draw_curves(curves: Curves, config: Config, path: Path) -> None:
         ("rewards/accuracies", "accuracy", 0.5, "chance"),
     )
     style = {"axes.spines.top": False, "axes.spines.right": False, "font.size": 11, "axes.titlesize": 13}
-    with plt.rc_context(style):
-        figure, axes = plt.subplots(1, len(panels), figsize=(12, 4), layout="constrained")
+    with rc_context(style):
+        figure = Figure(figsize=(12, 4), layout="constrained")
+        axes = figure.subplots(1, len(panels))
         for axis, (metric, title, reference, meaning) in zip(axes, panels, strict=True):
             _draw_panel(axis, curves, metric, reference, meaning)
             axis.set_title(title, loc="left", fontweight="bold")
@@ -163,11 +180,10 @@ def draw_curves(curves: Curves, config: Config, path: Path) -> None:
         handles, labels = axes[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside upper right", ncols=3, frameon=False)
         figure.savefig(path, dpi=150, metadata={"Software": None})
-        plt.close(figure)
 
 
-def _draw_panel(axis, curves: Curves, metric: str, reference: float | None, meaning: str) -> None:
-    train, smooth, held_out = "#9db4c8", "#1f5582", "#d9622b"
+def _draw_panel(axis: Axes, curves: Curves, metric: str, reference: float | None, meaning: str) -> None:
+    train, smooth, validation = "#9db4c8", "#1f5582", "#d9622b"
     axis.grid(axis="y", color="#e6e6e6", linewidth=0.8)
     axis.set_axisbelow(True)
     if reference is not None:
@@ -186,12 +202,12 @@ def _draw_panel(axis, curves: Curves, metric: str, reference: float | None, mean
     axis.plot(steps, values, color=train, linewidth=1, label="training batch")
     if len(values) >= 10:
         axis.plot(steps, _smoothed(values), color=smooth, linewidth=2, label="running mean")
-    steps, values = _xy(curves.held_out.get(metric, []))
+    steps, values = _xy(curves.validation.get(metric, []))
     if values:
-        axis.plot(steps, values, color=held_out, linewidth=2, marker="o", markersize=5, label="held-out pairs")
+        axis.plot(steps, values, color=validation, linewidth=2, marker="o", markersize=5, label="validation pairs")
 
 
-def _xy(points: list[tuple[int, float]]) -> tuple[list[int], list[float]]:
+def _xy(points: Sequence[Point]) -> tuple[list[int], list[float]]:
     return [iteration for iteration, _ in points], [value for _, value in points]
 
 
@@ -206,73 +222,36 @@ def _smoothed(values: list[float]) -> list[float]:
     return means
 
 
-_PAGE = Template("""<!doctype html>
-<html lang="en">
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width">
-<title>$title</title>
-<style>
-  body { font: 16px/1.5 system-ui, sans-serif; color: #1d2731 }
-  body { max-width: 64rem; margin: 2.5rem auto; padding: 0 1rem }
-  h1 { font-size: 1.6rem; margin-bottom: .2rem }
-  h2 { font-size: 1.1rem; margin-top: 2rem }
-  .headline { font-size: 1.2rem; color: #1f5582 }
-  .note { color: #66707a }
-  table { border-collapse: collapse }
-  th, td { text-align: left; padding: .35rem 1.2rem .35rem 0; border-bottom: 1px solid #e3e7eb }
-  td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap }
-  img { width: 100%; height: auto }
-  pre { background: #f5f7f9; padding: 1rem; overflow-x: auto; font-size: .85rem }
-</style>
-<h1>$title</h1>
-<p class="headline">$headline</p>
-$held_out
-$named_sets
-<h2>Curves</h2>
-<img src="data:image/png;base64,$picture" alt="loss, reward margin and accuracy over the steps">
-<h2>Run</h2>
-<table>
-$facts
-</table>
-<h2>Configuration</h2>
-<details><summary class="note">every option; the same file starts the same run: --config $config_path</summary>
-<pre>$config</pre></details>
-</html>
-""")
-
-
 def _page(curves: Curves, config: Config, report: Report) -> str:
     folder = report.page.parent
-    picture = base64.b64encode(report.picture.read_bytes()).decode()
-    facts = "\n".join(
-        f"<tr><td>{escape(name)}</td><td>{escape(value)}</td></tr>" for name, value in _facts(curves, config)
-    )
-    return _PAGE.substitute(
-        title=escape(f"{config.objective.title} run {folder.resolve().name}"),
-        headline=escape(report.headline),
-        held_out=_held_out_table(curves),
-        named_sets=_named_sets_table(curves),
-        picture=picture,
-        facts=facts,
-        config_path=escape(str(folder / CONFIG_FILE)),
-        config=escape(to_yaml(config)),
+    return render(
+        "run_report.html",
+        title=f"{config.objective.title} run {folder.resolve().name}",
+        headline=report.headline,
+        validation=before_and_after(curves.validation),
+        set_titles=[row.title for row in _NAMED_SET_ROWS],
+        named_sets=_named_sets(curves),
+        picture=base64.b64encode(report.picture.read_bytes()).decode(),
+        facts=_facts(curves, config),
+        config_path=folder / CONFIG_FILE,
+        config=to_yaml(config),
     )
 
 
 def headline_of(curves: Curves) -> str:
-    """One sentence on how the held-out pairs fared, or the training batches where nothing else tells."""
-    accuracy, margin = (curves.held_out.get(name, []) for name in ("rewards/accuracies", "rewards/margins"))
+    """One sentence on how the validation pairs fared, or the training batches where nothing else tells."""
+    accuracy, margin = (curves.validation.get(name, []) for name in ("rewards/accuracies", "rewards/margins"))
     if len(accuracy) < 2 or len(margin) < 2:
-        why = "Held-out pairs were evaluated only once" if accuracy else "No held-out pairs were evaluated"
+        why = "Validation pairs were evaluated only once" if accuracy else "No validation pairs were evaluated"
         return f"{why}{_of_training(curves)}."
     # The first set that has a name is the one that is told of.
     count, error, of_set = "", "", "".join(f" {name}" for name in list(curves.named)[:1])
-    if "num_pairs" in curves.held_out:
-        num_pairs, share = curves.held_out["num_pairs"][-1][1], accuracy[-1][1]
+    if "num_pairs" in curves.validation:
+        num_pairs, share = curves.validation["num_pairs"][-1][1], accuracy[-1][1]
         count = f"{num_pairs:,.0f} "
         error = f" (standard error {math.sqrt(share * (1 - share) / num_pairs):.1%})"
     return (
-        f"On {count}held-out pairs{of_set}, accuracy went from {accuracy[0][1]:.1%} to {accuracy[-1][1]:.1%}{error} "
+        f"On {count}validation pairs{of_set}, accuracy went from {accuracy[0][1]:.1%} to {accuracy[-1][1]:.1%}{error} "
         f"and the reward margin from {margin[0][1]:+.3f} to {margin[-1][1]:+.3f}."
     )
 
@@ -289,45 +268,20 @@ def _of_training(curves: Curves) -> str:
     return "; on training batches, the loss went from {} to {} and accuracy from {} to {}".format(*ends)
 
 
-def before_and_after(metrics: Mapping[str, list[tuple[int, float]]]) -> list[tuple[str, str, str, str]]:
-    """(title, before, after, meaning) of each metric of held-out pairs that was taken twice or more."""
-    rows = []
-    for metric, title, shape, meaning in _HELD_OUT_ROWS:
-        points = metrics.get(metric, [])
-        if len(points) > 1:
-            rows.append((title, shape.format(points[0][1]), shape.format(points[-1][1]), meaning))
-    return rows
+def before_and_after(metrics: Mapping[str, Sequence[Point]]) -> list[tuple[str, str, str, str]]:
+    """(title, before, after, meaning) of each metric of validation pairs that was taken twice or more."""
+    found = [(row, row.ends(metrics.get(row.metric, []))) for row in _VALIDATION_ROWS]
+    return [(row.title, *ends, row.meaning) for row, ends in found if ends is not None]
 
 
-def _held_out_table(curves: Curves) -> str:
-    rows = [
-        f'<tr><td>{escape(title)}</td><td class="number">{before}</td><td class="number">{after}</td>'
-        f'<td class="note">{escape(meaning)}</td></tr>'
-        for title, before, after, meaning in before_and_after(curves.held_out)
-    ]
-    if not rows:
-        return ""
-    number = '<th class="number">'
-    heading = f"<tr><th>held-out pairs</th>{number}before</th>{number}after</th><th></th></tr>"
-    return "<table>\n" + "\n".join([heading, *rows]) + "\n</table>"
-
-
-def _named_sets_table(curves: Curves) -> str:
-    """Each named set's numbers before and after, a row a set; nothing where one set says it all already."""
+def _named_sets(curves: Curves) -> list[tuple[str, list[tuple[str, str] | None]]]:
+    """(set, its numbers before and after by the rows of `_NAMED_SET_ROWS`); nothing where one set says it all."""
     if len(curves.named) < 2:
-        return ""
-    rows = _HELD_OUT_ROWS[:3]
-    number = '<th class="number">'
-    heading = "".join(f"{number}{escape(title)}</th>" for _, title, _, _ in rows)
-    lines = [f"<tr><th>held-out set, before and after</th>{heading}</tr>"]
-    for name, metrics in curves.named.items():
-        cells = ""
-        for metric, _, shape, _ in rows:
-            points = metrics.get(metric, [])
-            shown = " &rarr; ".join(shape.format(points[i][1]) for i in (0, -1)) if len(points) > 1 else "-"
-            cells += f'<td class="number">{shown}</td>'
-        lines.append(f"<tr><td>{escape(name)}</td>{cells}</tr>")
-    return "<table>\n" + "\n".join(lines) + "\n</table>"
+        return []
+    return [
+        (name, [row.ends(metrics.get(row.metric, [])) for row in _NAMED_SET_ROWS])
+        for name, metrics in curves.named.items()
+    ]
 
 
 def _facts(curves: Curves, config: Config) -> list[tuple[str, str]]:
@@ -346,7 +300,7 @@ def _facts(curves: Curves, config: Config) -> list[tuple[str, str]]:
     for name, title, shape in (
         ("pairs_per_second", "pairs per second", "{:.1f}"),
         ("tokens_per_second", "tokens per second", "{:,.0f}, padding apart"),
-        ("peak_memory_gib", "peak memory", "{:.2f} GiB on the logging rank"),
+        ("peak_memory_gib", "peak memory", "{:.2f} GiB on rank 0"),
     ):
         values = sorted(value for _, value in curves.training.get(name, []))
         if values:
@@ -356,12 +310,12 @@ def _facts(curves: Curves, config: Config) -> list[tuple[str, str]]:
     return facts
 
 
-def main() -> int:
-    """Write the report of the folder named on the command line; the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m simpo_megatron.training.report", description=__doc__)
+def main(argv: Sequence[str] | None = None) -> int:
+    """Write the report of the folder that `argv` names, else the command line; the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m simpo_megatron.reporting.run_report", description=__doc__)
     parser.add_argument("run_dir", metavar="RUN_DIR", help="what --save named")
     try:
-        report = write_report(parser.parse_args().run_dir)
+        report = write_report(parser.parse_args(argv).run_dir)
     except SimPOError as error:
         return printed(error)
     print(f"{report.headline}\n{report.page}\n{report.picture}")

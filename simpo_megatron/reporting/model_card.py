@@ -1,0 +1,126 @@
+"""The model card of an exported model, in the form that Hugging Face reads: what it was made of, and how it went."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from simpo_megatron.config import Config, config_from, options_in_force, to_yaml
+from simpo_megatron.mcore.precision import dtype_name, parameter_dtype
+from simpo_megatron.reporting.rendering import render
+from simpo_megatron.reporting.run_report import Curves, Point, before_and_after, headline_of, read_curves
+
+_OF_TRAINING = ("loss", "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected")
+# Metric of an evaluation, and its type and its name in the card's front matter.
+_RESULTS = (
+    ("rewards/accuracies", "accuracy", "Reward accuracy"),
+    ("rewards/margins", "rewards/margins", "Reward margin"),
+    ("loss", "loss", "Loss"),
+)
+# The folder that huggingface_hub keeps a model of the hub in.
+_HUB_FOLDER = re.compile(r"models--([\w.-]+?)--([\w.-]+)")
+
+
+def model_card(config: Config, out_folder: str | Path, curves: Curves | None, dtype: torch.dtype) -> str:
+    """The README.md of the model exported to `out_folder`.
+
+    Args:
+        curves: of the run; None where it kept none.
+        dtype: of the exported weights.
+    """
+    objective, name = config.objective, Path(out_folder).name
+    base_model = _hub_id(config.model.model or "")
+    results = [] if curves is None else _eval_results(curves)
+    data = ModelCardData(
+        base_model=base_model,
+        datasets=_hub_datasets(config) or None,
+        library_name="transformers",
+        tags=[objective.objective, "simpo_megatron"],
+        # huggingface_hub wants a name for results, and drops one that comes without any.
+        model_name=name if results else None,
+        eval_results=results or None,
+    )
+    training = [] if curves is None else _last_step(curves)
+    return _card(
+        "model_card.md",
+        data,
+        name=name,
+        started_from=base_model or Path(config.model.model or "").name,
+        objective=f"{objective.title} ({objective.paper})",
+        dtype=dtype_name(dtype),
+        trained_in=dtype_name(parameter_dtype(config.precision)),
+        headline="" if curves is None else headline_of(curves),
+        validation=[] if curves is None else before_and_after(curves.validation),
+        last_step=training[0][1][0] if training else None,
+        training=[(metric, f"{value:.4f}") for metric, (_, value) in training],
+        config=to_yaml(config).rstrip(),
+    )
+
+
+def card_of_checkpoint(
+    options: Mapping[str, Any], metrics_file: Path | None, out_folder: str | Path, dtype: torch.dtype | None
+) -> str:
+    """The card of a checkpoint exported to `out_folder`, from what it keeps of its run.
+
+    Args:
+        options: of the run, as the checkpoint's manifest has them.
+        metrics_file: the metrics.jsonl in the checkpoint; None where it keeps none.
+        dtype: of the exported weights; None: that of the checkpoint.
+
+    Raises:
+        ConfigError: an option of the run is not one of this version, or the metrics cannot be read.
+    """
+    curves = None if metrics_file is None else read_curves(metrics_file)
+    config = config_from(**options_in_force(options))
+    return model_card(config, out_folder, curves, dtype or parameter_dtype(config.precision))
+
+
+def merged_model_card(name: str, parts: Sequence[tuple[float, str]]) -> str:
+    """The README.md of the model `name` that is the average of `parts`, each a share and the name of a model."""
+    data = ModelCardData(library_name="transformers", tags=["merge", "simpo_megatron"])
+    return _card("merged_model_card.md", data, name=name, parts=[(f"{share:g}", model) for share, model in parts])
+
+
+def _card(template: str, data: ModelCardData, **values: object) -> str:
+    return str(ModelCard(render(template, front_matter=data.to_yaml(), **values)))
+
+
+def _hub_id(model: str) -> str | None:
+    """The name on the hub of a model in huggingface_hub's cache; None of any other folder, which only its owner has."""
+    found = next((match for part in Path(model).parts if (match := _HUB_FOLDER.fullmatch(part))), None)
+    return f"{found[1]}/{found[2]}" if found else None
+
+
+def _hub_datasets(config: Config) -> list[str]:
+    names = [str(item).split(":")[1] for item in config.data.data if str(item).startswith("hub:")]
+    return list(dict.fromkeys(names))
+
+
+def _eval_results(curves: Curves) -> list[EvalResult]:
+    """The last evaluation of each validation set, or of the only one."""
+    sets = curves.named or {"": curves.validation}
+    return [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type="preference-pairs",
+            dataset_name=f"validation {name}".strip(),
+            # Results of one type and config are put together.
+            dataset_config=name or None,
+            metric_type=metric_type,
+            metric_name=title,
+            metric_value=round(metrics[metric][-1][1], 4),
+        )
+        for name, metrics in sets.items()
+        for metric, metric_type, title in _RESULTS
+        if metric in metrics and math.isfinite(metrics[metric][-1][1])
+    ]
+
+
+def _last_step(curves: Curves) -> list[tuple[str, Point]]:
+    return [(metric, curves.training[metric][-1]) for metric in _OF_TRAINING if metric in curves.training]
