@@ -17,7 +17,7 @@ from rich.console import Console
 from simpo_megatron.config import Config, load_config
 from simpo_megatron.data import PreferenceDataset, build_preference_dataset, load_tokenizer, parse_named_sources
 from simpo_megatron.data.doctor import Finding, diagnose, print_diagnosis, show_pairs, write_html
-from simpo_megatron.errors import SimPOError, printed
+from simpo_megatron.errors import SimPOError, report_error
 
 
 def parse_arguments(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
             diagnosis = replace(diagnosis, sections={"Read": _reading(config)} | diagnosis.sections)
             shown = show_pairs(dataset, tokenizer, arguments.show) if arguments.show else []
     except SimPOError as error:
-        return printed(error)
+        return report_error(error)
     print_diagnosis(diagnosis, shown, console)
     if arguments.html:
         write_html(diagnosis, shown, arguments.html)

@@ -16,8 +16,8 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Literal
 
 from simpo_megatron.config.checks import require_positive, require_writable_name
-from simpo_megatron.config.lora import LoRAConfig
-from simpo_megatron.config.monitors import MonitorConfig
+from simpo_megatron.config.lora_section import LoRAConfig
+from simpo_megatron.config.monitor_section import MonitorConfig
 from simpo_megatron.data import BatchOptions, PairOptions
 from simpo_megatron.errors import require
 from simpo_megatron.loss import CPOObjective, DPOObjective, IPOObjective, ORPOObjective, SimPOObjective

@@ -86,8 +86,8 @@ def kernels() -> str:
     """What computes here, chosen by what is installed: the layers, Adam and the sums of weight gradients."""
     layers = "Transformer Engine" if has_cuda() and _has_transformer_engine() else "torch"
     adam = {"transformer_engine": "Transformer Engine", "apex": "apex"}.get(_adam().__module__.split(".")[0], "torch")
-    when = "within" if fuses_weight_gradients() else "after"
-    return f"layers of {layers}, Adam of {adam}, weight gradients added up {when} their products"
+    fusion = "on" if fuses_weight_gradients() else "off"
+    return f"layers of {layers}, Adam of {adam}, grad accumulation fusion: {fusion}"
 
 
 def fuses_weight_gradients() -> bool:

@@ -162,7 +162,7 @@ def _tidy(save: Path, checkpoint: Checkpoint | None) -> list[str]:
     elif metrics.exists() and metrics.stat().st_size > 0:
         moved.append(metrics.with_name(f"{METRICS_FILE}.aside-{uuid.uuid4().hex[:8]}"))
         os.rename(metrics, moved[-1])
-    return [f"WARNING   {path.name} is not of this run's history; it was renamed and is kept" for path in moved]
+    return [f"WARNING   moved aside {path.name}: it belongs to an earlier run" for path in moved]
 
 
 def model_facts(description: ModelDescription) -> dict[str, Any]:

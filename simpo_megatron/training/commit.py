@@ -93,7 +93,7 @@ def commit(draft: Path, iteration: int, files: Mapping[str, Digest], facts: Mapp
     """
     folder = draft.parent / _name(iteration)
     if folder.exists():
-        raise CheckpointError(f"{folder}: exists already, and a checkpoint is never overwritten")
+        raise CheckpointError(f"{folder}: already exists, and a checkpoint is never overwritten")
     checkpoint = Checkpoint(folder, iteration, facts, files)
     _seal(draft, checkpoint)
     os.rename(draft, folder)

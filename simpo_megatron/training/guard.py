@@ -10,7 +10,7 @@ from types import FrameType, TracebackType
 import torch
 import torch.distributed as dist
 
-from simpo_megatron.errors import ParallelError, SimPOError, listed
+from simpo_megatron.errors import ParallelError, SimPOError, listed, status_line
 from simpo_megatron.mcore import device
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
@@ -92,12 +92,9 @@ class StopSignals:
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._noted = number
         self._restore()
-        line = (
-            f"simpo_megatron rank {dist.get_rank()}: {signal.Signals(number).name} received; stopping after this step "
-            "(a second signal ends the process at once)\n"
-        )
+        text = f"{signal.Signals(number).name} received; stopping after this step (a second signal ends the process at once)"
         # Not print: the signal may have come while the same buffer was being written.
-        os.write(2, line.encode())
+        os.write(2, (status_line("STOPPING", text, dist.get_rank()) + "\n").encode())
 
     def _restore(self) -> None:
         for number, handler in self._previous.items():

@@ -51,7 +51,7 @@ def train(config: Config, sinks: Sequence[Sink] = ()) -> None:
 
     Raises:
         SimPOError: whatever the user can mend; what the configuration alone tells, before any collective.
-        PeerError: another rank failed.
+        PeerFailedError: another rank failed.
         StoppedBySignal: on every rank alike, after a whole step and a checkpoint, when a rank was told to stop.
         StoppedByMonitor: on every rank alike, after a whole step, when a monitor that `stop_on` names found something.
     """

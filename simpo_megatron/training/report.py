@@ -17,7 +17,7 @@ from pathlib import Path
 from string import Template
 
 from simpo_megatron.config import Config, load_config, to_yaml
-from simpo_megatron.errors import ConfigError, SimPOError, printed
+from simpo_megatron.errors import ConfigError, SimPOError, report_error
 from simpo_megatron.training.loggers import CONFIG_FILE, EVALUATION_PREFIX, METRICS_FILE, NAMED_SET
 
 PICTURE_FILE = "loss.png"
@@ -363,7 +363,7 @@ def main() -> int:
     try:
         report = write_report(parser.parse_args().run_dir)
     except SimPOError as error:
-        return printed(error)
+        return report_error(error)
     print(f"{report.headline}\n{report.page}\n{report.picture}")
     return 0
 

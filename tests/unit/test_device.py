@@ -44,13 +44,13 @@ def test_install_mends_nothing_but_torchs_adam_where_cuda_is_there(gpu, monkeypa
 
 def test_what_computes_is_told_by_what_is_installed(gpu, monkeypatch):
     optimizer, layers = (importlib.import_module(f"megatron.core.{n}") for n in ("optimizer", "tensor_parallel.layers"))
-    after = "weight gradients added up after their products"
+    after = "grad accumulation fusion: off"
     assert device.kernels() == f"layers of torch, Adam of torch, {after}"
     monkeypatch.setattr(device, "_has_transformer_engine", lambda: True)
     monkeypatch.setattr(optimizer, "Adam", TransformerEnginesAdam)
     assert device.kernels() == f"layers of Transformer Engine, Adam of Transformer Engine, {after}"
     monkeypatch.setattr(layers, "_grad_accum_fusion_available", True)
-    assert device.kernels().endswith("weight gradients added up within their products")
+    assert device.kernels().endswith("grad accumulation fusion: on")
     monkeypatch.setattr(device, "has_cuda", lambda: False)
     assert device.kernels() == f"layers of torch, Adam of Transformer Engine, {after}"
 
