@@ -92,7 +92,8 @@ class StopSignals:
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._noted = number
         self._restore()
-        text = f"{signal.Signals(number).name} received; stopping after this step (a second signal ends the process at once)"
+        name = signal.Signals(number).name
+        text = f"{name} received; stopping after this step (a second signal ends the process at once)"
         # Not print: the signal may have come while the same buffer was being written.
         os.write(2, (status_line("STOPPING", text, dist.get_rank()) + "\n").encode())
 

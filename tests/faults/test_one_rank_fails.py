@@ -70,8 +70,9 @@ RUNS = {
         {"fault": "step@2:1:hang", "options": {"distributed_timeout_seconds_after_init": STEP_SECONDS}},
         [6, 6],
         {
-            None: r"ERROR simpo_megatron rank \d: timeout: step 2 exceeded 15 s \(distributed_timeout_seconds_after_init\): "
-            r"rank 1 is in step 2 at simpo_megatron/faults.py:\d+ \(_arrive\); the others wait for it in step 2 at simpo_megatron/mcore/"
+            None: r"ERROR simpo_megatron rank \d: timeout: step 2 exceeded 15 s "
+            r"\(distributed_timeout_seconds_after_init\): rank 1 is in step 2 at simpo_megatron/faults.py:\d+ "
+            r"\(_arrive\); the others wait for it in step 2 at simpo_megatron/mcore/"
         },
     ),
     "one_rank_is_stopped": (
@@ -82,14 +83,16 @@ RUNS = {
         },
         [6, KILLED],
         {
-            0: r"timeout: step 2 exceeded 15 s \(.*\): rank 1 \(last phase: step 2\) stopped responding; likely killed .*dmesg"
+            0: r"timeout: step 2 exceeded 15 s \(.*\): rank 1 \(last phase: step 2\) stopped responding; likely killed "
+            r".*dmesg"
         },
     ),
     "one_rank_is_killed": (
         {"fault": "update@2:1:kill"},
         [6, KILLED],
         {
-            0: r"a connection was lost in step [23]: rank 1 \(last phase: step 2\) stopped responding; likely killed \(out of"
+            0: r"a connection was lost in step [23]: rank 1 \(last phase: step 2\) stopped responding; likely killed "
+            r"\(out of"
         },
     ),
     "one_rank_leaves_with_code_0": (

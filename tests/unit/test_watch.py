@@ -41,7 +41,8 @@ CASES = {
     "none waits": (
         {0: answer(waits=False), 1: answer(waits=False)},
         {},
-        "could not tell which rank is stuck; rank 0 is in step 3 at loop.py:1 (f), rank 1 is in step 3 at loop.py:1 (f)",
+        "could not tell which rank is stuck; rank 0 is in step 3 at loop.py:1 (f), "
+        "rank 1 is in step 3 at loop.py:1 (f)",
     ),
 }
 
