@@ -94,6 +94,13 @@ def require(holds: bool, key: str, found: object, expected: str) -> None:
         raise ConfigError(f"{key}: found {found!r}, expected {expected}")
 
 
+def require_positive(section: object, *keys: str) -> None:
+    """Raises ConfigError for the first attribute of `section` among `keys` that is neither None nor above 0."""
+    for key in keys:
+        found = getattr(section, key)
+        require(found is None or found > 0, key, found, "a number above 0")
+
+
 def listed(things: Iterable[object], most: int, separator: str = ", ") -> str:
     """The first `most` of the things in one line, and how many more there are: `3, 5, 8 and 21 more`."""
     every = [str(thing) for thing in things]

@@ -1,11 +1,11 @@
-"""The options of what watches over a run."""
+"""Options of the training monitors."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from simpo_megatron.config.checks import require_positive
-from simpo_megatron.errors import require
+from simpo_megatron.errors import require, require_positive
+from simpo_megatron.option_field import option
 
 MONITORS = ("loss_spike", "saturated", "length_correlation", "displacement", "repetition")
 """What `stop_on` may name."""
@@ -13,45 +13,52 @@ MONITORS = ("loss_spike", "saturated", "length_correlation", "displacement", "re
 
 @dataclass(frozen=True, kw_only=True)
 class MonitorConfig:
-    """What watches over a run, which has no reference model to hold on to; null switches a monitor off."""
+    """Training monitors; set a threshold to null to disable one."""
 
-    probe_memory: bool = True
-    """Run the largest packs once, without effect, before the first step: memory that does not suffice shows at
-    once or never."""
-
-    monitor_window: int = 32
-    """Log lines that the monitors look back on; they are silent before a quarter of them."""
-
-    max_loss_spike: float | None = 10.0
-    """Warn, with the pairs, of a loss that lies more than this many robust standard deviations (1.4826 times the
-    median distance from the median, but no less than 0.01 nor than a hundredth of the median) above the median of the
-    window."""
-
-    max_saturated: float | None = 0.9
-    """Warn when the share of saturated pairs, whose loss is below 0.01 and has no gradient left, has a median above
-    this in the window."""
-
-    max_length_correlation: float | None = 0.8
-    """Warn when the correlation of rewards with response lengths has a median beyond this, up or down, in the
-    window."""
-
-    max_displacement: float | None = 1.0
-    """Warn when the average log-prob of held-out chosen responses has fallen by more than this many nats per token
-    since step 0."""
-
-    max_repetition: float | None = 0.5
-    """Warn when more than this share of the 4-grams of greedy continuations of held-out prompts is repeated, and more
-    than at step 0."""
-
-    repetition_prompts: int = 0
-    """Held-out prompts to continue greedily at every evaluation; 0 for none. Each token is a forward pass."""
-
-    repetition_tokens: int = 64
-    """Tokens of a continuation, at most."""
-
-    stop_on: tuple[str, ...] = ()
-    """Monitors (loss_spike, saturated, length_correlation, displacement, repetition) that stop the run instead of
-    warning alone, without saving what they found; the last two evaluate before every checkpoint but a signal's."""
+    probe_memory: bool = option(
+        True,
+        "Run the largest packs once before the first step, without effect, so that too little memory shows at once.",
+    )
+    monitor_window: int = option(
+        32, "Log lines that the monitors look back on; they are silent before a quarter of them."
+    )
+    max_loss_spike: float | None = option(
+        10.0,
+        "Warn, with the pairs, of a loss more than this many robust standard deviations above the median "
+        "of the window. One is 1.4826 times the median distance from the median, and at least 0.01 and a "
+        "hundredth of the median.",
+    )
+    max_saturated: float | None = option(
+        0.9,
+        "Warn when the fraction of saturated pairs (loss below 0.01, no gradient left) has a median "
+        "above this in the window.",
+    )
+    max_length_correlation: float | None = option(
+        0.8,
+        "Warn when the correlation of rewards with response lengths has a median above this or below its "
+        "negative in the window.",
+    )
+    max_displacement: float | None = option(
+        1.0,
+        "Warn when the mean log-prob of the chosen validation responses fell by more than this many nats "
+        "per token since step 0.",
+    )
+    max_repetition: float | None = option(
+        0.5,
+        "Warn when more than this fraction of the 4-grams of greedy continuations of validation prompts "
+        "is repeated, and more than at step 0.",
+    )
+    repetition_prompts: int = option(
+        0, "Validation prompts to continue greedily at every evaluation; 0 for none. Each token is a forward pass."
+    )
+    repetition_tokens: int = option(64, "Most tokens of a continuation.")
+    stop_on: tuple[str, ...] = option(
+        (),
+        "Monitors that stop the run instead of warning: loss_spike, saturated, length_correlation, "
+        "displacement, repetition. The step they found is not saved; the last two evaluate before every "
+        "checkpoint but a signal's.",
+        metavar="NAME",
+    )
 
     def __post_init__(self) -> None:
         require_positive(self, "monitor_window", "max_loss_spike", "max_displacement", "repetition_tokens")

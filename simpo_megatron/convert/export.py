@@ -285,7 +285,7 @@ def _raise_together(failure: str | None, staging: Path, groups: ParallelGroups) 
     if failures:
         if groups.tp.rank() == 0 and groups.pp.rank() == 0:
             shutil.rmtree(staging, ignore_errors=True)
-        raise CheckpointError(f"the export failed and left nothing behind: {failures[0]}")
+        raise CheckpointError(f"export: failed, nothing was written: {failures[0]}")
 
 
 def _all_gather_objects(value, group: dist.ProcessGroup) -> list:

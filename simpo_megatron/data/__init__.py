@@ -11,10 +11,12 @@ for microbatches in iterate_steps(dataset, BatchOptions(global_batch_size=8)):
 """
 
 from simpo_megatron.data.batching import (
+    BatchConfig,
     BatchOptions,
     PreferenceBatch,
     check_batches,
     check_budget,
+    check_global_batch_size,
     collate,
     heaviest_step,
     iterate_steps,
@@ -29,6 +31,7 @@ from simpo_megatron.data.sources import parse_named_sources
 from simpo_megatron.data.tokenization import TokenizedPair, load_tokenizer
 
 __all__ = [
+    "BatchConfig",
     "BatchOptions",
     "PairOptions",
     "PreferenceBatch",
@@ -37,6 +40,7 @@ __all__ = [
     "build_preference_dataset",
     "check_batches",
     "check_budget",
+    "check_global_batch_size",
     "check_vocabulary",
     "collate",
     "heaviest_step",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -16,7 +17,7 @@ from simpo_megatron.data import (
     plan_step,
 )
 from simpo_megatron.errors import ConfigError
-from simpo_megatron.megatron_lm.arguments import batch_options, pair_options
+from simpo_megatron.megatron_lm.arguments import batch_options, pair_options, true_vocab_size
 from simpo_megatron.parallel import data_parallel_rank, first_rank_first
 
 
@@ -43,11 +44,10 @@ def train_valid_test_datasets_provider(
 
     args = get_args()
     if not args.simpo_data:
-        raise ConfigError("--simpo-data: none given, expected preference files")
+        raise ConfigError("--simpo-data: found none, expected preference files")
     if bool(args.simpo_valid_data) != bool(args.eval_iters):
         raise ConfigError(
-            f"--eval-iters: found {args.eval_iters}, expected steps of held-out pairs with --simpo-valid-data and 0 "
-            "without"
+            f"--eval-iters: found {args.eval_iters}, expected validation steps with --simpo-valid-data and 0 without"
         )
     options = batch_options(args)
 
@@ -70,7 +70,7 @@ def train_valid_test_datasets_provider(
 train_valid_test_datasets_provider.is_distributed = True
 
 
-def _dataset(files: list[str], args) -> PreferenceDataset:
+def _dataset(files: list[str], args: Namespace) -> PreferenceDataset:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(args.tokenizer_model, trust_remote_code=False)
@@ -78,7 +78,7 @@ def _dataset(files: list[str], args) -> PreferenceDataset:
     dataset = first_rank_first(
         lambda is_first: build_preference_dataset(files, tokenizer, pairs, args.simpo_data_cache, build=is_first)
     )
-    check_vocabulary(dataset, args.padded_vocab_size)
+    check_vocabulary(dataset, true_vocab_size(args))
     return dataset
 
 

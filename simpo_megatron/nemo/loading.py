@@ -12,10 +12,10 @@ from simpo_megatron.config import Config
 from simpo_megatron.config.reading import config_of
 from simpo_megatron.errors import ConfigError
 from simpo_megatron.nemo.bridge import BRIDGE
+from simpo_megatron.nemo.keys import place_of, read_flat
 from simpo_megatron.nemo.nemo1 import NEMO_1
 from simpo_megatron.nemo.nemo2 import NEMO_2
 from simpo_megatron.nemo.nemo_rl import NEMO_RL
-from simpo_megatron.nemo.keys import place_of, read_flat
 from simpo_megatron.nemo.rules import Dialect, TranslationReport, apply
 
 if TYPE_CHECKING:

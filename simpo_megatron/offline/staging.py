@@ -52,7 +52,9 @@ def _lock(held: int, staging: Path, out_folder: Path) -> None:
     except OSError:
         still_there = False
     if not still_there:
-        raise CheckpointError(f"{out_folder}: another process is writing it; wait for it or name another folder")
+        raise CheckpointError(
+            f"{out_folder}: found another process writing it, expected none; wait for it or name another folder"
+        )
 
 
 def _empty(folder: Path) -> None:

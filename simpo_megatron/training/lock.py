@@ -27,14 +27,16 @@ def lock(save: Path) -> IO[str]:
         # A lock of the process, not of the open file: a process that it forked and that outlives it does not keep it.
         file = (save / _LOCK_FILE).open("a+", encoding="utf-8")
     except OSError as error:
-        raise CheckpointError(f"save: {save} cannot be written ({error.strerror}); name a folder of yours") from None
+        raise CheckpointError(
+            f"save: found {save}, expected a folder that can be written ({error.strerror}); name another"
+        ) from None
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         other = holder(file) or "unknown"
         file.close()
         raise CheckpointError(
-            f"save: {save} is in use by another run ({other}); wait for it or choose another folder"
+            f"save: found {save} in use by another run ({other}), expected a free folder; wait for it or choose another"
         ) from None
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}, {uuid.uuid4().hex}")
@@ -62,13 +64,14 @@ def check_same_folder(save: Path, expected_holder: str) -> None:
         found = ""
     if found != expected_holder:
         raise CheckpointError(
-            f"save: {save} on {socket.gethostname()} is not the folder that the first rank sees; name one that all "
-            "machines share"
+            f"save: found another {save} on {socket.gethostname()} than on rank 0, expected one folder; name one that "
+            "all machines share"
         )
     try:
         # Nameless: a rank that is killed here leaves nothing.
         tempfile.TemporaryFile(dir=save).close()
     except OSError as error:
         raise CheckpointError(
-            f"save: {save} cannot be written by {socket.gethostname()} ({error.strerror}), although the first rank can"
+            f"save: found {save}, expected a folder that {socket.gethostname()} can write ({error.strerror}), as rank 0 "
+            "can"
         ) from None

@@ -138,8 +138,8 @@ def _describe_files(job: Job) -> list[str]:
         if job.plan.sources.valid and (dataset.report.dropped or dataset.lost.any()):
             lines += summary(dataset, f"held out {name}".strip() + " ")
         if leaked := num_leaked(job.train_data, dataset):
-            pairs = f"{len(dataset):,} pairs held out {name}".strip()
-            lines.append(f"WARNING   {leaked:,} of {pairs} have a prompt that is trained on")
+            pairs = " ".join(f"{len(dataset):,} validation pairs {name}".split())
+            lines.append(f"WARNING   leakage: {leaked:,} of {pairs} share a prompt with the training set")
     return lines
 
 

@@ -80,7 +80,7 @@ class Monitors:
         remembered = start.monitors
         if self.evaluate_before_saving and not job.valid_data:
             raise ConfigError(
-                f"stop_on: found {' '.join(self._settings.stop_on)}, but there are no held-out pairs; add --valid-data "
+                f"stop_on: found {' '.join(self._settings.stop_on)}, expected validation pairs; add --valid-data "
                 "or --valid-fraction"
             )
         self._lines = {

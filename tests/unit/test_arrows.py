@@ -12,12 +12,13 @@ PACKAGE = Path(__file__).parents[2] / "simpo_megatron"
 # What each room may import of the package, itself apart.
 MAY_IMPORT = {
     "errors": set(),
+    "option_field": set(),
     "faults": {"errors"},
-    "loss": {"errors"},
-    "data": {"errors"},
+    "loss": {"errors", "option_field"},
+    "data": {"errors", "option_field"},
     "parallel": {"errors"},
     "demo": {"errors", "data"},
-    "config": {"errors", "loss", "data", "parallel"},
+    "config": {"errors", "option_field", "loss", "data", "parallel"},
     "mcore": {"errors", "faults", "loss", "data", "parallel", "config"},
     "convert": {"errors", "parallel", "config", "mcore"},
     "nemo": {"errors", "data", "config"},

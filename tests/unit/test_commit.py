@@ -290,7 +290,7 @@ def test_a_machine_that_sees_another_folder_is_refused(tmp_path):
     nonce = lock.holder(held)
     (tmp_path / "other").mkdir()
     for name in ("other", "absent"):
-        with pytest.raises(CheckpointError, match="not the folder that the first rank sees"):
+        with pytest.raises(CheckpointError, match="found another .* than on rank 0, expected one folder"):
             lock.check_same_folder(tmp_path / name, nonce)
     lock.check_same_folder(tmp_path / "run", nonce)
     assert [entry.name for entry in (tmp_path / "run").iterdir()] == [".lock"]
@@ -304,13 +304,13 @@ def test_a_machine_that_can_read_the_folder_alone_is_refused(tmp_path, monkeypat
         raise OSError(errno.EROFS, "Read-only file system", str(dir))
 
     monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
-    with pytest.raises(CheckpointError, match="cannot be written by .*Read-only file system"):
+    with pytest.raises(CheckpointError, match="expected a folder that .* can write .*Read-only file system"):
         lock.check_same_folder(tmp_path / "run", nonce)
 
 
 def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(CheckpointError, match="cannot be written"):
+    with pytest.raises(CheckpointError, match="expected a folder that can be written"):
         lock.lock(tmp_path / "file")
 
 

@@ -19,8 +19,8 @@ from simpo_megatron.config.lora_section import LORA_TARGETS
 from simpo_megatron.errors import ConfigError
 from simpo_megatron.nemo import load_nemo_config
 from simpo_megatron.nemo.bridge import BRIDGE
-from simpo_megatron.nemo.loading import DIALECTS
 from simpo_megatron.nemo.keys import read_flat
+from simpo_megatron.nemo.loading import DIALECTS
 from simpo_megatron.nemo.rules import Only, Translated
 
 CONFIGS = Path(__file__).parent / "nemo_configs"

@@ -171,7 +171,7 @@ def test_log_probs_of_both_sides_are_printed_and_judged(models, tmp_path, capsys
 def test_two_writers_of_one_output_do_not_meet(tmp_path):
     with new_folder(tmp_path / "out") as staging:
         (staging / "file").write_text("first")
-        with pytest.raises(CheckpointError, match="another process is writing it"), new_folder(tmp_path / "out"):
+        with pytest.raises(CheckpointError, match="found another process writing it"), new_folder(tmp_path / "out"):
             pass
         assert (staging / "file").exists()
     assert (tmp_path / "out" / "file").read_text() == "first"
