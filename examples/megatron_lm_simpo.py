@@ -20,7 +20,7 @@ A script of your own needs no more than the hooks:
 
 import sys
 
-from simpo_megatron.errors import SimPOError, printed
+from simpo_megatron.errors import SimPOError, report_error
 from simpo_megatron.megatron_lm import pretrain
 
 # Checkpoints are written by processes that import this file again: only the real start may train.
@@ -28,4 +28,4 @@ if __name__ == "__main__":
     try:
         pretrain()
     except SimPOError as error:
-        sys.exit(printed(error))
+        sys.exit(report_error(error))

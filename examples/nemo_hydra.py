@@ -13,7 +13,7 @@ from lightning.pytorch import Trainer
 from nemo.core.config import hydra_runner
 from nemo.utils.exp_manager import exp_manager
 
-from simpo_megatron.errors import SimPOError, printed
+from simpo_megatron.errors import SimPOError, report_error
 from simpo_megatron.nemo import load_nemo_config
 from simpo_megatron.training.loop import train
 
@@ -47,7 +47,7 @@ def main(cfg):
             print(*report.lines(), sep="\n", flush=True)
         train(config, [ExperimentLoggers(trainer)])
     except SimPOError as error:
-        sys.exit(printed(error))
+        sys.exit(report_error(error))
 
 
 # Processes that tokenise are spawned and import this file again: only the real start may train.

@@ -1,6 +1,7 @@
 """The exceptions a user may see: what was wrong, where, what was found, what was expected, what to do.
 
-And the one way in which commands print them, and two phrases that many of their messages are made of.
+Every message is one line, `KEY: found X, expected Y; what to do`. This module also has the one printer of the line
+that a process ends with.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ class SimPOError(Exception):
     """Base of every error that is the user's to fix; its `exit_code` is the exit code of the process."""
 
     exit_code = 1
+    kind = "ERROR"
+    """First word of the line that reports it."""
 
 
 class ConfigError(SimPOError):
@@ -45,14 +48,15 @@ class ParallelError(SimPOError):
     exit_code = 6
 
 
-class PeerError(ParallelError):
-    """This rank stopped because of another one, and what there is to say was said."""
+class PeerFailedError(ParallelError):
+    """Another rank failed; it already reported the error."""
 
 
 class StoppedByMonitor(SimPOError):
     """A monitor that `stop_on` names found what it watches for; what it found was not saved."""
 
     exit_code = 7
+    kind = "STOPPED"
 
 
 class StoppedBySignal(SimPOError):
@@ -62,18 +66,39 @@ class StoppedBySignal(SimPOError):
     """
 
     exit_code = 75
+    kind = "STOPPED"
 
 
-def printed(error: SimPOError) -> int:
-    """Prints the line that every command ends with when it fails; returns the exit code."""
-    print(f"ERROR simpo_megatron: {error}", file=sys.stderr)
-    return error.exit_code
+def status_line(kind: str, text: object, rank: int | None = None) -> str:
+    """Returns `KIND simpo_megatron rank N: text`; without `rank`, `KIND simpo_megatron: text`."""
+    return f"{kind} simpo_megatron{'' if rank is None else f' rank {rank}'}: {text}"
+
+
+def report_error(error: BaseException, *, rank: int | None = None, kind: str | None = None) -> int:
+    """Prints the line that a process ends with to stderr; returns its exit code.
+
+    Args:
+        rank: this rank in a run of many; None in a command of one process.
+        kind: first word of the line; the error's own when None.
+    """
+    is_ours = isinstance(error, SimPOError)
+    text = str(error) if is_ours else f"unexpected {type(error).__name__}: {error}"
+    kind = kind or (error.kind if is_ours else SimPOError.kind)
+    print(status_line(kind, text, rank), file=sys.stderr, flush=True)
+    return error.exit_code if is_ours else SimPOError.exit_code
 
 
 def require(holds: bool, key: str, found: object, expected: str) -> None:
-    """Raises: ConfigError, the one line a user reads, unless `holds`."""
+    """Raises ConfigError `key: found X, expected Y` unless `holds`; `expected` may end with `; what to do`."""
     if not holds:
         raise ConfigError(f"{key}: found {found!r}, expected {expected}")
+
+
+def require_positive(section: object, *keys: str) -> None:
+    """Raises ConfigError for the first attribute of `section` among `keys` that is neither None nor above 0."""
+    for key in keys:
+        found = getattr(section, key)
+        require(found is None or found > 0, key, found, "a number above 0")
 
 
 def listed(things: Iterable[object], most: int, separator: str = ", ") -> str:

@@ -90,9 +90,9 @@ def join(backend: str, timeout_minutes: float) -> None:
     except dist.DistNetworkError as error:
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise ConfigError(
-            f"MASTER_ADDR, MASTER_PORT: rank {os.environ['RANK']} found no way to meet the others at {where}: "
-            f"{str(error).splitlines()[0]}; choose a free port of the first rank's machine, or let torchrun do it "
-            "with --standalone"
+            f"MASTER_ADDR:MASTER_PORT: rank {os.environ['RANK']} could not connect to {where}: "
+            f"{str(error).splitlines()[0]}; choose a free port of rank 0's machine, or let torchrun do it with "
+            "--standalone"
         ) from error
 
 

@@ -40,5 +40,5 @@ def _nemo_run() -> ModuleType:
         return importlib.import_module("nemo_run")
     except ImportError as error:
         raise ConfigError(
-            f"a recipe needs nemo-run, which cannot be imported ({error}); pip install 'simpo-megatron[nemo-run]'"
+            f"nemo_run: found {error}, expected nemo-run for a recipe; pip install 'simpo-megatron[nemo-run]'"
         ) from None

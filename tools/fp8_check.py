@@ -26,7 +26,7 @@ from torch import Tensor
 
 from simpo_megatron import parallel
 from simpo_megatron.config import Config, PrecisionConfig, load_config
-from simpo_megatron.errors import ConfigError, SimPOError, printed
+from simpo_megatron.errors import ConfigError, SimPOError, report_error
 from simpo_megatron.loss import SimPOObjective
 from simpo_megatron.mcore import cpu_patches, device
 
@@ -197,7 +197,7 @@ def main(argv: Sequence[str]) -> int:
     try:
         check(load_config(of_the_trainer), own.recipe, own.pairs)
     except SimPOError as error:
-        return printed(error)
+        return report_error(error)
     return 0
 
 

@@ -17,7 +17,7 @@ from rich.console import Console
 from simpo_megatron.config import Config, load_config
 from simpo_megatron.data import PreferenceDataset, build_preference_dataset, load_tokenizer, parse_named_sources
 from simpo_megatron.data.inspect import InspectedRow, inspect_dataset, print_inspection, show_pairs
-from simpo_megatron.errors import SimPOError, printed
+from simpo_megatron.errors import SimPOError, report_error
 from simpo_megatron.reporting.data_page import write_data_page
 
 
@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
             inspection = replace(inspection, sections={"Read": _reading(config)} | inspection.sections)
             shown = show_pairs(dataset, tokenizer, arguments.show) if arguments.show else []
     except SimPOError as error:
-        return printed(error)
+        return report_error(error)
     print_inspection(inspection, shown, console)
     if arguments.html:
         write_data_page(inspection, shown, arguments.html)

@@ -15,7 +15,7 @@ from pathlib import Path
 from rich.console import Console
 
 from simpo_megatron.config import load_config
-from simpo_megatron.errors import ConfigError, SimPOError, printed
+from simpo_megatron.errors import ConfigError, SimPOError, report_error
 from simpo_megatron.planning.gpus import GPUS
 from simpo_megatron.planning.layouts import Candidate, PlanRequest, Survey, plan_one, survey
 from simpo_megatron.planning.models import find_model
@@ -73,7 +73,7 @@ def main(argv: list[str] | None = None) -> int:
             best = _show(found, arguments, console)
         _explain(best, arguments, _whole_config(arguments, of_the_trainer), console)
     except SimPOError as error:
-        return printed(error)
+        return report_error(error)
     return 0
 
 

@@ -105,7 +105,7 @@ def commit_draft(draft: Path, iteration: int, files: Mapping[str, Digest], facts
     """
     folder = draft.parent / _name(iteration)
     if folder.exists():
-        raise CheckpointError(f"{folder}: exists already, and a checkpoint is never overwritten")
+        raise CheckpointError(f"{folder}: already exists, and a checkpoint is never overwritten")
     checkpoint = Checkpoint(folder, iteration, facts, files)
     _seal(draft, checkpoint)
     rename(draft, folder)
@@ -210,12 +210,14 @@ def list_resumable(save: Path, resume: str) -> list[Path]:
     folders = committed(save)
     if resume in ("latest", "required"):
         if resume == "required" and not folders:
-            raise CheckpointError(f"resume: required, but {save} holds no complete checkpoint")
+            raise CheckpointError(f"resume: found no complete checkpoint in {save}, expected one with resume required")
         return folders[::-1]
     found = [folder for folder in folders if iteration_of(folder) == int(resume)]
     if not found:
         steps = ", ".join(str(iteration_of(folder)) for folder in folders) or "none"
-        raise CheckpointError(f"resume: {save} has no complete checkpoint of step {int(resume)}; it has: {steps}")
+        raise CheckpointError(
+            f"resume: found no complete checkpoint of step {int(resume)} in {save}, expected one of: {steps}"
+        )
     return found
 
 

@@ -1,4 +1,4 @@
-"""What a run is told: read from presets, YAML and the command line, checked, printed and saved."""
+"""Options of a run: read from presets, YAML and the command line, checked, printed and saved."""
 
 from simpo_megatron.config.lint import lint
 from simpo_megatron.config.presets import PRESETS

@@ -1,4 +1,4 @@
-"""What the sections check their fields with."""
+"""A check that several sections share."""
 
 from __future__ import annotations
 
@@ -9,15 +9,8 @@ from simpo_megatron.errors import require
 _MAX_PATH_LENGTH = 1000
 
 
-def require_positive(section: object, *keys: str) -> None:
-    """Raises: ConfigError for the first of the section's `keys` that is given and not above 0."""
-    for key in keys:
-        found = getattr(section, key)
-        require(found is None or found > 0, key, found, "a number above 0")
-
-
 def require_writable_name(section: object, *keys: str) -> None:
-    """Raises: ConfigError for the first folder or name that a log line, a URL and a shell command cannot carry."""
+    """Raises ConfigError for the first folder or name that a log line, a URL or a shell command cannot carry."""
     for key in keys:
         found = getattr(section, key)
         if found is None:

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import ast
 import difflib
-import inspect
 import itertools
 import math
 import re
-import textwrap
 import types
 import typing
 from collections.abc import Iterable
@@ -73,6 +70,9 @@ class Option:
     is_list: bool = False
     is_optional: bool = False
     note: str = ""
+    everyday: bool = False
+    """Whether `--help` shows it, and not only `--help-all`."""
+    metavar: str = ""
 
     @property
     def expected(self) -> str:
@@ -109,6 +109,14 @@ class Option:
         raise ConfigError(f"{where}: {self.name}: found {shown}, expected {self.expected}")
 
 
+_GAMMA_HELP = "Target margin itself, instead of gamma_beta_ratio. gamma is beta * gamma_beta_ratio."
+_SECOND_NAMES = {
+    "gamma_beta_ratio": Option(name="gamma", section="objective", kind=float, help=_GAMMA_HELP, everyday=True),
+    "bf16": Option(name="fp32", section="precision", kind=bool, help="Train in fp32 instead of bf16.", everyday=True),
+}
+"""Options that set the field of another one in other words, by that field."""
+
+
 def cut(text: str) -> str:
     """`text` short enough to quote in a one-line message."""
     return text if len(text) <= 60 else text[:60] + "..."
@@ -125,26 +133,22 @@ def option_table() -> dict[str, Option]:
             if option.name in table:
                 raise AssertionError(f"{option.name} stands in two sections")
             table[option.name] = option
-    table["gamma"] = Option(
-        name="gamma",
-        section="objective",
-        kind=float,
-        help="The margin itself; gamma_beta_ratio is then gamma / beta.",
-    )
-    table["fp32"] = Option(name="fp32", section="precision", kind=bool, help="Everything in fp32: bf16 false.")
+            if option.name in _SECOND_NAMES:
+                second = _SECOND_NAMES[option.name]
+                table[second.name] = second
     return table
 
 
 def _options(section: str, section_type: type) -> list[Option]:
     """An option for each field of a section that may be set."""
-    prose, annotations = field_prose(section_type), typing.get_type_hints(section_type)
+    annotations = typing.get_type_hints(section_type)
     return [
         Option(
             name=entry.name,
             section=section,
-            help=prose.get(entry.name, ""),
             default=entry.default,
             **_describe_type(annotations[entry.name]),
+            **entry.metadata,
         )
         for entry in fields(section_type)
         if entry.init
@@ -159,8 +163,10 @@ def _objective_options() -> list[Option]:
         section="objective",
         kind=str,
         choices=tuple(OBJECTIVES),
+        metavar="NAME",
         default=first,
-        help="What is optimised: SimPO, or a baseline to compare it with; options of another one are refused.",
+        help=f"Loss to train with: {', '.join(OBJECTIVES)}. Options that only another objective has are refused.",
+        everyday=True,
         note=" (kto is not among them: it learns from single responses labelled good or bad, and these are pairs)",
     )
     merged = {option.name: option for option in _options("objective", OBJECTIVES[first])}
@@ -187,18 +193,6 @@ def _describe_type(annotation: typing.Any) -> dict[str, typing.Any]:
     if typing.get_origin(annotation) is typing.Literal:
         return {"kind": str, "choices": typing.get_args(annotation), "is_optional": is_optional}
     return {"kind": annotation, "is_optional": is_optional}
-
-
-def field_prose(section_type: type) -> dict[str, str]:
-    """The sentence under each field of a dataclass, on one line, by the field's name."""
-    body = ast.parse(textwrap.dedent(inspect.getsource(section_type))).body[0].body
-    prose = {}
-    for entry, below in itertools.pairwise(body):
-        if not (isinstance(entry, ast.AnnAssign) and isinstance(entry.target, ast.Name)):
-            continue
-        if isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant):
-            prose[entry.target.id] = " ".join(str(below.value.value).split())
-    return prose
 
 
 def find_option(name: str, where: str) -> Option:
@@ -235,5 +229,5 @@ def refuse_both(names: dict[str, str]) -> None:
     for group in EXCLUSIVE:
         given = [name for name in group if name in names]
         if len(given) > 1:
-            why = _WHY_NOT_GAMMA_TWICE if "gamma" in given else "they are two ways to say one thing"
+            why = _WHY_NOT_GAMMA_TWICE if "gamma" in given else "they set the same option; pass only one"
             raise ConfigError(f"{names[given[1]]}: found both {given[0]} and {given[1]}, expected one of them: {why}")

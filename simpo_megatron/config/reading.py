@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import argparse
-import inspect
 import re
 import sys
-import textwrap
 import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -14,8 +11,8 @@ from pathlib import Path
 
 import yaml
 
+from simpo_megatron.config.flags import flag_names, flag_of, make_parser, short_help
 from simpo_megatron.config.options import (
-    ALIASES,
     EXCLUSIVE,
     Option,
     cut,
@@ -32,7 +29,6 @@ _MAX_YAML_BYTES = 1 << 20
 _PLAIN_TAG = "tag:yaml.org,2002:"
 _COMMAND_LINE = "command line"
 _DEFAULT_OBJECTIVE = next(iter(OBJECTIVES))
-_SHOWN_OF_A_PRESET = ("lr", "beta", "gamma_beta_ratio", "global_batch_size", "max_length")
 
 
 @dataclass(frozen=True)
@@ -49,7 +45,7 @@ Layer = dict[str, Setting]
 def load_config(argv: Sequence[str] | None = None) -> Config:
     """The configuration asked for by `argv` (sys.argv without the program when None), its own checks passed.
 
-    Without a model, a preset or a file it is the preset `demo`. `--help` prints the options and exits with 0.
+    Without a model, a preset or a file it is the preset `demo`. `--help` and `--help-all` print and exit with 0.
 
     Raises: ConfigError naming the file and line, or the flag.
     """
@@ -113,7 +109,8 @@ def _yaml_items(path: Path) -> list[tuple[yaml.Node, yaml.Node]]:
     if root is None:
         raise ConfigError(f"{path}: found an empty file, expected lines such as 'lr: 5e-7'")
     if not isinstance(root, yaml.MappingNode) or root.tag != _PLAIN_TAG + "map":
-        raise ConfigError(f"{path}:{root.start_mark.line + 1}: found a {root.id}, expected lines such as 'lr: 5e-7'")
+        kind = getattr(root, "id", "document")
+        raise ConfigError(f"{path}:{root.start_mark.line + 1}: found a {kind}, expected lines such as 'lr: 5e-7'")
     return root.value
 
 
@@ -133,17 +130,20 @@ def _yaml_scalar(node: yaml.Node, option: Option, where: str) -> typing.Any:
 
 
 def _read_command_line(argv: list[str]) -> tuple[Layer, str | None]:
-    given, unknown = _parser().parse_known_args(argv)
+    parser = make_parser()
+    given, unknown = parser.parse_known_args(argv)
+    if hasattr(given, "help") or hasattr(given, "help_all"):
+        print(parser.format_help() if hasattr(given, "help_all") else short_help())
+        sys.exit(0)
     if unknown:
         flag = unknown[0].split("=")[0]
-        flags = ["--" + name.replace("_", "-") for name in (*option_table(), *ALIASES, "config")]
-        raise ConfigError(f"{_COMMAND_LINE}: unknown argument {flag[:60]!r}{nearest(flag, flags)}")
+        raise ConfigError(f"{_COMMAND_LINE}: unknown argument {flag[:60]!r}{nearest(flag, flag_names())}")
     layer: Layer = {}
     for name, value in vars(given).items():
         option = option_table().get(name)
         if option is None:  # --config itself
             continue
-        where = f"{_COMMAND_LINE}: --{name.replace('_', '-')}"
+        where = f"{_COMMAND_LINE}: {flag_of(name)}"
         if option.is_list:
             value = tuple(option.parse(text, where) for text in value)
         elif option.kind is not bool:
@@ -151,69 +151,6 @@ def _read_command_line(argv: list[str]) -> tuple[Layer, str | None]:
         layer[name] = Setting(value, where)
     refuse_both({name: setting.where for name, setting in layer.items()})
     return layer, getattr(given, "config", None)
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> typing.NoReturn:
-        raise ConfigError(f"{_COMMAND_LINE}: {message}")
-
-
-def _parser() -> _Parser:
-    """One flag per option, grouped by section; a flag nobody gave leaves no trace in the parsed namespace."""
-    parser = _Parser(
-        usage="torchrun --nproc-per-node N examples/pretrain_simpo.py [--config FILE] [--KEY VALUE]\n"
-        "       torchrun --nproc-per-node N examples/pretrain_simpo.py --nemo-config FILE [key=value ...]",
-        description="SimPO on Megatron-Core. Each flag is also a key of the YAML file given with --config.\n"
-        "The command line wins over the file, the file over the preset.",
-        epilog=_preset_help(),
-        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=34, width=110),
-        argument_default=argparse.SUPPRESS,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--config", metavar="FILE", help="YAML file of options.")
-    groups: dict[str, typing.Any] = {}
-    section_types = typing.get_type_hints(Config)
-    for option in option_table().values():
-        if option.section not in groups:
-            section_type = section_types[option.section]
-            documented = next(iter(typing.get_args(section_type)), section_type)
-            summary = " ".join(inspect.getdoc(documented).split("\n\n")[0].split())
-            groups[option.section] = parser.add_argument_group(option.section, textwrap.fill(summary, 105))
-        groups[option.section].add_argument(*_flags(option), dest=option.name, **_argument(option))
-    return parser
-
-
-def _flags(option: Option) -> list[str]:
-    short = [f"--{alias}" for alias, name in ALIASES.items() if name == option.name]
-    return [*short, "--" + option.name.replace("_", "-")]
-
-
-def _argument(option: Option) -> dict[str, typing.Any]:
-    """What argparse needs to know; values stay text, because they are parsed as those of YAML are."""
-    argument: dict[str, typing.Any] = {"help": (option.help + _default_help(option)).replace("%", "%%")}
-    if option.name == "fp32":
-        return argument | {"action": "store_true"}
-    if option.kind is bool:
-        return argument | {"action": argparse.BooleanOptionalAction}
-    metavar = {int: "N", float: "X", str: "TEXT"}[option.kind]
-    argument["metavar"] = "|".join(option.choices) if option.choices else metavar
-    return argument | {"nargs": "+"} if option.is_list else argument
-
-
-def _default_help(option: Option) -> str:
-    if option.default in (None, (), ""):
-        return ""
-    shown = " ".join(option.default) if option.is_list else str(option.default)
-    return f" (default: {shown.lower() if option.kind is bool else shown})"
-
-
-def _preset_help() -> str:
-    lines = ["presets:"]
-    for name, preset in PRESETS.items():
-        lines.append(f"  {name:22} {preset.summary}")
-        constants = [f"{key} {preset.options[key]:g}" for key in _SHOWN_OF_A_PRESET if key in preset.options]
-        lines.append(f"  {'':22} {', '.join(constants)}")
-    return "\n".join(lines)
 
 
 def _preset_layer(asked: Layer) -> Layer:

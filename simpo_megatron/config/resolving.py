@@ -1,18 +1,19 @@
-"""What is known before any process group exists: does the layout fit the ranks, the model and the machine?"""
+"""Checks before any process group exists: that the layout fits the ranks, the model and the machine."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from simpo_megatron.config.presets import PRESETS
 from simpo_megatron.config.sections import Config
+from simpo_megatron.data import BatchOptions, check_global_batch_size
 from simpo_megatron.errors import ConfigError, require
 
 # Rows and columns of Transformer Engine's matrix products come in multiples of this.
-_FP8_MULTIPLE = {"delayed": 16, "tensorwise": 16, "mxfp8": 32, "blockwise": 128}
+FP8_MULTIPLE = {"delayed": 16, "tensorwise": 16, "mxfp8": 32, "blockwise": 128}
 _FP8_COMPUTE_CAPABILITY = {"delayed": (8, 9), "tensorwise": (8, 9), "blockwise": (9, 0), "mxfp8": (10, 0)}
 
 
@@ -41,7 +42,7 @@ def resolve(config: Config, *, world_size: int, model: Mapping[str, Any], machin
     """The layout of `config` on `world_size` ranks.
 
     `model` holds the shape under megatron's names: num_layers, num_attention_heads, num_query_groups (None:
-    as many as heads), hidden_size, ffn_hidden_size and, for a mixture, num_moe_experts and
+    as many as heads), hidden_size, ffn_hidden_size and, for an MoE, num_moe_experts and
     moe_ffn_hidden_size.
 
     Raises: ConfigError naming the option, when ranks, model or machine cannot serve it.
@@ -52,10 +53,15 @@ def resolve(config: Config, *, world_size: int, model: Mapping[str, Any], machin
     _check_lora(config, model)
     _check_fp8_weights(config, model)
     _check_fp8(config, model, machine)
+    sizes = config.parallel.sizes
     layout = Layout(
         data_parallel_size=data_parallel_size,
         microbatch_multiple=_microbatch_multiple(config),
-        sequence_multiple=_sequence_multiple(config),
+        sequence_multiple=sequence_multiple(
+            fp8_recipe=config.precision.fp8_recipe,
+            tensor_shards=sizes.tensor if config.parallel.sequence_parallel else 1,
+            context_parallel_size=sizes.context,
+        ),
     )
     _check_batches(config, layout)
     return layout
@@ -65,20 +71,20 @@ def _check_inputs_are_named(config: Config) -> None:
     if config.model.model is None:
         preset = config.run.preset
         published = f" (the preset's runs: {PRESETS[preset].summary})" if preset else ""
-        raise ConfigError(f"model: not given, expected a Hugging Face folder{published}; add --model DIR")
+        raise ConfigError(f"model: found none, expected a Hugging Face folder{published}; add --model DIR")
     if not config.data.data:
-        raise ConfigError("data: not given, expected preference files; add --data FILE")
+        raise ConfigError("data: found none, expected preference files; add --data FILE")
 
 
 def _data_parallel_size(config: Config, world_size: int) -> int:
     sizes = config.parallel.sizes
     if world_size % sizes.model:
         raise ConfigError(
-            f"tensor_model_parallel_size: {world_size} ranks cannot be divided by tp {sizes.tensor} x "
-            f"pp {sizes.pipeline} x cp {sizes.context} = {sizes.model}; start a multiple of that, as with "
+            f"tensor_model_parallel_size: found {world_size} ranks, expected a multiple of tp {sizes.tensor} x "
+            f"pp {sizes.pipeline} x cp {sizes.context} = {sizes.model}; start as many, as with "
             f"torchrun --nproc-per-node {sizes.model}"
         )
-    # Experts are never cut: all ranks of a stage share them, tensor-parallel ones like the others.
+    # Experts are never sharded: all ranks of a stage share them, tensor-parallel ones like the others.
     of_stage = world_size // sizes.pipeline
     require(
         of_stage % sizes.expert == 0,
@@ -118,20 +124,20 @@ def _check_model(config: Config, model: Mapping[str, Any]) -> None:
         f"a divisor of the model's experts, of which it has {experts}",
     )
     if experts > 0:
-        _check_mixture(config)
+        _check_moe(config)
     else:
         _check_dense(config)
 
 
 def _check_dense(config: Config) -> None:
     coefficient, recompute = config.model.moe_aux_loss_coeff, config.recompute
-    require(not coefficient, "moe_aux_loss_coeff", coefficient, "none: the model has no experts to balance")
+    require(not coefficient, "moe_aux_loss_coeff", coefficient, "none; the model has no experts to balance")
     of_experts = [module for module in recompute.recompute_modules if module.startswith("moe")]
     require(
         recompute.recompute_granularity != "selective" or not of_experts,
         "recompute_modules",
         " ".join(of_experts),
-        "mlp in its place: the model has no experts, so nothing would be recomputed",
+        "mlp in its place; the model has no experts, so nothing would be recomputed",
     )
 
 
@@ -140,49 +146,41 @@ def _check_lora(config: Config, model: Mapping[str, Any]) -> None:
     require((rank or 1) <= side, "lora_rank", rank, f"at most {side}, the shorter side of the model's layers")
     folder = config.lora.export_adapter
     is_apart = folder is None or folder != config.model.export_hf
-    require(is_apart, "export_adapter", folder, "another folder than export_hf's, which it would replace")
+    require(is_apart, "export_adapter", folder, "another folder than export_hf; one would replace the other")
 
 
-def _check_mixture(config: Config) -> None:
+def _check_moe(config: Config) -> None:
     parallel, lora = config.parallel, config.lora
     require(
         parallel.sequence_parallel or parallel.tensor_model_parallel_size == 1,
         "sequence_parallel",
         False,
-        "--sequence-parallel with tensor parallelism: each rank routes its own tokens of a mixture of experts",
+        "true with tensor parallelism, as each rank of an MoE routes its own tokens; add --sequence-parallel",
     )
     recomputed = config.recompute.recompute_modules
     require(
         "mlp" not in recomputed,
         "recompute_modules",
         " ".join(recomputed),
-        "moe in the place of mlp: experts are recomputed with their router",
+        "moe in the place of mlp; experts are recomputed with their router",
     )
     in_experts = [target for target in lora.lora_targets if target.startswith("linear_fc")]
     require(
         lora.lora_rank is None or not in_experts,
         "lora_targets",
         ", ".join(in_experts),
-        "linear_qkv and linear_proj only: experts get no adapters yet",
+        "linear_qkv and linear_proj only; experts get no adapters yet",
     )
 
 
 def _check_batches(config: Config, layout: Layout) -> None:
-    pairs, tokens = config.batch.global_batch_size, config.batch.tokens_per_microbatch
-    fewest = layout.data_parallel_size * layout.microbatch_multiple
-    require(
-        pairs >= fewest,
-        "global_batch_size",
-        pairs,
-        f"at least {fewest}: one pair for each of {layout.data_parallel_size} data-parallel ranks x "
-        f"{layout.microbatch_multiple} microbatches",
+    check_global_batch_size(
+        config.batch.global_batch_size,
+        dp_size=layout.data_parallel_size,
+        microbatch_multiple=layout.microbatch_multiple,
     )
-    require(
-        not config.batch.packing or tokens % layout.sequence_multiple == 0,
-        "tokens_per_microbatch",
-        tokens,
-        f"a multiple of {layout.sequence_multiple}, as sequence and context parallelism and FP8 need it",
-    )
+    # Checks that a full pack keeps to the multiple.
+    BatchOptions(**asdict(config.batch), sequence_multiple=layout.sequence_multiple)
 
 
 def _check_fp8(config: Config, model: Mapping[str, Any], machine: Machine) -> None:
@@ -190,15 +188,15 @@ def _check_fp8(config: Config, model: Mapping[str, Any], machine: Machine) -> No
     if recipe is None:
         return
     key = "fp8_recipe"
-    require(machine.has_cuda, key, recipe, "a CUDA device, and none is there; without --fp8 it trains in bf16")
+    require(machine.has_cuda, key, recipe, "a CUDA device, and none is there; leave --fp8 out to train in bf16")
     # Without Transformer Engine megatron-core accepts the recipe and computes in full precision, silently.
-    engine = "Transformer Engine, which cannot be imported here: pip install 'simpo-megatron[te]'"
+    engine = "Transformer Engine, which cannot be imported; pip install 'simpo-megatron[te]'"
     require(machine.has_transformer_engine, key, recipe, engine)
     needed, found = _FP8_COMPUTE_CAPABILITY[recipe], machine.compute_capability
     if found is not None:
         require(found >= needed, key, recipe, "compute capability {}.{}, found {}.{}".format(*needed, *found))
-    multiple = _FP8_MULTIPLE[recipe]
-    # Experts are whole on a rank.
+    multiple = FP8_MULTIPLE[recipe]
+    # Experts are not sharded.
     width = model.get("moe_ffn_hidden_size") or model["ffn_hidden_size"] // config.parallel.tensor_model_parallel_size
     for name, size in (("hidden size", model["hidden_size"]), ("MLP width per rank", width)):
         require(size % multiple == 0, key, recipe, f"the model's {name}, {size}, to be a multiple of {multiple}")
@@ -209,8 +207,8 @@ def _check_fp8_weights(config: Config, model: Mapping[str, Any]) -> None:
         return
     for holds, expected in (
         (config.parallel.use_distributed_optimizer, "use_distributed_optimizer with it, which keeps the fp32 masters"),
-        (config.lora.lora_rank is None, "no lora_rank beside it: frozen weights have no fp32 masters"),
-        (not model.get("num_moe_experts"), "a dense model: the FP8 weights of experts are not supported yet"),
+        (config.lora.lora_rank is None, "no lora_rank beside it; frozen weights have no fp32 masters"),
+        (not model.get("num_moe_experts"), "a dense model; FP8 weights of experts are not supported yet"),
     ):
         require(holds, "fp8_param_gather", True, expected)
 
@@ -221,11 +219,13 @@ def _microbatch_multiple(config: Config) -> int:
     return sizes.pipeline if (sizes.virtual_pipeline or 1) > 1 else 1
 
 
-def _sequence_multiple(config: Config) -> int:
-    """A rank's share of the tokens suits its matrix products after context and sequence parallelism cut."""
-    parallel = config.parallel
-    per_rank = _FP8_MULTIPLE.get(config.precision.fp8_recipe or "", 1)
+def sequence_multiple(*, fp8_recipe: str | None, tensor_shards: int, context_parallel_size: int) -> int:
+    """Returns the multiple of tokens of a microbatch at which every rank's shard suits its matrix products.
+
+    Args:
+        tensor_shards: ranks that shard the tokens under sequence parallelism, 1 without it.
+    """
+    per_rank = 1 if fp8_recipe is None else FP8_MULTIPLE[fp8_recipe]
     # Causal context parallelism gives each rank one early and one late piece of the sequence.
-    context = 2 * parallel.context_parallel_size if parallel.context_parallel_size > 1 else 1
-    sequence = parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
-    return math.prod((per_rank, context, sequence))
+    context = 2 * context_parallel_size if context_parallel_size > 1 else 1
+    return math.prod((per_rank, context, tensor_shards))

@@ -1,8 +1,8 @@
-"""The options of a run: one frozen dataclass per concern, every default here and nowhere else.
+"""Options of a run: one frozen dataclass per concern, every default here and nowhere else.
 
 Field names are unique over all sections, because each is also a flag (`--weight-decay`) and a YAML key
-(`weight_decay`). The sentence under a field is its `--help` text. A section checks its own fields; what needs
-the number of ranks or the model's shape is checked in `resolving.py`.
+(`weight_decay`). `option` holds its help text. A section checks its own fields; what needs the number of ranks or
+the model's shape is checked in `resolving.py`.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ import typing
 from dataclasses import asdict, dataclass, field, fields
 from typing import Literal
 
-from simpo_megatron.config.checks import require_positive, require_writable_name
-from simpo_megatron.config.lora import LoRAConfig
-from simpo_megatron.config.monitors import MonitorConfig
-from simpo_megatron.data import BatchOptions, PairOptions
-from simpo_megatron.errors import require
+from simpo_megatron.config.checks import require_writable_name
+from simpo_megatron.config.lora_section import LoRAConfig
+from simpo_megatron.config.monitor_section import MonitorConfig
+from simpo_megatron.data import BatchConfig, PairOptions
+from simpo_megatron.errors import require, require_positive
 from simpo_megatron.loss import CPOObjective, DPOObjective, IPOObjective, ORPOObjective, SimPOObjective
+from simpo_megatron.option_field import option
 from simpo_megatron.parallel import ParallelSizes
 
 Objective = SimPOObjective | CPOObjective | ORPOObjective | IPOObjective | DPOObjective
@@ -31,31 +32,36 @@ DEMO = "demo"  # as `model` or `data`: the tiny model and the preference pairs t
 
 
 RECOMPUTE_MODULES = ("core_attn", "mlp", "layernorm", "moe", "moe_act")
-"""The parts of a layer that megatron-core can recompute apart."""
+"""Parts of a layer that megatron-core can recompute on their own."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """What is trained, and where the result goes."""
+    """The model to train and where the result goes."""
 
-    model: str | None = None
-    """What to start from: a Hugging Face folder (config.json, *.safetensors, tokenizer and chat template) or a
-    committed checkpoint, a run's newest one included; the word demo stands for a tiny model made on the spot."""
-
-    export_hf: str | None = None
-    """Folder for the trained model in Hugging Face form."""
-
-    export_dtype: Literal["bfloat16", "float16", "float32", "stored"] = "bfloat16"
-    """Number format of the weights in export_hf's folder; stored: that of the run's checkpoints, to the bit."""
-
-    hidden_dropout: float = 0.0
-    """Dropout after attention and MLP; off, for it makes the two responses of a pair incomparable."""
-
-    attention_dropout: float = 0.0
-    """Dropout on attention weights; off for the same reason."""
-
-    moe_aux_loss_coeff: float | None = None
-    """Weight of a mixture's load-balancing loss; router_aux_loss_coef of its config.json when not given, 0 for none."""
+    model: str | None = option(
+        None,
+        "Hugging Face folder, checkpoint, folder of a run, or demo. A Hugging Face folder has "
+        "config.json, *.safetensors, the tokenizer and its chat template; of a run's folder the newest "
+        "checkpoint is taken; demo is a tiny model made on the spot.",
+        everyday=True,
+        metavar="DIR",
+    )
+    export_hf: str | None = option(
+        None, "Folder for the trained model in Hugging Face format.", everyday=True, metavar="DIR"
+    )
+    export_dtype: Literal["bfloat16", "float16", "float32", "stored"] = option(
+        "bfloat16", "Dtype of the weights in export_hf; stored keeps that of the run's checkpoints, bit for bit."
+    )
+    hidden_dropout: float = option(
+        0.0, "Dropout after attention and MLP. Off by default: it makes the two responses of a pair incomparable."
+    )
+    attention_dropout: float = option(0.0, "Dropout on attention weights. Off for the same reason.")
+    moe_aux_loss_coeff: float | None = option(
+        None,
+        "Weight of the load-balancing loss of an MoE; router_aux_loss_coef of its config.json when not "
+        "given, 0 for none.",
+    )
 
     def __post_init__(self) -> None:
         require_writable_name(self, "export_hf")
@@ -68,34 +74,25 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
-    """How the work is divided over ranks."""
+    """Parallel layout."""
 
-    tensor_model_parallel_size: int = 1
-    """Ranks that share every layer."""
-
-    pipeline_model_parallel_size: int = 1
-    """Stages the layers are divided into."""
-
-    virtual_pipeline_model_parallel_size: int | None = None
-    """Model chunks on each pipeline rank (interleaved schedule)."""
-
-    context_parallel_size: int = 1
-    """Ranks that share every sequence."""
-
-    expert_model_parallel_size: int = 1
-    """Ranks that share the experts of a mixture."""
-
-    sequence_parallel: bool = False
-    """Divide norms and residuals over the tensor-parallel ranks along the sequence."""
-
-    use_distributed_optimizer: bool = False
-    """Divide optimizer state over the data-parallel ranks."""
-
-    overlap_grad_reduce: bool = False
-    """Reduce gradients while the backward pass still runs."""
-
-    overlap_param_gather: bool = False
-    """Gather updated parameters while the forward pass already runs; needs the distributed optimizer."""
+    tensor_model_parallel_size: int = option(1, "Tensor parallelism: ranks that shard a layer.", everyday=True)
+    pipeline_model_parallel_size: int = option(1, "Pipeline parallelism: stages of layers.", everyday=True)
+    virtual_pipeline_model_parallel_size: int | None = option(
+        None, "Model chunks per pipeline rank (interleaved schedule)."
+    )
+    context_parallel_size: int = option(1, "Context parallelism: ranks that shard a sequence.", everyday=True)
+    expert_model_parallel_size: int = option(1, "Expert parallelism: ranks that share MoE experts.", everyday=True)
+    sequence_parallel: bool = option(
+        False, "Shard norms and residuals along the sequence over the tp ranks.", everyday=True
+    )
+    use_distributed_optimizer: bool = option(
+        False, "Shard optimizer state over the data-parallel ranks.", everyday=True
+    )
+    overlap_grad_reduce: bool = option(False, "Overlap the gradient reduction with the backward pass.")
+    overlap_param_gather: bool = option(
+        False, "Overlap the parameter all-gather with the forward pass; needs the distributed optimizer."
+    )
 
     @property
     def sizes(self) -> ParallelSizes:
@@ -120,13 +117,13 @@ class ParallelConfig:
             not self.sequence_parallel or self.tensor_model_parallel_size > 1,
             "sequence_parallel",
             True,
-            "tensor_model_parallel_size above 1: there is nothing to divide over one rank",
+            "tensor_model_parallel_size above 1; there is nothing to shard over one rank",
         )
         require(
             (self.virtual_pipeline_model_parallel_size or 1) == 1 or self.pipeline_model_parallel_size > 1,
             "virtual_pipeline_model_parallel_size",
             self.virtual_pipeline_model_parallel_size,
-            "pipeline_model_parallel_size above 1: one stage cannot be interleaved",
+            "pipeline_model_parallel_size above 1; one stage cannot be interleaved",
         )
         require(
             not self.overlap_param_gather or (self.use_distributed_optimizer and self.overlap_grad_reduce),
@@ -138,17 +135,21 @@ class ParallelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PrecisionConfig:
-    """Number formats."""
+    """Dtypes of weights, activations and matrix products."""
 
-    bf16: bool = True
-    """Weights and activations in bfloat16, gradients and sums in fp32; --fp32 for all of it in fp32."""
-
-    fp8_recipe: Literal["delayed", "tensorwise", "blockwise", "mxfp8"] | None = None
-    """Matrix products of the layers in FP8 by this recipe of Transformer Engine; mxfp8 needs Blackwell."""
-
-    fp8_param_gather: bool = False
-    """Keep the layers' matrices in FP8 alone, and gather them so after an update; fp32 masters stay in the distributed
-    optimizer, and checkpoints and exports are written from them in bf16."""
+    bf16: bool = option(True, "Train in bf16 with fp32 gradients and sums; --fp32 for fp32 throughout.")
+    fp8_recipe: Literal["delayed", "tensorwise", "blockwise", "mxfp8"] | None = option(
+        None,
+        "FP8 matrix products by this recipe of Transformer Engine. mxfp8 needs Blackwell.",
+        everyday=True,
+        metavar="RECIPE",
+    )
+    fp8_param_gather: bool = option(
+        False,
+        "Keep the layers' weights in FP8 only and all-gather them in FP8 after an update. The fp32 "
+        "masters stay in the distributed optimizer; checkpoints and exports are written from them in "
+        "bf16.",
+    )
 
     def __post_init__(self) -> None:
         require(self.fp8_recipe is None or self.bf16, "fp8_recipe", self.fp8_recipe, "bf16 and not fp32 beside it")
@@ -163,21 +164,25 @@ class PrecisionConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RecomputeConfig:
-    """Memory bought with time: activations computed again in the backward pass."""
+    """Activation recomputation: trades compute for memory."""
 
-    recompute_granularity: Literal["full", "selective"] | None = None
-    """Recompute whole layers (full) or only the costly parts (selective) in the backward pass."""
-
-    recompute_method: Literal["uniform", "block"] | None = None
-    """With full: all layers in units of recompute_num_layers (uniform, the default then) or only the first
-    recompute_num_layers of each stage (block)."""
-
-    recompute_num_layers: int | None = None
-    """With full: layers per unit (uniform) or layers recomputed (block); 1 when not given."""
-
-    recompute_modules: tuple[str, ...] = ("core_attn",)
-    """With selective: the parts of a layer to recompute, by megatron-core's names: core_attn, mlp, layernorm, moe,
-    moe_act."""
+    recompute_granularity: Literal["full", "selective"] | None = option(
+        None, "Recompute whole layers (full) or their costly parts (selective).", everyday=True
+    )
+    recompute_method: Literal["uniform", "block"] | None = option(
+        None,
+        "With full: uniform recomputes all layers in units of recompute_num_layers (the default), block "
+        "only the first recompute_num_layers of each stage.",
+    )
+    recompute_num_layers: int | None = option(
+        None, "With full: layers per unit (uniform) or layers to recompute (block); 1 when not given."
+    )
+    recompute_modules: tuple[str, ...] = option(
+        ("core_attn",),
+        "With selective: parts of a layer to recompute, by megatron-core's names: core_attn, mlp, "
+        "layernorm, moe, moe_act.",
+        metavar="NAME",
+    )
 
     def __post_init__(self) -> None:
         require_positive(self, "recompute_num_layers")
@@ -196,84 +201,53 @@ class RecomputeConfig:
 class DataConfig:
     """Preference files."""
 
-    data: tuple[str, ...] = ()
-    """Preference files to train on (JSONL, JSON, parquet, a datasets folder, hub:NAME), or weights and files
-    in turn; the word demo stands for the pairs that come with the package."""
-
-    valid_data: tuple[str, ...] = ()
-    """Validation preference files. NAME=FILE NAME=FILE evaluates sets by name, as eval/NAME/...; the first one
-    decides which checkpoint is best."""
-
-    valid_fraction: float = 0.0
-    """Share of the training pairs kept for validation, when there are no files of their own."""
-
-    data_cache: str | None = None
-    """Folder for tokenised data, made once and shared by all runs; beside the run's folder when not given."""
+    data: tuple[str, ...] = option(
+        (),
+        "Preference files: JSONL, JSON, parquet, datasets, hub:NAME, or demo. Weights and files may "
+        "alternate; a datasets folder is one that save_to_disk wrote; demo stands for the pairs that "
+        "come with the package.",
+        everyday=True,
+        metavar="FILE",
+    )
+    valid_data: tuple[str, ...] = option(
+        (),
+        "Validation files. NAME=FILE NAME=FILE evaluates sets by name; the first one decides which checkpoint is best.",
+        everyday=True,
+        metavar="FILE",
+    )
+    valid_fraction: float = option(0.0, "Fraction of the training pairs to validate on instead.", everyday=True)
+    data_cache: str | None = option(
+        None,
+        "Folder for tokenized data, built once and shared by all runs; beside the run's folder when not given.",
+        metavar="DIR",
+    )
 
     def __post_init__(self) -> None:
         require_writable_name(self, "data_cache")
-        require(0 <= self.valid_fraction < 1, "valid_fraction", self.valid_fraction, "a share in [0, 1)")
-
-
-@dataclass(frozen=True, kw_only=True)
-class BatchConfig:
-    """How many pairs a step takes, and how they are laid out."""
-
-    global_batch_size: int = BatchOptions.global_batch_size
-    """Pairs per optimizer step over all ranks; the authors hold it at 128."""
-
-    packing: bool = BatchOptions.packing
-    """Put pairs one behind the other into packs without padding."""
-
-    prefix_sharing: bool = BatchOptions.prefix_sharing
-    """Compute the prompt of a pair once for both responses."""
-
-    tokens_per_microbatch: int = BatchOptions.tokens_per_microbatch
-    """Tokens of a pack, at most."""
-
-    micro_batch_size: int = BatchOptions.micro_batch_size
-    """Pairs per microbatch with --no-packing."""
-
-    def __post_init__(self) -> None:
-        require_positive(self, "global_batch_size", "micro_batch_size", "tokens_per_microbatch")
+        require(0 <= self.valid_fraction < 1, "valid_fraction", self.valid_fraction, "a fraction in [0, 1)")
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
     """AdamW and its schedule."""
 
-    lr: float = 5e-7
-    """Highest learning rate of AdamW; the authors search 3e-7 to 1e-6 and see 1e-5 fall into repetition."""
-
-    min_lr: float = 0.0
-    """Learning rate at the end of the decay."""
-
-    lr_warmup_fraction: float = 0.1
-    """Share of the steps over which the learning rate rises from 0."""
-
-    lr_decay_style: Literal["cosine", "linear", "constant"] = "cosine"
-    """How the learning rate falls from lr to min_lr after the warm-up."""
-
-    weight_decay: float = 0.0
-    """Decoupled weight decay; never on biases and norms."""
-
-    adam_beta1: float = 0.9
-    """Decay of AdamW's average gradient."""
-
-    adam_beta2: float = 0.999
-    """Decay of AdamW's average squared gradient."""
-
-    adam_eps: float = 1e-8
-    """Added to AdamW's denominator."""
-
-    clip_grad: float = 1.0
-    """Largest norm of the whole gradient; 0 leaves it alone."""
-
-    epochs: int = 1
-    """Passes over the training pairs; train_iters takes its place."""
-
-    train_iters: int | None = None
-    """Optimizer steps, instead of epochs."""
+    lr: float = option(
+        5e-7,
+        "Peak learning rate of AdamW. The authors search 3e-7 to 1e-6; at 1e-5 models fell into repetition.",
+        everyday=True,
+    )
+    min_lr: float = option(0.0, "Learning rate at the end of the decay.")
+    lr_warmup_fraction: float = option(0.1, "Fraction of the steps over which the learning rate warms up from 0.")
+    lr_decay_style: Literal["cosine", "linear", "constant"] = option(
+        "cosine", "Decay of the learning rate from lr to min_lr after the warm-up."
+    )
+    weight_decay: float = option(0.0, "Decoupled weight decay; never on biases and norms.")
+    adam_beta1: float = option(0.9, "Decay of AdamW's running mean of the gradient.")
+    adam_beta2: float = option(0.999, "Decay of AdamW's running mean of the squared gradient.")
+    adam_eps: float = option(1e-8, "Epsilon in AdamW's denominator.")
+    clip_grad: float = option(1.0, "Maximum norm of the whole gradient; 0 disables clipping.")
+    epochs: int = option(1, "Passes over the training pairs.", everyday=True)
+    train_iters: int | None = option(None, "Optimizer steps, instead of epochs.", everyday=True)
 
     def __post_init__(self) -> None:
         require_positive(self, "lr", "adam_eps", "epochs", "train_iters")
@@ -288,52 +262,59 @@ class OptimizerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """Where a run writes, how often, and how it continues."""
+    """Output folder, checkpoints, resume and logging."""
 
-    preset: str | None = None
-    """Published settings to start from; see the list below."""
-
-    seed: int = 42
-    """Seed of the pairs' order, of new weights and of dropout."""
-
-    save: str | None = None
-    """Folder of the run: checkpoints, config.yaml, metrics.jsonl, report; nothing is written without it."""
-
-    save_interval: int | None = None
-    """Steps between checkpoints; only at the end when not given."""
-
-    resume: str = "latest"
-    """Checkpoint in save to continue from: latest (if any), required (an error if none), none, or a step."""
-
-    override_on_resume: bool = False
-    """Continue although objective, schedule, batch size, tokenizer or data changed since the checkpoint."""
-
-    keep_checkpoints: int = 2
-    """Newest checkpoints to keep; the one with the best validation accuracy stays as well."""
-
-    async_save: bool = False
-    """Write checkpoints while training goes on; the host's memory then holds a copy of each rank's share meanwhile."""
-
-    on_save_failure: Literal["stop", "continue"] = "stop"
-    """What a checkpoint that cannot be written means: the end of the run, or a warning, as long as steps follow."""
-
-    eval_interval: int | None = None
-    """Steps between evaluations on validation pairs; only before and after training when not given."""
-
-    log_interval: int = 1
-    """Steps between log lines."""
-
-    skip_nonfinite_steps: int = 0
-    """Steps with a loss or gradient that is not finite to leave out, at most, before the run stops; resumes count."""
-
-    distributed_timeout_seconds_after_init: int = 600
-    """Longest that a step may last; then the rank that did not arrive is named and the run ends."""
-
-    tensorboard_dir: str | None = None
-    """Folder for TensorBoard."""
-
-    wandb_project: str | None = None
-    """Project on Weights & Biases; its key comes from the environment and is never stored."""
+    preset: str | None = option(
+        None, "Published settings to start from, by the names below.", everyday=True, metavar="NAME"
+    )
+    seed: int = option(42, "Seed of the order of pairs, new weights and dropout.", everyday=True)
+    save: str | None = option(
+        None,
+        "Folder of the run: checkpoints, metrics, report, config.yaml. Nothing is written without it.",
+        everyday=True,
+        metavar="DIR",
+    )
+    save_interval: int | None = option(
+        None, "Steps between checkpoints. Only at the end when not given.", everyday=True
+    )
+    resume: str = option(
+        "latest",
+        "Checkpoint to resume: latest, required, none or a step. latest starts anew when there is none; "
+        "required is then an error.",
+        everyday=True,
+        metavar="STEP",
+    )
+    override_on_resume: bool = option(
+        False, "Resume although objective, schedule, batch size, tokenizer or data changed since the checkpoint."
+    )
+    keep_checkpoints: int = option(
+        2, "Newest checkpoints to keep; the one with the best validation accuracy stays as well."
+    )
+    async_save: bool = option(
+        False, "Write checkpoints while training continues; meanwhile host memory holds a copy of each rank's shard."
+    )
+    on_save_failure: Literal["stop", "continue"] = option(
+        "stop", "When a checkpoint cannot be written: stop the run, or warn and continue as long as steps follow."
+    )
+    eval_interval: int | None = option(
+        None, "Steps between evaluations. Only before and after training when not given.", everyday=True
+    )
+    log_interval: int = option(1, "Steps between log lines.")
+    skip_nonfinite_steps: int = option(
+        0, "Most steps with a loss or gradient that is not finite to skip before the run stops; resumes count."
+    )
+    distributed_timeout_seconds_after_init: int = option(
+        600, "Longest time for one step; then the rank that did not arrive is named and the run ends."
+    )
+    tensorboard_dir: str | None = option(None, "Folder for TensorBoard.", metavar="DIR")
+    verbose: bool = option(False, "Print every option at the start of the run.", everyday=True)
+    log_level: Literal["debug", "info", "warning", "error"] = option(
+        "info", "Lowest level of the messages that are printed; each names its rank."
+    )
+    log_ranks: bool = option(False, "Also write the messages of each rank to SAVE/logs/rank0000.log and so on.")
+    wandb_project: str | None = option(
+        None, "Project on Weights & Biases; its key comes from the environment and is never stored.", metavar="NAME"
+    )
 
     def __post_init__(self) -> None:
         require_writable_name(self, "save", "tensorboard_dir", "wandb_project")
@@ -351,19 +332,25 @@ class RunConfig:
             self.save_interval is None or self.save is not None,
             "save_interval",
             self.save_interval,
-            "save with it: there is no folder to save in",
+            "save with it; there is no folder to save in",
+        )
+        require(
+            not self.log_ranks or self.save is not None,
+            "log_ranks",
+            self.log_ranks,
+            "save with it; there is no folder for the logs",
         )
         require(
             self.resume in ("latest", "none") or self.save is not None,
             "resume",
             self.resume,
-            "save with it: there is no folder to continue from",
+            "save with it; there is no folder to resume from",
         )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Everything a run is told. Sections group the options for the reader; their names are flat."""
+    """All options of a run, by section; option names are unique over all sections."""
 
     objective: Objective = field(default_factory=SimPOObjective)
     model: ModelConfig = field(default_factory=ModelConfig)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from simpo_megatron.config.lora import LoRAConfig
+from simpo_megatron.config.lora_section import LoRAConfig
 from simpo_megatron.convert.export import Files, export_tensors
 from simpo_megatron.convert.files import TensorSpec, open_safetensors, write_safetensors
 from simpo_megatron.convert.folder import mark, write_json

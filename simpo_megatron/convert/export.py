@@ -145,7 +145,7 @@ def export_tensors(
 
 
 _EMBEDDING = "model.embed_tokens.weight"
-_FAILED = "the export failed and left nothing behind"
+_FAILED = "export: failed, nothing was written"
 
 
 def _pieces_by_name(

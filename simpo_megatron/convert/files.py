@@ -55,7 +55,9 @@ def stored_tensors(folder: str | Path) -> dict[str, StoredTensor]:
             for name in sorted(file.keys()):
                 header = file.get_slice(name)
                 if name in found:
-                    raise CheckpointError(f"{path}: tensor {name} is also in {found[name].file.name}")
+                    raise CheckpointError(
+                        f"{path}: found tensor {name} also in {found[name].file.name}, expected it once"
+                    )
                 found[name] = StoredTensor(path, tuple(header.get_shape()), header.get_dtype())
     return found
 
@@ -69,7 +71,7 @@ def open_safetensors(path: Path) -> safe_open:
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: not a readable safetensors file: {error}") from None
+        raise CheckpointError(f"{path}: found {str(error)!r}, expected a readable safetensors file") from None
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -78,25 +80,29 @@ def _weight_files(folder: Path) -> list[Path]:
     elif (folder / INDEX_FILE).is_file():
         weight_map = read_hf_json(folder, INDEX_FILE).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
-            raise CheckpointError(f"{folder / INDEX_FILE}: weight_map is missing or empty")
+            raise CheckpointError(
+                f"{folder / INDEX_FILE}: found no weight_map or an empty one, expected the file of each tensor"
+            )
         names = set(map(str, weight_map.values()))
     else:
         pickles = sorted(path.name for path in folder.glob("*.bin"))
         hint = f"; pickled weights ({pickles[0]}) are never read, save them as safetensors" if pickles else ""
-        raise CheckpointError(f"{folder}: neither {SINGLE_FILE} nor {INDEX_FILE} is there{hint}")
+        raise CheckpointError(f"{folder}: found no weights, expected {SINGLE_FILE} or {INDEX_FILE}{hint}")
     for name in sorted(names):
         _refuse_outside(folder, name)
         if not (folder / name).is_file():
-            raise CheckpointError(f"{folder / name}: not found; {INDEX_FILE} says that tensors are in it")
+            raise CheckpointError(
+                f"{folder / name}: found no such file, expected the tensors that {INDEX_FILE} puts into it"
+            )
     return [folder / name for name in sorted(names)]
 
 
 def _refuse_outside(folder: Path, name: str) -> None:
-    """Nothing, when `name` lies in `folder` or links into the `blobs` of Hugging Face's download cache."""
+    """Raises CheckpointError unless `name` is in `folder` or links to the `blobs` of Hugging Face's download cache."""
     is_plain_name = Path(name).name == name and name.endswith(".safetensors")
     here = folder.resolve()
     if not is_plain_name or (folder / name).resolve().parent not in (here, here.parent.parent / "blobs"):
-        raise CheckpointError(f"{folder / INDEX_FILE}: {name!r} is not a safetensors file inside the folder; refused")
+        raise CheckpointError(f"{folder / INDEX_FILE}: found {name!r}, expected a safetensors file inside the folder")
 
 
 def header_bytes(specs: Mapping[str, TensorSpec]) -> bytes:

@@ -46,8 +46,8 @@ def refuse_existing_export(out_folder: str | Path) -> None:
         return
     if not path.is_dir() or any(path.iterdir()):
         raise CheckpointError(
-            f"{path}: exists already and is no export of simpo_megatron, which alone would be replaced; remove it or "
-            "name another folder"
+            f"{path}: found what already exists and was not written by simpo_megatron, expected none; remove it "
+            "or name another folder"
         )
 
 

@@ -103,12 +103,12 @@ def _refuse_unexpected(stored: dict[str, StoredTensor], description: ModelDescri
             if not _may_be_ignored(name, description):
                 problems.append(f"{name} is not part of a {description.family} model with this config.json")
         elif tensor.shape != expected[name]:
-            problems.append(f"{name} has shape {list(tensor.shape)}, config.json makes it {list(expected[name])}")
+            problems.append(f"{name} has shape {list(tensor.shape)}, expected {list(expected[name])}")
         elif tensor.dtype not in DTYPE_NAMES.values():
             problems.append(f"{name} is stored as {tensor.dtype}, expected one of {', '.join(DTYPE_NAMES.values())}")
     if problems:
         found = listed(problems, MAX_LISTED, "; ")
-        raise CheckpointError(f"{folder}: weights and config.json do not belong together: {found}")
+        raise CheckpointError(f"{folder}: found weights of another model than config.json, expected its own: {found}")
 
 
 def _may_be_ignored(name: str, description: ModelDescription) -> bool:
@@ -131,6 +131,6 @@ def _refuse_second_head(
             rows.append(file.get_slice(name)[first:last])
     if not torch.equal(*rows):
         raise CheckpointError(
-            f"{stored['lm_head.weight'].file}: lm_head.weight differs from model.embed_tokens.weight, but "
-            "config.json has tie_word_embeddings true; set it to false or remove the head"
+            f"{stored['lm_head.weight'].file}: found an lm_head.weight that differs from model.embed_tokens.weight, "
+            "expected the same with tie_word_embeddings true; set it to false in config.json or remove the head"
         )

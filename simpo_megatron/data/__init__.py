@@ -11,10 +11,12 @@ for microbatches in iterate_steps(dataset, BatchOptions(global_batch_size=8)):
 """
 
 from simpo_megatron.data.batching import (
+    BatchConfig,
     BatchOptions,
     PreferenceBatch,
     check_batches,
     check_budget,
+    check_global_batch_size,
     collate,
     heaviest_step,
     iterate_steps,
@@ -30,6 +32,7 @@ from simpo_megatron.data.tokenization import TokenizedPair, load_tokenizer
 
 __all__ = [
     "METRIC_GROUPS",
+    "BatchConfig",
     "BatchOptions",
     "PairOptions",
     "PreferenceBatch",
@@ -38,6 +41,7 @@ __all__ = [
     "build_preference_dataset",
     "check_batches",
     "check_budget",
+    "check_global_batch_size",
     "check_vocabulary",
     "collate",
     "heaviest_step",

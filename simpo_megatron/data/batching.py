@@ -18,26 +18,35 @@ from torch import Tensor
 
 from simpo_megatron.data.dataset import PreferenceDataset, mix
 from simpo_megatron.data.tokenization import TokenizedPair
-from simpo_megatron.errors import ConfigError
+from simpo_megatron.errors import ConfigError, require, require_positive
+from simpo_megatron.option_field import option
 
 Microbatch = tuple[int, ...]
 StepPlan = tuple[tuple[Microbatch, ...], ...]
 
 
 @dataclass(frozen=True, kw_only=True)
-class BatchOptions:
-    """How pairs become steps and microbatches."""
+class BatchConfig:
+    """Pairs per optimizer step and per microbatch."""
 
-    global_batch_size: int = 128
-    """Pairs of one optimizer step, over all ranks."""
-    packing: bool = True
-    """Fill microbatches up to `tokens_per_microbatch`; otherwise `micro_batch_size` pairs make one."""
-    prefix_sharing: bool = True
-    """Put a pair's prompt into the microbatch once, for both of its responses."""
-    tokens_per_microbatch: int = 8192
-    """With packing, most tokens of one microbatch, padding included."""
-    micro_batch_size: int = 1
-    """Without packing, most pairs of one microbatch."""
+    global_batch_size: int = option(
+        128, "Pairs per optimizer step over all ranks. The authors keep it at 128.", everyday=True
+    )
+    packing: bool = option(
+        True, "Pack pairs without padding up to tokens_per_microbatch; else micro_batch_size pairs per microbatch."
+    )
+    prefix_sharing: bool = option(True, "Compute the prompt of a pair once for both responses.")
+    tokens_per_microbatch: int = option(8192, "Most tokens of a packed microbatch. Padding counts.", everyday=True)
+    micro_batch_size: int = option(1, "Pairs per microbatch with --no-packing.")
+
+    def __post_init__(self) -> None:
+        require_positive(self, "global_batch_size", "tokens_per_microbatch", "micro_batch_size")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchOptions(BatchConfig):
+    """`BatchConfig` with what follows from the layout, the tokenizer and the run's seed."""
+
     sequence_multiple: int = 1
     """Rows are padded to a multiple of this many tokens (tensor parallel size under sequence parallelism; 16
     for FP8)."""
@@ -46,17 +55,16 @@ class BatchOptions:
     seed: int = 42
     """Seed of the order of pairs."""
 
-    def __post_init__(self):
-        for key in ("global_batch_size", "tokens_per_microbatch", "micro_batch_size", "sequence_multiple"):
-            if getattr(self, key) < 1:
-                raise ConfigError(f"{key}: {getattr(self, key)} given, at least 1 expected")
-        if self.pad_id < 0:
-            raise ConfigError(f"pad_id: {self.pad_id} given, a token id expected")
-        if self.packing and self.tokens_per_microbatch % self.sequence_multiple:
-            raise ConfigError(
-                f"tokens_per_microbatch: {self.tokens_per_microbatch} is not a multiple of "
-                f"{self.sequence_multiple}, to which sequences are padded"
-            )
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_positive(self, "sequence_multiple")
+        require(self.pad_id >= 0, "pad_id", self.pad_id, "a token id")
+        require(
+            not self.packing or self.tokens_per_microbatch % self.sequence_multiple == 0,
+            "tokens_per_microbatch",
+            self.tokens_per_microbatch,
+            f"a multiple of {self.sequence_multiple}, to which sequence and context parallelism and FP8 pad",
+        )
 
 
 @dataclass(frozen=True)
@@ -99,16 +107,22 @@ def pair_tokens(lengths: np.ndarray, options: BatchOptions) -> np.ndarray:
     return lengths.astype(np.int64) @ np.array([copies_of_prompt, 1, 1])
 
 
+def check_global_batch_size(global_batch_size: int, *, dp_size: int, microbatch_multiple: int = 1) -> None:
+    """Raises ConfigError when a step has fewer pairs than its ranks have microbatches."""
+    fewest = dp_size * microbatch_multiple
+    require(
+        global_batch_size >= fewest,
+        "global_batch_size",
+        global_batch_size,
+        f"at least {fewest}: one pair for each of {dp_size} data-parallel ranks x {microbatch_multiple} microbatches",
+    )
+
+
 def check_batches(lengths: np.ndarray, options: BatchOptions, *, dp_size: int, microbatch_multiple: int = 1) -> None:
     """Raises ConfigError, with the arithmetic, when some step could not be planned from such pairs."""
     num_pairs, batch = len(lengths), options.global_batch_size
-    if num_pairs < batch:
-        raise ConfigError(f"global_batch_size: {batch} pairs a step, but the data hold {num_pairs} pairs; lower it")
-    if batch < dp_size * microbatch_multiple:
-        raise ConfigError(
-            f"global_batch_size: {batch} pairs cannot give {dp_size} data-parallel ranks "
-            f"{microbatch_multiple} microbatches each; at least {dp_size * microbatch_multiple} expected"
-        )
+    require(num_pairs >= batch, "global_batch_size", batch, f"at most {num_pairs}, the pairs of the data; lower it")
+    check_global_batch_size(batch, dp_size=dp_size, microbatch_multiple=microbatch_multiple)
     check_budget(lengths, options)
 
 
@@ -119,8 +133,8 @@ def check_budget(lengths: np.ndarray, options: BatchOptions) -> None:
         longest = int(tokens.argmax())
         needed = round_up(tokens[longest], options.sequence_multiple)
         raise ConfigError(
-            f"tokens_per_microbatch: {options.tokens_per_microbatch} given, but pair {longest} takes "
-            f"{tokens[longest]} tokens; raise it to {needed}, or lower max_length"
+            f"tokens_per_microbatch: found {options.tokens_per_microbatch}, expected at least {needed}: pair {longest} "
+            f"takes {tokens[longest]} tokens; raise it to {needed}, or lower max_length"
         )
 
 

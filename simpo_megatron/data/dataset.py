@@ -11,7 +11,7 @@ from simpo_megatron.data.pair_options import PairOptions
 from simpo_megatron.data.sources import Source, parse_sources
 from simpo_megatron.data.store import BuildReport, PairStore, open_store
 from simpo_megatron.data.tokenization import TokenizedPair
-from simpo_megatron.errors import ConfigError, DataError, listed
+from simpo_megatron.errors import DataError, listed, require
 
 _UINT64 = 1 << 64
 
@@ -124,14 +124,13 @@ def split(
 
     Raises: ConfigError when the fraction is not between 0 and 1; DataError when a side would be empty.
     """
-    if not 0 < valid_fraction < 1:
-        raise ConfigError(f"valid_fraction: {valid_fraction} given, expected a share between 0 and 1")
+    require(0 < valid_fraction < 1, "valid_fraction", valid_fraction, "a fraction between 0 and 1")
     in_valid = mix(dataset.prompt_keys, seed) < np.uint64(int(valid_fraction * _UINT64))
     num_valid = int(in_valid.sum())
     if num_valid in (0, len(dataset)):
         raise DataError(
-            f"valid_fraction: {valid_fraction:g} of {len(dataset)} pairs leaves {num_valid} for validation "
-            f"and {len(dataset) - num_valid} to train on; change it, or name a file of validation pairs"
+            f"valid_fraction: found {valid_fraction:g}, expected pairs on both sides: of {len(dataset)} it leaves "
+            f"{num_valid} for validation and {len(dataset) - num_valid} to train on; change it, or set valid_data"
         )
     return dataset.select(np.flatnonzero(~in_valid)), dataset.select(np.flatnonzero(in_valid))
 
@@ -140,8 +139,8 @@ def check_vocabulary(dataset: PreferenceDataset, vocab_size: int) -> None:
     """Raises DataError when a token id is not below `vocab_size`, the model's true vocabulary size."""
     if dataset.max_token_id >= vocab_size:
         raise DataError(
-            f"tokenizer: the pairs hold the token id {dataset.max_token_id}, the model's vocabulary "
-            f"has {vocab_size} ids; the tokenizer belongs to another model"
+            f"tokenizer: found the token id {dataset.max_token_id} in the pairs, expected ids below {vocab_size}, the "
+            "model's vocabulary; the tokenizer belongs to another model"
         )
 
 

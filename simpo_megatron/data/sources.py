@@ -46,7 +46,7 @@ def parse_sources(data: Sequence) -> tuple[Source, ...]:
     for item in data:
         if isinstance(item, dict):
             if set(item) - {"path", "weight"} or "path" not in item:
-                raise ConfigError(f"data: {item!r} given, expected the keys path and weight")
+                raise ConfigError(f"data: found {item!r}, expected the keys path and weight")
             sources.append(Source(str(item["path"]), item.get("weight")))
         elif (number := _number(item)) is not None and weight is None:
             weight = number
@@ -54,14 +54,14 @@ def parse_sources(data: Sequence) -> tuple[Source, ...]:
             sources.append(Source(str(item), weight))
             weight = None
     if weight is not None:
-        raise ConfigError(f"data: the weight {weight:g} stands last, expected a file after it")
+        raise ConfigError(f"data: found the weight {weight:g} at the end, expected a file after it")
     if not sources:
-        raise ConfigError("data: no file given, expected at least one")
+        raise ConfigError("data: found no file, expected at least one")
     weights = [source.weight for source in sources]
     if any(w is None for w in weights) and any(w is not None for w in weights):
-        raise ConfigError("data: some files have a weight and some have none, expected all or none")
+        raise ConfigError("data: found files with a weight and files without, expected all or none")
     if any(w is not None and not w > 0 for w in weights):
-        raise ConfigError(f"data: the weights {weights} given, expected numbers above 0")
+        raise ConfigError(f"data: found the weights {weights}, expected numbers above 0")
     return tuple(sources)
 
 
@@ -82,7 +82,7 @@ def parse_named_sources(data: Sequence[str]) -> dict[str, list[str]]:
     for item, match in zip(data, matches, strict=True):
         name, path = match.groups() if match else (Path(item).name.split(".")[0], item)
         if name in named and not (match and name in explicit):
-            raise ConfigError(f"valid_data: two sets are called {name!r}; name them NAME=PATH")
+            raise ConfigError(f"valid_data: found two sets called {name!r}, expected different names; write NAME=PATH")
         if name in METRIC_GROUPS:
             raise ConfigError(
                 f"valid_data: found a set called {name}, the name of a group of metrics (eval/{name}/...), expected "
@@ -113,17 +113,19 @@ def check_readable(path: str) -> None:
     try:
         mode = os.stat(path).st_mode
     except FileNotFoundError:
-        raise DataError(f"{path}: no such file") from None
+        raise DataError(f"{path}: found no such file, expected a preference file") from None
     except OSError as error:
-        raise DataError(f"{path}: {error.strerror.lower()}") from None
+        raise DataError(
+            f"{path}: cannot be read ({(error.strerror or str(error)).lower()}), expected a preference file"
+        ) from None
     if stat.S_ISDIR(mode):
         if not (Path(path) / "dataset_info.json").exists() and not (Path(path) / "dataset_dict.json").exists():
-            raise DataError(f"{path}: is a folder, expected a file or a folder written by datasets.save_to_disk")
+            raise DataError(f"{path}: found a folder, expected a file or a folder written by datasets.save_to_disk")
         return
     if not stat.S_ISREG(mode):
-        raise DataError(f"{path}: is not a regular file")
+        raise DataError(f"{path}: found a special file, expected a regular file")
     if not os.access(path, os.R_OK):
-        raise DataError(f"{path}: permission denied")
+        raise DataError(f"{path}: cannot be read (permission denied), expected a preference file")
 
 
 def read_raw(path: str, options: PairOptions) -> Iterator[RawRecord]:
@@ -144,7 +146,9 @@ def read_raw(path: str, options: PairOptions) -> Iterator[RawRecord]:
     elif path.endswith((".jsonl", ".jsonl.gz", ".jsonl.zst")):
         yield from _read_lines(path, options.max_record_bytes)
     else:
-        raise DataError(f"{path}: unknown kind of file, expected .jsonl, .jsonl.gz, .jsonl.zst, .json or .parquet")
+        raise DataError(
+            f"{path}: found another kind of file, expected .jsonl, .jsonl.gz, .jsonl.zst, .json or .parquet"
+        )
 
 
 def _open_lines(path: str):
@@ -152,10 +156,10 @@ def _open_lines(path: str):
         magic = file.read(4)
     is_gzip, is_zstd = magic[:2] == b"\x1f\x8b", magic == b"\x28\xb5\x2f\xfd"
     if is_gzip != path.endswith(".gz") or is_zstd != path.endswith(".zst"):
-        kind = "gzip" if is_gzip else "zstd" if is_zstd else "not compressed"
-        raise DataError(f"{path}: its content is {kind} but its name says otherwise; rename it")
+        kind = "gzip" if is_gzip else "zstd" if is_zstd else "uncompressed"
+        raise DataError(f"{path}: found {kind} content, expected what the name says; rename it")
     if magic[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        raise DataError(f"{path}:1: invalid_utf8: the file is UTF-16, expected UTF-8; convert it")
+        raise DataError(f"{path}:1: invalid_utf8: found UTF-16, expected UTF-8; convert it")
     if is_gzip or is_zstd:
         import pyarrow
 
@@ -178,7 +182,9 @@ def _read_lines(path: str, max_bytes: int) -> Iterator[RawRecord]:
                 while raw and not raw.endswith(b"\n"):
                     raw = file.readline(max_bytes)
         except OSError as error:
-            raise DataError(f"{path}:{line + 1}: the file is damaged: {error}") from None
+            raise DataError(
+                f"{path}:{line + 1}: found a damaged file ({error}), expected a whole one; copy it again"
+            ) from None
 
 
 def _read_json_array(path: str) -> Iterator[RawRecord]:
@@ -201,7 +207,7 @@ def _read_parquet(path: str) -> Iterator[RawRecord]:
                 number += 1
                 yield RawRecord(number, row)
     except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"{path}: not a readable parquet file: {str(error).splitlines()[0]}") from None
+        raise DataError(f"{path}: found {str(error).splitlines()[0]!r}, expected a readable parquet file") from None
 
 
 def _read_datasets_folder(path: str) -> Iterator[RawRecord]:
@@ -209,7 +215,9 @@ def _read_datasets_folder(path: str) -> Iterator[RawRecord]:
 
     loaded = datasets.load_from_disk(path)
     if isinstance(loaded, datasets.DatasetDict):
-        raise DataError(f"{path}: holds the splits {', '.join(loaded)}; name one of their folders, as {path}/train")
+        raise DataError(
+            f"{path}: found the splits {', '.join(loaded)}, expected one; name its folder, such as {path}/train"
+        )
     for number, row in enumerate(loaded, start=1):
         yield RawRecord(number, row)
 
@@ -221,7 +229,7 @@ def _read_hub(path: str) -> Iterator[RawRecord]:
     try:
         loaded = datasets.load_dataset(name, split=split or "train")
     except (OSError, ValueError) as error:
-        raise DataError(f"{path}: cannot be loaded: {str(error).splitlines()[0]}") from None
+        raise DataError(f"{path}: found {str(error).splitlines()[0]!r}, expected a data set of the hub") from None
     for number, row in enumerate(loaded, start=1):
         yield RawRecord(number, row)
 

@@ -91,7 +91,9 @@ class PairStore:
         index = (folder / "pairs.idx").read_bytes()
         size = (folder / "pairs.bin").stat().st_size
         if hashlib.sha256(index).hexdigest() != sidecar["index_sha256"] or size != sidecar["bin_bytes"]:
-            raise DataError(f"{folder}: its files are not the ones that were built; delete the folder to rebuild it")
+            raise DataError(
+                f"{folder}: found other files than were built, expected the same; delete the folder to rebuild it"
+            )
         lengths, pointers = _parse_index(index)
         self.lengths = lengths.reshape(-1, 3)
         self._starts = pointers[::3] // 4
@@ -132,7 +134,7 @@ def open_store(path: str, tokenizer, options: PairOptions, cache_dir: str, *, bu
     if not (folder / "store.json").exists():
         if not build:
             raise DataError(
-                f"{path}: no tokenised store at {folder}; did the file change since the first rank built it?"
+                f"{path}: found no tokenized store at {folder}, expected the one of rank 0; did the file change since?"
             )
         _build_store(folder, path, tokenizer, options, num_workers, identity)
     return PairStore(folder)
@@ -142,7 +144,9 @@ def _build_store(folder: Path, path: str, tokenizer, options: PairOptions, num_w
     with new_folder(folder, first_wins=True) as draft:
         sidecar = _write_store(draft, path, tokenizer, options, num_workers) | {"identity": identity}
         if source_identity(path) != identity["source"]:
-            raise DataError(f"{path}: the file changed while it was being read; start again once it is complete")
+            raise DataError(
+                f"{path}: found a change while it was read, expected a complete file; start again once it is complete"
+            )
         (draft / "store.json").write_text(json.dumps(sidecar, indent=1))
 
 
@@ -161,11 +165,14 @@ def _write_store(folder: Path, path: str, tokenizer, options: PairOptions, num_w
     num_bad = sum(count for reason, count in report.dropped.items() if reason not in UNUSABLE_REASONS)
     if num_bad > options.max_bad_fraction * report.num_lines:
         raise DataError(
-            f"{path}: {num_bad} of {report.num_lines} records are malformed, at most the share "
-            f"max_bad_fraction = {options.max_bad_fraction:g} expected; " + "; ".join(report.lines()[1:]).strip()
+            f"{path}: found {num_bad} of {report.num_lines} records malformed, expected at most the fraction "
+            f"max_bad_fraction {options.max_bad_fraction:g}; " + "; ".join(report.lines()[1:]).strip()
         )
     if not report.num_used:
-        raise DataError(f"{path}: no pair to train on: " + "; ".join(line.strip() for line in report.lines()))
+        raise DataError(
+            f"{path}: found no usable pair, expected at least one; "
+            + "; ".join(line.strip() for line in report.lines())
+        )
     index = _index_bytes(np.concatenate(lengths).ravel())
     (folder / "pairs.idx").write_bytes(index)
     np.save(folder / "pairs.npy", np.concatenate(rows))
@@ -182,7 +189,7 @@ def _check_policy(report: BuildReport, options: PairOptions) -> None:
     malformed = [reason for reason in report.dropped if reason not in UNUSABLE_REASONS]
     if malformed and options.bad_record == "error":
         first = min((report.first[reason] for reason in malformed), key=_line_of)
-        raise DataError(f"{first}; mend the record, or set bad_record: skip to drop and count such records")
+        raise DataError(f"{first}; fix the record, or set bad_record: skip to drop and count such records")
 
 
 @dataclass

@@ -40,11 +40,13 @@ def chat_template_of(tokenizer, options: PairOptions) -> str | None:
         try:
             template = Path(options.chat_template).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"{options.chat_template}: the chat template cannot be read: {error}") from None
+            raise DataError(
+                f"chat_template: found {options.chat_template} ({error}), expected a readable Jinja file"
+            ) from None
     else:
         template = tokenizer.get_chat_template() if tokenizer.chat_template else None
     if template is None and options.template_mode == "princeton":
-        raise DataError("template_mode: princeton needs a chat template and the tokenizer has none; set chat_template")
+        raise DataError("template_mode: found princeton, expected a tokenizer with a chat template; set chat_template")
     return template
 
 

@@ -45,7 +45,9 @@ def load_tokenizer(folder: str | Path):
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except (OSError, ValueError, ImportError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise ConfigError(f"model: no tokenizer could be loaded from {folder}: {reason}") from error
+        raise ConfigError(
+            f"model: found no tokenizer in {folder} ({reason}), expected one that transformers loads"
+        ) from error
 
 
 class PairTokenizer:
@@ -57,14 +59,14 @@ class PairTokenizer:
     def __init__(self, tokenizer, options: PairOptions):
         if not getattr(tokenizer, "is_fast", False):
             raise DataError(
-                f"tokenizer: {type(tokenizer).__name__} is not a fast tokenizer; its folder needs tokenizer.json"
+                f"tokenizer: found {type(tokenizer).__name__}, expected a fast tokenizer; it needs tokenizer.json"
             )
         self._options = options
         self._renderer = PairRenderer(tokenizer, options)
         self._bos = tokenizer.bos_token_id
         self._eos = tokenizer.eos_token_id
         if self._eos is None:
-            raise DataError("tokenizer: it has no end token (eos_token), so no response could end; set one")
+            raise DataError("tokenizer: found no eos_token, expected one that ends a response; set one")
         self._princeton = options.template_mode == "princeton"
         self._backend = _as_is_backend(tokenizer) if self._princeton else _marked_backend(tokenizer)
         self._end_ids = {

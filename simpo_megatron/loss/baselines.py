@@ -13,6 +13,7 @@ from torch import Tensor
 
 from simpo_megatron.errors import require
 from simpo_megatron.loss.objective import Comparison, PreferenceObjective, Responses
+from simpo_megatron.option_field import option
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,11 +29,10 @@ class CPOObjective(PreferenceObjective):
 
     objective: str = field(default="cpo", init=False)
 
-    beta: float = 0.1
-    """Scale of the rewards, > 0. The paper uses 0.1."""
-
-    sft_weight: float = 1.0
-    """Weight of the negative log-likelihood of the chosen responses, >= 0. The paper uses 1."""
+    beta: float = option(0.1, "Scale of the rewards, > 0. The paper uses 0.1.")
+    sft_weight: float = option(
+        1.0, "Weight of the negative log-likelihood of the chosen responses, >= 0. The paper uses 1."
+    )
 
     def compare(self, chosen: Responses, rejected: Responses) -> Comparison:
         return _log_sigmoid(self.beta * chosen.sum_P, self.beta * rejected.sum_P)
@@ -59,8 +59,9 @@ class ORPOObjective(PreferenceObjective):
 
     objective: str = field(default="orpo", init=False)
 
-    odds_ratio_weight: float = 0.1
-    """The paper's lambda, > 0, the weight of the odds ratio. The paper tries 0.1 to 1."""
+    odds_ratio_weight: float = option(
+        0.1, "Weight of the odds ratio, > 0, the paper's lambda. The paper tries 0.1 to 1."
+    )
 
     # Eq. 6 has the likelihood at weight one; lambda weighs the other term.
     sft_weight = 1.0
@@ -92,8 +93,10 @@ class IPOObjective(PreferenceObjective):
 
     objective: str = field(default="ipo", init=False)
 
-    tau: float = 0.1
-    """Strength of the pull towards the reference, > 0; the log-ratio margin aimed at is 1 / (2 tau) nats a token."""
+    tau: float = option(
+        0.1,
+        "Strength of the pull towards the reference, > 0; the target log-ratio margin is 1 / (2 tau) nats per token.",
+    )
 
     @property
     def target_margin(self) -> float:
@@ -121,8 +124,7 @@ class DPOObjective(PreferenceObjective):
 
     objective: str = field(default="dpo", init=False)
 
-    beta: float = 0.1
-    """Strength of the pull towards the reference, > 0. The paper uses 0.1 and 0.5."""
+    beta: float = option(0.1, "Strength of the pull towards the reference, > 0. The paper uses 0.1 and 0.5.")
 
     def compare(self, chosen: Responses, rejected: Responses) -> Comparison:
         return _log_sigmoid(self.beta * chosen.ratio_P, self.beta * rejected.ratio_P)

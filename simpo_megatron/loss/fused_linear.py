@@ -372,25 +372,26 @@ class _WeightGrad:
 def _check_tensors(hidden_SBH: Tensor, weight_vH: Tensor, vocab: VocabShard, tp_group: ProcessGroup | None) -> None:
     if hidden_SBH.dim() != 3 or weight_vH.dim() != 2 or hidden_SBH.shape[2] != weight_vH.shape[1]:
         raise ConfigError(
-            f"hidden states {tuple(hidden_SBH.shape)} and output weight {tuple(weight_vH.shape)}: "
+            f"hidden_SBH, weight_vH: found shapes {tuple(hidden_SBH.shape)} and {tuple(weight_vH.shape)}, "
             "expected [S, B, H] and [v, H] with the same H"
         )
     if hidden_SBH.dtype != weight_vH.dtype:
         raise ConfigError(
-            f"hidden states are {hidden_SBH.dtype}, the output weight {weight_vH.dtype}; expected one dtype: "
-            "cast one of them"
+            f"hidden_SBH, weight_vH: found {hidden_SBH.dtype} and {weight_vH.dtype}, expected one dtype; cast one"
         )
     alone = tp_group is None or tp_group.size() == 1
     if alone and (vocab.start, vocab.num_real(len(weight_vH))) != (0, vocab.size):
         raise ConfigError(
-            f"{vocab}: the weight holds {len(weight_vH)} rows; expected the whole vocabulary on a single rank"
+            f"{vocab}: found {len(weight_vH)} rows of weight_vH, expected the whole vocabulary on a single rank"
         )
 
 
 def _check_tokens(tokens: ResponseTokens, num_rows: int, vocab: VocabShard) -> None:
     rows_N = tokens.rows_N
     if rows_N.dim() != 1 or not rows_N.shape == tokens.targets_N.shape == tokens.sequence_N.shape:
-        raise ConfigError("ResponseTokens: rows_N, targets_N and sequence_N must be vectors of one length")
+        raise ConfigError(
+            "ResponseTokens: found other shapes, expected vectors rows_N, targets_N and sequence_N of one length"
+        )
     if ((rows_N < 0) | (rows_N >= num_rows)).any() or (rows_N[1:] < rows_N[:-1]).any():
-        raise DataError(f"rows_N: expected ascending rows of a sequence of {num_rows}, found otherwise")
+        raise DataError(f"rows_N: found rows out of order or range, expected ascending rows below {num_rows}")
     check_targets(tokens.targets_N, vocab.size)

@@ -67,7 +67,7 @@ def vocab_parallel_log_probs(
     """
     if logits.shape[:-1] != targets.shape:
         raise ConfigError(
-            f"targets: shape {tuple(targets.shape)}; expected {tuple(logits.shape[:-1])}, that of the logits "
+            f"targets: found shape {tuple(targets.shape)}, expected {tuple(logits.shape[:-1])}, that of the logits "
             "without their last dimension"
         )
     vocab = VocabShard(start=vocab_start, size=vocab_size)

@@ -9,13 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from simpo_megatron.loss.objective import (
-    Comparison,
-    PreferenceObjective,
-    Responses,
-    SftNormalization,
-    require,
-)
+from simpo_megatron.errors import require
+from simpo_megatron.loss.objective import Comparison, PreferenceObjective, Responses, SftNormalization
+from simpo_megatron.option_field import option
 
 LossType = Literal["sigmoid", "hinge"]
 
@@ -33,28 +29,29 @@ class SimPOObjective(PreferenceObjective):
 
     objective: str = field(default="simpo", init=False)
 
-    beta: float = 2.0
-    """Scale of the rewards, > 0. The paper uses 2.0 to 10."""
-
-    gamma_beta_ratio: float = 0.5
-    """Target reward margin divided by beta, >= 0, in nats per token. The paper uses 0.1 to 0.8."""
-
-    loss_type: LossType = "sigmoid"
-    """`sigmoid` for -logsigmoid(z), `hinge` for relu(1 - z)."""
-
-    label_smoothing: float = 0.0
-    """Probability in [0, 0.5) that a pair's preference is wrong; for `sigmoid` only."""
-
-    sft_weight: float = 0.0
-    """Weight of the negative log-likelihood of the chosen responses, >= 0. The paper uses 0."""
-
-    sft_normalization: SftNormalization = "token"
-    """`token`: mean over all chosen tokens of the global batch; `sequence`: mean over responses of their
-    means."""
-
-    alpha: float = 0.0
-    """AlphaPO's reward shape (arXiv 2501.03884): r = (1 - p**-alpha) / alpha for p = exp(average
-    log-probability); 0 is SimPO itself."""
+    beta: float = option(2.0, "Scale of the rewards, > 0. The paper uses 2.0 to 10.", everyday=True)
+    gamma_beta_ratio: float = option(
+        0.5,
+        "Target reward margin divided by beta, >= 0. In nats per token; the paper uses 0.1 to 0.8.",
+        everyday=True,
+    )
+    loss_type: LossType = option("sigmoid", "Loss of z: sigmoid is -logsigmoid(z), hinge is relu(1 - z).")
+    label_smoothing: float = option(
+        0.0, "Probability in [0, 0.5) that a pair's preference is wrong; with loss_type sigmoid only."
+    )
+    sft_weight: float = option(
+        0.0, "Weight of the negative log-likelihood of the chosen responses, >= 0. The paper uses 0."
+    )
+    sft_normalization: SftNormalization = option(
+        "token",
+        "Mean of the SFT term: token is over all chosen tokens of the global batch, sequence is over responses of "
+        "their means.",
+    )
+    alpha: float = option(
+        0.0,
+        "Reward shape of AlphaPO (arXiv 2501.03884): r = (1 - p**-alpha) / alpha for p = exp(average "
+        "log-probability). 0 is SimPO itself.",
+    )
 
     @property
     def gamma(self) -> float:

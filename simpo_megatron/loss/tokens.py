@@ -28,8 +28,8 @@ class VocabShard:
     def __post_init__(self) -> None:
         if self.start < 0 or self.size < 1:
             raise ConfigError(
-                f"VocabShard: start {self.start}, size {self.size}: expected start >= 0 and size >= 1, "
-                "where size is the true vocabulary size before padding"
+                f"VocabShard: found start {self.start} and size {self.size}, expected start >= 0 and size > 0, the "
+                "true vocabulary size before padding"
             )
 
     def num_real(self, width: int) -> int:
@@ -70,7 +70,7 @@ class ResponseTokens:
         """
         num_rows, length = labels_RS.shape
         if num_rows % 2:
-            raise ConfigError(f"labels: {num_rows} rows; expected two per pair, chosen and rejected in turn")
+            raise ConfigError(f"labels: found {num_rows} rows, expected two per pair, chosen and rejected in turn")
         row_N, position_N = (labels_RS != ignore_index).nonzero(as_tuple=True)
         return cls(
             rows_N=row_N * length + position_N,
@@ -105,6 +105,6 @@ def check_targets(targets: Tensor, vocab_size: int) -> None:
     if outside.any():
         first = int(outside.flatten().nonzero()[0, 0])
         raise DataError(
-            f"response token {first}: id {int(targets.flatten()[first])} is outside the vocabulary of "
+            f"response token {first}: found id {int(targets.flatten()[first])}, expected one of a vocabulary of "
             f"{vocab_size} ids; check that the tokenizer belongs to the model"
         )

@@ -59,8 +59,8 @@ def _fill(message: Tensor, dataset: PreferenceDataset, indices: Sequence[int], l
         found = (len(pair.prompt_ids), len(pair.chosen_ids), len(pair.rejected_ids))
         if found != tuple(expected):
             raise DataError(
-                f"pair {index}: prompt, chosen, rejected have {found} tokens, the index says "
-                f"{tuple(int(n) for n in expected)}; the token file changed under the run, rebuild it"
+                f"pair {index}: found {found} tokens of prompt, chosen, rejected, expected "
+                f"{tuple(int(n) for n in expected)}; the token file changed during the run, rebuild it"
             )
         parts += [pair.prompt_ids, pair.chosen_ids, pair.rejected_ids]
     if parts:

@@ -92,6 +92,6 @@ def require_local_ranks(num_ranks: int) -> None:
     """
     if has_cuda() and torch.cuda.device_count() < num_ranks:
         raise ConfigError(
-            f"the layout needs {num_ranks} ranks, this machine has {torch.cuda.device_count()} GPUs: choose a smaller "
-            "--tp, --pp or --cp, or start the job on more machines with torchrun --nnodes"
+            f"layout: found {num_ranks} ranks, expected at most {torch.cuda.device_count()}, the GPUs of this machine; "
+            "choose a smaller --tp, --pp or --cp, or start the job on more machines with torchrun --nnodes"
         )

@@ -54,8 +54,8 @@ def describe_hf_config(config: dict[str, Any], where: str) -> ModelDescription:
     family = config.get("model_type")
     if family not in _FAMILY_OPTIONS:
         raise ConfigError(
-            f"{where}: model_type {family!r} is not supported{_WHY_NOT.get(family, '')}; "
-            f"supported: {', '.join(sorted(_FAMILY_OPTIONS))}"
+            f"{where}: model_type: found {family!r}{_WHY_NOT.get(family, '')}, expected one of "
+            f"{', '.join(sorted(_FAMILY_OPTIONS))}"
         )
     try:
         _refuse(config, _COMMON_REFUSALS)
@@ -87,16 +87,16 @@ def read_hf_json(folder: str | Path, name: str) -> dict[str, Any]:
     """
     path = Path(folder) / name
     if not path.is_file():
-        raise CheckpointError(f"{path}: not found; expected a Hugging Face model folder with {name}")
+        raise CheckpointError(f"{path}: found no such file, expected a Hugging Face model folder with {name}")
     num_bytes = path.stat().st_size
     if num_bytes > MAX_JSON_BYTES:
-        raise CheckpointError(f"{path}: {num_bytes} bytes, more than the {MAX_JSON_BYTES} that are read")
+        raise CheckpointError(f"{path}: found {num_bytes} bytes, expected at most {MAX_JSON_BYTES}")
     try:
         content = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not valid JSON: {error}") from None
+        raise CheckpointError(f"{path}: found invalid JSON ({error}), expected an object") from None
     if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: holds a JSON {type(content).__name__}, expected an object")
+        raise CheckpointError(f"{path}: found a JSON {type(content).__name__}, expected an object")
     return content
 
 
@@ -105,11 +105,13 @@ def _transformer_arguments(config: dict[str, Any]) -> dict[str, Any]:
     num_heads = _count(config, "num_attention_heads")
     num_groups = _count(config, "num_key_value_heads") if config.get("num_key_value_heads") else num_heads
     if num_heads % num_groups:
-        raise ConfigError(f"num_attention_heads {num_heads} is not a multiple of num_key_value_heads {num_groups}")
+        raise ConfigError(
+            f"num_attention_heads: found {num_heads}, expected a multiple of num_key_value_heads {num_groups}"
+        )
     hidden_size = _count(config, "hidden_size")
     epsilon = config.get("rms_norm_eps")
     if not isinstance(epsilon, float) or not 0 < epsilon < 1:
-        raise ConfigError(f"rms_norm_eps is {epsilon!r}, expected a number between 0 and 1")
+        raise ConfigError(f"rms_norm_eps: found {epsilon!r}, expected a number between 0 and 1")
     return {
         "num_layers": _count(config, "num_hidden_layers"),
         "hidden_size": hidden_size,
@@ -140,7 +142,7 @@ def _activation(config: dict[str, Any]) -> Callable[[Tensor], Tensor]:
     key = "hidden_activation" if config["model_type"] == "gemma2" else "hidden_act"
     found = config.get(key, _DEFAULT_ACTIVATIONS.get(key))
     if found not in _ACTIVATIONS:
-        raise ConfigError(f"{key} is {found!r}: only {', '.join(_ACTIVATIONS)} are supported")
+        raise ConfigError(f"{key}: found {found!r}, expected one of {', '.join(_ACTIVATIONS)}")
     return _ACTIVATIONS[found]
 
 
@@ -148,8 +150,8 @@ def _llama(config: dict[str, Any]) -> dict[str, Any]:
     attention_bias, mlp_bias = bool(config.get("attention_bias")), bool(config.get("mlp_bias"))
     if attention_bias != mlp_bias:
         raise ConfigError(
-            f"attention_bias {attention_bias} with mlp_bias {mlp_bias} is not supported: "
-            "megatron-core's linear layers have biases all or none"
+            f"attention_bias: found {attention_bias} with mlp_bias {mlp_bias}, expected both or none: megatron-core's "
+            "linear layers have biases all or none"
         )
     return {"add_bias_linear": mlp_bias, **_same_window_everywhere(config, None)}
 
@@ -180,7 +182,7 @@ def _gemma2(config: dict[str, Any]) -> dict[str, Any]:
 def _soft_cap(config: dict[str, Any], key: str, *, default: float) -> float | None:
     found = config.get(key, default)
     if found is not None and (isinstance(found, bool) or not isinstance(found, int | float) or not found > 0):
-        raise ConfigError(f"{key} is {found!r}, expected a number above 0, or null for no cap")
+        raise ConfigError(f"{key}: found {found!r}, expected a number above 0, or null for no cap")
     return found
 
 
@@ -210,10 +212,10 @@ def _experts(config: dict[str, Any], key: str, width: Any) -> dict[str, Any]:
     """A mixture of `config[key]` experts of `width` in every layer."""
     num_experts, num_chosen = _count(config, key), _count(config, "num_experts_per_tok")
     if num_chosen > num_experts:
-        raise ConfigError(f"num_experts_per_tok {num_chosen} is more than {key} {num_experts}")
+        raise ConfigError(f"num_experts_per_tok: found {num_chosen}, expected at most {key} {num_experts}")
     coefficient = config.get("router_aux_loss_coef", 0.001)
     if isinstance(coefficient, bool) or not isinstance(coefficient, int | float) or not coefficient >= 0:
-        raise ConfigError(f"router_aux_loss_coef is {coefficient!r}, expected a number of at least 0")
+        raise ConfigError(f"router_aux_loss_coef: found {coefficient!r}, expected a number of at least 0")
     return {
         "num_moe_experts": num_experts,
         "moe_router_topk": num_chosen,
@@ -229,8 +231,8 @@ def _qwen2(config: dict[str, Any]) -> dict[str, Any]:
 def _qwen3(config: dict[str, Any]) -> dict[str, Any]:
     if config.get("attention_bias"):
         raise ConfigError(
-            "attention_bias true without biases in the MLP is not supported: "
-            "megatron-core's linear layers have biases all or none"
+            "attention_bias: found true without biases in the MLP, expected false: megatron-core's linear layers have "
+            "biases all or none"
         )
     return {"qk_layernorm": True, **_qwen_window(config)}
 
@@ -246,7 +248,9 @@ def _qwen_window(config: dict[str, Any]) -> dict[str, Any]:
 def _same_window_everywhere(config: dict[str, Any], window: int | None) -> dict[str, Any]:
     kind = _FULL if window is None else _WINDOWED
     if set(config.get("layer_types") or ()) - {kind}:
-        raise ConfigError(f"layer_types is {config['layer_types']!r}, expected {kind} in every layer of this family")
+        raise ConfigError(
+            f"layer_types: found {config['layer_types']!r}, expected {kind} in every layer of this family"
+        )
     return _sliding_window(config, window, [kind] * config["num_hidden_layers"])
 
 
@@ -256,7 +260,7 @@ def _sliding_window(config: dict[str, Any], window: int | None, kinds: list[str]
     Source: transformers.masking_utils.sliding_window_overlay; megatron counts the tokens to the left only.
     """
     if len(kinds) != config["num_hidden_layers"] or set(kinds) - {_FULL, _WINDOWED}:
-        raise ConfigError(f"layer_types is {kinds!r}, expected {_FULL} or {_WINDOWED} for each layer")
+        raise ConfigError(f"layer_types: found {kinds!r}, expected {_FULL} or {_WINDOWED} for each layer")
     windowed = [int(kind == _WINDOWED) for kind in kinds]
     if not any(windowed):
         return {}
@@ -312,10 +316,12 @@ def _rope_arguments(config: dict[str, Any]) -> dict[str, Any]:
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in _ROPE_SCALINGS:
-        raise ConfigError(f"rope_type {kind!r} is not supported: megatron-core has {', '.join(_ROPE_SCALINGS)}")
+        raise ConfigError(
+            f"rope_type: found {kind!r}, expected one that megatron-core has: {', '.join(_ROPE_SCALINGS)}"
+        )
     fraction = rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
     if fraction != 1.0 and config["model_type"] != "phi3":
-        raise ConfigError(f"partial_rotary_factor {fraction} is not supported for {config['model_type']}")
+        raise ConfigError(f"partial_rotary_factor: found {fraction}, expected 1 for {config['model_type']}")
     return {
         "rotary_percent": float(fraction),
         "rotary_base": rope.get("rope_theta", config.get("rope_theta", 10000.0)),
@@ -336,7 +342,7 @@ def _llama3_rope(rope: dict[str, Any]) -> dict[str, Any]:
     for key, value in fixed.items():
         if rope.get(key) != value:
             raise ConfigError(
-                f"rope {key} is {rope.get(key)!r}: megatron-core computes llama3 scaling with {value} only"
+                f"rope {key}: found {rope.get(key)!r}, expected {value}, as megatron-core computes llama3"
             )
     return {"rope_scaling": True, "rope_scaling_factor": _factor(rope)}
 
@@ -351,12 +357,12 @@ _ROPE_SCALINGS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
 def _factor(rope: dict[str, Any]) -> float:
     factor = rope.get("factor")
     if isinstance(factor, bool) or not isinstance(factor, int | float) or not factor >= 1:
-        raise ConfigError(f"rope factor is {factor!r}, expected a number of at least 1")
+        raise ConfigError(f"rope factor: found {factor!r}, expected a number of at least 1")
     return float(factor)
 
 
 def _count(config: dict[str, Any], key: str, *, default: int | None = None, least: int = 1) -> int:
     value = config.get(key, default)
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ConfigError(f"{key} is {value!r}, expected an integer of at least {least}")
+        raise ConfigError(f"{key}: found {value!r}, expected an integer of at least {least}")
     return value

@@ -36,7 +36,7 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from simpo_megatron.config.lora import LoRAConfig
+from simpo_megatron.config.lora_section import LoRAConfig
 
 ADAPTER_SUFFIX = "_adapter"
 """Suffix of an adapter's name after its layer's."""

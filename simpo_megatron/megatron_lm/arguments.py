@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import math
 import typing
 from dataclasses import Field, fields
 
-from simpo_megatron.config.options import field_prose
+from simpo_megatron.config.resolving import sequence_multiple
 from simpo_megatron.data import BatchOptions, PairOptions
 from simpo_megatron.errors import ConfigError
 from simpo_megatron.loss import SimPOObjective
-
-# Tokens of a rank's share come in such multiples in FP8, by Megatron's names of the recipes.
-_FP8_MULTIPLE = {"delayed": 16, "tensorwise": 16, "blockwise": 128, "mxfp8": 32}
 
 
 def add_simpo_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -26,8 +22,8 @@ def add_simpo_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """
     group = parser.add_argument_group("SimPO")
     group.add_argument("--simpo-data", nargs="+", metavar="FILE", help="Preference files; weights and files in turn.")
-    group.add_argument("--simpo-valid-data", nargs="+", metavar="FILE", help="Validation preference files.")
-    group.add_argument("--simpo-data-cache", metavar="DIR", default="runs/cache", help="Folder for tokenised pairs.")
+    group.add_argument("--simpo-valid-data", nargs="+", metavar="FILE", help="Validation files.")
+    group.add_argument("--simpo-data-cache", metavar="DIR", default="runs/cache", help="Folder for tokenized pairs.")
     for section in (SimPOObjective, PairOptions):
         _add_fields(group, section)
     # What fits --seq-length, unless it is said.
@@ -37,7 +33,7 @@ def add_simpo_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
 
 
 def _add_fields(group: argparse._ArgumentGroup, section: type) -> None:
-    prose, kinds = field_prose(section), typing.get_type_hints(section)
+    kinds = typing.get_type_hints(section)
     for entry in _own_fields(section):
         flag, kind = f"--simpo-{entry.name.replace('_', '-')}", kinds[entry.name]
         if kind is bool:
@@ -46,7 +42,7 @@ def _add_fields(group: argparse._ArgumentGroup, section: type) -> None:
             how = {"choices": typing.get_args(kind)}
         else:
             how = {"type": kind}
-        group.add_argument(flag, default=entry.default, help=prose[entry.name].replace("%", "%%"), **how)
+        group.add_argument(flag, default=entry.default, help=entry.metadata["help"].replace("%", "%%"), **how)
 
 
 def objective_of(args: argparse.Namespace) -> SimPOObjective:
@@ -68,6 +64,13 @@ def pair_options(args: argparse.Namespace) -> PairOptions:
     return PairOptions(max_length=args.seq_length, **given)
 
 
+def true_vocab_size(args: argparse.Namespace) -> int:
+    """Returns the ids of the vocabulary before it is padded for tensor parallelism."""
+    from megatron.training import get_tokenizer
+
+    return args.vocab_size or get_tokenizer().vocab_size
+
+
 def _given(args: argparse.Namespace, section: type) -> dict[str, typing.Any]:
     return {entry.name: getattr(args, f"simpo_{entry.name}") for entry in _own_fields(section)}
 
@@ -85,23 +88,22 @@ def batch_options(args: argparse.Namespace) -> BatchOptions:
     for size in ("context_parallel_size", "expert_model_parallel_size"):
         if getattr(args, size) != 1:
             flag = f"--{size.replace('_', '-')}"
-            raise ConfigError(f"{flag}: found {getattr(args, size)}, expected 1: sequences and experts are not divided")
+            raise ConfigError(f"{flag}: found {getattr(args, size)}, expected 1; sequences and experts are not sharded")
     at_once = args.micro_batch_size * args.data_parallel_size
     if args.rampup_batch_size is not None or args.global_batch_size % at_once:
         raise ConfigError(
             f"--global-batch-size: found {args.global_batch_size}, expected a multiple of {at_once} "
-            "(--micro-batch-size times data-parallel ranks) and no --rampup-batch-size"
+            "(--micro-batch-size x data-parallel ranks) and no --rampup-batch-size"
         )
     return BatchOptions(
         global_batch_size=args.global_batch_size,
         packing=False,
         prefix_sharing=True,
         micro_batch_size=args.micro_batch_size,
-        sequence_multiple=math.prod(
-            (
-                _FP8_MULTIPLE[args.fp8_recipe] if args.fp8 else 1,
-                args.tensor_model_parallel_size if args.sequence_parallel else 1,
-            )
+        sequence_multiple=sequence_multiple(
+            fp8_recipe=args.fp8_recipe if args.fp8 else None,
+            tensor_shards=args.tensor_model_parallel_size if args.sequence_parallel else 1,
+            context_parallel_size=args.context_parallel_size,
         ),
         seed=args.seed,
     )

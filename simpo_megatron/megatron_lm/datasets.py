@@ -19,7 +19,7 @@ from simpo_megatron.data import (
     plan_step,
 )
 from simpo_megatron.errors import ConfigError
-from simpo_megatron.megatron_lm.arguments import batch_options, pair_options
+from simpo_megatron.megatron_lm.arguments import batch_options, pair_options, true_vocab_size
 from simpo_megatron.parallel import data_parallel_rank
 from simpo_megatron.ranks import raise_on_all_ranks
 
@@ -47,10 +47,10 @@ def train_valid_test_datasets_provider(
 
     args = get_args()
     if not args.simpo_data:
-        raise ConfigError("--simpo-data: none given, expected preference files")
+        raise ConfigError("--simpo-data: found none, expected preference files")
     if bool(args.simpo_valid_data) != bool(args.eval_iters):
         raise ConfigError(
-            f"--eval-iters: found {args.eval_iters}, expected steps of validation with --simpo-valid-data and 0 without"
+            f"--eval-iters: found {args.eval_iters}, expected validation steps with --simpo-valid-data and 0 without"
         )
     options = batch_options(args)
 
@@ -84,7 +84,7 @@ def _dataset(files: list[str], args: argparse.Namespace) -> PreferenceDataset:
 
     built = raise_on_all_ranks(lambda: load(build=True) if dist.get_rank() == 0 else None)
     dataset = raise_on_all_ranks(lambda: load(build=False) if built is None else built)
-    check_vocabulary(dataset, args.padded_vocab_size)
+    check_vocabulary(dataset, true_vocab_size(args))
     return dataset
 
 

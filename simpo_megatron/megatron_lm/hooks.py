@@ -19,7 +19,7 @@ from simpo_megatron.mcore.architecture import ArchitectureConfig
 from simpo_megatron.mcore.batch import to_microbatch
 from simpo_megatron.mcore.model import PreferenceGPTModel
 from simpo_megatron.mcore.specs import block_spec
-from simpo_megatron.megatron_lm.arguments import objective_of
+from simpo_megatron.megatron_lm.arguments import objective_of, true_vocab_size
 from simpo_megatron.megatron_lm.datasets import Sample
 
 
@@ -34,7 +34,7 @@ def model_provider(
 
     `config` is made here, whatever is given, for our layers read more of it than Megatron-LM's do.
     """
-    from megatron.training import get_args, get_tokenizer
+    from megatron.training import get_args
     from megatron.training.arguments import core_transformer_config_from_args
 
     args = get_args()
@@ -57,7 +57,7 @@ def model_provider(
         seq_len_interpolation_factor=args.rotary_seq_len_interpolation_factor,
         vp_stage=vp_stage,
         pg_collection=pg_collection,
-        true_vocab_size=args.vocab_size or get_tokenizer().vocab_size,
+        true_vocab_size=true_vocab_size(args),
     )
 
 

@@ -27,11 +27,13 @@ def pretrain() -> None:
         from megatron.training import training
     except ImportError as error:
         raise ConfigError(
-            f"Megatron-LM's training cannot be imported ({error}); megatron-core has it from 0.17 on (Python 3.12), "
-            "before that put a checkout of Megatron-LM on PYTHONPATH"
+            f"megatron.training: found {error}, expected Megatron-LM's training; megatron-core has it from 0.17 on "
+            "(Python 3.12), before that put a checkout of Megatron-LM on PYTHONPATH"
         ) from error
     if not device.has_cuda():
-        raise ConfigError("Megatron-LM trains on CUDA devices, none is there; examples/pretrain_simpo.py needs none")
+        raise ConfigError(
+            "device: found no CUDA, expected a CUDA device for Megatron-LM; examples/pretrain_simpo.py needs none"
+        )
     cpu_patches.keep_compiled_helpers()
     training.pretrain(**pretrain_arguments(training.pretrain))
 

@@ -12,11 +12,11 @@ from simpo_megatron.config import Config
 from simpo_megatron.config.reading import config_of
 from simpo_megatron.errors import ConfigError
 from simpo_megatron.nemo.bridge import BRIDGE
+from simpo_megatron.nemo.keys import place_of, read_flat
 from simpo_megatron.nemo.nemo1 import NEMO_1
 from simpo_megatron.nemo.nemo2 import NEMO_2
 from simpo_megatron.nemo.nemo_rl import NEMO_RL
-from simpo_megatron.nemo.reading import place_of, read_flat
-from simpo_megatron.nemo.rules import Dialect, Report, apply
+from simpo_megatron.nemo.rules import Dialect, TranslationReport, apply
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -26,7 +26,9 @@ DIALECTS = (NEMO_RL, NEMO_2, BRIDGE, NEMO_1)
 _FLAG = "--nemo-config"
 
 
-def load_nemo_config(source: str | Path | DictConfig, overrides: Sequence[str] = ()) -> tuple[Config, Report]:
+def load_nemo_config(
+    source: str | Path | DictConfig, overrides: Sequence[str] = ()
+) -> tuple[Config, TranslationReport]:
     """The configuration that NeMo's `source` asks for, and what became of each of its keys.
 
     `source` is a YAML file, or what hydra has composed of one. `overrides` are key=value in its own dialect, above it.
@@ -47,7 +49,7 @@ def names_nemo_config(argv: Sequence[str]) -> bool:
     return any(argument.split("=")[0] == _FLAG for argument in argv)
 
 
-def load_nemo_command(argv: Sequence[str]) -> tuple[Config, Report]:
+def load_nemo_command(argv: Sequence[str]) -> tuple[Config, TranslationReport]:
     """`load_nemo_config` of the command line `--nemo-config FILE key=value ...`.
 
     Raises: ConfigError as it does, and for flags beside the file: settings are keys of the file's dialect.
@@ -74,5 +76,5 @@ def _dialect(values: Mapping[str, Any], where: str) -> Dialect:
         for group in dialect.marks:
             if all(any(key.startswith(mark) for key in values) for mark in group):
                 return dialect
-    marks = "; ".join(f"{dialect.name}: {' and '.join(dialect.marks[0])}" for dialect in DIALECTS)
-    raise ConfigError(f"{where}: of no dialect known here, expected keys that begin with ({marks})")
+    marks = "; ".join(f"{' and '.join(dialect.marks[0])} ({dialect.name})" for dialect in DIALECTS)
+    raise ConfigError(f"{where}: not a recognised NeMo configuration, expected keys that start with {marks}")

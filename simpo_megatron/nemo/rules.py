@@ -11,7 +11,7 @@ from typing import Any
 from simpo_megatron.config.options import EXCLUSIVE, Option, find_option
 from simpo_megatron.config.reading import Layer, Setting
 from simpo_megatron.errors import ConfigError
-from simpo_megatron.nemo.reading import Unset
+from simpo_megatron.nemo.keys import Unset
 
 # Ends of keys by which a file names classes and calls for another program to make.
 _OBJECTS = ("_target_", "_partial_", "_call_", "_args_", "_convert_", "_recursive_")
@@ -79,7 +79,7 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class Report:
+class TranslationReport:
     """What became of every key of a file, by key."""
 
     dialect: str
@@ -103,14 +103,14 @@ class Report:
         return lines + [f"  ignored     {' '.join(keys)}: {reason}" for reason, keys in reasons.items()]
 
 
-def apply(dialect: Dialect, values: Mapping[str, Any], path: str) -> tuple[Layer, Report]:
+def apply(dialect: Dialect, values: Mapping[str, Any], path: str) -> tuple[Layer, TranslationReport]:
     """The settings that `values` ask for in `dialect`, and what became of each key.
 
     An option given under `dialect.simpo` wins over every other key that speaks of it.
 
     Raises: ConfigError for an unknown key, a value that cannot be had here, or two keys that differ on an option.
     """
-    rules, report = _rules(dialect, values, path), Report(dialect.name, path)
+    rules, report = _rules(dialect, values, path), TranslationReport(dialect.name, path)
     layer = _simpo_settings(dialect, values, report)
     asked = Asked(values, {name: setting.value for name, setting in layer.items()})
     decided = set(layer).union(*(group for group in EXCLUSIVE if set(group) & set(layer)))
@@ -158,7 +158,7 @@ def _rules(dialect: Dialect, values: Mapping[str, Any], path: str) -> dict[str, 
     return rules
 
 
-def _simpo_settings(dialect: Dialect, values: Mapping[str, Any], report: Report) -> Layer:
+def _simpo_settings(dialect: Dialect, values: Mapping[str, Any], report: TranslationReport) -> Layer:
     """The options given by their own names, entered into `report` as well."""
     layer: Layer = {}
     for key, value in values.items():

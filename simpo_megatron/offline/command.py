@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 
-from simpo_megatron.errors import SimPOError, printed
+from simpo_megatron.errors import SimPOError, report_error
 from simpo_megatron.mcore import cpu_patches
 from simpo_megatron.parallel import ParallelGroups, alone
 
@@ -22,4 +22,4 @@ def run_command(work: Callable[[ParallelGroups], int]) -> int:
         with alone() as groups:
             return work(groups)
     except SimPOError as error:
-        return printed(error)
+        return report_error(error)

@@ -49,7 +49,9 @@ def to_mcore(weights: Weights, out_folder: Path, groups: ParallelGroups, *, dtyp
         CheckpointError: `out_folder` exists, or cannot be written, or tensors that Megatron joins differ in dtype.
     """
     if out_folder.exists() and (not out_folder.is_dir() or any(out_folder.iterdir())):
-        raise CheckpointError(f"{out_folder}: exists already; remove it or name another folder")
+        raise CheckpointError(
+            f"{out_folder}: found a folder that already exists, expected none; remove it or name another"
+        )
     model = MetaModel(weights.description, groups)
     dtypes = {
         name: dtype or _common_dtype(weights, {piece.hf_name for piece in _pieces(weights, model, name)})

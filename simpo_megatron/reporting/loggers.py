@@ -148,8 +148,7 @@ def _made_run_folder(config: Config, folder: Path) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / CONFIG_FILE).write_text(to_yaml(config), encoding="utf-8")
     except OSError as error:
-        reason = f"{folder} cannot be written ({error.strerror})"
-        raise ConfigError(f"save: {reason}, expected a folder of yours") from None
+        raise ConfigError(f"save: found {folder}, expected a folder that can be written ({error.strerror})") from None
     return folder
 
 
@@ -160,7 +159,7 @@ def check_sinks(config: Config) -> None:
         ("wandb_project", "wandb", "pip install 'simpo-megatron[wandb]', or leave it out"),
     ):
         if getattr(config.run, key) is not None and importlib.util.find_spec(package) is None:
-            raise ConfigError(f"{key}: {package} is not installed: {remedy}")
+            raise ConfigError(f"{key}: found no {package}, expected it to be installed; {remedy}")
 
 
 class JsonLines:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from simpo_megatron.config import Config, load_config, to_yaml
-from simpo_megatron.errors import ConfigError, SimPOError, printed
+from simpo_megatron.errors import ConfigError, SimPOError, report_error
 from simpo_megatron.reporting.loggers import CONFIG_FILE, METRICS_FILE, evaluation_metric
 from simpo_megatron.reporting.rendering import render
 
@@ -317,7 +317,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         report = write_report(parser.parse_args(argv).run_dir)
     except SimPOError as error:
-        return printed(error)
+        return report_error(error)
     print(f"{report.headline}\n{report.page}\n{report.picture}")
     return 0
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shlex
-import sys
 import time
 import traceback
 import warnings
@@ -13,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from simpo_megatron.config import Config, load_config
-from simpo_megatron.errors import PeerError, SimPOError, StoppedByMonitor, StoppedBySignal
+from simpo_megatron.errors import PeerFailedError, SimPOError, report_error
 from simpo_megatron.mcore import device
 from simpo_megatron.nemo import load_nemo_command, names_nemo_config
 
@@ -46,11 +45,13 @@ def main(argv: Sequence[str], script: str) -> int:
             print(*notes, sep="\n", flush=True)
         train(config)
     except SimPOError as error:
-        _say(error)
+        # Peers that stop because of another rank's error, or share rank 0's, stay quiet about it.
+        if _rank() == 0 and not isinstance(error, PeerFailedError):
+            report_error(error, rank=0)
         _tell_torchrun(error)
         return error.exit_code
     except Exception as error:
-        _say(f"unexpected {type(error).__name__}: {error}")
+        report_error(error, rank=_rank())
         _tell_torchrun(error)
         traceback.print_exc()
         return 1
@@ -71,15 +72,6 @@ def _rank() -> int:
 
 def _world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
-
-
-def _say(error: object) -> None:
-    """One line; peers that stop because of another rank's error, or share rank 0's, stay quiet about it."""
-    if isinstance(error, PeerError):
-        return
-    if _rank() == 0 or not isinstance(error, SimPOError):
-        kind = "STOPPED" if isinstance(error, (StoppedByMonitor, StoppedBySignal)) else "ERROR"
-        print(f"{kind} simpo_megatron rank {_rank()}: {error}", file=sys.stderr, flush=True)
 
 
 def _tell_torchrun(error: Exception) -> None:

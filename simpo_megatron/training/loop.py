@@ -52,7 +52,7 @@ def train(config: Config, sinks: Sequence[Sink] = ()) -> None:
 
     Raises:
         SimPOError: whatever the user can mend; what the configuration alone tells, before any collective.
-        PeerError: another rank failed.
+        PeerFailedError: another rank failed.
         StoppedBySignal: on every rank alike, after a whole step and a checkpoint, when a rank was told to stop.
         StoppedByMonitor: on every rank alike, after a whole step, when a monitor that `stop_on` names found something.
     """
@@ -140,7 +140,7 @@ def _describe_files(job: Job) -> list[str]:
         if job.plan.sources.valid and (dataset.report.dropped or dataset.lost.any()):
             lines += summary(dataset, f"validation {name}".strip() + " ")
         if leaked := num_leaked(job.train_data, dataset):
-            pairs = f"{len(dataset):,} validation pairs {name}".strip()
+            pairs = " ".join(f"{len(dataset):,} validation pairs {name}".split())
             lines.append(f"WARNING   leakage: {leaked:,} of {pairs} share a prompt with the training set")
     return lines
 

@@ -34,7 +34,7 @@ def probe_memory(config: Config, job: Job, start: Start) -> list[str]:
     if not config.monitors.probe_memory:
         return []
     if config.precision.fp8_recipe == "delayed":
-        return ["memory    not probed: the delayed FP8 recipe would keep the probe in its scaling histories"]
+        return ["memory    check skipped: delayed FP8 would record it in its amax history"]
     trainer, dataset = job.trainer, job.train_data
     number, plan = trainer.plan_heaviest(dataset, start.consumed_pairs, job.train_iters - start.iteration)
     tokens, pack = max(

@@ -79,8 +79,8 @@ class Monitors:
         remembered = start.monitors
         if self.evaluate_before_saving and not job.valid_data:
             raise ConfigError(
-                f"stop_on: found {' '.join(self._settings.stop_on)}, but there are no validation pairs; add "
-                "--valid-data or --valid-fraction"
+                f"stop_on: found {' '.join(self._settings.stop_on)}, expected validation pairs; add --valid-data "
+                "or --valid-fraction"
             )
         self._lines = {
             name: deque(remembered.get(name, ()), maxlen=self._settings.monitor_window)

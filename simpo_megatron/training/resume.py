@@ -150,7 +150,7 @@ def _tidy(save: Path, checkpoint: Checkpoint | None) -> list[str]:
         manifest.write_latest(save, checkpoint.iteration)
     elif metrics.exists() and metrics.stat().st_size > 0:
         moved.append(move_aside(metrics))
-    return [f"WARNING   {path.name} is not of this run's history; it was renamed and is kept" for path in moved]
+    return [f"WARNING   moved aside {path.name}: it belongs to an earlier run" for path in moved]
 
 
 def describe_run(config: Config, job: Job) -> dict[str, Any]:

@@ -119,9 +119,9 @@ def locate_sources(config: Config) -> Sources:
         if DEMO in train:
             train, valid = (str(assets.train_file),), valid or (str(assets.valid_file),)
     if model is None:
-        raise ConfigError("model: none given; name a Hugging Face folder with --model DIR")
+        raise ConfigError("model: found none, expected a Hugging Face folder; add --model DIR")
     if not train:
-        raise ConfigError("data: none given; name preference files with --data FILE...")
+        raise ConfigError("data: found none, expected preference files; add --data FILE")
     folder = manifest.resolve_checkpoint(Path(model)) or Path(model)
     return Sources(model=folder, train=train, valid=parse_named_sources(valid))
 
@@ -169,8 +169,8 @@ def num_train_iters(config: Config, num_pairs: int) -> int:
     num_steps = config.optimizer.epochs * num_pairs // config.batch.global_batch_size
     if num_steps == 0:
         raise DataError(
-            f"{config.optimizer.epochs} epoch(s) of {num_pairs} pairs do not fill one global batch of "
-            f"{config.batch.global_batch_size} pairs; lower global_batch_size or raise epochs"
+            f"global_batch_size: found {config.batch.global_batch_size}, expected at most the pairs of "
+            f"{config.optimizer.epochs} epoch(s) of {num_pairs}; lower it or raise epochs"
         )
     return num_steps
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -95,13 +95,8 @@ class Pass:
 
 def batch_options(config: Config, layout: Layout, pad_id: int) -> BatchOptions:
     """How pairs become microbatches; rows are padded only as far as the layout and the precision need."""
-    batch = config.batch
     return BatchOptions(
-        global_batch_size=batch.global_batch_size,
-        packing=batch.packing,
-        prefix_sharing=batch.prefix_sharing,
-        tokens_per_microbatch=batch.tokens_per_microbatch,
-        micro_batch_size=batch.micro_batch_size,
+        **asdict(config.batch),
         sequence_multiple=layout.sequence_multiple,
         pad_id=pad_id,
         seed=config.run.seed,

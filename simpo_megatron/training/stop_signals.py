@@ -8,6 +8,8 @@ from types import FrameType, TracebackType
 
 import torch.distributed as dist
 
+from simpo_megatron.errors import status_line
+
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 """SIGTERM is what torchrun, Kubernetes and Slurm send; SIGUSR1 what Slurm's `--signal=USR1@300` sends ahead of it."""
 
@@ -40,12 +42,10 @@ class StopSignals:
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._noted = number
         self._restore()
-        line = (
-            f"simpo_megatron rank {dist.get_rank()}: {signal.Signals(number).name} received; stopping after this step "
-            "(a second signal ends the process at once)\n"
-        )
+        name = signal.Signals(number).name
+        text = f"{name} received; stopping after this step (a second signal ends the process at once)"
         # Not print: the signal may have come while the same buffer was being written.
-        os.write(2, line.encode())
+        os.write(2, (status_line("STOPPING", text, dist.get_rank()) + "\n").encode())
 
     def _restore(self) -> None:
         for number, handler in self._previous.items():

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from simpo_megatron.errors import ParallelError, PeerError, SimPOError, listed
+from simpo_megatron.errors import ParallelError, PeerFailedError, SimPOError, listed, report_error
 
 _PACKAGE = Path(__file__).parents[1]
 _ALARM = "alarm"
@@ -94,7 +94,7 @@ class Watchdog:
                 if store.check([_ALARM]):
                     self._heed(json.loads(store.get(_ALARM)))
                 elif time.monotonic() - self._started > self._limit:
-                    self._raise_alarm(store, "late", f"{self._where} was not over after its {self._limit:g} s")
+                    self._raise_alarm(store, "late", _timeout(self._where, self._limit))
             except dist.DistError:
                 # Whoever kept the store is gone; the main thread's next collective or message fails.
                 return
@@ -106,19 +106,19 @@ class Watchdog:
             "rank": self._rank,
             "says": says,
             "exit_code": getattr(error, "exit_code", ParallelError.exit_code),
-            "is_said_there": not isinstance(error, SimPOError),
+            "already_reported": not isinstance(error, SimPOError),
         }
         try:
             return json.loads(store.compare_set(_ALARM, "", json.dumps(alarm)))
         except dist.DistError:
             gone = {"kind": "failed", "says": "the rank or launcher that kept the ranks' store is gone"}
-            return {**alarm, **gone, "is_said_there": False}
+            return {**alarm, **gone, "already_reported": False}
 
     def _heed(self, alarm: dict[str, Any]) -> None:
         """End this process, once what is to be said about the alarm was said."""
         if alarm["kind"] == "failed":
             # What is ours the ranks have mostly agreed on: this one may be leaving already, closing what is open.
-            if self._leaving.wait(_ANSWER_SECONDS if alarm["is_said_there"] else 2 * _ANSWER_SECONDS):
+            if self._leaving.wait(_ANSWER_SECONDS if alarm["already_reported"] else 2 * _ANSWER_SECONDS):
                 return
             exit_code = self._peer_error(alarm).exit_code
         else:
@@ -126,20 +126,20 @@ class Watchdog:
             time.sleep(_ANSWER_SECONDS)
             exit_code = ParallelError.exit_code
             if alarm["rank"] == self._rank:
-                _say("ERROR", self._rank, f"{alarm['says']}: {self._verdict()}")
+                report_error(ParallelError(f"{alarm['says']}: {self._verdict()}"), rank=self._rank)
             else:
                 time.sleep(_POLL_SECONDS)
         sys.stdout.flush()
         os._exit(exit_code)
 
-    def _peer_error(self, alarm: dict[str, Any]) -> PeerError:
-        error = PeerError(f"stopped because {alarm['says']}")
-        if alarm["is_said_there"]:
+    def _peer_error(self, alarm: dict[str, Any]) -> PeerFailedError:
+        error = PeerFailedError(f"stopped because {alarm['says']}")
+        if alarm["already_reported"]:
             error.exit_code = ParallelError.exit_code
         else:
             error.exit_code = alarm["exit_code"]
         if self._rank == 0:
-            _say("STOPPED" if alarm["is_said_there"] else "ERROR", self._rank, str(error))
+            report_error(error, rank=0, kind="STOPPED" if alarm["already_reported"] else None)
         return error
 
     def _answer(self) -> None:
@@ -166,8 +166,8 @@ def verdict(answers: dict[int, dict[str, Any]], silent: dict[int, str]) -> str:
     An answer has `number` (phases begun), `where` (the last one), `line` (of this package) and `waits` (for others).
     """
     if silent:
-        shown = listed((f"rank {rank} (last seen in {where})" for rank, where in silent.items()), _MAX_NAMED)
-        return f"no answer from {shown}; killed, out of memory, stopped or cut off: look at that machine and its log"
+        shown = listed((f"rank {rank} (last phase: {where})" for rank, where in silent.items()), _MAX_NAMED)
+        return f"{shown} stopped responding; likely killed (out of memory?) or unreachable, check dmesg and its log"
     furthest = max(answer["number"] for answer in answers.values())
     missing = {rank: a for rank, a in answers.items() if a["number"] < furthest}
     missing = missing or {rank: a for rank, a in answers.items() if not a["waits"]}
@@ -175,13 +175,15 @@ def verdict(answers: dict[int, dict[str, Any]], silent: dict[int, str]) -> str:
     behind = (f"rank {rank} is in {a['where']} at {a['line']}" for rank, a in (missing or answers).items())
     shown = listed(behind, _MAX_NAMED)
     if not told_apart:
-        return f"no rank stands out; {shown}"
+        return f"could not tell which rank is stuck; {shown}"
     waiting = next(a for rank, a in answers.items() if rank not in missing)
     return f"{shown}; the others wait for it in {waiting['where']} at {waiting['line']}"
 
 
-def _say(word: str, rank: int, text: str) -> None:
-    print(f"{word} simpo_megatron rank {rank}: {text}", file=sys.stderr, flush=True)
+def _timeout(where: str, limit_seconds: float) -> str:
+    """What is said of a phase that lasts too long; the limit of a step is an option."""
+    option = " (distributed_timeout_seconds_after_init)" if where.startswith("step ") else ""
+    return f"timeout: {where} exceeded {limit_seconds:g} s{option}"
 
 
 def _is_lost_connection(error: Exception) -> bool:

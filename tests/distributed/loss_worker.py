@@ -195,7 +195,7 @@ def check_an_id_outside_the_vocabulary_raises_on_every_rank():
             try:
                 function()
             except DataError as error:
-                assert f"id {bad} is outside the vocabulary of 16" in str(error)
+                assert f"found id {bad}, expected one of a vocabulary of 16" in str(error)
             else:
                 raise AssertionError(f"id {bad} passed")
 

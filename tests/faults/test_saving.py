@@ -121,7 +121,7 @@ def test_a_rank_that_fails_alone_leaves_no_checkpoint_under_way(folder):
 def test_a_rank_killed_while_it_saves_takes_the_others_with_it_and_leaves_no_checkpoint(folder):
     result = json.loads((folder / "killed.json").read_text())
     assert result["codes"] == [6, -9] and result["apart"] < 15, result["output"][-2000:]
-    assert "no answer from rank 1 (last seen in the checkpoint of step 2)" in result["output"]
+    assert "rank 1 (last phase: the checkpoint of step 2) stopped responding" in result["output"]
     assert not (folder / "killed" / "iter_0000002").exists()
 
 

@@ -94,7 +94,9 @@ def test_the_run_stops_saved_and_goes_on_as_if_never_told(folder, name):
     told_signal = "SIGUSR1" if "SIGUSR1" in str(told) else "SIGTERM"
     assert f"StoppedBySignal: {told_signal}: stopped after step {saved}, saved in" in stopped["output"]
     own_log = (folder / f"{name}_stopped.rank{told[0]}.log").read_text()
-    assert own_log.count(f"rank {told[0]}: {told_signal} received; stopping after this step") == 1
+    assert (
+        own_log.count(f"STOPPING simpo_megatron rank {told[0]}: {told_signal} received; stopping after this step") == 1
+    )
     assert resumed["codes"] == [0, 0], resumed["output"][-2000:]
     assert f"resume    from {folder / name}/iter_{saved:07d}: step {saved}" in resumed["output"]
     check_end(folder, name)

@@ -67,7 +67,9 @@ def test_an_error_on_one_rank_is_one_line_with_its_place_and_torchrun_reports_it
     (stopped,) = re.findall("^STOPPED simpo_megatron.*", err, re.MULTILINE)
     assert "rank 0: stopped because rank 1 failed in the evaluation before step 1: InjectedError" in stopped
     root_cause = err.split("Root Cause", 1)[1]
-    assert re.search("traceback : (InjectedError: injected at|PeerError: stopped because rank 1 failed)", root_cause)
+    assert re.search(
+        "traceback : (InjectedError: injected at|PeerFailedError: stopped because rank 1 failed)", root_cause
+    )
 
 
 def test_a_signal_to_torchrun_leaves_a_whole_checkpoint_of_the_last_whole_step(tmp_path, cache):

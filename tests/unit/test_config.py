@@ -67,9 +67,20 @@ def test_there_are_the_six_published_presets_and_the_demo():
     assert len(PRESETS) == 7
 
 
+def test_the_everyday_options_fit_one_screen(capsys):
+    with pytest.raises(SystemExit) as left:
+        load_config(["--tp", "2", "--help"])
+    assert left.value.code == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) <= 45 and max(map(len, lines)) <= 100
+    shown = [line.split()[0] for line in lines if line.startswith("  --")]
+    assert {"--config", "--preset", "--model", "--data", "--tp", "--lr", "--save", "--help-all"} <= set(shown)
+    assert 30 <= len(shown) <= 45
+
+
 def test_every_option_is_a_flag_and_a_yaml_key_with_a_sentence_of_help(capsys):
     with pytest.raises(SystemExit) as left:
-        load_config(["--help"])
+        load_config(["--help-all"])
     assert left.value.code == 0
     printed = capsys.readouterr().out
     for option in option_table().values():

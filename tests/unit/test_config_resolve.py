@@ -68,7 +68,7 @@ def test_the_interleaved_schedule_wants_microbatches_in_rounds_of_the_stages():
     [
         (
             {"world_size": 6, "tp": 4},
-            "tensor_model_parallel_size: 6 ranks cannot be divided by tp 4 x pp 1 x cp 1 = 4",
+            "tensor_model_parallel_size: found 6 ranks, expected a multiple of tp 4 x pp 1 x cp 1 = 4",
         ),
         ({"world_size": 1, "tp": 8}, "torchrun --nproc-per-node 8"),
         ({"world_size": 3, "tp": 3}, "found 3, expected a divisor of the model's 8 attention heads"),
@@ -96,7 +96,7 @@ def test_the_interleaved_schedule_wants_microbatches_in_rounds_of_the_stages():
             {"world_size": 6, "pp": 2, "ep": 2},
             "expert_model_parallel_size: found 2, expected a divisor of the 3 ranks of a pipeline stage",
         ),
-        ({"moe_aux_loss_coeff": 0.1}, "moe_aux_loss_coeff: found 0.1, expected none: the model has no experts"),
+        ({"moe_aux_loss_coeff": 0.1}, "moe_aux_loss_coeff: found 0.1, expected none; the model has no experts"),
         (
             {"recompute": "selective", "recompute_modules": ("core_attn", "moe")},
             "recompute_modules: found 'moe', expected mlp in its place",
@@ -110,7 +110,7 @@ def test_the_interleaved_schedule_wants_microbatches_in_rounds_of_the_stages():
             {"world_size": 2, "tp": 2, "sequence_parallel": True, "tokens_per_microbatch": 8191},
             "tokens_per_microbatch: found 8191, expected a multiple of 2",
         ),
-        ({"model": SMALL, "data": ()}, "data: not given, expected preference files; add --data FILE"),
+        ({"model": SMALL, "data": ()}, "data: found none, expected preference files; add --data FILE"),
     ],
 )
 def test_a_layout_that_cannot_run_is_refused_with_the_numbers(options, expected):
@@ -118,7 +118,7 @@ def test_a_layout_that_cannot_run_is_refused_with_the_numbers(options, expected)
 
 
 def test_a_preset_without_a_model_says_what_its_runs_started_from():
-    with pytest.raises(ConfigError, match=r"model: not given.*Meta-Llama-3-8B-Instruct.*add --model DIR"):
+    with pytest.raises(ConfigError, match=r"model: found none.*Meta-Llama-3-8B-Instruct.*add --model DIR"):
         resolve(config_from(preset="llama3-instruct"), world_size=1, model=SMALL, machine=Machine())
 
 

@@ -250,9 +250,12 @@ def test_an_evaluation_holds_every_pair_once_in_plans_every_rank_can_follow(
 
 def test_what_cannot_be_planned_is_said_at_start_with_the_arithmetic():
     lengths = some_lengths(20)
-    with pytest.raises(ConfigError, match="128 pairs a step, but the data hold 20 pairs"):
+    with pytest.raises(ConfigError, match="global_batch_size: found 128, expected at most 20, the pairs of the data"):
         check_batches(lengths, BatchOptions(), dp_size=1)
-    with pytest.raises(ConfigError, match="4 pairs cannot give 2 data-parallel ranks 4 microbatches each; at least 8"):
+    with pytest.raises(
+        ConfigError,
+        match="found 4, expected at least 8: one pair for each of 2 data-parallel ranks x 4 microbatches",
+    ):
         check_batches(lengths, BatchOptions(global_batch_size=4), dp_size=2, microbatch_multiple=4)
     longest = int(pair_tokens(lengths, BatchOptions()).argmax())
     options = BatchOptions(global_batch_size=4, tokens_per_microbatch=64, sequence_multiple=16)

@@ -141,7 +141,10 @@ def test_the_tool_says_in_one_line_what_it_cannot_read(tmp_path):
     llama_like().save_pretrained(tmp_path / "model")
     run = run_tool(["--model", "model", "--data", "missing.jsonl"], tmp_path)
     assert run.returncode == 3
-    assert run.stderr.strip().splitlines()[-1] == "ERROR simpo_megatron: missing.jsonl: no such file"
+    assert (
+        run.stderr.strip().splitlines()[-1]
+        == "ERROR simpo_megatron: missing.jsonl: found no such file, expected a preference file"
+    )
     run = run_tool(["--model", "nowhere", "--data", "missing.jsonl"], tmp_path)
     assert run.returncode == 2
     assert run.stderr.startswith("ERROR simpo_megatron: model: found no folder 'nowhere'")

@@ -178,13 +178,13 @@ def test_columns_that_are_not_read_are_named_once_in_the_report(tmp_path):
 
 def test_too_many_bad_records_are_an_error_even_when_they_are_skipped(tmp_path):
     path = write(tmp_path, [GOOD] * 5 + [42] * 5)
-    with pytest.raises(DataError, match="5 of 10 records are malformed.*max_bad_fraction"):
+    with pytest.raises(DataError, match="found 5 of 10 records malformed.*max_bad_fraction"):
         build(path, tmp_path, bad_record="skip")
 
 
 @pytest.mark.parametrize("content", [b"", b"\n\n", json.dumps(GOOD | {"rejected": GOOD["chosen"]}).encode()])
 def test_a_file_without_a_pair_is_an_error(content, tmp_path):
-    with pytest.raises(DataError, match="no pair to train on"):
+    with pytest.raises(DataError, match="found no usable pair"):
         build(write(tmp_path, content), tmp_path)
 
 
@@ -234,20 +234,20 @@ def test_compressed_and_columnar_files_hold_the_same_pairs(tmp_path):
 
 def bad_files(tmp_path):
     gz = gzip.compress(json.dumps(GOOD).encode() * 50)
-    yield write(tmp_path, gz, "hidden.jsonl"), "content is gzip"
-    yield write(tmp_path, b"{}", "fake.jsonl.gz"), "content is not compressed"
+    yield write(tmp_path, gz, "hidden.jsonl"), "found gzip content"
+    yield write(tmp_path, b"{}", "fake.jsonl.gz"), "found uncompressed content"
     yield write(tmp_path, gz[:-10], "cut.jsonl.gz"), "damaged"
     yield write(tmp_path, gz[:40] + b"0000" + gz[44:], "flipped.jsonl.gz"), "damaged"
     yield write(tmp_path, "{}".encode("utf-16"), "utf16.jsonl"), "UTF-16"
-    yield write(tmp_path, b"{}", "pairs.csv"), "unknown kind of file"
+    yield write(tmp_path, b"{}", "pairs.csv"), "found another kind of file"
     yield write(tmp_path, b"{}", "object.json"), "not_a_list"
-    yield write(tmp_path, b"PAR1", "broken.parquet"), "not a readable parquet file"
+    yield write(tmp_path, b"PAR1", "broken.parquet"), "expected a readable parquet file"
     yield tmp_path / "missing.jsonl", "no such file"
-    yield tmp_path, "is a folder"
+    yield tmp_path, "found a folder"
     fifo, loop = tmp_path / "fifo.jsonl", tmp_path / "loop.jsonl"
     os.mkfifo(fifo)
     loop.symlink_to(loop)
-    yield fifo, "not a regular file"
+    yield fifo, "expected a regular file"
     yield loop, "too many levels of symbolic links"
 
 
@@ -279,7 +279,7 @@ def test_files_may_have_weights_in_three_notations():
 def test_validation_sets_have_names():
     named = parse_named_sources(["help=a.jsonl", "harmless.jsonl.gz", "help=b.jsonl"])
     assert named == {"help": ["a.jsonl", "b.jsonl"], "harmless": ["harmless.jsonl.gz"]}
-    with pytest.raises(ConfigError, match="two sets are called 'test'"):
+    with pytest.raises(ConfigError, match="found two sets called 'test'"):
         parse_named_sources(["help=a.jsonl", "a/test.jsonl", "b/test.jsonl"])
 
 

@@ -96,7 +96,7 @@ def test_a_store_is_built_once_and_again_when_anything_changed(tmp_path):
     fingerprints.add(build(path, tmp_path, options=PairOptions(chat_template="none")).fingerprint)
     with open(path, "a") as file:
         file.write(json.dumps({"prompt": "a", "chosen": "b", "rejected": "c"}) + "\n")
-    with pytest.raises(DataError, match="no tokenised store"):
+    with pytest.raises(DataError, match="found no tokenized store"):
         build(path, tmp_path, build=False)
     fingerprints.add(build(path, tmp_path).fingerprint)
     assert len(folders(tmp_path)) == len(fingerprints) == 5
@@ -170,7 +170,7 @@ def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path, monkeypatch):
         return sidecar
 
     monkeypatch.setattr(store_module, "_write_store", write_and_touch)
-    with pytest.raises(DataError, match="changed while it was being read"):
+    with pytest.raises(DataError, match="found a change while it was read"):
         build(path, tmp_path)
 
 
@@ -219,7 +219,7 @@ def test_a_split_is_deterministic_and_keeps_each_prompt_on_one_side(tmp_path):
     for fraction in (0, 1, -1, float("nan")):
         with pytest.raises(ConfigError, match="valid_fraction"):
             split(dataset, fraction)
-    with pytest.raises(DataError, match="leaves 0 for validation"):
+    with pytest.raises(DataError, match="it leaves 0 for validation"):
         split(dataset, 1e-9)
 
 

@@ -168,13 +168,13 @@ def test_an_end_token_is_added_only_where_the_template_writes_none():
 
 
 def test_tokenizers_that_cannot_serve_are_refused():
-    with pytest.raises(DataError, match="no end token"):
+    with pytest.raises(DataError, match="found no eos_token"):
         PairTokenizer(changed(llama_like(), eos_token=None), WIDE)
-    with pytest.raises(DataError, match="not a fast tokenizer"):
+    with pytest.raises(DataError, match="expected a fast tokenizer"):
         PairTokenizer(object(), WIDE)
     bare = changed(llama_like())
     bare.chat_template = None
-    with pytest.raises(DataError, match="princeton needs a chat template"):
+    with pytest.raises(DataError, match="found princeton, expected a tokenizer with a chat template"):
         PairTokenizer(bare, PairOptions(template_mode="princeton"))
     with pytest.raises(DataError, match="cannot be read"):
         PairTokenizer(bare, PairOptions(chat_template="missing.jinja"))

@@ -162,12 +162,12 @@ def test_each_family_says_what_it_adds(tmp_path: Path, changes: dict, expected: 
         ({"rope_parameters": {"rope_type": "longrope"}}, "'longrope'"),
         ({"rope_scaling": {**LLAMA3_SCALING, "original_max_position_embeddings": 4096}}, "4096"),
         ({"rope_scaling": {**LLAMA3_SCALING, "high_freq_factor": 2.0}}, "high_freq_factor"),
-        ({"rope_scaling": {**LLAMA3_SCALING, "factor": "8"}}, "factor is '8'"),
+        ({"rope_scaling": {**LLAMA3_SCALING, "factor": "8"}}, "factor: found '8'"),
         ({"num_key_value_heads": 5}, "num_key_value_heads 5"),
-        ({"hidden_size": -1}, "hidden_size is -1"),
-        ({"num_hidden_layers": True}, "num_hidden_layers is True"),
-        ({"intermediate_size": "absent"}, "intermediate_size is None"),
-        ({"rms_norm_eps": "absent"}, "rms_norm_eps is None"),
+        ({"hidden_size": -1}, "hidden_size: found -1"),
+        ({"num_hidden_layers": True}, "num_hidden_layers: found True"),
+        ({"intermediate_size": "absent"}, "intermediate_size: found None"),
+        ({"rms_norm_eps": "absent"}, "rms_norm_eps: found None"),
     ],
 )
 def test_what_cannot_be_computed_alike_is_refused_by_name(tmp_path: Path, changes: dict, named: str) -> None:
@@ -181,10 +181,10 @@ def test_what_cannot_be_computed_alike_is_refused_by_name(tmp_path: Path, change
 @pytest.mark.parametrize(
     ("content", "named"),
     [
-        ("{", "not valid JSON"),
+        ("{", "found invalid JSON"),
         ("[]", "JSON list"),
-        ("[" * 100_000, "not valid JSON"),
-        ("\xff", "not valid JSON"),
+        ("[" * 100_000, "found invalid JSON"),
+        ("\xff", "found invalid JSON"),
     ],
 )
 def test_a_config_that_is_not_an_object_is_refused(tmp_path: Path, content: str, named: str) -> None:
@@ -194,7 +194,7 @@ def test_a_config_that_is_not_an_object_is_refused(tmp_path: Path, content: str,
 
 
 def test_a_missing_or_enormous_config_is_refused_unread(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="not found"):
+    with pytest.raises(CheckpointError, match="found no such file"):
         describe_hf_model(tmp_path)
     with (tmp_path / "config.json").open("wb") as file:
         file.truncate(MAX_JSON_BYTES + 1)

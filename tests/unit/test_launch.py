@@ -56,7 +56,12 @@ MISTAKES = {
     "value of a wrong type": (["--lr", "fast"], {}, 2, r"lr: found 'fast'|lr.*fast"),
     "heads over tp": (["--tp", "3"], {}, 2, r"tensor_model_parallel_size: found 3, .*divisor of the model's 8"),
     "layers over pp": (["--pp", "3"], {}, 2, r"pipeline_model_parallel_size: found 3, .*4 layers"),
-    "ranks over the layout": (["--tp", "2"], {"WORLD_SIZE": "3"}, 2, r"3 ranks cannot be divided by tp 2 .*nproc"),
+    "ranks over the layout": (
+        ["--tp", "2"],
+        {"WORLD_SIZE": "3"},
+        2,
+        r"found 3 ranks, expected a multiple of tp 2 .*nproc",
+    ),
     "FP8 without GPU": (["--fp8", "tensorwise", "--bf16"], {}, 2, r"fp8_recipe: .*CUDA device, and none is there"),
     "batch below the ranks": (["--global-batch-size", "2"], {"WORLD_SIZE": "4"}, 2, r"global_batch_size: found 2"),
     "sequence longer than the model": (["--max-length", "4096"], {}, 2, r"max_length: found 4096, .*at most 512"),
@@ -64,12 +69,17 @@ MISTAKES = {
     "no NeMo file": (["--nemo-config", "{tmp}/none.yaml"], {}, 2, r"none.yaml: cannot be read"),
     "unknown NeMo key": (["--nemo-config", "{tmp}/nemo.yaml", "model.optm.lr=1"], {}, 2, r"'model.optm.lr' of a"),
     "a flag beside a NeMo file": (["--nemo-config", "{tmp}/nemo.yaml", "--lr", "1"], {}, 2, r"found '--lr' beside"),
-    "no such model": (["--model", "{tmp}/none", "--data", "{pairs}"], {}, 4, r"none/config.json: not found"),
-    "a folder without a model": (["--model", "{tmp}/not_a_model", "--data", "{pairs}"], {}, 4, r"not found"),
-    "another family": (["--model", "{tmp}/other_family", "--data", "{pairs}"], {}, 2, r"'mamba' is not supported"),
-    "no such data": (["--model", "{model}", "--data", "{tmp}/none.jsonl"], {}, 3, r"none.jsonl: no such file"),
-    "no such held-out data": (["--valid-data", "{tmp}/none.jsonl"], {}, 3, r"none.jsonl: no such file"),
-    "no such held-out set": (["--valid-data", "a={pairs}", "b={tmp}/none.jsonl"], {}, 3, r"none.jsonl: no such file"),
+    "no such model": (["--model", "{tmp}/none", "--data", "{pairs}"], {}, 4, r"none/config.json: found no such file"),
+    "a folder without a model": (["--model", "{tmp}/not_a_model", "--data", "{pairs}"], {}, 4, r"found no such file"),
+    "another family": (["--model", "{tmp}/other_family", "--data", "{pairs}"], {}, 2, r"model_type: found 'mamba'"),
+    "no such data": (["--model", "{model}", "--data", "{tmp}/none.jsonl"], {}, 3, r"none.jsonl: found no such file"),
+    "no such held-out data": (["--valid-data", "{tmp}/none.jsonl"], {}, 3, r"none.jsonl: found no such file"),
+    "no such held-out set": (
+        ["--valid-data", "a={pairs}", "b={tmp}/none.jsonl"],
+        {},
+        3,
+        r"none.jsonl: found no such file",
+    ),
 }
 
 

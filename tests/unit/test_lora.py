@@ -17,7 +17,7 @@ from transformers import Gemma2Config, LlamaConfig  # noqa: E402
 
 from simpo_megatron import parallel  # noqa: E402
 from simpo_megatron.config import Machine, config_from, lint, resolve  # noqa: E402
-from simpo_megatron.config.lora import LORA_TARGETS  # noqa: E402
+from simpo_megatron.config.lora_section import LORA_TARGETS  # noqa: E402
 from simpo_megatron.errors import ConfigError  # noqa: E402
 from simpo_megatron.mcore.architecture import ArchitectureConfig  # noqa: E402
 from simpo_megatron.mcore.attention import SegmentedAttention  # noqa: E402

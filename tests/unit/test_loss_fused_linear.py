@@ -256,7 +256,7 @@ def test_an_id_outside_the_vocabulary_raises(bad):
     targets = TARGETS.clone()
     targets[4] = bad
     tokens = ResponseTokens(ROWS, targets, SEQUENCE, 2)
-    with pytest.raises(DataError, match=f"response token 4: id {bad} is outside the vocabulary of 300"):
+    with pytest.raises(DataError, match=f"response token 4: found id {bad}, expected one of a vocabulary of 300"):
         fused_linear_log_probs(hidden, weight, tokens, vocab=VOCAB, tp_group=None)
 
 

@@ -85,7 +85,7 @@ def test_minus_infinity_logits_are_probability_zero():
 def test_an_id_outside_the_vocabulary_raises(bad):
     targets = TARGETS.clone()
     targets[2, 2] = bad
-    with pytest.raises(DataError, match=f"id {bad} is outside the vocabulary of 11"):
+    with pytest.raises(DataError, match=f"found id {bad}, expected one of a vocabulary of 11"):
         log_probs(logits_of(), targets)
 
 

@@ -13,11 +13,11 @@ from transformers import AutoTokenizer
 
 from simpo_megatron.data import build_preference_dataset
 from simpo_megatron.demo import prepare_demo
-from simpo_megatron.errors import ConfigError
+from simpo_megatron.errors import ConfigError, DataError
 from simpo_megatron.loss import ResponseTokens
-from simpo_megatron.megatron_lm import add_simpo_args, forward_step, loss_func, pretrain_arguments
+from simpo_megatron.megatron_lm import add_simpo_args, datasets, forward_step, loss_func, pretrain_arguments
 from simpo_megatron.megatron_lm.arguments import batch_options, objective_of, pair_options
-from simpo_megatron.megatron_lm.datasets import _samples
+from simpo_megatron.megatron_lm.datasets import _dataset, _samples
 
 MEGATRON = dict(seq_length=512, micro_batch_size=2, global_batch_size=8, data_parallel_size=2, rampup_batch_size=None)
 MEGATRON |= dict(fp8=None, fp8_recipe="delayed", tensor_model_parallel_size=2, sequence_parallel=True, seed=7)
@@ -56,6 +56,27 @@ def test_batches_that_do_not_divide_are_refused():
         batch_options(parsed(context_parallel_size=2))
     with pytest.raises(ConfigError, match="beta: found -1"):
         objective_of(parsed("--simpo-beta", "-1"))
+
+
+def test_an_id_inside_the_padding_of_the_vocabulary_is_refused(megatron_args, monkeypatch, tmp_path):
+    monkeypatch.setattr(datasets, "first_rank_first", lambda work: work(True))
+    demo = prepare_demo(tmp_path / "demo")
+    tokenizer = AutoTokenizer.from_pretrained(demo.model_dir)
+    own = {"tokenizer_model": str(demo.model_dir), "simpo_data_cache": str(tmp_path / "cache")}
+    args = parsed(**own, vocab_size=None, padded_vocab_size=len(tokenizer) + 128)
+    megatron_args.get_tokenizer = lambda: SimpleNamespace(vocab_size=len(tokenizer))
+    highest = _dataset([str(demo.train_file)], args).max_token_id
+    assert highest < len(tokenizer)
+    for args.vocab_size, refused in ((highest, True), (highest + 1, False)):
+        if refused:
+            with pytest.raises(DataError, match=f"tokenizer: found the token id {highest}, .* below {highest}"):
+                _dataset([str(demo.train_file)], args)
+        else:
+            _dataset([str(demo.train_file)], args)
+    args.vocab_size = None
+    megatron_args.get_tokenizer = lambda: SimpleNamespace(vocab_size=highest)
+    with pytest.raises(DataError, match="tokenizer: found the token id"):
+        _dataset([str(demo.train_file)], args)
 
 
 def test_microbatches_of_all_ranks_are_the_pairs_of_each_step_and_a_resumed_run_goes_on(tmp_path):

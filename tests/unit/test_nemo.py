@@ -15,12 +15,12 @@ from nemo_golden import GOLDEN
 from omegaconf import OmegaConf
 
 from simpo_megatron.config import Config
-from simpo_megatron.config.lora import LORA_TARGETS
+from simpo_megatron.config.lora_section import LORA_TARGETS
 from simpo_megatron.errors import ConfigError
 from simpo_megatron.nemo import load_nemo_config
 from simpo_megatron.nemo.bridge import BRIDGE
+from simpo_megatron.nemo.keys import read_flat
 from simpo_megatron.nemo.loading import DIALECTS
-from simpo_megatron.nemo.reading import read_flat
 from simpo_megatron.nemo.rules import Only, Translated
 
 CONFIGS = Path(__file__).parent / "nemo_configs"
@@ -251,12 +251,12 @@ def test_megatron_bridges_named_precision():
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("lr: 1e-6\n", "of no dialect known here"),
+        ("lr: 1e-6\n", "not a recognised NeMo configuration"),
         ("- a\n", "found a list"),
         ("model: [\n", "not valid YAML"),
         ("a: 1\na: 2\n", "not valid YAML"),
         ("model: !!python/object/apply:os.system ['true']\n", "not valid YAML"),
-        ("model: {a: '${b', c: 1}\n", "not a configuration OmegaConf can read|of no dialect"),
+        ("model: {a: '${b', c: 1}\n", "not a configuration OmegaConf can read|not a recognised NeMo"),
         ("defaults:\n  - model: llama\nmodel: {lr: 1}\n", "defaults: found {'model': 'llama'}"),
         ("defaults: 3\nmodel: {lr: 1}\n", "defaults: found 3, expected file names"),
         ("defaults: nowhere\n", r"nowhere\.yaml: cannot be read"),

@@ -20,7 +20,7 @@ CASES = {
     "one rank does not answer": (
         {0: answer(), 2: answer()},
         {1: "step 2"},
-        "no answer from rank 1 (last seen in step 2); killed, out of memory, stopped or cut off: look at that machine "
+        "rank 1 (last phase: step 2) stopped responding; likely killed (out of memory?) or unreachable, check dmesg "
         "and its log",
     ),
     "one rank is a phase behind, though it waits": (
@@ -36,12 +36,13 @@ CASES = {
     "all wait for each other": (
         {0: answer(line="a.py:1 (a)"), 1: answer(line="b.py:2 (b)")},
         {},
-        "no rank stands out; rank 0 is in step 3 at a.py:1 (a), rank 1 is in step 3 at b.py:2 (b)",
+        "could not tell which rank is stuck; rank 0 is in step 3 at a.py:1 (a), rank 1 is in step 3 at b.py:2 (b)",
     ),
     "none waits": (
         {0: answer(waits=False), 1: answer(waits=False)},
         {},
-        "no rank stands out; rank 0 is in step 3 at loop.py:1 (f), rank 1 is in step 3 at loop.py:1 (f)",
+        "could not tell which rank is stuck; rank 0 is in step 3 at loop.py:1 (f), "
+        "rank 1 is in step 3 at loop.py:1 (f)",
     ),
 }
 
