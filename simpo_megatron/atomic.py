@@ -96,9 +96,8 @@ def new_folder(path: Path, *, first_wins: bool = False) -> Iterator[Path]:
         BlockingIOError: another process is making the folder.
         OSError: it cannot be written.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     draft = draft_name(path)
-    draft.mkdir()
+    draft.mkdir(parents=True)
     try:
         held = lock(draft / LOCK_FILE)
         try:

@@ -149,13 +149,13 @@ def check_resume(job: Job, chunks, trainer: Trainer, saved: Path) -> None:
     if dist.get_rank() == 0:
         saved.mkdir()
     dist.barrier()
-    begin_write(chunks, trainer, 2, saved, in_background=False).finish()
+    begin_write(trainer.state, 2, saved, in_background=False).finish()
     masters = masters_by_name(chunks, trainer)
 
     resumed = job.model(job.fp8)
     zero_weights(resumed)
     again = job.trainer(resumed)
-    read_state(resumed, again, 2, saved, same_layout=True)
+    read_state(again.state, 2, saved, same_layout=True)
     check_masters(resumed, again, {name: w.float() for name, w in exact_masters(chunks, trainer).items()})
     check_values(resumed, masters)
     for one in (trainer, again):

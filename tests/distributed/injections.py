@@ -46,7 +46,7 @@ def write_after_start(target: Path) -> None:
     def start_and_write(config, job, found):
         start = start_run(config, job, found)
         target.mkdir(exist_ok=True)
-        begin_write(job.model, job.trainer, start.iteration, target, in_background=False).finish()
+        begin_write(job.trainer.state, start.iteration, target, in_background=False).finish()
         return start
 
     loop.start_run = start_and_write
