@@ -53,6 +53,8 @@ class StoppedByMonitor(SimPOError):
     """A monitor that `stop_on` names found what it watches for; what it found was not saved."""
 
     exit_code = 7
+    result: object = None
+    """The RunResult of the run that was stopped."""
 
 
 class StoppedBySignal(SimPOError):
@@ -62,6 +64,8 @@ class StoppedBySignal(SimPOError):
     """
 
     exit_code = 75
+    result: object = None
+    """The RunResult of the run that was stopped."""
 
 
 def printed(error: SimPOError) -> int:

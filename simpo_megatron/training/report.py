@@ -1,15 +1,10 @@
-"""What a run achieved, from its metrics.jsonl and config.yaml: a picture of the curves and a page to open.
-
-python -m simpo_megatron.training.report RUN_DIR
-"""
+"""What a run achieved, from its metrics.jsonl and config.yaml: a picture of the curves and a page to open."""
 
 from __future__ import annotations
 
-import argparse
 import base64
 import json
 import math
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from html import escape
@@ -17,7 +12,7 @@ from pathlib import Path
 from string import Template
 
 from simpo_megatron.config import Config, load_config, to_yaml
-from simpo_megatron.errors import ConfigError, SimPOError, printed
+from simpo_megatron.errors import ConfigError
 from simpo_megatron.training.loggers import CONFIG_FILE, EVALUATION_PREFIX, METRICS_FILE, NAMED_SET
 
 PICTURE_FILE = "loss.png"
@@ -354,19 +349,3 @@ def _facts(curves: Curves, config: Config) -> list[tuple[str, str]]:
             typical = values[-1] if name == "peak_memory_gib" else values[len(values) // 2]
             facts.append((title, shape.format(typical)))
     return facts
-
-
-def main() -> int:
-    """Write the report of the folder named on the command line; the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m simpo_megatron.training.report", description=__doc__)
-    parser.add_argument("run_dir", metavar="RUN_DIR", help="what --save named")
-    try:
-        report = write_report(parser.parse_args().run_dir)
-    except SimPOError as error:
-        return printed(error)
-    print(f"{report.headline}\n{report.page}\n{report.picture}")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

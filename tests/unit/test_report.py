@@ -6,9 +6,10 @@ import struct
 
 import pytest
 
+from simpo_megatron.commands.report import main
 from simpo_megatron.config import config_from, to_yaml
 from simpo_megatron.errors import ConfigError
-from simpo_megatron.training.report import main, read_curves, write_report
+from simpo_megatron.training.report import read_curves, write_report
 
 
 def write_run(folder, lines, **options):
@@ -128,7 +129,7 @@ def test_text_and_switches_in_a_record_are_no_curves(tmp_path):
     assert {"pair_ids", "done"}.isdisjoint(read_curves(path).training)
 
 
-def test_a_folder_that_is_no_run_is_refused(tmp_path, capsys, monkeypatch):
+def test_a_folder_that_is_no_run_is_refused(tmp_path, capsys):
     with pytest.raises(ConfigError, match=r"metrics.jsonl: cannot be read"):
         write_report(tmp_path)
     (tmp_path / "metrics.jsonl").write_text("\n")
@@ -137,13 +138,11 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path, capsys, monkeypatch):
     (tmp_path / "metrics.jsonl").write_text(json.dumps(step(1)))
     with pytest.raises(ConfigError, match=r"found no config.yaml"):
         write_report(tmp_path)
-    monkeypatch.setattr("sys.argv", ["report", str(tmp_path)])
-    assert main() == 2 and "found no config.yaml" in capsys.readouterr().err
+    assert main([str(tmp_path)]) == 2 and "found no config.yaml" in capsys.readouterr().err
 
 
-def test_the_command_prints_the_result_and_where_it_lies(tmp_path, capsys, monkeypatch):
+def test_the_command_prints_the_result_and_where_it_lies(tmp_path, capsys):
     folder = write_run(tmp_path / "run", [evaluation(0, 0.5, 0.0), step(1), evaluation(1, 0.75, 0.5)])
-    monkeypatch.setattr("sys.argv", ["report", str(folder)])
-    assert main() == 0
+    assert main([str(folder)]) == 0
     headline, page, picture = capsys.readouterr().out.splitlines()
     assert "50.0% to 75.0%" in headline and page.endswith("run/report.html") and picture.endswith("run/loss.png")
