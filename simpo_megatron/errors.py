@@ -57,6 +57,8 @@ class StoppedByMonitor(SimPOError):
 
     exit_code = 7
     kind = "STOPPED"
+    result: object = None
+    """The RunResult of the run that was stopped."""
 
 
 class StoppedBySignal(SimPOError):
@@ -67,6 +69,8 @@ class StoppedBySignal(SimPOError):
 
     exit_code = 75
     kind = "STOPPED"
+    result: object = None
+    """The RunResult of the run that was stopped."""
 
 
 def status_line(kind: str, text: object, rank: int | None = None) -> str:

@@ -15,6 +15,9 @@ from torch.distributed import ProcessGroup
 
 from simpo_megatron.errors import ConfigError
 
+_RENDEZVOUS = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+"""Environment variables by which ranks meet, as torchrun sets them."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelSizes:
@@ -73,20 +76,25 @@ class ParallelGroups:
 def join(backend: str, timeout_minutes: float) -> None:
     """Join the ranks that were started together, unless this process has.
 
-    `RANK`, `WORLD_SIZE`, `MASTER_ADDR` and `MASTER_PORT` come from torchrun.
+    `RANK`, `WORLD_SIZE`, `MASTER_ADDR` and `MASTER_PORT` come from torchrun. A process without any of them, such as a
+    notebook, is the only rank.
 
     Collectives: the rendezvous, world.
 
     Raises:
-        ConfigError: one of these is not there, or the first rank cannot listen at its port.
+        ConfigError: some of these are there and others are not, or rank 0 cannot listen at its port.
     """
     if dist.is_initialized():
         return
-    _check_environment()
     if backend == "nccl":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    timeout = timedelta(minutes=timeout_minutes)
+    if not any(name in os.environ for name in _RENDEZVOUS):
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        return
+    _check_environment()
     try:
-        dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes))
+        dist.init_process_group(backend, timeout=timeout)
     except dist.DistNetworkError as error:
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise ConfigError(
@@ -97,8 +105,7 @@ def join(backend: str, timeout_minutes: float) -> None:
 
 
 def _check_environment() -> None:
-    names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    missing = [name for name in names if name not in os.environ]
+    missing = [name for name in _RENDEZVOUS if name not in os.environ]
     if missing:
         raise ConfigError(f"environment: {', '.join(missing)} not set; start the ranks with torchrun")
 

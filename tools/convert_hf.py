@@ -1,65 +1,8 @@
-"""Converts between Hugging Face folders and Megatron checkpoints, tensor by tensor.
+"""`simpo convert` from a checkout: python tools/convert_hf.py --help."""
 
-python tools/convert_hf.py hf-to-mcore Llama-3.1-8B checkpoints/llama    # writes checkpoints/llama/release
-python tools/convert_hf.py mcore-to-hf runs/mine out                     # the newest checkpoint of a run
-python tools/convert_hf.py mcore-to-hf runs/mine/iter_0000100 out --dtype stored
-
-A checkpoint is written as it is stored, a Hugging Face folder in bfloat16, as models are served; --dtype says
-otherwise, and with `stored` the way there and back keeps every bit.
-Needs memory for three times the largest tensor (70B: 4.3 GiB measured), no GPU. The output appears when it is whole;
-after a kill, the same command starts again cleanly.
-"""
-
-import argparse
 import sys
-from pathlib import Path
 
-from simpo_megatron.offline.command import run_command
-from simpo_megatron.parallel import ParallelGroups
-
-DTYPES = ("bfloat16", "float16", "float32", "stored")
-
-
-def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    """Returns the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
-    to_mcore = commands.add_parser("hf-to-mcore", help="a Hugging Face folder to a Megatron checkpoint")
-    to_mcore.add_argument("source", type=Path, metavar="HF_FOLDER")
-    to_hf = commands.add_parser("mcore-to-hf", help="a committed Megatron checkpoint to a Hugging Face folder")
-    to_hf.add_argument("source", type=Path, metavar="CHECKPOINT", help="it, or a folder whose newest one counts")
-    for command, default in ((to_mcore, "stored"), (to_hf, "bfloat16")):
-        command.add_argument("out", type=Path, metavar="OUT_FOLDER")
-        command.add_argument("--dtype", choices=DTYPES, default=default, help="of all weights; %(default)s by default")
-    return parser.parse_args(argv)
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Returns the exit code: 0, or that of the error, which is printed."""
-    arguments = parse_arguments(argv)
-    return run_command(lambda groups: convert(arguments, groups))
-
-
-def convert(arguments: argparse.Namespace, groups: ParallelGroups) -> int:
-    """Writes the output and returns 0."""
-    import torch
-
-    from simpo_megatron.mcore.precision import rounding
-    from simpo_megatron.offline.convert import to_hf, to_mcore
-    from simpo_megatron.offline.weights import open_weights
-
-    dtype = None if arguments.dtype == "stored" else getattr(torch, arguments.dtype)
-    weights = open_weights(arguments.source, groups)
-    if arguments.command == "hf-to-mcore":
-        to_mcore(weights, arguments.out, groups, dtype=dtype)
-    else:
-        to_hf(weights, arguments.out, dtype=dtype)
-    said = rounding({spec.dtype for spec in weights.specs.values()}, dtype) if dtype is not None else None
-    if said is not None:
-        print(f"NOTE {said}; --dtype stored keeps every bit")
-    print(arguments.out)
-    return 0
-
+from simpo_megatron.commands.convert import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:], "tools/convert_hf.py"))

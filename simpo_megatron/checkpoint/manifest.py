@@ -263,10 +263,7 @@ def delete_old(save: Path, num_newest: int) -> list[Path]:
     What is not a whole checkpoint of this format stays. A removed folder disappears in one rename.
     """
     ours = [checkpoint for folder in committed(save) if (checkpoint := _read_or_none(folder)) is not None]
-    kept = {checkpoint.iteration for checkpoint in ours[-num_newest:]}
-    scored = [checkpoint for checkpoint in ours if _accuracy(checkpoint) is not None]
-    if scored:
-        kept.add(max(scored, key=lambda checkpoint: (_accuracy(checkpoint), checkpoint.iteration)).iteration)
+    kept = {checkpoint.iteration for checkpoint in (*ours[-num_newest:], *_best(ours))}
     removed = [checkpoint.folder for checkpoint in ours if checkpoint.iteration not in kept]
     for folder in removed:
         remove_folder(folder)
@@ -303,6 +300,23 @@ def iteration_of(folder: Path) -> int:
 
 def _is_real_folder(path: Path) -> bool:
     return path.is_dir() and not path.is_symlink()
+
+
+def last_and_best(save: Path) -> tuple[Path | None, Path | None]:
+    """The folders under `save` of the newest checkpoint and of the one with the best validation accuracy."""
+    ours = [checkpoint for folder in committed(save) if (checkpoint := _read_or_none(folder)) is not None]
+    last, best = ([checkpoint.folder for checkpoint in some] for some in (ours[-1:], _best(ours)))
+    return (last[0] if last else None), (best[0] if best else None)
+
+
+def _best(checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
+    """The checkpoint with the best validation accuracy, the later of equals; none where none was evaluated."""
+    scored = [
+        (accuracy, checkpoint.iteration, checkpoint)
+        for checkpoint in checkpoints
+        if (accuracy := _accuracy(checkpoint)) is not None
+    ]
+    return [max(scored, key=lambda entry: entry[:2])[2]] if scored else []
 
 
 def _accuracy(checkpoint: Checkpoint) -> float | None:

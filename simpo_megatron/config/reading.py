@@ -11,6 +11,7 @@ from pathlib import Path
 
 import yaml
 
+from simpo_megatron.config.bundled import find_config_file
 from simpo_megatron.config.flags import flag_names, flag_of, make_parser, short_help
 from simpo_megatron.config.options import (
     EXCLUSIVE,
@@ -22,6 +23,7 @@ from simpo_megatron.config.options import (
     refuse_both,
 )
 from simpo_megatron.config.presets import PRESETS
+from simpo_megatron.config.python_values import python_value
 from simpo_megatron.config.sections import DEMO, OBJECTIVES, Config
 from simpo_megatron.errors import ConfigError, require
 
@@ -42,16 +44,24 @@ class Setting:
 Layer = dict[str, Setting]
 
 
-def load_config(argv: Sequence[str] | None = None) -> Config:
-    """The configuration asked for by `argv` (sys.argv without the program when None), its own checks passed.
+def load_config(argv: Sequence[str] | None = None, **options: typing.Any) -> Config:
+    """The configuration asked for, its own checks passed: by a command line, or by `options` in python.
 
     Without a model, a preset or a file it is the preset `demo`. `--help` and `--help-all` print and exit with 0.
 
-    Raises: ConfigError naming the file and line, or the flag.
+    Args:
+        argv: a command line; sys.argv's arguments where neither it nor options are given.
+        options: values under the options' names or aliases, above `argv`: `load_config(preset="demo", lr=1e-3)`;
+            `config` names a file, as `--config` does.
+
+    Raises: ConfigError naming the file and line, the flag or the option.
     """
-    command_line, config_file = _read_command_line(sys.argv[1:] if argv is None else list(argv))
-    yaml_file = read_yaml(config_file) if config_file is not None else {}
-    asked = _merge(yaml_file, command_line)
+    if argv is None:
+        argv = [] if options else sys.argv[1:]
+    command_line, config_file = _read_command_line(list(argv))
+    config_file = options.pop("config", config_file)
+    yaml_file = read_yaml(find_config_file(config_file)) if config_file is not None else {}
+    asked = _merge(_merge(yaml_file, command_line), _layer_of(options, "load_config"))
     if config_file is None and not asked.keys() & {"preset", "model", "data"}:
         asked["preset"] = Setting(DEMO, "default")
     return _build(_merge(_preset_layer(asked), asked))
@@ -59,8 +69,18 @@ def load_config(argv: Sequence[str] | None = None) -> Config:
 
 def config_from(**options: typing.Any) -> Config:
     """A configuration from python values under the options' names (or aliases), for programs and tests."""
-    layer = {find_option(name, "config_from").name: Setting(value, "config_from") for name, value in options.items()}
-    return config_of(layer)
+    return config_of(_layer_of(options, "config_from"))
+
+
+def _layer_of(options: typing.Mapping[str, typing.Any], where: str) -> Layer:
+    """The settings of python values under options' names or aliases.
+
+    Raises: ConfigError for an unknown name, a value of a wrong type, or two names of one thing.
+    """
+    found = {name: find_option(name, where) for name in options}
+    layer = {option.name: Setting(python_value(option, options[name], where), where) for name, option in found.items()}
+    refuse_both({name: setting.where for name, setting in layer.items()})
+    return layer
 
 
 def config_of(layer: Layer) -> Config:

@@ -114,7 +114,7 @@ def refusals_table(refusals: Iterable[Refusal]) -> Table:
 def assumptions() -> list[str]:
     """What the figures rest on."""
     return [
-        "lengths: --prompt-tokens and --response-tokens say others; tools/inspect_data.py tells those of your pairs",
+        "lengths: --prompt-tokens and --response-tokens say others; `simpo inspect` tells those of your pairs",
         "memory: full packs, mean pairs (without packing: pairs of max_length), experts equally loaded; weights, "
         "gradients and optimizer as megatron-core allocates them (tested), activations as Transformer Engine's layers "
         "keep them, 1 GiB and 0.3 GiB for each kind of group for CUDA and NCCL; "
@@ -150,7 +150,7 @@ def launch_commands(candidate: Candidate, config_file: str, model: str) -> dict[
     num_nodes = -(-candidate.num_gpus // per_node)
     folder = model if Path(model).is_dir() else "MODEL_DIR"
     options = shlex.join(["--config", config_file, "--model", folder, "--data", "PAIRS"])
-    training = f"--nproc-per-node {per_node} examples/pretrain_simpo.py {options}"
+    training = f"--nproc-per-node {per_node} -m simpo_megatron train {options}"
     if num_nodes == 1:
         return {"on the node": f"torchrun --standalone {training}"}
     meeting = f"--rdzv-backend c10d --rdzv-endpoint HOST:29500 --nnodes {num_nodes}"

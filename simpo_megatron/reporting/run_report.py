@@ -1,22 +1,17 @@
-"""The report of a run from its metrics.jsonl and config.yaml: a picture of the curves and a page to open.
-
-python -m simpo_megatron.reporting.run_report RUN_DIR
-"""
+"""What a run achieved, from its metrics.jsonl and config.yaml: a picture of the curves and a page to open."""
 
 from __future__ import annotations
 
-import argparse
 import base64
 import json
 import math
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from simpo_megatron.config import Config, load_config, to_yaml
-from simpo_megatron.errors import ConfigError, SimPOError, report_error
+from simpo_megatron.errors import ConfigError
 from simpo_megatron.reporting.loggers import CONFIG_FILE, METRICS_FILE, evaluation_metric
 from simpo_megatron.reporting.rendering import render
 
@@ -308,19 +303,3 @@ def _facts(curves: Curves, config: Config) -> list[tuple[str, str]]:
             typical = values[-1] if name == "peak_memory_gib" else values[len(values) // 2]
             facts.append((title, shape.format(typical)))
     return facts
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Write the report of the folder that `argv` names, else the command line; the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m simpo_megatron.reporting.run_report", description=__doc__)
-    parser.add_argument("run_dir", metavar="RUN_DIR", help="what --save named")
-    try:
-        report = write_report(parser.parse_args(argv).run_dir)
-    except SimPOError as error:
-        return report_error(error)
-    print(f"{report.headline}\n{report.page}\n{report.picture}")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -3,25 +3,40 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shlex
+import signal
+import sys
 import time
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING
 
 from simpo_megatron.config import Config, load_config
-from simpo_megatron.errors import PeerFailedError, SimPOError, report_error
+from simpo_megatron.errors import PeerFailedError, SimPOError, report_error, status_line
 from simpo_megatron.mcore import device
 from simpo_megatron.nemo import load_nemo_command, names_nemo_config
 
+if TYPE_CHECKING:
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-def main(argv: Sequence[str], script: str) -> int:
-    """The exit code of one process of the run `script argv`: 0 done, else the error's own (errors.py), 1 unexpected.
+_HANDED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+_INTERRUPTED = 128 + signal.SIGINT
 
-    Every rank reads the same configuration and finds the same mistake in it before any collective; the first one
-    says it.
+
+def main(argv: Sequence[str], *program: str) -> int:
+    """The exit code of one process of the run `program argv`: 0 done, else the error's own (errors.py), 1 unexpected.
+
+    Every rank reads the same configuration and finds the same mistake in it before any collective; rank 0 says it.
+
+    Args:
+        program: a script, or -m, a module and its first arguments, as torchrun takes them to start further ranks.
     """
     # CUDA reads it when it starts: megatron-core's tensor parallelism relies on kernels being queued in order.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
@@ -40,7 +55,7 @@ def main(argv: Sequence[str], script: str) -> int:
         num_ranks = config.parallel.sizes.min_world_size
         if _world_size() == 1 and num_ranks > 1:
             plan_run(config, num_ranks)
-            return _start_local_ranks(num_ranks, script, argv)
+            return _start_local_ranks(num_ranks, [*program, *argv])
         if notes and _rank() == 0:
             print(*notes, sep="\n", flush=True)
         train(config)
@@ -50,6 +65,12 @@ def main(argv: Sequence[str], script: str) -> int:
             report_error(error, rank=0)
         _tell_torchrun(error)
         return error.exit_code
+    except KeyboardInterrupt:
+        # Before the first step, or a second time: a run that steps notes it, saves and is told as any that was stopped.
+        if _rank() == 0:
+            text = "interrupted; nothing was saved since the last checkpoint"
+            print(status_line("STOPPED", text, _rank()), file=sys.stderr, flush=True)
+        return _INTERRUPTED
     except Exception as error:
         report_error(error, rank=_rank())
         _tell_torchrun(error)
@@ -83,13 +104,13 @@ def _tell_torchrun(error: Exception) -> None:
         Path(file).write_text(json.dumps({"message": told}), encoding="utf-8")
 
 
-def _start_local_ranks(num_ranks: int, script: str, argv: Sequence[str]) -> int:
-    """The exit code of a local torchrun of `num_ranks` ranks over the same script and arguments."""
+def _start_local_ranks(num_ranks: int, command: Sequence[str]) -> int:
+    """The exit code of the ranks of `command` that a local torchrun starts, `num_ranks` of them."""
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main as torchrun
 
     device.require_local_ranks(num_ranks)
-    arguments = ["--nproc-per-node", str(num_ranks), script, *argv]
+    arguments = ["--nproc-per-node", str(num_ranks), *command]
     print(
         f"1 rank runs, the layout needs {num_ranks}; starting them here: torchrun {shlex.join(arguments)}",
         flush=True,
@@ -97,7 +118,45 @@ def _start_local_ranks(num_ranks: int, script: str, argv: Sequence[str]) -> int:
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         os.environ.pop(name, None)
     try:
-        torchrun(["--standalone", *arguments])
+        # torchrun would kill its ranks 30 s after a signal. In a thread it takes none, and this one hands them on.
+        with ThreadPoolExecutor(1) as pool, _signals_handed_on():
+            pool.submit(torchrun, ["--standalone", *arguments]).result()
     except ChildFailedError as failure:
-        return failure.get_first_failure()[1].exitcode
+        return _exit_code_of_the_ranks(failure)
     return 0
+
+
+def _exit_code_of_the_ranks(failure: ChildFailedError) -> int:
+    """The exit code of the rank that failed first; 128 more than the signal that killed it, as shells say it."""
+    in_order = sorted(failure.failures.values(), key=lambda one: one.timestamp)
+    codes = [one.exitcode for one in in_order]
+    # torchrun tells the other ranks to terminate once one has failed; that says nothing of the cause.
+    code = next((code for code in codes if code != -signal.SIGTERM), codes[0])
+    return code if code >= 0 else 128 - code
+
+
+@contextmanager
+def _signals_handed_on() -> Iterator[None]:
+    """While the context lasts, signals that ask this process to stop are sent to its ranks; without any it ends."""
+    import psutil
+
+    def hand_on(number: int, frame: FrameType | None) -> None:
+        ranks = psutil.Process().children()
+        for rank in ranks:
+            rank.send_signal(number)
+        if not ranks:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+
+    def is_news(record: logging.LogRecord) -> bool:
+        return "running on a child thread" not in str(record.msg)
+
+    elastic = logging.getLogger("torch.distributed.elastic.multiprocessing.api")
+    elastic.addFilter(is_news)
+    before = {number: signal.signal(number, hand_on) for number in _HANDED_ON}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        elastic.removeFilter(is_news)

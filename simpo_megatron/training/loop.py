@@ -14,7 +14,7 @@ from simpo_megatron import faults, parallel
 from simpo_megatron.config import Config, lint, to_text
 from simpo_megatron.convert import export_adapter, export_hf, trained_share
 from simpo_megatron.data.inspect import num_leaked, summary
-from simpo_megatron.errors import NumericsError, StoppedByMonitor, StoppedBySignal
+from simpo_megatron.errors import ConfigError, NumericsError, StoppedByMonitor, StoppedBySignal
 from simpo_megatron.mcore import cpu_patches, device
 from simpo_megatron.mcore.experts import LOAD_BALANCING_LOSS
 from simpo_megatron.mcore.fp8_weights import whole_masters
@@ -31,6 +31,7 @@ from simpo_megatron.training.memory_check import probe_memory
 from simpo_megatron.training.metrics import reduce_sums, throughput
 from simpo_megatron.training.monitors import Monitors
 from simpo_megatron.training.reference import with_reference
+from simpo_megatron.training.result import RunResult, result_of
 from simpo_megatron.training.resume import Start, find_checkpoint, held_run_folder, start_run
 from simpo_megatron.training.setup import Job, RunPlan, build_job, plan_run
 from simpo_megatron.training.step import Pass, Step, train_step
@@ -47,29 +48,60 @@ _SKIPPED = "num_skipped_steps"
 Stopped = StoppedBySignal | StoppedByMonitor
 
 
-def train(config: Config, sinks: Sequence[Sink] = ()) -> None:
-    """Run `config` on the ranks that torchrun started; `sinks` get its records beside those that `config` asks for.
+def train(config: Config, sinks: Sequence[Sink] = ()) -> RunResult:
+    """What became of the run of `config`; `sinks` get its records beside those that `config` asks for.
+
+    Runs on the ranks that torchrun started. A plain process or a notebook is the only rank, and may train again.
 
     Raises:
         SimPOError: whatever the user can mend; what the configuration alone tells, before any collective.
         PeerFailedError: another rank failed.
         StoppedBySignal: on every rank alike, after a whole step and a checkpoint, when a rank was told to stop.
         StoppedByMonitor: on every rank alike, after a whole step, when a monitor that `stop_on` names found something.
+            Both carry the run's `result`.
     """
     cpu_patches.install()
     faults.arm()
-    plan = plan_run(config, int(os.environ.get("WORLD_SIZE", 1)))
+    plan = plan_run(config, _num_ranks(config))
     parallel.join(device.backend(), _GROUP_TIMEOUT_MINUTES)
-    with Watchdog() as watchdog:
-        # Before the groups are made: ranks that divide themselves differently would wait for each other there.
-        check_same(startup_facts(config))
-        stopped = _train(config, sinks, plan, watchdog)
+    try:
+        with Watchdog() as watchdog:
+            # Before the groups are made: ranks that divide themselves differently would wait for each other there.
+            check_same(startup_facts(config))
+            stopped, evaluations = _train(config, sinks, plan, watchdog)
+    except BaseException:
+        # Peers may still wait for this rank; a process that is alone is left ready to train again.
+        if dist.get_world_size() == 1:
+            parallel.shut_down()
+        raise
     parallel.shut_down()
+    result = result_of(config, evaluations, stopped)
     if stopped is not None:
+        stopped.result = result
         raise stopped
+    return result
 
 
-def _train(config: Config, sinks: Sequence[Sink], plan: RunPlan, watchdog: Watchdog) -> Stopped | None:
+def _num_ranks(config: Config) -> int:
+    """The number of ranks that were started: torchrun's, or one in a plain process.
+
+    Raises: ConfigError when that is a plain process, and the layout needs more.
+    """
+    if "WORLD_SIZE" in os.environ:
+        return int(os.environ["WORLD_SIZE"])
+    needed = config.parallel.sizes.min_world_size
+    if needed > 1:
+        raise ConfigError(
+            f"ranks: found 1, expected {needed} for this layout (tp, pp, cp, ep); start it with `simpo train`, which "
+            "starts them, or with torchrun"
+        )
+    return 1
+
+
+def _train(
+    config: Config, sinks: Sequence[Sink], plan: RunPlan, watchdog: Watchdog
+) -> tuple[Stopped | None, dict[int, dict[str, float]]]:
+    """Why the run was left before its end, if it was, and its evaluations by iteration."""
     groups = parallel.initialize(
         config.parallel.sizes, backend=device.backend(), timeout_minutes=_GROUP_TIMEOUT_MINUTES
     )
@@ -84,11 +116,12 @@ def _train(config: Config, sinks: Sequence[Sink], plan: RunPlan, watchdog: Watch
         is_logging_rank = dist.get_rank() == 0
         with open_run_log(config, sinks, train_iters=job.train_iters, is_logging_rank=is_logging_rank) as log:
             _introduce(config, job, found.notes + reference_notes + start.notes, log)
-            stopped = None
+            stopped: Stopped | None = None
+            evaluations: dict[int, dict[str, float]] = {}
             saver = Saver(config, job, log, watchdog)
             if start.iteration < job.train_iters:
                 with StopSignals() as signals, saver:
-                    stopped = _run_steps(config, job, start, log, signals, watchdog, saver)
+                    stopped = _run_steps(config, job, start, log, signals, watchdog, saver, evaluations)
             else:
                 log.say(f"resume    all {job.train_iters:,} steps were taken before, nothing is left to train")
             if stopped is None:
@@ -96,7 +129,7 @@ def _train(config: Config, sinks: Sequence[Sink], plan: RunPlan, watchdog: Watch
                 _finish(config, job, log)
             if not isinstance(stopped, StoppedByMonitor):
                 saver.require_last()
-    return stopped
+    return stopped, evaluations
 
 
 def _introduce(config: Config, job: Job, notes: Sequence[str], log: RunLog) -> None:
@@ -146,9 +179,19 @@ def _describe_files(job: Job) -> list[str]:
 
 
 def _run_steps(
-    config: Config, job: Job, start: Start, log: RunLog, signals: StopSignals, watchdog: Watchdog, saver: Saver
+    config: Config,
+    job: Job,
+    start: Start,
+    log: RunLog,
+    signals: StopSignals,
+    watchdog: Watchdog,
+    saver: Saver,
+    evaluations: dict[int, dict[str, float]],
 ) -> Stopped | None:
-    """Why the run is to leave before its end, if it is; every rank is told the same, after the same step."""
+    """Why the run is to leave before its end, if it is; every rank is told the same, after the same step.
+
+    `evaluations` gets what the validation pairs said, by iteration.
+    """
     trainer, run = job.trainer, config.run
     monitors = Monitors(config, job, start)
     watchdog.enter_phase("the memory probe", timeout=_LONG_SECONDS)
@@ -156,7 +199,7 @@ def _run_steps(
         log.say(line)
     if start.iteration == 0:
         watchdog.enter_phase("the evaluation before step 1", timeout=_LONG_SECONDS)
-        _evaluate(job, monitors, log, 0)
+        evaluations[0] = _evaluate(job, monitors, log, 0)
     taken = _DataProgress(start.consumed_pairs, start.monitors.get(_SKIPPED, 0))
     window = _Window()
     for iteration in range(start.iteration + 1, job.train_iters + 1):
@@ -176,7 +219,7 @@ def _run_steps(
         evaluated: dict[str, float] = {}
         if is_last or _is_due(iteration, run.eval_interval) or (saves and not stop and monitors.evaluate_before_saving):
             watchdog.enter_phase(f"the evaluation after step {iteration}", timeout=_LONG_SECONDS)
-            evaluated = _evaluate(job, monitors, log, iteration)
+            evaluated = evaluations[iteration] = _evaluate(job, monitors, log, iteration)
         found = monitors.judge(iteration, log)
         if found is not None:
             return found

@@ -10,12 +10,13 @@ import torch.distributed as dist
 
 from simpo_megatron.errors import status_line
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-"""SIGTERM is what torchrun, Kubernetes and Slurm send; SIGUSR1 what Slurm's `--signal=USR1@300` sends ahead of it."""
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+"""SIGINT is Ctrl-C and a notebook's interrupt; SIGTERM is what torchrun, Kubernetes and Slurm send; SIGUSR1 is what
+Slurm's `--signal=USR1@300` sends ahead of it."""
 
 
 class StopSignals:
-    """While the context lasts, the first SIGTERM or SIGUSR1 is noted instead of ending the process.
+    """While the context lasts, the first of STOP_SIGNALS is noted instead of ending the process.
 
     With the first one the handlers that were there before are back, so a second one acts as it always would: it ends
     the process at once, also inside a collective. They are back in any case when the context ends. Python allows

@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from simpo_megatron.demo import MAX_LENGTH, VOCAB_SIZE, DemoAssets, prepare_demo
-from simpo_megatron.demo.write_pairs import write_pairs
+from tools.write_demo_pairs import write_pairs
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import runpy
 import subprocess
 import sys
 
@@ -11,13 +10,15 @@ import pytest
 import torch
 from ranks import REPOSITORY
 
+from simpo_megatron.commands import fp8_check
+
 TOOL = REPOSITORY / "tools" / "fp8_check.py"
 LARGEST = 448.0
 
 
 @pytest.fixture(scope="module")
 def tool():
-    return runpy.run_path(str(TOOL))
+    return vars(fp8_check)
 
 
 def e4m3_numbers() -> np.ndarray:

@@ -1,13 +1,13 @@
 """The planner's arithmetic against counts made another way, and what it tells people."""
 
 import json
-import runpy
 from dataclasses import replace
 
 import pytest
 from planning_cases import HF_CONFIG, shape_of
 from ranks import REPOSITORY
 
+from simpo_megatron.commands import plan as plan_command
 from simpo_megatron.config import DEMO, PRESETS, config_from, load_config
 from simpo_megatron.errors import ConfigError
 from simpo_megatron.planning.gpus import GPUS
@@ -211,7 +211,7 @@ def test_a_model_nobody_knows_is_refused_and_a_file_is_as_good_as_its_folder(tmp
 
 
 def test_the_tool_prints_a_plan_and_writes_its_yaml(tmp_path, capsys):
-    main, file = runpy.run_path(str(REPOSITORY / "tools/plan.py"))["main"], tmp_path / "plan.yaml"
+    main, file = plan_command.main, tmp_path / "plan.yaml"
     question = ["--model", "llama3-instruct-v0.2", "--preset", "llama3-instruct-v0.2"]
     assert main([*question, "--gpus", "8", "--write", str(file)]) == 0
     printed = capsys.readouterr().out
@@ -222,7 +222,7 @@ def test_the_tool_prints_a_plan_and_writes_its_yaml(tmp_path, capsys):
         printed_of_two = capsys.readouterr().out
         assert "do not (--why-not tells why)" in printed_of_two
         assert ("cannot be run" in printed_of_two and "are usable" in printed_of_two) == explains
-    command = f"torchrun --standalone --nproc-per-node 8 examples/pretrain_simpo.py --config {file} --model MODEL_DIR"
+    command = f"torchrun --standalone --nproc-per-node 8 -m simpo_megatron train --config {file} --model MODEL_DIR"
     assert printed.strip().splitlines()[-1].strip().startswith(command)
     assert load_config(["--config", str(file), "--model", "m", "--data", "d"]).objective.beta == 10
     for asked, expected in ((["--gpus", "1"], "no layout fits"), (["--gpus", "8", "--tp", "3"], "a multiple of tp 3")):
@@ -232,7 +232,7 @@ def test_the_tool_prints_a_plan_and_writes_its_yaml(tmp_path, capsys):
 
 
 def test_a_config_planned_as_it_is_is_not_written_anew(capsys):
-    main = runpy.run_path(str(REPOSITORY / "tools/plan.py"))["main"]
+    main = plan_command.main
     file = str(REPOSITORY / "configs/llama3_8b_instruct_8xh100.yaml")
     for more, is_new in (([], False), (["--lr", "7e-7"], True)):
         assert main(["--model", "llama3-instruct", "--gpus", "8", "--as-is", "--config", file, *more]) == 0

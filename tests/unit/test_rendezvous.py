@@ -15,7 +15,7 @@ SCRIPT = "examples/pretrain_simpo.py"
 BUSY = "the port of somebody else"
 TOGETHER = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29571"}
 CASES = {
-    "no torchrun": ({}, r"environment: RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT not set; .* torchrun"),
+    "half of torchrun": ({"RANK": "0"}, r"environment: WORLD_SIZE, MASTER_ADDR, MASTER_PORT not set; .* torchrun"),
     "no RANK": (TOGETHER | {"RANK": None}, r"environment: RANK not set; start the ranks with torchrun"),
     "no MASTER_PORT": (TOGETHER | {"MASTER_PORT": None}, r"environment: MASTER_PORT not set"),
     "MASTER_PORT busy": (TOGETHER | {"MASTER_PORT": BUSY}, r"MASTER_PORT: rank 0 .* 127.0.0.1:\d+: .*EADDRINUSE"),

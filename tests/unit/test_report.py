@@ -6,9 +6,10 @@ import struct
 
 import pytest
 
+from simpo_megatron.commands.report import main
 from simpo_megatron.config import config_from, to_yaml
 from simpo_megatron.errors import ConfigError
-from simpo_megatron.reporting.run_report import main, read_curves, write_report
+from simpo_megatron.reporting.run_report import read_curves, write_report
 
 
 def write_run(folder, lines, **options):
@@ -159,9 +160,8 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path, capsys):
     assert main([str(tmp_path)]) == 2 and "found no config.yaml" in capsys.readouterr().err
 
 
-def test_the_command_prints_the_result_and_where_it_lies(tmp_path, capsys, monkeypatch):
+def test_the_command_prints_the_result_and_where_it_lies(tmp_path, capsys):
     folder = write_run(tmp_path / "run", [evaluation(0, 0.5, 0.0), step(1), evaluation(1, 0.75, 0.5)])
-    monkeypatch.setattr("sys.argv", ["report", str(folder)])
-    assert main() == 0
+    assert main([str(folder)]) == 0
     headline, page, picture = capsys.readouterr().out.splitlines()
     assert "50.0% to 75.0%" in headline and page.endswith("run/report.html") and picture.endswith("run/loss.png")

@@ -1,4 +1,4 @@
-"""Write the demonstration pairs: `python -m simpo_megatron.demo.write_pairs` makes both *pairs.jsonl files.
+"""Write the demonstration pairs: `python tools/write_demo_pairs.py` makes the package's *pairs.jsonl files.
 
 Every topic is asked about several times. Chosen answers are direct, correct and courteous; rejected ones are
 rude, evasive, rambling or wrong. Rejected answers are shorter than the chosen one as often as longer, so that
@@ -152,4 +152,4 @@ def write_pairs(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    write_pairs(Path(__file__).parent)
+    write_pairs(Path(__file__).parents[1] / "simpo_megatron" / "demo")

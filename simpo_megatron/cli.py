@@ -1,0 +1,57 @@
+"""The command `simpo`: finds the command that was asked for and loads that one alone."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+from difflib import get_close_matches
+
+from simpo_megatron import __version__
+from simpo_megatron.errors import ConfigError, report_error
+
+COMMANDS = {
+    "train": "train a model on preference pairs",
+    "plan": "find a layout that fits GPUs: memory, speed, how to start it",
+    "inspect": "see what would be trained on, and what is wrong with it",
+    "convert": "Hugging Face folder to Megatron checkpoint, and back",
+    "verify": "compare two models tensor by tensor",
+    "merge": "average models",
+    "report": "draw the curves of a run and write its page",
+    "fp8-check": "measure what FP8 does to log-probs and margins",
+}
+_ASKS_FOR_HELP = ("-h", "--help", "--help-all")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The exit code of `simpo argv`, sys.argv's arguments when None; 2 for a command that does not exist."""
+    command, *arguments = (sys.argv[1:] if argv is None else argv) or ["--help"]
+    if command in _ASKS_FOR_HELP:
+        print(_help())
+        return 0
+    if command == "--version":
+        print(f"simpo {__version__}")
+        return 0
+    if command not in COMMANDS:
+        nearest = "".join(f"; did you mean {name}?" for name in get_close_matches(command, COMMANDS, n=1, cutoff=0.5))
+        return report_error(ConfigError(f"command: found {command[:60]!r}, expected {', '.join(COMMANDS)}{nearest}"))
+    module = importlib.import_module(f"simpo_megatron.commands.{command.replace('-', '_')}")
+    code: int = module.main(arguments, f"simpo {command}")
+    return code
+
+
+def _help() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:{width}}  {summary}" for name, summary in COMMANDS.items()]
+    return "\n".join(
+        [
+            f"simpo {__version__}: SimPO (arXiv 2405.14734) on Megatron-Core",
+            "",
+            "usage: simpo COMMAND [options]",
+            "       simpo COMMAND --help       the everyday options; --help-all shows all",
+            "",
+            *lines,
+            "",
+            "`simpo train` alone trains a tiny model on bundled pairs, in half a minute on a CPU.",
+        ]
+    )
