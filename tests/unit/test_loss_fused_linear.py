@@ -227,8 +227,8 @@ def test_bf16_errs_no_more_than_plain_bf16_autograd(cap):
                 tokens,
                 vocab=vocab,
                 tp_group=None,
-                logits_budget_bytes=budget,
-                logit_softcap=cap,  # noqa: B023
+                logits_budget_bytes=budget,  # noqa: B023
+                logit_softcap=cap,
             ),
         )
         for got, plainly, want in zip(ours, reference, exact):
