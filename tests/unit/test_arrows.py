@@ -151,6 +151,7 @@ def test_the_walk_sees_an_arrow_that_points_back():
     assert list(assigned_to_foreign_modules(PACKAGE / "mcore/device.py")), "the patches there are seen"
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     ("module", "unloaded"),
     [
