@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 import pytest
 from ranks import REPOSITORY
@@ -22,7 +24,6 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 # These folders exist for tests of several processes; elsewhere a test bears the mark itself.
 _FOLDERS_OF_PROCESSES = {"distributed", "faults", "end_to_end"}
-_STARTS = {"subprocess.Popen", "os.fork", "os.forkpty", "os.posix_spawn", "os.system", "os.exec"}
 _running: list[pytest.Item] = []
 
 
@@ -41,19 +42,26 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
         _running.pop()
 
 
-def _refuse_process(what: object) -> None:
-    if _running and not _running[-1].get_closest_marker("processes"):
-        raise RuntimeError(f"{_running[-1].nodeid}: found the start of {what}, expected none; mark it `processes`")
+def _guarded(start: Callable) -> Callable:
+    """`start`, which fails a test without the mark."""
+
+    @functools.wraps(start)
+    def guarded(*arguments: Any, **options: Any) -> Any:
+        if _running and not _running[-1].get_closest_marker("processes"):
+            raise RuntimeError(f"{_running[-1].nodeid}: starts a process without the mark `processes`: {arguments}")
+        return start(*arguments, **options)
+
+    return guarded
 
 
-def _start_process(process: BaseProcess, start: Callable[[BaseProcess], None] = BaseProcess.start) -> None:
-    _refuse_process(process)
-    start(process)
-
-
-# A test that lacks the mark fails where it starts a process; multiprocessing raises no audit event.
-sys.addaudithook(lambda event, arguments: _refuse_process(arguments) if event in _STARTS else None)
-BaseProcess.start = _start_process
+for _owner, _name in (
+    (subprocess.Popen, "__init__"),
+    (BaseProcess, "start"),
+    (os, "fork"),
+    (os, "posix_spawn"),
+    (os, "system"),
+):
+    setattr(_owner, _name, _guarded(getattr(_owner, _name)))
 
 
 @pytest.fixture(scope="session")
