@@ -2,6 +2,7 @@
 PYTHON ?= python3
 ARGS ?=
 PYTEST ?=
+PYTEST_ALL ?=
 # For the newest megatron-core, which asks for Python 3.12: the first one that runs. pyenv's commands are there for
 # versions that it has and does not choose; they run when told which.
 NEWEST_PYTHON ?= $(shell for name in python3.12 python3.13 python3; do \
@@ -26,15 +27,17 @@ export OMP_NUM_THREADS TOKENIZERS_PARALLELISM PIP_DISABLE_PIP_VERSION_CHECK SIMP
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-smollm2 test test-newest test-nemo lint clean
+.PHONY: help demo demo-smollm2 test-fast test test-newest test-nemo lint format clean
 
 help:
 	@echo "make demo          train a tiny model on bundled preference pairs, on two ranks (ARGS='--beta 2.5 ...')"
 	@echo "make demo-smollm2  train SmolLM2-135M-Instruct (a 93 MB download) on SIMPO_REAL_PAIRS=FILE or the bundled pairs"
-	@echo "make test          run the tests (PYTEST='-k loss -x')"
-	@echo "make test-newest   run a selection on the newest megatron-core, given Python 3.12 (NEWEST_PYTHON=PATH)"
+	@echo "make test-fast     run the tests that start no process: a minute"
+	@echo "make test          run all that a change must pass (PYTEST='-k loss -x', or PYTEST='-m \"not slow\"')"
+	@echo "make test-newest   run a selection on the newest megatron-core, given Python 3.12 (NEWEST_PYTHON=PATH; PYTEST_ALL=1: all)"
 	@echo "make test-nemo     run what needs NeMo and NeMo-Run, each in an environment of its own"
-	@echo "make lint          check the style"
+	@echo "make lint          check the style and the types"
+	@echo "make format        format, and mend what ruff can mend"
 	@echo "make clean         remove .venv, .venv-newest, .venv-nemo, .venv-nemo-run and runs"
 
 demo: $(VENV)/.ready
@@ -47,12 +50,18 @@ demo-smollm2: $(VENV)/.ready-gguf
 	@$(BIN)/torchrun --standalone --nproc-per-node 2 examples/pretrain_simpo.py \
 	  --config configs/smollm2_cpu.yaml --model $(SMOLLM2) --data $(PAIRS) $(ARGS)
 
-# Most tests wait for processes of one thread: a file of them for each core, up to four.
-AT_ONCE ?= -n auto --maxprocesses 4 --dist loadfile
+# Most tests wait for processes of one thread: a file of them for each core, up to four. Files in the order of their
+# folders, for those of unit/, the last, are short: no worker is left alone with a long one.
+AT_ONCE ?= -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+SLOWEST := --durations=10 --durations-min=1
+
+test-fast: $(VENV)/.ready-test
+	@echo "== tests that start no process"
+	@$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal -m "not processes" tests/unit $(PYTEST)
 
 test: $(VENV)/.ready-test
 	@echo "== tests"
-	@$(BIN)/python -m pytest $(AT_ONCE) $(PYTEST)
+	@$(BIN)/python -m pytest $(AT_ONCE) $(SLOWEST) $(PYTEST)
 
 # What a new megatron-core may break first: names of its options, layer specs, attention, routing, what it allocates, a
 # run and its resume; and Megatron-LM's own training, which only comes with it.
@@ -70,16 +79,15 @@ test-newest:
 	  $(MAKE) --no-print-directory $(NEWEST)/.ready-test NEWEST_PYTHON="$$python" && \
 	  echo "== tests on megatron-core" \
 	    "$$($(NEWEST)/bin/python -c 'from importlib.metadata import version; print(version("megatron-core"))')" && \
-	  $(NEWEST)/bin/python -m pytest $(AT_ONCE) $(NEWEST_TESTS) $(PYTEST); \
+	  $(NEWEST)/bin/python -m pytest $(AT_ONCE) $(SLOWEST) $(if $(PYTEST_ALL),,$(NEWEST_TESTS)) $(PYTEST); \
 	else \
 	  echo "== NOT TESTED on the newest megatron-core: no Python of 3.12 or later runs here; NEWEST_PYTHON=PATH names one"; \
 	fi
 
-$(NEWEST)/.ready-test: constraints.txt setup.py
+$(NEWEST)/.ready-test: constraints.txt setup.py pyproject.toml
 	@echo "== environment for the newest megatron-core: $(NEWEST) (once; as long as the download takes)"
 	@$(NEWEST_PYTHON) -m venv $(NEWEST)
-	@grep -v '^megatron-core==' constraints.txt > $(NEWEST)/constraints.txt
-	@$(NEWEST)/bin/pip install -qq --no-compile --constraint $(NEWEST)/constraints.txt --editable '.[test]'
+	@$(NEWEST)/bin/pip install -qq --no-compile --constraint constraints.txt --editable '.[test]'
 	@touch $@
 
 # NeMo and NeMo-Run exclude each other. Each environment sees the tests' one behind its own packages, and so holds only
@@ -106,7 +114,7 @@ test-nemo: $(VENV)/.ready-test
 
 # A package index that is out of reach is no fault of the extra's; anything else that pip refuses is. NeMo-Run's executor
 # looks for torchrun on the PATH.
-.venv-nemo/.ready-test .venv-nemo-run/.ready-test: constraints.txt setup.py
+.venv-nemo/.ready-test .venv-nemo-run/.ready-test: constraints.txt setup.py pyproject.toml
 	@rm -rf $(@D)
 	@echo "== environment for the extra $(EXTRA): $(@D) (once; as long as the download takes)"
 	@$(BIN)/python -m venv --without-pip $(@D)
@@ -122,15 +130,21 @@ test-nemo: $(VENV)/.ready-test
 	fi
 
 lint: $(VENV)/.ready-test
-	@echo "== style"
+	@echo "== style and types"
 	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+format: $(VENV)/.ready-test
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(NEWEST) .venv-nemo .venv-nemo-run runs build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(NEWEST) .venv-nemo .venv-nemo-run runs build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 
 # A CUDA torch that is there stays as it is, with everything it came with. Elsewhere the versions are those of
-# constraints.txt, which are proven on Python 3.11 and exist from there on; Python 3.10 gets the ranges of setup.py.
-$(VENV)/constraints.txt: constraints.txt setup.py
+# constraints.txt, which are proven on Python 3.11 and 3.12; Python 3.10 gets the ranges of setup.py.
+$(VENV)/constraints.txt: constraints.txt setup.py pyproject.toml
 	@echo "== environment: $(VENV)"
 	@if $(PYTHON) -c 'import sys, torch; sys.exit(torch.version.cuda is None)' 2>/dev/null; then \
 	  echo "   with the CUDA torch of $(PYTHON)"; \

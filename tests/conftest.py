@@ -1,14 +1,67 @@
-"""What several test files start from."""
+"""What all tests start from: no GPU, this checkout, and which of them may start processes."""
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 import pytest
 from ranks import REPOSITORY
+
+# Before torch is imported, and for every process that a test starts: numbers are those of the CPU, wherever tests run,
+# and children find this checkout from any folder.
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+_INHERITED = [str(REPOSITORY), str(REPOSITORY / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])]
+os.environ["PYTHONPATH"] = os.pathsep.join(_INHERITED)
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+# These folders exist for tests of several processes; elsewhere a test bears the mark itself.
+_FOLDERS_OF_PROCESSES = {"distributed", "faults", "end_to_end"}
+_running: list[pytest.Item] = []
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if _FOLDERS_OF_PROCESSES & set(item.path.relative_to(REPOSITORY / "tests").parts):
+            item.add_marker("processes")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    _running.append(item)
+    try:
+        return (yield)
+    finally:
+        _running.pop()
+
+
+def _guarded(start: Callable) -> Callable:
+    """`start`, which fails a test without the mark."""
+
+    @functools.wraps(start)
+    def guarded(*arguments: Any, **options: Any) -> Any:
+        if _running and not _running[-1].get_closest_marker("processes"):
+            raise RuntimeError(f"{_running[-1].nodeid}: starts a process without the mark `processes`: {arguments}")
+        return start(*arguments, **options)
+
+    return guarded
+
+
+for _owner, _name in (
+    (subprocess.Popen, "__init__"),
+    (BaseProcess, "start"),
+    (os, "fork"),
+    (os, "posix_spawn"),
+    (os, "system"),
+):
+    setattr(_owner, _name, _guarded(getattr(_owner, _name)))
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,7 @@ cpu_patches.install()
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from convert_worker import logits_of  # noqa: E402
-from megatron.core import parallel_state  # noqa: E402
+from ranks import leave_groups  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 
 from simpo_megatron import parallel  # noqa: E402
@@ -46,8 +46,6 @@ def run(model: Path, layout: str, options: dict, job: dict) -> None:
     export_hf(chunks, description, model, f"{out}-merged", groups=groups, dtype=torch.float32)
     if dist.get_rank() == 0:
         save_file({"logits": logits[..., : description.vocab_size].contiguous()}, f"{out}.safetensors")
-    dist.barrier()
-    parallel_state.destroy_model_parallel()
 
 
 def fill_b(chunks: list, groups: parallel.ParallelGroups) -> None:
@@ -79,4 +77,5 @@ if __name__ == "__main__":
     for layout_name, layout_options in the_job["layouts"].items():
         for model_name in the_job["models"]:
             run(folder / model_name, layout_name, layout_options, the_job)
+            leave_groups()
     dist.destroy_process_group()

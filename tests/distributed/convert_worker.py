@@ -21,7 +21,7 @@ cpu_patches.install()
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from layout_worker import ListDataset  # noqa: E402
-from megatron.core import parallel_state  # noqa: E402
+from ranks import leave_groups  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 
 from simpo_megatron import parallel  # noqa: E402
@@ -81,8 +81,6 @@ def run(model: Path, layout: str, options: dict, job: dict) -> None:
         save_file(found, f"{out}.safetensors")
     if groups.dp_cp.size() == 1:
         refuse_on_all_ranks(chunks, description, model, out, groups)
-    dist.barrier()
-    parallel_state.destroy_model_parallel()
 
 
 def averages_of(chunks: list, config: Config, description, groups, pairs: list) -> torch.Tensor:
@@ -126,4 +124,5 @@ if __name__ == "__main__":
     job = json.loads((folder / "job.json").read_text())
     for model_name, layout_name in job["runs"]:
         run(folder / model_name, layout_name, job["layouts"][layout_name], job)
+        leave_groups()
     dist.destroy_process_group()

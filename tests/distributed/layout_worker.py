@@ -18,7 +18,7 @@ cpu_patches.install()
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from megatron.core import parallel_state  # noqa: E402
+from ranks import leave_groups  # noqa: E402
 
 from simpo_megatron import parallel  # noqa: E402
 from simpo_megatron.config import Config, config_from, resolve  # noqa: E402
@@ -86,7 +86,6 @@ def run(name: str, config: Config, job: dict, folder: Path) -> None:
         (folder / f"{name}.json").write_text(json.dumps(records))
     if name in job["poisoned"]:
         refuse_a_step_that_is_not_finite(trainer, dataset, bare)
-    parallel_state.destroy_model_parallel()
 
 
 def refuse_a_step_that_is_not_finite(trainer: Trainer, dataset: ListDataset, bare: list) -> None:
@@ -111,4 +110,5 @@ if __name__ == "__main__":
     the_job = json.loads((target / "job.json").read_text())
     for layout_name, options in the_job["layouts"].items():
         run(layout_name, config_from(**{**the_job["options"], **options}), the_job, target)
+        leave_groups()
     torch.distributed.destroy_process_group()

@@ -18,8 +18,8 @@ cpu_patches.install()
 
 import torch  # noqa: E402
 from layout_worker import ListDataset  # noqa: E402
-from megatron.core import parallel_state  # noqa: E402
 from planning_cases import description_of, pairs_of  # noqa: E402
+from ranks import leave_groups  # noqa: E402
 from torch.profiler import ProfilerActivity, profile  # noqa: E402
 
 from simpo_megatron import parallel  # noqa: E402
@@ -72,18 +72,22 @@ def peak_bytes(trainer: Trainer, dataset: ListDataset) -> int:
     return highest
 
 
+def measure(case: dict, world_size: int) -> dict[str, int]:
+    trainer = build(case, world_size)
+    dataset = ListDataset(pairs_of(case))
+    train_step(trainer, dataset, trainer.plan_step(dataset, 0))  # allocates the optimizer's state
+    measured = {"peak": peak_bytes(trainer, dataset)}
+    if world_size == 1:
+        measured["kept"] = kept_bytes(trainer, dataset)
+    measured["microbatches"] = len(trainer.plan_step(dataset, 0)[0])
+    return measured
+
+
 def main(folder: Path) -> None:
     world_size, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
     for name, case in json.loads((folder / "job.json").read_text()).items():
-        trainer = build(case, world_size)
-        dataset = ListDataset(pairs_of(case))
-        train_step(trainer, dataset, trainer.plan_step(dataset, 0))  # allocates the optimizer's state
-        measured = {"peak": peak_bytes(trainer, dataset)}
-        if world_size == 1:
-            measured["kept"] = kept_bytes(trainer, dataset)
-        measured["microbatches"] = len(trainer.plan_step(dataset, 0)[0])
-        (folder / f"{name}.{rank}.json").write_text(json.dumps(measured))
-        parallel_state.destroy_model_parallel()
+        (folder / f"{name}.{rank}.json").write_text(json.dumps(measure(case, world_size)))
+        leave_groups()
     torch.distributed.destroy_process_group()
 
 

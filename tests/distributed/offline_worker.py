@@ -18,9 +18,10 @@ cpu_patches.install()
 
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
-from megatron.core import dist_checkpointing, parallel_state  # noqa: E402
+from megatron.core import dist_checkpointing  # noqa: E402
 from megatron.core.dist_checkpointing.dict_utils import extract_matching_values  # noqa: E402
 from megatron.core.dist_checkpointing.mapping import ShardedObject  # noqa: E402
+from ranks import leave_groups  # noqa: E402
 
 from simpo_megatron import parallel  # noqa: E402
 from simpo_megatron.checkpoint import manifest  # noqa: E402
@@ -48,8 +49,6 @@ def run(model: Path, layout: str, options: dict) -> None:
             assert torch.equal(after.get_parameter(name), parameter), f"{model.name} {layout} {name}"
     read_as_megatron_does(megatrons, expected, release, description.vocab_size)
     write(expected, Path(f"{model}.{layout}"), release)
-    dist.barrier()
-    parallel_state.destroy_model_parallel()
 
 
 def sharded(chunks: list) -> dict:
@@ -92,4 +91,5 @@ if __name__ == "__main__":
     job = json.loads((folder / "job.json").read_text())
     for model_name, layout_name in job["runs"]:
         run(folder / model_name, layout_name, job["layouts"][layout_name])
+        leave_groups()
     dist.destroy_process_group()

@@ -1,7 +1,7 @@
 """A run that stops and resumes is the run that never stopped.
 
-In the same layout bit for bit: every shard file of every later checkpoint (weights, moments, random states) has the
-same hash, and metrics.jsonl the same lines. In another layout: the same pairs, the state read is exactly the state
+In the same layout bit for bit: every tensor of every later checkpoint (weights, moments, random states) has the same
+bytes, and metrics.jsonl the same lines. In another layout: the same pairs, the state read is exactly the state
 written, and losses within 1e-5 relative of the uninterrupted run's, the budget that test_layouts.py holds layouts to.
 """
 
@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
+from checkpoints import stored_values, whole_tensors
 from ranks import run_ranks
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -150,22 +150,9 @@ def pairs_seen(folder, name):
     return [json.loads(line) for line in (folder / f"{name}.pairs").read_text().splitlines()]
 
 
-def whole_tensors(checkpoint):
-    """Every tensor of a checkpoint but the ranks' random states, whole."""
-    stored = dcp.FileSystemReader(checkpoint).read_metadata().state_dict_metadata
-    tensors = {
-        name: torch.empty(entry.size, dtype=entry.properties.dtype)
-        for name, entry in stored.items()
-        if not name.startswith("rng.")
-    }
-    dcp.load(tensors, checkpoint_id=checkpoint, no_dist=True)
-    return tensors
-
-
-def shards(folder, name, step):
-    """The hashes of the files that hold weights, moments and random states."""
-    files = record(folder, name, step)["files"]
-    return {file: digest for file, digest in files.items() if file.endswith(".distcp")}
+def state(folder, name, step):
+    """The hashes of all weights, moments and random states."""
+    return stored_values(folder / name / f"iter_{step:07d}")
 
 
 @pytest.mark.parametrize(
@@ -176,8 +163,8 @@ def test_a_resume_in_the_same_layout_is_bit_identical(folder, whole, name, at):
     output = finished(folder, name)
     assert f"iter_{at:07d}: step {at}" in output and "not those in" in output
     for step in range(at + 1, NUM_STEPS + 1):
-        assert len(shards(folder, whole, step)) >= 2
-        assert shards(folder, name, step) == shards(folder, whole, step)
+        assert len([file for file in record(folder, whole, step)["files"] if file.endswith(".distcp")]) >= 2
+        assert state(folder, name, step) == state(folder, whole, step)
     assert metrics(folder, name) == metrics(folder, whole)
     assert pairs_seen(folder, name) == pairs_seen(folder, whole)[at:]
 
@@ -189,7 +176,7 @@ def test_the_memory_probe_changes_nothing(folder, name):
     print(line)
     assert "GiB on the fullest rank" in line and "\nmemory  " not in without
     for step in range(1, NUM_STEPS + 1):
-        assert shards(folder, name, step) == shards(folder, f"{name}_unprobed", step)
+        assert state(folder, name, step) == state(folder, f"{name}_unprobed", step)
     assert metrics(folder, name) == metrics(folder, f"{name}_unprobed")
 
 
@@ -207,8 +194,16 @@ def test_memory_that_does_not_suffice_is_told_once_before_the_first_step(folder)
 
 def test_steps_of_a_run_change_its_state_so_that_equal_hashes_mean_something(folder):
     for name in ("tp2", "dp2"):
-        hashes = [record(folder, name, step)["files"]["__0_0.distcp"][1] for step in range(1, NUM_STEPS + 1)]
-        assert len(set(hashes)) == NUM_STEPS
+        states = [state(folder, name, step) for step in range(1, NUM_STEPS + 1)]
+        for key in states[0]:
+            # In bf16 a small step may leave a weight where it was; and dropout alone draws random numbers.
+            if "exp_avg" in key or (name == "tp2" and key == "rng.tracker.model-parallel-rng"):
+                assert len({hashes[key] for hashes in states}) == NUM_STEPS, key
+
+
+def learned(checkpoint):
+    """Every tensor of a checkpoint but the ranks' random states, of which another layout has others."""
+    return {name: tensor for name, tensor in whole_tensors(checkpoint).items() if not name.startswith("rng.")}
 
 
 CROSSINGS = [
@@ -223,7 +218,8 @@ CROSSINGS = [
 @pytest.mark.parametrize(("whole", "name"), CROSSINGS)
 def test_another_layout_reads_exactly_what_was_written(folder, whole, name):
     finished(folder, name)
-    written, read = whole_tensors(folder / whole / "iter_0000002"), whole_tensors(folder / f"{name}.state")
+    written = learned(folder / whole / "iter_0000002")
+    read = learned(folder / f"{name}.state")
     assert set(read) == set(written) and any(key.startswith("optimizer.state.exp_avg_sq.") for key in read)
     for key, expected in written.items():
         found = read[key]
@@ -248,7 +244,7 @@ def test_another_layout_takes_the_same_pairs_to_the_same_losses(folder, whole, n
 def test_a_damaged_newest_checkpoint_is_passed_over_loudly(folder):
     output = finished(folder, "flipped")
     assert "WARNING" in output and "__1_0.distcp" in output and "iter_0000003: step 3" in output
-    assert shards(folder, "flipped", 4) == shards(folder, "plain", 4)
+    assert state(folder, "flipped", 4) == state(folder, "plain", 4)
     assert metrics(folder, "flipped") == metrics(folder, "plain")
     assert len(list((folder / "flipped").glob("iter_0000004.aside-*"))) == 1
 
@@ -271,7 +267,7 @@ def test_a_rank_that_cannot_write_ends_the_run_on_every_rank_and_harms_nothing(f
     codes, output = outcome(folder, "disk_full")
     assert codes == [4, 4] and "no checkpoint of step 4" in output and "GiB free" in output
     assert not list((folder / "disk_full").glob("*.tmp*"))
-    assert shards(folder, "disk_full", 3) == shards(folder, "plain", 3)
+    assert state(folder, "disk_full", 3) == state(folder, "plain", 3)
 
 
 def test_another_objective_or_other_data_are_refused_with_both_values(folder):

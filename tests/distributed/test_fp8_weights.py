@@ -13,4 +13,4 @@ def test_masters_are_the_file_and_fp8_follows_them(tmp_path):
     torch.manual_seed(3)
     config, _ = DENSE["llama31_scaled_rope"]
     write_model(config, tmp_path / "model", "bfloat16")
-    run_ranks(WORKER, 2, str(tmp_path))
+    run_ranks(WORKER, 2, str(tmp_path), fresh=True)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from ranks import run_ranks
-from test_checkpoint import finished, metrics, outcome, pairs_seen, record, resumed, shards, whole_tensors
+from test_checkpoint import finished, learned, metrics, outcome, pairs_seen, record, resumed, state
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from simpo_megatron.demo import prepare_demo
@@ -89,15 +89,15 @@ def test_a_resume_in_the_same_layout_is_bit_identical(folder, whole, name, at):
     finished(folder, whole)
     assert "adapters are those of the checkpoint" in finished(folder, name)
     for step in range(at + 1, NUM_STEPS + 1):
-        assert shards(folder, name, step) == shards(folder, whole, step)
+        assert state(folder, name, step) == state(folder, whole, step)
     assert metrics(folder, name) == metrics(folder, whole)
     assert pairs_seen(folder, name) == pairs_seen(folder, whole)[at:]
-    hashes = [json.dumps(shards(folder, whole, step)) for step in range(1, NUM_STEPS + 1)]
+    hashes = [json.dumps(state(folder, whole, step)) for step in range(1, NUM_STEPS + 1)]
     assert len(set(hashes)) == NUM_STEPS
 
 
 def test_a_checkpoint_holds_adapters_and_their_moments_alone(folder):
-    tensors = whole_tensors(folder / "tp2" / "iter_0000002")
+    tensors = learned(folder / "tp2" / "iter_0000002")
     weights = {name for name in tensors if not name.startswith("optimizer.")}
     assert len(weights) == 8 and all("_adapter.lora_" in name for name in weights), weights
     sizes = {"linear_qkv": 32 + 64, "linear_proj": 32 + 32, "linear_fc1": 32 + 96, "linear_fc2": 48 + 32}
@@ -107,7 +107,7 @@ def test_a_checkpoint_holds_adapters_and_their_moments_alone(folder):
 
 def test_another_layout_reads_exactly_what_was_written(folder):
     finished(folder, "tp2_to_pp2")
-    written, read = whole_tensors(folder / "tp2" / "iter_0000002"), whole_tensors(folder / "tp2_to_pp2.state")
+    written, read = learned(folder / "tp2" / "iter_0000002"), learned(folder / "tp2_to_pp2.state")
     assert set(read) == set(written)
     for name, expected in written.items():
         assert torch.equal(read[name], expected), name

@@ -12,6 +12,7 @@ import random
 from pathlib import Path
 
 import pytest
+from checkpoints import stored_values
 from ranks import run_ranks
 from small_runs import small_run
 
@@ -68,8 +69,7 @@ def killed_and_resumed(folder, name, options, **kill):
 
 
 def last_state(folder, name):
-    files = json.loads((folder / name / f"iter_{NUM_STEPS:07d}" / "COMMIT.json").read_text())["files"]
-    return {file: digest for file, digest in files.items() if file.endswith(".distcp")}
+    return stored_values(folder / name / f"iter_{NUM_STEPS:07d}")
 
 
 def metrics(folder, name):

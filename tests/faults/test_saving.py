@@ -9,6 +9,7 @@ import json
 from pathlib import Path
 
 import pytest
+from checkpoints import stored_values
 from ranks import run_ranks
 from small_runs import small_run
 
@@ -70,9 +71,8 @@ def steps(folder, name):
     return sorted(int(entry.name[5:]) for entry in (folder / name).glob("iter_*"))
 
 
-def shards(folder, name, step):
-    files = json.loads((folder / name / f"iter_{step:07d}" / "COMMIT.json").read_text())["files"]
-    return {file: digest for file, digest in files.items() if file.endswith(".distcp")}
+def state(folder, name, step):
+    return stored_values(folder / name / f"iter_{step:07d}")
 
 
 def metrics(folder, name):
@@ -91,8 +91,8 @@ def test_training_goes_on_while_the_same_checkpoints_are_written(folder, layout)
     assert len(saved) == 3 and all("training waited" in line for line in saved)
     assert steps(folder, name) == steps(folder, layout) == [2, 4, 6]
     for step in (2, 4, 6):
-        assert len(shards(folder, name, step)) >= 2
-        assert shards(folder, name, step) == shards(folder, layout, step)
+        assert len(list((folder / name / f"iter_{step:07d}").glob("*.distcp"))) >= 2
+        assert state(folder, name, step) == state(folder, layout, step)
     assert metrics(folder, name) == metrics(folder, layout)
     copied = (folder / name / "iter_0000002" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["iteration"] for line in copied] == [1, 2]
@@ -101,15 +101,15 @@ def test_training_goes_on_while_the_same_checkpoints_are_written(folder, layout)
 def test_a_signal_leaves_the_checkpoint_under_way_and_one_more(folder):
     outcome(folder, "told", [75, 75])
     assert steps(folder, "told") == [2, 3]
-    assert shards(folder, "told", 2) == shards(folder, "tp2", 2)
+    assert state(folder, "told", 2) == state(folder, "tp2", 2)
     assert "iter_0000003: step 3" in outcome(folder, "told_resumed", [0, 0])
-    assert shards(folder, "told_resumed", 6) == shards(folder, "tp2", 6)
+    assert state(folder, "told_resumed", 6) == state(folder, "tp2", 6)
     assert metrics(folder, "told_resumed") == metrics(folder, "tp2")
 
 
 def test_a_loss_that_is_not_finite_does_not_cost_the_checkpoint_under_way(folder):
     outcome(folder, "nan", [5, 5])
-    assert steps(folder, "nan") == [2] and shards(folder, "nan", 2) == shards(folder, "dp2", 2)
+    assert steps(folder, "nan") == [2] and state(folder, "nan", 2) == state(folder, "dp2", 2)
 
 
 def test_a_rank_that_fails_alone_leaves_no_checkpoint_under_way(folder):
@@ -141,7 +141,7 @@ def test_told_so_the_run_goes_on_without_a_checkpoint_that_does_not_fit(folder):
     assert line.startswith("WARNING") and "step 2" in line and "No space left" in line and "the run goes on" in line
     assert steps(folder, name) == [4, 6]
     for step in (4, 6):
-        assert shards(folder, name, step) == shards(folder, "tp2", step)
+        assert state(folder, name, step) == state(folder, "tp2", step)
     counts = {record["iteration"]: record["failed_saves"] for record in metrics(folder, name)}
     assert counts[2] == 0 and counts[6] == 1
 

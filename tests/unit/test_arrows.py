@@ -310,6 +310,7 @@ def test_the_walk_sees_an_arrow_that_points_back():
     assert len(backward(PACKAGE / "loss/simpo.py", relative)) == 1
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     ("module", "unloaded"),
     [

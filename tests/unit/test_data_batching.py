@@ -279,6 +279,7 @@ def write_pairs(path, count):
     return path
 
 
+@pytest.mark.processes
 def test_the_example_of_the_package_iterates_over_batches_without_megatron(tmp_path):
     write_pairs(tmp_path / "pairs.jsonl", 20)
     llama_like().save_pretrained(tmp_path / "model")

@@ -119,6 +119,7 @@ def run_tool(arguments, folder):
     )
 
 
+@pytest.mark.processes
 def test_the_tool_prints_the_inspection_and_writes_a_page(tmp_path):
     llama_like().save_pretrained(tmp_path / "model")
     sick_file(tmp_path / "sick.jsonl")
@@ -137,6 +138,7 @@ def test_the_tool_prints_the_inspection_and_writes_a_page(tmp_path):
     assert len(re.search(r'base64,([^"]+)"', page).group(1)) > 10_000
 
 
+@pytest.mark.processes
 def test_the_tool_says_in_one_line_what_it_cannot_read(tmp_path):
     llama_like().save_pretrained(tmp_path / "model")
     run = run_tool(["--model", "model", "--data", "missing.jsonl"], tmp_path)

@@ -110,6 +110,7 @@ def test_the_fingerprint_depends_on_the_tokens_and_not_on_where_they_came_from(t
     assert a.select(np.arange(10)[::-1]).fingerprint != a.fingerprint
 
 
+@pytest.mark.processes
 def test_worker_processes_build_the_same_store(tmp_path):
     path = write_pairs(tmp_path / "pairs.jsonl", 1000)
     with open(path, "a") as file:

@@ -12,6 +12,8 @@ from data_tokenizers import llama_like
 from simpo_megatron.data import PairOptions, build_preference_dataset
 from simpo_megatron.errors import DataError
 
+pytestmark = pytest.mark.processes
+
 
 def test_results_come_in_order_and_an_unforeseen_error_names_the_process_and_its_records():
     results = jobs.mapped(jobs.double_but_of_9)

@@ -19,19 +19,17 @@ from tools.write_demo_pairs import write_pairs
 
 @pytest.fixture(scope="module")
 def assets(tmp_path_factory) -> DemoAssets:
-    """The assets as several processes make them that start at the same moment."""
-    folder = tmp_path_factory.mktemp("demo") / "not" / "there"
-    command = [
-        sys.executable,
-        "-W",
-        "ignore",
-        "-c",
-        f"from simpo_megatron.demo import *; prepare_demo({str(folder)!r})",
-    ]
-    running = [subprocess.Popen(command) for _ in range(2)]
-    assert [process.wait(timeout=120) for process in running] == [0, 0]
+    return prepare_demo(tmp_path_factory.mktemp("demo"))
+
+
+@pytest.mark.processes
+def test_processes_that_start_at_the_same_moment_leave_one_whole_folder(assets: DemoAssets, tmp_path: Path) -> None:
+    folder = tmp_path / "not" / "there"
+    code = f"from simpo_megatron.demo import *; prepare_demo({str(folder)!r})"
+    running = [subprocess.Popen([sys.executable, "-W", "ignore", "-c", code]) for _ in range(2)]
+    assert [process.wait(timeout=240) for process in running] == [0, 0]
     assert os.listdir(folder) == ["tiny-llama"]
-    return prepare_demo(folder)
+    assert digests(prepare_demo(folder).model_dir) == digests(assets.model_dir)
 
 
 def records(path: Path) -> list[dict]:

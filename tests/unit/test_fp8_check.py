@@ -76,6 +76,7 @@ def test_noise_and_crossings_are_counted_in_units_of_the_target(tool):
     assert "1 of 4 pairs change sides of the target margin: their margins were +0.4500" in lines
 
 
+@pytest.mark.processes
 def test_the_command_says_that_fp8_was_emulated(tmp_path):
     command = [sys.executable, "-W", "ignore", str(TOOL), "--pairs", "6", "--recipe", "blockwise"]
     command += ["--data-cache", str(tmp_path)]

@@ -10,6 +10,7 @@ import sys
 
 import pytest
 import torch.distributed.run
+from ranks import REPOSITORY
 
 from simpo_megatron import parallel
 from simpo_megatron.config import Config
@@ -196,6 +197,7 @@ def test_help_is_not_an_error(capsys):
     assert "--tp" in capsys.readouterr().out
 
 
+@pytest.mark.processes
 def test_a_mistake_is_told_before_megatron_is_imported():
     """Its import takes five times as long as all that precedes it."""
     script = f"""
@@ -206,5 +208,5 @@ try:
 except SystemExit as ended:
     print(ended.code, "megatron" in sys.modules, "transformers" in sys.modules)
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=REPOSITORY)
     assert done.stdout.split() == ["2", "False", "False"]

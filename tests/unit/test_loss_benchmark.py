@@ -6,9 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.processes
 def test_the_table_has_a_row_for_every_method_with_gradients_that_agree():
     command = [sys.executable, "tools/benchmarks/loss.py", "--shape", "16x300:4x32", "--rounds", "1"]
     command += ["--methods", "ours,princeton"]

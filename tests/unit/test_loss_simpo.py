@@ -227,6 +227,7 @@ def test_gamma_is_beta_times_the_ratio():
     assert SimPOObjective(beta=2.5, gamma_beta_ratio=0.3).gamma == pytest.approx(0.75)
 
 
+@pytest.mark.processes
 def test_importing_the_loss_loads_neither_megatron_nor_transformers_nor_yaml():
     program = (
         "import sys, simpo_megatron.loss;"

@@ -277,6 +277,7 @@ def try_to_lock(folder):
     return subprocess.run([sys.executable, "-c", LOCKER, folder], env=environment, capture_output=True, text=True)
 
 
+@pytest.mark.processes
 def test_a_second_run_cannot_have_the_same_folder_and_a_later_one_can(tmp_path):
     held = run_lock.lock(tmp_path / "run")
     refused = try_to_lock(tmp_path / "run")
@@ -346,6 +347,7 @@ def tidy_save_and_prune(folder, iteration):
     manifest.delete_old(folder, 2)
 
 
+@pytest.mark.processes
 def test_killed_before_any_of_its_file_operations_a_save_leaves_two_whole_checkpoints(tmp_path):
     newest = []
     for num_operations in range(200):

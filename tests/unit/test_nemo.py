@@ -285,6 +285,7 @@ def test_without_omegaconf_it_says_what_to_install(monkeypatch):
     assert "pip install 'simpo-megatron[nemo]'" in refusal("aligner_dpo.yaml")
 
 
+@pytest.mark.processes
 def test_nothing_a_file_names_is_imported():
     script = (
         "import sys; from simpo_megatron.nemo import load_nemo_config; "

@@ -1,0 +1,15 @@
+"""What ranks of tests are forked from: imported once per session by multiprocessing's fork server, which stays idle.
+
+Nothing here may start a thread or touch a group of ranks, for neither survives a fork.
+"""
+
+from simpo_megatron.mcore import device
+
+device.install()
+
+import matplotlib.pyplot  # noqa: E402, F401
+import transformers.models.llama  # noqa: E402, F401
+from transformers import AutoTokenizer, PreTrainedTokenizerFast  # noqa: E402, F401
+
+import simpo_megatron.convert  # noqa: E402
+import simpo_megatron.training.loop  # noqa: E402, F401
