@@ -35,7 +35,7 @@ _LARGEST = torch.finfo(torch.float8_e4m3fn).max
 
 
 @dataclass(frozen=True)
-class Comparison:
+class FormatComparison:
     """What the second of two formats does to pairs, in nats per token; a margin is avg(chosen) - avg(rejected)."""
 
     noise: np.ndarray
@@ -46,7 +46,7 @@ class Comparison:
     """[P]: difference of the margins."""
 
     @classmethod
-    def of(cls, first: np.ndarray, second: np.ndarray) -> Comparison:
+    def of(cls, first: np.ndarray, second: np.ndarray) -> FormatComparison:
         """Of average log-probs [P, 2] in both formats."""
         first, second = first.astype(np.float64), second.astype(np.float64)
         margins = first[:, 0] - first[:, 1]
@@ -57,7 +57,7 @@ class Comparison:
         return np.flatnonzero((self.margins > level) != (self.margins + self.margin_noise > level))
 
 
-def report(found: Comparison, gamma_beta_ratio: float) -> list[str]:
+def report(found: FormatComparison, gamma_beta_ratio: float) -> list[str]:
     """The lines that the command prints, numbers in nats per token."""
     num_pairs = len(found.margins)
     size, largest = _rms(found.margin_noise), np.abs(found.margin_noise).max()
@@ -171,7 +171,7 @@ def check(config: Config, recipe: str, num_pairs: int) -> None:
         del job
         job = build_job(in_fp8, plans[1], groups)
         how = "by Transformer Engine"
-    found = Comparison.of(first, reference_log_probs(job.trainer, probe))
+    found = FormatComparison.of(first, reference_log_probs(job.trainer, probe))
     if dist.get_rank() == 0:
         print(f"fp8 check {len(probe)} pairs in {recipe} FP8 ({how}) against bf16; nats per token")
         print(*report(found, config.objective.gamma_beta_ratio), sep="\n", flush=True)

@@ -97,10 +97,10 @@ def print_log_probs(
     sides: Sequence[Weights], files: list[str], max_pairs: int, groups: ParallelGroups, console: Console
 ) -> bool:
     """True when the log-probs of both sides agree, after a row was printed for each pair."""
-    from simpo_megatron.offline.compare import average_log_probs, common_dtype, read_pairs
+    from simpo_megatron.offline.compare import average_log_probs, common_dtype, read_pair_files
 
     with tempfile.TemporaryDirectory() as cache:
-        pairs = read_pairs(files, sides[0].folder, Path(cache), max_pairs)
+        pairs = read_pair_files(files, sides[0].folder, Path(cache), max_pairs)
         cast_to = common_dtype(*sides)
         first, second = (average_log_probs(side, pairs, groups, cast_to) for side in sides)
     table = Table("pair", "chosen A", "chosen B", "rejected A", "rejected B", title="average log-prob of a token")

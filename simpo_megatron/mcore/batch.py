@@ -1,4 +1,4 @@
-"""One step's pairs on every rank that needs them: read by one rank of a tensor-parallel group, raised on all."""
+"""One step's pairs on every rank that needs them, read by one rank of a tensor-parallel group."""
 
 from __future__ import annotations
 
@@ -13,12 +13,10 @@ from torch.distributed import ProcessGroup
 
 from simpo_megatron import faults
 from simpo_megatron.data import PreferenceBatch, PreferenceDataset, TokenizedPair
-from simpo_megatron.errors import DataError, ParallelError, SimPOError
+from simpo_megatron.errors import DataError, SimPOError
 from simpo_megatron.loss import ResponseTokens
 from simpo_megatron.mcore.attention import MicrobatchLayout, Segment
 from simpo_megatron.mcore.context import ContextShare
-
-_READ, _FAILED = 0, 1
 
 
 def read_pairs(
@@ -32,27 +30,32 @@ def read_pairs(
     Collectives: one broadcast of 8 bytes a token over tp.
 
     Raises:
-        DataError: on every rank of the group, when its first rank could not read.
+        DataError: on the group's first rank alone, it could not read. The others then have zeros for ids, and callers
+            make ranks agree before they use them.
     """
     lengths = np.asarray(dataset.lengths)[list(indices)].astype(np.int64)
-    message = torch.zeros(1 + int(lengths.sum()), dtype=torch.int64)
+    ids = torch.zeros(int(lengths.sum()), dtype=torch.int64)
     failure: Exception | None = None
     if tp_group.rank() == 0:
         try:
             faults.at("data")
-            _fill(message, dataset, indices, lengths)
+            _fill(ids, dataset, indices, lengths)
         except Exception as error:
-            failure, message[0] = error, _FAILED
+            failure = error
     if tp_group.size() > 1:
-        on_device = message.to(device)
+        on_device = ids.to(device)
         dist.broadcast(on_device, dist.get_global_rank(tp_group, 0), group=tp_group)
-        message = on_device.cpu()
-    if message[0] != _READ:
-        _raise_read_failure(failure, tp_group)
-    return _split(message[1:].numpy().astype(np.int32), lengths)
+        ids = on_device.cpu()
+    if failure is not None and not isinstance(failure, SimPOError):
+        raise DataError(
+            f"rank {dist.get_rank()} could not read a batch: {type(failure).__name__}: {failure}"
+        ) from failure
+    if failure is not None:
+        raise failure
+    return _split(ids.numpy().astype(np.int32), lengths)
 
 
-def _fill(message: Tensor, dataset: PreferenceDataset, indices: Sequence[int], lengths: np.ndarray) -> None:
+def _fill(ids: Tensor, dataset: PreferenceDataset, indices: Sequence[int], lengths: np.ndarray) -> None:
     parts = []
     for index, expected in zip(indices, lengths, strict=True):
         pair = dataset[index]
@@ -64,16 +67,7 @@ def _fill(message: Tensor, dataset: PreferenceDataset, indices: Sequence[int], l
             )
         parts += [pair.prompt_ids, pair.chosen_ids, pair.rejected_ids]
     if parts:
-        message[1:] = torch.from_numpy(np.concatenate(parts).astype(np.int64))
-
-
-def _raise_read_failure(failure: Exception | None, tp_group: ProcessGroup) -> None:
-    if isinstance(failure, SimPOError):
-        raise failure
-    reader = dist.get_global_rank(tp_group, 0)
-    if failure is not None:
-        raise DataError(f"rank {reader} could not read a batch: {type(failure).__name__}: {failure}") from failure
-    raise ParallelError(f"stopped because rank {reader}, which reads for this tensor-parallel group, failed")
+        ids[:] = torch.from_numpy(np.concatenate(parts).astype(np.int64))
 
 
 def _split(ids: np.ndarray, lengths: np.ndarray) -> list[TokenizedPair]:

@@ -78,7 +78,7 @@ def _largest_difference(first: Tensor | None, second: Tensor | None) -> float | 
     return max(float((a.double() - b.double()).abs().max()) for a, b in rows)
 
 
-def read_pairs(files: Sequence[str], folder: Path, cache: Path, max_pairs: int) -> PreferenceDataset:
+def read_pair_files(files: Sequence[str], folder: Path, cache: Path, max_pairs: int) -> PreferenceDataset:
     """The first `max_pairs` pairs of `files`, tokenised with the tokenizer of `folder`."""
     dataset = build_preference_dataset(files, load_tokenizer(folder), PairOptions(), cache)
     return dataset.select(torch.arange(min(max_pairs, len(dataset))).numpy())

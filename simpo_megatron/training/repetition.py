@@ -20,6 +20,7 @@ from simpo_megatron.mcore.attention import MicrobatchLayout
 from simpo_megatron.mcore.batch import Microbatch, read_pairs
 from simpo_megatron.mcore.forward_step import MicrobatchStep
 from simpo_megatron.parallel import ParallelGroups
+from simpo_megatron.ranks import raise_on_all_ranks
 from simpo_megatron.training.step import Trainer, run_schedule
 
 NUM_GRAM = 4
@@ -47,14 +48,15 @@ class Prompts:
 def first_prompts(dataset: PreferenceDataset, num_prompts: int, groups: ParallelGroups) -> Prompts:
     """The first prompts of `dataset` that differ and have at most 256 tokens; fewer where it holds no more.
 
-    Collectives: that of `read_pairs`.
+    Collectives: that of `read_pairs`, and one object gather, world.
     """
     first_of_each: dict[int, int] = {}
     for index, (key, length) in enumerate(zip(dataset.prompt_keys.tolist(), dataset.lengths[:, 0], strict=True)):
         if length <= _MAX_PROMPT_TOKENS and len(first_of_each) < num_prompts:
             first_of_each.setdefault(key, index)
     indices = list(first_of_each.values())
-    pairs = read_pairs(dataset, indices, tp_group=groups.tp, device=device.current_device())
+    here = device.current_device()
+    pairs = raise_on_all_ranks(lambda: read_pairs(dataset, indices, tp_group=groups.tp, device=here))
     return Prompts(
         ids=[pair.prompt_ids.tolist() for pair in pairs],
         end_ids=frozenset(int(pair.chosen_ids[-1]) for pair in pairs),
