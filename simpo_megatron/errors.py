@@ -85,11 +85,9 @@ def report_error(error: BaseException, *, rank: int | None = None, kind: str | N
         rank: this rank in a run of many; None in a command of one process.
         kind: first word of the line; the error's own when None.
     """
-    is_ours = isinstance(error, SimPOError)
-    text = str(error) if is_ours else f"unexpected {type(error).__name__}: {error}"
-    kind = kind or (error.kind if is_ours else SimPOError.kind)
-    print(status_line(kind, text, rank), file=sys.stderr, flush=True)
-    return error.exit_code if is_ours else SimPOError.exit_code
+    ours = error if isinstance(error, SimPOError) else SimPOError(f"unexpected {type(error).__name__}: {error}")
+    print(status_line(kind or ours.kind, ours, rank), file=sys.stderr, flush=True)
+    return ours.exit_code
 
 
 def require(holds: bool, key: str, found: object, expected: str) -> None:

@@ -21,14 +21,12 @@ import os
 import signal
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 from simpo_megatron.errors import ConfigError
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-Value = TypeVar("Value")
 
 POINTS = ("data", "forward", "backward", "update", "step", "save")
 ACTIONS = ("raise", "nan", "hang", "exit", "kill", "stop", "sigterm")
@@ -43,6 +41,11 @@ class _Fault:
     rank: int
     action: str
     num_arrivals: int = 0
+
+    @property
+    def is_known(self) -> bool:
+        known = self.point in POINTS and self.action in ACTIONS and self.nth > 0
+        return known and (self.action != "nan" or self.point in _COMPUTES)
 
 
 class InjectedError(RuntimeError):
@@ -63,15 +66,21 @@ def arm() -> None:
     _fault = None if text is None else _parse(text)
 
 
-def at(point: str, value: Value = None) -> Value:
-    """`value`, unless the fault of this rank says otherwise."""
-    return value if _fault is None else _arrive(_fault, point, value)
+def at(point: str) -> None:
+    """Arrive at a point where nothing is computed."""
+    if _fault is not None:
+        _arrive(_fault, point)
+
+
+def at_value(point: str, value: Tensor) -> Tensor:
+    """`value`, or not a number when the fault of this rank says so."""
+    return value * float("nan") if _fault is not None and _arrive(_fault, point) else value
 
 
 def at_gradient(point: str, value: Tensor) -> Tensor:
     """`value`; the fault of this rank arrives at the point when its gradient is there."""
     if _fault is not None and value.requires_grad:
-        value.register_hook(lambda gradient: at(point, gradient))
+        value.register_hook(lambda gradient: at_value(point, gradient))
     return value
 
 
@@ -82,8 +91,7 @@ def _parse(text: str) -> _Fault:
         fault = _Fault(point, int(nth or 1), int(rank), action)
     except ValueError:
         fault = None
-    known = fault is not None and fault.point in POINTS and action in ACTIONS and fault.nth > 0
-    if not known or (action == "nan" and fault.point not in _COMPUTES):
+    if fault is None or not fault.is_known:
         raise ConfigError(
             f"SIMPO_FAULT: found {text!r}, expected point:rank:action with a point of {', '.join(POINTS)} and an "
             f"action of {', '.join(ACTIONS)} (nan at forward and backward only); unset it for a real run"
@@ -91,20 +99,21 @@ def _parse(text: str) -> _Fault:
     return fault
 
 
-def _arrive(fault: _Fault, point: str, value: Value) -> Value:
+def _arrive(fault: _Fault, point: str) -> bool:
+    """Whether what is computed here is to be no number; other actions of this rank's fault are done here."""
     if point != fault.point or int(os.environ.get("RANK", 0)) != fault.rank:
-        return value
+        return False
     fault.num_arrivals += 1
     if fault.num_arrivals != fault.nth:
-        return value
+        return False
     if fault.action == "raise":
         raise InjectedError(f"injected at {point} by SIMPO_FAULT")
     if fault.action == "nan":
-        return value * float("nan")
+        return True
     if fault.action == "hang":
         while True:
             time.sleep(1)
     if fault.action == "exit":
         os._exit(0)
     os.kill(os.getpid(), _SIGNALS[fault.action])
-    return value
+    return False

@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -113,10 +113,11 @@ class _Writer(dcp.FileSystemWriter):
         results, left = [], deque(plan.items)
         while left:
             name = f"__0_{len(self.digests)}{DEFAULT_SUFFIX}"
-            with _without_crc32(), DirectFile(self.path / name, hashed=True) as file:
+            with _without_crc32(), DirectFile(Path(self.path) / name, hashed=True) as file:
                 while left and file.size < _SHARD_BYTES:
                     item, start = left.popleft(), file.size
-                    torch.save(planner.resolve_data(item), file)
+                    # It writes, which is all that torch.save asks for.
+                    torch.save(planner.resolve_data(item), cast(IO[bytes], file))
                     place = _StorageInfo(name, start, file.size - start)
                     results.append(WriteResult(item.index, place.length, place))
             self.digests[name] = manifest.Digest(file.size, file.sha256)
@@ -158,7 +159,7 @@ class _Planner(SavePlanner):
         """The values of one item; items are asked for in their order."""
         if not self.current:
             self.current = {(part.key, part.offset): part.values for part in next(self.computed)}
-        values = self.current.pop((write_item.index.fqn, tuple(write_item.index.offset)))
+        values = self.current.pop((write_item.index.fqn, tuple(write_item.index.offset or ())))
         # torch.save writes the whole storage of a view.
         return values if values.untyped_storage().nbytes() == values.nbytes else values.clone()
 

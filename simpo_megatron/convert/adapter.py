@@ -29,6 +29,7 @@ from simpo_megatron.convert.mapping import (
     hf_tensors,
     in_every_layer,
     layer_rules,
+    layers_of,
     pieces_by_rule,
     shapes_by_rule,
 )
@@ -92,6 +93,7 @@ def trained_share(description: ModelDescription, settings: LoRAConfig) -> str:
 def _adapter_rules(description: ModelDescription, settings: LoRAConfig) -> Iterator[Rule]:
     """Of each target in a layer the rules of its A and B, from the rule of its weight."""
     rank = settings.lora_rank
+    assert rank is not None, "a run without adapters has no rules for them"
     for rule in layer_rules(description):
         layer_name = rule.parameter.removesuffix(".weight")
         if layer_name.rpartition(".")[2] not in settings.lora_targets:
@@ -115,7 +117,7 @@ def _copies(number: int, parameter: Tensor, description: ModelDescription) -> tu
 def _pieces(
     chunk: torch.nn.Module, rules: Mapping[str, Rule], description: ModelDescription, tp_size: int
 ) -> Iterator[Piece]:
-    for layer in chunk.decoder.layers:
+    for layer in layers_of(chunk):
         for name, parameter in layer.named_parameters():
             if name in rules:
                 yield from pieces_by_rule(parameter.detach(), rules[name], layer.layer_number - 1, description, tp_size)

@@ -37,15 +37,16 @@ class DirectFile:
     @property
     def sha256(self) -> str:
         """64 hex digits of everything written, once the context has ended."""
+        assert self._sha256 is not None, "the file was opened without `hashed`"
         return self._sha256.hexdigest()
 
-    def write(self, data) -> int:
+    def write(self, data: bytes | bytearray | memoryview) -> int:
         """Bytes of `data` that were taken: all.
 
         Raises:
             OSError: of an earlier write. The end of the context raises it again, for whoever calls may hide it.
         """
-        left = data = memoryview(data).cast("B")
+        left = whole = memoryview(data).cast("B")
         while left:
             taken = left[: _BUFFER_BYTES - self._num_filled]
             self._filling[self._num_filled : self._num_filled + len(taken)] = taken
@@ -53,8 +54,8 @@ class DirectFile:
             left = left[len(taken) :]
             if self._num_filled == _BUFFER_BYTES:
                 self._hand_over()
-        self.size += len(data)
-        return len(data)
+        self.size += len(whole)
+        return len(whole)
 
     def flush(self) -> None:
         """Nothing: the end of the context does, and whoever writes asks for it after each tensor."""

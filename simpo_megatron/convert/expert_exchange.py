@@ -48,6 +48,7 @@ class ExpertExchange:
         """
         owner, first = self.owners[name], dist.get_global_rank(self.group, 0)
         if self.group.rank() == owner != 0:
+            assert own is not None, f"the owner of {name} does not have it"
             dist.send(own, first, group=self.group)
         if self.group.rank() != 0:
             return None

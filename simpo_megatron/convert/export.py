@@ -167,7 +167,7 @@ def _stage_names(chunk: torch.nn.Module, description: ModelDescription) -> set[s
 
 
 def _has_embedding(chunk: torch.nn.Module, description: ModelDescription) -> bool:
-    return chunk.pre_process or not description.gpt["share_embeddings_and_output_weights"]
+    return bool(chunk.pre_process) or not description.gpt["share_embeddings_and_output_weights"]
 
 
 @dataclass(frozen=True)
@@ -230,8 +230,8 @@ def gather_tensor(
             part = part.float() + piece.added()
         part = part.to(dtype).contiguous()
         if piece.layout.cut is not None and tp_group.size() > 1:
-            slices = [torch.empty_like(part) for _ in range(tp_group.size())] if is_first else None
-            dist.gather(part, slices, dst=dist.get_global_rank(tp_group, 0), group=tp_group)
+            slices = [torch.empty_like(part) for _ in range(tp_group.size())] if is_first else []
+            dist.gather(part, slices or None, dst=dist.get_global_rank(tp_group, 0), group=tp_group)
             if is_first:
                 part = torch.cat([slice_.cpu() for slice_ in slices], dim=piece.layout.cut)
         if piece.layout.is_vocabulary:
@@ -252,7 +252,8 @@ def _write_or_drain(
     """Why writing failed, now or before. A rank that cannot write still gathers: its peers wait there."""
     if groups.tp.rank() == 0 and failure is None:
         try:
-            write_safetensors(path, shard.specs, tensors)
+            # On this rank every tensor is there.
+            write_safetensors(path, shard.specs, cast(Iterator[Tensor], tensors))
         except (OSError, CheckpointError) as error:
             failure = CheckpointError(f"{_FAILED}: {error}")
     for _ in tensors:

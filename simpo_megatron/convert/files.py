@@ -128,4 +128,4 @@ def write_safetensors(path: Path, specs: Mapping[str, TensorSpec], tensors: Iter
         file.write(header_bytes(specs))
         for (name, spec), tensor in zip(specs.items(), tensors, strict=True):
             assert tensor.shape == spec.shape and tensor.dtype == spec.dtype, f"{name}: {tensor.shape} {tensor.dtype}"
-            file.write(tensor.contiguous().flatten().view(torch.uint8).numpy())
+            file.write(tensor.contiguous().flatten().view(torch.uint8).numpy().data)

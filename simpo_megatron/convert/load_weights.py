@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -65,7 +66,8 @@ def checked_tensors(
 
 def _batches(pieces_of_file: list[Piece], tp_size: int) -> Iterator[list[Piece]]:
     """The pieces in turn, as many at a time as MAX_MAPPED_BYTES allow; the file is unmapped in between."""
-    batch, num_bytes = [], 0
+    batch: list[Piece] = []
+    num_bytes = 0
     for piece in pieces_of_file:
         # A slice of columns touches every page of its tensor.
         touched = piece.view.nbytes * (tp_size if piece.layout.cut == 1 else 1)
@@ -77,7 +79,7 @@ def _batches(pieces_of_file: list[Piece], tp_size: int) -> Iterator[list[Piece]]
     yield batch
 
 
-def fill(piece: Piece, stored, tp_rank: int, description: ModelDescription) -> None:
+def fill(piece: Piece, stored: Any, tp_rank: int, description: ModelDescription) -> None:
     """Copy this rank's part of one Hugging Face tensor, `stored` or a slice of its file, into the piece's view."""
     start, length = piece.first_row, piece.hf_shape[0]
     if piece.layout.cut == 1:

@@ -15,6 +15,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -260,19 +261,24 @@ def stage_tensors(chunk: torch.nn.Module, description: ModelDescription) -> set[
     return found
 
 
+def layers_of(chunk: torch.nn.Module) -> Any:
+    """The transformer layers of a chunk, in order."""
+    return cast(Any, chunk).decoder.layers
+
+
 def _place_of(
     chunk: torch.nn.Module, name: str, description: ModelDescription
 ) -> tuple[Rule, tuple[int | None, int | None]]:
     """The rule of a parameter, and the layer and expert of the whole model it belongs to."""
     in_layer = re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)", name)
     if in_layer:
-        module, rest, expert = chunk.decoder.layers[int(in_layer[1])], in_layer[2], None
+        module, rest, expert = layers_of(chunk)[int(in_layer[1])], in_layer[2], None
         # The second form is Transformer Engine's, with all experts of a rank in one module.
         in_expert = re.fullmatch(r"mlp\.experts\.(?:local_experts\.(\d+)\.)?(linear_fc[12]\.weight)(\d*)", rest)
         if in_expert:
             expert = module.mlp.local_expert_indices[int(in_expert[1] or in_expert[3])]
             rest = f"mlp.experts.{in_expert[2]}"
-        place = (module.layer_number - 1, expert)
+        place: tuple[int | None, int | None] = (module.layer_number - 1, expert)
         rule = _by_parameter(layer_rules(description)).get(rest)
     else:
         place, rule = (None, None), _by_parameter(_model_rules(description)).get(name)

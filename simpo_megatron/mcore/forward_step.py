@@ -42,7 +42,7 @@ class MicrobatchStep(ABC):
         def loss(log_probs_N: Tensor) -> tuple[Tensor, Tensor, Any]:
             return self.loss(log_probs_N, microbatch)
 
-        return faults.at_gradient("backward", faults.at("forward", output)), loss
+        return faults.at_gradient("backward", faults.at_value("forward", output)), loss
 
     @abstractmethod
     def loss(self, log_probs_N: Tensor, microbatch: Microbatch) -> tuple[Tensor, Tensor, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -123,7 +123,7 @@ def reserve_moments(optimizer: MegatronOptimizer) -> list[Tensor]:
     ]
 
 
-def gather_parameters(chunks: list[DistributedDataParallel]) -> None:
+def gather_parameters(chunks: Sequence[DistributedDataParallel]) -> None:
     """Bring every parameter up to date for a reader that is no forward pass, such as an export.
 
     Under `overlap_param_gather` the ranks' updated parts are gathered only when the next forward pass needs them.

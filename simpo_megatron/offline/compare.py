@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +18,9 @@ from simpo_megatron.mcore.families import ModelDescription
 from simpo_megatron.mcore.model import build_model
 from simpo_megatron.offline.weights import HfWeights, Weights
 from simpo_megatron.parallel import ParallelGroups
+
+LogitsOf = Callable[[Tensor], Tensor]
+"""Logits [1, S, V] of tokens [1, S]."""
 
 
 @dataclass(frozen=True)
@@ -46,8 +49,8 @@ def compare_tensors(first: Weights, second: Weights) -> Iterator[ComparedTensor]
         cast_to = _narrower({spec.dtype: None for spec in specs if spec is not None})
         tensors = [weights.read(name) if name in weights.specs else None for weights in (first, second)]
         tensors = [tensor if tensor is None or cast_to is None else tensor.to(cast_to) for tensor in tensors]
-        hashes = [None if tensor is None else hash_tensor(tensor) for tensor in tensors]
-        yield ComparedTensor(name, specs, cast_to, tuple(hashes), _largest_difference(*tensors))
+        ours, theirs = (None if tensor is None else hash_tensor(tensor) for tensor in tensors)
+        yield ComparedTensor(name, specs, cast_to, (ours, theirs), _largest_difference(*tensors))
 
 
 def common_dtype(first: Weights, second: Weights) -> torch.dtype | None:
@@ -65,7 +68,7 @@ def _narrower(dtypes: Iterable[torch.dtype]) -> torch.dtype | None:
 
 def hash_tensor(tensor: Tensor) -> str:
     """64 hex digits of the bytes of `tensor` in its own dtype."""
-    return hashlib.sha256(tensor.contiguous().flatten().view(torch.uint8).numpy()).hexdigest()
+    return hashlib.sha256(tensor.contiguous().flatten().view(torch.uint8).numpy().data).hexdigest()
 
 
 def _largest_difference(first: Tensor | None, second: Tensor | None) -> float | None:
@@ -103,17 +106,20 @@ def average_log_probs(
     for index in range(len(pairs)):
         pair = pairs[index]
         prompt = torch.tensor(pair.prompt_ids, dtype=torch.long)
-        responses = [torch.tensor(ids, dtype=torch.long) for ids in (pair.chosen_ids, pair.rejected_ids)]
-        averages.append(tuple(_average(logits_of, prompt, response, weights.description) for response in responses))
+        chosen, rejected = (
+            _average(logits_of, prompt, torch.tensor(ids, dtype=torch.long), weights.description)
+            for ids in (pair.chosen_ids, pair.rejected_ids)
+        )
+        averages.append((chosen, rejected))
     return averages
 
 
-def _average(logits_of, prompt: Tensor, response: Tensor, description: ModelDescription) -> float:
+def _average(logits_of: LogitsOf, prompt: Tensor, response: Tensor, description: ModelDescription) -> float:
     logits = logits_of(torch.cat((prompt, response))[None])[0, len(prompt) - 1 : -1, : description.vocab_size]
     return float(logits.log_softmax(-1).gather(1, response[:, None]).mean())
 
 
-def _transformers(folder: Path):
+def _transformers(folder: Path) -> tuple[torch.nn.Module, LogitsOf]:
     from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
@@ -124,7 +130,7 @@ def _transformers(folder: Path):
     return model, lambda tokens: model(tokens).logits
 
 
-def _megatron(weights: Weights, groups: ParallelGroups):
+def _megatron(weights: Weights, groups: ParallelGroups) -> tuple[torch.nn.Module, LogitsOf]:
     config = config_from(model=str(weights.folder), data=("unused",), bf16=False)
     (chunk,) = model = build_model(weights.description, config, groups)
     fill_weights(model, weights.folder, weights.description, groups)

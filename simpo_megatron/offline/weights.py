@@ -57,7 +57,7 @@ class HfWeights:
         self.folder = folder
         self.description = describe_hf_model(folder)
         self._stored = checked_tensors(folder, self.description)
-        self.specs = {
+        self.specs: Mapping[str, TensorSpec] = {
             name: TensorSpec(shape, _DTYPES[self._stored[name].dtype])
             for name, shape in hf_tensors(self.description).items()
         }
@@ -91,7 +91,7 @@ class MegatronWeights:
             self._dtypes[parameter] = self._reader.tensor(parts[parameter][0]).properties.dtype
             for piece in self._pieces(parameter, values):
                 self._parameters.setdefault(piece.hf_name, {})[parameter] = None
-        self.specs = {
+        self.specs: Mapping[str, TensorSpec] = {
             name: TensorSpec(shape, self._dtypes[next(iter(self._parameters[name]))])
             for name, shape in hf_tensors(self.description).items()
         }
@@ -104,7 +104,9 @@ class MegatronWeights:
             for piece in self._pieces(parameter, self._values(parameter))
             if piece.hf_name == name
         ]
-        return gather_tensor(found, self.description, self.specs[name].dtype, tp_group=self._tp_group)
+        whole = gather_tensor(found, self.description, self.specs[name].dtype, tp_group=self._tp_group)
+        assert whole is not None, "a process that works alone is the first rank"
+        return whole
 
     def _verify(self, shard: str) -> None:
         """Return once `shard` is known to hold what was committed; the next one is looked at meanwhile."""

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch.distributed as dist
 
@@ -20,11 +20,13 @@ from simpo_megatron.checkpoint.writer import Writing, begin_write
 from simpo_megatron.config import Config
 from simpo_megatron.convert.folder import copy_model_files, write_json
 from simpo_megatron.errors import CheckpointError, NumericsError
-from simpo_megatron.ranks import gather_or_raise, raise_on_all_ranks, sync_status
+from simpo_megatron.ranks import gather_or_raise, sync_status
 from simpo_megatron.reporting.loggers import METRICS_FILE, RunLog
 from simpo_megatron.training.resume import describe_run
 from simpo_megatron.training.setup import Job
 from simpo_megatron.training.watchdog import Watchdog
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -158,22 +160,17 @@ class Saver:
             shutil.rmtree(draft.folder, ignore_errors=True)
 
     def _begin(self, iteration: int, facts: Mapping[str, Any], *, in_background: bool) -> _Draft:
-        save, job, is_first = self._save, self._job, dist.get_rank() == 0
+        save, job = self._save, self._job
         began = time.perf_counter()
-
-        def create_draft() -> Path | None:
-            return manifest.create_draft(save, iteration) if is_first else None
-
-        folder = gather_or_raise(create_draft, wrap=CheckpointError)[0]
+        folder = _on_first_rank(lambda: manifest.create_draft(save, iteration))
         with _whole_or_removed(folder):
             faults.at("save")
-            raise_on_all_ranks(lambda: _add_small_files(save, folder, job) if is_first else None, wrap=CheckpointError)
+            _on_first_rank(lambda: _add_small_files(save, folder, job))
             writing = begin_write(job.trainer.state, iteration, folder, in_background=in_background)
         waited = time.perf_counter() - began
         return _Draft(folder, iteration, facts, writing, began, waited)
 
     def _commit(self, draft: _Draft) -> manifest.Checkpoint:
-        is_first = dist.get_rank() == 0
         with _whole_or_removed(draft.folder):
             shards = draft.writing.finish()
 
@@ -182,13 +179,13 @@ class Saver:
                 files = {**shards, **{name: manifest.digest_file(draft.folder / name) for name in sorted(small)}}
                 return manifest.commit_draft(draft.folder, draft.iteration, files, draft.facts)
 
-            checkpoint = gather_or_raise(lambda: seal() if is_first else None, wrap=CheckpointError)[0]
-        keep = self._config.run.keep_checkpoints
-        raise_on_all_ranks(lambda: manifest.delete_old(self._save, keep) if is_first else None, wrap=CheckpointError)
+            checkpoint = _on_first_rank(seal)
+        _on_first_rank(lambda: manifest.delete_old(self._save, self._config.run.keep_checkpoints))
         return checkpoint
 
     @property
     def _save(self) -> Path:
+        assert self._config.run.save is not None, "a run without a folder is not saved"
         return Path(self._config.run.save)
 
     @contextmanager
@@ -206,6 +203,18 @@ class Saver:
             self._num_failed += 1
             self._failure = told
             self._log.say(f"WARNING   {told}; the run goes on ({self._num_failed} not saved so far)")
+
+
+def _on_first_rank(work: Callable[[], Result]) -> Result:
+    """The result of `work`, done on rank 0 alone, on every rank.
+
+    Collectives: one object gather, world.
+
+    Raises:
+        CheckpointError: on every rank alike, it failed.
+    """
+    results = gather_or_raise(lambda: work() if dist.get_rank() == 0 else None, wrap=CheckpointError)
+    return cast(Result, results[0])
 
 
 @contextmanager

@@ -73,7 +73,7 @@ def check_same(facts: Mapping[str, Any]) -> None:
 
 def _text(value: object) -> str:
     """A function, such as an activation, by its name: its address differs from process to process."""
-    return value.__qualname__ if callable(value) else str(value)
+    return str(getattr(value, "__qualname__", value))
 
 
 def check_replicas(chunks: Sequence[DistributedDataParallel], groups: ParallelGroups) -> None:

@@ -307,8 +307,8 @@ class _Window:
         num_tokens = sum(computed.num_tokens for computed in self._passes)
         sums = [sums for computed in self._passes for sums in computed.sums]
         means = reduce_sums(sums, num_pairs, groups)
-        balances = [computed.load_balancing_loss for computed in self._passes]
-        if balances and None not in balances:
+        balances = [c.load_balancing_loss for c in self._passes if c.load_balancing_loss is not None]
+        if balances and len(balances) == len(self._passes):
             means[LOAD_BALANCING_LOSS] = sum(balances) / len(balances)
         seconds = time.perf_counter() - self._started
         self._passes = []

@@ -102,7 +102,8 @@ class Monitors:
 
     def step(self, iteration: int, metrics: Mapping[str, float], consumed_pairs: int) -> dict[str, Any]:
         """`metrics` of the log line after `iteration`, with the `pair_ids` of its steps where the loss is a spike."""
-        record, settings = dict(metrics), self._settings
+        record: dict[str, Any] = dict(metrics)
+        settings = self._settings
         losses = self._lines["loss"]
         if settings.max_loss_spike is not None and self._is_long_enough(losses):
             limit = spike_limit(losses, settings.max_loss_spike)

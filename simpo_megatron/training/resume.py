@@ -70,7 +70,7 @@ def held_run_folder(config: Config) -> Iterator[None]:
     is_first = dist.get_rank() == 0
     held = raise_on_all_ranks(lambda: lock(save) if is_first else None, wrap=CheckpointError)
     try:
-        nonce = gather_or_raise(lambda: held.nonce if held is not None else None)[0]
+        nonce = gather_or_raise(lambda: held.nonce if held is not None else "")[0]
         raise_on_all_ranks(lambda: check_same_folder(save, nonce), wrap=CheckpointError)
         yield
     finally:
@@ -91,11 +91,12 @@ def find_checkpoint(config: Config) -> Found:
     save, resume = Path(config.run.save), config.run.resume
 
     def search() -> tuple[list[Path], list[Path], str | None]:
+        if dist.get_rank() != 0:
+            return [], [], None
         drafts, folders = manifest.remove_drafts(save), manifest.list_resumable(save, resume)
         return drafts, folders, manifest.stray_pointer(save) if folders else None
 
-    found = gather_or_raise(lambda: search() if dist.get_rank() == 0 else None, wrap=CheckpointError)[0]
-    drafts, folders, said = found
+    drafts, folders, said = gather_or_raise(search, wrap=CheckpointError)[0]
     notes = [f"resume    ignored {draft.name}, which was never completed" for draft in drafts]
     if said is not None:
         notes.append(f"WARNING   resume: ignored {manifest.LATEST_FILE}, which says {said!r} and not the newest step")

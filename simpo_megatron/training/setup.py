@@ -115,7 +115,7 @@ def locate_sources(config: Config) -> Sources:
     model, train, valid = config.model.model, config.data.data, config.data.valid_data
     if model == DEMO or DEMO in train:
         assets = prepare_demo(cache_folder(config) / "demo")
-        model = assets.model_dir if model == DEMO else model
+        model = str(assets.model_dir) if model == DEMO else model
         if DEMO in train:
             train, valid = (str(assets.train_file),), valid or (str(assets.valid_file),)
     if model is None:

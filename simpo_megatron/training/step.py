@@ -68,7 +68,7 @@ class Trainer:
             dataset.lengths, consumed_pairs, self.batch_options, num_steps=num_steps, **self._divided_by()
         )
 
-    def plan_evaluation(self, dataset: PreferenceDataset) -> list[StepPlan]:
+    def plan_evaluation(self, dataset: PreferenceDataset) -> Sequence[StepPlan]:
         """Plans like a step's that hold every pair of `dataset` once."""
         return plan_evaluation(dataset.lengths, self.batch_options, **self._divided_by())
 

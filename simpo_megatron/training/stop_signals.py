@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Callable
 from types import FrameType, TracebackType
+from typing import Any
 
 import torch.distributed as dist
 
@@ -13,6 +15,9 @@ from simpo_megatron.errors import status_line
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 """SIGINT is Ctrl-C and a notebook's interrupt; SIGTERM is what torchrun, Kubernetes and Slurm send; SIGUSR1 is what
 Slurm's `--signal=USR1@300` sends ahead of it."""
+
+
+_Handler = Callable[[int, FrameType | None], Any] | int | None
 
 
 class StopSignals:
@@ -25,7 +30,7 @@ class StopSignals:
 
     def __init__(self) -> None:
         self._noted = 0
-        self._previous: dict[signal.Signals, object] = {}
+        self._previous: dict[signal.Signals, _Handler] = {}
 
     def __enter__(self) -> StopSignals:
         self._previous = {number: signal.signal(number, self._note) for number in STOP_SIGNALS}

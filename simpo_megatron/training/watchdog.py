@@ -232,6 +232,8 @@ def _is_own(frame: FrameType) -> bool:
 
 def _waits(frame: FrameType | None) -> bool:
     """Whether a main thread at `frame` waits for other ranks: in a collective, or for one that was begun before."""
+    if frame is None:
+        return False
     line = linecache.getline(frame.f_code.co_filename, frame.f_lineno)
     inside = []
     while frame is not None and not _is_own(frame):
