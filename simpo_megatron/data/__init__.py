@@ -13,6 +13,7 @@ for microbatches in iterate_steps(dataset, BatchOptions(global_batch_size=8)):
 from simpo_megatron.data.batching import (
     BatchOptions,
     PreferenceBatch,
+    StepPlan,
     check_batches,
     check_budget,
     collate,
@@ -34,6 +35,7 @@ __all__ = [
     "PairOptions",
     "PreferenceBatch",
     "PreferenceDataset",
+    "StepPlan",
     "TokenizedPair",
     "build_preference_dataset",
     "check_batches",

@@ -45,7 +45,7 @@ class PairOptions:
     rejected_column: str = ""
     """The column that holds the other response, when it is not called `rejected`."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for key, policy in (
             ("template_mode", TemplateMode),
             ("bad_record", BadRecordPolicy),
