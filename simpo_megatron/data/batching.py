@@ -21,8 +21,10 @@ from simpo_megatron.data.tokenization import TokenizedPair
 from simpo_megatron.errors import ConfigError, require, require_positive
 from simpo_megatron.option_field import option
 
-Microbatch = tuple[int, ...]
-StepPlan = tuple[tuple[Microbatch, ...], ...]
+MicrobatchPairs = tuple[int, ...]
+"""Dataset indices of the pairs of one microbatch."""
+StepPlan = tuple[tuple[MicrobatchPairs, ...], ...]
+"""`plan[dp_rank][microbatch]`; every rank has the same number of microbatches."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,7 +188,7 @@ def heaviest_step(
     of several, what has the most response tokens.
     """
 
-    def size(microbatch: Microbatch) -> tuple[int, int]:
+    def size(microbatch: MicrobatchPairs) -> tuple[int, int]:
         chosen = lengths[list(microbatch)]
         return microbatch_tokens(chosen, options), int(chosen[:, 1:].sum())
 
@@ -297,12 +299,19 @@ def _one_row(pairs: Sequence[TokenizedPair], pair_ids: Sequence[int], options: B
         segments.append((end, width, 0, 0))
         tokens.append(np.full(width - end, options.pad_id))
         position_ids.append(np.zeros(width - end, np.int64))
-    one_row = (np.concatenate(parts)[None].astype(np.int64) for parts in (tokens, position_ids))
+    tokens_1S, position_ids_1S = (np.concatenate(parts)[None].astype(np.int64) for parts in (tokens, position_ids))
     num_tokens = sum(len(s) for s in tokens[: len(tokens) - (end < width)])
-    return _batch(*one_row, (rows, targets), pair_ids, segments, num_tokens)
+    return _batch(tokens_1S, position_ids_1S, (rows, targets), pair_ids, segments, num_tokens)
 
 
-def _batch(tokens, position_ids, responses, pair_ids, segments, num_tokens: int) -> PreferenceBatch:
+def _batch(
+    tokens: np.ndarray,
+    position_ids: np.ndarray,
+    responses: tuple[Sequence[np.ndarray], Sequence[np.ndarray]],
+    pair_ids: Sequence[int],
+    segments: Sequence[tuple[int, int, int, int]] | None,
+    num_tokens: int,
+) -> PreferenceBatch:
     rows, targets = responses
     sequence = np.repeat(np.arange(len(rows)), [len(r) for r in rows])
     rows_N = np.concatenate([np.empty(0, np.int64), *rows])
@@ -342,7 +351,7 @@ def _fill_by_tokens(lengths: np.ndarray, options: BatchOptions, num_multiple: in
     num_packs = round_up(-(-int(tokens.sum()) // budget), num_multiple)
     longest_first = np.argsort(-tokens, kind="stable")
     while True:
-        packs = [(0, number, []) for number in range(num_packs)]
+        packs: list[tuple[int, int, list[int]]] = [(0, number, []) for number in range(num_packs)]
         for index in longest_first:
             size, number, pack = packs[0]
             pack.append(int(index))

@@ -1,9 +1,12 @@
 """A preference dataset: the tokenised pairs of some files, the weight of each file, and a split."""
 
+from __future__ import annotations
+
 import copy
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -12,6 +15,10 @@ from simpo_megatron.data.sources import Source, parse_sources
 from simpo_megatron.data.store import BuildReport, PairStore, open_store
 from simpo_megatron.data.tokenization import TokenizedPair
 from simpo_megatron.errors import DataError, listed, require
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 
 _UINT64 = 1 << 64
 
@@ -24,7 +31,7 @@ class PreferenceDataset:
     files' records. `reference_avg` is what `with_reference` was given, if anything.
     """
 
-    def __init__(self, stores: Sequence[PairStore], chosen: np.ndarray | None = None):
+    def __init__(self, stores: Sequence[PairStore], chosen: np.ndarray | None = None) -> None:
         self._stores = tuple(stores)
         self._ends = np.cumsum([len(store) for store in stores])
         self._chosen = np.arange(self._ends[-1]) if chosen is None else chosen
@@ -69,11 +76,11 @@ class PreferenceDataset:
         counts = np.bincount(np.searchsorted(self._ends, self._chosen, side="right"), minlength=len(self._stores))
         return [(store.name, int(count), len(store)) for store, count in zip(self._stores, counts, strict=True)]
 
-    def select(self, indices: np.ndarray) -> "PreferenceDataset":
+    def select(self, indices: np.ndarray) -> PreferenceDataset:
         """Returns a dataset of the pairs at `indices` of this one, in that order."""
         return PreferenceDataset(self._stores, self._chosen[indices])
 
-    def with_reference(self, reference_avg: np.ndarray) -> "PreferenceDataset":
+    def with_reference(self, reference_avg: np.ndarray) -> PreferenceDataset:
         """Returns this dataset with what a reference model says of its pairs, for objectives that compare with one.
 
         Args:
@@ -90,8 +97,8 @@ class PreferenceDataset:
 
 
 def build_preference_dataset(
-    files: Sequence,
-    tokenizer,
+    files: Sequence[str | float | Mapping[str, Any]],
+    tokenizer: PreTrainedTokenizerBase,
     options: PairOptions,
     cache_dir: str | Path,
     *,

@@ -14,7 +14,7 @@ from simpo_megatron.data.records import UNUSABLE_REASONS
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from transformers import PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerBase
 
 PARTS = ("prompt", "chosen", "rejected")
 # A judge of length alone that is right this often has something to teach the model besides quality.
@@ -50,7 +50,7 @@ class ShownPair:
 
 def inspect_dataset(
     dataset: PreferenceDataset,
-    tokenizer: PreTrainedTokenizerFast,
+    tokenizer: PreTrainedTokenizerBase,
     validation: PreferenceDataset | None = None,
     micro_batch_size: int = 4,
 ) -> DatasetInspection:
@@ -92,15 +92,22 @@ def num_leaked(dataset: PreferenceDataset, validation: PreferenceDataset) -> int
     return int(np.isin(validation.prompt_keys, dataset.prompt_keys).sum())
 
 
-def show_pairs(dataset: PreferenceDataset, tokenizer: PreTrainedTokenizerFast, count: int) -> list[ShownPair]:
+def show_pairs(dataset: PreferenceDataset, tokenizer: PreTrainedTokenizerBase, count: int) -> list[ShownPair]:
     """Returns `count` pairs, spread evenly over the dataset, decoded from the ids that are trained on."""
     shown = []
     for index in np.unique(np.linspace(0, len(dataset) - 1, count).astype(int)).tolist():
         pair, (name, line) = dataset[index], dataset.where(index)
-        ids = (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids)
-        texts = tuple(tokenizer.decode(part, clean_up_tokenization_spaces=False) for part in ids)
+        texts = (
+            _text(tokenizer, pair.prompt_ids),
+            _text(tokenizer, pair.chosen_ids),
+            _text(tokenizer, pair.rejected_ids),
+        )
         shown.append(ShownPair(f"{name}:{line}", texts))
     return shown
+
+
+def _text(tokenizer: PreTrainedTokenizerBase, ids: np.ndarray) -> str:
+    return str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
 
 
 def histogram(lengths: np.ndarray, num_bins: int = 12) -> tuple[np.ndarray, np.ndarray]:
@@ -132,7 +139,7 @@ def _records(dataset: PreferenceDataset) -> list[InspectedRow]:
     return rows
 
 
-def _special_tokens(dataset: PreferenceDataset, tokenizer: PreTrainedTokenizerFast) -> list[InspectedRow]:
+def _special_tokens(dataset: PreferenceDataset, tokenizer: PreTrainedTokenizerBase) -> list[InspectedRow]:
     bos, ends = tokenizer.bos_token_id, set(tokenizer.all_special_ids)
     counts: Counter[str] = Counter()
     for index in range(len(dataset)):

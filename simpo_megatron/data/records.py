@@ -3,6 +3,7 @@
 import json
 import re
 from dataclasses import dataclass
+from typing import Any, NoReturn
 
 from simpo_megatron.data.pair_options import PairOptions
 
@@ -24,7 +25,7 @@ _BAD_CHARACTER = re.compile("[\x00\ufdd0\ufdd1\ud800-\udfff]")
 class BadRecord(Exception):
     """A record that is no pair; `reason` is a short name that is counted, `detail` says what was found."""
 
-    def __init__(self, reason: str, detail: str):
+    def __init__(self, reason: str, detail: str) -> None:
         super().__init__(reason, detail)
         self.reason = reason
         self.detail = detail
@@ -64,7 +65,7 @@ def parse_json_array(raw: bytes) -> list:
     return rows
 
 
-def check_row(row) -> dict:
+def check_row(row: object) -> dict:
     """Returns `row`. Raises: BadRecord when it is not an object with named columns."""
     if not isinstance(row, dict):
         raise BadRecord("not_an_object", f"found {_kind(row)}, expected an object with `chosen` and `rejected`")
@@ -93,16 +94,16 @@ def to_record(row: dict, options: PairOptions) -> PreferenceRecord:
         prompt = _text_or_messages(prompt, prompt_key)
     chosen = _text_or_messages(chosen, "chosen")
     rejected = _text_or_messages(rejected, "rejected")
-    if isinstance(chosen, str) != isinstance(rejected, str):
-        raise BadRecord("bad_type:rejected", f"chosen is {_kind(chosen)} and rejected is {_kind(rejected)}")
-    if isinstance(chosen, str):
+    if isinstance(chosen, str) and isinstance(rejected, str):
         record = _from_texts(prompt, chosen, rejected)
-    else:
+    elif isinstance(chosen, list) and isinstance(rejected, list):
         record = _from_messages(prompt, chosen, rejected)
+    else:
+        raise BadRecord("bad_type:rejected", f"chosen is {_kind(chosen)} and rejected is {_kind(rejected)}")
     return _checked(record, options)
 
 
-def _from_texts(prompt, chosen: str, rejected: str) -> PreferenceRecord:
+def _from_texts(prompt: str | list[Message] | None, chosen: str, rejected: str) -> PreferenceRecord:
     if prompt is None:
         if not chosen.startswith("\n\nHuman:"):
             needs = "plain responses need a prompt beside them; prompt_column says which column it is in"
@@ -116,7 +117,9 @@ def _from_texts(prompt, chosen: str, rejected: str) -> PreferenceRecord:
     return PreferenceRecord(prompt if isinstance(prompt, str) else tuple(prompt), chosen, rejected)
 
 
-def _from_messages(prompt, chosen: list[Message], rejected: list[Message]) -> PreferenceRecord:
+def _from_messages(
+    prompt: str | list[Message] | None, chosen: list[Message], rejected: list[Message]
+) -> PreferenceRecord:
     for name, messages in (("chosen", chosen), ("rejected", rejected)):
         if not messages or messages[-1]["role"] != "assistant":
             found = f"ends in a turn of {messages[-1]['role']!r}" if messages else "has no message"
@@ -158,7 +161,7 @@ def _checked(record: PreferenceRecord, options: PairOptions) -> PreferenceRecord
     return record
 
 
-def _column(row: dict, name: str, mapped: str):
+def _column(row: dict, name: str, mapped: str) -> Any:
     key = mapped or name
     if key not in row:
         raise _missing(row, name, key)
@@ -170,7 +173,7 @@ def _missing(row: dict, name: str, key: str) -> BadRecord:
     return BadRecord(f"missing_key:{key}", f"found the columns {found}; {name}_column says which one is meant")
 
 
-def _text_or_messages(value, name: str) -> str | list[Message]:
+def _text_or_messages(value: object, name: str) -> str | list[Message]:
     if isinstance(value, str):
         return value
     if isinstance(value, dict):
@@ -180,7 +183,7 @@ def _text_or_messages(value, name: str) -> str | list[Message]:
     return [_message(item, name) for item in value]
 
 
-def _message(item, name: str) -> Message:
+def _message(item: object, name: str) -> Message:
     if not isinstance(item, dict):
         raise BadRecord(f"bad_type:{name}", f"{name} holds {_kind(item)} where a message is expected")
     role, content = (
@@ -213,7 +216,7 @@ def _decode(raw: bytes) -> str:
         raise BadRecord("invalid_utf8", f"{found}; convert the file to UTF-8") from None
 
 
-def _parse(text: str, reason: str):
+def _parse(text: str, reason: str) -> Any:
     try:
         return json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
@@ -229,11 +232,11 @@ def _unique_keys(pairs: list[tuple]) -> dict:
     return row
 
 
-def _refuse_constant(name: str):
+def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not JSON")
 
 
-def _kind(value) -> str:
+def _kind(value: object) -> str:
     if value is None:
         return "null"
     return {str: "a string", list: "a list", dict: "an object", bool: "a boolean"}.get(type(value), "a number")

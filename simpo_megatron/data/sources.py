@@ -4,9 +4,10 @@ import io
 import os
 import re
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, BinaryIO
 
 from simpo_megatron.data.pair_options import PairOptions
 from simpo_megatron.data.records import BadRecord, parse_json_array
@@ -37,14 +38,14 @@ class RawRecord:
     last: bool = False
 
 
-def parse_sources(data: Sequence) -> tuple[Source, ...]:
+def parse_sources(data: Sequence[str | float | Mapping[str, Any]]) -> tuple[Source, ...]:
     """Returns the files of `data`: paths, weights and paths in turn (Megatron's blend), or mappings.
 
     Raises: ConfigError when weights are given to some files and not to others, or are not positive.
     """
     sources, weight = [], None
     for item in data:
-        if isinstance(item, dict):
+        if isinstance(item, Mapping):
             if set(item) - {"path", "weight"} or "path" not in item:
                 raise ConfigError(f"data: found {item!r}, expected the keys path and weight")
             sources.append(Source(str(item["path"]), item.get("weight")))
@@ -151,7 +152,7 @@ def read_raw(path: str, options: PairOptions) -> Iterator[RawRecord]:
         )
 
 
-def _open_lines(path: str):
+def _open_lines(path: str) -> BinaryIO:
     with open(path, "rb") as file:
         magic = file.read(4)
     is_gzip, is_zstd = magic[:2] == b"\x1f\x8b", magic == b"\x28\xb5\x2f\xfd"
@@ -234,10 +235,10 @@ def _read_hub(path: str) -> Iterator[RawRecord]:
         yield RawRecord(number, row)
 
 
-def _number(item) -> float | None:
+def _number(item: object) -> float | None:
     if isinstance(item, (int, float)):
         return float(item)
     try:
-        return float(item)
+        return float(str(item))
     except ValueError:
         return None

@@ -5,6 +5,8 @@ A store is a folder: `pairs.bin` and `pairs.idx` (three sequences per document: 
 counts). It appears whole, by one rename, or not at all.
 """
 
+from __future__ import annotations
+
 import hashlib
 import json
 import os
@@ -14,6 +16,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -22,6 +25,8 @@ from simpo_megatron.data.pair_options import PairOptions
 from simpo_megatron.data.records import (
     UNUSABLE_REASONS,
     BadRecord,
+    Message,
+    PreferenceRecord,
     check_row,
     extra_keys,
     parse_json,
@@ -31,6 +36,10 @@ from simpo_megatron.data.sources import RawRecord, read_raw, source_identity
 from simpo_megatron.data.tokenization import PairTokenizer, TokenizedPair, tokenizer_identity, use_one_thread
 from simpo_megatron.data.workers import map_in_processes
 from simpo_megatron.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 
 FORMAT_VERSION = 1
 INDEX_MAGIC = b"MMIDIDX\x00\x00"
@@ -55,7 +64,7 @@ class BuildReport:
     notes: Counter = field(default_factory=Counter)
     extra_keys: Counter = field(default_factory=Counter)
 
-    def add(self, other: "BuildReport") -> None:
+    def add(self, other: BuildReport) -> None:
         """Adds another report's counts; the first example of each reason stays."""
         self.num_lines += other.num_lines
         self.num_used += other.num_used
@@ -81,7 +90,7 @@ class PairStore:
     Raises: DataError when the files are not the ones their sidecar describes.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path) -> None:
         self.folder = folder
         sidecar = json.loads((folder / "store.json").read_text())
         self.fingerprint: str = sidecar["content_sha256"]
@@ -114,7 +123,15 @@ class PairStore:
         return TokenizedPair(*(np.asarray(part) for part in parts))
 
 
-def open_store(path: str, tokenizer, options: PairOptions, cache_dir: str, *, build: bool = True, num_workers: int = 0):
+def open_store(
+    path: str,
+    tokenizer: PreTrainedTokenizerBase,
+    options: PairOptions,
+    cache_dir: str,
+    *,
+    build: bool = True,
+    num_workers: int = 0,
+) -> PairStore:
     """Returns the PairStore of `path` (see `Source`), building it under `cache_dir` when it is not there.
 
     A store is reused when the file (size and time of change), the tokenizer, its chat template, the options
@@ -140,7 +157,14 @@ def open_store(path: str, tokenizer, options: PairOptions, cache_dir: str, *, bu
     return PairStore(folder)
 
 
-def _build_store(folder: Path, path: str, tokenizer, options: PairOptions, num_workers: int, identity: dict) -> None:
+def _build_store(
+    folder: Path,
+    path: str,
+    tokenizer: PreTrainedTokenizerBase,
+    options: PairOptions,
+    num_workers: int,
+    identity: dict[str, Any],
+) -> None:
     with new_folder(folder, first_wins=True) as draft:
         sidecar = _write_store(draft, path, tokenizer, options, num_workers) | {"identity": identity}
         if source_identity(path) != identity["source"]:
@@ -150,7 +174,9 @@ def _build_store(folder: Path, path: str, tokenizer, options: PairOptions, num_w
         (draft / "store.json").write_text(json.dumps(sidecar, indent=1))
 
 
-def _write_store(folder: Path, path: str, tokenizer, options: PairOptions, num_workers: int) -> dict:
+def _write_store(
+    folder: Path, path: str, tokenizer: PreTrainedTokenizerBase, options: PairOptions, num_workers: int
+) -> dict[str, Any]:
     report, content, max_token_id = BuildReport(), hashlib.sha256(), -1
     lengths, rows = [], []
     with open(folder / "pairs.bin", "wb") as file:
@@ -203,7 +229,9 @@ class _Chunk:
 def encode_chunk(raw: list[RawRecord], path: str, pair_tokenizer: PairTokenizer, options: PairOptions) -> _Chunk:
     """Returns the tokens of some consecutive raw records, and what became of each."""
     report = BuildReport(num_lines=len(raw))
-    lines, records, bad = [], [], {}
+    lines: list[int] = []
+    records: list[PreferenceRecord] = []
+    bad: dict[int, BadRecord] = {}
     for item in raw:
         try:
             if item.row is None:
@@ -214,7 +242,8 @@ def encode_chunk(raw: list[RawRecord], path: str, pair_tokenizer: PairTokenizer,
             lines.append(item.line)
         except BadRecord as error:
             bad[item.line] = error
-    parts, lengths, rows = [], [], []
+    parts: list[np.ndarray] = []
+    lengths, rows = [], []
     for line, record, encoded in zip(lines, records, pair_tokenizer.encode(records), strict=True):
         if isinstance(encoded, BadRecord):
             bad[line] = encoded
@@ -226,9 +255,9 @@ def encode_chunk(raw: list[RawRecord], path: str, pair_tokenizer: PairTokenizer,
         report.notes.update(encoded.notes)
         report.notes.update(f"with a cut {name}" for name, lost in zip(_PARTS, encoded.lost, strict=True) if lost)
     report.num_used = len(rows)
-    for line, error in sorted(bad.items()):
-        report.dropped[error.reason] += 1
-        report.first.setdefault(error.reason, f"{path}:{line}: {error.reason}: {error.detail}")
+    for line, problem in sorted(bad.items()):
+        report.dropped[problem.reason] += 1
+        report.first.setdefault(problem.reason, f"{path}:{line}: {problem.reason}: {problem.detail}")
     tokens = np.concatenate(parts) if parts else np.empty(0, np.int32)
     return _Chunk(tokens, np.array(lengths, np.int32).reshape(-1, 3), np.array(rows, PAIR_DTYPE), report)
 
@@ -236,7 +265,9 @@ def encode_chunk(raw: list[RawRecord], path: str, pair_tokenizer: PairTokenizer,
 _PARTS = ("prompt", "chosen", "rejected")
 
 
-def _encoded_chunks(path: str, tokenizer, options: PairOptions, num_workers: int) -> Iterator[_Chunk]:
+def _encoded_chunks(
+    path: str, tokenizer: PreTrainedTokenizerBase, options: PairOptions, num_workers: int
+) -> Iterator[_Chunk]:
     chunks = _chunked(read_raw(path, options))
     num_workers = num_workers or _workers_worth_starting(path)
     if num_workers == 1:
@@ -254,7 +285,11 @@ def _encoded_chunks(path: str, tokenizer, options: PairOptions, num_workers: int
     )
 
 
-def _start_worker(tokenizer, path: str, options: PairOptions) -> None:
+# Of a worker process: the file, and how its records become tokens.
+_worker: tuple[str, PairTokenizer, PairOptions]
+
+
+def _start_worker(tokenizer: PreTrainedTokenizerBase, path: str, options: PairOptions) -> None:
     global _worker
     use_one_thread()
     _worker = (path, PairTokenizer(tokenizer, options), options)
@@ -307,12 +342,12 @@ def _parse_index(index: bytes) -> tuple[np.ndarray, np.ndarray]:
     return lengths, pointers
 
 
-def _prompt_key(prompt) -> int:
+def _prompt_key(prompt: str | tuple[Message, ...]) -> int:
     text = prompt if isinstance(prompt, str) else json.dumps(prompt)
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
-def _digest(value) -> str:
+def _digest(value: object) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 

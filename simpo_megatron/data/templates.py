@@ -1,12 +1,19 @@
 """Chat templates: a record becomes text, split where the response begins, in one of two modes."""
 
+from __future__ import annotations
+
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from simpo_megatron.data.pair_options import PairOptions
 from simpo_megatron.data.records import BadRecord, Message, PreferenceRecord
 from simpo_megatron.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 
 # Unicode noncharacters, refused in records, so they can mark what belongs to whom in a rendered text.
 TEMPLATE_MARK = "\ufdd0"
@@ -22,13 +29,13 @@ class RenderedPair:
     rejected: str
 
 
-def special_texts(tokenizer) -> list[str]:
+def special_texts(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """Returns the texts of the tokenizer's special tokens, longest first."""
     added = tokenizer.backend_tokenizer.get_added_tokens_decoder().values()
     return sorted((token.content for token in added if token.special), key=len, reverse=True)
 
 
-def chat_template_of(tokenizer, options: PairOptions) -> str | None:
+def chat_template_of(tokenizer: PreTrainedTokenizerBase, options: PairOptions) -> str | None:
     """Returns the Jinja text that renders conversations, or None for plain concatenation.
 
     Raises: DataError when the file named by `chat_template` cannot be read, or princeton mode has no
@@ -58,7 +65,7 @@ class PairRenderer:
     one turn of the user.
     """
 
-    def __init__(self, tokenizer, options: PairOptions):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, options: PairOptions) -> None:
         self._tokenizer = tokenizer
         self._template = chat_template_of(tokenizer, options)
         self._specials = re.compile("|".join(map(re.escape, special_texts(tokenizer))) or r"(?!)")
@@ -95,6 +102,7 @@ class PairRenderer:
         where the template speaks of system turns: both are what the published runs did.
         Source: princeton-nlp/SimPO, scripts/run_simpo.py, apply_chat_template for task simpo.
         """
+        assert self._template is not None, "chat_template_of refuses princeton without one"
         messages = list(as_messages(record.prompt))
         if messages[0]["role"] != "system" and ("system" in self._template or "<|im_start|>" in self._template):
             messages.insert(0, {"role": "system", "content": ""})
@@ -123,7 +131,7 @@ class PairRenderer:
         from jinja2 import TemplateError
 
         try:
-            return self._tokenizer.apply_chat_template(
+            text = self._tokenizer.apply_chat_template(
                 messages,
                 chat_template=self._template,
                 tokenize=False,
@@ -132,6 +140,8 @@ class PairRenderer:
         except (TemplateError, TypeError, ValueError, KeyError, IndexError) as error:
             roles = " ".join(turn["role"] for turn in messages)
             raise BadRecord("template_refused", f"turns of {roles}: {str(error).splitlines()[0]}") from None
+        assert isinstance(text, str), "nothing is tokenised, one conversation is rendered"
+        return text
 
     def _until_end_token(self, response: str, content: str) -> str:
         """Returns `response` up to and with the template's first special token after the content."""
@@ -140,7 +150,9 @@ class PairRenderer:
         mark = response.find(TEMPLATE_MARK, start + len(content))
         if mark < 0:
             return response
-        return response[: self._specials.match(response, mark + 1).end()]
+        special = self._specials.match(response, mark + 1)
+        assert special is not None, "a mark stands before each special token"
+        return response[: special.end()]
 
 
 def as_messages(prompt: str | tuple[Message, ...]) -> tuple[Message, ...]:

@@ -1,9 +1,12 @@
 """Token ids of pairs: one encoding of the whole text, cut by offsets where the response begins."""
 
+from __future__ import annotations
+
 import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -12,6 +15,10 @@ from simpo_megatron.data.records import BadRecord, PreferenceRecord
 from simpo_megatron.data.templates import TEMPLATE_MARK, PairRenderer, RenderedPair, chat_template_of
 from simpo_megatron.data.truncation import kept_tokens, princeton_kept_tokens
 from simpo_megatron.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from tokenizers import Encoding, Tokenizer
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -32,7 +39,7 @@ class EncodedPair:
     notes: tuple[str, ...] = field(default=())
 
 
-def load_tokenizer(folder: str | Path):
+def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     """Returns the transformers tokenizer of a Hugging Face folder; code that comes with it is never run.
 
     Raises: ConfigError when there is no such folder, or transformers can make no tokenizer of it.
@@ -56,7 +63,7 @@ class PairTokenizer:
     Raises: DataError when the tokenizer is not a fast one, or has no end token where one is needed.
     """
 
-    def __init__(self, tokenizer, options: PairOptions):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, options: PairOptions) -> None:
         if not getattr(tokenizer, "is_fast", False):
             raise DataError(
                 f"tokenizer: found {type(tokenizer).__name__}, expected a fast tokenizer; it needs tokenizer.json"
@@ -169,7 +176,8 @@ class PairTokenizer:
         )
         if np.array_equal(pair.chosen_ids, pair.rejected_ids):
             raise BadRecord("identical_pair", "chosen and rejected are the same tokens once cut to max_length")
-        return EncodedPair(pair, tuple(full - left for full, left in zip(lengths, kept, strict=True)), notes)
+        lost = lengths[0] - kept.prompt, lengths[1] - kept.chosen, lengths[2] - kept.rejected
+        return EncodedPair(pair, lost, notes)
 
     def _end_of_prompt(self, prompt: list[int], count: int) -> list[int]:
         if not self._princeton and prompt[0] == self._bos:
@@ -177,7 +185,7 @@ class PairTokenizer:
         return prompt[len(prompt) - count :]
 
 
-def tokenizer_identity(tokenizer, options: PairOptions) -> dict:
+def tokenizer_identity(tokenizer: PreTrainedTokenizerBase, options: PairOptions) -> dict:
     """Returns what the ids depend on, the text apart: vocabulary, rules, special tokens, template."""
     return {
         "backend": _backend_spec(tokenizer),
@@ -187,17 +195,17 @@ def tokenizer_identity(tokenizer, options: PairOptions) -> dict:
     }
 
 
-def _backend_spec(tokenizer) -> dict:
+def _backend_spec(tokenizer: PreTrainedTokenizerBase) -> dict:
     """Returns what the tokenizer's Rust half is made of, without truncation and padding, which calls leave behind."""
     return json.loads(tokenizer.backend_tokenizer.to_str()) | {"truncation": None, "padding": None}
 
 
-def _as_is_backend(tokenizer):
+def _as_is_backend(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
     """Returns a copy of the tokenizer's Rust half."""
     return tokenizer.backend_tokenizer.__class__.from_str(json.dumps(_backend_spec(tokenizer)))
 
 
-def _marked_backend(tokenizer):
+def _marked_backend(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
     """Returns a copy of the Rust half in which the special tokens answer to TEMPLATE_MARK + their text.
 
     Text that merely looks like a special token is then text, while everything else, the merges around it
@@ -222,10 +230,11 @@ def _marked_backend(tokenizer):
     return backend
 
 
-def _token_at(encoding, start: int) -> int | None:
+def _token_at(encoding: Encoding, start: int) -> int | None:
     """Returns the index of the token that begins at character `start`; None when one reaches across it."""
     token = encoding.char_to_token(start)
-    return token if token is not None and encoding.token_to_chars(token)[0] == start else None
+    span = None if token is None else encoding.token_to_chars(token)
+    return token if span is not None and span[0] == start else None
 
 
 def use_one_thread() -> None:

@@ -6,15 +6,18 @@ import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from simpo_megatron.errors import DataError, SimPOError, listed
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+
+# Of a worker process: what it does with an item, and how it names items.
+_job: tuple[Callable[[Any], Any], Callable[[Any, Any], str]]
 
 
 def map_in_processes(
@@ -38,7 +41,8 @@ def map_in_processes(
     context = multiprocessing.get_context("spawn")
     others = set(multiprocessing.active_children())
     workers: set[multiprocessing.process.BaseProcess] = set()
-    sent, futures = deque(), deque()
+    sent: deque[Item] = deque()
+    futures: deque[Future[Any]] = deque()
     with ProcessPoolExecutor(num_workers, context, _start, (work, prepare, arguments, describe)) as pool:
 
         def send(how_many: int) -> None:
@@ -84,7 +88,9 @@ def _start(work: Callable, prepare: Callable[..., None], arguments: tuple, descr
 
 def _end_with_parent() -> None:
     """A worker holds both ends of the queue it reads, and would wait for ever."""
-    multiprocessing.parent_process().join()
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "this process was started by a pool"
+    parent.join()
     os._exit(1)
 
 

@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from simpo_megatron.config import Config, load_config, to_yaml
 from simpo_megatron.errors import ConfigError
@@ -161,7 +161,12 @@ def draw_curves(curves: Curves, config: Config, path: Path) -> None:
         ("rewards/margins", "reward margin", config.objective.target_margin, "target margin"),
         ("rewards/accuracies", "accuracy", 0.5, "chance"),
     )
-    style = {"axes.spines.top": False, "axes.spines.right": False, "font.size": 11, "axes.titlesize": 13}
+    style: dict[Any, Any] = {
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "font.size": 11,
+        "axes.titlesize": 13,
+    }
     with rc_context(style):
         figure = Figure(figsize=(12, 4), layout="constrained")
         axes = figure.subplots(1, len(panels))

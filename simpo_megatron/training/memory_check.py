@@ -71,7 +71,7 @@ def _cut_to_what_is_held(trainer: Trainer, plan: StepPlan) -> StepPlan:
     """The heaviest microbatches of each rank, as many as its schedule holds activations of at once."""
     sizes = trainer.groups.sizes
     num_held = sizes.pipeline * (2 if (sizes.virtual_pipeline or 1) > 1 else 1)
-    return [microbatches[:num_held] for microbatches in plan]
+    return tuple(microbatches[:num_held] for microbatches in plan)
 
 
 def _too_large(described: str, config: Config) -> ConfigError:

@@ -19,6 +19,7 @@ from simpo_megatron.config import Config, Layout
 from simpo_megatron.data import (
     BatchOptions,
     PreferenceDataset,
+    StepPlan,
     collate,
     heaviest_step,
     pair_tokens,
@@ -34,9 +35,6 @@ from simpo_megatron.mcore.forward_step import ForwardStep, MicrobatchStep
 from simpo_megatron.mcore.optimizer import update, zero_gradients
 from simpo_megatron.parallel import ParallelGroups
 from simpo_megatron.ranks import sync_status
-
-StepPlan = Sequence[Sequence[Sequence[int]]]
-"""Pair indices by data-parallel rank and microbatch; every rank has the same number of microbatches."""
 
 _MAX_PAIRS_SHOWN = 32
 
@@ -90,7 +88,7 @@ class Pass:
     num_tokens: int
     """Real tokens of the whole step as computed: padding apart, and a shared prompt once."""
     load_balancing_loss: float | None = None
-    """Of a mixture in training, the mean over layers and microbatches of the whole step."""
+    """Of a MoE in training, the mean over layers and microbatches of the whole step."""
 
 
 def batch_options(config: Config, layout: Layout, pad_id: int) -> BatchOptions:
