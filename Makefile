@@ -133,7 +133,7 @@ lint: $(VENV)/.ready-test
 	@echo "== style and types"
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
-	@$(BIN)/mypy
+	@$(BIN)/mypy simpo_megatron
 
 format: $(VENV)/.ready-test
 	@$(BIN)/ruff check --fix .
