@@ -40,9 +40,10 @@ def test_help_names_every_command_and_the_version_is_the_packages(capsys):
     assert text_of(capsys, "--version") == f"simpo {__version__}\n"
 
 
-@pytest.mark.parametrize(
-    ("asked", "nearest"), [("trian", "; did you mean train?"), ("fp8_check", "fp8-check?"), ("x", "")]
-)
+NEAREST = {"trian": "; did you mean train?", "fp8_check": "; did you mean fp8-check?", "x": "merge, report, fp8-check"}
+
+
+@pytest.mark.parametrize("asked", NEAREST)
 def test_an_unknown_command_is_one_line_with_the_nearest_name(capsys, asked):
     assert cli.main([asked, "--help"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
