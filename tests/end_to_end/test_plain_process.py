@@ -1,0 +1,92 @@
+"""Training from python, without torchrun: several runs in one process, a result for each, one line for a mistake."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from ranks import REPOSITORY
+
+SMALL = "train_iters=2, global_batch_size=8, max_length=256, max_prompt_length=128, tokens_per_microbatch=512"
+# The example with few steps; a mistake and a layout of more ranks; the first run again, and a run that a signal stops.
+PROGRAM = f"""
+import os, runpy, signal, sys
+from simpo_megatron import load_config, train
+from simpo_megatron.errors import ConfigError, DataError, StoppedBySignal
+import torch.distributed as dist
+
+runpy.run_path({str(REPOSITORY / "examples" / "sweep_two_settings.py")!r})["main"]({SMALL}, data_cache="cache")
+for wrong in (dict(tp=2), dict(data=["none.jsonl"], model="none"), dict(valid_data=["none.jsonl"])):
+    try:
+        train(load_config({SMALL}, data_cache="cache", **wrong))
+    except (ConfigError, DataError) as error:
+        print("REFUSED", error)
+    assert not dist.is_initialized()
+again = train(load_config({SMALL}, beta=2.0, data_cache="cache", save="runs/sweep/beta_2", export_hf="runs/again"))
+print("AGAIN", again)
+
+class Interrupts:
+    def write(self, record):
+        if "grad_norm" in record:
+            os.kill(os.getpid(), signal.SIGINT)
+    def close(self):
+        pass
+
+try:
+    train(load_config({SMALL}, data_cache="cache", save="runs/stopped"), [Interrupts()])
+except StoppedBySignal as stopped:
+    print("STOPPED", stopped.result)
+"""
+
+
+@pytest.fixture(scope="module")
+def lines(tmp_path_factory):
+    """(what the program printed, its folder)."""
+    folder = tmp_path_factory.mktemp("plain")
+    left_out = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    environment = {name: value for name, value in os.environ.items() if name not in left_out}
+    environment |= {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM], cwd=folder, env=environment, capture_output=True, text=True, timeout=500
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return done.stdout.splitlines(), folder
+
+
+def test_a_sweep_of_two_settings_in_one_process_prints_both_results(lines):
+    printed, folder = lines
+    results = [line for line in printed if line.startswith("beta ")]
+    for line, beta in zip(results, (2, 10), strict=True):
+        assert re.fullmatch(rf"beta {beta}: accuracy from [0-9.]+% to [0-9.]+%, best in runs/.*/iter_0000002", line)
+        assert (folder / "runs" / "sweep" / f"beta_{beta}" / "hf" / "config.json").is_file()
+        records = [json.loads(text) for text in (folder / f"runs/sweep/beta_{beta}/metrics.jsonl").open()]
+        shares = [f"{record['eval/rewards/accuracies']:.1%}" for record in records if "eval/loss" in record]
+        assert line.startswith(f"beta {beta}: accuracy from {shares[0]} to {shares[-1]},")
+
+
+def test_what_cannot_be_run_is_refused_in_one_line_and_the_process_can_train_again(lines):
+    ranks, model, held_out = [line for line in lines[0] if line.startswith("REFUSED")]
+    assert "found 1, expected 2 for this layout" in ranks and "`simpo train`" in ranks
+    assert "none" in model and "none.jsonl: no such file" in held_out
+
+
+def test_a_run_that_had_ended_before_gives_the_same_result(lines):
+    printed, folder = lines
+    (again,) = [line for line in printed if line.startswith("AGAIN RunResult(")]
+    first = json.loads((folder / "runs/sweep/beta_2/metrics.jsonl").read_text().splitlines()[0])
+    assert f"before={{'eval/loss': {first['eval/loss']!r}, " in again
+    assert "last_checkpoint=PosixPath('runs/sweep/beta_2/iter_0000002')" in again
+    assert "export_folder=PosixPath('runs/again')" in again and again.endswith("exit_reason='done')")
+
+
+def test_an_interrupt_stops_after_a_whole_step_saved_and_the_exception_carries_the_result(lines):
+    printed, folder = lines
+    (stopped,) = [line for line in printed if line.startswith("STOPPED RunResult(")]
+    assert "last_checkpoint=PosixPath('runs/stopped/iter_0000001')" in stopped
+    assert "export_folder=None, exit_reason='stopped by signal')" in stopped
+    assert Path(folder, "runs/stopped/iter_0000001/COMMIT.json").is_file()
