@@ -28,8 +28,8 @@ class VocabShard:
     def __post_init__(self):
         if self.start < 0 or self.size < 1:
             raise ConfigError(
-                f"VocabShard: found start {self.start} and size {self.size}, expected start >= 0 and size > 0, the true "
-                "vocabulary size before padding"
+                f"VocabShard: found start {self.start} and size {self.size}, expected start >= 0 and size > 0, the "
+                "true vocabulary size before padding"
             )
 
     def num_real(self, width: int) -> int:

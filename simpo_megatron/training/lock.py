@@ -72,6 +72,6 @@ def check_same_folder(save: Path, expected_holder: str) -> None:
         tempfile.TemporaryFile(dir=save).close()
     except OSError as error:
         raise CheckpointError(
-            f"save: found {save}, expected a folder that {socket.gethostname()} can write ({error.strerror}), as rank 0 "
-            "can"
+            f"save: found {save}, expected a folder that {socket.gethostname()} can write, as rank 0 can "
+            f"({error.strerror})"
         ) from None

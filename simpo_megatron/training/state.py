@@ -61,12 +61,19 @@ class FailedAloneError(CheckpointError):
     """A failure that the other ranks may not have heard of: they may wait for this one, so the run cannot go on."""
 
 
-def _is_news(record: logging.LogRecord) -> bool:
-    """Not what megatron says of a folder with any file in it: a run puts small ones into its draft first."""
-    return not record.getMessage().startswith("Overwriting old incomplete")
+@contextmanager
+def _without_false_alarm() -> Iterator[None]:
+    """Drops megatron's warning of a folder with any file in it: a run puts small ones into its draft first."""
 
+    def is_news(record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith("Overwriting old incomplete")
 
-logging.getLogger(dist_checkpointing.serialization.__name__).addFilter(_is_news)
+    logger = logging.getLogger(dist_checkpointing.serialization.__name__)
+    logger.addFilter(is_news)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_news)
 
 
 def request_write(
@@ -94,7 +101,7 @@ def request_write(
     # From 0.17 on megatron-core would look for NVIDIA's resiliency package first.
     takes_strategy = "async_strategy" in inspect.signature(dist_checkpointing.save).parameters
     options = {"async_strategy": "mcore"} if takes_strategy else {}
-    with described(folder):
+    with described(folder), _without_false_alarm():
         request = dist_checkpointing.save(
             state, str(folder), strategy, async_sharded_save=True, content_metadata=_content(), **options
         )

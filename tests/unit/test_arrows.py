@@ -13,6 +13,7 @@ PACKAGE = Path(__file__).parents[2] / "simpo_megatron"
 MAY_IMPORT = {
     "errors": set(),
     "option_field": set(),
+    "logs": {"errors"},
     "faults": {"errors"},
     "loss": {"errors", "option_field"},
     "data": {"errors", "option_field"},
@@ -25,8 +26,8 @@ MAY_IMPORT = {
     "megatron_lm": {"errors", "loss", "data", "parallel", "config", "mcore"},
     "planning": {"errors", "parallel", "loss", "config", "mcore"},
     "recipes": {"errors", "config", "training"},
-    "training": {"errors", "faults", "loss", "data", "parallel", "demo", "config", "mcore", "convert", "nemo"},
-    "offline": {"errors", "data", "parallel", "config", "mcore", "convert", "training"},
+    "training": {"errors", "logs", "faults", "loss", "data", "parallel", "demo", "config", "mcore", "convert", "nemo"},
+    "offline": {"errors", "logs", "data", "parallel", "config", "mcore", "convert", "training"},
 }
 # Outside packages that a room must do without, at import and in its functions alike.
 FORBIDDEN = {
