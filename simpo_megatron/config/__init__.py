@@ -5,7 +5,7 @@ from simpo_megatron.config.presets import PRESETS
 from simpo_megatron.config.reading import config_from, load_config, read_yaml
 from simpo_megatron.config.resolving import Layout, Machine, resolve
 from simpo_megatron.config.sections import DEMO, Config, PrecisionConfig
-from simpo_megatron.config.writing import options_in_force, to_text, to_yaml
+from simpo_megatron.config.writing import changed_options, options_in_force, to_text, to_yaml
 
 __all__ = [
     "DEMO",
@@ -14,6 +14,7 @@ __all__ = [
     "Layout",
     "Machine",
     "PrecisionConfig",
+    "changed_options",
     "config_from",
     "lint",
     "load_config",

@@ -279,7 +279,7 @@ class RunConfig:
     )
     resume: str = option(
         "latest",
-        "Checkpoint to resume: latest, required, none or a step. latest starts anew when there is none; "
+        "Resume from: latest, required, none or a step. latest starts anew when there is none; "
         "required is then an error.",
         everyday=True,
         metavar="STEP",

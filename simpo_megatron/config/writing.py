@@ -11,6 +11,7 @@ from rich.text import Text
 
 from simpo_megatron.config.lint import idle_options
 from simpo_megatron.config.sections import Config
+from simpo_megatron.loss import SimPOObjective
 
 
 def to_yaml(config: Config) -> str:
@@ -38,6 +39,19 @@ def options_in_force(options: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def changed_options(config: Config) -> str:
+    """Returns `preset NAME; option value, option value`: every option in use that differs from its default."""
+    idle, flat, kept = idle_options(config), config.flat(), options_in_force(config.flat())
+    defaults = Config(objective=type(config.objective)()).flat()
+    changed = [
+        f"{name} {_readable(flat[name])}"
+        for name in kept
+        if name not in idle and name != "preset" and flat[name] != defaults[name]
+    ]
+    parts = [f"preset {config.run.preset}"] if config.run.preset else []
+    return "; ".join([*parts, ", ".join(changed) or "all at their defaults"])
+
+
 def to_text(config: Config) -> Text:
     """A line for each option that has a value and a use, in bold and with its default where it has another value."""
     idle, kept = idle_options(config), _sections_in_force(config)
@@ -53,7 +67,7 @@ def to_text(config: Config) -> Text:
             heading = section if name == names[0] else ""
             text.append(f"\n{heading:10} ").append(f"{name:{width}}  ", style="dim")
             text.append(*_value_and_style(config, section, name))
-            if name == "gamma_beta_ratio":
+            if name == "gamma_beta_ratio" and isinstance(config.objective, SimPOObjective):
                 text.append(f"\n{'':10} {'gamma':{width}}  {config.objective.gamma:g} (beta x gamma_beta_ratio)")
     return text
 

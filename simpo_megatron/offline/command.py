@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 
 from simpo_megatron.errors import SimPOError, report_error
-from simpo_megatron.mcore import cpu_patches
+from simpo_megatron.logs import ignore_known_warnings, logged
+from simpo_megatron.mcore import cpu_patches, device
 from simpo_megatron.parallel import ParallelGroups, alone
 
 
@@ -15,11 +15,10 @@ def run_command(work: Callable[[ParallelGroups], int]) -> int:
 
     Modules that import megatron are to be imported by `work`, which runs after megatron is made to run on this machine.
     """
-    # Of what megatron, torch and transformers say to their own developers, nothing is the user's to mend.
-    warnings.simplefilter("ignore")
+    ignore_known_warnings(has_cuda=device.has_cuda())
     cpu_patches.install()
     try:
-        with alone() as groups:
+        with logged(), alone() as groups:
             return work(groups)
     except SimPOError as error:
         return report_error(error)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -28,6 +27,7 @@ from simpo_megatron.convert.folder import (
 from simpo_megatron.convert.load_weights import fill
 from simpo_megatron.convert.mapping import pieces_of
 from simpo_megatron.errors import CheckpointError, ConfigError
+from simpo_megatron.logs import LOGGER
 from simpo_megatron.mcore.meta_model import MetaModel
 from simpo_megatron.offline.progress import Transfer
 from simpo_megatron.offline.weights import MegatronWeights, Weights
@@ -151,7 +151,7 @@ def _card(weights: Weights, out_folder: Path, dtype: torch.dtype | None) -> str 
         return card_of_checkpoint(options, metrics_file, out_folder, dtype)
     except ConfigError as error:
         # Another version's options: the model is as good without its card.
-        print(f"WARNING no model card, for this version cannot read the run's options: {error}", file=sys.stderr)
+        LOGGER.warning("no model card, as this version cannot read the run's options: %s", error)
         return None
 
 

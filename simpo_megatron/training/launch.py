@@ -10,7 +10,6 @@ import signal
 import sys
 import time
 import traceback
-import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING
 
 from simpo_megatron.config import Config, load_config
 from simpo_megatron.errors import PeerFailedError, SimPOError, report_error, status_line
+from simpo_megatron.logs import ignore_known_warnings
 from simpo_megatron.mcore import device
 from simpo_megatron.nemo import load_nemo_command, names_nemo_config
 
@@ -40,11 +40,7 @@ def main(argv: Sequence[str], *program: str) -> int:
     """
     # CUDA reads it when it starts: megatron-core's tensor parallelism relies on kernels being queued in order.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-    # Deprecations inside megatron and torch's checkpoints, which a resume meets, are not the user's to mend.
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(megatron|torch\.distributed)\.")
-    if not device.has_cuda():
-        # megatron-core warns of each package for GPUs that is not installed, every rank anew; here none is missed.
-        warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.")
+    ignore_known_warnings(has_cuda=device.has_cuda())
     try:
         config, notes = _read(argv)
         # Only now, for megatron takes ten seconds to import: a mistake in the configuration is told before, and the

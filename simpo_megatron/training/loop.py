@@ -7,14 +7,16 @@ import signal
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch.distributed as dist
 
 from simpo_megatron import faults, parallel
-from simpo_megatron.config import Config, lint, to_text
+from simpo_megatron.config import Config, changed_options, lint, to_text
 from simpo_megatron.convert import export_adapter, export_hf, trained_share
 from simpo_megatron.data.inspect import num_leaked, summary
 from simpo_megatron.errors import ConfigError, NumericsError, StoppedByMonitor, StoppedBySignal
+from simpo_megatron.logs import logged
 from simpo_megatron.mcore import cpu_patches, device
 from simpo_megatron.mcore.experts import LOAD_BALANCING_LOSS
 from simpo_megatron.mcore.fp8_weights import whole_masters
@@ -60,6 +62,13 @@ def train(config: Config, sinks: Sequence[Sink] = ()) -> RunResult:
         StoppedByMonitor: on every rank alike, after a whole step, when a monitor that `stop_on` names found something.
             Both carry the run's `result`.
     """
+    run = config.run
+    folder = Path(run.save) / "logs" if run.save is not None and run.log_ranks else None
+    with logged(run.log_level, rank=int(os.environ.get("RANK", 0)), folder=folder):
+        return _train_here(config, sinks)
+
+
+def _train_here(config: Config, sinks: Sequence[Sink]) -> RunResult:
     cpu_patches.install()
     faults.arm()
     plan = plan_run(config, _num_ranks(config))
@@ -134,7 +143,7 @@ def _train(
 
 def _introduce(config: Config, job: Job, notes: Sequence[str], log: RunLog) -> None:
     """Say what will run, on what, from where, and what looks doubtful."""
-    log.say(to_text(config))
+    log.say(to_text(config) if config.run.verbose else f"options   {changed_options(config)}")
     for warning in lint(config):
         log.say(f"WARNING {warning}")
     for line in (*describe_job(config, job), *notes):
@@ -155,13 +164,14 @@ def describe_job(config: Config, job: Job) -> list[str]:
         f"model     {description.family} from {job.plan.sources.model}: {shape['num_layers']} layers, hidden "
         f"{shape['hidden_size']}, {vocabulary}",
         f"trained   {trained_share(description, config.lora)}",
+        f"objective {config.objective.title}: {config.objective.describe()}",
         f"pairs     {len(job.train_data):,} to train on, "
         + (", ".join(validation) or "none for validation to tell whether it learns"),
         *_describe_files(job),
         f"ranks     {dist.get_world_size()} ({device.backend()}): tp {sizes.tensor} x pp {sizes.pipeline} x cp "
         f"{sizes.context} x dp {job.plan.layout.data_parallel_size}"
-        + (f", experts over {sizes.expert}" if "num_moe_experts" in shape else ""),
-        f"kernels   {device.kernels()}",
+        + (f", experts over {sizes.expert}" if "num_moe_experts" in shape else "")
+        + f"; {device.kernels()}",
         f"steps     {job.train_iters:,}, of {batch.global_batch_size} pairs each",
     ]
 

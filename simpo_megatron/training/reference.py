@@ -23,6 +23,7 @@ from simpo_megatron.checkpoint.initial_weights import fill_weights
 from simpo_megatron.config import Config
 from simpo_megatron.data import PreferenceDataset
 from simpo_megatron.errors import DataError, NumericsError
+from simpo_megatron.logs import LOGGER
 from simpo_megatron.mcore import device
 from simpo_megatron.mcore.forward_step import AverageLogProbs
 from simpo_megatron.ranks import gather_or_raise, raise_on_all_ranks, sync_status
@@ -114,7 +115,7 @@ def _with_progress(plans: list, num_pairs: int) -> Iterator:
     done, last = 0, time.monotonic()
     for plan in plans:
         if dist.get_rank() == 0 and time.monotonic() - last > _SECONDS_BETWEEN_LINES:
-            print(f"reference {done} of {num_pairs} pairs", flush=True)
+            LOGGER.info("reference: %d of %d pairs", done, num_pairs)
             last = time.monotonic()
         yield plan
         done += sum(len(microbatch) for rank in plan for microbatch in rank)

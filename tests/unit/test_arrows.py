@@ -16,6 +16,7 @@ MAY_IMPORT = {
     "errors": set(),
     "atomic": set(),
     "option_field": set(),
+    "logs": {"errors"},
     "faults": {"errors"},
     "ranks": {"errors"},
     "loss": {"errors", "option_field"},
@@ -33,6 +34,7 @@ MAY_IMPORT = {
     "recipes": {"errors", "config", "training"},
     "training": {
         "errors",
+        "logs",
         "atomic",
         "faults",
         "loss",
@@ -47,9 +49,10 @@ MAY_IMPORT = {
         "reporting",
         "nemo",
     },
-    "offline": {"errors", "data", "parallel", "config", "mcore", "convert", "checkpoint", "reporting"},
+    "offline": {"errors", "logs", "data", "parallel", "config", "mcore", "convert", "checkpoint", "reporting"},
     "commands": {
         "errors",
+        "logs",
         "loss",
         "data",
         "parallel",

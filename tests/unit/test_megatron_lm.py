@@ -69,7 +69,7 @@ def test_an_id_inside_the_padding_of_the_vocabulary_is_refused(megatron_args, mo
     assert highest < len(tokenizer)
     for args.vocab_size, refused in ((highest, True), (highest + 1, False)):
         if refused:
-            with pytest.raises(DataError, match=f"tokenizer: found the token id {highest}, .* below {highest}"):
+            with pytest.raises(DataError, match=f"tokenizer: found the token id {highest} .* below {highest}"):
                 _dataset([str(demo.train_file)], args)
         else:
             _dataset([str(demo.train_file)], args)

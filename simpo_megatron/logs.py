@@ -1,0 +1,85 @@
+"""Messages of this package through `logging`, and warnings of other packages that no user can act on."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TextIO
+
+from simpo_megatron.errors import ConfigError, status_line
+
+LOGGER = logging.getLogger("simpo_megatron")
+
+
+@contextmanager
+def logged(level: str = "info", *, rank: int | None = None, folder: str | Path | None = None) -> Iterator[None]:
+    """Prints this package's messages of `level` and above to stderr while the context lasts, one line each.
+
+    Args:
+        rank: named in every line; None in a command of one process.
+        folder: also write this rank's messages to `folder`/rank0000.log and so on, with the time of each.
+
+    Raises: ConfigError when `folder` cannot be written.
+    """
+    handlers: list[logging.Handler] = [_Stderr()]
+    handlers[0].setFormatter(_Lines(rank))
+    if folder is not None:
+        handlers.append(_rank_file(Path(folder), rank or 0))
+    before = LOGGER.level, LOGGER.propagate
+    # Whoever configured the root logger as well would print every line twice.
+    LOGGER.setLevel(level.upper())
+    LOGGER.propagate = False
+    for handler in handlers:
+        LOGGER.addHandler(handler)
+    try:
+        yield
+    finally:
+        for handler in handlers:
+            LOGGER.removeHandler(handler)
+            handler.close()
+        LOGGER.setLevel(before[0])
+        LOGGER.propagate = before[1]
+
+
+def ignore_known_warnings(*, has_cuda: bool) -> None:
+    """Filters warnings of other packages that are no user's to act on; for the process of a command."""
+    # Deprecations inside megatron and torch's checkpoints.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(megatron|torch\.distributed)\.")
+    if not has_cuda:
+        # megatron-core warns of each package for GPUs that is not installed; on a CPU none is missed.
+        warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.")
+
+
+class _Lines(logging.Formatter):
+    def __init__(self, rank: int | None) -> None:
+        super().__init__()
+        self._rank = rank
+
+    def format(self, record: logging.LogRecord) -> str:
+        return status_line(record.levelname, record.getMessage(), self._rank)
+
+
+class _Stderr(logging.StreamHandler[TextIO]):
+    """Whatever sys.stderr is when a message comes: a progress bar replaces it while it is shown."""
+
+    def __init__(self) -> None:
+        logging.Handler.__init__(self)
+
+    @property
+    def stream(self) -> TextIO:  # type: ignore[override]
+        return sys.stderr
+
+
+def _rank_file(folder: Path, rank: int) -> logging.Handler:
+    path = folder / f"rank{rank:04d}.log"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handler = logging.FileHandler(path, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"save: found {path}, expected a file that can be written ({error.strerror})") from None
+    handler.setFormatter(logging.Formatter(f"%(asctime)s %(levelname)s rank {rank}: %(message)s"))
+    return handler
