@@ -15,6 +15,7 @@ import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
 import torch
@@ -29,7 +30,11 @@ from simpo_megatron.errors import ConfigError, SimPOError, report_error
 from simpo_megatron.loss import SimPOObjective
 from simpo_megatron.mcore import cpu_patches, device
 
-RECIPES = ("tensorwise", "blockwise", "delayed")
+if TYPE_CHECKING:
+    from simpo_megatron.mcore.model import PreferenceGPTModel
+
+Recipe = Literal["tensorwise", "blockwise", "delayed"]
+RECIPES: tuple[Recipe, ...] = get_args(Recipe)
 BLOCK = 128
 _LARGEST = torch.finfo(torch.float8_e4m3fn).max
 
@@ -118,7 +123,7 @@ def _scaled_round(values: Tensor, scale: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def emulate(chunks: Sequence[torch.nn.Module], recipe: str) -> int:
+def emulate(chunks: Sequence[PreferenceGPTModel], recipe: Recipe) -> int:
     """How many linear layers of `chunks` compute with rounded weights and inputs from here on.
 
     Layers that the recipe leaves in bf16 are left alone, as are attention, norms, embedding and head.
@@ -144,7 +149,7 @@ def emulate(chunks: Sequence[torch.nn.Module], recipe: str) -> int:
     return len(linears)
 
 
-def check(config: Config, recipe: str, num_pairs: int) -> None:
+def check(config: Config, recipe: Recipe, num_pairs: int) -> None:
     """Judge the first `num_pairs` training pairs in both formats, on the ranks that torchrun started, and print it."""
     cpu_patches.install()
     from simpo_megatron.training.reference import reference_log_probs

@@ -82,7 +82,7 @@ def _read(
 
 def _reading(config: Config) -> list[InspectedRow]:
     """What the inspection holds for: files, tokenizer, and every option of pairs that decides over tokens."""
-    findings = [InspectedRow("files", " ".join(config.data.data)), InspectedRow("tokenizer", config.model.model)]
+    findings = [InspectedRow("files", " ".join(config.data.data)), InspectedRow("tokenizer", str(config.model.model))]
     for option in fields(config.pairs):
         value = getattr(config.pairs, option.name)
         if value != option.default or option.name in ("max_length", "max_prompt_length", "template_mode"):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from simpo_megatron.checkpoint import manifest
 from simpo_megatron.checkpoint.initial_weights import fill_weights
 from simpo_megatron.config import Config
 from simpo_megatron.data import PreferenceDataset
+from simpo_megatron.data.batching import StepPlan
 from simpo_megatron.errors import DataError, NumericsError
 from simpo_megatron.logs import LOGGER
 from simpo_megatron.mcore import device
@@ -110,7 +111,7 @@ def reference_log_probs(trainer: Trainer, dataset: PreferenceDataset) -> np.ndar
     return found
 
 
-def _with_progress(plans: list, num_pairs: int) -> Iterator:
+def _with_progress(plans: Sequence[StepPlan], num_pairs: int) -> Iterator[StepPlan]:
     """The plans, with a line from time to time, for a large model takes minutes over them."""
     done, last = 0, time.monotonic()
     for plan in plans:

@@ -253,7 +253,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over_loudly(folder):
     ("name", "said"),
     [
         ("flipped_step", "__1_0.distcp: its bytes changed"),
-        ("missing_step", "it has: 1, 2, 3, 4"),
+        ("missing_step", "expected one of: 1, 2, 3, 4"),
         ("required", "no complete checkpoint"),
     ],
 )

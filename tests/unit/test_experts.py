@@ -112,7 +112,7 @@ def test_fp8_looks_at_the_width_of_an_expert_which_no_rank_divides():
     [
         ({"expert_model_parallel_size": 4}, 4, "a divisor of the model's experts, of which it has 6"),
         ({"expert_model_parallel_size": 3}, 4, "a divisor of the 4 ranks of a pipeline stage"),
-        ({"tensor_model_parallel_size": 2}, 2, "--sequence-parallel with tensor parallelism"),
+        ({"tensor_model_parallel_size": 2}, 2, "found False, expected true with tensor parallelism"),
         ({"lora_rank": 4}, 1, "lora_targets: found 'linear_fc1, linear_fc2', expected linear_qkv and linear_proj only"),
         (
             {"recompute_granularity": "selective", "recompute_modules": ("core_attn", "mlp")},

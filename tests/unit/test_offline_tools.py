@@ -171,7 +171,7 @@ def test_log_probs_of_both_sides_are_printed_and_judged(models, tmp_path, capsys
 def test_two_writers_of_one_output_do_not_meet(tmp_path):
     with new_output(tmp_path / "out") as staging:
         (staging / "file").write_text("first")
-        with pytest.raises(CheckpointError, match="another process is writing it"), new_output(tmp_path / "out"):
+        with pytest.raises(CheckpointError, match="found another process writing it"), new_output(tmp_path / "out"):
             pass
         assert (staging / "file").exists()
     assert (tmp_path / "out" / "file").read_text() == "first"
@@ -187,7 +187,7 @@ def test_what_a_killed_writer_left_is_removed_and_an_error_leaves_nothing(tmp_pa
         raise RuntimeError
     assert not list(tmp_path.iterdir())
     (tmp_path / "file").touch()
-    with pytest.raises(CheckpointError, match="cannot be written"), new_output(tmp_path / "file" / "out"):
+    with pytest.raises(CheckpointError, match="could not be written"), new_output(tmp_path / "file" / "out"):
         pass
 
 
