@@ -1,0 +1,61 @@
+"""The lines that a run starts with: what it will do, on what, from where, and what looks doubtful."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch.distributed as dist
+
+from simpo_megatron.config import Config, changed_options, lint, to_text
+from simpo_megatron.convert import trained_share
+from simpo_megatron.data.inspect import num_leaked, summary
+from simpo_megatron.mcore import device
+from simpo_megatron.reporting.loggers import RunLog
+from simpo_megatron.training.setup import Job
+
+
+def introduce(config: Config, job: Job, notes: Sequence[str], log: RunLog) -> None:
+    """Say what will run, on what, from where, and what looks doubtful."""
+    log.say(to_text(config) if config.run.verbose else f"options   {changed_options(config)}")
+    for warning in lint(config):
+        log.say(f"WARNING {warning}")
+    for line in (*describe_job(config, job), *notes):
+        log.say(line)
+
+
+def describe_job(config: Config, job: Job) -> list[str]:
+    """What was found: the model, the pairs, the ranks and the steps, a line each."""
+    description, sizes = job.plan.description, config.parallel.sizes
+    shape = description.transformer
+    vocabulary = f"{description.vocab_size} ids"
+    padded = job.trainer.chunks[0].module.vocab_size
+    if padded != description.vocab_size:
+        vocabulary += f" padded to {padded} for tp {sizes.tensor} (padding is masked out of the softmax)"
+    validation = [f"{len(dataset):,} for validation {name}".strip() for name, dataset in job.valid_data.items()]
+    batch = job.trainer.batch_options
+    return [
+        f"model     {description.family} from {job.plan.sources.model}: {shape['num_layers']} layers, hidden "
+        f"{shape['hidden_size']}, {vocabulary}",
+        f"trained   {trained_share(description, config.lora)}",
+        f"objective {config.objective.title}: {config.objective.describe()}",
+        f"pairs     {len(job.train_data):,} to train on, "
+        + (", ".join(validation) or "none for validation to tell whether it learns"),
+        *_describe_files(job),
+        f"ranks     {dist.get_world_size()} ({device.backend()}): tp {sizes.tensor} x pp {sizes.pipeline} x cp "
+        f"{sizes.context} x dp {job.plan.layout.data_parallel_size}"
+        + (f", experts over {sizes.expert}" if "num_moe_experts" in shape else "")
+        + f"; {device.kernels()}",
+        f"steps     {job.train_iters:,}, of {batch.global_batch_size} pairs each",
+    ]
+
+
+def _describe_files(job: Job) -> list[str]:
+    """The records of the preference files that were read, and the leakage of training prompts into validation sets."""
+    lines = summary(job.train_data)
+    for name, dataset in job.valid_data.items():
+        if job.plan.sources.valid and (dataset.report.dropped or dataset.lost.any()):
+            lines += summary(dataset, f"validation {name}".strip() + " ")
+        if leaked := num_leaked(job.train_data, dataset):
+            pairs = " ".join(f"{len(dataset):,} validation pairs {name}".split())
+            lines.append(f"WARNING   leakage: {leaked:,} of {pairs} share a prompt with the training set")
+    return lines
