@@ -184,6 +184,11 @@ class RecomputeConfig:
         metavar="NAME",
     )
 
+    @property
+    def layers_per_unit(self) -> int:
+        """With full: layers per unit (uniform) or layers to recompute (block)."""
+        return self.recompute_num_layers or 1
+
     def __post_init__(self) -> None:
         require_positive(self, "recompute_num_layers")
         for module in self.recompute_modules:
@@ -365,8 +370,8 @@ class Config:
     run: RunConfig = field(default_factory=RunConfig)
     monitors: MonitorConfig = field(default_factory=MonitorConfig)
 
-    def flat(self) -> dict[str, object]:
-        """Every option's value by its name, in the order of the sections."""
+    def flat(self) -> dict[str, typing.Any]:
+        """Returns {option: value} of every option, in the order of the sections."""
         return {key: value for section in asdict(self).values() for key, value in section.items()}
 
     def fingerprint(self, *sections: str) -> str:

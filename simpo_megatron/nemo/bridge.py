@@ -9,6 +9,7 @@ from simpo_megatron.nemo import translations as to
 from simpo_megatron.nemo.adapters import megatron_lora
 from simpo_megatron.nemo.megatron_keys import (
     fp8,
+    fp8_format,
     megatron_ddp,
     megatron_optimizer,
     megatron_scheduler,
@@ -35,7 +36,7 @@ def _named_precision(value: Any, asked: Asked) -> dict[str, Any]:
     return {"bf16": True} | ({"fp8_recipe": recipe} if recipe else {})
 
 
-def _unless_mixed_precision(rule: Rule) -> Translated:
+def _unless_mixed_precision(rule: str | Translated) -> Translated:
     """A precision key of the model, which mixed_precision overrides."""
 
     def of_the_model(value: Any, asked: Asked) -> dict[str, Any] | str:
@@ -64,7 +65,7 @@ _MODEL: dict[str, Rule] = {
     "model.seq_length": to.LENGTH,
     "model.hf_model_id": "model",
     **fp8("model."),
-    "model.fp8": _unless_mixed_precision(fp8("model.")["model.fp8"]),
+    "model.fp8": _unless_mixed_precision(fp8_format("model.")),
     "model.bf16": _unless_mixed_precision("bf16"),
     "model.fp16": Only((False,), "loss scaling is not here; bf16 or fp32"),
 }

@@ -36,14 +36,19 @@ def recompute(prefix: str, granularity: str = "recompute_granularity") -> dict[s
     }
 
 
-def fp8(prefix: str) -> dict[str, Rule]:
-    """The FP8 keys of megatron-core's configurations: a format (null for none) and a recipe."""
+def fp8_format(prefix: str) -> Translated:
+    """Returns the rule of megatron-core's key `fp8`, a format (null for none) beside a recipe."""
 
     def recipe(value: Any, asked: Asked) -> dict[str, Any] | str:
         return {"fp8_recipe": asked.get(f"{prefix}fp8_recipe") or "delayed"} if value else "no FP8"
 
+    return Translated(recipe, ("fp8_recipe",))
+
+
+def fp8(prefix: str) -> dict[str, Rule]:
+    """Returns the rules of the FP8 keys of megatron-core's configurations: a format and a recipe."""
     return {
-        f"{prefix}fp8": Translated(recipe, ("fp8_recipe",)),
+        f"{prefix}fp8": fp8_format(prefix),
         f"{prefix}fp8_recipe": Ignored(READ_WITH_ANOTHER),
         **ignored(
             "a recipe brings its own format, history and layers in bf16",

@@ -90,10 +90,14 @@ class Survey:
 
 def survey(job: PlanRequest) -> Survey:
     """All layouts of `job`, each with the least recomputation that fits (or with what the configuration asks for)."""
-    candidates, refusals = [], []
+    candidates: list[Candidate] = []
+    refusals: list[Refusal] = []
     for layout in _layouts(job):
         answer = _try(job, layout)
-        (candidates if isinstance(answer, Candidate) else refusals).append(answer)
+        if isinstance(answer, Candidate):
+            candidates.append(answer)
+        else:
+            refusals.append(answer)
     candidates.sort(key=lambda candidate: candidate.time.total)
     return Survey(job=job, candidates=tuple(candidates), refusals=tuple(refusals))
 

@@ -242,7 +242,7 @@ def activation_bytes(load: Workload, stage: int) -> float:
     num_layers = chunk_layers(load)
     kept = num_layers * kept_layer_bytes(load)
     if recompute.recompute_granularity == "full":
-        unit = recompute.recompute_num_layers
+        unit = recompute.layers_per_unit
         if recompute.recompute_method == "block":
             checkpointed = min(unit, num_layers)
             kept = checkpointed * load.hidden_bytes + (num_layers - checkpointed) * kept_layer_bytes(load)
@@ -269,7 +269,7 @@ def backward_work_bytes(load: Workload) -> float:
     again = 0.0
     if recompute.recompute_granularity == "full":
         num_layers = chunk_layers(load)
-        unit = min(recompute.recompute_num_layers, num_layers)
+        unit = min(recompute.layers_per_unit, num_layers)
         if recompute.recompute_method == "uniform":
             again = unit * sum(parts.values())
         elif unit == num_layers:  # else layers that kept everything have given it back by then

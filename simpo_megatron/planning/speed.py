@@ -64,8 +64,9 @@ def _forward_backward(load: Workload, share: float, gpu: Gpu, assumed: Assumptio
     shape, pack, sizes, e = load.shape, load.pack, load.sizes, load.itemsize
     layers, ranks = shape.num_layers / sizes.pipeline, sizes.tensor * sizes.context
     bf16 = gpu.bf16_flops * assumed.bf16
-    is_fp8 = load.config.precision.fp8_recipe is not None and gpu.fp8_flops
-    rate = gpu.fp8_flops * assumed.fp8 if is_fp8 else bf16
+    rate = bf16
+    if load.config.precision.fp8_recipe is not None and gpu.fp8_flops is not None:
+        rate = gpu.fp8_flops * assumed.fp8
     tokens = pack.tokens * share / sizes.context
     products = _products(load)
     matrices = products * tokens * shape.layer_matrices / sizes.tensor * layers / rate
