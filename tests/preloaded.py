@@ -3,9 +3,9 @@
 Nothing here may start a thread or touch a group of ranks, for neither survives a fork.
 """
 
-from simpo_megatron.mcore import device
+from simpo_megatron.mcore import cpu_patches
 
-device.install()
+cpu_patches.install()
 
 import matplotlib.pyplot  # noqa: E402, F401
 import transformers.models.llama  # noqa: E402, F401
