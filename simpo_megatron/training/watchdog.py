@@ -37,15 +37,16 @@ class Watchdog:
     code of a ParallelError. When a rank raises an error alone, the others learn its words and end within seconds,
     whatever they wait for.
 
-    A world of one rank is not watched.
+    A process that no launcher started is alone, perhaps a notebook's, and is not watched.
 
     Costs: one message to the store for each phase, and, from a thread, one a second.
     """
 
     def __init__(self) -> None:
         self._rank, self._world = dist.get_rank(), dist.get_world_size()
-        if self._world == 1:
-            # Nobody waits for this rank, and a process that was not started by torchrun has no rendezvous.
+        # Without a launcher there is no rendezvous, and nobody who waits for this rank.
+        self._is_on = "WORLD_SIZE" in os.environ
+        if not self._is_on:
             return
         restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         # A connection for each thread: neither may wait for what the other asks.
@@ -60,14 +61,14 @@ class Watchdog:
         self._thread = threading.Thread(target=self._listen, name="watch", daemon=True)
 
     def __enter__(self) -> Watchdog:
-        if self._world > 1:
+        if self._is_on:
             self._thread.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._world == 1:
+        if not self._is_on:
             return
         if not isinstance(error, Exception):
             self._leaving.set()
@@ -92,7 +93,7 @@ class Watchdog:
 
         Phases are the same, in the same order, on every rank.
         """
-        if self._world == 1:
+        if not self._is_on:
             return
         self._number, self._where, self._limit, self._started = self._number + 1, name, timeout, time.monotonic()
         self._store.set(f"at/{self._rank}", name)
