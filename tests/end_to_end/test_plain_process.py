@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from ranks import REPOSITORY
 
-SMALL = "train_iters=2, global_batch_size=8, max_length=256, max_prompt_length=128, tokens_per_microbatch=512"
+SMALL = "train_iters=2, log_interval=1, global_batch_size=8, max_length=256, max_prompt_length=128"
 # The example with few steps; a mistake and a layout of more ranks; the first run again, and a run that a signal stops.
 PROGRAM = f"""
 import os, runpy, signal, sys
@@ -27,7 +27,8 @@ for wrong in (dict(tp=2), dict(data=["none.jsonl"], model="none"), dict(valid_da
     except (ConfigError, DataError) as error:
         print("REFUSED", error)
     assert not dist.is_initialized()
-again = train(load_config({SMALL}, beta=2.0, data_cache="cache", save="runs/sweep/beta_2", export_hf="runs/again"))
+again = dict(beta=2.0, data_cache="cache", save="runs/sweep/beta_2", export_hf="runs/again", resume="required")
+again = train(load_config({SMALL}, **again))
 print("AGAIN", again)
 
 class Interrupts:
@@ -75,7 +76,7 @@ def test_what_cannot_be_run_is_refused_in_one_line_and_the_process_can_train_aga
     assert "none" in model and "none.jsonl: no such file" in held_out
 
 
-def test_a_run_that_had_ended_before_gives_the_same_result(lines):
+def test_a_run_that_ended_before_is_resumed_and_gives_the_same_result(lines):
     printed, folder = lines
     (again,) = [line for line in printed if line.startswith("AGAIN RunResult(")]
     first = json.loads((folder / "runs/sweep/beta_2/metrics.jsonl").read_text().splitlines()[0])

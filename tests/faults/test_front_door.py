@@ -70,7 +70,7 @@ def test_a_signal_stops_the_run_saved_with_the_ranks_own_exit_code(case, tmp_pat
         wait_for_steps(tmp_path, job, 2)
         # As a terminal does: to every process of the session; ranks that torch started have sessions of their own.
         os.killpg(job.pid, number) if number == signal.SIGINT else job.send_signal(number)
-        assert job.wait(120) == STOPPED, (tmp_path / "err").read_text()[-3000:]
+        assert job.wait(300) == STOPPED, (tmp_path / "err").read_text()[-3000:]
     finally:
         end(job)
     num_steps = (tmp_path / "run" / "metrics.jsonl").read_text().count("grad_norm")
@@ -89,7 +89,7 @@ def test_a_killed_rank_ends_the_run_and_the_same_command_continues_it(tmp_path, 
     try:
         wait_for_steps(tmp_path, job, 3)
         psutil.Process(job.pid).children()[0].kill()
-        assert job.wait(120) in (6, 128 + signal.SIGKILL), (tmp_path / "err").read_text()[-3000:]
+        assert job.wait(300) in (6, 128 + signal.SIGKILL), (tmp_path / "err").read_text()[-3000:]
     finally:
         end(job)
     saved = max((tmp_path / "run").glob("iter_*[0-9]")).name
