@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from simpo_megatron.data import METRIC_GROUPS
 from simpo_megatron.parallel import ParallelGroups, ParallelSizes
 from simpo_megatron.training.metrics import SUMMED, peak_memory_bytes, reduce_sums, throughput
 
@@ -60,3 +61,7 @@ def test_throughput_counts_pairs_and_real_tokens_per_second():
 def test_the_peak_of_memory_is_in_bytes_and_not_below_what_is_held_now():
     held_now = psutil.Process().memory_info().rss
     assert held_now <= peak_memory_bytes() + (1 << 20) < 64 * held_now
+
+
+def test_no_validation_set_can_be_called_as_a_group_of_metrics_is():
+    assert {name.partition("/")[0] for name in SUMMED if "/" in name} <= METRIC_GROUPS

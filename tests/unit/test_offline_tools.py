@@ -28,7 +28,7 @@ from simpo_megatron.checkpoint import manifest  # noqa: E402
 from simpo_megatron.checkpoint.initial_weights import fill_weights  # noqa: E402
 from simpo_megatron.mcore.model import build_model  # noqa: E402
 from simpo_megatron.offline.convert import to_mcore  # noqa: E402
-from simpo_megatron.offline.weights import open_weights  # noqa: E402
+from simpo_megatron.offline.weights import MegatronWeights, open_weights  # noqa: E402
 
 TINY = {
     "vocab_size": 1003,
@@ -195,6 +195,12 @@ def test_json_of_a_model_is_what_a_merge_keeps(models, tmp_path):
     assert merge(tmp_path / "out", models / "b", models / "a") == 0
     kept = json.loads((tmp_path / "out" / "config.json").read_text())
     assert kept == json.loads((models / "b" / "config.json").read_text())
+
+
+def test_weights_that_no_run_has_trained_have_no_card(tmp_path):
+    weights = object.__new__(MegatronWeights)
+    weights.checkpoint = commit.Checkpoint(tmp_path, 0, {"model": {}}, {})
+    assert _card(weights, tmp_path / "out", None) is None
 
 
 class Calls:
