@@ -59,7 +59,6 @@ for _owner, _name in (
     (BaseProcess, "start"),
     (os, "fork"),
     (os, "posix_spawn"),
-    (os, "system"),
 ):
     setattr(_owner, _name, _guarded(getattr(_owner, _name)))
 

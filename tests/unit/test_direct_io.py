@@ -40,7 +40,7 @@ def test_what_is_handed_in_may_change_afterwards(tmp_path):
         file.write(values.numpy())
         before = values.clone()
         values.zero_()
-    assert torch.equal(torch.frombuffer((tmp_path / "file").read_bytes(), dtype=torch.int64), before)
+    assert torch.equal(torch.frombuffer(bytearray((tmp_path / "file").read_bytes()), dtype=torch.int64), before)
 
 
 @pytest.mark.parametrize("refuses", ["when asked", "when written"])

@@ -77,8 +77,8 @@ def test_routers_are_pulled_to_balance_by_the_mean_over_microbatches(models):
     ]
     assert len(of_layers) == 2 * LAYERS
     expected = torch.stack(of_layers).mean()
-    assert 1.05 < float(expected) < EXPERTS
-    assert found == pytest.approx(float(expected), rel=1e-6)
+    assert 1.05 < expected.item() < EXPERTS
+    assert found == pytest.approx(expected.item(), rel=1e-6)
     assert take_load_balancing_loss([model], num_microbatches=2) is None
     # finalize_model_grads divides by the pairs; every layer has its loss, every microbatch an equal say.
     (COEFFICIENT * LAYERS * expected).backward()
