@@ -27,7 +27,7 @@ from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShard
 from simpo_megatron.checkpoint import manifest  # noqa: E402
 from simpo_megatron.checkpoint.initial_weights import fill_weights  # noqa: E402
 from simpo_megatron.mcore.model import build_model  # noqa: E402
-from simpo_megatron.offline.convert import to_mcore  # noqa: E402
+from simpo_megatron.offline.convert import _card, to_mcore  # noqa: E402
 from simpo_megatron.offline.weights import MegatronWeights, open_weights  # noqa: E402
 
 TINY = {
@@ -199,7 +199,7 @@ def test_json_of_a_model_is_what_a_merge_keeps(models, tmp_path):
 
 def test_weights_that_no_run_has_trained_have_no_card(tmp_path):
     weights = object.__new__(MegatronWeights)
-    weights.checkpoint = commit.Checkpoint(tmp_path, 0, {"model": {}}, {})
+    weights.checkpoint = manifest.Checkpoint(tmp_path, 0, {"model": {}}, {})
     assert _card(weights, tmp_path / "out", None) is None
 
 
