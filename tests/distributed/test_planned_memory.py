@@ -123,7 +123,7 @@ TWO_RANKS = {
 @pytest.mark.parametrize(("cases", "num_ranks"), [(ONE_RANK, 1), (TWO_RANKS, 2)], ids=["one rank", "two ranks"])
 def test_activations_and_the_peak_of_a_step_are_what_a_run_measures(cases, num_ranks, tmp_path):
     (tmp_path / "job.json").write_text(json.dumps(cases))
-    run_ranks(WORKERS / "memory_worker.py", num_ranks, str(tmp_path))
+    run_ranks(WORKERS / "memory_worker.py", num_ranks, str(tmp_path), fresh=True)
     for name, case in cases.items():
         for rank in range(num_ranks):
             measured = json.loads(Path(tmp_path, f"{name}.{rank}.json").read_text())
