@@ -6,7 +6,7 @@
         --seq-length 2048 --micro-batch-size 2 --global-batch-size 128 --train-iters 480 \\
         --lr 1e-6 --min-lr 0 --lr-decay-style cosine --lr-warmup-fraction 0.1 --weight-decay 0 --adam-beta2 0.999 \\
         --simpo-beta 2.5 --simpo-gamma-beta-ratio 0.55 --simpo-data pairs.jsonl \\
-        --simpo-valid-data held_out.jsonl --eval-iters 4 --eval-interval 100 \\
+        --simpo-valid-data validation.jsonl --eval-iters 4 --eval-interval 100 \\
         --save checkpoints/simpo --save-interval 100
 
 Needs CUDA, and Megatron-LM's training: megatron-core has it from 0.17 on, with Python 3.12. `--help` lists Megatron's

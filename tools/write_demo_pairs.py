@@ -142,7 +142,7 @@ def write_pairs(folder: Path) -> None:
     lines = Path(__file__).with_name("topics.jsonl").read_text(encoding="utf-8").splitlines()
     topics = [Topic(**json.loads(line)) for line in rng.sample(lines, len(lines))]
     for name, part in (
-        ("held_out_pairs.jsonl", topics[:NUM_VALIDATION_TOPICS]),
+        ("validation_pairs.jsonl", topics[:NUM_VALIDATION_TOPICS]),
         ("pairs.jsonl", topics[NUM_VALIDATION_TOPICS:]),
     ):
         pairs = [pair for topic in part for pair in pairs_of(topic, rng)]

@@ -256,7 +256,7 @@ def _reason(error: BaseException) -> str:
     """One line on what went wrong; torch gathers the failures of all ranks on the first, and only there."""
     if isinstance(error, CheckpointException):
         told = [f"rank {rank}: {failure}" for rank, (failure, _) in error.failures.items()]
-        return "; ".join(told) or "the first rank tells why"
+        return "; ".join(told) or "rank 0 tells why"
     return f"{type(error).__name__}: {error}"
 
 

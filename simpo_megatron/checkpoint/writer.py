@@ -73,7 +73,7 @@ class Writing:
 
         Raises:
             CheckpointError: on every rank alike, a rank could not write its share.
-            FailedAloneError: on the first rank, which could not write the index.
+            FailedAloneError: on rank 0, which could not write the index.
         """
         if self._thread.is_alive():
             self._thread.join()

@@ -107,7 +107,7 @@ def export_tensors(
 
     Args:
         specs: all tensors of the folder, the same on every rank; each is owned by one pipeline stage.
-        complete: what the first rank does to the staged folder of weight files before it is published.
+        complete: what rank 0 does to the staged folder of weight files before it is published.
         stage_names: what the ranks of this stage own together, where experts are among it; None: `owned` is all.
 
     Collectives and Raises: as `export_hf`.

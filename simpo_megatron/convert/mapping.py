@@ -35,7 +35,7 @@ class WeightLayout:
     is_vocabulary: bool = False
     """Rows past the true vocabulary exist in megatron only: zero on the way in, dropped on the way out."""
     is_expert: bool = False
-    """One parameter for each expert of a mixture; expert-parallel ranks hold different ones, each of them whole."""
+    """One parameter for each expert of an MoE; expert-parallel ranks hold different ones, each of them whole."""
 
 
 def _whole(parameter: Tensor, description: ModelDescription) -> tuple[Tensor, ...]:
@@ -67,7 +67,7 @@ _EXPERT_NAMES = {
     "mixtral": ("block_sparse_moe.gate", "block_sparse_moe.experts.{}.", ("w1", "w3", "w2")),
     "qwen3_moe": ("mlp.gate", "mlp.experts.{}.", ("gate_proj", "up_proj", "down_proj")),
 }
-"""Of each family of mixtures: the router, an expert, and in it gate, up and down."""
+"""Of each MoE family: the router, an expert, and in it gate, up and down."""
 
 
 @dataclass(frozen=True)

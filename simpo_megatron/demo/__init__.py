@@ -38,7 +38,7 @@ def prepare_demo(folder: str | Path) -> DemoAssets:
     Safe to call from several processes at once: each makes the same model aside, one rename makes it appear.
     """
     bundled = Path(__file__).parent
-    assets = DemoAssets(Path(folder) / "tiny-llama", bundled / "pairs.jsonl", bundled / "held_out_pairs.jsonl")
+    assets = DemoAssets(Path(folder) / "tiny-llama", bundled / "pairs.jsonl", bundled / "validation_pairs.jsonl")
     if not assets.model_dir.is_dir():
         with new_folder(assets.model_dir, first_wins=True) as draft:
             _write_tokenizer(draft, assets.train_file)

@@ -1,4 +1,4 @@
-"""Mixtures of experts: megatron's router with a load-balancing loss that suits a loss summed over pairs."""
+"""MoE layers: megatron's router with a load-balancing loss that suits a loss summed over pairs."""
 
 from __future__ import annotations
 

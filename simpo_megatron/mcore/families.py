@@ -209,7 +209,7 @@ def _qwen3_moe(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _experts(config: dict[str, Any], key: str, width: Any) -> dict[str, Any]:
-    """A mixture of `config[key]` experts of `width` in every layer."""
+    """An MoE of `config[key]` experts of `width` in every layer."""
     num_experts, num_chosen = _count(config, key), _count(config, "num_experts_per_tok")
     if num_chosen > num_experts:
         raise ConfigError(f"num_experts_per_tok: found {num_chosen}, expected at most {key} {num_experts}")
@@ -296,8 +296,8 @@ _MIXTRAL_REFUSALS: dict[str, tuple[Callable[[Any], bool], str]] = {
 }
 _QWEN3_MOE_REFUSALS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "attention_bias": (lambda bias: not bias, "megatron-core's linear layers have biases all or none"),
-    "decoder_sparse_step": (lambda step: step in (None, 1), "dense layers among mixtures are not supported yet"),
-    "mlp_only_layers": (lambda layers: not layers, "dense layers among mixtures are not supported yet"),
+    "decoder_sparse_step": (lambda step: step in (None, 1), "dense layers among MoE layers are not supported yet"),
+    "mlp_only_layers": (lambda layers: not layers, "dense layers among MoE layers are not supported yet"),
 }
 _GEMMA2_REFUSALS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "attention_bias": (lambda bias: not bias, "megatron-core's linear layers have biases all or none"),

@@ -106,7 +106,7 @@ def transformer_config(description: ModelDescription, config: Config) -> Archite
     sizes = config.parallel.sizes
     interleaved = sizes.virtual_pipeline is not None
     return ArchitectureConfig(
-        **{**description.transformer, **_mixture(description, config)},
+        **{**description.transformer, **_moe(description, config)},
         tensor_model_parallel_size=sizes.tensor,
         pipeline_model_parallel_size=sizes.pipeline,
         virtual_pipeline_model_parallel_size=sizes.virtual_pipeline,
@@ -136,7 +136,7 @@ def transformer_config(description: ModelDescription, config: Config) -> Archite
     )
 
 
-def _mixture(description: ModelDescription, config: Config) -> dict[str, Any]:
+def _moe(description: ModelDescription, config: Config) -> dict[str, Any]:
     """Arguments for the routing and the experts of an MoE; none for a dense model."""
     if "num_moe_experts" not in description.transformer:
         return {}

@@ -1,4 +1,4 @@
-"""Number formats of a run as megatron-core's TransformerConfig names them.
+"""Dtypes of a run as megatron-core's TransformerConfig names them.
 
 The output layer and the embedding are no Transformer Engine modules: they stay in bf16 under every recipe, and the
 loss sums in fp32 whatever the format.

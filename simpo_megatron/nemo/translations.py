@@ -43,7 +43,7 @@ def taken(prefix: str, names: str) -> dict[str, Rule]:
 
 
 def number_format(value: Any, asked: Asked) -> dict[str, Any]:
-    """Lightning's and NeMo-RL's names of number formats."""
+    """Lightning's and NeMo-RL's names of dtypes."""
     if str(value) in _BF16 + _FP32:
         return {"bf16": str(value) in _BF16}
     raise ConfigError(f"found {value!r}, expected one of {', '.join(_BF16 + _FP32)}")

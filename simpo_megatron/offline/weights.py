@@ -105,7 +105,7 @@ class MegatronWeights:
             if piece.hf_name == name
         ]
         whole = gather_tensor(found, self.description, self.specs[name].dtype, tp_group=self._tp_group)
-        assert whole is not None, "a process that works alone is the first rank"
+        assert whole is not None, "a process that works alone is rank 0"
         return whole
 
     def _verify(self, shard: str) -> None:

@@ -149,7 +149,7 @@ def _fuses_activation(load: Workload) -> bool:
 
 
 def _routing_bytes(load: Workload, product: float) -> float:
-    """What a mixture keeps beyond a dense MLP: each expert's inputs, and three fp32 scores a token and expert.
+    """What an MoE keeps beyond a dense MLP: each expert's inputs, and three fp32 scores a token and expert.
 
     As many tokens reach a rank as leave it: experts are taken to be chosen equally often.
 

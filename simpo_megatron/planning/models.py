@@ -47,7 +47,7 @@ PUBLISHED = {
     ),
     "alignment-handbook/zephyr-7b-sft-full": _published(*_MISTRAL_7B, sliding_window=4096),
 }
-"""The sizes in the config.json of models that the shipped configurations are for, and of mixtures."""
+"""The sizes in the config.json of models that the shipped configurations are for, and of MoE models."""
 
 
 def find_model(name: str) -> ModelDescription:

@@ -10,7 +10,7 @@ from simpo_megatron.planning.workload import Workload
 
 def layer_parameters(shape: ModelShape, tensor_ranks: int) -> int:
     """Parameters of one layer on a tensor-parallel rank, experts apart: matrices divided; norms, row-parallel biases
-    and a mixture's router whole.
+    and an MoE's router whole.
 
     Source: megatron.core SelfAttention (linear_qkv [(A + 2G) D / tp, H], linear_proj), MLP (linear_fc1 [2F / tp, H],
     linear_fc2) or Router [E, H], two RMSNorms (four with post-norms) and, with qk_layernorm, two of the head size.

@@ -17,7 +17,7 @@ class ModelShape:
     num_layers: int
     hidden_size: int
     ffn_hidden_size: int
-    """Width of the MLP that a token meets: of a mixture, of its chosen experts together."""
+    """Width of the MLP that a token meets: of an MoE, of its chosen experts together."""
     num_attention_heads: int
     num_query_groups: int
     kv_channels: int
@@ -33,7 +33,7 @@ class ModelShape:
     """On a GPU: megatron has a fused kernel of SwiGLU and of no other gated unit."""
     tied: bool = False
     num_moe_experts: int = 0
-    """Experts of a layer's mixture; 0 for a dense MLP."""
+    """Experts of an MoE layer; 0 for a dense MLP."""
     moe_router_topk: int = 1
     """Experts that a token meets."""
 
@@ -80,7 +80,7 @@ class ModelShape:
 
     @property
     def layer_matrices(self) -> int:
-        """Weights of a layer's matrices that one token meets, a mixture's router apart."""
+        """Weights of a layer's matrices that one token meets, an MoE's router apart."""
         return self.attention_matrices + 3 * self.hidden_size * self.ffn_hidden_size
 
     @property

@@ -54,7 +54,7 @@ class Workload:
 
     @property
     def recomputed(self) -> tuple[str, ...]:
-        """Parts of a layer that are computed again one by one: core_attn, mlp; a mixture's mlp is megatron's moe."""
+        """Parts of a layer that are computed again one by one: core_attn, mlp; an MoE's mlp is megatron's moe."""
         recompute, mlp = self.config.recompute, "moe" if self.shape.num_moe_experts else "mlp"
         if recompute.recompute_granularity != "selective":
             return ()

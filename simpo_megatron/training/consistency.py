@@ -80,7 +80,7 @@ def check_replicas(chunks: Sequence[DistributedDataParallel], groups: ParallelGr
     """Nothing, when every weight is finite and equals its copies on other ranks, bit for bit.
 
     Data-parallel (and context-parallel) ranks hold copies of every weight, tensor-parallel ones of those that are not
-    divided; a mixture's experts have groups of their own. Copies are compared by the sum of their bits, which
+    divided; an MoE's experts have groups of their own. Copies are compared by the sum of their bits, which
     differences that cancel out exactly would escape.
 
     The copy of a tied embedding on the last pipeline stage is not compared with that on the first.

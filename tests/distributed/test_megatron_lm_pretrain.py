@@ -65,7 +65,7 @@ def steps(printed: str) -> dict[int, tuple[float, float]]:
 
 
 def test_pretrain_trains_saves_and_resumes_alike_on_one_rank_and_two(pretrain, tmp_path: Path):
-    held_out = ["--simpo-valid-data", str(REPOSITORY / "simpo_megatron" / "demo" / "held_out_pairs.jsonl")]
+    held_out = ["--simpo-valid-data", str(REPOSITORY / "simpo_megatron" / "demo" / "validation_pairs.jsonl")]
     printed = pretrain(1, *held_out, "--eval-iters", "2")
     alone = steps(printed)
     assert sorted(alone) == [1, 2, 3] and alone[3][0] < alone[1][0]

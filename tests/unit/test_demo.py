@@ -59,7 +59,7 @@ def test_the_committed_pairs_are_those_the_generator_writes(assets: DemoAssets, 
         assert (tmp_path / path.name).read_bytes() == path.read_bytes()
 
 
-def test_held_out_pairs_ask_what_no_training_pair_asks(assets: DemoAssets) -> None:
+def test_validation_pairs_ask_what_no_training_pair_asks(assets: DemoAssets) -> None:
     def prompts(path: Path) -> set[str]:
         return {pair["prompt"][0]["content"] for pair in records(path)}
 
