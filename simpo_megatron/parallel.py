@@ -107,7 +107,9 @@ def join(backend: str, timeout_minutes: float) -> None:
 def _check_environment() -> None:
     missing = [name for name in _RENDEZVOUS if name not in os.environ]
     if missing:
-        raise ConfigError(f"environment: {', '.join(missing)} not set; start the ranks with torchrun")
+        raise ConfigError(
+            f"environment: found no {', '.join(missing)}, expected them of a launcher; start the ranks with torchrun"
+        )
 
 
 def initialize(sizes: ParallelSizes, *, backend: str, timeout_minutes: float = 30.0) -> ParallelGroups:

@@ -108,7 +108,7 @@ def _disagreement(checksum: int) -> ParallelError:
     ((most, _),) = Counter(every).most_common(1)
     others = [rank for rank, value in enumerate(every) if value != most]
     return ParallelError(
-        f"ranks planned different work for this step: the pairs or microbatches of {listed(others, _MAX_SHOWN)} are "
+        f"ranks: found different plans for this step, the pairs or microbatches of {listed(others, _MAX_SHOWN)} are "
         f"not those of the other ranks (of {len(every)}); start again from the last checkpoint, and report it"
     )
 

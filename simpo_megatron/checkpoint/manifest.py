@@ -105,7 +105,7 @@ def commit_draft(draft: Path, iteration: int, files: Mapping[str, Digest], facts
     """
     folder = draft.parent / _name(iteration)
     if folder.exists():
-        raise CheckpointError(f"{folder}: already exists, and a checkpoint is never overwritten")
+        raise CheckpointError(f"{folder}: found a checkpoint, expected a free name; one is never overwritten")
     checkpoint = Checkpoint(folder, iteration, facts, files)
     _seal(draft, checkpoint)
     rename(draft, folder)
@@ -186,8 +186,8 @@ def check_hashes(checkpoint: Checkpoint, names: Iterable[str]) -> None:
         found = digest_file(checkpoint.folder / name).sha256
         if found != expected:
             raise CheckpointError(
-                f"{checkpoint.folder / name}: its bytes changed since it was committed (SHA-256 {found[:16]}..., "
-                f"expected {expected[:16]}...)"
+                f"{checkpoint.folder / name}: found SHA-256 {found[:16]}..., expected {expected[:16]}...: its bytes "
+                "changed since it was committed"
             )
 
 
@@ -241,7 +241,8 @@ def first_valid(
             problems.append(str(error))
     if problems:
         raise CheckpointError(
-            f"resume: every checkpoint is damaged ({listed(problems, 3, '; ')}); --resume none starts anew"
+            f"resume: found every checkpoint damaged ({listed(problems, 3, '; ')}), expected a whole one; "
+            "--resume none starts anew"
         )
     return None, problems
 
@@ -343,11 +344,13 @@ def _read_record(folder: Path) -> Checkpoint:
     path = folder / RECORD_FILE
     try:
         if path.stat().st_size > _MAX_RECORD_BYTES:
-            raise CheckpointError(f"{path}: larger than {_MAX_RECORD_BYTES} bytes, which no record is")
+            raise CheckpointError(
+                f"{path}: found more than {_MAX_RECORD_BYTES} bytes, expected the record of a checkpoint"
+            )
         record = json.loads(path.read_bytes())
         form = record["format"]
         if isinstance(form, int) and form > FORMAT:
-            raise NewerFormatError(f"{path}: format {form} was written by a newer version; this one reads {FORMAT}")
+            raise NewerFormatError(f"{path}: found format {form} of a newer version, expected {FORMAT}")
         if form != FORMAT:
             raise ValueError(f"its format is {form!r}, this version reads {FORMAT}")
         if record.pop("sha256") != _hash_of(record):
@@ -355,11 +358,15 @@ def _read_record(folder: Path) -> Checkpoint:
         files = {name: Digest(size, sha256) for name, (size, sha256) in record["files"].items()}
         checkpoint = Checkpoint(folder, record["iteration"], record["facts"], files)
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror}), so the checkpoint is not complete") from None
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror}), expected a checkpoint's record") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not a whole record of a checkpoint ({error})") from None
+        raise CheckpointError(
+            f"{path}: found no whole record of a checkpoint ({error}), expected it as it was written"
+        ) from None
     if checkpoint.iteration != iteration_of(folder):
-        raise CheckpointError(f"{path}: records step {checkpoint.iteration}, which is not its folder's")
+        raise CheckpointError(
+            f"{path}: found the record of step {checkpoint.iteration}, expected that of {folder.name}"
+        )
     return checkpoint
 
 
@@ -375,9 +382,11 @@ def _check_sizes(folder: Path, files: Mapping[str, Digest]) -> None:
     for name, digest in files.items():
         path = found.pop(name, None)
         if path is None or path.is_symlink() or not path.is_file():
-            raise CheckpointError(f"{folder / name}: missing or not a plain file")
+            raise CheckpointError(f"{folder / name}: found no plain file, expected the one that was committed")
         size = path.stat().st_size
         if size != digest.size:
-            raise CheckpointError(f"{path}: {size} bytes, but {digest.size} were committed")
+            raise CheckpointError(f"{path}: found {size} bytes, expected {digest.size}, as were committed")
     if found:
-        raise CheckpointError(f"{folder / min(found)}: not part of the checkpoint that was committed")
+        raise CheckpointError(
+            f"{folder / min(found)}: found a file that is not part of the checkpoint, expected what was committed"
+        )

@@ -249,7 +249,9 @@ def _load_chunk(chunk: PreferenceGPTModel, state: Mapping[str, Any], folder: Pat
     frozen = {name for name, parameter in chunk.named_parameters() if not parameter.requires_grad}
     problems = [name for name in missing if name not in frozen and not name.endswith("_extra_state")] + unexpected
     if problems:
-        raise CheckpointError(f"{folder}: names that do not match the model's: {listed(sorted(problems), 10)}")
+        raise CheckpointError(
+            f"{folder}: found names that are not the model's, expected its own: {listed(sorted(problems), 10)}"
+        )
 
 
 def _reason(error: BaseException) -> str:

@@ -78,7 +78,7 @@ def refuse_other_weights(stored: set[str], expected: set[str], folder: Path) -> 
     others = _weights_beside(stored, expected)
     if others:
         raise CheckpointError(
-            f"{folder}: holds {len(others)} tensors that are no part of its config.json's model: "
+            f"{folder}: found {len(others)} tensors that are no part of its config.json's model, expected none: "
             f"{listed(others, 3)}; of a run with adapters, take what --export-hf writes, where they are merged"
         )
 

@@ -199,13 +199,13 @@ class CheckpointReader:
         """
         stored = self.tensors.get(part.key)
         if stored is None:
-            raise CheckpointError(f"{self.folder}: holds no {part.key}, which a model with this config.json has")
+            raise CheckpointError(f"{self.folder}: found no {part.key}, expected it in a model with this config.json")
         found, expected = tuple(stored.size), part.global_shape
         if part.num_true_rows is not None and len(found) == len(expected) and found[0] >= part.num_true_rows:
             expected = (found[0], *expected[1:])
         if found != expected:
             raise CheckpointError(
-                f"{self.folder}: {part.key} has shape {list(found)}, config.json makes it {list(expected)}"
+                f"{self.folder}: {part.key}: found shape {list(found)}, expected {list(expected)} by its config.json"
             )
         return stored
 
@@ -221,7 +221,7 @@ class CheckpointReader:
         chunk = ChunkStorageMetadata(offsets=torch.Size(part.offset), sizes=wanted.shape)
         items = create_read_items_for_chunk_list(part.key, stored, [chunk])
         if sum(item.lengths.numel() for item in items) != wanted.numel():
-            raise CheckpointError(f"{self.folder}: a part of {part.key} is in no file")
+            raise CheckpointError(f"{self.folder}: {part.key}: found a part of it in no file, expected all of it")
         for item in items:
             self._check(self.reader.storage_data[item.storage_index].relative_path)
         self.reader.read_data(LoadPlan(items), _Into(wanted)).wait()

@@ -157,7 +157,7 @@ def _read_command_line(argv: list[str]) -> tuple[Layer, str | None]:
         sys.exit(0)
     if unknown:
         flag = unknown[0].split("=")[0]
-        raise ConfigError(f"{_COMMAND_LINE}: unknown argument {flag[:60]!r}{nearest(flag, flag_names())}")
+        raise ConfigError(f"{_COMMAND_LINE}: found unknown argument {flag[:60]!r}{nearest(flag, flag_names())}")
     layer: Layer = {}
     for name, value in vars(given).items():
         option = option_table().get(name)

@@ -308,7 +308,7 @@ _GEMMA2_REFUSALS: dict[str, tuple[Callable[[Any], bool], str]] = {
 def _refuse(config: dict[str, Any], refusals: dict[str, tuple[Callable[[Any], bool], str]]) -> None:
     for key, (is_fine, reason) in refusals.items():
         if not is_fine(config.get(key)):
-            raise ConfigError(f"{key} is {config.get(key)!r}: {reason}")
+            raise ConfigError(f"{key}: found {config.get(key)!r}: {reason}")
 
 
 def _rope_arguments(config: dict[str, Any]) -> dict[str, Any]:

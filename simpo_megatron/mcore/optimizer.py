@@ -104,7 +104,10 @@ def update(optimizer: MegatronOptimizer, scheduler: OptimizerParamScheduler) -> 
     optimizer.prepare_grads()
     grad_norm = float(optimizer.get_grad_norm())
     if not math.isfinite(grad_norm):
-        raise NumericsError(f"the gradient norm is {grad_norm}; weights, moments and schedule are as before the step")
+        raise NumericsError(
+            f"grad_norm: found {grad_norm}, expected a finite number; weights, moments and schedule are as "
+            "before the step"
+        )
     learning_rate = max(group["lr"] for group in optimizer.param_groups)
     faults.at("update")
     optimizer.step()

@@ -54,9 +54,13 @@ def read_flat(source: str | Path | DictConfig, overrides: Sequence[str]) -> dict
             config = omegaconf.OmegaConf.merge(config, _read_overrides(omegaconf, overrides))
             return dict(_leaves(omegaconf, config, ""))
     except omegaconf.errors.OmegaConfBaseException as error:
-        raise ConfigError(f"{place}: not a configuration OmegaConf can read: {_first_line(error)}") from None
+        raise ConfigError(
+            f"{place}: found what OmegaConf cannot read ({_first_line(error)}), expected a configuration"
+        ) from None
     except RecursionError:
-        raise ConfigError(f"{place}: an interpolation leads back to itself, expected one that ends") from None
+        raise ConfigError(
+            f"{place}: found an interpolation that leads back to itself, expected one that ends"
+        ) from None
 
 
 def place_of(source: str | Path | DictConfig) -> str:
@@ -69,7 +73,7 @@ def _omegaconf() -> Any:
         return importlib.import_module("omegaconf")
     except ImportError:
         raise ConfigError(
-            "a NeMo configuration is read with omegaconf, which is not installed; pip install 'simpo-megatron[nemo]'"
+            "nemo_config: found no omegaconf, expected it to read the file; pip install 'simpo-megatron[nemo]'"
         ) from None
 
 
@@ -148,7 +152,9 @@ def _read_overrides(omegaconf: Any, overrides: Sequence[str]) -> Any:
     try:
         return omegaconf.OmegaConf.from_dotlist([override.lstrip("+") for override in overrides])
     except Exception as error:  # yaml's, for a value such as [a,
-        raise ConfigError(f"command line: an override's value is not YAML: {_first_line(error)}") from None
+        raise ConfigError(
+            f"command line: found an override that is not YAML ({_first_line(error)}), expected key=value"
+        ) from None
 
 
 def _leaves(omegaconf: Any, config: Any, prefix: str) -> Iterator[tuple[str, Any]]:

@@ -152,7 +152,7 @@ def _rules(dialect: Dialect, values: Mapping[str, Any], path: str) -> dict[str, 
         close = difflib.get_close_matches(unknown[0], known, n=1, cutoff=0)[0]
         others = f" (and of {', '.join(unknown[1:5])}{', ...' if len(unknown) > 5 else ''})" if unknown[1:] else ""
         raise ConfigError(
-            f"{path}: unknown key {unknown[0]!r} of a {dialect.name} configuration, the nearest known is {close!r}; "
+            f"{path}: found unknown key {unknown[0]!r}, expected one of {dialect.name} such as {close!r}; "
             f"correct it or take it out{others}, or give an option of this program as {dialect.simpo}OPTION"
         )
     return rules

@@ -164,7 +164,7 @@ def _common_dtype(weights: Weights, hf_names: set[str]) -> torch.dtype:
     dtypes = {weights.specs[name].dtype for name in hf_names}
     if len(dtypes) > 1:
         raise CheckpointError(
-            f"{weights.folder}: {', '.join(sorted(hf_names))} become one tensor of Megatron's and are stored as "
-            f"{', '.join(sorted(map(str, dtypes)))}; name one with --dtype"
+            f"{weights.folder}: found {', '.join(sorted(map(str, dtypes)))} for {', '.join(sorted(hf_names))}, "
+            "expected one dtype, as they become one tensor of Megatron's; name it with --dtype"
         )
     return dtypes.pop()

@@ -81,7 +81,9 @@ def _refuse_differences(first: Weights, other: Weights) -> None:
     if not problems:
         problems = _tokenizer_differences(first.folder, other.folder)
     if problems:
-        raise CheckpointError(f"{first.folder} and {other.folder} cannot be averaged: {listed(problems, 10, '; ')}")
+        raise CheckpointError(
+            f"{other.folder}: found a model that cannot be averaged with {first.folder}: {listed(problems, 10, '; ')}"
+        )
 
 
 def _tokenizer_differences(*folders: Path) -> list[str]:

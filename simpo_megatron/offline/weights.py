@@ -75,7 +75,9 @@ class MegatronWeights:
         self.folder, self._tp_group = folder, groups.tp
         self.checkpoint = manifest.read(folder)
         if "config.json" not in self.checkpoint.files:
-            raise CheckpointError(f"{folder}: has no config.json; an earlier version saved it, resume that run once")
+            raise CheckpointError(
+                f"{folder}: found no config.json, expected one; an earlier version saved it, resume that run once"
+            )
         self._shards = sorted(name for name in self.checkpoint.files if name.endswith(".distcp"))
         manifest.check_hashes(self.checkpoint, self.checkpoint.files.keys() - self._shards)
         self._verifier, self._verified = ThreadPoolExecutor(1), dict[str, Future[None]]()
@@ -111,7 +113,7 @@ class MegatronWeights:
     def _verify(self, shard: str) -> None:
         """Return once `shard` is known to hold what was committed; the next one is looked at meanwhile."""
         if shard not in self._shards:
-            raise CheckpointError(f"{self.folder}: its index names {shard!r}, which is no shard of this checkpoint")
+            raise CheckpointError(f"{self.folder}: found {shard!r} in its index, expected shards of this checkpoint")
         first = self._shards.index(shard)
         for name in self._shards[first : first + 2]:
             if name not in self._verified:

@@ -66,7 +66,7 @@ def check_same(facts: Mapping[str, Any]) -> None:
     ]
     if problems:
         raise ParallelError(
-            f"ranks were not started alike: {listed(problems, _MAX_SHOWN, '; ')}; start all ranks with the same "
+            f"ranks: found them not started alike: {listed(problems, _MAX_SHOWN, '; ')}; start all ranks with the same "
             "command, code and files"
         )
 
@@ -119,7 +119,9 @@ def _not_finite(weights: Mapping[str, Tensor]) -> NumericsError | None:
     bad = [name for name, is_finite in zip(weights, are_finite, strict=True) if not is_finite]
     if not bad:
         return None
-    return NumericsError(f"{len(bad)} weights are not finite, {bad[0]} first; the last checkpoint is sound")
+    return NumericsError(
+        f"weights: found {len(bad)} that are not finite, {bad[0]} first; the last checkpoint has finite ones"
+    )
 
 
 def _differing(kind: str, group: ProcessGroup, weights: Mapping[str, Tensor]) -> ParallelError | None:
@@ -138,7 +140,7 @@ def _differing(kind: str, group: ProcessGroup, weights: Mapping[str, Tensor]) ->
     every = gather_or_raise(lambda: int(sums[first]), group)
     ranks = [dist.get_global_rank(group, member) for member in range(group.size())]
     return ParallelError(
-        f"{kind} copies of {len(differing)} weights differ, {names[first]} first; its checksum is "
+        f"weights: found {kind} replicas of {len(differing)} that differ, {names[first]} first; its checksum is "
         f"{_ranks_by_value([f'{value % 2**64:016x}' for value in every], ranks)}; start again from the last checkpoint"
     )
 

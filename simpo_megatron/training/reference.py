@@ -105,8 +105,8 @@ def reference_log_probs(trainer: Trainer, dataset: PreferenceDataset) -> np.ndar
     bad = np.flatnonzero(~np.isfinite(found).all(axis=1))
     if len(bad):
         raise NumericsError(
-            f"reference: the initial model gives pair {bad[0]} the log-probs {found[bad[0]].tolist()}, expected finite "
-            "numbers; check its weights and the precision"
+            f"reference: found log-probs {found[bad[0]].tolist()} of pair {bad[0]} by the initial model, expected "
+            "finite numbers; check its weights and the precision"
         )
     return found
 
@@ -165,7 +165,9 @@ def _read(path: Path, num_pairs: int) -> np.ndarray | None:
     try:
         found = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
-        raise DataError(f"{path}: cannot be read ({error}); delete it to compute it again") from None
+        raise DataError(
+            f"{path}: cannot be read ({error}), expected reference log-probs; delete it to compute it again"
+        ) from None
     if found.shape != (num_pairs, 2) or found.dtype != np.float32 or not np.isfinite(found).all():
         raise DataError(
             f"{path}: found {found.dtype} {list(found.shape)}, expected finite float32 [{num_pairs}, 2]; delete it to "
@@ -193,4 +195,6 @@ def _write(path: Path, averages: np.ndarray) -> None:
         with new_file(path) as draft, draft.open("wb") as file:
             np.save(file, averages)
     except OSError as error:
-        raise DataError(f"{path}: cannot be written ({error.strerror}); name another folder with data_cache") from None
+        raise DataError(
+            f"data_cache: found {path}, which cannot be written ({error.strerror}); name another folder"
+        ) from None

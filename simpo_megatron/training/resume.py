@@ -218,7 +218,7 @@ def _refuse_changes(checkpoint: Checkpoint, now: Mapping[str, Any], *, override:
             if fixed
             else "restore them, start a new run in another folder, or accept them with --override-on-resume"
         )
-        raise CheckpointError(f"resume: {checkpoint.folder} is of another run: {shown}; {remedy}")
+        raise CheckpointError(f"resume: found {checkpoint.folder} of another run, expected this one: {shown}; {remedy}")
     return [f"WARNING   resume: {change}" for change in told]
 
 

@@ -216,8 +216,8 @@ def _not_finite(
         return None
     pairs = sorted(pair for number in bad for pair in microbatches[number])
     return NumericsError(
-        f"the loss is {float(losses[bad[0]])} in the microbatch of pairs {dataset.places(pairs, _MAX_PAIRS_SHOWN)}; "
-        "weights, moments and schedule are as before the step"
+        f"loss: found {float(losses[bad[0]])} in the microbatch of pairs {dataset.places(pairs, _MAX_PAIRS_SHOWN)}, "
+        "expected a finite number; weights, moments and schedule are as before the step"
     )
 
 

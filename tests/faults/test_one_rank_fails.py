@@ -106,7 +106,7 @@ RUNS = {
     "one_rank_was_started_with_another_seed": (
         {"other_options": [1, {"seed": 43}]},
         [6, 6],
-        {0: r"ParallelError: ranks were not started alike: seed is 43 on rank 1, 42 on rank 0; start all ranks"},
+        {0: r"ParallelError: ranks: found them not started alike: seed is 43 on rank 1, 42 on rank 0; start all ranks"},
     ),
     "one_rank_was_started_for_another_layout": (
         {"other_options": [1, DP2]},
@@ -116,33 +116,33 @@ RUNS = {
     "one_rank_takes_a_microbatch_fewer": (
         {"shorten_plan": [1, 2], "options": DP2},
         [6, 6],
-        {0: r"ParallelError: ranks planned different work for this step: the pairs or microbatches of \d are not"},
+        {0: r"ParallelError: ranks: found different plans for this step, the pairs or microbatches of \d are not"},
     ),
     # Neither gloo nor NCCL notices: collectives are matched by their order alone.
     "collectives_are_swapped_on_one_rank": (
         {"swap_collectives": 1, "options": {**DP2, "save": "FOLDER/collectives_are_swapped_on_one_rank"}},
         [6, 6],
-        {0: r"ParallelError: data-parallel copies of \d+ weights differ, .* on rank 1, \w{16} on rank 0; start again"},
+        {0: r"weights: found data-parallel replicas of \d+ that differ, .* on rank 1, \w{16} on rank 0; start again"},
     ),
     "a_tensor_parallel_copy_differs_at_the_start": (
         {"disturb": [1, 0]},
         [6, 6],
-        {0: r"ParallelError: tensor-parallel copies of 1 weights differ, decoder.final_layernorm.weight first"},
+        {0: r"weights: found tensor-parallel replicas of 1 that differ, decoder.final_layernorm.weight first"},
     ),
     "a_data_parallel_copy_differs_at_a_save": (
         {"disturb": [1, 1], "options": {**DP2, "save": "FOLDER/a_data_parallel_copy_differs_at_a_save"}},
         [6, 6],
-        {0: r"ParallelError: data-parallel copies of 1 weights differ, .* on rank 1, \w{16} on rank 0; start again"},
+        {0: r"weights: found data-parallel replicas of 1 that differ, .* on rank 1, \w{16} on rank 0; start again"},
     ),
     "a_loss_is_not_a_number": (
         {"fault": "forward@2:1:nan", "compare_state": True, "options": DP2},
         [5, 5],
-        {0: r"NumericsError: the loss is nan in the microbatch of pairs \w+:\d+, .*\(rank 1\); .*skip_nonfinite_steps"},
+        {0: r"NumericsError: loss: found nan in the microbatch of pairs \w+:\d+, .*\(rank 1\); .*skip_nonfinite_steps"},
     ),
     "a_gradient_overflows": (
         {"spoil_gradient": [1, 2], "compare_state": True},
         [5, 5],
-        {0: r"NumericsError: the gradient norm is (inf|nan); .* the step's losses are finite, its pairs are \w+:\d+, "},
+        {0: r"NumericsError: grad_norm: found (inf|nan), .* the step's losses are finite, its pairs are \w+:\d+, "},
     ),
     "a_step_is_left_out_before_a_stop": (
         {
@@ -151,7 +151,7 @@ RUNS = {
             "options": {"skip_nonfinite_steps": 1, "save": "FOLDER/a_step_is_left_out_before_a_stop"},
         },
         [STOPPED, STOPPED],
-        {0: r"WARNING   left out \(1 of at most 1\): the loss is nan"},
+        {0: r"WARNING   left out \(1 of at most 1\): loss: found nan"},
     ),
     "another_one_after_the_resume_is_one_too_many": (
         {
@@ -171,7 +171,7 @@ RUNS = {
             },
         },
         [0, 0],
-        {0: r"WARNING   left out \(1 of at most 1\): the loss is nan in the microbatch of pairs \w+:\d+, .*\(rank 1\)"},
+        {0: r"WARNING   left out \(1 of at most 1\): loss: found nan in the microbatch of pairs \w+:\d+, .*\(rank 1\)"},
     ),
 }
 

@@ -166,17 +166,17 @@ def test_a_value_of_another_type_is_refused_with_its_place_and_the_expected_type
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("beat: 2.5\n", "run.yaml:1: unknown key 'beat'; did you mean 'beta'?"),
+        ("beat: 2.5\n", "run.yaml:1: found unknown key 'beat'; did you mean 'beta'?"),
         (
             "seed: 1\ntensor_parallel_size: 2\n",
-            "run.yaml:2: unknown key 'tensor_parallel_size'; did you mean",
+            "run.yaml:2: found unknown key 'tensor_parallel_size'; did you mean",
         ),
-        ("_target_: os.system\n", "run.yaml:1: unknown key '_target_'"),
+        ("_target_: os.system\n", "run.yaml:1: found unknown key '_target_'"),
         ("optimizer:\n  lr: 1e-6\n", "run.yaml:1: optimizer: found a section, expected its options without it"),
-        ("optimiser:\n  lr: 1e-6\n", "run.yaml:1: unknown key 'optimiser'"),
-        ("learning_rate: 1e-6\n", "run.yaml:1: unknown key 'learning_rate'; did you mean 'lr'?"),
-        ("num_train_epochs: 1\n", "run.yaml:1: unknown key 'num_train_epochs'; did you mean 'epochs'?"),
-        ("config: other.yaml\n", "run.yaml:1: unknown key 'config'"),
+        ("optimiser:\n  lr: 1e-6\n", "run.yaml:1: found unknown key 'optimiser'"),
+        ("learning_rate: 1e-6\n", "run.yaml:1: found unknown key 'learning_rate'; did you mean 'lr'?"),
+        ("num_train_epochs: 1\n", "run.yaml:1: found unknown key 'num_train_epochs'; did you mean 'epochs'?"),
+        ("config: other.yaml\n", "run.yaml:1: found unknown key 'config'"),
         ("<<: {lr: 1}\n", "run.yaml:1: found a key that is not a plain name"),
         ("1: 2\n", "run.yaml:1: found a key that is not a plain name"),
         ("? [a]\n: 1\n", "run.yaml:1: found a key that is not a plain name"),
@@ -219,13 +219,13 @@ def test_a_file_that_cannot_be_meant_is_refused_with_its_line(tmp_path, text, ex
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["--beat", "2"], "command line: unknown argument '--beat'; did you mean '--beta'?"),
+        (["--beat", "2"], "command line: found unknown argument '--beat'; did you mean '--beta'?"),
         (
             ["--gama-beta-ratio=2"],
-            "command line: unknown argument '--gama-beta-ratio'; did you mean '--gamma-beta-ratio'?",
+            "command line: found unknown argument '--gama-beta-ratio'; did you mean '--gamma-beta-ratio'?",
         ),
-        (["--learning-rate", "1"], "command line: unknown argument '--learning-rate'; did you mean '--lr'?"),
-        (["stray"], "command line: unknown argument 'stray'"),
+        (["--learning-rate", "1"], "command line: found unknown argument '--learning-rate'; did you mean '--lr'?"),
+        (["stray"], "command line: found unknown argument 'stray'"),
         (["--lr"], "command line: argument --lr: expected one argument"),
         (["--lr", "fast"], "command line: --lr: lr: found 'fast', expected a number"),
         (["--lr", "nan"], "command line: --lr: lr: found 'nan'"),
@@ -265,7 +265,7 @@ def test_a_yaml_tag_is_refused_and_never_obeyed(tmp_path, monkeypatch, value):
 
 def test_an_alias_bomb_is_refused_at_once(tmp_path):
     lines = ['a0: &a0 ["x", "x"]'] + [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 40)]
-    assert refusal(tmp_path, "\n".join(lines)).startswith("run.yaml:1: unknown key 'a0'")
+    assert refusal(tmp_path, "\n".join(lines)).startswith("run.yaml:1: found unknown key 'a0'")
     nested = "data: [&a [x], *a, *a]\n"
     assert refusal(tmp_path, nested).startswith("run.yaml:1: data: found a list")
 
@@ -335,7 +335,7 @@ def test_no_secret_of_the_environment_reaches_a_saved_configuration(monkeypatch)
 
 def test_options_set_from_a_program_pass_the_same_checks():
     assert config_from(tp=2, gamma=2.0, beta=4.0).objective.gamma_beta_ratio == 0.5
-    with pytest.raises(ConfigError, match="unknown key 'beat'; did you mean 'beta'"):
+    with pytest.raises(ConfigError, match="found unknown key 'beat'; did you mean 'beta'"):
         config_from(beat=2)
     with pytest.raises(ConfigError, match="found both"):
         config_from(gamma=1.0, gamma_beta_ratio=0.5)

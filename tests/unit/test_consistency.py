@@ -32,7 +32,7 @@ def test_a_weight_that_is_not_finite_is_named(value, index):
     assert _not_finite(weights) is None
     weights["second"][index] = value
     error = _not_finite(weights)
-    assert isinstance(error, NumericsError) and "1 weights are not finite, second first" in str(error)
+    assert isinstance(error, NumericsError) and "weights: found 1 that are not finite, second first" in str(error)
 
 
 def test_the_rarest_value_comes_first_with_its_ranks():

@@ -156,7 +156,7 @@ def test_each_family_says_what_it_adds(tmp_path: Path, changes: dict, expected: 
         ({"model_type": "qwen3", "layer_types": ["sliding_attention"] * 32}, "sliding_window: found None"),
         ({"model_type": "qwen3", "attention_bias": True}, "attention_bias"),
         ({"attention_bias": True}, "mlp_bias False"),
-        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor: found 0.5"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "'yarn'"),
         ({"rope_scaling": {"type": "dynamic", "factor": 4.0}}, "'dynamic'"),
         ({"rope_parameters": {"rope_type": "longrope"}}, "'longrope'"),

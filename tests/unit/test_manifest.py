@@ -61,9 +61,9 @@ def test_a_draft_with_other_files_than_were_hashed_is_not_committed(tmp_path):
     (draft / "a").write_bytes(b"1")
     (draft / "b").write_bytes(b"2")
     digests = {"a": manifest.digest_file(draft / "a")}
-    with pytest.raises(CheckpointError, match="b: not part of"):
+    with pytest.raises(CheckpointError, match="b: found a file that is not part of"):
         manifest.commit_draft(draft, 3, digests, {})
-    with pytest.raises(CheckpointError, match="c: missing"):
+    with pytest.raises(CheckpointError, match="c: found no plain file"):
         manifest.commit_draft(draft, 3, {**digests, "b": digests["a"], "c": digests["a"]}, {})
     assert manifest.committed(tmp_path) == []
 
@@ -86,13 +86,13 @@ def replace_by_link(path):
 @pytest.mark.parametrize(
     ("damage", "reason"),
     [
-        (truncate, "1000 bytes, but 1001 were committed"),
+        (truncate, "found 1000 bytes, expected 1001, as were committed"),
         (flip, "its bytes changed"),
-        (lambda path: path.write_bytes(b""), "0 bytes, but 1001"),
-        (Path.unlink, "missing"),
-        (replace_by_link, "not a plain file"),
-        (lambda path: path.with_name("extra").touch(), "extra: not part of"),
-        (lambda path: path.with_name("folder").mkdir(), "folder: not part of"),
+        (lambda path: path.write_bytes(b""), "found 0 bytes, expected 1001"),
+        (Path.unlink, "found no plain file"),
+        (replace_by_link, "found no plain file"),
+        (lambda path: path.with_name("extra").touch(), "extra: found a file that is not part of"),
+        (lambda path: path.with_name("folder").mkdir(), "folder: found a file that is not part of"),
     ],
 )
 def test_damage_is_named_and_only_an_unnamed_step_falls_back(tmp_path, damage, reason):
@@ -152,7 +152,7 @@ def test_one_changed_digit_in_a_record_is_noticed(tmp_path):
 def test_a_record_moved_to_another_step_is_refused(tmp_path):
     checkpoint = save(tmp_path, 6)
     checkpoint.folder.rename(tmp_path / "iter_0000009")
-    with pytest.raises(CheckpointError, match="records step 6"):
+    with pytest.raises(CheckpointError, match="found the record of step 6"):
         manifest.read(tmp_path / "iter_0000009")
 
 
@@ -195,7 +195,7 @@ def test_nothing_to_resume_is_an_error_only_when_required(tmp_path):
 def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_anew_by_itself(tmp_path):
     for iteration in (2, 4):
         truncate(save(tmp_path, iteration).folder / ".metadata")
-    with pytest.raises(CheckpointError, match="every checkpoint is damaged.*resume none"):
+    with pytest.raises(CheckpointError, match="found every checkpoint damaged.*resume none"):
         resumed(tmp_path)
 
 

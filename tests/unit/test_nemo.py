@@ -194,8 +194,11 @@ def test_files_that_name_each_other_are_refused(tmp_path):
 
 
 REFUSED = {
-    "unknown key": (["model.optim.lrr=1"], "unknown key 'model.optim.lrr' .* nearest known is 'model.optim.lr'"),
-    "unknown SimPO key": (["model.simpo.betta=1"], "model.simpo.betta: unknown key 'betta'; did you mean 'beta'"),
+    "unknown key": (
+        ["model.optim.lrr=1"],
+        "found unknown key 'model.optim.lrr', expected one of .* such as 'model.optim.lr'",
+    ),
+    "unknown SimPO key": (["model.simpo.betta=1"], "model.simpo.betta: found unknown key 'betta'; did you mean 'beta'"),
     "text for a number": (["model.optim.lr=fast"], 'model.optim.lr: lr: found "fast"'),
     "fp16": (["trainer.precision=16"], "trainer.precision: found 16, expected one of bf16"),
     "another adapter": (["model.peft.peft_scheme=ia3"], "peft_scheme: found 'ia3', expected LoRA, the one kind"),
@@ -209,7 +212,7 @@ REFUSED = {
     "not given": (["model.optim.lr=${nowhere}"], r"model.optim.lr: found \$\{nowhere\} .* or give model.simpo.lr"),
     "not an override": (["lr"], "command line: found 'lr', expected key=value"),
     "hydra's deletion": (["~model.fp8=1"], "command line: found '~model.fp8=1', expected key=value"),
-    "broken override": (["model.optim.betas=[0.9"], "command line: an override's value is not YAML"),
+    "broken override": (["model.optim.betas=[0.9"], "command line: found an override that is not YAML"),
     "warm-up of unknown length": (["trainer.dpo.max_steps=-1"], "found 28 steps .* trainer.dpo.max_steps above 0"),
     "unknown schedule": (["model.optim.sched.name=Noam"], "sched.name: found 'Noam', expected CosineAnnealing or"),
     "another optimizer": (["model.optim.name=adafactor"], "optim.name: found 'adafactor', expected an AdamW"),
@@ -256,7 +259,7 @@ def test_megatron_bridges_named_precision():
         ("model: [\n", "not valid YAML"),
         ("a: 1\na: 2\n", "not valid YAML"),
         ("model: !!python/object/apply:os.system ['true']\n", "not valid YAML"),
-        ("model: {a: '${b', c: 1}\n", "not a configuration OmegaConf can read|not a recognised NeMo"),
+        ("model: {a: '${b', c: 1}\n", "found what OmegaConf cannot read|not a recognised NeMo"),
         ("defaults:\n  - model: llama\nmodel: {lr: 1}\n", "defaults: found {'model': 'llama'}"),
         ("defaults: 3\nmodel: {lr: 1}\n", "defaults: found 3, expected file names"),
         ("defaults: nowhere\n", r"nowhere\.yaml: cannot be read"),

@@ -60,5 +60,5 @@ def test_a_cache_that_is_not_of_these_pairs_is_refused_with_its_name(tmp_path, s
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "reference").write_text("a file")
-    with pytest.raises(DataError, match="a.npy: cannot be written .*data_cache"):
+    with pytest.raises(DataError, match="data_cache: found .*a.npy, which cannot be written"):
         _write(tmp_path / "reference" / "a.npy", np.zeros((1, 2), np.float32))

@@ -15,9 +15,9 @@ SCRIPT = "examples/pretrain_simpo.py"
 BUSY = "the port of somebody else"
 TOGETHER = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29571"}
 CASES = {
-    "half of torchrun": ({"RANK": "0"}, r"environment: WORLD_SIZE, MASTER_ADDR, MASTER_PORT not set; .* torchrun"),
-    "no RANK": (TOGETHER | {"RANK": None}, r"environment: RANK not set; start the ranks with torchrun"),
-    "no MASTER_PORT": (TOGETHER | {"MASTER_PORT": None}, r"environment: MASTER_PORT not set"),
+    "half of torchrun": ({"RANK": "0"}, r"environment: found no WORLD_SIZE, MASTER_ADDR, MASTER_PORT, .* torchrun"),
+    "no RANK": (TOGETHER | {"RANK": None}, r"environment: found no RANK, .*; start the ranks with torchrun"),
+    "no MASTER_PORT": (TOGETHER | {"MASTER_PORT": None}, r"environment: found no MASTER_PORT"),
     "MASTER_PORT busy": (TOGETHER | {"MASTER_PORT": BUSY}, r"MASTER_PORT: rank 0 .* 127.0.0.1:\d+: .*EADDRINUSE"),
 }  # fmt: skip
 

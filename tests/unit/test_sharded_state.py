@@ -62,7 +62,7 @@ def test_an_index_of_tensors_passes(tmp_path):
 def test_weights_that_are_no_part_of_the_model_are_named_and_a_runs_own_state_is_not(tmp_path):
     stored = {"weight", "optimizer.state.exp_avg.weight", "rng.torch", "common_state/shard_0_1"}
     refuse_other_weights(stored, {"weight"}, tmp_path)
-    with pytest.raises(CheckpointError, match="holds 1 tensors.*: linear_adapter.lora_A; of a run with adapters"):
+    with pytest.raises(CheckpointError, match="found 1 tensors.*: linear_adapter.lora_A; of a run with adapters"):
         refuse_other_weights({*stored, "linear_adapter.lora_A"}, {"weight"}, tmp_path)
 
 

@@ -25,4 +25,4 @@ def test_finite_losses_and_a_stage_without_losses_are_no_problem():
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_the_pairs_of_the_microbatches_concerned_are_named_and_no_others(value):
     error = _not_finite(sums(0.5, value, 0.25, value), [[3, 1], [9, 4], [5], [2]], DATASET)
-    assert f"the loss is {value} in the microbatch of pairs at 2, 4, 9;" in str(error)
+    assert f"loss: found {value} in the microbatch of pairs at 2, 4, 9," in str(error)
