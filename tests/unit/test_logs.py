@@ -47,6 +47,7 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
         pass
 
 
+@pytest.mark.processes
 def test_importing_the_package_changes_neither_warnings_nor_loggers():
     script = f"""
 import importlib, logging, pkgutil, sys, warnings
