@@ -75,6 +75,16 @@ def smollm2(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
+def world_of_one():
+    """A process group of this process alone, without megatron's own groups."""
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.fixture
 def tp_group():
     """The tensor-parallel group of a process that trains alone, its random state seeded."""
     from simpo_megatron import parallel

@@ -13,6 +13,7 @@ import pytest
 from ranks import REPOSITORY
 
 SMALL = "train_iters=2, log_interval=1, global_batch_size=8, max_length=256, max_prompt_length=128"
+LONGER = SMALL.replace("train_iters=2", "train_iters=4")
 # The example with few steps; a mistake and a layout of more ranks; the first run again, and a run that a signal stops.
 PROGRAM = f"""
 import os, runpy, signal, sys
@@ -33,13 +34,13 @@ print("AGAIN", again)
 
 class Interrupts:
     def write(self, record):
-        if "grad_norm" in record:
+        if "grad_norm" in record and record["iteration"] == 1:
             os.kill(os.getpid(), signal.SIGINT)
     def close(self):
         pass
 
 try:
-    train(load_config({SMALL}, data_cache="cache", save="runs/stopped"), [Interrupts()])
+    train(load_config({LONGER}, data_cache="cache", save="runs/stopped"), [Interrupts()])
 except StoppedBySignal as stopped:
     print("STOPPED", stopped.result)
 """
@@ -71,9 +72,9 @@ def test_a_sweep_of_two_settings_in_one_process_prints_both_results(lines):
 
 
 def test_what_cannot_be_run_is_refused_in_one_line_and_the_process_can_train_again(lines):
-    ranks, model, held_out = [line for line in lines[0] if line.startswith("REFUSED")]
+    ranks, model, validation = [line for line in lines[0] if line.startswith("REFUSED")]
     assert "found 1, expected 2 for this layout" in ranks and "`simpo train`" in ranks
-    assert "none" in model and "none.jsonl: no such file" in held_out
+    assert "none" in model and "none.jsonl: found no such file" in validation
 
 
 def test_a_run_that_ended_before_is_resumed_and_gives_the_same_result(lines):
@@ -88,6 +89,6 @@ def test_a_run_that_ended_before_is_resumed_and_gives_the_same_result(lines):
 def test_an_interrupt_stops_after_a_whole_step_saved_and_the_exception_carries_the_result(lines):
     printed, folder = lines
     (stopped,) = [line for line in printed if line.startswith("STOPPED RunResult(")]
-    assert "last_checkpoint=PosixPath('runs/stopped/iter_0000001')" in stopped
+    assert "last_checkpoint=PosixPath('runs/stopped/iter_0000002')" in stopped
     assert "export_folder=None, exit_reason='stopped by signal')" in stopped
-    assert Path(folder, "runs/stopped/iter_0000001/COMMIT.json").is_file()
+    assert Path(folder, "runs/stopped/iter_0000002/COMMIT.json").is_file()

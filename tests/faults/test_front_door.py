@@ -84,7 +84,7 @@ def test_a_signal_stops_the_run_saved_with_the_ranks_own_exit_code(case, tmp_pat
 
 
 def test_a_killed_rank_ends_the_run_and_the_same_command_continues_it(tmp_path, cache):
-    options = ["--tp", "2", "--save", str(tmp_path / "run"), "--save-interval", "2"]
+    options = ["--tp", "2", "--save", str(tmp_path / "run"), "--save-interval", "2", "--resume", "latest"]
     job = start(tmp_path, cache, *options)
     try:
         wait_for_steps(tmp_path, job, 3)

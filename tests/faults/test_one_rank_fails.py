@@ -33,7 +33,7 @@ RUNS = {
     ),
     "the_reader_is_told_to_end_while_it_indexes": (
         {
-            "kill": [0, "open", r"\.pairs-.*/pairs\.bin", 1, "SIGTERM"],
+            "kill": [0, "open", r"pairs-.*\.tmp-\w+/pairs\.bin", 1, "SIGTERM"],
             "options": {"data_cache": "FOLDER/the_reader_is_told_to_end_while_it_indexes/cache"},
         },
         [-15, 6],

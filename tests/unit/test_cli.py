@@ -89,6 +89,7 @@ def test_public_names_are_listed_and_others_are_not_there():
         simpo_megatron.SimPOLoss  # noqa: B018
 
 
+@pytest.mark.processes
 def test_the_loss_comes_through_the_public_door_with_torch_alone():
     program = (
         "import sys; from simpo_megatron import SimPOObjective, fused_linear_simpo, fused_linear_log_probs;"

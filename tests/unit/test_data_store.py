@@ -231,7 +231,7 @@ def test_ids_beyond_the_models_vocabulary_are_named(tmp_path):
     )
     assert dataset.max_token_id == largest
     check_vocabulary(dataset, largest + 1)
-    with pytest.raises(DataError, match=f"token id {largest}, the model's vocabulary has {largest} ids"):
+    with pytest.raises(DataError, match=f"the token id {largest} in the pairs, expected ids below {largest}"):
         check_vocabulary(dataset, int(largest))
 
 

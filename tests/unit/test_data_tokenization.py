@@ -176,7 +176,7 @@ def test_tokenizers_that_cannot_serve_are_refused():
     bare.chat_template = None
     with pytest.raises(DataError, match="found princeton, expected a tokenizer with a chat template"):
         PairTokenizer(bare, PairOptions(template_mode="princeton"))
-    with pytest.raises(DataError, match="cannot be read"):
+    with pytest.raises(DataError, match="expected a readable Jinja file"):
         PairTokenizer(bare, PairOptions(chat_template="missing.jinja"))
 
 

@@ -55,7 +55,7 @@ def test_too_few_gpus_are_refused_in_one_line(monkeypatch):
     monkeypatch.setattr(device, "has_cuda", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     device.require_local_ranks(4)
-    with pytest.raises(ConfigError, match=r"needs 8 ranks, this machine has 4 GPUs: .*--tp"):
+    with pytest.raises(ConfigError, match=r"found 8 ranks, expected at most 4, the GPUs of this machine; .*--tp"):
         device.require_local_ranks(8)
 
 

@@ -30,14 +30,14 @@ def test_without_the_variable_every_point_hands_back_what_it_got(monkeypatch):
     monkeypatch.delenv("SIMPO_FAULT", raising=False)
     faults.arm()
     value = torch.ones(2)
-    assert all(faults.at(point, value) is value for point in faults.POINTS)
+    assert all(faults.at(point) is None and faults.at_value(point, value) is value for point in faults.POINTS)
     value.requires_grad_()
     assert faults.at_gradient("backward", value) is value and not value._backward_hooks
 
 
 def test_every_point_is_one_that_the_package_passes():
     sources = [path.read_text() for path in Path(faults.__file__).parent.rglob("*.py")]
-    passed = {point for text in sources for point in re.findall(r'faults\.at(?:_gradient)?\("(\w+)"', text)}
+    passed = {point for text in sources for point in re.findall(r'faults\.at(?:_gradient|_value)?\("(\w+)"', text)}
     assert passed == set(faults.POINTS)
     assert all(f"`{word}`" in faults.__doc__ for word in faults.POINTS + faults.ACTIONS)
 
@@ -64,7 +64,7 @@ def test_other_ranks_are_left_alone(arm):
 def test_nan_spoils_the_value_and_leaves_it_differentiable(arm):
     arm("forward:0:nan")
     value = torch.ones(2, requires_grad=True)
-    spoilt = faults.at("forward", value)
+    spoilt = faults.at_value("forward", value)
     assert spoilt.isnan().all() and spoilt.requires_grad
 
 

@@ -66,7 +66,7 @@ def test_nothing_becomes_something_else_than_nothing(tool):
 def test_noise_and_crossings_are_counted_in_units_of_the_target(tool):
     first = np.array([[-1.0, -1.2], [-2.0, -1.9], [-1.0, -1.45], [-3.0, -2.0]])
     second = first + np.array([[0.1, 0.0], [0.15, -0.15], [0.0, -0.1], [0.0, 0.0]])
-    found = tool["Comparison"].of(first, second)
+    found = tool["FormatComparison"].of(first, second)
     np.testing.assert_allclose(found.margins, [0.2, -0.1, 0.45, -1.0])
     np.testing.assert_allclose(found.margin_noise, [0.1, 0.3, 0.1, 0.0], atol=1e-12)
     lines = "\n".join(tool["report"](found, 0.5))

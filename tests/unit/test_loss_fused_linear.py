@@ -264,14 +264,14 @@ def test_an_id_outside_the_vocabulary_raises(bad):
 def test_unsorted_rows_and_rows_outside_the_sequence_raise(rows):
     hidden, weight, _ = make()
     tokens = ResponseTokens(torch.tensor(rows), torch.tensor([1, 2]), torch.tensor([0, 1]), 1)
-    with pytest.raises(DataError, match="ascending rows of a sequence of 14"):
+    with pytest.raises(DataError, match="expected ascending rows below 14"):
         fused_linear_log_probs(hidden, weight, tokens, vocab=VOCAB, tp_group=None)
 
 
 def test_tensors_that_do_not_fit_are_refused():
     hidden, weight, _ = make()
     for arguments, vocab, match in [
-        ((hidden, weight.float()), VOCAB, "cast one of them"),
+        ((hidden, weight.float()), VOCAB, "expected one dtype; cast one"),
         ((hidden, weight[:, :5]), VOCAB, "same H"),
         ((hidden[0], weight), VOCAB, "same H"),
         ((hidden, weight), VocabShard(start=0, size=PADDED + 1), "whole vocabulary"),

@@ -15,7 +15,7 @@ from simpo_megatron.data import build_preference_dataset
 from simpo_megatron.demo import prepare_demo
 from simpo_megatron.errors import ConfigError, DataError
 from simpo_megatron.loss import ResponseTokens
-from simpo_megatron.megatron_lm import add_simpo_args, datasets, forward_step, loss_func, pretrain_arguments
+from simpo_megatron.megatron_lm import add_simpo_args, forward_step, loss_func, pretrain_arguments
 from simpo_megatron.megatron_lm.arguments import batch_options, objective_of, pair_options
 from simpo_megatron.megatron_lm.datasets import _dataset, _samples
 
@@ -58,8 +58,7 @@ def test_batches_that_do_not_divide_are_refused():
         objective_of(parsed("--simpo-beta", "-1"))
 
 
-def test_an_id_inside_the_padding_of_the_vocabulary_is_refused(megatron_args, monkeypatch, tmp_path):
-    monkeypatch.setattr(datasets, "first_rank_first", lambda work: work(True))
+def test_an_id_inside_the_padding_of_the_vocabulary_is_refused(megatron_args, world_of_one, tmp_path):
     demo = prepare_demo(tmp_path / "demo")
     tokenizer = AutoTokenizer.from_pretrained(demo.model_dir)
     own = {"tokenizer_model": str(demo.model_dir), "simpo_data_cache": str(tmp_path / "cache")}

@@ -195,7 +195,7 @@ def test_repetition_is_told_only_where_there_is_more_than_before_training(monkey
     assert len(told(20, all_)) == 1, "on the way back in between"
 
 
-def test_prompts_differ_and_are_short(monkeypatch):
+def test_prompts_differ_and_are_short(monkeypatch, world_of_one):
     lengths = np.array([[300, 2, 2], [5, 2, 1], [5, 1, 1], [256, 1, 1], [9, 1, 1]])
     dataset = SimpleNamespace(prompt_keys=np.array([1, 2, 2, 3, 4]), lengths=lengths)
     asked = []

@@ -9,13 +9,13 @@ from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig
 from megatron.core.transformer import TransformerConfig
 
+from simpo_megatron.commands import convert
 from simpo_megatron.config import Machine, PrecisionConfig, config_from, resolve
 from simpo_megatron.config.options import option_table
 from simpo_megatron.errors import ConfigError
 from simpo_megatron.mcore import model as mcore_model
 from simpo_megatron.mcore.model import wrap_in_ddp
 from simpo_megatron.mcore.precision import export_dtype, precision_options, rounding
-from tools import convert_hf
 
 SHAPE = {"num_layers": 4, "hidden_size": 64, "num_attention_heads": 4}
 RECIPES = ("delayed", "tensorwise", "blockwise", "mxfp8")
@@ -108,4 +108,4 @@ def test_what_an_export_rounds_is_said_and_what_it_keeps_is_not():
 
 
 def test_the_offline_tool_takes_the_words_of_the_trainer():
-    assert option_table()["export_dtype"].choices == convert_hf.DTYPES
+    assert option_table()["export_dtype"].choices == convert.DTYPES
