@@ -49,7 +49,7 @@ class _Fault:
 
 
 class InjectedError(RuntimeError):
-    """What the action `raise` raises: an error that nobody foresaw."""
+    """The error of the action `raise`: one that nobody foresaw."""
 
 
 _fault: _Fault | None = None
@@ -100,7 +100,7 @@ def _parse(text: str) -> _Fault:
 
 
 def _arrive(fault: _Fault, point: str) -> bool:
-    """Whether what is computed here is to be no number; other actions of this rank's fault are done here."""
+    """True when the value computed here is to be no number; other actions of this rank's fault are done here."""
     if point != fault.point or int(os.environ.get("RANK", 0)) != fault.rank:
         return False
     fault.num_arrivals += 1

@@ -21,7 +21,7 @@ _RENDEZVOUS = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelSizes:
-    """How many ranks share each kind of work."""
+    """Numbers of ranks that share each kind of work."""
 
     tensor: int = 1
     pipeline: int = 1

@@ -42,7 +42,7 @@ class NewerFormatError(CheckpointError):
 
 @dataclass(frozen=True)
 class Digest:
-    """What is known of one file."""
+    """Size and hash of one file."""
 
     size: int
     sha256: str
@@ -55,7 +55,7 @@ class Checkpoint:
     folder: Path
     iteration: int
     facts: Mapping[str, Any]
-    """What the writer said of the run: JSON values."""
+    """Facts that the writer stated of the run, as JSON values."""
     files: Mapping[str, Digest]
 
     @property
@@ -64,7 +64,7 @@ class Checkpoint:
 
 
 def model_facts(description: ModelDescription) -> dict[str, Any]:
-    """What a checkpoint says of its model, as JSON values."""
+    """Facts of a model that a checkpoint keeps, as JSON values."""
     shape = {**description.transformer, **description.gpt}
     return as_json({"family": description.family, "vocab_size": description.vocab_size, **shape})
 
@@ -156,7 +156,7 @@ def write_latest(save: Path, iteration: int) -> None:
 
 
 def stray_pointer(save: Path) -> str | None:
-    """What Megatron's pointer says, where that is not the newest checkpoint; nothing here depends on it."""
+    """The text of Megatron's pointer, where that is not the newest checkpoint; nothing here depends on it."""
     folders, path = committed(save), save / LATEST_FILE
     if not folders or not path.is_file():
         return None
@@ -176,7 +176,7 @@ def read(folder: Path) -> Checkpoint:
 
 
 def check_hashes(checkpoint: Checkpoint, names: Iterable[str]) -> None:
-    """Nothing, when the files `names` hold the bytes that were committed.
+    """Return if the files `names` hold the bytes that were committed.
 
     Raises:
         CheckpointError: naming the first file that does not.

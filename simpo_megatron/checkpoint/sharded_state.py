@@ -51,7 +51,7 @@ class FailedAloneError(CheckpointError):
 
 @dataclass(frozen=True, kw_only=True)
 class RunState:
-    """What a checkpoint holds of a run, on this rank."""
+    """The parts of a run that a checkpoint holds, on this rank."""
 
     chunks: Sequence[DistributedDataParallel]
     optimizer: MegatronOptimizer
@@ -97,7 +97,7 @@ def request_write(state: RunState, iteration: int, folder: Path) -> tuple[AsyncR
 
 @contextmanager
 def described(folder: Path) -> Iterator[None]:
-    """What megatron raises while it writes into `folder`, as ours.
+    """Raises megatron's errors while it writes into `folder` as errors of this package.
 
     Raises:
         CheckpointError: on every rank alike, a rank could not write its share.
@@ -204,7 +204,7 @@ def _is_object(value: Any) -> bool:
 
 
 def _is_left_out(value: Any) -> bool:
-    """Of a chunk's state: objects, and weights that nothing trains."""
+    """True for objects in a chunk's state, and for weights that nothing trains."""
     weight = getattr(value, "data", None)
     return _is_object(value) or (isinstance(weight, torch.nn.Parameter) and not weight.requires_grad)
 
@@ -220,7 +220,7 @@ def _sharded_model(
 
 
 def _put_in_place(state: dict[str, Any], masters: Mapping[torch.Tensor, torch.Tensor]) -> None:
-    """Of weights that are kept in FP8, store what `masters` say, as a run does that keeps them in bf16."""
+    """Store the `masters` of weights that are kept in FP8, as a run does that keeps them in bf16."""
     held = {id(weight): values for weight, values in masters.items()}
     for value in nested_values(state):
         if isinstance(value, (ShardedTensor, ShardedTensorFactory)) and id(value.data) in held:
@@ -233,7 +233,7 @@ def _metadata(groups: ParallelGroups) -> dict[str, Any]:
 
 
 def _content() -> dict[str, Any]:
-    """How the distributed optimizer's state is stored: by whole tensors, which any layout can read."""
+    """The form of the distributed optimizer's state: whole tensors, which any layout can read."""
     return {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
 
 

@@ -27,7 +27,7 @@ _INDEX_NAMES = {
 
 
 def check_index(folder: Path) -> set[str]:
-    """What the index of tensors in `folder` names, when it is data, and so is what it leads to, in `folder` alone.
+    """Names in the index of tensors in `folder`, when it and the files it names in `folder` are data alone.
 
     torch unpickles the index, and what the index calls an object (the newest megatron-core keeps its settings so),
     whatever they may call.
@@ -70,7 +70,7 @@ class _IndexUnpickler(pickle.Unpickler):
 
 
 def refuse_other_weights(stored: set[str], expected: set[str], folder: Path) -> None:
-    """Nothing, when all that is stored belongs to the model, or to a run's optimizer and random states.
+    """Return if all that is stored belongs to the model, or to a run's optimizer and random states.
 
     Raises:
         CheckpointError: naming what the model has not, such as the adapters of a run that trains nothing else.
@@ -84,7 +84,7 @@ def refuse_other_weights(stored: set[str], expected: set[str], folder: Path) -> 
 
 
 def refuse_other_names(stored: set[str], expected: set[str], folder: Path) -> None:
-    """Nothing, when all that is expected is stored, and of weights nothing else.
+    """Return if all that is expected is stored, and no other weights.
 
     Raises:
         CheckpointError: counting what is missing and what is too much, and naming ten of each.

@@ -192,7 +192,7 @@ class CheckpointReader:
         self.tensors = {key: entry for key, entry in entries if isinstance(entry, TensorStorageMetadata)}
 
     def tensor(self, part: StoredPart) -> TensorStorageMetadata:
-        """What is stored under the key of `part`.
+        """The tensor that is stored under the key of `part`.
 
         Raises:
             CheckpointError: nothing, or a tensor of another shape; the rows that pad a vocabulary may differ in number.

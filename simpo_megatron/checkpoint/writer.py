@@ -48,7 +48,7 @@ class Writing:
 
     def __init__(self, request: AsyncRequest, arguments: list[Any], folder: Path, num_bytes: int) -> None:
         self.num_bytes = num_bytes
-        """Of the tensors of all ranks."""
+        """Bytes of the tensors of all ranks."""
         self._request, self._arguments, self._folder = request, arguments, folder
         self._digests: dict[str, Digest] = {}
         self._problem: Exception | None = None
@@ -63,7 +63,7 @@ class Writing:
             self._write()
 
     def is_under_way(self) -> bool:
-        """Whether this rank still writes."""
+        """True while this rank writes."""
         return self._thread.is_alive()
 
     def finish(self) -> dict[str, Digest]:

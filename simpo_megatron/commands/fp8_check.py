@@ -41,7 +41,7 @@ _LARGEST = torch.finfo(torch.float8_e4m3fn).max
 
 @dataclass(frozen=True)
 class FormatComparison:
-    """What the second of two formats does to pairs, in nats per token; a margin is avg(chosen) - avg(rejected)."""
+    """Differences of two formats, in nats per token; a margin is avg(chosen) - avg(rejected)."""
 
     noise: np.ndarray
     """[P, 2]: difference of the average log-probs, chosen and rejected."""
@@ -52,7 +52,7 @@ class FormatComparison:
 
     @classmethod
     def of(cls, first: np.ndarray, second: np.ndarray) -> FormatComparison:
-        """Of average log-probs [P, 2] in both formats."""
+        """The comparison of average log-probs [P, 2] in both formats."""
         first, second = first.astype(np.float64), second.astype(np.float64)
         margins = first[:, 0] - first[:, 1]
         return cls(second - first, margins, second[:, 0] - second[:, 1] - margins)
@@ -124,7 +124,7 @@ def _scaled_round(values: Tensor, scale: Tensor) -> Tensor:
 
 @torch.no_grad()
 def emulate(chunks: Sequence[PreferenceGPTModel], recipe: Recipe) -> int:
-    """How many linear layers of `chunks` compute with rounded weights and inputs from here on.
+    """The number of linear layers of `chunks` that compute with rounded weights and inputs from here on.
 
     Layers that the recipe leaves in bf16 are left alone, as are attention, norms, embedding and head.
     """

@@ -81,7 +81,7 @@ def _read(
 
 
 def _reading(config: Config) -> list[InspectedRow]:
-    """What the inspection holds for: files, tokenizer, and every option of pairs that decides over tokens."""
+    """The settings of the inspection: files, tokenizer, and every option of pairs that decides over tokens."""
     findings = [InspectedRow("files", " ".join(config.data.data)), InspectedRow("tokenizer", str(config.model.model))]
     for option in fields(config.pairs):
         value = getattr(config.pairs, option.name)

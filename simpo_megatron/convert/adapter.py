@@ -79,7 +79,7 @@ def adapter_tensors(description: ModelDescription, settings: LoRAConfig) -> dict
 
 
 def trained_share(description: ModelDescription, settings: LoRAConfig) -> str:
-    """How many parameters of the whole model are trained, in words; an A that layers share counts once."""
+    """The number of parameters of the whole model that are trained, in words; an A that layers share counts once."""
     total = sum(map(math.prod, hf_tensors(description).values()))
     if settings.lora_rank is None:
         return f"all {total:,} parameters"
@@ -91,7 +91,7 @@ def trained_share(description: ModelDescription, settings: LoRAConfig) -> str:
 
 
 def _adapter_rules(description: ModelDescription, settings: LoRAConfig) -> Iterator[Rule]:
-    """Of each target in a layer the rules of its A and B, from the rule of its weight."""
+    """Rules of A and B of each target in a layer, from the rule of its weight."""
     rank = settings.lora_rank
     assert rank is not None, "a run without adapters has no rules for them"
     for rule in layer_rules(description):

@@ -58,7 +58,7 @@ class DirectFile:
         return len(whole)
 
     def flush(self) -> None:
-        """Nothing: the end of the context does, and whoever writes asks for it after each tensor."""
+        """Return at once: the end of the context flushes, and torch asks for it after each tensor."""
 
     def _hand_over(self) -> None:
         """Have the filled buffer written and hashed, once the one before is."""

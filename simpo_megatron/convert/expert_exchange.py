@@ -32,7 +32,7 @@ class ExpertExchange:
         return cls({name: rank for rank, names in enumerate(names_of_ranks) for name in names}, group)
 
     def proceeds(self, says: bool) -> bool:
-        """Whether the group's first rank says that the export goes on.
+        """The word of the group's first rank on whether the export goes on.
 
         Collectives: one object gather over the group.
         """

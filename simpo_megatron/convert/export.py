@@ -151,7 +151,7 @@ _FAILED = "export: failed, nothing was written"
 def _pieces_by_name(
     chunk: torch.nn.Module, description: ModelDescription, tp_size: int, in_place_of: Mapping[Tensor, Tensor] | None
 ) -> dict[str, list[Piece]]:
-    """What `chunk` adds to an export from this rank; a head that shares the embedding's weight adds nothing."""
+    """The pieces that `chunk` adds to an export from this rank; a tied head adds none."""
     by_name: dict[str, list[Piece]] = {}
     for piece in pieces(chunk, description, tp_size=tp_size, in_place_of=in_place_of):
         by_name.setdefault(piece.hf_name, []).append(piece)
@@ -161,7 +161,7 @@ def _pieces_by_name(
 
 
 def _stage_names(chunk: torch.nn.Module, description: ModelDescription) -> set[str]:
-    """What `chunk` and those of the stage's other ranks add together."""
+    """Names of the tensors that `chunk` and those of the stage's other ranks add together."""
     names = stage_tensors(chunk, description)
     return names if _has_embedding(chunk, description) else names - {_EMBEDDING}
 

@@ -36,7 +36,7 @@ _COPIED_FILES = (
 
 
 def refuse_existing_export(out_folder: str | Path) -> None:
-    """Nothing; for a caller that wants to know beforehand that an export will not refuse its folder.
+    """Return if an export will not refuse its folder; for a caller that wants to know beforehand.
 
     Raises:
         CheckpointError: `out_folder` exists and is neither empty nor an earlier export, which a new one replaces.

@@ -123,7 +123,7 @@ def _may_be_ignored(name: str, description: ModelDescription) -> bool:
 def _refuse_second_head(
     stored: dict[str, StoredTensor], description: ModelDescription, tp_rank: int, tp_size: int
 ) -> None:
-    """Nothing, when a head stored beside its tied embedding equals it; each rank compares its share."""
+    """Return if a head stored beside its tied embedding equals it; each rank compares its shard."""
     if "lm_head.weight" not in stored or not description.gpt["share_embeddings_and_output_weights"]:
         return
     first, last = (description.vocab_size * rank // tp_size for rank in (tp_rank, tp_rank + 1))

@@ -31,10 +31,10 @@ class ComparedTensor:
     specs: tuple[TensorSpec | None, TensorSpec | None]
     """As stored."""
     cast_to: torch.dtype | None
-    """What both sides were cast to before they were compared; None where they are stored in one dtype."""
+    """Dtype that both sides were cast to before they were compared; None where they are stored in one dtype."""
     sha256: tuple[str | None, str | None]
     largest_difference: float | None
-    """Of two elements in the same place, None where the shapes differ or a tensor is missing; zero when equal."""
+    """Largest difference of two elements in the same place, zero when equal; None without two of one shape."""
 
     @property
     def is_equal(self) -> bool:
@@ -54,14 +54,14 @@ def compare_tensors(first: Weights, second: Weights) -> Iterator[ComparedTensor]
 
 
 def common_dtype(first: Weights, second: Weights) -> torch.dtype | None:
-    """What both models are rounded to before one is held against the other; None where they share their dtypes."""
+    """Dtype that both models are rounded to before they are compared; None where they share their dtypes."""
     if all(spec.dtype == second.specs[name].dtype for name, spec in first.specs.items() if name in second.specs):
         return None
     return _narrower({spec.dtype: None for weights in (first, second) for spec in weights.specs.values()})
 
 
 def _narrower(dtypes: Iterable[torch.dtype]) -> torch.dtype | None:
-    """Of several the one with the fewest bits, the last of two that have as many; None where there is only one."""
+    """The dtype of several with the fewest bits, the last of two that have as many; None where there is only one."""
     *others, last = dtypes
     return min((last, *others), key=lambda dtype: dtype.itemsize) if others else None
 

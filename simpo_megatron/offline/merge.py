@@ -87,7 +87,7 @@ def _refuse_differences(first: Weights, other: Weights) -> None:
 
 
 def _tokenizer_differences(*folders: Path) -> list[str]:
-    """What two tokenizers disagree in; none where neither folder has one."""
+    """The points in which two tokenizers disagree; none where neither folder has one."""
     has_one = [(folder / "tokenizer_config.json").is_file() for folder in folders]
     if not all(has_one):
         return ["only one has a tokenizer"] if any(has_one) else []

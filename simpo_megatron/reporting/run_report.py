@@ -74,14 +74,14 @@ class Curves:
 
     training: dict[str, list[Point]]
     validation: dict[str, list[Point]]
-    """Of the first or only validation set."""
+    """Curves of the first or only validation set."""
     named: dict[str, dict[str, list[Point]]]
-    """Of every validation set that has a name, by that name."""
+    """Curves of every validation set that has a name, by that name."""
 
 
 @dataclass(frozen=True)
 class Report:
-    """What was written, and the one sentence that says how it went."""
+    """The files that were written, and the one sentence that says how it went."""
 
     page: Path
     picture: Path

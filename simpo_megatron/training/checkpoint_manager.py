@@ -38,9 +38,9 @@ class _Draft:
     facts: Mapping[str, Any]
     writing: Writing
     began: float
-    """Of time.perf_counter."""
+    """Seconds of time.perf_counter."""
     waited_seconds: float
-    """How long training stood still for it so far."""
+    """Seconds that training stood still for it so far."""
 
 
 class Saver:
@@ -125,11 +125,11 @@ class Saver:
             )
 
     def metrics(self) -> dict[str, float]:
-        """How many checkpoints could not be written, where the run goes on without them."""
+        """The number of checkpoints that could not be written, where the run goes on without them."""
         return {"failed_saves": self._num_failed} if self._goes_on else {}
 
     def require_last(self) -> None:
-        """Nothing, unless the run goes on without checkpoints and its last one could not be written.
+        """Return if the last checkpoint of a run that goes on without them could be written.
 
         Raises:
             CheckpointError: it could not, on every rank alike.

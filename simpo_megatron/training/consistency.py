@@ -28,13 +28,13 @@ _MAX_SHOWN = 6
 
 
 def startup_facts(config: Config) -> dict[str, Any]:
-    """What every rank of a run is started with: each option, the seed among them, and the versions of the code."""
+    """Facts that every rank of a run is started with: each option, the seed too, and the versions of the code."""
     versions = {name: version(name) for name in ("torch", "megatron-core")}
     return {**config.flat(), "simpo_megatron": _code_hash(), **versions}
 
 
 def job_facts(job: Job) -> dict[str, Any]:
-    """What every rank must have found alike: the pairs, the model's shape, the number of steps."""
+    """Facts that every rank must have found alike: the pairs, the model's shape, the number of steps."""
     validation = {f"validation {name}": dataset.fingerprint for name, dataset in job.valid_data.items()}
     description = job.plan.description
     return {
@@ -50,7 +50,7 @@ def job_facts(job: Job) -> dict[str, Any]:
 
 
 def check_same(facts: Mapping[str, Any]) -> None:
-    """Nothing, when `facts` are the same on every rank.
+    """Return if `facts` are the same on every rank.
 
     Collectives: one object gather, world.
 
@@ -77,7 +77,7 @@ def _text(value: object) -> str:
 
 
 def check_replicas(chunks: Sequence[DistributedDataParallel], groups: ParallelGroups) -> None:
-    """Nothing, when every weight is finite and equals its copies on other ranks, bit for bit.
+    """Return if every weight is finite and equals its replicas on other ranks, bit for bit.
 
     Data-parallel (and context-parallel) ranks hold copies of every weight, tensor-parallel ones of those that are not
     divided; an MoE's experts have groups of their own. Copies are compared by the sum of their bits, which
@@ -125,7 +125,7 @@ def _not_finite(weights: Mapping[str, Tensor]) -> NumericsError | None:
 
 
 def _differing(kind: str, group: ProcessGroup, weights: Mapping[str, Tensor]) -> ParallelError | None:
-    """What is wrong with the copies in `group`, the same on each of its ranks."""
+    """The error of replicas in `group` that differ, the same on each of its ranks."""
     if group.size() == 1 or not weights:
         return None
     names = list(weights)

@@ -24,7 +24,7 @@ def introduce(config: Config, job: Job, notes: Sequence[str], log: RunLog) -> No
 
 
 def describe_job(config: Config, job: Job) -> list[str]:
-    """What was found: the model, the pairs, the ranks and the steps, a line each."""
+    """Lines on the model, the pairs, the ranks and the steps."""
     description, sizes = job.plan.description, config.parallel.sizes
     shape = description.transformer
     vocabulary = f"{description.vocab_size} ids"

@@ -51,7 +51,7 @@ Stopped = StoppedBySignal | StoppedByMonitor
 
 
 def train(config: Config, sinks: Sequence[Sink] = ()) -> RunResult:
-    """What became of the run of `config`; `sinks` get its records beside those that `config` asks for.
+    """The result of the run of `config`; `sinks` get its records beside those that `config` asks for.
 
     Runs on the ranks that torchrun started. A plain process or a notebook is the only rank, and may train again.
 
@@ -210,7 +210,7 @@ def _run_steps(
 
 @dataclass
 class _DataProgress:
-    """What was taken from the data so far, over all starts of the run."""
+    """Pairs taken from the data so far, over all starts of the run."""
 
     pairs: int
     num_skipped_steps: int = 0

@@ -20,7 +20,7 @@ _MAX_SHOWN = 8
 
 
 def probe_memory(config: Config, job: Job, start: Start) -> list[str]:
-    """What the steps after `start` will take at most, in a line to say; nothing where the probe is off.
+    """A line on the most memory that the steps after `start` will take; none where the probe is off.
 
     The step that holds the largest pack is computed as it will be, cut to the microbatches that a pipeline holds at
     once. Afterwards weights, moments, schedule and random states are what they were, and gradients are cleared. What

@@ -38,7 +38,7 @@ _MAX_TEXT = 100
 
 @dataclass(frozen=True)
 class Alarm:
-    """What a monitor found, in words."""
+    """A finding of a monitor, in words."""
 
     monitor: str
     text: str
@@ -60,7 +60,7 @@ def spike_limit(losses: Sequence[float], num_deviations: float) -> float:
 
 
 def is_beyond(values: Sequence[float], limit: float) -> bool:
-    """Whether the median of `values` is above `limit` or below `-limit`."""
+    """True when the median of `values` is above `limit` or below `-limit`."""
     return abs(median(values)) > limit
 
 
@@ -97,7 +97,7 @@ class Monitors:
 
     @property
     def evaluate_before_saving(self) -> bool:
-        """Whether validation comes before a checkpoint is saved."""
+        """True when validation comes before a checkpoint is saved."""
         return not _BY_VALIDATION.isdisjoint(self._settings.stop_on)
 
     def step(self, iteration: int, metrics: Mapping[str, float], consumed_pairs: int) -> dict[str, Any]:
@@ -132,7 +132,7 @@ class Monitors:
         return {**metrics, **self._displacement(iteration, metrics), **self._repetition(iteration)}
 
     def _displacement(self, iteration: int, metrics: Mapping[str, float]) -> dict[str, float]:
-        """How far the average log-prob of the chosen responses has come since step 0, where that is known."""
+        """The change of the average log-prob of chosen responses since step 0, where that is known."""
         pairs = next(iter(self._job.valid_data.values())).fingerprint
         if iteration == 0 and math.isfinite(metrics[_CHOSEN]):
             self._start = {"chosen": metrics[_CHOSEN], "pairs": pairs}
@@ -173,7 +173,7 @@ class Monitors:
         return {REPETITION: share}
 
     def remembered(self) -> dict[str, Any]:
-        """What a checkpoint has to keep, as JSON values."""
+        """The state that a checkpoint has to keep, as JSON values."""
         lines = {name: list(values) for name, values in self._lines.items()}
         return {**lines, "told": sorted(self._told), "start": self._start}
 

@@ -159,7 +159,7 @@ def _cache_path(config: Config, model: str, dataset: PreferenceDataset) -> Path:
 
 
 def _read(path: Path, num_pairs: int) -> np.ndarray | None:
-    """What the cache holds, if anything."""
+    """The averages that the cache holds, if any."""
     if not path.exists():
         return None
     try:
@@ -177,7 +177,7 @@ def _read(path: Path, num_pairs: int) -> np.ndarray | None:
 
 
 def _broadcast(found: np.ndarray | None, num_pairs: int) -> np.ndarray | None:
-    """What rank 0 has found, on every rank: float32 [num_pairs, 2], or None.
+    """The averages that rank 0 has found, on every rank: float32 [num_pairs, 2], or None.
 
     Collectives: one all-reduce of 32 bytes and, where it has found any, one broadcast, world.
     """

@@ -38,7 +38,7 @@ def repetition(ids: Sequence[int]) -> float:
 
 @dataclass(frozen=True)
 class Prompts:
-    """What is continued, on every rank alike."""
+    """The prompts that are continued, on every rank alike."""
 
     ids: list[list[int]]
     end_ids: frozenset[int]

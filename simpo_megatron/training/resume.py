@@ -45,13 +45,13 @@ class Found:
 
 @dataclass(frozen=True)
 class Start:
-    """How far a run is when it starts to step."""
+    """The progress of a run when it starts to step."""
 
     iteration: int = 0
     consumed_pairs: int = 0
     notes: tuple[str, ...] = ()
     monitors: Mapping[str, Any] = field(default_factory=dict)
-    """What the monitors remembered."""
+    """The state of the monitors."""
 
 
 @contextmanager
@@ -142,7 +142,7 @@ def start_run(config: Config, job: Job, found: Found) -> Start:
 
 
 def _tidy(save: Path, checkpoint: Checkpoint | None) -> list[str]:
-    """What was renamed, so that the run's folder continues `checkpoint`, or starts anew."""
+    """Notes on what was renamed, so that the run's folder continues `checkpoint`, or starts anew."""
     moved = manifest.move_aside_newer(save, checkpoint.iteration if checkpoint else 0)
     metrics = save / METRICS_FILE
     if checkpoint is not None:
@@ -155,7 +155,7 @@ def _tidy(save: Path, checkpoint: Checkpoint | None) -> list[str]:
 
 
 def describe_run(config: Config, job: Job) -> dict[str, Any]:
-    """What a run is, as JSON values: what a resume compares, the layout, and all options."""
+    """Facts of a run as JSON values: those that a resume compares, the layout, and all options."""
     description, options = job.plan.description, config.flat()
     identity = json.dumps(tokenizer_identity(job.tokenizer, config.pairs), sort_keys=True)
     training = ("hidden_dropout", "attention_dropout", "lora_dropout", "global_batch_size", "seed")
@@ -183,7 +183,7 @@ def describe_run(config: Config, job: Job) -> dict[str, Any]:
 
 
 def _describe_adapters(config: Config, job: Job) -> dict[str, Any]:
-    """What a checkpoint of adapters, which holds them alone, can be continued with.
+    """Facts that a checkpoint of adapters, which holds them alone, can be continued with.
 
     Collectives: one object gather, world, the first time.
     """
@@ -196,7 +196,7 @@ def _describe_adapters(config: Config, job: Job) -> dict[str, Any]:
 
 @functools.cache
 def _fingerprint(folder: Path) -> str:
-    """Of a model that stays the same while the run lasts.
+    """The fingerprint of a model, which stays the same while the run lasts.
 
     Collectives: one object gather, world.
     """

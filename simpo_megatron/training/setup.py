@@ -51,7 +51,7 @@ class Sources:
 
 @dataclass(frozen=True, kw_only=True)
 class RunPlan:
-    """What is known of a run before any process group exists."""
+    """The facts of a run that are known before any process group exists."""
 
     sources: Sources
     description: ModelDescription
@@ -76,7 +76,7 @@ class Job:
 
 
 def plan_run(config: Config, world_size: int) -> RunPlan:
-    """What `config` means on `world_size` ranks; every rank works it out alone and finds the same mistakes.
+    """The plan of `config` on `world_size` ranks; every rank works it out alone and finds the same mistakes.
 
     Raises:
         ConfigError: ranks, model, machine and options do not fit together, or a package that logs is not installed.

@@ -192,13 +192,13 @@ def verdict(answers: dict[int, dict[str, Any]], silent: dict[int, str]) -> str:
 
 
 def _timeout(where: str, limit_seconds: float) -> str:
-    """What is said of a phase that lasts too long; the limit of a step is an option."""
+    """The text on a phase that lasts too long; the limit of a step is an option."""
     option = " (distributed_timeout_seconds_after_init)" if where.startswith("step ") else ""
     return f"timeout: {where} exceeded {limit_seconds:g} s{option}"
 
 
 def _is_lost_connection(error: Exception) -> bool:
-    """Whether a peer's end, and not this rank's own mistake, is what `error` comes from."""
+    """True when `error` comes from a peer's end, and not from this rank's own mistake."""
     is_told = isinstance(error, RuntimeError) and any(sign in str(error) for sign in _LOST)
     if isinstance(error, dist.DistError) or is_told:
         return True
@@ -232,7 +232,7 @@ def _is_own(frame: FrameType) -> bool:
 
 
 def _waits(frame: FrameType | None) -> bool:
-    """Whether a main thread at `frame` waits for other ranks: in a collective, or for one that was begun before."""
+    """True when a main thread at `frame` waits for other ranks: in a collective, or for one that was begun before."""
     if frame is None:
         return False
     line = linecache.getline(frame.f_code.co_filename, frame.f_lineno)
