@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 from ranks import REPOSITORY
 
 # Before torch is imported, and for every process that a test starts: numbers are those of the CPU, wherever tests run,
@@ -66,9 +67,13 @@ for _owner, _name in (
 @pytest.fixture(scope="session")
 def smollm2(tmp_path_factory) -> Path:
     """SmolLM2-135M-Instruct: the folder SIMPO_SMOLLM2 names, or one made from the package that carries the model."""
-    folder = Path(os.environ.get("SIMPO_SMOLLM2") or tmp_path_factory.mktemp("model") / "smollm2")
+    own = tmp_path_factory.getbasetemp()
+    # Workers of one session have folders of their own in one that they share.
+    shared = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+    folder = Path(os.environ.get("SIMPO_SMOLLM2") or shared / "smollm2")
     tool = REPOSITORY / "tools" / "prepare_smollm2.py"
-    done = subprocess.run([sys.executable, str(tool), str(folder)], capture_output=True, text=True, timeout=600)
+    with FileLock(shared / "smollm2.lock"):
+        done = subprocess.run([sys.executable, str(tool), str(folder)], capture_output=True, text=True, timeout=600)
     if done.returncode:
         pytest.skip(done.stderr.strip().splitlines()[-1])
     return folder
