@@ -30,8 +30,9 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from torch.distributed.checkpoint import CheckpointException
+from torch.distributed.checkpoint.metadata import Metadata
 
-from simpo_megatron.checkpoint.tensor_index import check_index, refuse_other_names, refuse_other_weights
+from simpo_megatron.checkpoint.tensor_index import read_index, refuse_other_names, refuse_other_weights
 from simpo_megatron.errors import CheckpointError, listed
 from simpo_megatron.mcore import cpu_patches, device
 from simpo_megatron.mcore.fp8_weights import awaited_values, quantise_masters, whole_masters
@@ -121,13 +122,13 @@ def read_state(state: RunState, iteration: int, folder: Path, *, same_layout: bo
     Raises:
         CheckpointError: a tensor is missing or has another shape, or is no part of the model.
     """
-    stored = check_index(folder)
+    index = read_index(folder)
     optimizer = state.optimizer
     own_settings = [_settings(group) for group in optimizer.param_groups]
     sharded = _sharded_state(state, is_loading=True)
     if same_layout:
         sharded["rng"] = _sharded_rng()
-    loaded = _load(sharded, stored, folder)
+    loaded = _load(sharded, index, folder)
     for name, chunk in _named_chunks(state.model):
         _load_chunk(chunk, loaded[name], folder)
     # megatron-core 0.19 tells groups apart by their rates too, which another configuration may have changed.
@@ -150,7 +151,8 @@ def read_weights(model: list[PreferenceGPTModel], groups: ParallelGroups, folder
     Raises:
         CheckpointError: a tensor is missing or has another shape, or is no part of the model.
     """
-    stored = check_index(folder)
+    index = read_index(folder)
+    stored = set(index.state_dict_metadata)
     refuse_other_weights(stored, {name for name in stored if ADAPTER_SUFFIX not in name}, folder)
     state = _sharded_model(model, groups, _is_object)
     adapters, awaited = {}, awaited_values(model)
@@ -160,7 +162,7 @@ def read_weights(model: list[PreferenceGPTModel], groups: ParallelGroups, folder
         for key in state[name]:
             # Rows that pad the vocabulary are not stored for every number of ranks.
             awaited.get(chunk.get_parameter(key), chunk.get_parameter(key).detach()).zero_()
-    loaded = _load(state, stored, folder)
+    loaded = _load(state, index, folder)
     for name, chunk in _named_chunks(model):
         _load_chunk(chunk, {**adapters[name], **loaded[name]}, folder)
         for key, values in loaded[name].items():
@@ -168,12 +170,13 @@ def read_weights(model: list[PreferenceGPTModel], groups: ParallelGroups, folder
                 awaited[chunk.get_parameter(key)].copy_(values)
 
 
-def _load(state: dict[str, Any], stored: set[str], folder: Path) -> dict[str, Any]:
+def _load(state: dict[str, Any], index: Metadata, folder: Path) -> dict[str, Any]:
     """megatron's load, after a check of all ranks' names: its own does not work with torch 2.14 and later."""
     own = {tensor.key for tensor in _tensors(state)}
-    refuse_other_names(stored, set().union(*gather_or_raise(lambda: own)), folder)
+    refuse_other_names(set(index.state_dict_metadata), set().union(*gather_or_raise(lambda: own)), folder)
     try:
-        return dist_checkpointing.load(state, str(folder))
+        with cpu_patches.reading_by(index):
+            return dist_checkpointing.load(state, str(folder))
     except (Exception, CheckpointException) as error:
         raise CheckpointError(f"{folder}: does not fit this run ({_reason(error)})") from error
 

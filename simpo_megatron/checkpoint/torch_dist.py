@@ -38,7 +38,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from simpo_megatron.checkpoint import manifest
-from simpo_megatron.checkpoint.tensor_index import check_index
+from simpo_megatron.checkpoint.tensor_index import read_index
 from simpo_megatron.convert.direct_io import DirectFile
 from simpo_megatron.errors import CheckpointError, SimPOError
 from simpo_megatron.mcore.meta_model import MetaModel, StoredPart
@@ -183,10 +183,9 @@ class CheckpointReader:
 
         Raises: CheckpointError, when the index of `folder` is more than an index.
         """
-        check_index(folder)
+        metadata = read_index(folder)
         self.folder, self._check = folder, check
         self.reader = dcp.FileSystemReader(folder)
-        metadata = self.reader.read_metadata()
         self.reader.set_up_storage_reader(metadata, is_coordinator=True)
         entries = metadata.state_dict_metadata.items()
         self.tensors = {key: entry for key, entry in entries if isinstance(entry, TensorStorageMetadata)}

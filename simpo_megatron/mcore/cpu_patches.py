@@ -9,16 +9,22 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import io
 import logging
 import multiprocessing.dummy
 import os
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch.distributed.checkpoint._traverse import set_element
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.planner import ReadItem
 
 from simpo_megatron.mcore import device
 
@@ -119,6 +125,15 @@ PATCHES = {
         "before a checkpoint is written",
         "a run puts small files into its draft first, and megatron-core warns of any file there",
     ),
+    "reading_by": Patch(
+        "torch.distributed.checkpoint.filesystem.FileSystemReader.read_metadata "
+        "torch.distributed.checkpoint.default_planner.DefaultLoadPlanner.load_bytes "
+        "megatron.core.dist_checkpointing.strategies.cached_metadata_filesystem_reader"
+        ".CachedMetadataFileSystemReader.read_metadata",
+        _ALL,
+        "while a checkpoint is read",
+        "torch unpickles the index and objects in shards without a check, whatever they call",
+    ),
     "keep_compiled_helpers": Patch(
         "megatron.core.datasets.utils.compile_helpers",
         _ALL,
@@ -128,6 +143,7 @@ PATCHES = {
 }
 """By the function that makes it."""
 
+_UNCHECKED = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
 _FACTORIES = ("tensor", "zeros", "ones", "empty", "full")
 
 
@@ -317,6 +333,35 @@ def write_checkpoints_in_threads() -> None:
 def drop_warning_of_incomplete_folder() -> None:
     """Drop what megatron's logger says of a checkpoint folder with any file in it."""
     importlib.import_module("megatron.core.dist_checkpointing.serialization").logger.addFilter(_is_news)
+
+
+@contextlib.contextmanager
+def reading_by(index: Metadata) -> Iterator[None]:
+    """While the context lasts, torch and megatron read a checkpoint by `index`, and its objects as plain values."""
+    cached = importlib.import_module("megatron.core.dist_checkpointing.strategies.cached_metadata_filesystem_reader")
+
+    def load_bytes(self: DefaultLoadPlanner, read_item: ReadItem, value: io.BytesIO) -> None:
+        loaded = torch.load(value, weights_only=True)
+        if self.flatten_state_dict:
+            set_element(self.original_state_dict, self.mappings[read_item.dest_index.fqn], loaded)
+        else:
+            self.state_dict[read_item.dest_index.fqn] = loaded
+
+    readers = (FileSystemReader, cached.CachedMetadataFileSystemReader)
+    before = DefaultLoadPlanner.load_bytes, [reader.read_metadata for reader in readers]
+    # A user's switch that takes all checks from torch.load.
+    unchecked = os.environ.pop(_UNCHECKED, None)
+    try:
+        _replace(DefaultLoadPlanner, load_bytes=load_bytes)
+        for reader in readers:
+            _replace(reader, read_metadata=lambda self, *args, **kwargs: index)
+        yield
+    finally:
+        _replace(DefaultLoadPlanner, load_bytes=before[0])
+        for reader, read_metadata in zip(readers, before[1], strict=True):
+            _replace(reader, read_metadata=read_metadata)
+        if unchecked is not None:
+            os.environ[_UNCHECKED] = unchecked
 
 
 def _is_news(record: logging.LogRecord) -> bool:

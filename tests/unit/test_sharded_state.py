@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
-    BytesStorageMetadata,
     ChunkStorageMetadata,
     Metadata,
     MetadataIndex,
@@ -27,7 +27,7 @@ from megatron.core import dist_checkpointing  # noqa: E402
 from megatron.core.dist_checkpointing import ShardedTensor  # noqa: E402
 
 from simpo_megatron.checkpoint import sharded_state  # noqa: E402
-from simpo_megatron.checkpoint.tensor_index import check_index, refuse_other_weights  # noqa: E402
+from simpo_megatron.checkpoint.tensor_index import read_index, refuse_other_weights  # noqa: E402
 
 
 def index(entry=None, file="__0_0.distcp", length=16):
@@ -38,10 +38,10 @@ def index(entry=None, file="__0_0.distcp", length=16):
     return Metadata({"weight": entry or tensor}, storage_data=stored)
 
 
-def check(folder, content, stored=b""):
+def check(folder, content, stored=bytes(16)):
     (folder / "__0_0.distcp").write_bytes(stored)
     (folder / ".metadata").write_bytes(content if isinstance(content, bytes) else pickle.dumps(content))
-    check_index(folder)
+    read_index(folder)
 
 
 class Calls:
@@ -56,7 +56,7 @@ class Calls:
 
 def test_an_index_of_tensors_passes(tmp_path):
     check(tmp_path, index())
-    assert check_index(tmp_path) == {"weight"}
+    assert set(read_index(tmp_path).state_dict_metadata) == {"weight"}
 
 
 def test_weights_that_are_no_part_of_the_model_are_named_and_a_runs_own_state_is_not(tmp_path):
@@ -89,14 +89,64 @@ def saved(value):
     return buffer.getvalue()
 
 
-def test_an_object_of_settings_passes_and_one_that_would_call_something_is_refused(tmp_path):
-    harmless = saved([{"iteration": 3, "lr": 1e-3, "step": torch.tensor(3.0)}])
-    check(tmp_path, index(BytesStorageMetadata(), length=len(harmless)), harmless)
+def load_settings(folder):
+    """What torch makes of the object `settings` in `folder`, read as this package lets it."""
+    state = {"settings": None}
+    with cpu_patches.reading_by(read_index(folder)):
+        dcp.load(state, checkpoint_id=folder, no_dist=True)
+    return state["settings"]
+
+
+def test_an_object_of_settings_passes_and_one_that_would_call_something_is_refused(tmp_path, monkeypatch):
     target = tmp_path / "made"
-    harmful = saved([Calls(os.mkdir, str(target))])
+    dcp.save({"settings": "three"}, checkpoint_id=tmp_path / "harmless", no_dist=True)
+    assert load_settings(tmp_path / "harmless") == "three"
+    dcp.save({"settings": Calls(os.mkdir, str(target))}, checkpoint_id=tmp_path / "harmful", no_dist=True)
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    with pytest.raises(dcp.CheckpointException, match="Weights only load failed"):
+        load_settings(tmp_path / "harmful")
+    assert not target.exists() and os.environ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"] == "1"
+
+
+def test_the_index_is_given_to_torch_as_values_that_were_read_once(tmp_path):
+    dcp.save({"weight": torch.arange(6.0).reshape(2, 3)}, checkpoint_id=tmp_path, no_dist=True)
+    found = read_index(tmp_path)
+    own = dcp.FileSystemReader(tmp_path).read_metadata()
+    assert found.state_dict_metadata == own.state_dict_metadata and found.storage_data == own.storage_data
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(Calls(os.mkdir, str(tmp_path / "made"))))
+    state = {"weight": torch.zeros(2, 3)}
+    with cpu_patches.reading_by(found):
+        dcp.load(state, checkpoint_id=tmp_path, no_dist=True)
+    assert torch.equal(state["weight"], torch.arange(6.0).reshape(2, 3)) and not (tmp_path / "made").exists()
+
+
+# What sets an attribute of a class or function that an index may name, so that it means another thing when read again.
+LEAVES_A_TRACE = {
+    "of a function": b"ctorch.serialization\n_get_layout\n}X\x05\x00\x00\x00cache}sb.",
+    "of a class": b"ctorch.distributed.checkpoint.metadata\nMetadata\n}X\x01\x00\x00\x00ai\x07\n.",
+    "of a table": b"ccollections\nOrderedDict\n}X\x01\x00\x00\x00aX\x01\x00\x00\x00bsb.",
+    "of a dtype": b"ctorch\nfloat32\n}X\x01\x00\x00\x00aX\x01\x00\x00\x00bsb.",
+}
+
+
+@pytest.mark.parametrize("content", LEAVES_A_TRACE.values(), ids=LEAVES_A_TRACE)
+def test_reading_an_index_leaves_no_trace_in_the_process(tmp_path, content):
+    layout = torch.serialization._get_layout
+    before = [dict(vars(thing)) for thing in (layout, Metadata)]
     with pytest.raises(CheckpointError, match="not an index of tensors"):
-        check(tmp_path, index(BytesStorageMetadata(), length=len(harmful)), harmful)
-    assert not target.exists()
+        check(tmp_path, content)
+    assert [dict(vars(thing)) for thing in (layout, Metadata)] == before
+
+
+@pytest.mark.parametrize("changes", [
+    {"offset": -1}, {"length": 1 << 40}, {"offset": "0"}, {"offset": True}, {"relative_path": b"__0_0.distcp"},
+])  # fmt: skip
+def test_values_of_another_type_or_beyond_the_file_are_refused(tmp_path, changes):
+    damaged = index()
+    for name, value in changes.items():
+        setattr(next(iter(damaged.storage_data.values())), name, value)
+    with pytest.raises(CheckpointError, match="not an index of tensors"):
+        check(tmp_path, damaged)
 
 
 @pytest.mark.parametrize("file", ["../../secret", "/etc/passwd", "folder/__0_0.distcp", ".."])
@@ -111,7 +161,7 @@ def test_what_is_no_index_is_refused(tmp_path, content):
         check(tmp_path, content)
     (tmp_path / ".metadata").unlink()
     with pytest.raises(CheckpointError, match="not an index of tensors"):
-        check_index(tmp_path)
+        read_index(tmp_path)
 
 
 @pytest.fixture(scope="module")
@@ -134,11 +184,11 @@ def one_tensor():
 def test_settings_that_would_call_something_are_refused_and_call_nothing(checkpoint, tmp_path, wrapped):
     common = checkpoint / "common.pt"
     before, target = common.read_bytes(), tmp_path / "made"
-    assert sharded_state._load(one_tensor(), check_index(checkpoint), checkpoint)["iteration"] == 3
+    assert sharded_state._load(one_tensor(), read_index(checkpoint), checkpoint)["iteration"] == 3
     torch.save(wrapped(Calls(os.mkdir, str(target))), common)
     try:
         with pytest.raises(CheckpointError, match="does not fit this run"):
-            sharded_state._load(one_tensor(), check_index(checkpoint), checkpoint)
+            sharded_state._load(one_tensor(), read_index(checkpoint), checkpoint)
     finally:
         common.write_bytes(before)
     assert not target.exists()
