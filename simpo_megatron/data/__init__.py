@@ -19,14 +19,13 @@ from simpo_megatron.data.batching import (
     check_budget,
     check_global_batch_size,
     collate,
-    heaviest_step,
     iterate_steps,
-    microbatch_tokens,
     pair_tokens,
     plan_evaluation,
     plan_step,
 )
 from simpo_megatron.data.dataset import PreferenceDataset, build_preference_dataset, check_vocabulary, split
+from simpo_megatron.data.padding import Shape, heaviest_step, padding_share, plan_tokens, step_shape
 from simpo_megatron.data.pair_options import PairOptions
 from simpo_megatron.data.sources import METRIC_GROUPS, parse_named_sources
 from simpo_megatron.data.tokenization import TokenizedPair, load_tokenizer
@@ -38,6 +37,7 @@ __all__ = [
     "PairOptions",
     "PreferenceBatch",
     "PreferenceDataset",
+    "Shape",
     "StepPlan",
     "TokenizedPair",
     "build_preference_dataset",
@@ -49,10 +49,12 @@ __all__ = [
     "heaviest_step",
     "iterate_steps",
     "load_tokenizer",
-    "microbatch_tokens",
+    "padding_share",
     "pair_tokens",
     "parse_named_sources",
     "plan_evaluation",
     "plan_step",
+    "plan_tokens",
     "split",
+    "step_shape",
 ]

@@ -39,10 +39,21 @@ class BatchConfig:
     )
     prefix_sharing: bool = option(True, "Compute the prompt of a pair once for both responses.")
     tokens_per_microbatch: int = option(8192, "Most tokens of a packed microbatch. Padding counts.", everyday=True)
+    fixed_pack_length: bool = option(
+        False,
+        "Pad every pack to tokens_per_microbatch; without it packs are padded only under pipelines, to the longest "
+        "one of their step.",
+    )
     micro_batch_size: int = option(1, "Pairs per microbatch with --no-packing.")
 
     def __post_init__(self) -> None:
         require_positive(self, "global_batch_size", "tokens_per_microbatch", "micro_batch_size")
+        require(
+            self.packing or not self.fixed_pack_length,
+            "fixed_pack_length",
+            True,
+            "packing with it; other microbatches have no most tokens",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +63,8 @@ class BatchOptions(BatchConfig):
     sequence_multiple: int = 1
     """Rows are padded to a multiple of this many tokens (tensor parallel size under sequence parallelism; 16
     for FP8)."""
+    one_shape_per_step: bool = False
+    """All microbatches of a step are padded to one shape, which pipeline stages then know without asking."""
     pad_id: int = 0
     """Token id of padding; it reaches no response token and no sum."""
     seed: int = 42
@@ -173,44 +186,6 @@ def plan_step(
     return _plan(lengths, indices, options, dp_size * microbatch_multiple, dp_size)
 
 
-def heaviest_step(
-    lengths: np.ndarray,
-    consumed_pairs: int,
-    options: BatchOptions,
-    *,
-    num_steps: int,
-    dp_size: int,
-    microbatch_multiple: int = 1,
-) -> tuple[int, StepPlan]:
-    """Returns (its number from 0, its plan) of the one of the next `num_steps` steps with the largest microbatch.
-
-    In this plan each rank's largest microbatches come first. Largest is what has the most tokens, padding included;
-    of several, what has the most response tokens.
-    """
-
-    def size(microbatch: MicrobatchPairs) -> tuple[int, int]:
-        chosen = lengths[list(microbatch)]
-        return microbatch_tokens(chosen, options), int(chosen[:, 1:].sum())
-
-    def largest(number: int) -> tuple[int, int]:
-        return max(size(microbatch) for rank in plan(number) for microbatch in rank)
-
-    def plan(number: int) -> StepPlan:
-        consumed = consumed_pairs + number * options.global_batch_size
-        return plan_step(lengths, consumed, options, dp_size=dp_size, microbatch_multiple=microbatch_multiple)
-
-    number = max(range(num_steps), key=largest)
-    return number, tuple(tuple(sorted(rank, key=size, reverse=True)) for rank in plan(number))
-
-
-def microbatch_tokens(lengths: np.ndarray, options: BatchOptions) -> int:
-    """Returns the tokens, padding included, of a microbatch of pairs with these lengths [num_pairs, 3]."""
-    if options.packing or options.prefix_sharing or not len(lengths):
-        return round_up(max(1, int(pair_tokens(lengths, options).sum())), options.sequence_multiple)
-    longest = int((lengths[:, 0] + lengths[:, 1:].max(axis=1)).max())
-    return 2 * len(lengths) * round_up(longest, options.sequence_multiple)
-
-
 def plan_evaluation(
     lengths: np.ndarray, options: BatchOptions, *, dp_size: int, microbatch_multiple: int = 1
 ) -> list[StepPlan]:
@@ -245,21 +220,36 @@ def iterate_steps(
         consumed_pairs += options.global_batch_size
 
 
-def collate(pairs: Sequence[TokenizedPair], pair_ids: Sequence[int], options: BatchOptions) -> PreferenceBatch:
+def collate(
+    pairs: Sequence[TokenizedPair],
+    pair_ids: Sequence[int],
+    options: BatchOptions,
+    shape: tuple[int, int] | None = None,
+) -> PreferenceBatch:
     """Returns the microbatch of `pairs`, whose dataset indices are `pair_ids`.
 
     Without packing and sharing each response is a row (chosen, rejected, chosen, ...), padded on the right to
-    the longest; otherwise all stand in one row and `segments_G4` says who sees whom. No pair at all gives one
-    segment of padding.
+    the longest; otherwise all stand in one row and `segments_G4` says who sees whom. No pair at all gives
+    padding alone.
+
+    Args:
+        shape: (rows, tokens of a row) to fill with padding, that of `step_shape`; the smallest one when not given.
     """
-    padded = bool(pairs) and not options.packing and not options.prefix_sharing
-    return _padded_rows(pairs, pair_ids, options) if padded else _one_row(pairs, pair_ids, options)
+    padded = (bool(pairs) or shape is not None) and not options.packing and not options.prefix_sharing
+    return (_padded_rows if padded else _one_row)(pairs, pair_ids, options, shape)
 
 
-def _padded_rows(pairs: Sequence[TokenizedPair], pair_ids: Sequence[int], options: BatchOptions) -> PreferenceBatch:
+def _padded_rows(
+    pairs: Sequence[TokenizedPair],
+    pair_ids: Sequence[int],
+    options: BatchOptions,
+    shape: tuple[int, int] | None,
+) -> PreferenceBatch:
     sequences = [(p.prompt_ids, response) for p in pairs for response in (p.chosen_ids, p.rejected_ids)]
-    sizes = np.array([len(prompt) + len(response) for prompt, response in sequences])
-    num_rows, width = len(sequences), round_up(sizes.max(), options.sequence_multiple)
+    lengths = [len(prompt) + len(response) for prompt, response in sequences]
+    num_rows, width = shape or (len(sequences), round_up(max(lengths), options.sequence_multiple))
+    # Rows that fill the shape hold padding alone.
+    sizes = np.array(lengths + [0] * (num_rows - len(sequences)))
     tokens = np.full((num_rows, width), options.pad_id, np.int64)
     position_ids = np.where(np.arange(width) < sizes[:, None], np.arange(width), 0)
     rows, targets = [], []
@@ -270,7 +260,12 @@ def _padded_rows(pairs: Sequence[TokenizedPair], pair_ids: Sequence[int], option
     return _batch(tokens, position_ids, (rows, targets), pair_ids, None, int(sizes.sum()))
 
 
-def _one_row(pairs: Sequence[TokenizedPair], pair_ids: Sequence[int], options: BatchOptions) -> PreferenceBatch:
+def _one_row(
+    pairs: Sequence[TokenizedPair],
+    pair_ids: Sequence[int],
+    options: BatchOptions,
+    shape: tuple[int, int] | None,
+) -> PreferenceBatch:
     tokens, position_ids, rows, targets, segments = [], [], [], [], []
     end = 0
 
@@ -294,7 +289,7 @@ def _one_row(pairs: Sequence[TokenizedPair], pair_ids: Sequence[int], options: B
             rows.append(np.r_[prompt_start + num_prompt - 1, first : end - 1])
             targets.append(response)
             segments.append((start, end, *prefix))
-    width = round_up(max(end, 1), options.sequence_multiple)
+    width = round_up(max(end, 1), options.sequence_multiple) if shape is None else shape[1]
     if end < width:
         segments.append((end, width, 0, 0))
         tokens.append(np.full(width - end, options.pad_id))
@@ -357,8 +352,38 @@ def _fill_by_tokens(lengths: np.ndarray, options: BatchOptions, num_multiple: in
             pack.append(int(index))
             heapq.heapreplace(packs, (size + int(tokens[index]), number, pack))
         if max(size for size, _, _ in packs) <= budget or num_packs >= len(tokens):
+            if options.one_shape_per_step:
+                packs = _evened(packs, tokens)
             return [pack for _, _, pack in sorted(packs, key=lambda entry: (-entry[0], entry[1]))]
         num_packs += num_multiple
+
+
+def _evened(packs: list[tuple[int, int, list[int]]], tokens: np.ndarray) -> list[tuple[int, int, list[int]]]:
+    """Returns `packs` with the heaviest one lighter, for all are padded to it.
+
+    It exchanges a pair for a shorter one of another pack, the one that leaves the heavier of the two lightest, until
+    that lightens it no more or padding is within a percent.
+    """
+    of_pair = np.empty(len(tokens), np.int64)
+    for number, (_, _, pack) in enumerate(packs):
+        of_pair[pack] = number
+    sizes = np.array([size for size, _, _ in packs])
+    while sizes.max() > 1.01 * sizes.mean():
+        heaviest = int(sizes.argmax())
+        own, others = (np.flatnonzero(mine) for mine in (of_pair == heaviest, of_pair != heaviest))
+        moved = tokens[own][:, None] - tokens[others]
+        left, grown = sizes[heaviest] - moved, sizes[of_pair[others]] + moved
+        heavier = np.maximum(left, grown)
+        if not heavier.size or heavier.min() >= sizes[heaviest]:
+            break
+        one, other = np.unravel_index(heavier.argmin(), heavier.shape)
+        given, taken, receiver = own[one], others[other], of_pair[others[other]]
+        sizes[heaviest], sizes[receiver] = left[one, other], grown[one, other]
+        of_pair[given], of_pair[taken] = receiver, heaviest
+    # Those of a pack, longest first, as they were put in.
+    longest_first = np.argsort(-tokens, kind="stable")
+    members = [longest_first[of_pair[longest_first] == number].tolist() for number in range(len(packs))]
+    return [(int(sizes[n]), number, members[n]) for n, (_, number, _) in enumerate(packs)]
 
 
 def _fill_by_count(lengths: np.ndarray, options: BatchOptions, num_multiple: int) -> list[list[int]]:

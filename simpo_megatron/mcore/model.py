@@ -123,12 +123,15 @@ def transformer_config(description: ModelDescription, config: Config) -> Archite
         recompute_modules=config.recompute.recompute_modules,
         # The step's loss is a sum over pairs; finalize_model_grads divides by the pairs of the whole global batch.
         calculate_per_token_loss=True,
-        # Packs differ in length. megatron asks for this dispatcher whenever lengths vary, experts or not.
-        variable_seq_lengths=sizes.pipeline > 1,
+        # All microbatches of a step have one shape, so stages need not ask for it before every message.
+        variable_seq_lengths=False,
         moe_token_dispatcher_type="alltoall",  # noqa: S106 - no secret, whatever its name says
         # With two stages, interleaving over megatron's default batched p2p gives silently wrong gradients.
         overlap_p2p_comm=interleaved,
         batch_p2p_comm=not interleaved,
+        # The device would be drained after every message, for a bug of versions of torch before those we run on. The
+        # schedule waits for each message by itself, which orders what follows after it.
+        batch_p2p_sync=False,
         use_cpu_initialization=not device.has_cuda(),
         perform_initialization=False,
         **precision_options(config.precision),

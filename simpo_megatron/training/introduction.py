@@ -8,6 +8,7 @@ import torch.distributed as dist
 
 from simpo_megatron.config import Config, changed_options, lint, to_text
 from simpo_megatron.convert import trained_share
+from simpo_megatron.data import padding_share
 from simpo_megatron.data.inspect import num_leaked, summary
 from simpo_megatron.mcore import device
 from simpo_megatron.reporting.loggers import RunLog
@@ -45,8 +46,23 @@ def describe_job(config: Config, job: Job) -> list[str]:
         f"{sizes.context} x dp {job.plan.layout.data_parallel_size}"
         + (f", experts over {sizes.expert}" if "num_moe_experts" in shape else "")
         + f"; {device.kernels()}",
-        f"steps     {job.train_iters:,}, of {batch.global_batch_size} pairs each",
+        f"steps     {job.train_iters:,}, of {batch.global_batch_size} pairs each" + _padding(job),
     ]
+
+
+def _padding(job: Job) -> str:
+    """What one length for all packs costs, where there is one."""
+    batch, layout = job.trainer.batch_options, job.plan.layout
+    if not (batch.one_shape_per_step or batch.fixed_pack_length):
+        return ""
+    share = padding_share(
+        job.train_data.lengths,
+        batch,
+        dp_size=layout.data_parallel_size,
+        microbatch_multiple=layout.microbatch_multiple,
+    )
+    of = f"{batch.tokens_per_microbatch:,} tokens" if batch.fixed_pack_length else "one length a step"
+    return f"; microbatches are padded to {of}, {share:.1%} of all tokens"
 
 
 def _describe_files(job: Job) -> list[str]:

@@ -7,7 +7,7 @@ import torch.distributed as dist
 
 from simpo_megatron.checkpoint.sharded_state import restore_rng, rng_states
 from simpo_megatron.config import Config
-from simpo_megatron.data import PreferenceDataset, microbatch_tokens
+from simpo_megatron.data import PreferenceDataset, plan_tokens
 from simpo_megatron.errors import ConfigError
 from simpo_megatron.mcore import device
 from simpo_megatron.mcore.optimizer import reserve_moments, zero_gradients
@@ -37,9 +37,8 @@ def probe_memory(config: Config, job: Job, start: Start) -> list[str]:
         return ["memory    check skipped: delayed FP8 would record it in its amax history"]
     trainer, dataset = job.trainer, job.train_data
     number, plan = trainer.plan_heaviest(dataset, start.consumed_pairs, job.train_iters - start.iteration)
-    tokens, pack = max(
-        (microbatch_tokens(dataset.lengths[list(pack)], trainer.batch_options), pack) for pack, *_ in plan
-    )
+    sizes = plan_tokens(dataset.lengths, plan, trainer.batch_options)
+    tokens, pack = max((tokens, pack) for (tokens, *_), (pack, *_) in zip(sizes, plan, strict=True))
     step = start.iteration + 1 + number
     shown = dataset.places(pack, _MAX_SHOWN)
     described = f"the largest pack of the run, {tokens:,} tokens in step {step:,} (pairs {shown})"

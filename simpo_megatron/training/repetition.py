@@ -119,7 +119,9 @@ class _NextToken(MicrobatchStep):
 
 
 def _next_ids(trainer: Trainer, rows: Sequence[Sequence[int]], vocab_size: int) -> list[int]:
-    microbatches = [_one_row(ids, trainer) for ids in rows]
+    # Of one width, which pipeline stages know without asking.
+    width = round_up(max(map(len, rows)), trainer.batch_options.sequence_multiple)
+    microbatches = [_one_row(ids, width, trainer.batch_options.pad_id) for ids in rows]
     # Interleaved pipelines take microbatches in rounds; the last row fills what is missing.
     microbatches += [microbatches[-1]] * (-len(rows) % trainer.layout.microbatch_multiple)
     next_token = _NextToken(trainer.groups.tp, vocab_size)
@@ -130,10 +132,9 @@ def _next_ids(trainer: Trainer, rows: Sequence[Sequence[int]], vocab_size: int) 
     return trainer.groups.broadcast_from_last_stage(next_ids).tolist()
 
 
-def _one_row(ids: Sequence[int], trainer: Trainer) -> Microbatch:
-    options, here = trainer.batch_options, device.current_device()
-    width = round_up(len(ids), options.sequence_multiple)
-    tokens_BS = torch.full((1, width), options.pad_id, dtype=torch.int64, device=here)
+def _one_row(ids: Sequence[int], width: int, pad_id: int) -> Microbatch:
+    here = device.current_device()
+    tokens_BS = torch.full((1, width), pad_id, dtype=torch.int64, device=here)
     tokens_BS[0, : len(ids)] = torch.tensor(ids, device=here)
     position_ids_BS = torch.zeros_like(tokens_BS)
     position_ids_BS[0, : len(ids)] = torch.arange(len(ids), device=here)

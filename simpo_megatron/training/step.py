@@ -19,12 +19,14 @@ from simpo_megatron.config import Config, Layout
 from simpo_megatron.data import (
     BatchOptions,
     PreferenceDataset,
+    Shape,
     StepPlan,
     collate,
     heaviest_step,
     pair_tokens,
     plan_evaluation,
     plan_step,
+    step_shape,
 )
 from simpo_megatron.errors import NumericsError, SimPOError
 from simpo_megatron.loss import PreferenceObjective
@@ -96,6 +98,7 @@ def batch_options(config: Config, layout: Layout, pad_id: int) -> BatchOptions:
     return BatchOptions(
         **asdict(config.batch),
         sequence_multiple=layout.sequence_multiple,
+        one_shape_per_step=config.parallel.sizes.pipeline > 1,
         pad_id=pad_id,
         seed=config.run.seed,
     )
@@ -137,7 +140,8 @@ def run_microbatches(
         DataError: on every rank alike, when one could not read its pairs.
         ParallelError: on every rank alike, when their plans are not the same.
     """
-    microbatches, problem = _read(trainer, dataset, plan[trainer.groups.dp.rank()])
+    shape = step_shape(dataset.lengths, plan, trainer.batch_options)
+    microbatches, problem = _read(trainer, dataset, plan[trainer.groups.dp.rank()], shape)
     # Ranks that planned apart would leave pairs out without a word, or wait for each other.
     sync_status(problem, checksum=zlib.crc32(repr(plan).encode()))
     return run_schedule(trainer, microbatches, forward_step, forward_only=forward_only)
@@ -148,8 +152,13 @@ def run_schedule(
 ) -> list[Any]:
     """What `forward_step` kept of each of `microbatches`: on the last pipeline stage, nothing elsewhere.
 
+    Under pipeline parallelism all of them have one shape: stages receive into buffers of it and ask nobody.
+
     Collectives: those of megatron's schedule.
     """
+    shapes = {microbatch.tokens_BS.shape for microbatch in microbatches}
+    assert len(shapes) == 1 or trainer.groups.pp.size() == 1, f"microbatches of one pass differ in shape: {shapes}"
+    num_rows, width = microbatches[0].tokens_BS.shape
     forward_backward = get_forward_backward_func()
     # megatron's forward_only runs no backward, yet keeps all that one would need.
     with torch.set_grad_enabled(not forward_only):
@@ -158,9 +167,9 @@ def run_schedule(
             data_iterator=[iter(microbatches) for _ in trainer.chunks],
             model=trainer.chunks,
             num_microbatches=len(microbatches),
-            # Lengths vary and travel with the activations; these two only have to be there.
-            seq_length=max(microbatch.tokens_BS.size(1) for microbatch in microbatches),
-            micro_batch_size=1,
+            # megatron divides the length over the context-parallel ranks, and here it is divided already.
+            seq_length=width * trainer.groups.cp.size(),
+            micro_batch_size=num_rows,
             forward_only=forward_only,
         )
 
@@ -222,24 +231,30 @@ def _not_finite(
 
 
 def _read(
-    trainer: Trainer, dataset: PreferenceDataset, microbatch_indices: Sequence[Sequence[int]]
+    trainer: Trainer,
+    dataset: PreferenceDataset,
+    microbatch_indices: Sequence[Sequence[int]],
+    shape: Shape | None,
 ) -> tuple[list[Microbatch], SimPOError | None]:
     """(microbatches, None), or what kept this rank from reading them."""
     try:
-        return _materialise(trainer, dataset, microbatch_indices), None
+        return _materialise(trainer, dataset, microbatch_indices, shape), None
     except SimPOError as error:
         return [], error
 
 
 def _materialise(
-    trainer: Trainer, dataset: PreferenceDataset, microbatch_indices: Sequence[Sequence[int]]
+    trainer: Trainer,
+    dataset: PreferenceDataset,
+    microbatch_indices: Sequence[Sequence[int]],
+    shape: Shape | None = None,
 ) -> list[Microbatch]:
     here = device.current_device()
     indices = [index for microbatch in microbatch_indices for index in microbatch]
     pairs = iter(read_pairs(dataset, indices, tp_group=trainer.groups.tp, device=here))
     return [
         to_microbatch(
-            collate([next(pairs) for _ in chosen], chosen, trainer.batch_options),
+            collate([next(pairs) for _ in chosen], chosen, trainer.batch_options, shape),
             here,
             dataset.reference_avg,
             trainer.groups.cp,

@@ -67,6 +67,9 @@ LAYOUTS = {
         "sequence_parallel": True,
     },
     "pp4": {"pipeline_model_parallel_size": 4},
+    "pp4_vpp2": {"pipeline_model_parallel_size": 4, "virtual_pipeline_model_parallel_size": 2},
+    "pp2_vpp3_dp2": {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 3},
+    "pp2_dp2_fixed_pack_length": {"pipeline_model_parallel_size": 2, "fixed_pack_length": True},
     "cp4": {"context_parallel_size": 4},
     "cp2_dp2_distributed_optimizer_overlapped": {
         "context_parallel_size": 2,
@@ -133,6 +136,8 @@ LAYOUTS = {
     "packed_without_prefix_sharing": {"prefix_sharing": False, "tensor_model_parallel_size": 2},
     "prefix_sharing_without_packing": {"packing": False, "pipeline_model_parallel_size": 2},
 }
+# More chunks than the other models have layers.
+DEEP_LAYOUTS = {"pp4_vpp2": 8, "pp2_vpp3_dp2": 6}
 
 
 TINY = {
@@ -149,7 +154,7 @@ EXPERT_LAYOUTS = tuple(name for name, options in LAYOUTS.items() if "expert_mode
 # caps and windows: the layouts that cut these differently will do. Mixtral's load-balancing loss is off: its value
 # depends on how pairs are cut into microbatches.
 MODELS = {
-    "untied": (LlamaConfig(**TINY, tie_word_embeddings=False), tuple(set(LAYOUTS) - set(EXPERT_LAYOUTS))),
+    "untied": (LlamaConfig(**TINY, tie_word_embeddings=False), tuple(set(LAYOUTS) - {*EXPERT_LAYOUTS, *DEEP_LAYOUTS})),
     "tied": (
         LlamaConfig(**TINY, tie_word_embeddings=True),
         ("dp4_distributed_optimizer_overlapped", "tp4", "pp2_tp2", "pp2_vpp2_dp2"),
@@ -175,6 +180,9 @@ MODELS = {
         MixtralConfig(**TINY, num_local_experts=4, num_experts_per_tok=2, router_aux_loss_coef=0.0),
         (*EXPERT_LAYOUTS, "tp2_dp2_sequence_parallel"),
     ),
+} | {
+    f"of_{layers}_layers": (LlamaConfig(**TINY | {"num_hidden_layers": layers}), (name,))
+    for name, layers in DEEP_LAYOUTS.items()
 }
 
 

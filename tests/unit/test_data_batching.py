@@ -1,5 +1,6 @@
 """Batches: plans are exact and balanced; every response token sees its prompt and its past, nothing else."""
 
+import dataclasses
 import json
 import os
 import re
@@ -26,11 +27,11 @@ from simpo_megatron.data import (
     collate,
     heaviest_step,
     iterate_steps,
-    microbatch_tokens,
     plan_evaluation,
     plan_step,
 )
 from simpo_megatron.data.batching import pair_tokens, step_pairs
+from simpo_megatron.data.padding import microbatch_shape, padding_share, plan_tokens, step_shape
 from simpo_megatron.errors import ConfigError
 
 MODES = list(product((True, False), (True, False)))
@@ -192,27 +193,67 @@ def test_the_order_never_changes_between_versions():
     assert two_epochs == [4, 3, 2, 0, 5, 6, 1, 8, 7, 9, 8, 7, 5, 1, 9, 4, 0, 3, 2, 6]
 
 
+@pytest.mark.parametrize("one_shape", [False, True])
 @pytest.mark.parametrize(("packing", "sharing"), MODES)
-def test_the_heaviest_step_holds_the_largest_batch_of_all_that_are_collated(packing, sharing):
+def test_the_heaviest_step_holds_the_largest_batch_of_all_that_are_collated(packing, sharing, one_shape):
     pairs = some_pairs(50, seed=3)
     lengths = np.array([[len(ids) for ids in (p.prompt_ids, p.chosen_ids, p.rejected_ids)] for p in pairs])
     modes = dict(packing=packing, prefix_sharing=sharing, tokens_per_microbatch=64, micro_batch_size=2)
-    options = BatchOptions(global_batch_size=12, sequence_multiple=2, **modes)
+    options = BatchOptions(global_batch_size=12, sequence_multiple=2, one_shape_per_step=one_shape, **modes)
     sizes = {}
     for number in range(9):
-        for rank in plan_step(lengths, 7 + 12 * number, options, dp_size=2):
-            for microbatch in rank:
-                batch = collate([pairs[i] for i in microbatch], microbatch, options)
-                assert microbatch_tokens(lengths[list(microbatch)], options) == batch.tokens_BS.numel()
-                sizes.setdefault(number, []).append((batch.tokens_BS.numel(), len(batch.rows_N)))
+        plan = plan_step(lengths, 7 + 12 * number, options, dp_size=2)
+        shape = step_shape(lengths, plan, options)
+        for rank, planned in zip(plan, plan_tokens(lengths, plan, options), strict=True):
+            batches = [collate([pairs[i] for i in microbatch], microbatch, options, shape) for microbatch in rank]
+            assert planned == [batch.tokens_BS.numel() for batch in batches]
+            sizes.setdefault(number, []).extend((b.tokens_BS.numel(), len(b.rows_N)) for b in batches)
     number, plan = heaviest_step(lengths, 7, options, num_steps=9, dp_size=2)
     assert max(sizes[number]) == max(max(several) for several in sizes.values())
     assert len({max(several) for several in sizes.values()}) > 1, "steps differ, so that finding one means something"
-    assert max(microbatch_tokens(lengths[list(first)], options) for first, *_ in plan) == max(sizes[number])[0]
+    first_of_ranks = [(rank[0], tokens[0]) for rank, tokens in zip(plan, plan_tokens(lengths, plan, options))]
+    assert max((n, lengths[list(first), 1:].sum()) for first, n in first_of_ranks) == max(sizes[number])
     for rank, whole in zip(plan, plan_step(lengths, 7 + 12 * number, options, dp_size=2), strict=True):
         assert sorted(rank) == sorted(whole)
-        tokens = [microbatch_tokens(lengths[list(microbatch)], options) for microbatch in rank]
+    for tokens in plan_tokens(lengths, plan, options):
         assert tokens == sorted(tokens, reverse=True)
+
+
+@pytest.mark.parametrize(("packing", "sharing"), MODES)
+@pytest.mark.parametrize("fixed", [False, True])
+def test_all_microbatches_of_a_step_have_one_shape_and_padding_is_counted_nowhere(packing, sharing, fixed):
+    if fixed and not packing:
+        pytest.skip("only packs have a longest length that is given")
+    pairs = some_pairs(13, seed=5)
+    lengths = np.array([[len(ids) for ids in (p.prompt_ids, p.chosen_ids, p.rejected_ids)] for p in pairs])
+    common = dict(packing=packing, prefix_sharing=sharing, tokens_per_microbatch=72, micro_batch_size=2, pad_id=1)
+    plain = BatchOptions(global_batch_size=13, sequence_multiple=4, **common)
+    options = dataclasses.replace(plain, one_shape_per_step=True, fixed_pack_length=fixed)
+    plan = plan_step(lengths, 0, options, dp_size=2, microbatch_multiple=3)
+    assert step_shape(lengths, plan, plain) is None
+    shape = step_shape(lengths, plan, options)
+    longest = max(microbatch_shape(lengths[list(mb)], options).width for rank in plan for mb in rank)
+    assert shape.width == (72 if fixed else longest)
+    for microbatch in [mb for rank in plan for mb in rank] + [()]:
+        chosen = [pairs[i] for i in microbatch]
+        padded, bare = collate(chosen, microbatch, options, shape), collate(chosen, microbatch, plain)
+        assert padded.tokens_BS.shape == shape
+        assert padded.num_tokens == bare.num_tokens == pair_tokens(lengths[list(microbatch)], options).sum()
+        for name in ("targets_N", "sequence_N"):
+            by_sequence = [(getattr(b, name)[torch.argsort(b.sequence_N, stable=True)]) for b in (padded, bare)]
+            assert torch.equal(*by_sequence)
+        for row in padded.rows_N.tolist():
+            seen, _ = visible_context(padded, row)
+            assert 0 < len(seen) < 40, "no response token sees padding"
+        if packing or sharing:
+            assert padded.segments_G4[-1, 1] == shape.width
+            ends_of_pairs = bare.num_tokens
+            assert padded.segments_G4[-1].tolist() == [ends_of_pairs, shape.width, 0, 0] or shape.width == ends_of_pairs
+
+
+def test_a_fixed_length_is_that_of_packs():
+    with pytest.raises(ConfigError, match="fixed_pack_length: found True, expected packing with it"):
+        BatchOptions(packing=False, fixed_pack_length=True)
 
 
 def test_packs_are_balanced():
@@ -329,3 +370,22 @@ def test_less_than_three_percent_of_a_packed_step_of_real_pairs_is_padding(tmp_p
     padded = sum(batch.tokens_BS.numel() for batch in batches)
     waste = 1 - sum(batch.num_tokens for batch in batches) / padded
     assert 0 <= waste < 0.03, waste
+
+
+@pytest.mark.parametrize("layout", [dict(dp_size=1), dict(dp_size=4), dict(dp_size=2, microbatch_multiple=4)])
+def test_one_length_a_step_costs_less_than_four_percent_of_real_pairs(tmp_path, layout):
+    place = os.environ.get("SIMPO_REAL_PAIRS")
+    if not place:
+        pytest.skip("SIMPO_REAL_PAIRS names no file or folder of real preference pairs")
+    files = sorted(Path(place).glob("*.jsonl")) if Path(place).is_dir() else [Path(place)]
+    for file in files:
+        pairs = PairOptions(bad_record="skip")
+        dataset = build_preference_dataset([str(file)], qwen_like(), pairs, tmp_path / "cache")
+        # In packs of 4,096 two of these pairs stand at most, and no order of them would fill such packs.
+        for tokens in (8192, 16384):
+            options = BatchOptions(
+                global_batch_size=128, tokens_per_microbatch=tokens, sequence_multiple=16, one_shape_per_step=True
+            )
+            share = padding_share(dataset.lengths, options, **layout)
+            print(f"{file.name}, {tokens} tokens, {layout}: {share:.2%} padding, {len(dataset)} pairs")
+            assert 0 <= share < 0.04, (file.name, tokens, share)

@@ -1,0 +1,104 @@
+"""The shape of a microbatch, which follows from the lengths of its pairs, and the one shape of all those of a step.
+
+Pipeline stages that know the shape of what they will receive need not ask for it. Every rank works it out from the
+plan, in which the pairs of all ranks stand.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from simpo_megatron.data.batching import BatchOptions, MicrobatchPairs, StepPlan, pair_tokens, plan_step, round_up
+
+
+class Shape(NamedTuple):
+    """Rows of a microbatch, and tokens of each of them, padding included."""
+
+    num_rows: int
+    width: int
+
+    @property
+    def num_tokens(self) -> int:
+        return self.num_rows * self.width
+
+
+def microbatch_shape(lengths: np.ndarray, options: BatchOptions) -> Shape:
+    """Returns the smallest shape that holds pairs with these lengths [num_pairs, 3]."""
+    if options.packing or options.prefix_sharing or not len(lengths):
+        return Shape(1, round_up(max(1, int(pair_tokens(lengths, options).sum())), options.sequence_multiple))
+    longest = int((lengths[:, 0] + lengths[:, 1:].max(axis=1)).max())
+    return Shape(2 * len(lengths), round_up(longest, options.sequence_multiple))
+
+
+def step_shape(lengths: np.ndarray, plan: StepPlan, options: BatchOptions) -> Shape | None:
+    """Returns the shape of every microbatch of `plan`; None where each has its own.
+
+    It is `tokens_per_microbatch` with `fixed_pack_length`, else the smallest that holds the largest one of any rank.
+    """
+    if options.fixed_pack_length:
+        return Shape(1, options.tokens_per_microbatch)
+    if not options.one_shape_per_step:
+        return None
+    shapes = [microbatch_shape(lengths[list(microbatch)], options) for rank in plan for microbatch in rank]
+    return Shape(max(shape.num_rows for shape in shapes), max(shape.width for shape in shapes))
+
+
+def plan_tokens(lengths: np.ndarray, plan: StepPlan, options: BatchOptions) -> list[list[int]]:
+    """Returns the tokens, padding included, of each rank's microbatches."""
+    shape = step_shape(lengths, plan, options)
+    return [
+        [(shape or microbatch_shape(lengths[list(microbatch)], options)).num_tokens for microbatch in rank]
+        for rank in plan
+    ]
+
+
+def padding_share(lengths: np.ndarray, options: BatchOptions, *, dp_size: int, microbatch_multiple: int = 1) -> float:
+    """Returns the share of padding among the tokens of an epoch's steps, of the first 100 where there are more."""
+    real = padded = 0
+    for number in range(min(100, max(1, len(lengths) // options.global_batch_size))):
+        consumed = number * options.global_batch_size
+        plan = plan_step(lengths, consumed, options, dp_size=dp_size, microbatch_multiple=microbatch_multiple)
+        padded += sum(map(sum, plan_tokens(lengths, plan, options)))
+        real += int(pair_tokens(lengths[[i for rank in plan for mb in rank for i in mb]], options).sum())
+    return 1 - real / padded
+
+
+def heaviest_step(
+    lengths: np.ndarray,
+    consumed_pairs: int,
+    options: BatchOptions,
+    *,
+    num_steps: int,
+    dp_size: int,
+    microbatch_multiple: int = 1,
+) -> tuple[int, StepPlan]:
+    """Returns (its number from 0, its plan) of the one of the next `num_steps` steps with the largest microbatch.
+
+    In this plan each rank's largest microbatches come first. Largest is what has the most tokens, padding included;
+    of several, what has the most response tokens.
+    """
+
+    def plan(number: int) -> StepPlan:
+        consumed = consumed_pairs + number * options.global_batch_size
+        return plan_step(lengths, consumed, options, dp_size=dp_size, microbatch_multiple=microbatch_multiple)
+
+    def response_tokens(microbatch: MicrobatchPairs) -> int:
+        return int(lengths[list(microbatch), 1:].sum())
+
+    def sizes(plan: StepPlan) -> list[list[tuple[int, int, int]]]:
+        """(tokens, response tokens, minus its place) of each microbatch."""
+        tokens = plan_tokens(lengths, plan, options)
+        return [
+            [(size, response_tokens(mb), -place) for place, (size, mb) in enumerate(zip(of_rank, rank, strict=True))]
+            for of_rank, rank in zip(tokens, plan, strict=True)
+        ]
+
+    def largest(number: int) -> tuple[int, int]:
+        return max(size[:2] for of_rank in sizes(plan(number)) for size in of_rank)
+
+    number = max(range(num_steps), key=largest)
+    chosen = plan(number)
+    in_order = (sorted(of_rank, reverse=True) for of_rank in sizes(chosen))
+    return number, tuple(
+        tuple(rank[-place] for *_, place in order) for rank, order in zip(chosen, in_order, strict=True)
+    )
