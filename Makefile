@@ -30,7 +30,7 @@ unexport PYTHONDONTWRITEBYTECODE
 .PHONY: help demo demo-smollm2 test-fast test test-newest test-nemo lint format clean
 
 help:
-	@echo "make demo          train a tiny model on bundled preference pairs, on two ranks (ARGS='--beta 2.5 ...')"
+	@echo "make demo          train a tiny model on bundled preference pairs, on two ranks, or one GPU (ARGS='--beta 2.5 ...')"
 	@echo "make demo-smollm2  train SmolLM2-135M-Instruct (a 93 MB download) on SIMPO_REAL_PAIRS=FILE or the bundled pairs"
 	@echo "make test-fast     run the tests that start no process: a minute"
 	@echo "make test          run all that a change must pass (PYTEST='-k loss -x', or PYTEST='-m \"not slow\"')"
@@ -40,8 +40,11 @@ help:
 	@echo "make format        format, and mend what ruff can mend"
 	@echo "make clean         remove .venv, .venv-newest, .venv-nemo, .venv-nemo-run and runs"
 
+# A rank has a GPU of its own, where there are any.
+DEMO_RANKS ?= $(if $(filter 1,$(shell nvidia-smi -L 2>/dev/null | grep -c '^GPU')),1,2)
+
 demo: $(VENV)/.ready
-	@$(BIN)/torchrun --standalone --nproc-per-node 2 examples/pretrain_simpo.py --tp 2 $(ARGS)
+	@$(BIN)/torchrun --standalone --nproc-per-node $(DEMO_RANKS) examples/pretrain_simpo.py --tp $(DEMO_RANKS) $(ARGS)
 
 demo-smollm2: $(VENV)/.ready-gguf
 	@echo "== the model: $(SMOLLM2)"
