@@ -74,8 +74,9 @@ def heaviest_step(
 ) -> tuple[int, StepPlan]:
     """Returns (its number from 0, its plan) of the one of the next `num_steps` steps with the largest microbatch.
 
-    In this plan each rank's largest microbatches come first. Largest is what has the most tokens, padding included;
-    of several, what has the most response tokens.
+    In this plan each rank's largest microbatches come first, by what they hold before they are padded to one shape: the
+    first ones alone have the shape of all. Largest is what has the most tokens, padding included; of several, what has
+    the most response tokens.
     """
 
     def plan(number: int) -> StepPlan:
@@ -85,20 +86,17 @@ def heaviest_step(
     def response_tokens(microbatch: MicrobatchPairs) -> int:
         return int(lengths[list(microbatch), 1:].sum())
 
-    def sizes(plan: StepPlan) -> list[list[tuple[int, int, int]]]:
-        """(tokens, response tokens, minus its place) of each microbatch."""
-        tokens = plan_tokens(lengths, plan, options)
-        return [
-            [(size, response_tokens(mb), -place) for place, (size, mb) in enumerate(zip(of_rank, rank, strict=True))]
-            for of_rank, rank in zip(tokens, plan, strict=True)
-        ]
+    def own_size(microbatch: MicrobatchPairs) -> tuple[int, int]:
+        return microbatch_shape(lengths[list(microbatch)], options).num_tokens, response_tokens(microbatch)
 
     def largest(number: int) -> tuple[int, int]:
-        return max(size[:2] for of_rank in sizes(plan(number)) for size in of_rank)
+        ranks = plan(number)
+        tokens = plan_tokens(lengths, ranks, options)
+        return max(
+            (size, response_tokens(microbatch))
+            for of_rank, rank in zip(tokens, ranks, strict=True)
+            for size, microbatch in zip(of_rank, rank, strict=True)
+        )
 
     number = max(range(num_steps), key=largest)
-    chosen = plan(number)
-    in_order = (sorted(of_rank, reverse=True) for of_rank in sizes(chosen))
-    return number, tuple(
-        tuple(rank[-place] for *_, place in order) for rank, order in zip(chosen, in_order, strict=True)
-    )
+    return number, tuple(tuple(sorted(rank, key=own_size, reverse=True)) for rank in plan(number))

@@ -211,12 +211,13 @@ def test_the_heaviest_step_holds_the_largest_batch_of_all_that_are_collated(pack
     number, plan = heaviest_step(lengths, 7, options, num_steps=9, dp_size=2)
     assert max(sizes[number]) == max(max(several) for several in sizes.values())
     assert len({max(several) for several in sizes.values()}) > 1, "steps differ, so that finding one means something"
-    first_of_ranks = [(rank[0], tokens[0]) for rank, tokens in zip(plan, plan_tokens(lengths, plan, options))]
-    assert max((n, lengths[list(first), 1:].sum()) for first, n in first_of_ranks) == max(sizes[number])
+    firsts = tuple(rank[:1] for rank in plan)
+    assert step_shape(lengths, firsts, options) == step_shape(lengths, plan, options)
+    assert max(max(tokens) for tokens in plan_tokens(lengths, firsts, options)) == max(sizes[number])[0]
     for rank, whole in zip(plan, plan_step(lengths, 7 + 12 * number, options, dp_size=2), strict=True):
         assert sorted(rank) == sorted(whole)
-    for tokens in plan_tokens(lengths, plan, options):
-        assert tokens == sorted(tokens, reverse=True)
+        own = [microbatch_shape(lengths[list(microbatch)], options).num_tokens for microbatch in rank]
+        assert own == sorted(own, reverse=True)
 
 
 @pytest.mark.parametrize(("packing", "sharing"), MODES)
