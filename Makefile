@@ -27,7 +27,7 @@ export OMP_NUM_THREADS TOKENIZERS_PARALLELISM PIP_DISABLE_PIP_VERSION_CHECK SIMP
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-smollm2 test-fast test test-newest test-nemo lint format clean
+.PHONY: help demo demo-smollm2 test-fast test test-newest test-nemo test-gpu-cpu lint format clean
 
 help:
 	@echo "make demo          train a tiny model on bundled preference pairs, on two ranks, or one GPU (ARGS='--beta 2.5 ...')"
@@ -36,9 +36,10 @@ help:
 	@echo "make test          run all that a change must pass (PYTEST='-k loss -x', or PYTEST='-m \"not slow\"')"
 	@echo "make test-newest   run a selection on the newest megatron-core, given Python 3.12 (NEWEST_PYTHON=PATH; PYTEST_ALL=1: all)"
 	@echo "make test-nemo     run what needs NeMo and NeMo-Run, each in an environment of its own"
+	@echo "make test-gpu-cpu  run what can be run of the GPU path without a GPU: Triton's interpreter and compiler, the meta device"
 	@echo "make lint          check the style and the types"
 	@echo "make format        format, and mend what ruff can mend"
-	@echo "make clean         remove .venv, .venv-newest, .venv-nemo, .venv-nemo-run and runs"
+	@echo "make clean         remove .venv, .venv-newest, .venv-nemo, .venv-nemo-run, .venv-gpu and runs"
 
 # A rank has a GPU of its own, where there are any.
 DEMO_RANKS ?= $(if $(filter 1,$(shell nvidia-smi -L 2>/dev/null | grep -c '^GPU')),1,2)
@@ -71,7 +72,7 @@ test: $(VENV)/.ready-test
 NEWEST := .venv-newest
 NEWEST_TESTS := tests/unit/test_device.py tests/unit/test_precision.py tests/unit/test_te_attention.py \
   tests/unit/test_attention.py tests/unit/test_embedding.py tests/unit/test_experts.py \
-  tests/unit/test_hybrid_model.py tests/unit/test_configs.py tests/unit/test_megatron_lm.py \
+  tests/gpu_cpu tests/unit/test_hybrid_model.py tests/unit/test_configs.py tests/unit/test_megatron_lm.py \
   tests/distributed/test_megatron_lm_pretrain.py tests/distributed/test_fp8_weights.py \
   tests/distributed/test_planned_memory.py::test_weights_gradients_and_optimizer_are_what_megatron_allocates \
   tests/end_to_end/test_pretrain.py
@@ -132,6 +133,24 @@ test-nemo: $(VENV)/.ready-test
 	  cat $(@D)/missing; exit 1; \
 	fi
 
+# Triton, which a CPU's torch comes without, in front of the tests' environment. Kernels run in its interpreter, or are
+# compiled and not run.
+GPU_CPU_TESTS := tests/gpu_cpu
+
+test-gpu-cpu: .venv-gpu/.ready-test
+	@echo "== tests of the GPU path without a GPU"
+	@.venv-gpu/bin/python -m pytest -n auto --maxprocesses 4 --dist worksteal $(SLOWEST) $(GPU_CPU_TESTS) $(PYTEST)
+
+.venv-gpu/.ready-test: $(VENV)/.ready-test
+	@rm -rf $(@D)
+	@echo "== environment for the GPU path without a GPU: $(@D) (once; as long as a download of 200 MB takes)"
+	@$(BIN)/python -m venv --without-pip $(@D)
+	@$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > \
+	  "$$($(@D)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/behind.pth"
+	@$(@D)/bin/python -c 'import triton' 2>/dev/null || \
+	  $(@D)/bin/python -m pip install -qq --no-compile --no-deps 'triton>=3.6,<4'
+	@touch $@
+
 lint: $(VENV)/.ready-test
 	@echo "== style and types"
 	@$(BIN)/ruff check .
@@ -143,7 +162,7 @@ format: $(VENV)/.ready-test
 	@$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(NEWEST) .venv-nemo .venv-nemo-run runs build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) $(NEWEST) .venv-nemo .venv-nemo-run .venv-gpu runs build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 
 # A CUDA torch that is there stays as it is, with everything it came with. Elsewhere the versions are those of
 # constraints.txt, which are proven on Python 3.11 and 3.12; Python 3.10 gets the ranges of setup.py.

@@ -21,24 +21,28 @@ slice, b one block of it, N response tokens, n those of them whose target lies i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+import functools
+import importlib.util
+from types import ModuleType
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from simpo_megatron.errors import ConfigError, DataError
-from simpo_megatron.loss.log_probs import merge_shards
-from simpo_megatron.loss.main_grad import gradient_already_added
+from simpo_megatron.loss import blocks_torch
+from simpo_megatron.loss.head import HeadCall
 from simpo_megatron.loss.rows import RowSelection
 from simpo_megatron.loss.softcap import SoftCap
 from simpo_megatron.loss.tokens import ResponseTokens, VocabShard, check_targets
 
+Backend = Literal["torch", "triton"]
+
 # The bf16 logits of 8,192 response rows of a 70B model's microbatch at tp 8, 263 MB, and room to work in.
 DEFAULT_LOGITS_BUDGET_BYTES = 320 * 2**20
-MIN_BLOCK_WIDTH, MAX_BLOCK_WIDTH = 64, 4096
+# On a GPU blocks are few, and the one in work counts: twice those logits, or those of 4,096 rows of a whole vocabulary.
+DEFAULT_GPU_LOGITS_BUDGET_BYTES = 2**31
 
 
 def fused_linear_log_probs(
@@ -50,8 +54,10 @@ def fused_linear_log_probs(
     tp_group: ProcessGroup | None,
     sequence_parallel: bool = False,
     logit_softcap: float | None = None,
-    logits_budget_bytes: int = DEFAULT_LOGITS_BUDGET_BYTES,
+    logits_budget_bytes: int | None = None,
+    logit_dtype: torch.dtype | None = None,
     accumulate_into_main_grad: bool = False,
+    backend: Backend | None = None,
 ) -> Tensor:
     """Returns log p(target), natural log, of every response token: [N], fp32, replicated over tp.
 
@@ -61,15 +67,21 @@ def fused_linear_log_probs(
             [R, S, H] serves as well.
         weight_vH: the output layer's slice (own or tied embedding), in the dtype of `hidden_SBH`. Frozen: no
             weight gradient is computed.
-        tokens: which rows predict which tokens, the same on every rank; best on the CPU.
+        tokens: which rows predict which tokens, the same on every rank; best on the CPU, with a copy on
+            the device (`ResponseTokens.with_copy`): then nothing waits and nothing is copied here.
         vocab: which token ids the weight's rows are; padding rows take no part and get a zero gradient.
         tp_group: the ranks that share the vocabulary; None for a whole vocabulary without process group.
         sequence_parallel: whether `hidden_SBH` is a part of the sequence.
         logit_softcap: each logit becomes cap * tanh(logit / cap) before the softmax; None: it stays as it is.
         logits_budget_bytes: the most bytes of logits to hold, between forward and backward and while
-            computing. What does not fit is computed again in the backward, for one GEMM more.
+            computing; None: `DEFAULT_LOGITS_BUDGET_BYTES`, on a GPU `DEFAULT_GPU_LOGITS_BUDGET_BYTES`. What does
+            not fit is computed again in the backward, for one GEMM more.
+        logit_dtype: the dtype of the logits that the log-sum-exp and the target's logit are read from; None: that
+            of `hidden_SBH`. fp32 beside bf16 takes the rounding of the logits out of the log-probs. Triton's backend
+            keeps them so as well: in bf16 beside an exact log-sum-exp, a likely token's probability could exceed 1.
         accumulate_into_main_grad: add the weight gradient to `weight_vH.main_grad` where there is one, as
             Megatron's linear layers do under gradient accumulation fusion, and set `grad_added_to_main_grad`.
+        backend: who computes it; None: Triton for fp32 and bf16 on a GPU, where it is installed, else torch.
 
     Collectives: forward one all-gather of [2, N] fp32 over `tp_group`; backward one all-reduce of [N, H] in
     the hidden dtype, when the hidden states need a gradient. With `sequence_parallel` the forward also
@@ -81,292 +93,59 @@ def fused_linear_log_probs(
     """
     _check_tensors(hidden_SBH, weight_vH, vocab, tp_group)
     num_local = hidden_SBH.shape[0] * hidden_SBH.shape[1]
+    device = hidden_SBH.device
+    tokens, device_tokens = tokens.on(torch.device("cpu")), tokens.on(device)
     _check_tokens(tokens, num_local * (tp_group.size() if sequence_parallel and tp_group else 1), vocab)
-    softcap = None if logit_softcap is None else SoftCap(logit_softcap)
-    selection = RowSelection.of(tokens.rows_N, num_local, group=tp_group, sharded=sequence_parallel)
-    layout = _Layout.of(
-        tokens.targets_N,
-        vocab,
+    backend = backend or _backend_for(hidden_SBH)
+    if logits_budget_bytes is None:
+        logits_budget_bytes = DEFAULT_LOGITS_BUDGET_BYTES if backend == "torch" else DEFAULT_GPU_LOGITS_BUDGET_BYTES
+    call = HeadCall(
+        selection=RowSelection.of(
+            tokens.rows_N, num_local, group=tp_group, sharded=sequence_parallel, copy_N=device_tokens.rows_N
+        ),
+        targets_N=tokens.targets_N,
+        device_targets_N=device_tokens.targets_N,
+        vocab_start=vocab.start,
         width=vocab.num_real(weight_vH.shape[0]),
-        dtype=hidden_SBH.dtype,
+        tp_group=tp_group,
+        softcap=None if logit_softcap is None else SoftCap(logit_softcap),
+        logit_dtype=_logit_dtype(logit_dtype, hidden_SBH.dtype),
         budget_bytes=logits_budget_bytes,
-        capped=softcap is not None,
+        accumulate_into_main_grad=accumulate_into_main_grad,
         differentiable=torch.is_grad_enabled() and (hidden_SBH.requires_grad or weight_vH.requires_grad),
     )
-    device = hidden_SBH.device
-    head = _Head(selection.to(device), layout.to(device), tp_group, softcap, accumulate_into_main_grad)
-    return _FusedLinearLogProbs.apply(hidden_SBH, weight_vH, head)
+    return _module_of(backend).log_probs(hidden_SBH, weight_vH, call)
 
 
-@dataclass(frozen=True)
-class _Block:
-    """Columns [start, stop) of this rank's slice, and where in the sorted targets their targets lie."""
-
-    start: int
-    stop: int
-    targets: slice
+def _backend_for(hidden_SBH: Tensor) -> Backend:
+    """Triton's where its kernels are compiled for: meta tensors stand for those of a GPU."""
+    is_on_gpu = hidden_SBH.device.type in ("cuda", "meta")
+    has_kernels = hidden_SBH.dtype in (torch.float32, torch.bfloat16) and _has_triton()
+    return "triton" if is_on_gpu and has_kernels else "torch"
 
 
-@dataclass(frozen=True)
-class _Layout:
-    """The blocks of the vocabulary slice, and the number of them that is kept for the backward.
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
-    token_n: int64, the tokens whose target this rank holds, in the order of their targets.
-    column_n: int64, ascending, the column of each of those targets in this rank's slice.
-    num_kept: blocks, the first ones, whose exponentials are kept for the backward.
-    width: columns of this rank's slice that are real token ids.
-    """
 
-    token_n: Tensor
-    column_n: Tensor
-    blocks: tuple[_Block, ...]
-    num_kept: int
-    width: int
+def _module_of(backend: Backend) -> ModuleType:
+    if backend == "torch":
+        return blocks_torch
+    from simpo_megatron.loss import blocks_triton
 
-    @classmethod
-    def of(
-        cls,
-        targets_N: Tensor,
-        vocab: VocabShard,
-        *,
-        width: int,
-        dtype: torch.dtype,
-        budget_bytes: int,
-        capped: bool,
-        differentiable: bool,
-    ) -> _Layout:
-        """Returns the layout for `width` real columns of logits of `dtype`."""
-        num_bytes_column = max(targets_N.numel(), 1) * dtype.itemsize
-        budget = budget_bytes // num_bytes_column
-        # An eighth of the budget for the block in work leaves the rest to blocks kept.
-        block_width = min(max(budget // 8, MIN_BLOCK_WIDTH), MAX_BLOCK_WIDTH)
-        num_blocks = -(-width // block_width)
-        block_width = -(-width // max(num_blocks, 1))
-        # The block in work, once more in fp32, and its slopes.
-        num_wide_blocks = (dtype.itemsize < 4) + capped
-        budget -= num_wide_blocks * block_width * max(4, dtype.itemsize) // dtype.itemsize
-        num_kept = num_blocks if num_blocks * block_width <= budget else budget // max(block_width, 1) - 1
+    return blocks_triton
 
-        column_N = targets_N - vocab.start
-        column_N, order_N = column_N.sort(stable=True)
-        starts = [min(i * block_width, width) for i in range(num_blocks + 1)]
-        cuts = torch.searchsorted(column_N, torch.tensor(starts, device=column_N.device)).tolist()
-        own = slice(cuts[0], cuts[-1])
-        blocks = tuple(
-            _Block(starts[i], starts[i + 1], slice(cuts[i] - cuts[0], cuts[i + 1] - cuts[0])) for i in range(num_blocks)
+
+def _logit_dtype(asked: torch.dtype | None, dtype: torch.dtype) -> torch.dtype:
+    if asked is None or asked == dtype:
+        return dtype
+    if asked != torch.float32 or dtype not in (torch.bfloat16, torch.float16):
+        raise ConfigError(
+            f"logit_dtype: found {asked} beside hidden states in {dtype}, expected the same, or torch.float32 beside "
+            "torch.bfloat16 or torch.float16"
         )
-        return cls(order_N[own], column_N[own], blocks, max(num_kept, 0) if differentiable else 0, width)
-
-    def targets_in(self, block: _Block) -> tuple[Tensor, Tensor]:
-        """Returns the tokens whose target lies in the block, and its column in the block, both [n]."""
-        return self.token_n[block.targets], self.column_n[block.targets] - block.start
-
-    def to(self, device: torch.device) -> _Layout:
-        """Returns the layout with its indices on `device`, without waiting for their copy."""
-        return replace(
-            self,
-            token_n=self.token_n.to(device, non_blocking=True),
-            column_n=self.column_n.to(device, non_blocking=True),
-        )
-
-
-@dataclass(frozen=True)
-class _Head:
-    """Everything of one call that is not a differentiable tensor."""
-
-    selection: RowSelection
-    layout: _Layout
-    tp_group: ProcessGroup | None
-    softcap: SoftCap | None
-    accumulate_into_main_grad: bool
-
-
-class _FusedLinearLogProbs(torch.autograd.Function):
-    """Three GEMMs per vocabulary block that is kept, four per block that is not.
-
-    A block's logits z become e = exp(z - shift) in place, with the running maximum of the row as shift; the
-    softmax of the row is then e * exp(shift - lse), once lse is known. The backward never builds it: the
-    factor goes to the [N, H] side of both GEMMs, and the one at the target is a row of W or of the hidden
-    states, so kept blocks are only ever read. Under a soft cap what is kept is e times the cap's slope there.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, hidden_SBH: Tensor, weight_vH: Tensor, head: _Head) -> Tensor:
-        layout = head.layout
-        rows_NH = head.selection.gather(hidden_SBH)
-        work = _BlockWork(rows_NH, weight_vH, head)
-        sum_N = rows_NH.new_zeros(rows_NH.shape[0], dtype=work.dtype)
-        # Finite, so that a row that is -inf so far subtracts to -inf and not to NaN.
-        max_N = torch.full_like(sum_N, torch.finfo(work.dtype).min)
-        target_N = torch.full_like(max_N, -torch.inf)
-        kept, shifts = [], []
-        for index, block in enumerate(layout.blocks):
-            keep = index < layout.num_kept
-            stored_Nb = work.logits(block, fresh=keep)
-            logits_Nb = work.capped(stored_Nb)
-            token_n, column_n = layout.targets_in(block)
-            target_N[token_n] = logits_Nb[token_n, column_n].to(work.dtype)
-            shift_N = torch.maximum(max_N, logits_Nb.amax(1))
-            slopes_Nb = head.softcap.slope(logits_Nb) if keep and head.softcap else None
-            exps_Nb = work.exponentials(logits_Nb, shift_N)
-            sum_N = sum_N * torch.exp(max_N - shift_N) + exps_Nb.sum(1)
-            max_N = shift_N
-            if keep:
-                exps_Nb = exps_Nb if slopes_Nb is None else exps_Nb.mul_(slopes_Nb)
-                kept.append(stored_Nb if exps_Nb is stored_Nb else stored_Nb.copy_(exps_Nb))
-                shifts.append(shift_N)
-        lse_N, target_N = merge_shards(max_N + torch.log(sum_N), target_N, head.tp_group)
-        ctx.head = head
-        ctx.main_grad = getattr(weight_vH, "main_grad", None) if head.accumulate_into_main_grad else None
-        ctx.save_for_backward(hidden_SBH, weight_vH, rows_NH, lse_N, target_N, *kept, *shifts)
-        return target_N - lse_N
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        head, layout = ctx.head, ctx.head.layout
-        hidden_SBH, weight_vH, rows_NH, lse_N, target_N, *saved = ctx.saved_tensors
-        kept, shifts = saved[: layout.num_kept], saved[layout.num_kept :]
-        work = _BlockWork(rows_NH, weight_vH, head)
-        slope_N = head.softcap.slope(target_N) if head.softcap else None
-        hidden_grad = _HiddenGrad(work, grad_N, slope_N) if ctx.needs_input_grad[0] else None
-        weight_grad = _WeightGrad(work, grad_N, slope_N, ctx.main_grad) if ctx.needs_input_grad[1] else None
-
-        for block in layout.blocks[layout.num_kept :]:
-            stored_Nb = work.logits(block, fresh=False)
-            logits_Nb = work.capped(stored_Nb)
-            slopes_Nb = head.softcap.slope(logits_Nb) if head.softcap else None
-            exps_Nb = work.exponentials(logits_Nb, lse_N)
-            exps_Nb = exps_Nb if slopes_Nb is None else exps_Nb.mul_(slopes_Nb)
-            exps_Nb = stored_Nb if exps_Nb is stored_Nb else stored_Nb.copy_(exps_Nb)
-            ones_N = torch.ones_like(lse_N)
-            if hidden_grad:
-                hidden_grad.add(block, exps_Nb, ones_N)
-            if weight_grad:
-                weight_grad.add(block, exps_Nb, ones_N)
-        work.release()
-        scales = [torch.exp(shift_N - lse_N) for shift_N in shifts]
-        kept_blocks = list(zip(layout.blocks, kept, scales, strict=False))
-        pending = None
-        if hidden_grad:
-            for block, exps_Nb, scale_N in kept_blocks:
-                hidden_grad.add(block, exps_Nb, scale_N)
-            # The sum over ranks travels while the weight gradient of the kept blocks is computed.
-            pending = head.selection.start_reduce(hidden_grad.result())
-        if weight_grad:
-            for block, exps_Nb, scale_N in kept_blocks:
-                weight_grad.add(block, exps_Nb, scale_N)
-        return (
-            head.selection.finish_reduce(pending, hidden_SBH) if pending else None,
-            weight_grad.result() if weight_grad else None,
-            None,
-        )
-
-
-class _BlockWork:
-    """Logits and exponentials of one block at a time, in buffers that are allocated once."""
-
-    def __init__(self, rows_NH: Tensor, weight_vH: Tensor, head: _Head) -> None:
-        self.rows_NH, self.weight_vH, self.layout, self.softcap = rows_NH, weight_vH, head.layout, head.softcap
-        self.dtype = torch.promote_types(rows_NH.dtype, torch.float32)
-        self._buffers: dict[torch.dtype, Tensor] = {}
-        self._rows: Tensor | None = None
-
-    def logits(self, block: _Block, *, fresh: bool) -> Tensor:
-        """Returns the block's logits [N, b], in a tensor of their own when `fresh`."""
-        shape = (self.rows_NH.shape[0], block.stop - block.start)
-        out_Nb = self.rows_NH.new_empty(shape) if fresh else self._buffer(shape, self.rows_NH.dtype)
-        return torch.mm(self.rows_NH, self.weight_vH[block.start : block.stop].t(), out=out_Nb)
-
-    def capped(self, logits_Nb: Tensor) -> Tensor:
-        """Returns the logits under the soft cap: the same without one, else in fp32 at least, like `exponentials`."""
-        if self.softcap is None:
-            return logits_Nb
-        in_place = logits_Nb.dtype == self.dtype
-        out_Nb = logits_Nb if in_place else self._buffer(logits_Nb.shape, self.dtype).copy_(logits_Nb)
-        return self.softcap.apply_(out_Nb)
-
-    def exponentials(self, logits_Nb: Tensor, shift_N: Tensor) -> Tensor:
-        """Returns exp(logits - shift) in fp32 at least: in place where the logits are, else in a buffer."""
-        in_place = logits_Nb.dtype == self.dtype
-        out_Nb = logits_Nb if in_place else self._buffer(logits_Nb.shape, self.dtype)
-        return torch.sub(logits_Nb, shift_N[:, None], out=out_Nb).exp_()
-
-    def rows_buffer(self) -> Tensor:
-        """Returns scratch of the shape and dtype of the rows, one for whoever asks last."""
-        if self._rows is None:
-            self._rows = torch.empty_like(self.rows_NH)
-        return self._rows
-
-    def release(self) -> None:
-        """Gives back the buffers of blocks that are not kept."""
-        self._buffers.clear()
-
-    def _buffer(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        if dtype not in self._buffers:
-            first = self.layout.blocks[0]
-            self._buffers[dtype] = self.rows_NH.new_empty(shape[0] * (first.stop - first.start), dtype=dtype)
-        return self._buffers[dtype][: shape[0] * shape[1]].view(shape)
-
-
-class _HiddenGrad:
-    """Sums grad * (W[target] - softmax @ W) over blocks, in fp32 at least; slope_N: the soft cap's at the target."""
-
-    def __init__(self, work: _BlockWork, grad_N: Tensor, slope_N: Tensor | None) -> None:
-        self.work, self.grad_N, self.slope_N = work, grad_N, slope_N
-        self.sum_NH = torch.zeros_like(work.rows_NH, dtype=work.dtype)
-
-    def add(self, block: _Block, exps_Nb: Tensor, scale_N: Tensor) -> None:
-        weight_bH = self.work.weight_vH[block.start : block.stop]
-        product_NH = torch.mm(exps_Nb, weight_bH, out=self.work.rows_buffer())
-        self.sum_NH.addcmul_(product_NH.to(self.sum_NH.dtype), scale_N[:, None], value=-1)
-        token_n, column_n = self.work.layout.targets_in(block)
-        at_target_nH = weight_bH[column_n].to(self.sum_NH.dtype)
-        if self.slope_N is not None:
-            at_target_nH *= self.slope_N[token_n, None]
-        self.sum_NH.index_add_(0, token_n, at_target_nH)
-
-    def result(self) -> Tensor:
-        """Returns the gradient of the rows, [N, H] in their dtype, this rank's contribution."""
-        return self.sum_NH.mul_(self.grad_N[:, None]).to(self.work.rows_NH.dtype)
-
-
-class _WeightGrad:
-    """Collects the weight gradient, block by block, in a new tensor or on top of Megatron's `main_grad`.
-
-    Many tokens may have one target: index_put_ adds them up in one order always, which index_add_ on a GPU does not.
-    """
-
-    def __init__(self, work: _BlockWork, grad_N: Tensor, slope_N: Tensor | None, main_grad_vH: Tensor | None) -> None:
-        self.work, self.grad_N, self.main_grad_vH = work, grad_N, main_grad_vH
-        self.target_grad_N = grad_N if slope_N is None else grad_N * slope_N
-        self.out_vH = torch.empty_like(work.weight_vH) if main_grad_vH is None else main_grad_vH
-        if main_grad_vH is None:
-            self.out_vH[work.layout.width :].zero_()
-
-    def add(self, block: _Block, exps_Nb: Tensor, scale_N: Tensor) -> None:
-        work = self.work
-        token_n, column_n = work.layout.targets_in(block)
-        out_bH = self.out_vH[block.start : block.stop]
-        scaled_NH = torch.mul(work.rows_NH, -(self.grad_N * scale_N)[:, None], out=work.rows_buffer())
-        at_target_nH = work.rows_NH[token_n] * self.target_grad_N[token_n, None]
-        keep_old = self.main_grad_vH is not None
-        if out_bH.dtype == exps_Nb.dtype == work.dtype:
-            torch.addmm(out_bH, exps_Nb.t(), scaled_NH, beta=int(keep_old), out=out_bH)
-            out_bH.index_put_((column_n,), at_target_nH, accumulate=True)
-            return
-        block_bH = torch.mm(exps_Nb.t(), scaled_NH).to(work.dtype)
-        block_bH.index_put_((column_n,), at_target_nH, accumulate=True)
-        if keep_old:
-            out_bH.add_(block_bH)
-        else:
-            out_bH.copy_(block_bH)
-
-    def result(self) -> Tensor | None:
-        """Returns what autograd is to see: the gradient, or Megatron's stand-in for one already added."""
-        if self.main_grad_vH is None:
-            return self.out_vH
-        return gradient_already_added(self.work.weight_vH)
+    return asked
 
 
 def _check_tensors(hidden_SBH: Tensor, weight_vH: Tensor, vocab: VocabShard, tp_group: ProcessGroup | None) -> None:

@@ -6,7 +6,7 @@ whole sequence, M those this rank holds (N where the hidden states are replicate
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
@@ -29,7 +29,15 @@ class RowSelection:
     group: ProcessGroup | None
 
     @classmethod
-    def of(cls, rows_N: Tensor, num_local: int, *, group: ProcessGroup | None, sharded: bool) -> RowSelection:
+    def of(
+        cls,
+        rows_N: Tensor,
+        num_local: int,
+        *,
+        group: ProcessGroup | None,
+        sharded: bool,
+        copy_N: Tensor | None = None,
+    ) -> RowSelection:
         """Returns the selection of ascending rows of the whole sequence, `num_local` of them on each rank.
 
         Args:
@@ -37,21 +45,19 @@ class RowSelection:
             num_local: rows (S * B) of this rank's hidden states.
             group: the tensor-parallel ranks; None or one rank exchanges nothing.
             sharded: whether the hidden states are sharded over the sequence.
+            copy_N: `rows_N` on the device of the hidden states; None: it is there.
         """
+        copy_N = rows_N if copy_N is None else copy_N
         if group is None or group.size() == 1:
-            return cls(rows_N, None, None)
+            return cls(copy_N, None, None)
         if not sharded:
-            return cls(rows_N, None, group)
+            return cls(copy_N, None, group)
         bounds = torch.arange(group.size() + 1, device=rows_N.device) * num_local
         cuts = torch.searchsorted(rows_N, bounds).tolist()
         rank = group.rank()
-        own_M = rows_N[cuts[rank] : cuts[rank + 1]] - rank * num_local
+        own_M = copy_N[cuts[rank] : cuts[rank + 1]] - rank * num_local
         counts = tuple(stop - start for start, stop in pairwise(cuts))
         return cls(own_M, counts, group)
-
-    def to(self, device: torch.device) -> RowSelection:
-        """Returns the selection with its indices on `device`, without waiting for their copy."""
-        return replace(self, own_M=self.own_M.to(device, non_blocking=True))
 
     def gather(self, hidden_SBH: Tensor) -> Tensor:
         """Returns the selected rows of the whole sequence, [N, H], on every rank.

@@ -5,7 +5,7 @@ Shapes: S sequence, B batch, R rows of a batch (two per pair), P pairs, H hidden
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -41,8 +41,9 @@ class VocabShard:
 class ResponseTokens:
     """The response tokens of a microbatch, each with its hidden row; the same on every tensor-parallel rank.
 
-    On the CPU, as a data loader hands them out, their checks cost no device synchronisation; tensors that
-    already lie on a GPU work too, for one synchronisation a call.
+    On the CPU, as a data loader hands them out, their checks cost no device synchronisation, and with a copy on the
+    device nothing is copied by whoever reads them. Tensors that already lie on a GPU work too: each call then waits
+    for them once.
 
     rows_N: int64, ascending, may repeat (a shared prompt's last row predicts the first token of both
         responses): flat indices into the first two dimensions of the hidden states of the whole sequence,
@@ -56,6 +57,20 @@ class ResponseTokens:
     targets_N: Tensor
     sequence_N: Tensor
     num_pairs: int
+    copy: ResponseTokens | None = field(default=None, repr=False, compare=False)
+    """The same tokens on the device that computes."""
+
+    def on(self, device: torch.device) -> ResponseTokens:
+        """Returns the tokens on `device`: these, their copy, or a new copy, which costs one transfer."""
+        for tokens in (self, self.copy):
+            if tokens is not None and tokens.rows_N.device == device:
+                return tokens
+        rows_N, targets_N, sequence_N = torch.stack((self.rows_N, self.targets_N, self.sequence_N)).to(device)
+        return replace(self, rows_N=rows_N, targets_N=targets_N, sequence_N=sequence_N, copy=self)
+
+    def with_copy(self, rows_N: Tensor, targets_N: Tensor, sequence_N: Tensor) -> ResponseTokens:
+        """Returns the tokens with these copies of their tensors, on another device."""
+        return replace(self, copy=ResponseTokens(rows_N, targets_N, sequence_N, self.num_pairs))
 
     @classmethod
     def from_labels(cls, labels_RS: Tensor, ignore_index: int = IGNORE_INDEX) -> ResponseTokens:

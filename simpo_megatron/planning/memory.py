@@ -12,7 +12,8 @@ import math
 from dataclasses import dataclass, fields
 
 from simpo_megatron.config.lora_section import LORA_TARGETS
-from simpo_megatron.loss.fused_linear import DEFAULT_LOGITS_BUDGET_BYTES, MAX_BLOCK_WIDTH, MIN_BLOCK_WIDTH
+from simpo_megatron.loss.blocks_torch import MAX_BLOCK_WIDTH, MIN_BLOCK_WIDTH
+from simpo_megatron.loss.fused_linear import DEFAULT_LOGITS_BUDGET_BYTES
 from simpo_megatron.mcore.families import padded_vocab_size
 from simpo_megatron.mcore.precision import precision_options
 from simpo_megatron.planning.parameters import (
