@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from simpo_megatron.data.files import shards
 from simpo_megatron.data.pair_options import PairOptions
 from simpo_megatron.data.sources import Source, parse_sources
 from simpo_megatron.data.store import BuildReport, PairStore, open_store
@@ -28,7 +29,8 @@ class PreferenceDataset:
 
     `lengths` is an int32 array [num_pairs, 3] (prompt, chosen, rejected, in tokens); `fingerprint` changes
     whenever a token or the choice of pairs does, and with nothing else; `report` says what became of the
-    files' records. `reference_avg` is what `with_reference` was given, if anything.
+    files' records. `score_gaps` is a float32 array [num_pairs], nan where nobody scored the responses.
+    `reference_avg` is what `with_reference` was given, if anything.
     """
 
     def __init__(self, stores: Sequence[PairStore], chosen: np.ndarray | None = None) -> None:
@@ -38,6 +40,7 @@ class PreferenceDataset:
         self.lengths = np.concatenate([store.lengths for store in stores])[self._chosen]
         self.prompt_keys = np.concatenate([store.pairs["prompt_key"] for store in stores])[self._chosen]
         self.lost = np.concatenate([store.pairs["lost"] for store in stores])[self._chosen]
+        self.score_gaps = np.concatenate([store.score_gaps for store in stores])[self._chosen]
         self.max_token_id = max(store.max_token_id for store in stores)
         self.report = BuildReport()
         for store in stores:
@@ -114,11 +117,15 @@ def build_preference_dataset(
     Raises: ConfigError for files and weights that make no sense; DataError for what is in them.
     """
     sources = parse_sources(files)
-    stores = [
-        open_store(source.path, tokenizer, options, str(cache_dir), build=build, num_workers=num_workers)
+    groups = [
+        [
+            open_store(file, tokenizer, options, str(cache_dir), build=build, num_workers=num_workers)
+            for file in shards(source.path)
+        ]
         for source in sources
     ]
-    return PreferenceDataset(stores, _weighted_choice(sources, stores))
+    stores = [store for group in groups for store in group]
+    return PreferenceDataset(stores, _weighted_choice(sources, [sum(map(len, group)) for group in groups]))
 
 
 def split(
@@ -164,11 +171,11 @@ def _splitmix(x: np.ndarray) -> np.ndarray:
     return x ^ (x >> np.uint64(31))
 
 
-def _weighted_choice(sources: Sequence[Source], stores: Sequence[PairStore]) -> np.ndarray | None:
+def _weighted_choice(sources: Sequence[Source], num_pairs: Sequence[int]) -> np.ndarray | None:
     if sources[0].weight is None:
         return None
     weights = np.array([source.weight for source in sources])
-    sizes = np.array([len(store) for store in stores])
+    sizes = np.array(num_pairs)
     counts = np.floor(weights * (sizes / weights).min() + 1e-9).astype(int)
     starts = np.cumsum(sizes) - sizes
     chosen = []

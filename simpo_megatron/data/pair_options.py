@@ -51,6 +51,12 @@ class PairOptions:
     chosen_column: str = option("", "Column of the preferred response, when it is not called chosen.", metavar="NAME")
     rejected_column: str = option("", "Column of the other response, when it is not called rejected.", metavar="NAME")
 
+    min_score_gap: float | None = option(
+        None,
+        "Drop pairs whose responses were scored less than this apart, or not at all (chosen_score and "
+        "rejected_score, margin, rating, overall_preference).",
+    )
+
     def __post_init__(self) -> None:
         for key, policy in (
             ("template_mode", TemplateMode),

@@ -1,106 +1,104 @@
 """Preference records: one parsed object in, a prompt and its two responses out, whatever the format."""
 
-import json
+from __future__ import annotations
+
+import math
 import re
-from dataclasses import dataclass
-from typing import Any, NoReturn
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
 
+from simpo_megatron.data.forms import (
+    MEDIA_COLUMNS,
+    SYSTEM_COLUMNS,
+    Columns,
+    holds_text,
+    pair_columns,
+)
+from simpo_megatron.data.messages import EXTRA_KEYS, Message, dialogue, is_text_alone, to_messages, to_tools
 from simpo_megatron.data.pair_options import PairOptions
+from simpo_megatron.data.parsing import BadRecord, check_row, kind_of, parse_json, parse_json_array
 
-Message = dict[str, str]
+__all__ = [
+    "EXTRA_KEYS",
+    "UNUSABLE_REASONS",
+    "BadRecord",
+    "Message",
+    "PreferenceRecord",
+    "Reading",
+    "check_row",
+    "parse_json",
+    "parse_json_array",
+    "to_record",
+]
 
-ROLES = {
-    "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "model": "assistant",
-    "system": "system", "tool": "tool",
-}  # fmt: skip
-KNOWN_KEYS = frozenset({"prompt", "conversations", "chosen", "rejected"})
 # What is wrong with the pair rather than with its text: dropped and counted whatever `bad_record` says.
-UNUSABLE_REASONS = frozenset({"blank_line", "identical_pair", "too_long_prompt"})
+UNUSABLE_REASONS = frozenset(
+    {"blank_line", "identical_pair", "too_long_prompt", "tie", "small_score_gap", "no_score_gap"}
+)
 
-_DIALOGUE_TURN = re.compile(r"\n\n(Human|Assistant):")
 # Two noncharacters are this package's own marks (see templates.py); lone surrogates have no UTF-8 form.
 _BAD_CHARACTER = re.compile("[\x00\ufdd0\ufdd1\ud800-\udfff]")
 
 
-class BadRecord(Exception):
-    """A record that is no pair; `reason` is a short name that is counted, `detail` says what was found."""
+@dataclass(frozen=True)
+class Reading:
+    """What a row was read as, and what of it was not read."""
 
-    def __init__(self, reason: str, detail: str) -> None:
-        super().__init__(reason, detail)
-        self.reason = reason
-        self.detail = detail
+    form: str = ""
+    """In words, such as `chosen/rejected texts with an explicit prompt`."""
+    unread: Mapping[str, bool] = field(default_factory=dict)
+    """Columns and message keys that were not read, and whether they hold words."""
+    score_gap: float = math.nan
+    """By how much the chosen response was scored above the other; nan where nobody scored them."""
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class PreferenceRecord:
-    """One pair as text; `prompt` is a conversation, or a string that stands for itself."""
+    """One pair; `prompt` is a conversation, or a string that stands for itself.
+
+    A response is its text, or its turns where a turn is more than text; `tools` are what the model could call.
+    """
 
     prompt: str | tuple[Message, ...]
-    chosen: str
-    rejected: str
-
-
-def parse_json(raw: bytes, last_line: bool = False) -> dict:
-    """Returns the JSON object of one line.
-
-    Raises: BadRecord for text that is not UTF-8, not JSON, not an object, or that names a key twice.
-    """
-    text = _decode(raw)
-    if not text.strip():
-        raise BadRecord("blank_line", "the line is blank")
-    if text.startswith("\ufeff"):
-        raise BadRecord("byte_order_mark", "a byte order mark stands inside the file")
-    row = _parse(text, "truncated_json" if last_line else "bad_json")
-    return check_row(row)
-
-
-def parse_json_array(raw: bytes) -> list:
-    """Returns the rows of a JSON file that holds one list of objects.
-
-    Raises: BadRecord as `parse_json`, and when the file does not hold a list.
-    """
-    rows = _parse(_decode(raw.removeprefix(b"\xef\xbb\xbf")), "bad_json")
-    if not isinstance(rows, list):
-        raise BadRecord("not_a_list", f"the file holds {_kind(rows)}, expected a list of objects")
-    return rows
-
-
-def check_row(row: object) -> dict:
-    """Returns `row`. Raises: BadRecord when it is not an object with named columns."""
-    if not isinstance(row, dict):
-        raise BadRecord("not_an_object", f"found {_kind(row)}, expected an object with `chosen` and `rejected`")
-    return row
-
-
-def extra_keys(row: dict, options: PairOptions) -> set[str]:
-    """Returns the names of the columns that are not read."""
-    return set(row) - KNOWN_KEYS - {options.prompt_column, options.chosen_column, options.rejected_column}
+    chosen: str | tuple[Message, ...]
+    rejected: str | tuple[Message, ...]
+    tools: tuple[dict, ...] | None = None
+    reading: Reading = field(default_factory=Reading, compare=False)
 
 
 def to_record(row: dict, options: PairOptions) -> PreferenceRecord:
-    """Returns the pair in `row`: string triples, message lists, whole conversations, dialogues or sharegpt.
+    """Returns the pair in `row`: string triples, message lists, whole conversations, dialogues, and others' forms.
 
     Raises: BadRecord, with a reason for each way in which a row can fail to be a pair.
     """
-    if "completion" in row and "label" in row and "chosen" not in row:
-        raise BadRecord("unpaired", "a completion with a label is KTO's data; a pair has a chosen and a rejected one")
-    chosen = _column(row, "chosen", options.chosen_column)
-    rejected = _column(row, "rejected", options.rejected_column)
-    prompt_key = options.prompt_column or ("conversations" if row.get("prompt") is None else "prompt")
-    prompt = row.get(prompt_key)
-    if options.prompt_column and prompt is None:
-        raise _missing(row, "prompt", prompt_key)
+    columns = pair_columns(row, options)
+    for name in MEDIA_COLUMNS:
+        if row.get(name) and name not in columns.read:
+            raise BadRecord(f"not_text:{name}", f"the column {name} holds something, expected text alone")
+    unread: dict[str, Any] = {}
+    prompt = columns.prompt
     if prompt is not None:
-        prompt = _text_or_messages(prompt, prompt_key)
-    chosen = _text_or_messages(chosen, "chosen")
-    rejected = _text_or_messages(rejected, "rejected")
+        prompt = _text_or_messages(prompt, columns.prompt_key, unread)
+    chosen = _text_or_messages(columns.chosen, "chosen", unread)
+    rejected = _text_or_messages(columns.rejected, "rejected", unread)
+    if isinstance(chosen, str) != isinstance(rejected, str):
+        raise BadRecord(
+            "bad_type:rejected", f"chosen is {kind_of(columns.chosen)} and rejected is {kind_of(columns.rejected)}"
+        )
+    if columns.conversation is not None:
+        prompt = _with_conversation(columns, prompt, chosen, rejected, unread)
     if isinstance(chosen, str) and isinstance(rejected, str):
-        record = _from_texts(prompt, chosen, rejected)
-    elif isinstance(chosen, list) and isinstance(rejected, list):
-        record = _from_messages(prompt, chosen, rejected)
+        kind, record = "texts", _from_texts(prompt, chosen, rejected)
     else:
-        raise BadRecord("bad_type:rejected", f"chosen is {_kind(chosen)} and rejected is {_kind(rejected)}")
-    return _checked(record, options)
+        assert isinstance(chosen, list) and isinstance(rejected, list), "both are text, or neither"
+        kind, record = "message lists", _from_messages(prompt, chosen, rejected)
+    record = _checked(record, options)
+    record, context = _with_context(record, columns, unread)
+    reading = _reading(record, columns, kind, context, unread)
+    _check_score_gap(reading.score_gap, options)
+    return replace(record, reading=reading)
 
 
 def _from_texts(prompt: str | list[Message] | None, chosen: str, rejected: str) -> PreferenceRecord:
@@ -108,9 +106,9 @@ def _from_texts(prompt: str | list[Message] | None, chosen: str, rejected: str) 
         if not chosen.startswith("\n\nHuman:"):
             needs = "plain responses need a prompt beside them; prompt_column says which column it is in"
             raise BadRecord("missing_key:prompt", needs)
-        return _from_messages(None, _dialogue(chosen, "chosen"), _dialogue(rejected, "rejected"))
+        return _from_messages(None, dialogue(chosen, "chosen"), dialogue(rejected, "rejected"))
     if isinstance(prompt, str) and prompt.startswith("\n\nHuman:"):
-        turns = _dialogue(prompt, "prompt")
+        turns = dialogue(prompt, "prompt")
         if turns[-1] == {"role": "assistant", "content": ""}:
             turns.pop()
         prompt = turns
@@ -124,7 +122,7 @@ def _from_messages(
         if not messages or messages[-1]["role"] != "assistant":
             found = f"ends in a turn of {messages[-1]['role']!r}" if messages else "has no message"
             raise BadRecord(f"bad_role:{name}", f"{name} {found}, expected a last turn of 'assistant'")
-    answers = chosen[-1]["content"], rejected[-1]["content"]
+    answers = _response(chosen[-1]), _response(rejected[-1])
     before, before_rejected = chosen[:-1], rejected[:-1]
     if before != before_rejected:
         turn = next((i for i, (a, b) in enumerate(zip(before, before_rejected, strict=False)) if a != b),
@@ -142,101 +140,155 @@ def _from_messages(
     return PreferenceRecord(tuple(before), *answers)
 
 
+def _response(message: Message) -> str | tuple[Message, ...]:
+    return message["content"] if is_text_alone(message) else (message,)
+
+
+def _with_conversation(
+    columns: Columns,
+    prompt: str | list[Message] | None,
+    chosen: str | list[Message],
+    rejected: str | list[Message],
+    unread: dict[str, Any],
+) -> str | list[Message] | None:
+    """Returns the prompt, told by a column that holds a conversation and by what else the row says of it."""
+    key = columns.conversation_key
+    turns = _text_or_messages(columns.conversation, key, unread)
+    if isinstance(turns, str):
+        raise BadRecord(f"bad_type:{key}", f"{key} is a string, expected a list of messages")
+    if turns in (chosen, rejected):
+        return prompt  # as UltraFeedback's `messages`, which repeat the chosen conversation
+    answers = [response if isinstance(response, str) else response[-1]["content"] for response in (chosen, rejected)
+               if response]  # fmt: skip
+    if len(turns) > 1 and turns[-1]["role"] == "assistant" and turns[-1]["content"] in answers:
+        turns = turns[:-1]
+    is_same = prompt == turns or (isinstance(prompt, str) and turns and prompt.strip() == turns[-1]["content"].strip())
+    if prompt is not None and not is_same:
+        raise BadRecord(
+            "prompt_mismatch",
+            f"{columns.prompt_key} is not the end of {key}, expected one prompt; prompt_column says which is meant",
+        )
+    return turns
+
+
+def _with_context(
+    record: PreferenceRecord, columns: Columns, unread: dict[str, Any]
+) -> tuple[PreferenceRecord, list[str]]:
+    """Returns the record with its row's history, system turn and tools, and the names of those it has."""
+    context, turns = [], None if isinstance(record.prompt, str) else list(record.prompt)
+    name, history = columns.take("history")
+    if history:
+        turns = [{"role": "user", "content": record.prompt}] if turns is None else turns
+        start = 1 if turns[0]["role"] == "system" else 0
+        earlier = _history(history, unread)
+        if turns[start : start + len(earlier)] != earlier:
+            turns[start:start] = earlier
+        context.append(name)
+    name, system = columns.take(*SYSTEM_COLUMNS)
+    if system is not None and not isinstance(system, str):
+        raise BadRecord(f"bad_type:{name}", f"{name} is {kind_of(system)}, expected a string")
+    if system and system.strip():
+        turns = [{"role": "user", "content": record.prompt}] if turns is None else turns
+        if turns[0]["role"] != "system":
+            turns.insert(0, {"role": "system", "content": system})
+        elif turns[0]["content"].strip() != system.strip():
+            raise BadRecord("system_mismatch", f"the column {name} and the conversation's system turn differ")
+        context.append(name)
+    name, tools = columns.take("tools")
+    found = to_tools(tools)
+    context += [name] if found else []
+    _refuse_bad_characters([turns or [], list(found or [])])
+    return replace(record, prompt=record.prompt if turns is None else tuple(turns), tools=found), context
+
+
+def _history(history: object, unread: dict[str, Any]) -> list[Message]:
+    """Returns earlier turns, from messages or from LLaMA-Factory's pairs of a question and an answer."""
+    if not isinstance(history, list):
+        raise BadRecord("bad_type:history", f"history is {kind_of(history)}, expected earlier turns")
+    if not all(isinstance(item, list) for item in history):
+        return to_messages(history, "history", unread)
+    turns = []
+    for item in history:
+        if len(item) != 2 or not all(isinstance(text, str) for text in item):
+            raise BadRecord("bad_type:history", "history holds what is no pair of a question and an answer")
+        turns += [{"role": "user", "content": item[0]}, {"role": "assistant", "content": item[1]}]
+    return turns
+
+
+def _reading(
+    record: PreferenceRecord, columns: Columns, kind: str, context: list[str], unread: dict[str, Any]
+) -> Reading:
+    keys = [key for key in (columns.conversation_key, columns.prompt_key) if key]
+    if columns.prompt_key == "instruction" and "input" in columns.read:
+        keys.append("input")
+    where = "the prompt inside" if not keys else "an explicit prompt"
+    if keys and keys != ["prompt"]:
+        where = f"the prompt in {' and '.join(keys)}"
+    form = f"{columns.form} {kind} with {', '.join([where, *context])}"
+    known = {text.strip() for text in (record.prompt, record.chosen, record.rejected) if isinstance(text, str)}
+    words = {key: holds_text(value) for key, value in unread.items()}
+    for key, value in columns.left():
+        is_known = isinstance(value, str) and value.strip() in known
+        words[str(key)] = not is_known and holds_text(value)
+    return Reading(form, words, columns.score_gap, tuple(columns.notes))
+
+
 def _checked(record: PreferenceRecord, options: PairOptions) -> PreferenceRecord:
     messages = () if isinstance(record.prompt, str) else record.prompt
     prompt_texts = [record.prompt] if isinstance(record.prompt, str) else [m["content"] for m in messages]
-    for text in (*prompt_texts, record.chosen, record.rejected):
-        if found := _BAD_CHARACTER.search(text):
-            raise BadRecord("bad_character", f"U+{ord(found.group()):04X} cannot stand in training text")
+    _refuse_bad_characters((record.prompt, record.chosen, record.rejected))
     if messages and messages[-1]["role"] == "assistant":
         raise BadRecord("bad_role:prompt", "the prompt ends in a turn of 'assistant', expected one of 'user'")
     if not options.allow_empty_prompt and not any(text.strip() for text in prompt_texts):
         raise BadRecord("empty_prompt", "the prompt is empty; allow_empty_prompt allows it")
-    if not record.chosen.strip():
-        raise BadRecord("empty_chosen", "the chosen response is empty")
-    if not record.rejected.strip():
-        raise BadRecord("empty_rejected", "the rejected response is empty")
-    if record.chosen.strip() == record.rejected.strip():
+    for name in ("chosen", "rejected"):
+        response = getattr(record, name)
+        if isinstance(response, str) and not response.strip():
+            raise BadRecord(f"empty_{name}", f"the {name} response is empty")
+    if _stripped(record.chosen) == _stripped(record.rejected):
         raise BadRecord("identical_pair", "chosen and rejected are the same text")
     return record
 
 
-def _column(row: dict, name: str, mapped: str) -> Any:
-    key = mapped or name
-    if key not in row:
-        raise _missing(row, name, key)
-    return row[key]
+def _stripped(response: str | tuple[Message, ...]) -> str | list[Message]:
+    if isinstance(response, str):
+        return response.strip()
+    return [{**turn, "content": turn["content"].strip()} for turn in response]
 
 
-def _missing(row: dict, name: str, key: str) -> BadRecord:
-    found = ", ".join(sorted(row)) or "none"
-    return BadRecord(f"missing_key:{key}", f"found the columns {found}; {name}_column says which one is meant")
+def _check_score_gap(gap: float, options: PairOptions) -> None:
+    least = options.min_score_gap
+    if least is None:
+        return
+    if math.isnan(gap):
+        raise BadRecord("no_score_gap", "the record has no scores of its responses, which min_score_gap needs")
+    if gap < least:
+        raise BadRecord("small_score_gap", f"the scores are {gap:g} apart, expected min_score_gap {least:g}")
 
 
-def _text_or_messages(value: object, name: str) -> str | list[Message]:
+def _refuse_bad_characters(value: object) -> None:
+    for text in _texts(value):
+        if found := _BAD_CHARACTER.search(text):
+            raise BadRecord("bad_character", f"U+{ord(found.group()):04X} cannot stand in training text")
+
+
+def _texts(value: object) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _texts(item)
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield str(key)
+            yield from _texts(item)
+
+
+def _text_or_messages(value: object, name: str, unread: dict[str, Any]) -> str | list[Message]:
     if isinstance(value, str):
         return value
     if isinstance(value, dict):
         value = [value]
     if not isinstance(value, list):
-        raise BadRecord(f"bad_type:{name}", f"{name} is {_kind(value)}, expected a string or a list of messages")
-    return [_message(item, name) for item in value]
-
-
-def _message(item: object, name: str) -> Message:
-    if not isinstance(item, dict):
-        raise BadRecord(f"bad_type:{name}", f"{name} holds {_kind(item)} where a message is expected")
-    role, content = (
-        (item.get("role"), item.get("content")) if item.get("role") else (item.get("from"), item.get("value"))
-    )
-    if not isinstance(role, str) or not isinstance(content, str):
-        raise BadRecord(
-            f"bad_type:{name}", f"{name} holds a message without text in role and content (or from and value)"
-        )
-    if role not in ROLES:
-        raise BadRecord(f"bad_role:{name}", f"{name} holds a turn of {role!r}, expected one of {', '.join(ROLES)}")
-    return {"role": ROLES[role], "content": content}
-
-
-def _dialogue(text: str, name: str) -> list[Message]:
-    """Returns the turns of a text like `\\n\\nHuman: Hi\\n\\nAssistant: Hi`, without blanks around them."""
-    before, *parts = _DIALOGUE_TURN.split(text)
-    if before or not parts:
-        raise BadRecord(f"bad_dialogue:{name}", f"{name} does not begin with a blank line and `Human:`")
-    roles = {"Human": "user", "Assistant": "assistant"}
-    turns = zip(parts[::2], parts[1::2], strict=True)
-    return [{"role": roles[speaker], "content": content.strip()} for speaker, content in turns]
-
-
-def _decode(raw: bytes) -> str:
-    try:
-        return raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        found = f"byte {error.start} of the record is 0x{raw[error.start]:02x}"
-        raise BadRecord("invalid_utf8", f"{found}; convert the file to UTF-8") from None
-
-
-def _parse(text: str, reason: str) -> Any:
-    try:
-        return json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_refuse_constant)
-    except (ValueError, RecursionError) as error:
-        raise BadRecord(reason, str(error) or type(error).__name__) from None
-
-
-def _unique_keys(pairs: list[tuple]) -> dict:
-    row = dict(pairs)
-    if len(row) != len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise BadRecord("duplicate_key", f"the key {twice!r} stands twice in one object")
-    return row
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not JSON")
-
-
-def _kind(value: object) -> str:
-    if value is None:
-        return "null"
-    return {str: "a string", list: "a list", dict: "an object", bool: "a boolean"}.get(type(value), "a number")
+        raise BadRecord(f"bad_type:{name}", f"{name} is {kind_of(value)}, expected a string or a list of messages")
+    return to_messages(value, name, unread)

@@ -1,19 +1,26 @@
-"""Preference files: which file, with which weight, and its raw records one by one."""
+"""Preference files of a run: which ones, with which weights, under which names."""
 
-import io
-import os
 import re
-import stat
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-from simpo_megatron.data.pair_options import PairOptions
-from simpo_megatron.data.records import BadRecord, parse_json_array
-from simpo_megatron.errors import ConfigError, DataError
+from simpo_megatron.data.files import HUB_PREFIX, check_readable, is_on_hub
+from simpo_megatron.data.readers import RawRecord, read_raw
+from simpo_megatron.errors import ConfigError
 
-HUB_PREFIX = "hub:"
+__all__ = [
+    "HUB_PREFIX",
+    "METRIC_GROUPS",
+    "RawRecord",
+    "Source",
+    "check_readable",
+    "parse_named_sources",
+    "parse_sources",
+    "read_raw",
+    "source_identity",
+]
 
 METRIC_GROUPS = frozenset({"rewards", "logps", "response_length"})
 """First parts of the names of metrics, as in `eval/rewards/chosen`; no validation set can have such a name."""
@@ -23,19 +30,10 @@ _NAMED = re.compile(r"([\w.-]+)=(.+)")
 
 @dataclass(frozen=True)
 class Source:
-    """A file, a folder or a `hub:NAME[:SPLIT]`, and its share of an epoch (None: all of it)."""
+    """A file, a folder, a pattern or a name on the hub, and its share of an epoch (None: all of it)."""
 
     path: str
     weight: float | None = None
-
-
-@dataclass(frozen=True)
-class RawRecord:
-    """One record before parsing: a JSON line, a parsed row, or None if too long; `line` counts from 1."""
-
-    line: int
-    row: bytes | dict | None
-    last: bool = False
 
 
 def parse_sources(data: Sequence[str | float | Mapping[str, Any]]) -> tuple[Source, ...]:
@@ -100,139 +98,13 @@ def source_identity(path: str) -> dict:
 
     Raises: DataError when the path cannot be read as a preference file.
     """
-    if path.startswith(HUB_PREFIX):
+    if is_on_hub(path):
         return {"path": path}
     check_readable(path)
     root = Path(path)
     files = sorted(p for p in root.rglob("*") if p.is_file()) if root.is_dir() else [root]
     stats = [(str(p.relative_to(root)), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
     return {"path": str(root.resolve()), "files": stats}
-
-
-def check_readable(path: str) -> None:
-    """Raises DataError, in one line, for a path that is not a readable preference file or folder."""
-    try:
-        mode = os.stat(path).st_mode
-    except FileNotFoundError:
-        raise DataError(f"{path}: found no such file, expected a preference file") from None
-    except OSError as error:
-        raise DataError(
-            f"{path}: cannot be read ({(error.strerror or str(error)).lower()}), expected a preference file"
-        ) from None
-    if stat.S_ISDIR(mode):
-        if not (Path(path) / "dataset_info.json").exists() and not (Path(path) / "dataset_dict.json").exists():
-            raise DataError(f"{path}: found a folder, expected a file or a folder written by datasets.save_to_disk")
-        return
-    if not stat.S_ISREG(mode):
-        raise DataError(f"{path}: found a special file, expected a regular file")
-    if not os.access(path, os.R_OK):
-        raise DataError(f"{path}: cannot be read (permission denied), expected a preference file")
-
-
-def read_raw(path: str, options: PairOptions) -> Iterator[RawRecord]:
-    """Yields the raw records of `path`, in file order, holding a few of them (of a .json file, all).
-
-    Raises: DataError for a file that is not what its name says.
-    """
-    if path.startswith(HUB_PREFIX):
-        yield from _read_hub(path)
-        return
-    check_readable(path)
-    if os.path.isdir(path):
-        yield from _read_datasets_folder(path)
-    elif path.endswith(".parquet"):
-        yield from _read_parquet(path)
-    elif path.endswith(".json"):
-        yield from _read_json_array(path)
-    elif path.endswith((".jsonl", ".jsonl.gz", ".jsonl.zst")):
-        yield from _read_lines(path, options.max_record_bytes)
-    else:
-        raise DataError(
-            f"{path}: found another kind of file, expected .jsonl, .jsonl.gz, .jsonl.zst, .json or .parquet"
-        )
-
-
-def _open_lines(path: str) -> BinaryIO:
-    with open(path, "rb") as file:
-        magic = file.read(4)
-    is_gzip, is_zstd = magic[:2] == b"\x1f\x8b", magic == b"\x28\xb5\x2f\xfd"
-    if is_gzip != path.endswith(".gz") or is_zstd != path.endswith(".zst"):
-        kind = "gzip" if is_gzip else "zstd" if is_zstd else "uncompressed"
-        raise DataError(f"{path}: found {kind} content, expected what the name says; rename it")
-    if magic[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        raise DataError(f"{path}:1: invalid_utf8: found UTF-16, expected UTF-8; convert it")
-    if is_gzip or is_zstd:
-        import pyarrow
-
-        return io.BufferedReader(pyarrow.input_stream(path, compression="gzip" if is_gzip else "zstd"))
-    return open(path, "rb")
-
-
-def _read_lines(path: str, max_bytes: int) -> Iterator[RawRecord]:
-    with _open_lines(path) as file:
-        try:
-            line = 0
-            while raw := file.readline(max_bytes + 1):
-                line += 1
-                if line == 1:
-                    raw = raw.removeprefix(b"\xef\xbb\xbf")
-                if len(raw) <= max_bytes:
-                    yield RawRecord(line, raw, last=not raw.endswith(b"\n"))
-                    continue
-                yield RawRecord(line, None)
-                while raw and not raw.endswith(b"\n"):
-                    raw = file.readline(max_bytes)
-        except OSError as error:
-            raise DataError(
-                f"{path}:{line + 1}: found a damaged file ({error}), expected a whole one; copy it again"
-            ) from None
-
-
-def _read_json_array(path: str) -> Iterator[RawRecord]:
-    try:
-        rows = parse_json_array(Path(path).read_bytes())
-    except BadRecord as error:
-        raise DataError(f"{path}:1: {error.reason}: {error.detail}") from None
-    for number, row in enumerate(rows, start=1):
-        yield RawRecord(number, row)
-
-
-def _read_parquet(path: str) -> Iterator[RawRecord]:
-    import pyarrow
-    import pyarrow.parquet
-
-    number = 0
-    try:
-        for batch in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=256):
-            for row in batch.to_pylist():
-                number += 1
-                yield RawRecord(number, row)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"{path}: found {str(error).splitlines()[0]!r}, expected a readable parquet file") from None
-
-
-def _read_datasets_folder(path: str) -> Iterator[RawRecord]:
-    import datasets
-
-    loaded = datasets.load_from_disk(path)
-    if isinstance(loaded, datasets.DatasetDict):
-        raise DataError(
-            f"{path}: found the splits {', '.join(loaded)}, expected one; name its folder, such as {path}/train"
-        )
-    for number, row in enumerate(loaded, start=1):
-        yield RawRecord(number, row)
-
-
-def _read_hub(path: str) -> Iterator[RawRecord]:
-    import datasets
-
-    name, _, split = path.removeprefix(HUB_PREFIX).partition(":")
-    try:
-        loaded = datasets.load_dataset(name, split=split or "train")
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: found {str(error).splitlines()[0]!r}, expected a data set of the hub") from None
-    for number, row in enumerate(loaded, start=1):
-        yield RawRecord(number, row)
 
 
 def _number(item: object) -> float | None:

@@ -25,10 +25,9 @@ from simpo_megatron.data.pair_options import PairOptions
 from simpo_megatron.data.records import (
     UNUSABLE_REASONS,
     BadRecord,
-    Message,
     PreferenceRecord,
+    Reading,
     check_row,
-    extra_keys,
     parse_json,
     to_record,
 )
@@ -50,7 +49,7 @@ CHUNK_BYTES = 1 << 20
 # A build that has written nothing for this long was killed.
 # Below this many bytes, starting processes takes longer than tokenising in this one.
 MIN_BYTES_PER_WORKER = 16 << 20
-PAIR_DTYPE = np.dtype([("line", np.int64), ("prompt_key", np.uint64), ("lost", np.int32, 3)])
+PAIR_DTYPE = np.dtype([("line", np.int64), ("prompt_key", np.uint64), ("lost", np.int32, 3), ("score_gap", np.float32)])
 
 
 @dataclass
@@ -63,6 +62,27 @@ class BuildReport:
     first: dict[str, str] = field(default_factory=dict)
     notes: Counter = field(default_factory=Counter)
     extra_keys: Counter = field(default_factory=Counter)
+    """Columns and message keys that were not read, by the records that have them."""
+    extra_texts: Counter = field(default_factory=Counter)
+    """Those of them that hold words."""
+    forms: Counter = field(default_factory=Counter)
+    """What records were read as."""
+
+    def __post_init__(self) -> None:
+        for name in ("dropped", "notes", "extra_keys", "extra_texts", "forms"):
+            setattr(self, name, Counter(getattr(self, name)))
+
+    def note_reading(self, reading: Reading, place: str) -> None:
+        """Counts what one record at `place` was read as, and what of it was not read."""
+        self.forms[reading.form] += 1
+        self.notes.update(reading.notes)
+        for note in reading.notes:
+            self.first.setdefault(note, f"{place}: {note}: the best and the worst one are taken")
+        for key, has_words in reading.unread.items():
+            self.extra_keys[key] += 1
+            if has_words:
+                self.extra_texts[key] += 1
+                self.first.setdefault(key, f"{place}: {key}: holds words")
 
     def add(self, other: BuildReport) -> None:
         """Adds another report's counts; the first example of each reason stays."""
@@ -71,6 +91,8 @@ class BuildReport:
         self.dropped += other.dropped
         self.notes += other.notes
         self.extra_keys += other.extra_keys
+        self.extra_texts += other.extra_texts
+        self.forms += other.forms
         self.first = other.first | self.first
 
     def lines(self) -> list[str]:
@@ -95,8 +117,7 @@ class PairStore:
         sidecar = json.loads((folder / "store.json").read_text())
         self.fingerprint: str = sidecar["content_sha256"]
         self.max_token_id: int = sidecar["max_token_id"]
-        counters = {key: Counter(sidecar["report"][key]) for key in ("dropped", "notes", "extra_keys")}
-        self.report = BuildReport(**(sidecar["report"] | counters))
+        self.report = BuildReport(**sidecar["report"])
         index = (folder / "pairs.idx").read_bytes()
         size = (folder / "pairs.bin").stat().st_size
         if hashlib.sha256(index).hexdigest() != sidecar["index_sha256"] or size != sidecar["bin_bytes"]:
@@ -113,6 +134,13 @@ class PairStore:
     def name(self) -> str:
         """The name of the source's file, without its ending."""
         return self.folder.name.rsplit("-", 1)[0]
+
+    @property
+    def score_gaps(self) -> np.ndarray:
+        """By how much each pair's responses were scored apart: float32 [num_pairs], nan without scores."""
+        if "score_gap" in self.pairs.dtype.names:
+            return self.pairs["score_gap"]
+        return np.full(len(self), np.nan, np.float32)
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -234,11 +262,14 @@ def encode_chunk(raw: list[RawRecord], path: str, pair_tokenizer: PairTokenizer,
     bad: dict[int, BadRecord] = {}
     for item in raw:
         try:
+            if isinstance(item.row, BadRecord):
+                raise item.row
             if item.row is None:
                 raise BadRecord("too_long_record", f"more than max_record_bytes = {options.max_record_bytes} bytes")
             row = parse_json(item.row, item.last) if isinstance(item.row, bytes) else check_row(item.row)
-            report.extra_keys.update(extra_keys(row, options))
-            records.append(to_record(row, options))
+            record = to_record(row, options)
+            report.note_reading(record.reading, f"{path}:{item.line}")
+            records.append(record)
             lines.append(item.line)
         except BadRecord as error:
             bad[item.line] = error
@@ -251,7 +282,7 @@ def encode_chunk(raw: list[RawRecord], path: str, pair_tokenizer: PairTokenizer,
         ids = (encoded.pair.prompt_ids, encoded.pair.chosen_ids, encoded.pair.rejected_ids)
         parts += ids
         lengths.append([len(part) for part in ids])
-        rows.append((line, _prompt_key(record.prompt), encoded.lost))
+        rows.append((line, _prompt_key(record), encoded.lost, record.reading.score_gap))
         report.notes.update(encoded.notes)
         report.notes.update(f"with a cut {name}" for name, lost in zip(_PARTS, encoded.lost, strict=True) if lost)
     report.num_used = len(rows)
@@ -342,7 +373,8 @@ def _parse_index(index: bytes) -> tuple[np.ndarray, np.ndarray]:
     return lengths, pointers
 
 
-def _prompt_key(prompt: str | tuple[Message, ...]) -> int:
+def _prompt_key(record: PreferenceRecord) -> int:
+    prompt = record.prompt if not record.tools else (record.prompt, record.tools)
     text = prompt if isinstance(prompt, str) else json.dumps(prompt)
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 

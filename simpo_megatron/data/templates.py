@@ -77,16 +77,18 @@ class PairRenderer:
         conversation.
         """
         for name in ("chosen", "rejected"):
-            if not self._specials.sub("", getattr(record, name)).strip():
+            response = getattr(record, name)
+            if isinstance(response, str) and not self._specials.sub("", response).strip():
                 raise BadRecord(f"empty_{name}", f"the {name} response holds nothing but special tokens")
         if self._template is None:
             return self._plain(record)
-        messages = [{**turn, "content": self._break_specials(turn["content"])} for turn in as_messages(record.prompt)]
-        prompt = self._render(messages, add_generation_prompt=True)
+        messages = self._as_text(as_messages(record.prompt))
+        prompt = self._render(messages, record.tools, add_generation_prompt=True)
         responses = []
         for response in (record.chosen, record.rejected):
-            content = self._break_specials(response)
-            whole = self._render([*messages, {"role": "assistant", "content": content}])
+            turns = self._as_text(as_messages(response, "assistant"))
+            content = turns[-1]["content"]
+            whole = self._render([*messages, *turns], record.tools)
             if not whole.startswith(prompt):
                 raise BadRecord(
                     "template_mismatch",
@@ -108,31 +110,46 @@ class PairRenderer:
             messages.insert(0, {"role": "system", "content": ""})
         bos = self._tokenizer.bos_token or ""
         responses = (
-            self._apply([{"role": "assistant", "content": response}]).removeprefix(bos)
+            self._apply(list(as_messages(response, "assistant"))).removeprefix(bos)
             for response in (record.chosen, record.rejected)
         )
-        return RenderedPair(self._apply(messages), *responses)
+        return RenderedPair(self._apply(messages, record.tools), *responses)
 
     def _plain(self, record: PreferenceRecord) -> RenderedPair:
+        turns = () if isinstance(record.prompt, str) else record.prompt
+        if (
+            record.tools
+            or any(set(turn) - {"role", "content"} for turn in turns)
+            or not (isinstance(record.chosen, str) and isinstance(record.rejected, str))
+        ):
+            raise BadRecord("needs_template", "tools, calls and reasoning have no form without a chat template")
         if isinstance(record.prompt, str):
             return RenderedPair(record.prompt, record.chosen, record.rejected)
         speakers = {"user": "Human", "assistant": "Assistant", "system": "System", "tool": "Tool"}
-        turns = [f"\n\n{speakers[turn['role']]}: {turn['content']}" for turn in record.prompt]
-        return RenderedPair("".join(turns) + "\n\nAssistant:", " " + record.chosen, " " + record.rejected)
+        texts = [f"\n\n{speakers[turn['role']]}: {turn['content']}" for turn in record.prompt]
+        return RenderedPair("".join(texts) + "\n\nAssistant:", " " + record.chosen, " " + record.rejected)
+
+    def _as_text(self, turns: tuple[Message, ...]) -> list[Message]:
+        return [{**turn, "content": self._break_specials(turn["content"])} for turn in turns]
 
     def _break_specials(self, text: str) -> str:
         return self._specials.sub(lambda found: found.group()[0] + CONTENT_MARK + found.group()[1:], text)
 
-    def _render(self, messages: list[Message], add_generation_prompt: bool = False) -> str:
-        rendered = self._apply(messages, add_generation_prompt)
+    def _render(
+        self, messages: list[Message], tools: tuple[dict, ...] | None, add_generation_prompt: bool = False
+    ) -> str:
+        rendered = self._apply(messages, tools, add_generation_prompt)
         return self._specials.sub(lambda found: TEMPLATE_MARK + found.group(), rendered)
 
-    def _apply(self, messages: list[Message], add_generation_prompt: bool = False) -> str:
+    def _apply(
+        self, messages: list[Message], tools: tuple[dict, ...] | None = None, add_generation_prompt: bool = False
+    ) -> str:
         from jinja2 import TemplateError
 
         try:
             text = self._tokenizer.apply_chat_template(
                 messages,
+                tools=list(tools) if tools else None,
                 chat_template=self._template,
                 tokenize=False,
                 add_generation_prompt=add_generation_prompt,
@@ -146,7 +163,7 @@ class PairRenderer:
     def _until_end_token(self, response: str, content: str) -> str:
         """Returns `response` up to and with the template's first special token after the content."""
         content = content.strip()
-        start = max(response.rfind(content), 0)
+        start = max(response.rfind(content), 0) if content else 0
         mark = response.find(TEMPLATE_MARK, start + len(content))
         if mark < 0:
             return response
@@ -155,6 +172,6 @@ class PairRenderer:
         return response[: special.end()]
 
 
-def as_messages(prompt: str | tuple[Message, ...]) -> tuple[Message, ...]:
-    """Returns the conversation that a prompt stands for; a string is one turn of the user."""
-    return ({"role": "user", "content": prompt},) if isinstance(prompt, str) else prompt
+def as_messages(text: str | tuple[Message, ...], role: str = "user") -> tuple[Message, ...]:
+    """Returns the conversation that a prompt or a response stands for; a string is one turn of `role`."""
+    return ({"role": role, "content": text},) if isinstance(text, str) else text

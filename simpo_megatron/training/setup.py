@@ -23,7 +23,7 @@ from simpo_megatron.data import (
     parse_named_sources,
     split,
 )
-from simpo_megatron.data.sources import HUB_PREFIX, check_readable, parse_sources
+from simpo_megatron.data.sources import check_readable, parse_sources
 from simpo_megatron.demo import prepare_demo
 from simpo_megatron.errors import ConfigError, DataError
 from simpo_megatron.mcore import device
@@ -102,8 +102,7 @@ def plan_run(config: Config, world_size: int) -> RunPlan:
 def _check_files(sources: Sources) -> None:
     for files in (sources.train, *sources.valid.values()):
         for source in parse_sources(files):
-            if not source.path.startswith(HUB_PREFIX):
-                check_readable(source.path)
+            check_readable(source.path)
 
 
 def locate_sources(config: Config) -> Sources:

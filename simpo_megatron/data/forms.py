@@ -1,0 +1,193 @@
+"""Forms of rows: which columns of a preference file hold the prompt, the two responses and what goes with them."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from simpo_megatron.data.pair_options import PairOptions
+from simpo_megatron.data.parsing import BadRecord, kind_of
+
+CONVERSATION_COLUMNS = ("messages", "conversations", "conversation")
+SYSTEM_COLUMNS = ("system", "system_prompt")
+MEDIA_COLUMNS = ("image", "images", "video", "videos", "audio", "audios")
+
+_PROMPT_COLUMNS = ("prompt", "question", "instruction", "query", "context", "input")
+_SCORES = ("score", "reward", "rating")
+_TEXT = re.compile(r"\S\s+\S")
+
+
+@dataclass
+class Columns:
+    """The columns of one row by what they mean, as they stand in the file."""
+
+    row: dict
+    chosen: Any
+    rejected: Any
+    form: str
+    """What the row was read as, in words."""
+    read: set[str]
+    """Names of the columns that were read."""
+    prompt: Any = None
+    prompt_key: str = ""
+    conversation: Any = None
+    conversation_key: str = ""
+    score_gap: float = math.nan
+    """By how much the chosen response was scored above the other; nan where nobody scored them."""
+    notes: list[str] = field(default_factory=list)
+
+    def take(self, *names: str) -> tuple[str, Any]:
+        """Returns the first column of `names` that holds something, which then is read; ("", None) for none."""
+        for name in names:
+            if self.row.get(name) is not None and name not in self.read:
+                self.read.add(name)
+                return name, self.row[name]
+        return "", None
+
+    def left(self) -> Iterator[tuple[str, Any]]:
+        """Yields the columns that hold something and were not read."""
+        return ((key, value) for key, value in self.row.items() if key not in self.read and value is not None)
+
+
+def pair_columns(row: dict, options: PairOptions) -> Columns:
+    """Returns the columns of `row`, whose form is told by their names.
+
+    Raises: BadRecord when they are no pair, or the pair is a tie.
+    """
+    names = options.chosen_column or "chosen", options.rejected_column or "rejected"
+    if not row.keys() & set(names):
+        if "completions" in row:
+            return _ranked(row)
+        if {"response1", "response2", "overall_preference"} <= row.keys():
+            return _compared(row)
+        if row.keys() & {"chosen_response", "rejected_response"}:
+            names = "chosen_response", "rejected_response"
+        elif row.keys() & {"label", "kto_tag"} and row.keys() & {"completion", *CONVERSATION_COLUMNS}:
+            detail = "a completion with a label is KTO's data; a pair has a chosen and a rejected one"
+            raise BadRecord("unpaired", detail)
+    for name, key in zip(("chosen", "rejected"), names, strict=True):
+        if key not in row:
+            raise missing(row, name, key)
+    columns = Columns(row, row[names[0]], row[names[1]], "/".join(names), set(names))
+    _find_prompt(columns, options)
+    columns.score_gap = _score_gap(columns)
+    return columns
+
+
+def missing(row: dict, name: str, key: str) -> BadRecord:
+    """Returns the error for a column that is not there, with the names of those that are."""
+    found = ", ".join(sorted(map(str, row))) or "none"
+    return BadRecord(f"missing_key:{key}", f"found the columns {found}; {name}_column says which one is meant")
+
+
+def holds_prompt(response: object) -> bool:
+    """Returns whether a response is a conversation that begins with its prompt."""
+    if isinstance(response, list) and len(response) > 1 and isinstance(response[0], dict):
+        return (response[0].get("role") or response[0].get("from")) not in ("assistant", "gpt")
+    return isinstance(response, str) and response.startswith("\n\nHuman:")
+
+
+def holds_text(value: object) -> bool:
+    """Returns whether a value holds words, which a model could have learned from; names, ids and numbers are none."""
+    if isinstance(value, str):
+        return _TEXT.search(value) is not None
+    if isinstance(value, dict):
+        return any(map(holds_text, value.values()))
+    return isinstance(value, list) and any(map(holds_text, value))
+
+
+def _find_prompt(columns: Columns, options: PairOptions) -> None:
+    row = columns.row
+    if options.prompt_column:
+        key = columns.prompt_key = options.prompt_column
+        if row.get(key) is None:
+            raise missing(row, "prompt", key)
+        columns.prompt = row[key]
+        columns.read.add(key)
+        return
+    # A response that begins with its prompt needs no other; of other columns only `prompt` says that it is one.
+    names: tuple[str, ...] = _PROMPT_COLUMNS[:1] if holds_prompt(columns.chosen) else _PROMPT_COLUMNS
+    columns.conversation_key, columns.conversation = columns.take(*CONVERSATION_COLUMNS)
+    if columns.conversation is not None and row.get("prompt") is None:
+        names = ()
+    columns.prompt_key, columns.prompt = columns.take(*names)
+    if columns.prompt_key == "instruction" and isinstance(columns.prompt, str):
+        more = row.get("input")
+        if isinstance(more, str):
+            # Alpaca's two columns are one question, a line each.
+            columns.read.add("input")
+            columns.prompt += "\n" + more if more.strip() else ""
+
+
+def _ranked(row: dict) -> Columns:
+    """NeMo-RL's form: a `context`, and `completions` with ranks, of which the lowest is the best."""
+    completions = row["completions"]
+    if not isinstance(completions, list) or len(completions) < 2:
+        found = f"{len(completions)} of them" if isinstance(completions, list) else kind_of(completions)
+        raise BadRecord("bad_type:completions", f"completions is {found}, expected a list of at least two")
+    for item in completions:
+        rank = item.get("rank") if isinstance(item, dict) else None
+        if isinstance(rank, bool) or not isinstance(rank, (int, float)) or "completion" not in item:
+            raise BadRecord("bad_type:completions", "completions holds one without a rank and a completion")
+    ordered = sorted(completions, key=lambda item: item["rank"])
+    best, worst = ordered[0], ordered[-1]
+    if best["rank"] == worst["rank"]:
+        raise BadRecord("tie", f"all completions have the rank {best['rank']}")
+    form = "NeMo-RL completions with ranks"
+    columns = Columns(row, best["completion"], worst["completion"], form, {"completions"})
+    columns.prompt_key, columns.prompt = columns.take("context", "prompt")
+    if len(completions) > 2:
+        columns.notes.append("more_than_two_completions")
+    return columns
+
+
+def _compared(row: dict) -> Columns:
+    """HelpSteer3's form: two responses and how much the second one is preferred, from -3 to 3."""
+    preference = row["overall_preference"]
+    if isinstance(preference, bool) or not isinstance(preference, (int, float)) or math.isnan(preference):
+        detail = f"overall_preference is {kind_of(preference)}, expected a number from -3 to 3"
+        raise BadRecord("bad_type:overall_preference", detail)
+    if preference == 0:
+        raise BadRecord("tie", "overall_preference is 0: neither response is preferred")
+    names = ("response1", "response2") if preference < 0 else ("response2", "response1")
+    form = "HelpSteer3 response1/response2 with overall_preference"
+    columns = Columns(row, row[names[0]], row[names[1]], form, {*names, "overall_preference"})
+    columns.prompt_key, columns.prompt = columns.take("context", "prompt")
+    columns.score_gap = abs(float(preference))
+    return columns
+
+
+def _score_gap(columns: Columns) -> float:
+    row = columns.row
+    if not any("score" in key or "reward" in key or "rating" in key or key == "margin" for key in row):
+        return math.nan
+    for name in _SCORES:
+        for pattern in ("chosen_{}", "chosen-{}", "{}_chosen"):
+            keys = [pattern.format(name), pattern.replace("chosen", "rejected").format(name)]
+            found = [_number(row.get(key)) for key in keys]
+            if not any(map(math.isnan, found)):
+                columns.read.update(keys)
+                return found[0] - found[1]
+    if not math.isnan(margin := _number(row.get("margin"))):
+        columns.read.add("margin")
+        return margin
+    ratings = row.get("rating")
+    if isinstance(ratings, list) and len(ratings) == 2 and not any(math.isnan(_number(rating)) for rating in ratings):
+        # Of distilabel: in the order in which the responses were made, the better one was chosen.
+        columns.read.add("rating")
+        return abs(_number(ratings[0]) - _number(ratings[1]))
+    return math.nan
+
+
+def _number(value: object) -> float:
+    """Returns a score, which text files hold as text; nan for what is none."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        return math.nan
+    try:
+        number = float(value)
+    except (ValueError, OverflowError):
+        return math.nan
+    return number if math.isfinite(number) else math.nan

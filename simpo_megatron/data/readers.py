@@ -1,0 +1,249 @@
+"""Raw records of a preference file, one by one, whatever kind of file it is."""
+
+from __future__ import annotations
+
+import csv
+import io
+import itertools
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from simpo_megatron.data.files import HF_PREFIX, HUB_PREFIX, is_on_hub, plain_name, shards
+from simpo_megatron.data.pair_options import PairOptions
+from simpo_megatron.data.parsing import BadRecord, parse_json, parse_json_array
+from simpo_megatron.errors import DataError, listed
+
+_LINES_LOOKED_AT = 5
+
+
+@dataclass(frozen=True)
+class RawRecord:
+    """One record before parsing: a JSON line, a parsed row, what is wrong with it, or None if too long.
+
+    `line` counts from 1: of text the line where the record begins, of tables and lists the record.
+    """
+
+    line: int
+    row: bytes | dict | BadRecord | None
+    last: bool = False
+
+
+def read_raw(path: str, options: PairOptions) -> Iterator[RawRecord]:
+    """Yields the raw records of `path`, in file order, holding a few of them (of a list in JSON, all).
+
+    Raises: DataError for a file that cannot be read, or is not what its name says.
+    """
+    for file in shards(path):
+        if is_on_hub(file):
+            yield from _read_hub(file)
+        elif os.path.isdir(file):
+            yield from _read_saved_dataset(file)
+        else:
+            yield from _read_file(file, options.max_record_bytes)
+
+
+def _read_file(path: str, max_bytes: int) -> Iterator[RawRecord]:
+    with open(path, "rb") as file:
+        head = file.read(64)
+    name = plain_name(path)
+    if head.startswith(b"version https://git-lfs"):
+        raise DataError(f"{path}: found a pointer of Git LFS, expected the file itself; run git lfs pull")
+    if head.startswith(b"PAR1"):
+        return _read_parquet(path)
+    if head.startswith(b"ARROW1") or name.endswith(".arrow"):
+        return _read_arrow(path)
+    lines = _first_lines(path, max_bytes)
+    first = next((line for line in lines if line.strip()), b"").lstrip()
+    if any(map(_is_object, lines)):
+        return _read_lines(path, max_bytes)
+    if name.endswith((".csv", ".tsv")):
+        return _read_csv(path, "\t" if name.endswith(".tsv") else ",", max_bytes)
+    if name.endswith(".json") or first.startswith(b"[{") or first.rstrip() == b"[":
+        return _read_json_array(path)
+    if name.endswith((".jsonl", ".ndjson")):
+        return _read_lines(path, max_bytes)
+    if name.endswith(".parquet"):
+        return _read_parquet(path)
+    raise DataError(
+        f"{path}: found another kind of file, expected JSON lines, a list in JSON, CSV, TSV, parquet or arrow"
+    )
+
+
+def _first_lines(path: str, max_bytes: int) -> list[bytes]:
+    if plain_name(path).endswith(".parquet"):
+        with open(path, "rb") as plain:
+            lines = [plain.readline(max_bytes)]
+    else:
+        try:
+            with _open_lines(path) as file:
+                lines = [file.readline(max_bytes) for _ in range(_LINES_LOOKED_AT)]
+        except OSError as error:
+            raise _damaged(path, 1, error) from None
+    return [lines[0].removeprefix(b"\xef\xbb\xbf"), *lines[1:]]
+
+
+def _is_object(line: bytes) -> bool:
+    if not line.startswith(b"{"):
+        return False
+    try:
+        return bool(parse_json(line))
+    except BadRecord:
+        return False
+
+
+def _damaged(path: str, line: int, error: OSError) -> DataError:
+    return DataError(f"{path}:{line}: found a damaged file ({error}), expected a whole one; copy it again")
+
+
+def _open_lines(path: str) -> BinaryIO:
+    with open(path, "rb") as file:
+        magic = file.read(4)
+    is_gzip, is_zstd = magic[:2] == b"\x1f\x8b", magic == b"\x28\xb5\x2f\xfd"
+    if is_gzip != path.endswith(".gz") or is_zstd != path.endswith(".zst"):
+        kind = "gzip" if is_gzip else "zstd" if is_zstd else "uncompressed"
+        raise DataError(f"{path}: found {kind} content, expected what the name says; rename it")
+    if magic[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        raise DataError(f"{path}:1: invalid_utf8: found UTF-16, expected UTF-8; convert it")
+    if is_gzip or is_zstd:
+        import pyarrow
+
+        return io.BufferedReader(pyarrow.input_stream(path, compression="gzip" if is_gzip else "zstd"))
+    return open(path, "rb")
+
+
+def _read_lines(path: str, max_bytes: int) -> Iterator[RawRecord]:
+    with _open_lines(path) as file:
+        try:
+            line = 0
+            while raw := file.readline(max_bytes + 1):
+                line += 1
+                if line == 1:
+                    raw = raw.removeprefix(b"\xef\xbb\xbf")
+                if len(raw) <= max_bytes:
+                    yield RawRecord(line, raw, last=not raw.endswith(b"\n"))
+                    continue
+                yield RawRecord(line, None)
+                while raw and not raw.endswith(b"\n"):
+                    raw = file.readline(max_bytes)
+        except OSError as error:
+            raise _damaged(path, line + 1, error) from None
+
+
+def _read_json_array(path: str) -> Iterator[RawRecord]:
+    try:
+        with _open_lines(path) as file:
+            rows = parse_json_array(file.read())
+    except BadRecord as error:
+        raise DataError(f"{path}:1: {error.reason}: {error.detail}") from None
+    for number, row in enumerate(rows, start=1):
+        yield RawRecord(number, row)
+
+
+def _read_csv(path: str, delimiter: str, max_bytes: int) -> Iterator[RawRecord]:
+    with _open_lines(path) as file, io.TextIOWrapper(file, encoding="utf-8-sig", newline="") as text:
+        csv.field_size_limit(max_bytes)
+        rows = csv.reader(text, delimiter=delimiter, strict=True)
+        try:
+            header = next(rows, [])
+            if len(header) < 2 or len(set(header)) < len(header):
+                raise DataError(f"{path}:1: found another kind of file, expected a header with a name for each column")
+            while True:
+                line = rows.line_num + 1
+                try:
+                    cells = next(rows)
+                except StopIteration:
+                    return
+                except csv.Error as error:
+                    yield RawRecord(line, BadRecord("bad_csv", str(error)))
+                    continue
+                yield RawRecord(line, _csv_row(header, cells))
+        except UnicodeDecodeError as error:
+            found = f"0x{error.object[error.start]:02x} behind line {rows.line_num}"
+            raise DataError(f"{path}: invalid_utf8: found {found}, expected UTF-8; convert it") from None
+        except OSError as error:
+            raise _damaged(path, rows.line_num + 1, error) from None
+
+
+def _csv_row(header: list[str], cells: list[str]) -> dict | BadRecord:
+    if not cells:
+        return BadRecord("blank_line", "the line is blank")
+    if len(cells) != len(header):
+        return BadRecord("bad_csv", f"found {len(cells)} cells, expected {len(header)}, as in the header")
+    return dict(zip(header, cells, strict=True))
+
+
+def _read_parquet(path: str) -> Iterator[RawRecord]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        batches = pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=256)
+        yield from _numbered(row for batch in batches for row in batch.to_pylist())
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"{path}: found {str(error).splitlines()[0]!r}, expected a readable parquet file") from None
+
+
+def _read_arrow(path: str) -> Iterator[RawRecord]:
+    import pyarrow
+
+    try:
+        with open(path, "rb") as file:
+            is_file = file.read(6) == b"ARROW1"
+        with pyarrow.memory_map(path) as mapped:
+            reader: Any
+            if is_file:
+                reader = pyarrow.ipc.open_file(mapped)
+                batches = (reader.get_batch(number) for number in range(reader.num_record_batches))
+            else:
+                batches = iter(pyarrow.ipc.open_stream(mapped))
+            yield from _numbered(row for batch in batches for row in batch.to_pylist())
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"{path}: found {str(error).splitlines()[0]!r}, expected a readable arrow file") from None
+
+
+def _read_saved_dataset(path: str) -> Iterator[RawRecord]:
+    import datasets
+
+    loaded = datasets.load_from_disk(path)
+    if isinstance(loaded, datasets.DatasetDict):
+        names = sorted(map(str, loaded), key=lambda name: not name.startswith("train"))
+        raise DataError(
+            f"{path}: found the splits {listed(names, 8)}, expected one; name its folder, such as "
+            f"{Path(path) / names[0]}"
+        )
+    yield from _numbered(loaded)
+
+
+def _read_hub(path: str) -> Iterator[RawRecord]:
+    """Yields the rows of `hub:NAME[:SPLIT]`, or of `hf://[datasets/]OWNER/NAME[/FILE][:SPLIT]`."""
+    import datasets
+
+    if path.startswith(HF_PREFIX):
+        name, _, split = path.removeprefix(HF_PREFIX).removeprefix("datasets/").partition(":")
+        parts = name.rstrip("/").split("/")
+        name, file = "/".join(parts[:2]), "/".join(parts[2:]) or None
+    else:
+        name, _, split = path.removeprefix(HUB_PREFIX).partition(":")
+        file = None
+    try:
+        loaded = datasets.load_dataset(name, data_files=file, split=split or "train")
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: found {str(error).splitlines()[0]!r}, expected a data set of the hub") from None
+    yield from _numbered(loaded)
+
+
+def _numbered(rows: Iterable[Any]) -> Iterator[RawRecord]:
+    """Yields rows of a table, counted from 1, without the nulls that fill what other rows' objects have."""
+    for number, row in zip(itertools.count(1), rows, strict=False):
+        yield RawRecord(number, {key: _without_nulls(value) for key, value in row.items()})
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list):
+        return [_without_nulls(item) for item in value]
+    return value
