@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from simpo_megatron.commands.parsing import CommandParser
-from simpo_megatron.config import Config, load_config
+from simpo_megatron.config import DEMO, Config, load_config
 from simpo_megatron.data import PreferenceDataset, build_preference_dataset, load_tokenizer, parse_named_sources
 from simpo_megatron.data.inspect import InspectedRow, inspect_dataset, print_inspection, show_pairs
 from simpo_megatron.errors import SimPOError, report_error
@@ -34,10 +34,19 @@ def parse_arguments(argv: Sequence[str], prog: str) -> tuple[argparse.Namespace,
     parser = CommandParser(prog, __doc__, takes_trainer_options=True)
     parser.add_argument("--model", required=True, metavar="DIR", help="folder of the tokenizer and its chat template")
     parser.add_argument(
-        "--data", nargs="+", required=True, metavar="FILE", help="preference files, or weights and files in turn"
+        "--data",
+        nargs="+",
+        action="extend",
+        required=True,
+        metavar="FILE",
+        help="preference files, or weights and files in turn",
     )
     parser.add_argument(
-        "--valid-data", nargs="+", metavar="FILE", help="validation files, searched for training prompts"
+        "--valid-data",
+        nargs="+",
+        action="extend",
+        metavar="FILE",
+        help="validation files, searched for training prompts",
     )
     parser.add_argument("--show", type=int, default=0, metavar="N", help="print N pairs, response tokens marked")
     parser.add_argument("--html", metavar="FILE", help="also write the inspection with plots to FILE")
@@ -56,7 +65,10 @@ def main(argv: Sequence[str], prog: str = "simpo inspect") -> int:
         if arguments.valid_data:
             files += ["--valid-data", *arguments.valid_data]
         config = load_config([*of_the_trainer, "--model", arguments.model, *files])
-        tokenizer = load_tokenizer(arguments.model)
+        if DEMO in (config.model.model, *config.data.data):
+            config = _with_demo(config)
+        assert config.model.model is not None, "--model is required"
+        tokenizer = load_tokenizer(config.model.model)
         with tempfile.TemporaryDirectory() as scratch:
             dataset, valid = _read(config, tokenizer, config.data.data_cache or scratch)
             inspection = inspect_dataset(dataset, tokenizer, valid, arguments.padded_batch)
@@ -69,6 +81,18 @@ def main(argv: Sequence[str], prog: str = "simpo inspect") -> int:
         write_data_page(inspection, shown, arguments.html)
         console.print(f"\nwrote {arguments.html}")
     return 0
+
+
+def _with_demo(config: Config) -> Config:
+    """`config` with files in place of the embedded default's name."""
+    from simpo_megatron.training.setup import locate_sources  # needs megatron-core, which nothing else here does
+
+    sources = locate_sources(config)
+    return replace(
+        config,
+        model=replace(config.model, model=str(sources.model)),
+        data=replace(config.data, data=sources.train),
+    )
 
 
 def _read(

@@ -102,7 +102,8 @@ def _argument(option: Option) -> dict[str, typing.Any]:
     if option.kind is bool:
         return argument | {"action": argparse.BooleanOptionalAction}
     argument["metavar"] = "|".join(option.choices) or option.metavar or _choices_or_kind(option)
-    return argument | {"nargs": "+"} if option.is_list else argument
+    # Given twice, a list is both: argparse alone would forget the first.
+    return argument | {"nargs": "+", "action": "extend"} if option.is_list else argument
 
 
 def _choices_or_kind(option: Option) -> str:

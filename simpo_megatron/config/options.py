@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import glob
 import itertools
 import math
+import os
 import re
 import types
 import typing
@@ -54,6 +56,7 @@ _ELSEWHERE = {
     "warmup_ratio": "lr_warmup_fraction",
 }
 _WHY_NOT_GAMMA_TWICE = "gamma is the margin itself, gamma_beta_ratio is gamma / beta (the authors' unit)"
+_PATHS = ("DIR", "FILE")
 _NUMBER = re.compile(r"[+-]?([0-9]{1,30}\.?[0-9]{0,30}|\.[0-9]{1,30})([eE][+-]?[0-9]{1,3})?")
 
 
@@ -98,7 +101,7 @@ class Option:
         if self.choices and text in self.choices:
             return text
         if self.kind is str and not self.choices and (text or self.default == ""):
-            return text
+            return as_path(text) if self.metavar in _PATHS else text
         if not quoted and self.kind is bool and text in ("true", "false"):
             return text == "true"
         if not quoted and self.kind is int and re.fullmatch(r"[+-]?[0-9]{1,18}", text):
@@ -115,6 +118,20 @@ _SECOND_NAMES = {
     "bf16": Option(name="fp32", section="precision", kind=bool, help="Train in fp32 instead of bf16.", everyday=True),
 }
 """Options that set the field of another one in other words, by that field."""
+
+
+def as_path(text: str) -> str:
+    """A path as the file system knows it: `~` and `..` resolved, which shells do for some of them only.
+
+    A validation set's `NAME=` stays in front of its file.
+    """
+    name, path = "", text
+    if named := re.match(r"([\w.-]+=)(?=~|\.\.)", text):
+        name, path = named[1], text[named.end() :]
+    path = os.path.expanduser(path)
+    if ".." in path.split("/") and "://" not in path and not glob.has_magic(path):
+        path = os.path.realpath(path)
+    return name + path
 
 
 def cut(text: str) -> str:

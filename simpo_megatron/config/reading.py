@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 import typing
@@ -60,7 +61,7 @@ def load_config(argv: Sequence[str] | None = None, **options: typing.Any) -> Con
         argv = [] if options else sys.argv[1:]
     command_line, config_file = _read_command_line(list(argv))
     config_file = options.pop("config", config_file)
-    yaml_file = read_yaml(find_config_file(config_file)) if config_file is not None else {}
+    yaml_file = read_yaml(find_config_file(os.path.expanduser(config_file))) if config_file is not None else {}
     asked = _merge(_merge(yaml_file, command_line), _layer_of(options, "load_config"))
     if config_file is None and not asked.keys() & {"preset", "model", "data"}:
         asked["preset"] = Setting(DEMO, "default")

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from simpo_megatron.data.files import shards
 from simpo_megatron.data.pair_options import PairOptions
+from simpo_megatron.data.shards import files_of
 from simpo_megatron.data.sources import Source, parse_sources
 from simpo_megatron.data.store import BuildReport, PairStore, open_store
 from simpo_megatron.data.tokenization import TokenizedPair
@@ -120,7 +120,7 @@ def build_preference_dataset(
     groups = [
         [
             open_store(file, tokenizer, options, str(cache_dir), build=build, num_workers=num_workers)
-            for file in shards(source.path)
+            for file in files_of(source.path)
         ]
         for source in sources
     ]

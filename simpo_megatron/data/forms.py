@@ -15,6 +15,8 @@ CONVERSATION_COLUMNS = ("messages", "conversations", "conversation")
 SYSTEM_COLUMNS = ("system", "system_prompt")
 MEDIA_COLUMNS = ("image", "images", "video", "videos", "audio", "audios")
 
+MORE_COMPLETIONS = "more_than_two_completions"
+
 _PROMPT_COLUMNS = ("prompt", "question", "instruction", "query", "context", "input")
 _SCORES = ("score", "reward", "rating")
 _TEXT = re.compile(r"\S\s+\S")
@@ -140,7 +142,7 @@ def _ranked(row: dict) -> Columns:
     columns = Columns(row, best["completion"], worst["completion"], form, {"completions"})
     columns.prompt_key, columns.prompt = columns.take("context", "prompt")
     if len(completions) > 2:
-        columns.notes.append("more_than_two_completions")
+        columns.notes.append(MORE_COMPLETIONS)
     return columns
 
 
@@ -153,7 +155,7 @@ def _compared(row: dict) -> Columns:
     if preference == 0:
         raise BadRecord("tie", "overall_preference is 0: neither response is preferred")
     names = ("response1", "response2") if preference < 0 else ("response2", "response1")
-    form = "HelpSteer3 response1/response2 with overall_preference"
+    form = "HelpSteer3 responses with overall_preference"
     columns = Columns(row, row[names[0]], row[names[1]], form, {*names, "overall_preference"})
     columns.prompt_key, columns.prompt = columns.take("context", "prompt")
     columns.score_gap = abs(float(preference))

@@ -10,7 +10,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from simpo_megatron.data.dataset import PreferenceDataset
+from simpo_megatron.data.forms import MORE_COMPLETIONS
 from simpo_megatron.data.records import UNUSABLE_REASONS
+from simpo_megatron.data.store import BuildReport
+from simpo_megatron.errors import listed
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -19,6 +22,10 @@ if TYPE_CHECKING:
 PARTS = ("prompt", "chosen", "rejected")
 # A judge of length alone that is right this often has something to teach the model besides quality.
 LENGTH_BIAS_LIMIT = 0.6
+# A score that goes along with length this much was given to length as well.
+LENGTH_CORRELATION_LIMIT = 0.4
+_MOST_FORMS = 3
+_MOST_COLUMNS = 8
 
 
 @dataclass(frozen=True)
@@ -63,9 +70,34 @@ def inspect_dataset(
         "Work saved": _work_saved(dataset.lengths, micro_batch_size),
         "Duplicates": _duplicates(dataset),
     }
+    if not np.isnan(dataset.score_gaps).all():
+        sections["Scores"] = _scores(dataset)
     if validation is not None:
         sections["Validation"] = _leaks(dataset, validation)
     return DatasetInspection(sections, dataset.lengths)
+
+
+def read_as(dataset: PreferenceDataset, name: str = "") -> list[str]:
+    """Returns what the records of `dataset`'s files were read as, and what of them was not read, a line each."""
+    report = dataset.report
+    forms = "; ".join(
+        form if count == report.forms.total() else f"{form} ({count:,} of {report.forms.total():,})"
+        for form, count in report.forms.most_common(_MOST_FORMS)
+    )
+    lines = [f"read as:  {name}{forms}"] if forms else []
+    if texts := report.extra_texts:
+        shown = listed((_unread(report, key) for key in texts), _MOST_COLUMNS)
+        lines.append(f"WARNING   {name}columns with text that are not read: {shown}")
+    if others := sorted(set(report.extra_keys) - set(texts)):
+        lines.append(f"columns   {name}not read, without text: {listed(others, _MOST_COLUMNS)}")
+    if count := report.notes[MORE_COMPLETIONS]:
+        place = report.first[MORE_COMPLETIONS].split(": ")[0]
+        lines.append(f"ranked    {name}{count:,} of more than two completions: best and worst taken (first at {place})")
+    return lines
+
+
+def _unread(report: BuildReport, key: str) -> str:
+    return f"{key} (in {report.extra_texts[key]:,}, first at {report.first[key].split(f': {key}: ')[0]})"
 
 
 def summary(dataset: PreferenceDataset, name: str = "") -> list[str]:
@@ -78,7 +110,7 @@ def summary(dataset: PreferenceDataset, name: str = "") -> list[str]:
     lines = [f"records   {name}{report.num_lines:,}: {report.num_used:,} used, dropped {dropped or 'none'}"]
     shares = dataset.shares()
     if len(shares) > 1:
-        taken = ", ".join(f"{count:,} of {of:,} pairs of {file}" for file, count, of in shares)
+        taken = listed((f"{count:,} of {of:,} pairs of {file}" for file, count, of in shares), _MOST_COLUMNS)
         lines.append(f"files     {name}{taken}")
     if lost.any():
         numbers = zip(("prompts", "chosen", "rejected"), (lost > 0).sum(axis=0), strict=True)
@@ -129,8 +161,14 @@ def _records(dataset: PreferenceDataset) -> list[InspectedRow]:
     for reason, count in report.dropped.most_common():
         first = report.first[reason].replace(f": {reason}: ", ": ")
         rows.append(InspectedRow(f"  {reason}", f"{count:,}, first at {first}", reason != "blank_line"))
+    rows += [InspectedRow("read as", f"{form}: {count:,}") for form, count in report.forms.most_common()]
     if report.extra_keys:
-        rows.append(InspectedRow("columns not read", ", ".join(sorted(report.extra_keys))))
+        rows.append(InspectedRow("columns not read", ", ".join(sorted(report.extra_keys)), bool(report.extra_texts)))
+    rows += [InspectedRow("  with text", _unread(report, key), True) for key in report.extra_texts]
+    if count := report.notes[MORE_COMPLETIONS]:
+        place = report.first[MORE_COMPLETIONS].split(": ")[0]
+        text = f"{count:,}, best and worst taken, first at {place}"
+        rows.append(InspectedRow("more than two completions", text, True))
     if apart := report.notes["tokenized_apart"]:
         text = f"{apart:,} pairs, prompt and response tokenised apart"
         rows.append(InspectedRow("tokens across the boundary", text, True))
@@ -184,6 +222,30 @@ def _length_bias(lengths: np.ndarray) -> list[InspectedRow]:
     rows.append(InspectedRow("chosen tokens per rejected token", f"{ratio:.3f}"))
     rows.append(InspectedRow("chosen is the longer response", f"{judge:.1%}", is_biased))
     return rows
+
+
+def _scores(dataset: PreferenceDataset) -> list[InspectedRow]:
+    """How far apart the responses were scored, and how far length goes along with it."""
+    is_scored = ~np.isnan(dataset.score_gaps)
+    gaps = dataset.score_gaps[is_scored].astype(np.float64)
+    longer = np.subtract(*dataset.lengths[is_scored, 1:].T.astype(np.float64))
+    low, median, high = np.quantile(gaps, (0.1, 0.5, 0.9))
+    lower = np.flatnonzero(is_scored)[gaps < 0]
+    text = f"{len(lower):,}" + (
+        f", first at {dataset.places(lower.tolist(), 1).split(' and ')[0]}" if len(lower) else ""
+    )
+    varies = len(gaps) > 1 and gaps.std() > 0 and longer.std() > 0
+    correlation = float(np.corrcoef(gaps, longer)[0, 1]) if varies else 0.0
+    return [
+        InspectedRow("pairs with scores", f"{len(gaps):,} of {len(dataset):,}"),
+        InspectedRow("score gap", f"median {median:.3g}, 80% from {low:.3g} to {high:.3g}"),
+        InspectedRow("chosen has the lower score", text, len(lower) > 0),
+        InspectedRow(
+            "score gap against extra length",
+            f"correlation {correlation:+.2f}" if varies else "none: one of them does not vary",
+            abs(correlation) > LENGTH_CORRELATION_LIMIT,
+        ),
+    ]
 
 
 def _work_saved(lengths: np.ndarray, micro_batch_size: int) -> list[InspectedRow]:

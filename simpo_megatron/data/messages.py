@@ -170,7 +170,7 @@ def to_tools(value: object) -> tuple[dict, ...] | None:
 
     Raises: BadRecord for anything else.
     """
-    if value is None or value == "" or value == []:
+    if not value or (isinstance(value, str) and value.strip() in ("", "[]", "null")):
         return None
     tools = _from_json(value, "tools", "bad_type", "tools")
     tools = [_from_json(tool, "tools", "bad_type", "a tool")[0] if isinstance(tool, str) else tool for tool in tools]

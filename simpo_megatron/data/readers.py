@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from simpo_megatron.data.files import HF_PREFIX, HUB_PREFIX, is_on_hub, plain_name, shards
 from simpo_megatron.data.pair_options import PairOptions
 from simpo_megatron.data.parsing import BadRecord, parse_json, parse_json_array
+from simpo_megatron.data.shards import HF_PREFIX, HUB_PREFIX, files_of, is_on_hub, plain_name
 from simpo_megatron.errors import DataError, listed
 
 _LINES_LOOKED_AT = 5
@@ -36,7 +36,7 @@ def read_raw(path: str, options: PairOptions) -> Iterator[RawRecord]:
 
     Raises: DataError for a file that cannot be read, or is not what its name says.
     """
-    for file in shards(path):
+    for file in files_of(path):
         if is_on_hub(file):
             yield from _read_hub(file)
         elif os.path.isdir(file):

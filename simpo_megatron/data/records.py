@@ -224,7 +224,7 @@ def _reading(
     where = "the prompt inside" if not keys else "an explicit prompt"
     if keys and keys != ["prompt"]:
         where = f"the prompt in {' and '.join(keys)}"
-    form = f"{columns.form} {kind} with {', '.join([where, *context])}"
+    form = f"{columns.form}{'' if '/' in columns.form.split()[0] else ','} {kind} with {', '.join([where, *context])}"
     known = {text.strip() for text in (record.prompt, record.chosen, record.rejected) if isinstance(text, str)}
     words = {key: holds_text(value) for key, value in unread.items()}
     for key, value in columns.left():

@@ -179,7 +179,8 @@ def open_store(
     if not (folder / "store.json").exists():
         if not build:
             raise DataError(
-                f"{path}: found no tokenized store at {folder}, expected the one of rank 0; did the file change since?"
+                f"{path}: found no tokenized store at {folder}, expected the one that the first rank of this "
+                "node wrote; give the ranks of a node one data_cache, and one copy of the file"
             )
         _build_store(folder, path, tokenizer, options, num_workers, identity)
     return PairStore(folder)

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from simpo_megatron.config import Config, changed_options, lint, to_text
 from simpo_megatron.convert import trained_share
 from simpo_megatron.data import padding_share
-from simpo_megatron.data.inspect import num_leaked, summary
+from simpo_megatron.data.inspect import num_leaked, read_as, summary
 from simpo_megatron.mcore import device
 from simpo_megatron.reporting.loggers import RunLog
 from simpo_megatron.training.setup import Job
@@ -67,8 +67,10 @@ def _padding(job: Job) -> str:
 
 def _describe_files(job: Job) -> list[str]:
     """The records of the preference files that were read, and the leakage of training prompts into validation sets."""
-    lines = summary(job.train_data)
+    lines = read_as(job.train_data) + summary(job.train_data)
     for name, dataset in job.valid_data.items():
+        if job.plan.sources.valid and dataset.report.extra_texts:
+            lines += read_as(dataset, f"validation {name}".strip() + " ")
         if job.plan.sources.valid and (dataset.report.dropped or dataset.lost.any()):
             lines += summary(dataset, f"validation {name}".strip() + " ")
         if leaked := num_leaked(job.train_data, dataset):

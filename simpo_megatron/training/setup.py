@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -135,9 +136,11 @@ def cache_folder(config: Config) -> Path:
 def load_data(
     config: Config, sources: Sources, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[PreferenceDataset, dict[str, PreferenceDataset]]:
-    """(training pairs, validation pairs by the name of their set), tokenised by rank 0 where that was not done before.
+    """(training pairs, validation pairs by the name of their set), tokenised where that was not done before.
 
-    Collectives: two object gathers, world, for each set of files.
+    Rank 0 tokenises first, then the first rank of each node that does not see what rank 0 wrote.
+
+    Collectives: three object gathers, world, for each set of files.
     """
     cache = cache_folder(config) / "pairs"
 
@@ -145,7 +148,10 @@ def load_data(
         return build_preference_dataset(files, tokenizer, config.pairs, cache, build=build)
 
     def load_on_all_ranks(files: Sequence[str]) -> PreferenceDataset:
-        built = raise_on_all_ranks(lambda: load(files, build=True) if dist.get_rank() == 0 else None)
+        built = None
+        for is_builder in (dist.get_rank() == 0, os.environ.get("LOCAL_RANK", "0") == "0"):
+            builds = is_builder and built is None
+            built = raise_on_all_ranks(lambda builds=builds, built=built: load(files, build=True) if builds else built)
         return raise_on_all_ranks(lambda: load(files, build=False) if built is None else built)
 
     train_data = load_on_all_ranks(sources.train)

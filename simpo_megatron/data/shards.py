@@ -26,7 +26,7 @@ def is_on_hub(path: str) -> bool:
     return path.startswith((HUB_PREFIX, HF_PREFIX))
 
 
-def shards(path: str) -> list[str]:
+def files_of(path: str) -> list[str]:
     """Returns the files that `path` stands for: itself, those of a folder or those that match a pattern, by name.
 
     Raises: DataError when there is none, they cannot be read, or they are several splits or kinds.
@@ -38,7 +38,7 @@ def shards(path: str) -> list[str]:
         found = sorted(glob.glob(path, recursive=True))
         if not found:
             raise DataError(f"{path}: found no file that matches, expected preference files")
-        return [file for match in found for file in shards(match)]
+        return [file for match in found for file in files_of(match)]
     check_one(path)
     if not os.path.isdir(path) or is_saved_dataset(path):
         return [path]
@@ -52,7 +52,7 @@ def is_saved_dataset(path: str) -> bool:
 
 def check_readable(path: str) -> None:
     """Raises DataError, in one line, for a path that stands for no readable preference file."""
-    for file in shards(path):
+    for file in files_of(path):
         if not is_on_hub(file):
             check_one(file)
 
