@@ -11,7 +11,7 @@ import pytest
 from data_tokenizers import llama_like
 
 from simpo_megatron.data import PairOptions, build_preference_dataset
-from simpo_megatron.data.inspect import histogram, inspect_dataset, num_leaked, show_pairs, summary
+from simpo_megatron.data.inspect import histogram, inspect_dataset, num_leaked, read_as, show_pairs, summary
 
 ROOT = Path(__file__).parents[2]
 TOOL = ROOT / "tools" / "inspect_data.py"
@@ -151,3 +151,19 @@ def test_the_tool_says_in_one_line_what_it_cannot_read(tmp_path):
     assert run.returncode == 2
     assert run.stderr.startswith("ERROR simpo_megatron: model: found no folder 'nowhere'")
     assert run.stderr.count("\n") == 1
+
+
+def test_a_run_says_what_a_file_was_read_as_and_which_of_its_words_were_not(tmp_path):
+    path = tmp_path / "notes.jsonl"
+    row = {"prompt": "q", "chosen": "yes it is", "rejected": "no", "id": 7}
+    rows = [row, row | {"prompt": "p", "note": "some words", "score_chosen": 1.0, "score_rejected": 2.0}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    dataset = build_preference_dataset([str(path)], llama_like(), PairOptions(), tmp_path / "c")
+    assert read_as(dataset) == [
+        "read as:  chosen/rejected texts with an explicit prompt",
+        f"WARNING   columns with text that are not read: note (in 1, first at {path}:2)",
+        "columns   not read, without text: id",
+    ]
+    found = {row.name.strip(): row for row in inspect_dataset(dataset, llama_like()).sections["Scores"]}
+    assert found["pairs with scores"].value == "1 of 2"
+    assert found["chosen has the lower score"].value == "1, first at notes:2"
