@@ -1,4 +1,4 @@
-"""Preference rows of every form, and mutations of them: keys lost, doubled or filled with what does not belong there."""
+"""Preference rows of every form, and mutations of them: keys lost, doubled, or filled with what is out of place."""
 
 import copy
 import random
@@ -18,7 +18,8 @@ ROWS = [
     {"prompt": [USER], "chosen": [said("North.")], "rejected": [said("Down.")], "tools": [TOOL], "system": "Be brief."},
     {"chosen": [USER, said("North.")], "rejected": [USER, said("Down.")], "messages": [USER, said("North.")]},
     {"chosen": "\n\nHuman: Way?\n\nAssistant: North.", "rejected": "\n\nHuman: Way?\n\nAssistant: Down."},
-    {"instruction": "Point", "input": "to the north", "chosen": "There.", "rejected": "No.", "history": [["Hi", "Hello"]]},
+    {"instruction": "Point", "input": "to the north", "chosen": "There.", "rejected": "No.",
+     "history": [["Hi", "Hello"]]},
     {"conversations": [{"from": "human", "value": "Way?"}, {"from": "function_call", "value": '{"name": "compass"}'},
                        {"from": "observation", "value": "N"}],
      "chosen": {"from": "gpt", "value": "North."}, "rejected": {"from": "gpt", "value": "Down."}, "tools": "[]"},
@@ -31,8 +32,9 @@ ROWS = [
     {"prompt": [{"role": "user", "content": [{"type": "text", "text": "Way?"}]}], "chosen": "North.", "rejected": "S"},
 ]  # fmt: skip
 JUNK = (
-    None, True, 0, -1, 3.5, float("nan"), "", " ", "x", "a b", "[", "{}", "[]", "\ud800", "\ufdd0", [], {}, [[]], [None],
-    [1], ["a"], [["a"]], [["a", "b"]], {"role": "user"}, {"role": 3, "content": []}, {"from": "gpt", "value": "so"},
+    None, True, 0, -1, 3.5, float("nan"), "", " ", "x", "a b", "[", "{}", "[]", "\ud800", "\ufdd0", [], {}, [[]],
+    [None], [1], ["a"], [["a"]], [["a", "b"]], {"role": "user"}, {"role": 3, "content": []},
+    {"from": "gpt", "value": "so"},
     [{"type": "image"}], [{"rank": "x"}], "\n\nHuman: a", "\n\nHuman: a\n\nAssistant:", "developer", "wizard",
 )  # fmt: skip
 
