@@ -33,6 +33,7 @@ EXCLUSIVE = (
     ("bf16", "fp32"),
     ("epochs", "train_iters"),
     ("valid_data", "valid_fraction"),
+    ("chat_template_args", "chat_template_kwargs"),
 )
 # What trainers of Hugging Face call it.
 _ELSEWHERE = {
@@ -116,6 +117,15 @@ _GAMMA_HELP = "Target margin itself, instead of gamma_beta_ratio. gamma is beta 
 _SECOND_NAMES = {
     "gamma_beta_ratio": Option(name="gamma", section="objective", kind=float, help=_GAMMA_HELP, everyday=True),
     "bf16": Option(name="fp32", section="precision", kind=bool, help="Train in fp32 instead of bf16.", everyday=True),
+    "chat_template_args": Option(
+        name="chat_template_kwargs",
+        section="pairs",
+        kind=str,
+        default=(),
+        is_list=True,
+        help="The same as chat_template_args, as servers and other trainers call it.",
+        metavar="KEY=VALUE",
+    ),
 }
 """Options that set the field of another one in other words, by that field."""
 

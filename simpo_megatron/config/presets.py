@@ -1,7 +1,8 @@
 """The published SimPO settings by name, and the one the demo runs with.
 
 Source: README table and training_configs/ of the reference implementation (princeton-nlp/SimPO), which leaves
-weight decay, clipping and Adam's constants to the defaults of Hugging Face's trainer, as ours do.
+weight decay, clipping and Adam's constants to the defaults of Hugging Face's trainer, as ours do. Two of its runs
+replace the model's chat template: Gemma's in its YAML file, Mistral's in scripts/run_simpo.py.
 """
 
 from __future__ import annotations
@@ -71,6 +72,7 @@ PRESETS = {
         lr=5e-7,
         beta=2.5,
         gamma_beta_ratio=0.1,
+        chat_template="simpo-mistral",
     ),
     "llama3-base": _published(
         "princeton-nlp/Llama-3-Base-8B-SFT",
@@ -99,5 +101,6 @@ PRESETS = {
         lr=8e-7,
         beta=10.0,
         gamma_beta_ratio=0.5,
+        chat_template="simpo-gemma2",
     ),
 }

@@ -229,6 +229,8 @@ def _field_values(settings: Layer) -> dict[str, typing.Any]:
     values = {name: setting.value for name, setting in settings.items()}
     if "fp32" in values:
         values["bf16"] = not values.pop("fp32")
+    if "chat_template_kwargs" in values:
+        values["chat_template_args"] = values.pop("chat_template_kwargs")
     if "gamma" in values:
         gamma, beta = values.pop("gamma"), values.get("beta", option_table()["beta"].default)
         require(gamma >= 0, "gamma", gamma, "a number not below 0")

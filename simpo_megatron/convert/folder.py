@@ -22,14 +22,18 @@ MAX_SHARD_BYTES = 5 * 10**9
 _COPIED_FILES = (
     "generation_config.json",
     "tokenizer.json",
-    "tokenizer.model",
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.json",
+    "vocab.txt",
     "merges.txt",
+    "*.model",
+    "*.tiktoken",
+    "tekken.json",
     "chat_template.json",
     "chat_template.jinja",
+    "additional_chat_templates/*.jinja",
     "LICENSE*",
     "NOTICE*",
 )
@@ -118,7 +122,9 @@ def mark(staging: Path, model_card: str | None = None) -> None:
 def copy_model_files(source_folder: Path, target: Path) -> None:
     """Copy what belongs to a model beside its weights and config.json: tokenizer, chat template, licence."""
     for path in _matching(source_folder, _COPIED_FILES):
-        shutil.copyfile(path, target / path.name)
+        copy = target / path.relative_to(source_folder)
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, copy)
 
 
 def _matching(folder: Path, patterns: Iterable[str]) -> list[Path]:

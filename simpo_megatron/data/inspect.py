@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from simpo_megatron.data.dataset import PreferenceDataset
+from simpo_megatron.data.findings import FINDINGS, HARMLESS
 from simpo_megatron.data.forms import MORE_COMPLETIONS
 from simpo_megatron.data.records import UNUSABLE_REASONS
 from simpo_megatron.data.store import BuildReport
@@ -104,10 +105,14 @@ def summary(dataset: PreferenceDataset, name: str = "") -> list[str]:
     """Returns what became of the records of `dataset`'s files, and what truncation took of its pairs, a line each."""
     report, lost = dataset.report, dataset.lost
     dropped = ", ".join(
-        f"{count:,} {reason} (first at {report.first[reason].split(f': {reason}: ')[0]})"
-        for reason, count in report.dropped.most_common()
+        f"{count:,} {reason} (first at {_place(report, reason)})" for reason, count in report.dropped.most_common()
     )
     lines = [f"records   {name}{report.num_lines:,}: {report.num_used:,} used, dropped {dropped or 'none'}"]
+    lines += [
+        f"noted     {name}{count:,} {note} (first at {_place(report, note)}): {FINDINGS[note]}"
+        for note, count in report.notes.most_common()
+        if note in FINDINGS and note not in HARMLESS
+    ]
     shares = dataset.shares()
     if len(shares) > 1:
         taken = listed((f"{count:,} of {of:,} pairs of {file}" for file, count, of in shares), _MOST_COLUMNS)
@@ -117,6 +122,11 @@ def summary(dataset: PreferenceDataset, name: str = "") -> list[str]:
         parts = ", ".join(f"{count:,} {part}" for part, count in numbers if count)
         lines.append(f"cut       {name}{parts}: {_lost(lost, dataset.lengths)}")
     return lines
+
+
+def _place(report: BuildReport, reason: str) -> str:
+    """`file:line` of the first record of a reason."""
+    return report.first[reason].split(f": {reason}: ")[0]
 
 
 def num_leaked(dataset: PreferenceDataset, validation: PreferenceDataset) -> int:
@@ -169,9 +179,13 @@ def _records(dataset: PreferenceDataset) -> list[InspectedRow]:
         place = report.first[MORE_COMPLETIONS].split(": ")[0]
         text = f"{count:,}, best and worst taken, first at {place}"
         rows.append(InspectedRow("more than two completions", text, True))
-    if apart := report.notes["tokenized_apart"]:
-        text = f"{apart:,} pairs, prompt and response tokenised apart"
-        rows.append(InspectedRow("tokens across the boundary", text, True))
+    rows += [
+        InspectedRow(
+            f"  {name}", f"{count:,} pairs, first at {_place(report, name)}: {FINDINGS[name]}", name not in HARMLESS
+        )
+        for name, count in report.notes.most_common()
+        if name in FINDINGS
+    ]
     if len(dataset) != report.num_used:
         rows.append(InspectedRow("pairs in this choice", f"{len(dataset):,}"))
     return rows

@@ -1,7 +1,9 @@
 """Options of the pair builder, each with its default and its meaning."""
 
+import json
+import re
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from simpo_megatron.errors import require, require_positive
 from simpo_megatron.option_field import option
@@ -9,6 +11,17 @@ from simpo_megatron.option_field import option
 TemplateMode = Literal["clean", "princeton"]
 BadRecordPolicy = Literal["error", "skip"]
 LongPromptPolicy = Literal["cut", "drop"]
+# What every conversation is rendered with, and parameters of the function that renders.
+_NOT_ARGUMENTS: tuple[str, ...] = (
+    "messages",
+    "tools",
+    "add_generation_prompt",
+    "conversation",
+    "chat_template",
+    "tokenize",
+)
+_NOT_ARGUMENTS += ("continue_final_message", "padding", "truncation", "max_length", "return_tensors", "return_dict")
+_NOT_ARGUMENTS += ("return_assistant_tokens_mask", "tokenizer_kwargs", "sanitize_control_tokens")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,8 +47,15 @@ class PairOptions:
     chat_template: str = option(
         "",
         "Jinja file that replaces the tokenizer's chat template; none for plain concatenation, empty for the "
-        "tokenizer's own.",
+        "tokenizer's own. Also the name of one of the tokenizer's templates, or of one that comes with the "
+        "package: simpo-gemma2, simpo-mistral.",
         metavar="FILE",
+    )
+    chat_template_args: tuple[str, ...] = option(
+        (),
+        "Variables of the chat template, such as enable_thinking=false. Values are JSON, or else text; "
+        "strftime_now=2025-01-31 is the day that a template which asks for the date is told.",
+        metavar="KEY=VALUE",
     )
     bad_record: BadRecordPolicy = option(
         "error", "Malformed records: error stops at the first one, skip drops and counts them by reason."
@@ -74,3 +94,22 @@ class PairOptions:
             f"at most {most}: max_length ({self.max_length}) less min_response_tokens ({self.min_response_tokens})",
         )
         require(0 <= self.max_bad_fraction <= 1, "max_bad_fraction", self.max_bad_fraction, "a fraction from 0 to 1")
+        for item in self.chat_template_args:
+            match = re.fullmatch(r"([A-Za-z]\w*)=.*", item, re.DOTALL)
+            is_argument = match is not None and match[1] not in _NOT_ARGUMENTS
+            require(is_argument, "chat_template_args", item, "KEY=VALUE with a variable that is the template's own")
+        keys = [item.split("=")[0] for item in self.chat_template_args]
+        require(len(set(keys)) == len(keys), "chat_template_args", " ".join(keys), "each variable once")
+
+    @property
+    def template_arguments(self) -> dict[str, Any]:
+        """`chat_template_args` as a template gets them: values from JSON, words of Python or text."""
+        pairs = (item.split("=", 1) for item in self.chat_template_args)
+        return {key: _value(text) for key, text in pairs}
+
+
+def _value(text: str) -> Any:
+    try:
+        return json.loads({"True": "true", "False": "false", "None": "null"}.get(text, text), parse_constant=str)
+    except (ValueError, RecursionError):
+        return text

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from simpo_megatron.atomic import new_folder
+from simpo_megatron.data.findings import FINDINGS
 from simpo_megatron.data.pair_options import PairOptions
 from simpo_megatron.data.records import (
     UNUSABLE_REASONS,
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 INDEX_MAGIC = b"MMIDIDX\x00\x00"
 INDEX_VERSION = 1
 INT32_CODE = 4
@@ -285,6 +286,8 @@ def encode_chunk(raw: list[RawRecord], path: str, pair_tokenizer: PairTokenizer,
         lengths.append([len(part) for part in ids])
         rows.append((line, _prompt_key(record), encoded.lost, record.reading.score_gap))
         report.notes.update(encoded.notes)
+        for note in encoded.notes:
+            report.first.setdefault(note, f"{path}:{line}: {note}: {FINDINGS.get(note, note)}")
         report.notes.update(f"with a cut {name}" for name, lost in zip(_PARTS, encoded.lost, strict=True) if lost)
     report.num_used = len(rows)
     for line, problem in sorted(bad.items()):

@@ -12,7 +12,8 @@ import numpy as np
 
 from simpo_megatron.data.pair_options import PairOptions
 from simpo_megatron.data.records import BadRecord, PreferenceRecord
-from simpo_megatron.data.templates import TEMPLATE_MARK, PairRenderer, RenderedPair, chat_template_of
+from simpo_megatron.data.rendered_pairs import TEMPLATE_MARK, PairRenderer, RenderedPair
+from simpo_megatron.data.templates import chat_template_of
 from simpo_megatron.data.truncation import kept_tokens, princeton_kept_tokens
 from simpo_megatron.errors import ConfigError, DataError
 
@@ -91,9 +92,10 @@ class PairTokenizer:
             except BadRecord as error:
                 results[index] = error
         split = self._split_princeton if self._princeton else self._split_clean
-        for index, parts in zip(rendered, split(list(rendered.values())), strict=True):
+        for (index, texts), parts in zip(rendered.items(), split(list(rendered.values())), strict=True):
             try:
-                results[index] = self._finish(*parts)
+                prompt, chosen, rejected, notes = parts
+                results[index] = self._finish(prompt, chosen, rejected, texts.notes + notes)
             except BadRecord as error:
                 results[index] = error
         return results
@@ -187,11 +189,12 @@ class PairTokenizer:
 
 def tokenizer_identity(tokenizer: PreTrainedTokenizerBase, options: PairOptions) -> dict:
     """Returns what the ids depend on, the text apart: vocabulary, rules, special tokens, template."""
+    template = chat_template_of(tokenizer, options)
     return {
         "backend": _backend_spec(tokenizer),
         "bos": tokenizer.bos_token_id,
         "eos": tokenizer.eos_token_id,
-        "chat_template": chat_template_of(tokenizer, options),
+        "chat_template": template and template.identity(),
     }
 
 

@@ -1,0 +1,62 @@
+"""Oddities of a pair that are counted, not refused: their names, their meaning, and those its text alone shows."""
+
+from __future__ import annotations
+
+import re
+
+from simpo_megatron.data.records import Message, PreferenceRecord
+
+FINDINGS = {
+    "tokenized_apart": "a token would reach across the boundary, so prompt and response are tokenised apart",
+    "text_changed_by_tokenizer": "the tokens decode to another text than was rendered",
+    "blanks_left_out": "the template leaves out blanks around a turn",
+    "text_rewritten": "the template writes a turn with other blanks or capitals",
+    "history_reasoning_left_out": "the template leaves out the reasoning of earlier turns, as it does in a chat",
+    "reasoning_put_back": "the template leaves out the reasoning of a response; it is trained on as the file has it",
+    "opened_reasoning_left_out": "the template opens a reasoning for the model, and the response has none",
+    "empty_reasoning": "the template puts an empty reasoning block in front of a response",
+    "special_token_text": "a text holds special tokens as text: it may have been through a chat template already",
+    "repeats_prompt": "responses repeat the prompt: they begin with its text",
+    "dialogue_in_response": "responses begin with, or hold, a whole dialogue",
+    "reasoning_on_one_side": "only one of the two responses has a reasoning",
+    "tools_not_called": "tools are offered, and no turn calls one",
+}
+"""What is counted of a pair, by the name of the reason."""
+
+HARMLESS = frozenset({"blanks_left_out", "history_reasoning_left_out"})
+"""Findings that templates make of good data, so that they are counted without a warning."""
+
+EMPTY_REASONING = re.compile(r"<think>\s*</think>")
+_DIALOGUE = re.compile(r"\n\n(Human|Assistant):")
+# Shorter prompts, such as Hi, begin answers by chance.
+_MIN_REPEATED = 8
+
+
+def split_reasoning(content: str) -> tuple[str, str]:
+    """Returns (reasoning, answer) of a text with <think> or </think> in it, without blanks around; else ("", text)."""
+    before, mark, answer = content.rpartition("</think>")
+    reasoning = before.partition("<think>")[2] or before
+    return (reasoning.strip(), answer.strip()) if mark else ("", content.strip())
+
+
+def findings_of_texts(
+    record: PreferenceRecord, prompt: tuple[Message, ...], responses: tuple[tuple[Message, ...], ...]
+) -> list[str]:
+    """Returns the names of what a record's own text shows, whatever the template does with it."""
+    found = []
+    last = next((turn["content"].strip() for turn in reversed(prompt) if turn["role"] == "user"), "")
+    texts = [turns[-1]["content"] for turns in responses]
+    if len(last) >= _MIN_REPEATED and any(text.lstrip().startswith(last) for text in texts):
+        found.append("repeats_prompt")
+    if any(_DIALOGUE.search(text) for text in texts):
+        found.append("dialogue_in_response")
+    if len({_has_reasoning(turns[-1]) for turns in responses}) > 1:
+        found.append("reasoning_on_one_side")
+    turns = [*prompt, *(turn for response in responses for turn in response)]
+    if record.tools and not any(turn.get("tool_calls") for turn in turns):
+        found.append("tools_not_called")
+    return found
+
+
+def _has_reasoning(turn: Message) -> bool:
+    return bool(turn.get("reasoning_content") or split_reasoning(turn["content"])[0])
