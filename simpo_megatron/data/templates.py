@@ -94,15 +94,6 @@ class ChatTemplate:
                     continue
         return False
 
-    def served(self) -> str:
-        """Returns the text to be exported: the default one, with the arguments as its defaults."""
-        # JSON's values are Jinja's, as Python writes them.
-        lines = [
-            f"{{%- if {key} is not defined %}}{{%- set {key} = {value!r} %}}{{%- endif %}}\n"
-            for key, value in self.arguments.items()
-        ]
-        return "".join(lines) + self.default
-
 
 def chat_template_of(tokenizer: PreTrainedTokenizerBase, options: PairOptions) -> ChatTemplate | None:
     """Returns what renders conversations, or None for plain concatenation.

@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+# Letters that seldom share a token with what follows.
+_BEFORE = "\n:0"
+
+
 @dataclass(frozen=True)
 class TokenizedPair:
     """One pair of a dataset: int32 arrays of token ids; the end token of a response is part of it."""
@@ -115,11 +119,31 @@ class PairTokenizer:
             if None in cuts or chosen[: cuts[0]] != rejected[: cuts[1]]:
                 # A token would straddle the boundary; apart, the prompt is what the model is given at
                 # inference.
-                ids = [encoding.ids for encoding in self._encode([pair.prompt, pair.chosen, pair.rejected])]
-                parts.append((*ids, ("tokenized_apart",)))
+                prompt, *responses = (
+                    encoding.ids for encoding in self._encode([pair.prompt, pair.chosen, pair.rejected])
+                )
+                notes: tuple[str, ...] = ("tokenized_apart",)
+                for number, text in enumerate((pair.chosen, pair.rejected)):
+                    if self._decode([*prompt, *responses[number]]) != pair.prompt + text:
+                        responses[number] = self._ids_within(text, responses[number])
+                        if self._decode([*prompt, *responses[number]]) != pair.prompt + text:
+                            notes = ("tokenized_apart", "text_changed_by_tokenizer")
+                parts.append((prompt, *responses, notes))
             else:
                 parts.append((chosen[: cuts[0]], chosen[cuts[0] :], rejected[cuts[1] :], ()))
         return [(self._one_bos(prompt), self._one_end(c), self._one_end(r), notes) for prompt, c, r, notes in parts]
+
+    def _decode(self, ids: list[int]) -> str:
+        return self._backend.decode(ids, skip_special_tokens=False)
+
+    def _ids_within(self, text: str, otherwise: list[int]) -> list[int]:
+        """Returns the ids of `text` as it is inside a longer one, where tokenizers put no blank in front of it."""
+        for before in _BEFORE:
+            [encoding] = self._encode([before + text])
+            cut = _token_at(encoding, 1)
+            if cut is not None:
+                return encoding.ids[cut:]
+        return otherwise
 
     def _split_princeton(self, pairs: list[RenderedPair]) -> list[tuple]:
         """Returns the same as `_split_clean`, by the paper's rule, which tokenises the prompt alone too.
