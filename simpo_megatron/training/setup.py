@@ -148,10 +148,11 @@ def load_data(
         return build_preference_dataset(files, tokenizer, config.pairs, cache, build=build)
 
     def load_on_all_ranks(files: Sequence[str]) -> PreferenceDataset:
-        built = None
-        for is_builder in (dist.get_rank() == 0, os.environ.get("LOCAL_RANK", "0") == "0"):
-            builds = is_builder and built is None
-            built = raise_on_all_ranks(lambda builds=builds, built=built: load(files, build=True) if builds else built)
+        is_first = dist.get_rank() == 0
+        built = raise_on_all_ranks(lambda: load(files, build=True) if is_first else None)
+        # The first rank of another node opens what rank 0 wrote where it sees it, and writes its own where not.
+        builds = not is_first and os.environ.get("LOCAL_RANK", "0") == "0"
+        built = raise_on_all_ranks(lambda: load(files, build=True) if builds else built)
         return raise_on_all_ranks(lambda: load(files, build=False) if built is None else built)
 
     train_data = load_on_all_ranks(sources.train)
