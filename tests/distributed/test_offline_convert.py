@@ -128,7 +128,7 @@ def test_what_is_damaged_or_would_be_overwritten_is_refused(folder: Path, tmp_pa
         content = bytearray(shard.read_bytes())
         content[len(content) // 2] ^= 1
         shard.write_bytes(content)
-        with pytest.raises(CheckpointError, match="__0_0.distcp: its bytes changed"):
+        with pytest.raises(CheckpointError, match="__0_0.distcp: .*its bytes changed"):
             to_hf(open_weights(tmp_path / "megatron", groups), tmp_path / "hf")
         assert not (tmp_path / "hf").exists()
         with pytest.raises(CheckpointError, match="config.json: found no such file"):
@@ -153,7 +153,7 @@ def test_a_large_checkpoint_is_several_files_each_verified_before_it_is_read(
         content[len(content) // 2] ^= 1
         last.write_bytes(content)
         opened = open_weights(tmp_path / "megatron", groups)
-        with pytest.raises(CheckpointError, match=f"{shards[-1]}: its bytes changed"):
+        with pytest.raises(CheckpointError, match=f"{shards[-1]}: .*its bytes changed"):
             for name in opened.specs:
                 opened.read(name)
                 read.append(name)
@@ -164,7 +164,7 @@ def test_a_checkpoint_without_the_file_of_one_rank_is_refused(folder: Path, tmp_
     checkpoint = tmp_path / "iter_0000007"
     shutil.copytree(folder / f"{LLAMA}.tp2" / checkpoint.name, checkpoint)
     (checkpoint / "__1_0.distcp").unlink()
-    with alone() as groups, pytest.raises(CheckpointError, match="__1_0.distcp: missing"):
+    with alone() as groups, pytest.raises(CheckpointError, match="__1_0.distcp: found no plain file"):
         open_weights(tmp_path, groups)
 
 

@@ -108,6 +108,7 @@ def test_a_mistake_is_told_by_the_command_alone_before_ranks_are_started(tmp_pat
         assert job.wait(200) == 2
     finally:
         end(job)
-    (line,) = (tmp_path / "err").read_text().splitlines()
+    # torch logs a line of its own where CUDA's compiler is there and no GPU.
+    (line,) = [line for line in (tmp_path / "err").read_text().splitlines() if "cpp_extension" not in line]
     assert line.startswith("ERROR simpo_megatron") and "max_length: found 4096" in line
     assert (tmp_path / "out").read_text() == ""

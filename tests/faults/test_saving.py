@@ -6,6 +6,7 @@ Shards are compared by their hashes, those of weights, moments and random states
 from __future__ import annotations
 
 import json
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -137,8 +138,10 @@ def test_told_so_the_run_goes_on_without_a_checkpoint_that_does_not_fit(folder):
     name = "goes_on"
     output = outcome(folder, name, [0, 0])
     (line,) = [line for line in output.splitlines() if "no checkpoint" in line]
-    print(line)
-    assert line.startswith("WARNING") and "step 2" in line and "No space left" in line and "the run goes on" in line
+    is_legacy = version("megatron-core").startswith("0.16")
+    assert line.startswith("WARNING") and "step 2" in line and "the run goes on" in line
+    # The newest megatron-core names the kind of the error alone.
+    assert "No space left" in line or (not is_legacy and "OSError" in line)
     assert steps(folder, name) == [4, 6]
     for step in (4, 6):
         assert state(folder, name, step) == state(folder, "tp2", step)

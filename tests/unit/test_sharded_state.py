@@ -183,14 +183,15 @@ def one_tensor():
 @pytest.mark.parametrize("wrapped", [lambda call: call, lambda call: np.array([call], dtype=object)])
 def test_settings_that_would_call_something_are_refused_and_call_nothing(checkpoint, tmp_path, wrapped):
     common = checkpoint / "common.pt"
-    before, target = common.read_bytes(), tmp_path / "made"
+    # The newest megatron-core keeps the settings elsewhere, and reads the file where an older version has left one.
+    before, target = common.read_bytes() if common.exists() else None, tmp_path / "made"
     assert sharded_state._load(one_tensor(), read_index(checkpoint), checkpoint)["iteration"] == 3
     torch.save(wrapped(Calls(os.mkdir, str(target))), common)
     try:
         with pytest.raises(CheckpointError, match="does not fit this run"):
             sharded_state._load(one_tensor(), read_index(checkpoint), checkpoint)
     finally:
-        common.write_bytes(before)
+        common.unlink() if before is None else common.write_bytes(before)
     assert not target.exists()
     torch.load(io.BytesIO(saved(wrapped(Calls(os.mkdir, str(target))))), weights_only=False)
     assert target.exists()  # who would have loaded it would have called it
