@@ -208,7 +208,7 @@ class DataConfig:
 
     data: tuple[str, ...] = option(
         (),
-        "Preference files: JSONL, JSON, CSV, parquet, datasets, hub:NAME, or demo. Weights and files may "
+        "Preference files: JSONL, CSV, parquet, datasets, hub:NAME, or demo. Weights and files may "
         "alternate; a folder or a quoted pattern stands for its files, hf://OWNER/NAME for a data set of the hub, "
         "demo for the pairs that come with the package.",
         everyday=True,

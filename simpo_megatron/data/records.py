@@ -235,7 +235,6 @@ def _reading(
 
 def _checked(record: PreferenceRecord, options: PairOptions) -> PreferenceRecord:
     messages = () if isinstance(record.prompt, str) else record.prompt
-    assert isinstance(record.chosen, str) and isinstance(record.rejected, str), "turns that are text alone"
     prompt_texts = [record.prompt] if isinstance(record.prompt, str) else [m["content"] for m in messages]
     _refuse_bad_characters((record.prompt, record.chosen, record.rejected))
     if messages and messages[-1]["role"] == "assistant":

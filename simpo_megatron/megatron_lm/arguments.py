@@ -41,7 +41,8 @@ def _add_fields(group: argparse._ArgumentGroup, section: type) -> None:
         elif typing.get_origin(kind) is typing.Literal:
             how = {"choices": typing.get_args(kind)}
         else:
-            how = {"type": kind}
+            # Of a type or none, argparse is told the type.
+            how = {"type": next((part for part in typing.get_args(kind) if part is not type(None)), kind)}
         group.add_argument(flag, default=entry.default, help=entry.metadata["help"].replace("%", "%%"), **how)
 
 

@@ -1,5 +1,6 @@
 """How a run's options are read: layers, types, refusals and the round trip through YAML."""
 
+import os
 import re
 
 import pytest
@@ -275,12 +276,21 @@ def test_a_huge_file_is_refused_unread(tmp_path):
 
 
 @pytest.mark.parametrize("key", ["save", "export_hf", "tensorboard_dir", "wandb_project", "data_cache"])
-@pytest.mark.parametrize("value", ["a\nb", "a\x1b[2J", "../elsewhere", "runs/../../x", "x" * 5000])
+@pytest.mark.parametrize("value", ["a\nb", "a\x1b[2J", "x" * 5000])
 def test_a_name_that_would_be_written_to_is_refused_when_unsafe(key, value):
     with pytest.raises(ConfigError) as refused:
         config_from(model="m", **{key: value})
     message = str(refused.value)
     assert key in message and len(message) < 250 and message.isprintable()
+
+
+@pytest.mark.parametrize("value", ["../elsewhere", "runs/../../x"])
+def test_a_folder_is_known_by_its_resolved_name_and_a_project_has_no_other_folders_in_it(value, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    for key in ("save", "export_hf", "tensorboard_dir", "data_cache"):
+        assert config_from(model="m", **{key: value}).flat()[key] == os.path.abspath(value)
+    with pytest.raises(ConfigError, match="wandb_project: found"):
+        config_from(model="m", wandb_project=value)
 
 
 @pytest.mark.parametrize(
