@@ -36,6 +36,8 @@ class Layout:
     """Microbatches of a rank and step come in multiples of this."""
     sequence_multiple: int
     """Tokens of a microbatch come in multiples of this."""
+    one_shape_per_step: bool = False
+    """All microbatches of a step are padded to one shape, so that pipeline stages need not ask for it."""
 
 
 def resolve(config: Config, *, world_size: int, model: Mapping[str, Any], machine: Machine) -> Layout:
@@ -62,6 +64,8 @@ def resolve(config: Config, *, world_size: int, model: Mapping[str, Any], machin
             tensor_shards=sizes.tensor if config.parallel.sequence_parallel else 1,
             context_parallel_size=sizes.context,
         ),
+        # Padding is routed like any token, and would count in an MoE's load-balancing loss.
+        one_shape_per_step=sizes.pipeline > 1 and not model.get("num_moe_experts"),
     )
     _check_batches(config, layout)
     return layout
@@ -156,6 +160,12 @@ def _check_moe(config: Config) -> None:
         "sequence_parallel",
         False,
         "true with tensor parallelism, as each rank of an MoE routes its own tokens; add --sequence-parallel",
+    )
+    require(
+        not config.batch.fixed_pack_length,
+        "fixed_pack_length",
+        True,
+        "false with an MoE, in whose load-balancing loss the padding would count",
     )
     recomputed = config.recompute.recompute_modules
     require(

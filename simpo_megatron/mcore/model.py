@@ -105,6 +105,7 @@ def transformer_config(description: ModelDescription, config: Config) -> Archite
     """megatron's TransformerConfig: the architecture from `description`, everything else from `config`."""
     sizes = config.parallel.sizes
     interleaved = sizes.virtual_pipeline is not None
+    asks_for_shapes = sizes.pipeline > 1 and "num_moe_experts" in description.transformer
     return ArchitectureConfig(
         **{**description.transformer, **_moe(description, config)},
         tensor_model_parallel_size=sizes.tensor,
@@ -123,15 +124,15 @@ def transformer_config(description: ModelDescription, config: Config) -> Archite
         recompute_modules=config.recompute.recompute_modules,
         # The step's loss is a sum over pairs; finalize_model_grads divides by the pairs of the whole global batch.
         calculate_per_token_loss=True,
-        # All microbatches of a step have one shape, so stages need not ask for it before every message.
-        variable_seq_lengths=False,
+        # Of a dense model all microbatches of a step have one shape, so stages need not ask for it before each message.
+        variable_seq_lengths=asks_for_shapes,
         moe_token_dispatcher_type="alltoall",  # noqa: S106 - no secret, whatever its name says
         # With two stages, interleaving over megatron's default batched p2p gives silently wrong gradients.
         overlap_p2p_comm=interleaved,
         batch_p2p_comm=not interleaved,
         # The device would be drained after every message, for a bug of versions of torch before those we run on. The
         # schedule waits for each message by itself, which orders what follows after it.
-        batch_p2p_sync=False,
+        batch_p2p_sync=asks_for_shapes,
         use_cpu_initialization=not device.has_cuda(),
         perform_initialization=False,
         **precision_options(config.precision),

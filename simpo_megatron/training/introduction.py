@@ -51,7 +51,7 @@ def describe_job(config: Config, job: Job) -> list[str]:
 
 
 def _padding(job: Job) -> str:
-    """What one length for all packs costs, where there is one."""
+    """The cost of one length for all packs, where there is one."""
     batch, layout = job.trainer.batch_options, job.plan.layout
     if not (batch.one_shape_per_step or batch.fixed_pack_length):
         return ""

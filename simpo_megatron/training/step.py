@@ -90,7 +90,7 @@ class Pass:
     num_tokens: int
     """Real tokens of the whole step as computed: padding apart, and a shared prompt once."""
     load_balancing_loss: float | None = None
-    """Of a MoE in training, the mean over layers and microbatches of the whole step."""
+    """Mean of an MoE in training over layers and microbatches of the whole step."""
 
 
 def batch_options(config: Config, layout: Layout, pad_id: int) -> BatchOptions:
@@ -98,7 +98,7 @@ def batch_options(config: Config, layout: Layout, pad_id: int) -> BatchOptions:
     return BatchOptions(
         **asdict(config.batch),
         sequence_multiple=layout.sequence_multiple,
-        one_shape_per_step=config.parallel.sizes.pipeline > 1,
+        one_shape_per_step=layout.one_shape_per_step,
         pad_id=pad_id,
         seed=config.run.seed,
     )
@@ -152,12 +152,14 @@ def run_schedule(
 ) -> list[Any]:
     """What `forward_step` kept of each of `microbatches`: on the last pipeline stage, nothing elsewhere.
 
-    Under pipeline parallelism all of them have one shape: stages receive into buffers of it and ask nobody.
+    Under pipeline parallelism all of them have one shape, except with an MoE: stages receive into buffers of it and ask
+    nobody.
 
     Collectives: those of megatron's schedule.
     """
     shapes = {microbatch.tokens_BS.shape for microbatch in microbatches}
-    assert len(shapes) == 1 or trainer.groups.pp.size() == 1, f"microbatches of one pass differ in shape: {shapes}"
+    may_differ = trainer.groups.pp.size() == 1 or trainer.chunks[0].module.config.variable_seq_lengths
+    assert len(shapes) == 1 or may_differ, f"microbatches of one pass differ in shape: {shapes}"
     num_rows, width = microbatches[0].tokens_BS.shape
     forward_backward = get_forward_backward_func()
     # megatron's forward_only runs no backward, yet keeps all that one would need.
