@@ -119,9 +119,13 @@ def mark(staging: Path, model_card: str | None = None) -> None:
     write_json(staging / MARKER_FILE, {"exported_by": "simpo_megatron", "version": __version__})
 
 
-def copy_model_files(source_folder: Path, target: Path) -> None:
-    """Copy what belongs to a model beside its weights and config.json: tokenizer, chat template, licence."""
-    for path in _matching(source_folder, _COPIED_FILES):
+def copy_model_files(source_folder: Path, target: Path, *, flat: bool = False) -> None:
+    """Copy what belongs to a model beside its weights and config.json: tokenizer, chat template, licence.
+
+    Args:
+        flat: leave out files of subfolders, as a checkpoint does, whose manifest knows files alone.
+    """
+    for path in _matching(source_folder, [name for name in _COPIED_FILES if not (flat and "/" in name)]):
         copy = target / path.relative_to(source_folder)
         copy.parent.mkdir(exist_ok=True)
         shutil.copyfile(path, copy)

@@ -70,7 +70,7 @@ def to_mcore(weights: Weights, out_folder: Path, groups: ParallelGroups, *, dtyp
             return values
 
         digests = write_parameters(model, dtypes, compute, folder)
-        copy_model_files(weights.folder, folder)
+        copy_model_files(weights.folder, folder, flat=True)
         write_json(folder / "config.json", weights.description.hf_config)
         facts = {"model": model_facts(weights.description), "converted_by": f"simpo_megatron {__version__}"}
         manifest.commit_weights_only(staging, facts, digests)

@@ -24,7 +24,7 @@ cpu_patches.install()
 
 from simpo_megatron.convert import export_hf, load_hf_weights  # noqa: E402
 from simpo_megatron.convert.files import TensorSpec, header_bytes  # noqa: E402
-from simpo_megatron.convert.folder import MAX_SHARD_BYTES, divide  # noqa: E402
+from simpo_megatron.convert.folder import MAX_SHARD_BYTES, copy_model_files, divide  # noqa: E402
 from simpo_megatron.convert.mapping import hf_tensors  # noqa: E402
 from simpo_megatron.mcore.families import describe_hf_model  # noqa: E402
 from simpo_megatron.mcore.model import build_model  # noqa: E402
@@ -126,3 +126,15 @@ def test_no_file_of_a_large_model_is_larger_than_5_gb(tmp_path: Path) -> None:
     parts = divide({name: TensorSpec(dims, torch.bfloat16) for name, dims in tensors.items()}, MAX_SHARD_BYTES)
     sizes = [len(header_bytes(part)) + sum(spec.num_bytes for spec in part.values()) for part in parts]
     assert max(sizes) <= 5 * 10**9 and len(sizes) == 30
+
+
+def test_named_templates_go_into_an_export_and_not_into_a_checkpoint_of_plain_files(tmp_path):
+    named = tmp_path / "model" / "additional_chat_templates"
+    named.mkdir(parents=True)
+    (named / "tool_use.jinja").write_text("{{ messages }}")
+    (tmp_path / "model" / "chat_template.jinja").write_text("{{ messages }}")
+    for target, flat, expected in (("export", False, 2), ("checkpoint", True, 1)):
+        (tmp_path / target).mkdir()
+        copy_model_files(tmp_path / "model", tmp_path / target, flat=flat)
+        assert len(list((tmp_path / target).rglob("*.jinja"))) == expected
+    assert all(path.is_file() for path in (tmp_path / "checkpoint").iterdir())
