@@ -8,7 +8,7 @@ from simpo_megatron.errors import require, require_positive
 from simpo_megatron.option_field import option
 
 MONITORS = ("loss_spike", "saturated", "length_correlation", "displacement", "repetition")
-"""What `stop_on` may name."""
+"""Names that `stop_on` takes."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -75,7 +75,7 @@ class Option:
     is_optional: bool = False
     note: str = ""
     everyday: bool = False
-    """Whether `--help` shows it, and not only `--help-all`."""
+    """True when `--help` shows it, and not only `--help-all`."""
     metavar: str = ""
 
     @property

@@ -67,7 +67,7 @@ _EXPERT_NAMES = {
     "mixtral": ("block_sparse_moe.gate", "block_sparse_moe.experts.{}.", ("w1", "w3", "w2")),
     "qwen3_moe": ("mlp.gate", "mlp.experts.{}.", ("gate_proj", "up_proj", "down_proj")),
 }
-"""Of each MoE family: the router, an expert, and in it gate, up and down."""
+"""Names in each MoE family: the router, an expert, and in it gate, up and down."""
 
 
 @dataclass(frozen=True)

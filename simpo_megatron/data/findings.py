@@ -21,7 +21,7 @@ FINDINGS = {
     "reasoning_on_one_side": "only one of the two responses has a reasoning",
     "tools_not_called": "tools are offered, and no turn calls one",
 }
-"""What is counted of a pair, by the name of the reason."""
+"""Meaning of each count of a pair, by the name of the reason."""
 
 HARMLESS = frozenset({"blanks_left_out", "history_reasoning_left_out"})
 """Findings that templates make of good data, so that they are counted without a warning."""

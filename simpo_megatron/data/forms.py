@@ -30,7 +30,7 @@ class Columns:
     chosen: Any
     rejected: Any
     form: str
-    """What the row was read as, in words."""
+    """The form that the row was read as, in words."""
     read: set[str]
     """Names of the columns that were read."""
     prompt: Any = None

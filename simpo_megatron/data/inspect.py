@@ -40,7 +40,7 @@ class InspectedRow:
 
 @dataclass(frozen=True)
 class DatasetInspection:
-    """What was found in a dataset, for the terminal and for a page."""
+    """The findings in a dataset, for the terminal and for a page."""
 
     sections: dict[str, list[InspectedRow]]
     """Lines under their headings."""
@@ -239,7 +239,7 @@ def _length_bias(lengths: np.ndarray) -> list[InspectedRow]:
 
 
 def _scores(dataset: PreferenceDataset) -> list[InspectedRow]:
-    """How far apart the responses were scored, and how far length goes along with it."""
+    """Rows on the gap of the responses' scores, and how far length goes along with it."""
     is_scored = ~np.isnan(dataset.score_gaps)
     gaps = dataset.score_gaps[is_scored].astype(np.float64)
     longer = np.subtract(*dataset.lengths[is_scored, 1:].T.astype(np.float64))

@@ -13,7 +13,7 @@ Message = dict[str, Any]
 """One turn as templates read it: `role`, `content` and, where the turn has them, the keys of EXTRA_KEYS."""
 
 EXTRA_KEYS = ("tool_calls", "tool_call_id", "name", "reasoning_content")
-"""What a turn may hold beside its role and its text."""
+"""Keys that a turn may hold beside its role and its text."""
 
 ROLES = {
     "user": "user", "human": "user", "prompter": "user",
