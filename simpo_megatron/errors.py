@@ -62,7 +62,7 @@ class StoppedByMonitor(SimPOError):
 
 
 class StoppedBySignal(SimPOError):
-    """No mistake: a signal asked the run to stop, and it did after a whole step; the same command continues it.
+    """A stop, not a mistake: a signal ended the run after a whole step; the same command continues it.
 
     The exit code is sysexits' EX_TEMPFAIL, which schedulers can be told to restart on.
     """

@@ -64,7 +64,7 @@ class _Lines(logging.Formatter):
 
 
 class _Stderr(logging.StreamHandler[TextIO]):
-    """Whatever sys.stderr is when a message comes: a progress bar replaces it while it is shown."""
+    """The stream that sys.stderr is when a message comes: a progress bar replaces it while it is shown."""
 
     def __init__(self) -> None:
         logging.Handler.__init__(self)

@@ -143,7 +143,7 @@ def initialize(sizes: ParallelSizes, *, backend: str, timeout_minutes: float = 3
 
 
 def data_parallel_rank() -> int:
-    """Which share of a step's pairs this rank takes, where somebody else has set up megatron's groups."""
+    """The share of a step's pairs that this rank takes, where somebody else has set up megatron's groups."""
     from megatron.core import parallel_state
 
     return parallel_state.get_data_parallel_rank()

@@ -137,5 +137,5 @@ def _explain(best: Candidate, arguments: argparse.Namespace, config_file: str | 
 
 
 def _say(text: str, console: Console) -> None:
-    """As it is: no line broken, so that a command can be copied."""
+    """Print a text with no line broken, so that a command can be copied."""
     console.print(text, markup=False, highlight=False, soft_wrap=True)

@@ -39,7 +39,7 @@ def lint(config: Config) -> list[str]:
 
 
 def _simpo_warnings(objective: SimPOObjective) -> list[str]:
-    """Of the constants of SimPO itself."""
+    """The findings on the constants of SimPO itself."""
     warnings = []
     if objective.beta < 1:
         warnings.append(f"beta {objective.beta:g}: published runs use 2 to 10; 0.1 is DPO's scale, not SimPO's")

@@ -80,7 +80,7 @@ class Option:
 
     @property
     def expected(self) -> str:
-        """What a value of this option looks like, in words."""
+        """The form of a value of this option, in words."""
         if self.choices:
             one = " | ".join(self.choices)
         else:
@@ -183,7 +183,7 @@ def _options(section: str, section_type: type) -> list[Option]:
 
 
 def _objective_options() -> list[Option]:
-    """Which objective, and the options of all of them; what several share is one option with several defaults."""
+    """The objective and the options of all of them; what several share is one option with several defaults."""
     first = next(iter(OBJECTIVES))
     which = Option(
         name="objective",

@@ -225,7 +225,7 @@ def _objective_type(settings: Layer) -> type:
 
 
 def _field_values(settings: Layer) -> dict[str, typing.Any]:
-    """What one section's fields were set to; second ways of saying become the first."""
+    """The values set for one section's fields; second ways of saying become the first."""
     values = {name: setting.value for name, setting in settings.items()}
     if "fp32" in values:
         values["bf16"] = not values.pop("fp32")

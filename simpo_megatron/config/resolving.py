@@ -19,7 +19,7 @@ _FP8_COMPUTE_CAPABILITY = {"delayed": (8, 9), "tensorwise": (8, 9), "blockwise":
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """What a rank finds on its machine."""
+    """The facts that a rank finds on its machine."""
 
     has_cuda: bool = False
     has_transformer_engine: bool = False
@@ -28,7 +28,7 @@ class Machine:
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """What follows from the configuration and the number of ranks."""
+    """The values that follow from the configuration and the number of ranks."""
 
     data_parallel_size: int
     """Ranks that hold different pairs of a step."""

@@ -209,8 +209,8 @@ class DataConfig:
     data: tuple[str, ...] = option(
         (),
         "Preference files: JSONL, CSV, parquet, datasets, hub:NAME, or demo. Weights and files may "
-        "alternate; a folder or a quoted pattern stands for its files, hf://OWNER/NAME for a data set of the hub, "
-        "demo for the pairs that come with the package.",
+        "alternate. A folder or a quoted pattern stands for its files, and hf://OWNER/NAME for a data set of the hub; "
+        "demo is the pairs that come with the package.",
         everyday=True,
         metavar="FILE",
     )

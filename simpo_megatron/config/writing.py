@@ -24,7 +24,7 @@ def to_yaml(config: Config) -> str:
 
 
 def options_in_force(options: Mapping[str, Any]) -> dict[str, Any]:
-    """What `config_from` makes the configuration of every option's value from, also when JSON made lists of tuples.
+    """The value of every option as `config_from` takes it, also when JSON made lists of tuples.
 
     Those options are left out that an alternative took the place of.
     """

@@ -16,7 +16,7 @@ from simpo_megatron.ranks import gather_or_raise
 
 @dataclass(frozen=True)
 class ExpertExchange:
-    """Which rank of one expert-parallel group holds each expert's tensors; the group's first rank is to have them."""
+    """The owner of each expert's tensors in one expert-parallel group; the group's first rank is to have them."""
 
     owners: Mapping[str, int]
     """Rank in the group by Hugging Face name."""

@@ -172,7 +172,7 @@ def _has_embedding(chunk: torch.nn.Module, description: ModelDescription) -> boo
 
 @dataclass(frozen=True)
 class _Source:
-    """Where an export's tensors come from on this rank."""
+    """The source of an export's tensors on this rank."""
 
     owned: Mapping[str, list[Piece]]
     description: ModelDescription
@@ -249,7 +249,7 @@ def _write_or_drain(
     groups: ParallelGroups,
     failure: CheckpointError | None,
 ) -> CheckpointError | None:
-    """Why writing failed, now or before. A rank that cannot write still gathers: its peers wait there."""
+    """The reason that writing failed, now or before. A rank that cannot write still gathers: its peers wait there."""
     if groups.tp.rank() == 0 and failure is None:
         try:
             # On this rank every tensor is there.

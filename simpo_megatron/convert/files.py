@@ -24,7 +24,7 @@ DTYPE_NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16",
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """What a header says of a tensor that is to be written."""
+    """A tensor that is to be written, as the header describes it."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -36,7 +36,7 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where one tensor of a folder lies, as its file's header says."""
+    """The place of one tensor in a folder, by its file's header."""
 
     file: Path
     shape: tuple[int, ...]

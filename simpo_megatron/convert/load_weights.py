@@ -53,7 +53,7 @@ def load_hf_weights(
 def checked_tensors(
     folder: str | Path, description: ModelDescription, *, tp_rank: int = 0, tp_size: int = 1
 ) -> dict[str, StoredTensor]:
-    """Where each tensor of the model lies in `folder`; of a second, tied head each rank compares its share.
+    """The place of each tensor of the model in `folder`; of a second, tied head each rank compares its share.
 
     Raises:
         CheckpointError: as `load_hf_weights`.

@@ -26,7 +26,7 @@ from simpo_megatron.mcore.lora import ADAPTER_SUFFIX, Adapter
 
 @dataclass(frozen=True)
 class WeightLayout:
-    """How Hugging Face tensors make up one megatron parameter."""
+    """The Hugging Face tensors that make up one megatron parameter, and how."""
 
     cut: int | None
     """Dimension along which ranks hold consecutive slices of each tensor; None: all ranks hold all of it."""

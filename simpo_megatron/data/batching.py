@@ -1,4 +1,4 @@
-"""Which pairs make up each step, rank and microbatch, and the tensors of one microbatch.
+"""The pairs of each step, rank and microbatch, and the tensors of one microbatch.
 
 The plan is a pure function of the pairs' lengths, the options, the number of pairs consumed and the number of
 ranks: every rank works it out alone and all agree. The order of pairs depends on the seed, the epoch and the

@@ -43,7 +43,7 @@ _BAD_CHARACTER = re.compile("[\x00\ufdd0\ufdd1\ud800-\udfff]")
 
 @dataclass(frozen=True)
 class Reading:
-    """What a row was read as, and what of it was not read."""
+    """The form a row was read as, and the keys that were not read."""
 
     form: str = ""
     """In words, such as `chosen/rejected texts with an explicit prompt`."""

@@ -55,7 +55,7 @@ PAIR_DTYPE = np.dtype([("line", np.int64), ("prompt_key", np.uint64), ("lost", n
 
 @dataclass
 class BuildReport:
-    """What became of a file's records: `num_lines == num_used + sum(dropped.values())`."""
+    """The fate of a file's records: `num_lines == num_used + sum(dropped.values())`."""
 
     num_lines: int = 0
     num_used: int = 0

@@ -6,7 +6,7 @@ from simpo_megatron.data.pair_options import PairOptions
 
 
 class KeptTokens(NamedTuple):
-    """How many tokens stay: the end of the prompt (after its BOS), the beginning of each response."""
+    """The number of tokens that stay: the end of the prompt (after its BOS), the beginning of each response."""
 
     prompt: int
     chosen: int

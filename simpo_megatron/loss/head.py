@@ -1,4 +1,4 @@
-"""What a call of the loss head consists of, whichever backend computes it: everything but the two tensors.
+"""The arguments of a call of the loss head, for either backend: everything but the two tensors.
 
 Shapes: N response tokens, v this rank's vocabulary slice.
 """

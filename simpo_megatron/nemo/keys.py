@@ -64,7 +64,7 @@ def read_flat(source: str | Path | DictConfig, overrides: Sequence[str]) -> dict
 
 
 def place_of(source: str | Path | DictConfig) -> str:
-    """What messages call `source`: the file, or a word for what was read elsewhere."""
+    """The name of `source` in messages: the file, or a word for what was read elsewhere."""
     return str(source) if isinstance(source, str | Path) else "configuration"
 
 

@@ -45,7 +45,7 @@ def load_nemo_config(
 
 
 def names_nemo_config(argv: Sequence[str]) -> bool:
-    """Whether the settings of the command line `argv` are those of a NeMo file."""
+    """True if the settings of the command line `argv` are those of a NeMo file."""
     return any(argument.split("=")[0] == _FLAG for argument in argv)
 
 

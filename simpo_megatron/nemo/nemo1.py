@@ -24,7 +24,7 @@ _OPTIMIZERS = {
 
 
 def _folder(asked: Asked) -> str | None:
-    """Where the experiment manager puts the run."""
+    """The folder where the experiment manager puts the run."""
     experiments, name = asked.get("exp_manager.exp_dir"), asked.get("exp_manager.name", "name")
     own = f"{experiments}/{name}" if experiments and name else experiments
     return asked.get("exp_manager.explicit_log_dir") or own

@@ -1,4 +1,4 @@
-"""What becomes of a dialect's keys: each is taken as an option, translated, or ignored for a reason; no others pass."""
+"""Rules for a dialect's keys: each is taken as an option, translated, or ignored for a reason; no others pass."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ class Asked:
 
 @dataclass(frozen=True)
 class TranslationReport:
-    """What became of every key of a file, by key."""
+    """The fate of every key of a file, by key."""
 
     dialect: str
     path: str

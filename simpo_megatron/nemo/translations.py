@@ -1,4 +1,4 @@
-"""What several dialects say alike, in our options; the makers take the names a dialect gives the keys."""
+"""Translations that several dialects share, into our options; the makers take the names a dialect gives the keys."""
 
 from __future__ import annotations
 
@@ -153,7 +153,7 @@ EVAL_INTERVAL = Translated(eval_interval, ("eval_interval",))
 
 
 def keep_checkpoints(value: Any, asked: Asked) -> dict[str, Any] | str:
-    """How many checkpoints stay; -1 keeps all elsewhere, which there is no word for here."""
+    """The number of checkpoints that stay; -1 keeps all elsewhere, which there is no word for here."""
     return "keep_checkpoints holds here" if value in (0, -1) else {"keep_checkpoints": value}
 
 

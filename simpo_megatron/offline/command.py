@@ -1,4 +1,4 @@
-"""What every command on whole models does around its work."""
+"""The frame of every command on whole models."""
 
 from __future__ import annotations
 

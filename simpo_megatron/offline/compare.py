@@ -1,4 +1,4 @@
-"""Whether two models are the same: every tensor by its hash, and what both say of given pairs."""
+"""The comparison of two models: every tensor by its hash, and what both say of given pairs."""
 
 from __future__ import annotations
 

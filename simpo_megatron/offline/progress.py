@@ -1,4 +1,4 @@
-"""How far a long copy is, and what it took."""
+"""Progress of a long copy, and what it took."""
 
 from __future__ import annotations
 

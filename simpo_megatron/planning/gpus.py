@@ -1,4 +1,4 @@
-"""What a plan assumes of the machines: data-sheet figures, and the share of them that real kernels reach."""
+"""Figures that a plan assumes of the machines: data sheets, and the share of them that real kernels reach."""
 
 from __future__ import annotations
 

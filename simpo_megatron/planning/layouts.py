@@ -19,7 +19,7 @@ from simpo_megatron.planning.workload import Workload
 
 @dataclass(frozen=True, kw_only=True)
 class PlanRequest:
-    """What is to be planned; `config` holds everything but the layout, whose sizes above 1 are kept as given."""
+    """A request for a plan; `config` holds everything but the layout, whose sizes above 1 are kept as given."""
 
     description: ModelDescription
     config: Config
@@ -82,7 +82,7 @@ class Survey:
 
     @property
     def recommended(self) -> Candidate:
-        """Of those as fast as the fastest, within the estimate's error, the one with the most whole GiB left."""
+        """The layout with the most whole GiB left among those as fast as the fastest, within the estimate's error."""
         limit = self.candidates[0].time.total * (1 + ASSUMED.speed_error)
         equals = [candidate for candidate in self.candidates if candidate.time.total <= limit]
         return min(equals, key=lambda candidate: (round(candidate.fullest.total / GIB), candidate.time.total))
@@ -122,7 +122,7 @@ def layout_name(config: Config) -> str:
 
 
 def recomputation(config: Config) -> str:
-    """What is computed again in the backward pass, in words."""
+    """The recomputation of a layout, in words."""
     recompute = config.recompute
     if recompute.recompute_granularity == "selective":
         return f"{' and '.join(recompute.recompute_modules)} recomputed"

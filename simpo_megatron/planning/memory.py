@@ -83,7 +83,7 @@ def optimizer_bytes(load: Workload, stage: int) -> float:
 
 
 def fp8_bytes(load: Workload, stage: int) -> float:
-    """What the FP8 matrices of a stage's layers add to weights in bf16, per rank.
+    """The bytes that the FP8 matrices of a stage's layers add to weights in bf16, per rank.
 
     Two versions of each, as it is and transposed, of a byte a value, are kept over the microbatches: beside the bf16
     matrix, or, under fp8_param_gather, in its place. Layers that a recipe leaves in bf16 have none.
@@ -104,7 +104,7 @@ def fp8_bytes(load: Workload, stage: int) -> float:
 
 
 def layer_activation_bytes(load: Workload) -> dict[str, float]:
-    """What one layer keeps of a pack for its backward, by part, nothing recomputed.
+    """The bytes that one layer keeps of a pack for its backward, by part, nothing recomputed.
 
     Source: for the torch engine the tensors that autograd saves in megatron.core's local layer; for Transformer
     Engine those of its LayerNormLinear, Linear and fused attention and of megatron's fused SwiGLU and rotary
@@ -145,12 +145,12 @@ def layer_activation_bytes(load: Workload) -> dict[str, float]:
 
 
 def _fuses_activation(load: Workload) -> bool:
-    """Whether the MLP keeps the input of its gated activation alone; the CPU's experts do not."""
+    """True if the MLP keeps the input of its gated activation alone; the CPU's experts do not."""
     return load.shape.fuses_activation and (load.engine == "transformer_engine" or not load.shape.num_moe_experts)
 
 
 def _routing_bytes(load: Workload, product: float) -> float:
-    """What an MoE keeps beyond a dense MLP: each expert's inputs, and three fp32 scores a token and expert.
+    """The bytes that an MoE keeps beyond a dense MLP: each expert's inputs, and three fp32 scores a token and expert.
 
     As many tokens reach a rank as leave it: experts are taken to be chosen equally often.
 
@@ -164,7 +164,7 @@ def _routing_bytes(load: Workload, product: float) -> float:
 
 
 def _attention_bytes(load: Workload) -> float:
-    """What the core attention keeps: queries, the gathered keys and values of all segments, and its own sums.
+    """The bytes that the core attention keeps: queries, the gathered keys and values of all segments, and its own sums.
 
     A prompt's keys are gathered once more for the rejected response. With capped scores torch's operations keep
     scores and weights in fp32, and keys and values for each head.
@@ -194,13 +194,13 @@ def _keys_per_token(load: Workload) -> float:
 
 
 def _query_key_bytes(load: Workload) -> tuple[float, float]:
-    """Of [S, A / tp, D] and [S, G / tp, D]."""
+    """The bytes of [S, A / tp, D] and of [S, G / tp, D]."""
     per_width = load.tokens / load.sizes.tensor * load.itemsize
     return per_width * load.shape.query_size, per_width * load.shape.key_size
 
 
 def kept_layer_bytes(load: Workload) -> float:
-    """What one layer keeps between forward and backward, selective recomputation taken into account.
+    """The bytes that one layer keeps between forward and backward, selective recomputation taken into account.
 
     Source: megatron.core Attention._checkpointed_attention_forward keeps the rotated query and key and, because the
     value is a view of it, the whole output of linear_qkv.
@@ -234,7 +234,7 @@ def chunks_in_flight(load: Workload, stage: int) -> int:
 
 
 def activation_bytes(load: Workload, stage: int) -> float:
-    """What all chunks in flight on a stage keep: their layers, and with pipelining each chunk's output.
+    """The bytes that all chunks in flight on a stage keep: their layers, and with pipelining each chunk's output.
 
     Source: megatron.core TransformerBlock._checkpointed_forward for full recomputation; schedules keep the outputs
     (deallocate_pipeline_outputs is off).

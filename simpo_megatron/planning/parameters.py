@@ -1,4 +1,4 @@
-"""How many parameters a rank holds."""
+"""The number of parameters that a rank holds."""
 
 from __future__ import annotations
 

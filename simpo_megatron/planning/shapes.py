@@ -1,4 +1,4 @@
-"""What a plan is made for: the shape of a model, and how full a pack is."""
+"""The subject of a plan: the shape of a model, and how full a pack is."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ class ModelShape:
 
     @property
     def num_active_parameters(self) -> int:
-        """Of these, the weights that one token meets."""
+        """The share of these weights that one token meets."""
         return self.num_layers * (self.layer_matrices + self.router) + self._tables
 
     @property

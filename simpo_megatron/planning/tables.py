@@ -20,7 +20,7 @@ from simpo_megatron.planning.speed import StepTime
 
 
 def describe_job(job: PlanRequest) -> list[str]:
-    """What is planned for, a line each."""
+    """The subject of the plan, a line each."""
     pack, precision, num_pairs = job.pack, job.config.precision, job.config.batch.global_batch_size
     shape = ModelShape.of(job.description)
     over = "with FP8 weights" if precision.fp8_param_gather else "over bf16"
@@ -112,7 +112,7 @@ def refusals_table(refusals: Iterable[Refusal]) -> Table:
 
 
 def assumptions() -> list[str]:
-    """What the figures rest on."""
+    """The assumptions behind the figures."""
     return [
         "lengths: --prompt-tokens and --response-tokens say others; `simpo inspect` tells those of your pairs",
         "memory: full packs, mean pairs (without packing: pairs of max_length), experts equally loaded; weights, "

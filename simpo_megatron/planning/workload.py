@@ -1,4 +1,4 @@
-"""What a rank's memory and a step's time depend on."""
+"""The quantities that a rank's memory and a step's time depend on."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Engine = Literal["transformer_engine", "torch"]
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
-    """What a rank's memory depends on, its pipeline stage apart."""
+    """The quantities that a rank's memory depends on, its pipeline stage apart."""
 
     shape: ModelShape
     config: Config
@@ -63,5 +63,5 @@ class Workload:
 
     @property
     def hidden_bytes(self) -> float:
-        """Of [S, H], divided over the tensor ranks under sequence parallelism: what stages hand on."""
+        """The bytes of [S, H], sharded over the tensor ranks under sequence parallelism: what stages hand on."""
         return self.tokens * self.shape.hidden_size * self.itemsize / self.sequence_ranks

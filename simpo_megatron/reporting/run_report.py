@@ -1,4 +1,4 @@
-"""What a run achieved, from its metrics.jsonl and config.yaml: a picture of the curves and a page to open."""
+"""The report of a run, from its metrics.jsonl and config.yaml: a picture of the curves and a page to open."""
 
 from __future__ import annotations
 

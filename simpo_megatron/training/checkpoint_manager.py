@@ -1,4 +1,4 @@
-"""How a run is saved: its checkpoints one after the other, each committed once every rank has written its share."""
+"""The checkpoints of a run, one after the other, each committed once every rank has written its share."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether ranks are what they take each other for: the same run, and bit for bit the same copies of its weights."""
+"""Checks that ranks are in the same run, and that its replicas have bit for bit the same weights."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def check_replicas(chunks: Sequence[DistributedDataParallel], groups: ParallelGr
 
 
 def _named_weights(chunk: DistributedDataParallel) -> Iterable[tuple[str, Tensor]]:
-    """Each under a name that no other chunk of this rank has."""
+    """The parameters, each under a name that no other chunk of this rank has."""
     stage = getattr(chunk.module, "vp_stage", None)
     prefix = "" if stage is None else f"chunk {stage} "
     return ((prefix + name, weight) for name, weight in chunk.module.named_parameters())

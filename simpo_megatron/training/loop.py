@@ -110,7 +110,7 @@ def _num_ranks(config: Config) -> int:
 def _train(
     config: Config, sinks: Sequence[Sink], plan: RunPlan, watchdog: Watchdog
 ) -> tuple[Stopped | None, dict[int, dict[str, float]]]:
-    """Why the run was left before its end, if it was, and its evaluations by iteration."""
+    """The reason the run was left before its end, if it was, and its evaluations by iteration."""
     groups = parallel.initialize(
         config.parallel.sizes, backend=device.backend(), timeout_minutes=_GROUP_TIMEOUT_MINUTES
     )
@@ -151,7 +151,7 @@ def _run_steps(
     saver: Saver,
     evaluations: dict[int, dict[str, float]],
 ) -> Stopped | None:
-    """Why the run is to leave before its end, if it is; every rank is told the same, after the same step.
+    """The reason to leave before the end, if there is one; every rank gets the same, after the same step.
 
     `evaluations` gets what the validation pairs said, by iteration.
     """

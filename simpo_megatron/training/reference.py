@@ -1,4 +1,4 @@
-"""What the model that training starts from says of every pair: computed once, before the first step, and kept.
+"""Log-probabilities of every pair by the model that training starts from, computed once and kept.
 
 An objective that compares with a reference needs two numbers a pair of it, so they are computed with the weights that
 are loaded anyway, and no second model is ever in memory.

@@ -1,4 +1,4 @@
-"""How a run is continued: what a checkpoint says of its run, and which one a run may continue from.
+"""Resuming a run: what a checkpoint says of its run, and which one a run may continue from.
 
 Ranks act together: what one finds wrong, all raise.
 """
@@ -108,7 +108,7 @@ def find_checkpoint(config: Config) -> Found:
 
 
 def start_run(config: Config, job: Job, found: Found) -> Start:
-    """Where `job` starts: as assembled, or after the found checkpoint, whose state it then holds.
+    """The progress at which `job` starts: none, or that of the found checkpoint, whose state it then holds.
 
     The run's folder is left with this run's history alone: later checkpoints, and the metrics of another run, are
     renamed.

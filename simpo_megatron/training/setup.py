@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Sources:
-    """Where the model and the pairs are, the embedded default resolved to files."""
+    """The places of the model and the pairs, the embedded default resolved to files."""
 
     model: Path
     train: tuple[str, ...]
@@ -127,7 +127,7 @@ def locate_sources(config: Config) -> Sources:
 
 
 def cache_folder(config: Config) -> Path:
-    """Where tokenised pairs and the embedded default are kept: `data_cache`, or a folder beside the run's."""
+    """The folder of tokenised pairs and the embedded default: `data_cache`, or one beside the run's."""
     if config.data.data_cache is not None:
         return Path(config.data.data_cache)
     return Path(config.run.save or "runs/unsaved").parent / "cache"

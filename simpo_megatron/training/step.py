@@ -55,7 +55,7 @@ class Trainer:
 
     @property
     def state(self) -> RunState:
-        """What a checkpoint holds of this rank."""
+        """The state of this rank that a checkpoint holds."""
         return RunState(chunks=self.chunks, optimizer=self.optimizer, scheduler=self.scheduler, groups=self.groups)
 
     def plan_step(self, dataset: PreferenceDataset, consumed_pairs: int) -> StepPlan:
@@ -81,7 +81,7 @@ class Trainer:
 
 @dataclass(frozen=True, kw_only=True)
 class Pass:
-    """What one pass over a step's microbatches computed on this rank."""
+    """The results of one pass over a step's microbatches on this rank."""
 
     sums: list[dict[str, Tensor]]
     """Metric sums over pairs, one dict per microbatch; filled on the last pipeline stage, empty elsewhere."""
@@ -94,7 +94,7 @@ class Pass:
 
 
 def batch_options(config: Config, layout: Layout, pad_id: int) -> BatchOptions:
-    """How pairs become microbatches; rows are padded only as far as the layout and the precision need."""
+    """The rules that make microbatches of pairs; rows are padded only as far as the layout and the precision need."""
     return BatchOptions(
         **asdict(config.batch),
         sequence_multiple=layout.sequence_multiple,
@@ -132,7 +132,7 @@ def run_pass(trainer: Trainer, dataset: PreferenceDataset, plan: StepPlan, *, fo
 def run_microbatches(
     trainer: Trainer, dataset: PreferenceDataset, plan: StepPlan, forward_step: MicrobatchStep, *, forward_only: bool
 ) -> list[Any]:
-    """What `forward_step` kept of each microbatch of this rank: on the last pipeline stage, nothing elsewhere.
+    """The results that `forward_step` kept of each microbatch of this rank; none before the last pipeline stage.
 
     Collectives: one broadcast over tp for the tokens, that of `sync_status`, then megatron's own.
 
@@ -150,7 +150,7 @@ def run_microbatches(
 def run_schedule(
     trainer: Trainer, microbatches: Sequence[Microbatch], forward_step: MicrobatchStep, *, forward_only: bool
 ) -> list[Any]:
-    """What `forward_step` kept of each of `microbatches`: on the last pipeline stage, nothing elsewhere.
+    """The results that `forward_step` kept of each of `microbatches`; none before the last pipeline stage.
 
     Under pipeline parallelism all of them have one shape, except with an MoE: stages receive into buffers of it and ask
     nobody.
@@ -177,7 +177,7 @@ def run_schedule(
 
 
 class Step(NamedTuple):
-    """What one optimizer step did."""
+    """The outcome of one optimizer step."""
 
     computed: Pass
     grad_norm: float
@@ -218,7 +218,7 @@ def train_step(trainer: Trainer, dataset: PreferenceDataset, plan: StepPlan, not
 def _not_finite(
     sums: Sequence[dict[str, Tensor]], microbatches: Sequence[Sequence[int]], dataset: PreferenceDataset
 ) -> NumericsError | None:
-    """What is wrong with the losses of this rank's microbatches."""
+    """The fault in the losses of this rank's microbatches, if any."""
     if not sums:
         return None
     losses = torch.stack([microbatch["loss"] for microbatch in sums])

@@ -1,4 +1,4 @@
-"""Who is where: a rank that fails, or does not come, is named, and the run ends instead of waiting for it.
+"""The watchdog: a rank that fails, or does not come, is named, and the run ends instead of waiting for it.
 
 Ranks talk through the store of their rendezvous, beside all collectives, and so also while a collective hangs.
 """
@@ -172,7 +172,7 @@ class Watchdog:
 
 
 def verdict(answers: dict[int, dict[str, Any]], silent: dict[int, str]) -> str:
-    """Which rank did not arrive and where it is, from what ranks answered and where the silent ones were last seen.
+    """The rank that did not arrive and where it is, from what ranks answered and where the silent ones were last seen.
 
     An answer has `number` (phases begun), `where` (the last one), `line` (of this package) and `waits` (for others).
     """

@@ -1,0 +1,65 @@
+"""Plain words, as far as a test can hold them: docstrings that begin with what they say, and short help texts."""
+
+import ast
+import re
+from pathlib import Path
+
+import simpo_megatron
+from simpo_megatron.config.options import option_table
+
+PACKAGE = Path(simpo_megatron.__file__).parent
+MAX_WORDS = 25
+
+# A docstring's first line says what is returned or done; a question's first word says neither.
+QUESTION = re.compile(r"(What|Of|How|Whether|Nothing|Who|Which|Where|Why|As)\b")
+
+# Words that only the house spoke, and the field's words for them.
+HOUSE_WORDS = {
+    r"held[- ]out pairs": "validation pairs",
+    r"number format": "dtype",
+    r"\bmixtures?\b(?! of data)": "MoE",
+    r"way to meet": "connect to",
+    r"float64 twin": "float64 reference",
+}
+
+
+def _docstrings() -> list[tuple[str, str]]:
+    found = []
+    for path in sorted(PACKAGE.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            is_documented = isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+            if is_documented and (text := ast.get_docstring(node)):
+                found.append((f"{path.relative_to(PACKAGE)}:{getattr(node, 'lineno', 1)}", text))
+    return found
+
+
+def _sentences(text: str) -> list[str]:
+    return re.split(r"(?<=[.!?:;])\s+", text)
+
+
+def test_no_docstring_begins_with_a_question() -> None:
+    docstrings = _docstrings()
+    assert len(docstrings) > 1000
+    odd = [f"{where}: {text.splitlines()[0]}" for where, text in docstrings if QUESTION.match(text)]
+    assert not odd, "\n".join(odd)
+
+
+def test_the_field_s_words_are_used() -> None:
+    odd = [
+        f"{path.relative_to(PACKAGE)}:{number}: {line.strip()}; say {better!r}"
+        for path in sorted(PACKAGE.rglob("*.py"))
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+        for pattern, better in HOUSE_WORDS.items()
+        if re.search(pattern, line, re.IGNORECASE)
+    ]
+    assert not odd, "\n".join(odd)
+
+
+def test_sentences_of_help_texts_are_short() -> None:
+    odd = [
+        f"{name}: {len(sentence.split())} words: {sentence}"
+        for name, option in option_table().items()
+        for sentence in _sentences(option.help)
+        if len(sentence.split()) > MAX_WORDS
+    ]
+    assert not odd, "\n".join(odd)
