@@ -27,12 +27,18 @@ fi
 export CUDA_DEVICE_MAX_CONNECTIONS=1
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-8}"
 
-torchrun "${rendezvous[@]}" examples/pretrain_simpo.py "$@" &
-agent=$!
+# Set before the agent starts, so that no signal finds the script without it.
+agent=
 stop() {
   local ranks
+  agent=${agent:-${!:-}}
+  [ -n "$agent" ] || exit 143
   is_over=false
   mapfile -t ranks < <(pgrep -P "$agent")
+  if [ "${#ranks[@]}" = 0 ]; then
+    kill "$agent"
+    return
+  fi
   kill -USR1 "${ranks[@]}"
   # An agent that may restart its ranks would do so here, on a node that is about to go.
   if [ "${PET_MAX_RESTARTS:-0}" -gt 0 ]; then
@@ -41,6 +47,8 @@ stop() {
   fi
 }
 trap stop TERM USR1
+torchrun "${rendezvous[@]}" examples/pretrain_simpo.py "$@" &
+agent=$!
 is_over=false
 code=127
 until $is_over; do
