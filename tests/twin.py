@@ -54,11 +54,16 @@ class TwinRecord:
 
 
 def response_log_probs(model: torch.nn.Module, prompt: Sequence[int], response: Sequence[int]) -> Tensor:
-    """float64 [len(response)] log-probs of the response tokens after the prompt, differentiable."""
-    ids = torch.tensor([[*prompt, *response]])
+    """float64 log-probs of the response tokens after the prompt, differentiable.
+
+    A token of context, written as its complement `~id`, is seen and left out.
+    """
+    response_ids = [token if token >= 0 else ~token for token in response]
+    ids = torch.tensor([[*prompt, *response_ids]])
     logits = model(ids).logits[0].double()
     log_probs = F.log_softmax(logits, dim=-1)[len(prompt) - 1 : -1]
-    return log_probs.gather(1, torch.tensor(list(response))[:, None])[:, 0]
+    of_tokens = log_probs.gather(1, torch.tensor(response_ids)[:, None])[:, 0]
+    return of_tokens[[place for place, token in enumerate(response) if token >= 0]]
 
 
 def batch_loss(model: torch.nn.Module, pairs: Sequence, settings: TwinSettings) -> tuple[Tensor, float]:
@@ -66,8 +71,9 @@ def batch_loss(model: torch.nn.Module, pairs: Sequence, settings: TwinSettings) 
     losses, margins, chosen_nll = [], [], []
     for prompt, chosen, rejected in pairs:
         chosen_log_probs = response_log_probs(model, prompt, chosen)
-        average_chosen = chosen_log_probs.sum() / len(chosen)
-        average_rejected = response_log_probs(model, prompt, rejected).sum() / len(rejected)
+        rejected_log_probs = response_log_probs(model, prompt, rejected)
+        average_chosen = chosen_log_probs.sum() / len(chosen_log_probs)
+        average_rejected = rejected_log_probs.sum() / len(rejected_log_probs)
         margin = settings.beta * (average_chosen - average_rejected)
         losses.append(-F.logsigmoid(margin - settings.beta * settings.gamma_beta_ratio))
         margins.append(margin.item())
@@ -106,3 +112,17 @@ def train(
         record.grad_norm.append(norm.item())
         record.margin.append(margin)
     return record
+
+
+def with_context(pairs: Sequence[list[list[int]]]) -> list[list[list[int]]]:
+    """Every other pair with some response tokens turned into context: never the last, now and then the first."""
+    return [
+        [
+            ids if part == 0 or number % 2 else [
+                ~token if (number // 2 + part + place) % 5 < 2 and place < len(ids) - 1 else token
+                for place, token in enumerate(ids)
+            ]
+            for part, ids in enumerate(pair)
+        ]
+        for number, pair in enumerate(pairs)
+    ]  # fmt: skip

@@ -87,6 +87,7 @@ class PreferenceBatch:
     """One microbatch; torch tensors on the CPU.
 
     Response token n is predicted from row `rows_N[n]`, a flat index s * B + b into hidden states [S, B, H].
+    Tokens of a response that the assistant did not write, such as tool results, are seen and not predicted.
     Rows ascend and may repeat: with prefix sharing a prompt's last token predicts the first token of both
     responses.
     """
@@ -245,18 +246,19 @@ def _padded_rows(
     options: BatchOptions,
     shape: tuple[int, int] | None,
 ) -> PreferenceBatch:
-    sequences = [(p.prompt_ids, response) for p in pairs for response in (p.chosen_ids, p.rejected_ids)]
-    lengths = [len(prompt) + len(response) for prompt, response in sequences]
+    sequences = [(p.prompt_ids, *response) for p in pairs for response in p.responses]
+    lengths = [len(prompt) + len(response) for prompt, response, _ in sequences]
     num_rows, width = shape or (len(sequences), round_up(max(lengths), options.sequence_multiple))
     # Rows that fill the shape hold padding alone.
     sizes = np.array(lengths + [0] * (num_rows - len(sequences)))
     tokens = np.full((num_rows, width), options.pad_id, np.int64)
     position_ids = np.where(np.arange(width) < sizes[:, None], np.arange(width), 0)
     rows, targets = [], []
-    for row, (prompt, response) in enumerate(sequences):
+    for row, (prompt, response, mask) in enumerate(sequences):
         tokens[row, : sizes[row]] = np.concatenate([prompt, response])
-        rows.append(np.arange(len(prompt) - 1, sizes[row] - 1) * num_rows + row)
-        targets.append(response)
+        predicting = np.arange(len(prompt) - 1, sizes[row] - 1) * num_rows + row
+        rows.append(_counted(predicting, mask))
+        targets.append(_counted(response, mask))
     return _batch(tokens, position_ids, (rows, targets), pair_ids, None, int(sizes.sum()))
 
 
@@ -279,15 +281,15 @@ def _one_row(
     for pair in pairs:
         num_prompt = len(pair.prompt_ids)
         prompt_start = start = append(pair.prompt_ids, 0)
-        for number, response in enumerate((pair.chosen_ids, pair.rejected_ids)):
+        for number, (response, mask) in enumerate(pair.responses):
             prefix = (0, 0)
             if number and options.prefix_sharing:
                 start, prefix = end, (prompt_start, prompt_start + num_prompt)
             elif number:
                 prompt_start = start = append(pair.prompt_ids, 0)
             first = append(response, num_prompt)
-            rows.append(np.r_[prompt_start + num_prompt - 1, first : end - 1])
-            targets.append(response)
+            rows.append(_counted(np.r_[prompt_start + num_prompt - 1, first : end - 1], mask))
+            targets.append(_counted(response, mask))
             segments.append((start, end, *prefix))
     width = round_up(max(end, 1), options.sequence_multiple) if shape is None else shape[1]
     if end < width:
@@ -297,6 +299,10 @@ def _one_row(
     tokens_1S, position_ids_1S = (np.concatenate(parts)[None].astype(np.int64) for parts in (tokens, position_ids))
     num_tokens = sum(len(s) for s in tokens[: len(tokens) - (end < width)])
     return _batch(tokens_1S, position_ids_1S, (rows, targets), pair_ids, segments, num_tokens)
+
+
+def _counted(of_response: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
+    return of_response if mask is None else of_response[mask]
 
 
 def _batch(

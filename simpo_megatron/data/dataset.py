@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from simpo_megatron.data.build_report import BuildReport
 from simpo_megatron.data.pair_options import PairOptions
 from simpo_megatron.data.shards import files_of
 from simpo_megatron.data.sources import Source, parse_sources
-from simpo_megatron.data.store import BuildReport, PairStore, open_store
+from simpo_megatron.data.store import PairStore, open_store
 from simpo_megatron.data.tokenization import TokenizedPair
 from simpo_megatron.errors import DataError, listed, require
 
@@ -29,7 +30,8 @@ class PreferenceDataset:
 
     `lengths` is an int32 array [num_pairs, 3] (prompt, chosen, rejected, in tokens); `fingerprint` changes
     whenever a token or the choice of pairs does, and with nothing else; `report` says what became of the
-    files' records. `score_gaps` is a float32 array [num_pairs], nan where nobody scored the responses.
+    files' records. `counted` is an int32 array [num_pairs, 2], the tokens of chosen and rejected that the
+    assistant wrote, |y|. `score_gaps` is a float32 array [num_pairs], nan where nobody scored the responses.
     `reference_avg` is what `with_reference` was given, if anything.
     """
 
@@ -38,6 +40,7 @@ class PreferenceDataset:
         self._ends = np.cumsum([len(store) for store in stores])
         self._chosen = np.arange(self._ends[-1]) if chosen is None else chosen
         self.lengths = np.concatenate([store.lengths for store in stores])[self._chosen]
+        self.counted = np.concatenate([store.counted for store in stores])[self._chosen]
         self.prompt_keys = np.concatenate([store.pairs["prompt_key"] for store in stores])[self._chosen]
         self.lost = np.concatenate([store.pairs["lost"] for store in stores])[self._chosen]
         self.score_gaps = np.concatenate([store.score_gaps for store in stores])[self._chosen]

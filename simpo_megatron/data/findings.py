@@ -45,12 +45,13 @@ def findings_of_texts(
     """Returns the names of what a record's own text shows, whatever the template does with it."""
     found = []
     last = next((turn["content"].strip() for turn in reversed(prompt) if turn["role"] == "user"), "")
-    texts = [turns[-1]["content"] for turns in responses]
+    written = [[turn for turn in turns if turn["role"] == "assistant"] for turns in responses]
+    texts = [turn["content"] for turns in written for turn in turns]
     if len(last) >= _MIN_REPEATED and any(text.lstrip().startswith(last) for text in texts):
         found.append("repeats_prompt")
     if any(_DIALOGUE.search(text) for text in texts):
         found.append("dialogue_in_response")
-    if len({_has_reasoning(turns[-1]) for turns in responses}) > 1:
+    if len({any(map(_has_reasoning, turns)) for turns in written}) > 1:
         found.append("reasoning_on_one_side")
     turns = [*prompt, *(turn for response in responses for turn in response)]
     if record.tools and not any(turn.get("tool_calls") for turn in turns):

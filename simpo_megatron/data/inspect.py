@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from simpo_megatron.data.build_report import BuildReport
 from simpo_megatron.data.dataset import PreferenceDataset
 from simpo_megatron.data.findings import FINDINGS, HARMLESS
 from simpo_megatron.data.forms import MORE_COMPLETIONS
 from simpo_megatron.data.records import UNUSABLE_REASONS
-from simpo_megatron.data.store import BuildReport
 from simpo_megatron.errors import listed
 
 if TYPE_CHECKING:
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 PARTS = ("prompt", "chosen", "rejected")
+_STYLES = {"prompt": "dim", "context": "dim", "chosen": "green", "rejected": "red", "cut": "yellow"}
 # A judge of length alone that is right this often has something to teach the model besides quality.
 LENGTH_BIAS_LIMIT = 0.6
 # A score that goes along with length this much was given to length as well.
@@ -45,15 +46,16 @@ class DatasetInspection:
     sections: dict[str, list[InspectedRow]]
     """Lines under their headings."""
     lengths: np.ndarray
-    """int32 [num_pairs, 3]: tokens of prompt, chosen and rejected, for histograms."""
+    """int32 [num_pairs, 3]: tokens of prompt, chosen and rejected, those of context left out, for histograms."""
 
 
 @dataclass(frozen=True)
 class ShownPair:
-    """A pair as the model sees it: its place, and the texts of prompt, chosen and rejected."""
+    """A pair as the model sees it: its place, and its text in pieces."""
 
     where: str
-    texts: tuple[str, str, str]
+    pieces: tuple[tuple[str, str], ...]
+    """(name, text) of each, in order: prompt, chosen, rejected; `context` between the turns of a response; `cut`."""
 
 
 def inspect_dataset(
@@ -63,19 +65,20 @@ def inspect_dataset(
     micro_batch_size: int = 4,
 ) -> DatasetInspection:
     """Returns what is in `dataset`, with a comparison to padded batches of `micro_batch_size` pairs."""
+    spoken = np.column_stack((dataset.lengths[:, 0], dataset.counted))
     sections = {
         "Records": _records(dataset),
         "Special tokens": _special_tokens(dataset, tokenizer),
         "Truncation": _truncation(dataset),
-        "Lengths in tokens": _length_bias(dataset.lengths),
-        "Work saved": _work_saved(dataset.lengths, micro_batch_size),
+        "Lengths in tokens": _length_bias(spoken),
+        "Work saved": _work_saved(dataset, micro_batch_size),
         "Duplicates": _duplicates(dataset),
     }
     if not np.isnan(dataset.score_gaps).all():
         sections["Scores"] = _scores(dataset)
     if validation is not None:
         sections["Validation"] = _leaks(dataset, validation)
-    return DatasetInspection(sections, dataset.lengths)
+    return DatasetInspection(sections, spoken)
 
 
 def read_as(dataset: PreferenceDataset, name: str = "") -> list[str]:
@@ -139,12 +142,16 @@ def show_pairs(dataset: PreferenceDataset, tokenizer: PreTrainedTokenizerBase, c
     shown = []
     for index in np.unique(np.linspace(0, len(dataset) - 1, count).astype(int)).tolist():
         pair, (name, line) = dataset[index], dataset.where(index)
-        texts = (
-            _text(tokenizer, pair.prompt_ids),
-            _text(tokenizer, pair.chosen_ids),
-            _text(tokenizer, pair.rejected_ids),
-        )
-        shown.append(ShownPair(f"{name}:{line}", texts))
+        lost = [("cut", f"{count:,} tokens of {part}") if count else None
+                for part, count in zip(PARTS, dataset.lost[index].tolist(), strict=True)]  # fmt: skip
+        pieces = [lost[0], ("prompt", _text(tokenizer, pair.prompt_ids))]
+        for part, (ids, mask), cut in zip(PARTS[1:], pair.responses, lost[1:], strict=True):
+            counts = np.ones(len(ids), bool) if mask is None else mask
+            edges = np.flatnonzero(np.diff(counts)) + 1
+            pieces += [(part if counts[run[0]] else "context", _text(tokenizer, ids[run]))
+                       for run in np.split(np.arange(len(ids)), edges)]  # fmt: skip
+            pieces.append(cut)
+        shown.append(ShownPair(f"{name}:{line}", tuple(piece for piece in pieces if piece)))
     return shown
 
 
@@ -242,7 +249,7 @@ def _scores(dataset: PreferenceDataset) -> list[InspectedRow]:
     """Rows on the gap of the responses' scores, and how far length goes along with it."""
     is_scored = ~np.isnan(dataset.score_gaps)
     gaps = dataset.score_gaps[is_scored].astype(np.float64)
-    longer = np.subtract(*dataset.lengths[is_scored, 1:].T.astype(np.float64))
+    longer = np.subtract(*dataset.counted[is_scored].T.astype(np.float64))
     low, median, high = np.quantile(gaps, (0.1, 0.5, 0.9))
     lower = np.flatnonzero(is_scored)[gaps < 0]
     text = f"{len(lower):,}" + (
@@ -262,20 +269,23 @@ def _scores(dataset: PreferenceDataset) -> list[InspectedRow]:
     ]
 
 
-def _work_saved(lengths: np.ndarray, micro_batch_size: int) -> list[InspectedRow]:
-    total = lengths.astype(np.int64)
+def _work_saved(dataset: PreferenceDataset, micro_batch_size: int) -> list[InspectedRow]:
+    total = dataset.lengths.astype(np.int64)
     longest = total[:, 0] + total[:, 1:].max(axis=1)
     order = np.random.default_rng(0).permutation(len(longest))
     starts = range(0, len(longest), micro_batch_size)
     groups = [longest[order[start : start + micro_batch_size]] for start in starts]
     padded = sum(2 * len(group) * int(group.max()) for group in groups)
     packed, shared = int((total @ [2, 1, 1]).sum()), int(total.sum())
-    responses = int(total[:, 1:].sum())
+    responses = int(dataset.counted.sum(dtype=np.int64))
+    context = int(total[:, 1:].sum()) - responses
+    in_context = [InspectedRow("tokens of context in responses", f"{context:,}")] if context else []
     return [
         InspectedRow(f"tokens in padded batches of {micro_batch_size} pairs", f"{padded:,}"),
         InspectedRow("tokens in packs", f"{packed:,} ({padded / packed:.2f} times fewer)"),
         InspectedRow("tokens in packs that share prompts", f"{shared:,} ({padded / shared:.2f} times fewer)"),
         InspectedRow("response tokens, which the loss sees", f"{responses:,} ({responses / shared:.0%} of these)"),
+        *in_context,
     ]
 
 
@@ -322,5 +332,5 @@ def print_inspection(inspection: DatasetInspection, shown: Sequence[ShownPair], 
         )
     for pair in shown:
         console.print(Text(f"\n{pair.where}", style="bold"))
-        for name, text, style in zip(PARTS, pair.texts, ("dim", "green", "red"), strict=True):
-            console.print(Text(f"[{name}] ", "bold").append(text, style), soft_wrap=True)
+        for name, text in pair.pieces:
+            console.print(Text(f"[{name}] ", "bold").append(text, _STYLES[name]), soft_wrap=True)

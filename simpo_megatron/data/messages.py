@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from simpo_megatron.data.parsing import BadRecord, kind_of
@@ -38,6 +38,11 @@ def to_messages(value: list, name: str, unread: dict[str, Any]) -> list[Message]
     Raises: BadRecord for what is no message, an unknown role, or content that is not text.
     """
     return [_message(item, name, unread) for item in value]
+
+
+def as_messages(text: str | Sequence[Message], role: str = "user") -> tuple[Message, ...]:
+    """Returns the conversation that a prompt or a response stands for; a string is one turn of `role`."""
+    return ({"role": role, "content": text},) if isinstance(text, str) else tuple(text)
 
 
 def is_text_alone(message: Message) -> bool:

@@ -11,6 +11,7 @@ from simpo_megatron.option_field import option
 TemplateMode = Literal["clean", "princeton"]
 BadRecordPolicy = Literal["error", "skip"]
 LongPromptPolicy = Literal["cut", "drop"]
+TrainedResponses = Literal["last", "assistant"]
 # What every conversation is rendered with, and parameters of the function that renders.
 _NOT_ARGUMENTS: tuple[str, ...] = (
     "messages",
@@ -38,6 +39,12 @@ class PairOptions:
     long_prompt: LongPromptPolicy = option(
         "cut",
         "What to do with a prompt that does not fit: cut keeps its end, drop drops and counts the pair.",
+    )
+    responses: TrainedResponses = option(
+        "last",
+        "Turns that are trained on: last is the final turn, before which both responses must agree; assistant is each "
+        "turn of the assistant from where they part, tool results and user turns between them being context. last is "
+        "the default: pairs that part earlier are more often damaged than meant, and the papers trained on one turn.",
     )
     template_mode: TemplateMode = option(
         "clean",
@@ -79,12 +86,19 @@ class PairOptions:
 
     def __post_init__(self) -> None:
         for key, policy in (
+            ("responses", TrainedResponses),
             ("template_mode", TemplateMode),
             ("bad_record", BadRecordPolicy),
             ("long_prompt", LongPromptPolicy),
         ):
             found, allowed = getattr(self, key), get_args(policy)
             require(found in allowed, key, found, " or ".join(allowed))
+        require(
+            self.responses == "last" or self.template_mode == "clean",
+            "responses",
+            self.responses,
+            "last with template_mode princeton, whose responses are one turn",
+        )
         require_positive(self, "max_length", "max_prompt_length", "min_response_tokens", "max_record_bytes")
         most = self.max_length - self.min_response_tokens
         require(

@@ -15,7 +15,15 @@ from simpo_megatron.data.forms import (
     holds_text,
     pair_columns,
 )
-from simpo_megatron.data.messages import EXTRA_KEYS, Message, dialogue, is_text_alone, to_messages, to_tools
+from simpo_megatron.data.messages import (
+    EXTRA_KEYS,
+    Message,
+    as_messages,
+    dialogue,
+    is_text_alone,
+    to_messages,
+    to_tools,
+)
 from simpo_megatron.data.pair_options import PairOptions
 from simpo_megatron.data.parsing import BadRecord, check_row, kind_of, parse_json, parse_json_array
 
@@ -34,9 +42,11 @@ __all__ = [
 
 # What is wrong with the pair rather than with its text: dropped and counted whatever `bad_record` says.
 UNUSABLE_REASONS = frozenset(
-    {"blank_line", "identical_pair", "too_long_prompt", "tie", "small_score_gap", "no_score_gap"}
+    {"blank_line", "identical_pair", "too_long_prompt", "cut_before_answer", "tie", "small_score_gap", "no_score_gap"}
 )
 
+# Roles of turns that go on from a prompt.
+_ANSWERING = ("assistant", "tool")
 # Two noncharacters are this package's own marks (see templates.py); lone surrogates have no UTF-8 form.
 _BAD_CHARACTER = re.compile("[\x00\ufdd0\ufdd1\ud800-\udfff]")
 
@@ -58,7 +68,8 @@ class Reading:
 class PreferenceRecord:
     """One pair; `prompt` is a conversation, or a string that stands for itself.
 
-    A response is its text, or its turns where a turn is more than text; `tools` are what the model could call.
+    A response is its text, or its turns where there are several or one is more than text: from where the two part up to
+    a turn of the assistant. `tools` are what the model could call.
     """
 
     prompt: str | tuple[Message, ...]
@@ -90,10 +101,12 @@ def to_record(row: dict, options: PairOptions) -> PreferenceRecord:
     if columns.conversation is not None:
         prompt = _with_conversation(columns, prompt, chosen, rejected, unread)
     if isinstance(chosen, str) and isinstance(rejected, str):
-        kind, record = "texts", _from_texts(prompt, chosen, rejected)
+        kind, record = "texts", _from_texts(prompt, chosen, rejected, options)
     else:
         assert isinstance(chosen, list) and isinstance(rejected, list), "both are text, or neither"
-        kind, record = "message lists", _from_messages(prompt, chosen, rejected)
+        kind, record = "message lists", _from_messages(prompt, chosen, rejected, options)
+    if any(len(as_messages(response)) > 1 for response in (record.chosen, record.rejected)):
+        kind += ", responses of several turns"
     record = _checked(record, options)
     record, context = _with_context(record, columns, unread)
     reading = _reading(record, columns, kind, context, unread)
@@ -101,12 +114,14 @@ def to_record(row: dict, options: PairOptions) -> PreferenceRecord:
     return replace(record, reading=reading)
 
 
-def _from_texts(prompt: str | list[Message] | None, chosen: str, rejected: str) -> PreferenceRecord:
+def _from_texts(
+    prompt: str | list[Message] | None, chosen: str, rejected: str, options: PairOptions
+) -> PreferenceRecord:
     if prompt is None:
         if not chosen.startswith("\n\nHuman:"):
             needs = "plain responses need a prompt beside them; prompt_column says which column it is in"
             raise BadRecord("missing_key:prompt", needs)
-        return _from_messages(None, dialogue(chosen, "chosen"), dialogue(rejected, "rejected"))
+        return _from_messages(None, dialogue(chosen, "chosen"), dialogue(rejected, "rejected"), options)
     if isinstance(prompt, str) and prompt.startswith("\n\nHuman:"):
         turns = dialogue(prompt, "prompt")
         if turns[-1] == {"role": "assistant", "content": ""}:
@@ -116,32 +131,50 @@ def _from_texts(prompt: str | list[Message] | None, chosen: str, rejected: str) 
 
 
 def _from_messages(
-    prompt: str | list[Message] | None, chosen: list[Message], rejected: list[Message]
+    prompt: str | list[Message] | None, chosen: list[Message], rejected: list[Message], options: PairOptions
 ) -> PreferenceRecord:
     for name, messages in (("chosen", chosen), ("rejected", rejected)):
         if not messages or messages[-1]["role"] != "assistant":
             found = f"ends in a turn of {messages[-1]['role']!r}" if messages else "has no message"
             raise BadRecord(f"bad_role:{name}", f"{name} {found}, expected a last turn of 'assistant'")
-    answers = _response(chosen[-1]), _response(rejected[-1])
-    before, before_rejected = chosen[:-1], rejected[:-1]
-    if before != before_rejected:
-        turn = next((i for i, (a, b) in enumerate(zip(before, before_rejected, strict=False)) if a != b),
-                    min(len(before), len(before_rejected)))  # fmt: skip
-        raise BadRecord("prompt_mismatch", f"chosen and rejected differ before their last turn, from turn {turn} on")
+    goes_on = all(messages[0]["role"] in _ANSWERING for messages in (chosen, rejected))
+    if goes_on and prompt is None:
+        raise BadRecord("missing_key:prompt", "chosen begins with an answer, so a prompt is needed beside it")
+    if goes_on and len(chosen) == len(rejected) == 1:
+        assert prompt is not None, "refused above"
+        return PreferenceRecord(
+            prompt if isinstance(prompt, str) else tuple(prompt), _response(chosen), _response(rejected)
+        )
+    if goes_on:
+        start = as_messages(prompt or ())
+        chosen, rejected = [*start, *chosen], [*start, *rejected]
+    most = min(len(chosen), len(rejected)) - 1
+    parted = next((i for i in range(most) if chosen[i] != rejected[i]), most)
+    if options.responses == "last" and not len(chosen) == len(rejected) == parted + 1:
+        raise BadRecord(
+            "prompt_mismatch",
+            f"chosen and rejected differ before their last turn, from turn {parted} on; responses: assistant trains on "
+            "every turn of the assistant from there",
+        )
+    before = chosen[:parted]
     if not before:
-        if prompt is None:
-            raise BadRecord("missing_key:prompt", "chosen holds one message, so a prompt is needed beside it")
-        return PreferenceRecord(prompt if isinstance(prompt, str) else tuple(prompt), *answers)
+        raise BadRecord("prompt_mismatch", "chosen and rejected share no turn, expected a prompt of both")
+    if not goes_on:
+        _check_prompt(prompt, before)
+    return PreferenceRecord(tuple(before), _response(chosen[parted:]), _response(rejected[parted:]))
+
+
+def _check_prompt(prompt: str | list[Message] | None, before: list[Message]) -> None:
+    """Raises BadRecord when a prompt beside conversations does not stand in the turns that they share."""
     if isinstance(prompt, str):
         if all(prompt.strip() != message["content"].strip() for message in before):
             raise BadRecord("prompt_mismatch", "the prompt is not a turn of the conversation in chosen")
-    elif prompt is not None and prompt != before:
+    elif prompt is not None and prompt != before[: len(prompt)]:
         raise BadRecord("prompt_mismatch", "the prompt is not the beginning of the conversation in chosen")
-    return PreferenceRecord(tuple(before), *answers)
 
 
-def _response(message: Message) -> str | tuple[Message, ...]:
-    return message["content"] if is_text_alone(message) else (message,)
+def _response(turns: list[Message]) -> str | tuple[Message, ...]:
+    return turns[0]["content"] if len(turns) == 1 and is_text_alone(turns[0]) else tuple(turns)
 
 
 def _with_conversation(
@@ -178,7 +211,7 @@ def _with_context(
     context, turns = [], None if isinstance(record.prompt, str) else list(record.prompt)
     name, history = columns.take("history")
     if history:
-        turns = [{"role": "user", "content": record.prompt}] if turns is None else turns
+        turns = list(as_messages(record.prompt)) if turns is None else turns
         start = 1 if turns[0]["role"] == "system" else 0
         earlier = _history(history, unread)
         if turns[start : start + len(earlier)] != earlier:
@@ -188,7 +221,7 @@ def _with_context(
     if system is not None and not isinstance(system, str):
         raise BadRecord(f"bad_type:{name}", f"{name} is {kind_of(system)}, expected a string")
     if system and system.strip():
-        turns = [{"role": "user", "content": record.prompt}] if turns is None else turns
+        turns = list(as_messages(record.prompt)) if turns is None else turns
         if turns[0]["role"] != "system":
             turns.insert(0, {"role": "system", "content": system})
         elif turns[0]["content"].strip() != system.strip():
@@ -237,23 +270,22 @@ def _checked(record: PreferenceRecord, options: PairOptions) -> PreferenceRecord
     messages = () if isinstance(record.prompt, str) else record.prompt
     prompt_texts = [record.prompt] if isinstance(record.prompt, str) else [m["content"] for m in messages]
     _refuse_bad_characters((record.prompt, record.chosen, record.rejected))
-    if messages and messages[-1]["role"] == "assistant":
+    responses = [as_messages(response, "assistant") for response in (record.chosen, record.rejected)]
+    if messages and messages[-1]["role"] == "assistant" and any(turns[0]["role"] == "assistant" for turns in responses):
         raise BadRecord("bad_role:prompt", "the prompt ends in a turn of 'assistant', expected one of 'user'")
     if not options.allow_empty_prompt and not any(text.strip() for text in prompt_texts):
         raise BadRecord("empty_prompt", "the prompt is empty; allow_empty_prompt allows it")
-    for name in ("chosen", "rejected"):
-        response = getattr(record, name)
-        if isinstance(response, str) and not response.strip():
+    written = [[turn for turn in turns if turn["role"] == "assistant"] for turns in responses]
+    for name, turns in zip(("chosen", "rejected"), written, strict=True):
+        if any(is_text_alone(turn) and not turn["content"].strip() for turn in turns):
             raise BadRecord(f"empty_{name}", f"the {name} response is empty")
-    if _stripped(record.chosen) == _stripped(record.rejected):
+    if _stripped(written[0]) == _stripped(written[1]):
         raise BadRecord("identical_pair", "chosen and rejected are the same text")
     return record
 
 
-def _stripped(response: str | tuple[Message, ...]) -> str | list[Message]:
-    if isinstance(response, str):
-        return response.strip()
-    return [{**turn, "content": turn["content"].strip()} for turn in response]
+def _stripped(turns: list[Message]) -> list[Message]:
+    return [{**turn, "content": turn["content"].strip()} for turn in turns]
 
 
 def _check_score_gap(gap: float, options: PairOptions) -> None:

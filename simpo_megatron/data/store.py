@@ -2,7 +2,8 @@
 
 A store is a folder: `pairs.bin` and `pairs.idx` (three sequences per document: prompt, chosen, rejected),
 `pairs.npy` (one row per pair: where it came from and what was cut) and `store.json` (fingerprints and
-counts). It appears whole, by one rename, or not at all.
+counts). It appears whole, by one rename, or not at all. A token of a response that the assistant did not write
+stands there as its complement, `~id`; only stores of `responses: assistant` hold any.
 """
 
 from __future__ import annotations
@@ -11,9 +12,8 @@ import hashlib
 import json
 import os
 import struct
-from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,13 +21,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from simpo_megatron.atomic import new_folder
+from simpo_megatron.data.build_report import BuildReport
 from simpo_megatron.data.findings import FINDINGS
 from simpo_megatron.data.pair_options import PairOptions
 from simpo_megatron.data.records import (
     UNUSABLE_REASONS,
     BadRecord,
     PreferenceRecord,
-    Reading,
     check_row,
     parse_json,
     to_record,
@@ -41,70 +41,24 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+# It changes when stores of before can no longer be read. Columns that are new in pairs.npy may be missing.
 FORMAT_VERSION = 2
 INDEX_MAGIC = b"MMIDIDX\x00\x00"
 INDEX_VERSION = 1
 INT32_CODE = 4
 CHUNK_RECORDS = 64
 CHUNK_BYTES = 1 << 20
-# A build that has written nothing for this long was killed.
 # Below this many bytes, starting processes takes longer than tokenising in this one.
 MIN_BYTES_PER_WORKER = 16 << 20
-PAIR_DTYPE = np.dtype([("line", np.int64), ("prompt_key", np.uint64), ("lost", np.int32, 3), ("score_gap", np.float32)])
-
-
-@dataclass
-class BuildReport:
-    """The fate of a file's records: `num_lines == num_used + sum(dropped.values())`."""
-
-    num_lines: int = 0
-    num_used: int = 0
-    dropped: Counter = field(default_factory=Counter)
-    first: dict[str, str] = field(default_factory=dict)
-    notes: Counter = field(default_factory=Counter)
-    extra_keys: Counter = field(default_factory=Counter)
-    """Columns and message keys that were not read, by the records that have them."""
-    extra_texts: Counter = field(default_factory=Counter)
-    """Those of them that hold words."""
-    forms: Counter = field(default_factory=Counter)
-    """What records were read as."""
-
-    def __post_init__(self) -> None:
-        for name in ("dropped", "notes", "extra_keys", "extra_texts", "forms"):
-            setattr(self, name, Counter(getattr(self, name)))
-
-    def note_reading(self, reading: Reading, place: str) -> None:
-        """Counts what one record at `place` was read as, and what of it was not read."""
-        self.forms[reading.form] += 1
-        self.notes.update(reading.notes)
-        for note in reading.notes:
-            self.first.setdefault(note, f"{place}: {note}: the best and the worst one are taken")
-        for key, has_words in reading.unread.items():
-            self.extra_keys[key] += 1
-            if has_words:
-                self.extra_texts[key] += 1
-                self.first.setdefault(key, f"{place}: {key}: holds words")
-
-    def add(self, other: BuildReport) -> None:
-        """Adds another report's counts; the first example of each reason stays."""
-        self.num_lines += other.num_lines
-        self.num_used += other.num_used
-        self.dropped += other.dropped
-        self.notes += other.notes
-        self.extra_keys += other.extra_keys
-        self.extra_texts += other.extra_texts
-        self.forms += other.forms
-        self.first = other.first | self.first
-
-    def lines(self) -> list[str]:
-        """Returns the report as lines of text."""
-        text = [f"{self.num_used} pairs used, {sum(self.dropped.values())} dropped, of {self.num_lines} records"]
-        for reason, count in self.dropped.most_common():
-            text.append(f"  {count} {reason}, first at {self.first[reason]}")
-        text += [f"  {count} pairs {note}" for note, count in self.notes.most_common()]
-        if self.extra_keys:
-            text.append("  columns not read: " + ", ".join(sorted(self.extra_keys)))
-        return text
+PAIR_DTYPE = np.dtype(
+    [
+        ("line", np.int64),
+        ("prompt_key", np.uint64),
+        ("lost", np.int32, 3),
+        ("score_gap", np.float32),
+        ("counted", np.int32, 2),
+    ]
+)
 
 
 class PairStore:
@@ -143,13 +97,18 @@ class PairStore:
             return self.pairs["score_gap"]
         return np.full(len(self), np.nan, np.float32)
 
+    @property
+    def counted(self) -> np.ndarray:
+        """Tokens of each pair's chosen and rejected responses that the assistant wrote: int32 [num_pairs, 2]."""
+        return self.pairs["counted"] if "counted" in self.pairs.dtype.names else self.lengths[:, 1:]
+
     def __len__(self) -> int:
         return len(self.lengths)
 
     def __getitem__(self, index: int) -> TokenizedPair:
         ends = self._starts[index] + np.cumsum(self.lengths[index])
         parts = np.split(self._tokens[self._starts[index] : ends[2]], ends[:2] - self._starts[index])
-        return TokenizedPair(*(np.asarray(part) for part in parts))
+        return TokenizedPair.from_marked(*(np.asarray(part) for part in parts))
 
 
 def open_store(
@@ -173,7 +132,7 @@ def open_store(
     identity = {
         "format": FORMAT_VERSION,
         "source": source_identity(path),
-        "options": asdict(options),
+        "options": _identity_of(options),
         "tokenizer": _digest(tokenizer_identity(tokenizer, options)),
     }
     folder = Path(cache_dir) / f"{_safe_name(path)}-{_digest(identity)[:16]}"
@@ -215,7 +174,7 @@ def _write_store(
             report.add(chunk.report)
             content.update(chunk.lengths.tobytes() + chunk.tokens.tobytes())
             chunk.tokens.tofile(file)
-            max_token_id = max(max_token_id, int(chunk.tokens.max(initial=-1)))
+            max_token_id = max(max_token_id, int(np.maximum(chunk.tokens, ~chunk.tokens).max(initial=-1)))
             lengths.append(chunk.lengths)
             rows.append(chunk.pairs)
     num_bad = sum(count for reason, count in report.dropped.items() if reason not in UNUSABLE_REASONS)
@@ -281,10 +240,11 @@ def encode_chunk(raw: list[RawRecord], path: str, pair_tokenizer: PairTokenizer,
         if isinstance(encoded, BadRecord):
             bad[line] = encoded
             continue
-        ids = (encoded.pair.prompt_ids, encoded.pair.chosen_ids, encoded.pair.rejected_ids)
+        ids = encoded.pair.marked()
         parts += ids
         lengths.append([len(part) for part in ids])
-        rows.append((line, _prompt_key(record), encoded.lost, record.reading.score_gap))
+        counted = [int((part >= 0).sum()) for part in ids[1:]]
+        rows.append((line, _prompt_key(record), encoded.lost, record.reading.score_gap, counted))
         report.notes.update(encoded.notes)
         for note in encoded.notes:
             report.first.setdefault(note, f"{path}:{line}: {note}: {FINDINGS.get(note, note)}")
@@ -381,6 +341,14 @@ def _prompt_key(record: PreferenceRecord) -> int:
     prompt = record.prompt if not record.tools else (record.prompt, record.tools)
     text = prompt if isinstance(prompt, str) else json.dumps(prompt)
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+
+
+def _identity_of(options: PairOptions) -> dict[str, Any]:
+    """Returns the options that a store depends on, named as when its format was made, so that older ones are found."""
+    named = asdict(options)
+    if options.responses == "last":
+        del named["responses"]
+    return named
 
 
 def _digest(value: object) -> str:

@@ -142,11 +142,6 @@ def special_texts(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     return sorted((token.content for token in added if token.special), key=len, reverse=True)
 
 
-def as_messages(text: str | tuple[Message, ...], role: str = "user") -> tuple[Message, ...]:
-    """Returns the conversation that a prompt or a response stands for; a string is one turn of `role`."""
-    return ({"role": role, "content": text},) if isinstance(text, str) else text
-
-
 def _read(name: str) -> str:
     path = bundled_templates().get(name, Path(name))
     try:

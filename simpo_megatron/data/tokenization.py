@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,7 +14,8 @@ import numpy as np
 
 from simpo_megatron.data.pair_options import PairOptions
 from simpo_megatron.data.records import BadRecord, PreferenceRecord
-from simpo_megatron.data.rendered_pairs import TEMPLATE_MARK, PairRenderer, RenderedPair
+from simpo_megatron.data.rendered_pairs import PairRenderer, RenderedPair
+from simpo_megatron.data.rendered_turns import TEMPLATE_MARK, Spans
 from simpo_megatron.data.templates import chat_template_of
 from simpo_megatron.data.truncation import kept_tokens, princeton_kept_tokens
 from simpo_megatron.errors import ConfigError, DataError
@@ -28,11 +31,37 @@ _BEFORE = "\n:0"
 
 @dataclass(frozen=True)
 class TokenizedPair:
-    """One pair of a dataset: int32 arrays of token ids; the end token of a response is part of it."""
+    """One pair of a dataset: int32 arrays of token ids; the end tokens of a response are part of it.
+
+    The masks, bool, say which tokens of a response the assistant wrote: these count in |y|, the others are context.
+    None: all of them, as in every response of one turn. The last token of a response counts.
+    """
 
     prompt_ids: np.ndarray
     chosen_ids: np.ndarray
     rejected_ids: np.ndarray
+    chosen_mask: np.ndarray | None = None
+    rejected_mask: np.ndarray | None = None
+
+    @classmethod
+    def from_marked(cls, prompt_ids: np.ndarray, chosen: np.ndarray, rejected: np.ndarray) -> TokenizedPair:
+        """Returns the pair that `marked` returns the arrays of."""
+        masks = [None if (ids >= 0).all() else ids >= 0 for ids in (chosen, rejected)]
+        plain = [
+            ids if mask is None else np.where(mask, ids, ~ids)
+            for ids, mask in zip((chosen, rejected), masks, strict=True)
+        ]
+        return cls(prompt_ids, plain[0], plain[1], *masks)
+
+    def marked(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Returns prompt, chosen and rejected ids, those of context as their complement `~id`, which is negative."""
+        chosen, rejected = (ids if mask is None else np.where(mask, ids, ~ids) for ids, mask in self.responses)
+        return self.prompt_ids, chosen, rejected
+
+    @property
+    def responses(self) -> tuple[tuple[np.ndarray, np.ndarray | None], ...]:
+        """(ids, mask) of the chosen and of the rejected response."""
+        return (self.chosen_ids, self.chosen_mask), (self.rejected_ids, self.rejected_mask)
 
 
 @dataclass(frozen=True)
@@ -108,7 +137,10 @@ class PairTokenizer:
         return self._backend.encode_batch(texts, add_special_tokens=False)
 
     def _split_clean(self, pairs: list[RenderedPair]) -> list[tuple]:
-        """Returns (prompt, chosen and rejected ids, notes) of each pair, cut where the response begins."""
+        """Returns (prompt, chosen and rejected ids, notes) of each pair, cut where the response begins.
+
+        Ids of context in a response are complements, as `TokenizedPair.marked` has them.
+        """
         whole = self._encode([pair.prompt + response for pair in pairs for response in (pair.chosen, pair.rejected)])
         parts = []
         for index, pair in enumerate(pairs):
@@ -117,21 +149,33 @@ class PairTokenizer:
             cuts = [_token_at(encoding, start) for encoding in encodings]
             chosen, rejected = (encoding.ids for encoding in encodings)
             if None in cuts or chosen[: cuts[0]] != rejected[: cuts[1]]:
-                # A token would straddle the boundary; apart, the prompt is what the model is given at
-                # inference.
-                prompt, *responses = (
-                    encoding.ids for encoding in self._encode([pair.prompt, pair.chosen, pair.rejected])
-                )
-                notes: tuple[str, ...] = ("tokenized_apart",)
-                for number, text in enumerate((pair.chosen, pair.rejected)):
-                    if self._decode([*prompt, *responses[number]]) != pair.prompt + text:
-                        responses[number] = self._ids_within(text, responses[number])
-                        if self._decode([*prompt, *responses[number]]) != pair.prompt + text:
-                            notes = ("tokenized_apart", "text_changed_by_tokenizer")
-                parts.append((prompt, *responses, notes))
-            else:
+                parts.append(self._apart(pair))
+            elif pair.spans is None:
                 parts.append((chosen[: cuts[0]], chosen[cuts[0] :], rejected[cuts[1] :], ()))
+            else:
+                marked = [_marked_ids(*response, start) for response in zip(encodings, pair.spans, strict=True)]
+                whole_tokens = None not in marked
+                parts.append((chosen[: cuts[0]], *marked, ()) if whole_tokens else self._apart(pair))
         return [(self._one_bos(prompt), self._one_end(c), self._one_end(r), notes) for prompt, c, r, notes in parts]
+
+    def _apart(self, pair: RenderedPair) -> tuple:
+        """Returns what `_split_clean` does of one pair, in which a token would straddle a boundary.
+
+        Apart, the ids in front of a boundary are what the model is given at inference.
+        """
+        [prompt] = (encoding.ids for encoding in self._encode([pair.prompt]))
+        responses, notes = [], ["tokenized_apart"]
+        texts = pair.chosen, pair.rejected
+        for text, spans in zip(texts, pair.spans or [((0, len(text)),) for text in texts], strict=True):
+            pieces = list(_pieces(text, spans))
+            ids = [encoding.ids for encoding in self._encode([piece for piece, _ in pieces])]
+            if self._decode([*prompt, *chain(*ids)]) != pair.prompt + text:
+                ids = [self._ids_within(piece, found) for (piece, _), found in zip(pieces, ids, strict=True)]
+                if self._decode([*prompt, *chain(*ids)]) != pair.prompt + text:
+                    notes.append("text_changed_by_tokenizer")
+            of_pieces = zip(pieces, ids, strict=True)
+            responses.append([i if is_counted else ~i for (_, is_counted), found in of_pieces for i in found])
+        return prompt, *responses, tuple(dict.fromkeys(notes))
 
     def _decode(self, ids: list[int]) -> str:
         return self._backend.decode(ids, skip_special_tokens=False)
@@ -195,14 +239,13 @@ class PairTokenizer:
             )
         if kept.prompt < lengths[0]:
             prompt = self._end_of_prompt(prompt, kept.prompt)
-        pair = TokenizedPair(
-            np.array(prompt, np.int32),
-            np.array(chosen[: kept.chosen], np.int32),
-            np.array(rejected[: kept.rejected], np.int32),
-        )
-        if np.array_equal(pair.chosen_ids, pair.rejected_ids):
+        chosen, rejected = _until_last_counted(chosen[: kept.chosen]), _until_last_counted(rejected[: kept.rejected])
+        if not chosen or not rejected:
+            raise BadRecord("cut_before_answer", "a response cut to max_length holds no token of the assistant")
+        if chosen == rejected:
             raise BadRecord("identical_pair", "chosen and rejected are the same tokens once cut to max_length")
-        lost = lengths[0] - kept.prompt, lengths[1] - kept.chosen, lengths[2] - kept.rejected
+        pair = TokenizedPair.from_marked(*(np.array(ids, np.int32) for ids in (prompt, chosen, rejected)))
+        lost = lengths[0] - kept.prompt, lengths[1] - len(chosen), lengths[2] - len(rejected)
         return EncodedPair(pair, lost, notes)
 
     def _end_of_prompt(self, prompt: list[int], count: int) -> list[int]:
@@ -262,6 +305,36 @@ def _token_at(encoding: Encoding, start: int) -> int | None:
     token = encoding.char_to_token(start)
     span = None if token is None else encoding.token_to_chars(token)
     return token if span is not None and span[0] == start else None
+
+
+def _marked_ids(encoding: Encoding, spans: Spans, start: int) -> list[int] | None:
+    """Returns the ids behind character `start`, those outside `spans` as complements; None when one is cut in two."""
+    first = _token_at(encoding, start)
+    marked = [~token_id for token_id in encoding.ids]
+    for span in spans:
+        begin, end = (_token_at(encoding, start + edge) for edge in span)
+        if span is spans[-1]:
+            end = len(marked)  # the end of the text
+        if begin is None or end is None:
+            return None
+        marked[begin:end] = encoding.ids[begin:end]
+    return marked[first:]
+
+
+def _pieces(text: str, spans: Spans) -> Iterator[tuple[str, bool]]:
+    """Yields the pieces of `text` in order, each with whether it is one of `spans`."""
+    last = 0
+    for begin, end in spans:
+        if begin > last:
+            yield text[last:begin], False
+        yield text[begin:end], True
+        last = end
+
+
+def _until_last_counted(ids: list[int]) -> list[int]:
+    """Returns `ids` without context at their end, which no counted token sees."""
+    end = next((place for place in range(len(ids), 0, -1) if ids[place - 1] >= 0), 0)
+    return ids[:end]
 
 
 def use_one_thread() -> None:

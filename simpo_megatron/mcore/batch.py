@@ -25,7 +25,7 @@ def read_pairs(
     """The pairs `indices` of `dataset`, in that order, the same on every tensor-parallel rank.
 
     Only the group's first rank touches the token file; the others know every length from the index and receive the
-    ids alone.
+    ids alone, those of context as their complement.
 
     Collectives: one broadcast of 8 bytes a token over tp.
 
@@ -56,7 +56,7 @@ def read_pairs(
 
 
 def _fill(ids: Tensor, dataset: PreferenceDataset, indices: Sequence[int], lengths: np.ndarray) -> None:
-    parts = []
+    parts: list[np.ndarray] = []
     for index, expected in zip(indices, lengths, strict=True):
         pair = dataset[index]
         found = (len(pair.prompt_ids), len(pair.chosen_ids), len(pair.rejected_ids))
@@ -65,14 +65,14 @@ def _fill(ids: Tensor, dataset: PreferenceDataset, indices: Sequence[int], lengt
                 f"pair {index}: found {found} tokens of prompt, chosen, rejected, expected "
                 f"{tuple(int(n) for n in expected)}; the token file changed during the run, rebuild it"
             )
-        parts += [pair.prompt_ids, pair.chosen_ids, pair.rejected_ids]
+        parts += pair.marked()
     if parts:
         ids[:] = torch.from_numpy(np.concatenate(parts).astype(np.int64))
 
 
 def _split(ids: np.ndarray, lengths: np.ndarray) -> list[TokenizedPair]:
     pieces = np.split(ids, np.cumsum(lengths.reshape(-1))[:-1]) if len(lengths) else []
-    return [TokenizedPair(*pieces[i : i + 3]) for i in range(0, len(pieces), 3)]
+    return [TokenizedPair.from_marked(*pieces[i : i + 3]) for i in range(0, len(pieces), 3)]
 
 
 @dataclass(frozen=True)

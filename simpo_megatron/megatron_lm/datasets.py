@@ -94,7 +94,7 @@ def _samples(
     while True:
         plan = plan_step(dataset.lengths, consumed_pairs, options, dp_size=dp_size)
         step = [pair for rank in plan for microbatch in rank for pair in microbatch]
-        pairs_per_chosen_token = len(step) / int(dataset.lengths[step, 1].sum())
+        pairs_per_chosen_token = len(step) / int(dataset.counted[step, 0].sum())
         for microbatch in plan[dp_rank]:
             batch = collate([dataset[pair] for pair in microbatch], microbatch, options)
             yield Sample(batch, pairs_per_chosen_token)

@@ -20,7 +20,7 @@ def write_data_page(inspection: DatasetInspection, shown: Sequence[ShownPair], p
         title="Preference data",
         sections=list(inspection.sections.items()),
         picture=base64.b64encode(_draw_lengths(inspection.lengths)).decode(),
-        pairs=[(pair.where, list(zip(PARTS, pair.texts, strict=True))) for pair in shown],
+        pairs=[(pair.where, pair.pieces) for pair in shown],
     )
     Path(path).write_text(page, encoding="utf-8")
 

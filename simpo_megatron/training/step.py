@@ -113,8 +113,9 @@ def run_pass(trainer: Trainer, dataset: PreferenceDataset, plan: StepPlan, *, fo
     Raises:
         DataError: on every rank alike, when one could not read its pairs.
     """
-    lengths = dataset.lengths[[index for rank in plan for microbatch in rank for index in microbatch]]
-    num_pairs, num_chosen_tokens = len(lengths), int(lengths[:, 1].sum())
+    indices = [index for rank in plan for microbatch in rank for index in microbatch]
+    lengths = dataset.lengths[indices]
+    num_pairs, num_chosen_tokens = len(lengths), int(dataset.counted[indices, 0].sum())
     forward_step = ForwardStep(
         objective=trainer.objective, pairs_per_chosen_token=num_pairs / max(1, num_chosen_tokens)
     )

@@ -36,12 +36,13 @@ from simpo_megatron.training.step import Trainer, batch_options, train_step  # n
 
 
 class ListDataset:
-    """Pairs held in memory, as a dataset."""
+    """Pairs held in memory, as a dataset; a token of context is written as its complement."""
 
     def __init__(self, pairs: list) -> None:
-        self.pairs = [TokenizedPair(*(np.asarray(ids, dtype=np.int32) for ids in pair)) for pair in pairs]
+        self.pairs = [TokenizedPair.from_marked(*(np.asarray(ids, dtype=np.int32) for ids in pair)) for pair in pairs]
         self.reference_avg = None
         self.lengths = np.array([[len(ids) for ids in pair] for pair in pairs], dtype=np.int32)
+        self.counted = np.array([[sum(token >= 0 for token in ids) for ids in pair[1:]] for pair in pairs])
 
     def __len__(self) -> int:
         return len(self.pairs)

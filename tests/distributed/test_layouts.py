@@ -1,5 +1,7 @@
 """The same pairs trained under every parallel layout give the same run, and it is the float64 twin's run.
 
+Half of the pairs have responses of several turns: tokens of context stand among those that count.
+
 Budget. Each step's loss, gradient norm and margin, and the trained weights, must lie within 1e-5 of the twin,
 relative (weights: relative norm of the difference of all weights). fp32 rounds at 6e-8; sums over a few hundred
 terms in different orders, ten AdamW steps whose first ones divide by gradients near zero, and the softmax of
@@ -17,7 +19,7 @@ import torch
 from ranks import run_ranks
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, MixtralConfig
-from twin import TwinSettings, train
+from twin import TwinSettings, train, with_context
 
 from simpo_megatron.data import BatchOptions, plan_step
 
@@ -207,7 +209,7 @@ def runs(request, tmp_path_factory):
     # Experts one by one: a grouped product has no float64.
     model = AutoModelForCausalLM.from_config(config, experts_implementation="eager")
     model.save_pretrained(folder / "model")
-    pairs = random_pairs(3 * BATCH + 1)
+    pairs = with_context(random_pairs(3 * BATCH + 1))
     chosen = {name: LAYOUTS[name] for name in names}
     job = dict(
         model=str(folder / "model"),

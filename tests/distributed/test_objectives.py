@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from ranks import run_ranks
 from transformers import LlamaConfig, LlamaForCausalLM
-from twin import TwinSettings, response_log_probs, train
+from twin import TwinSettings, response_log_probs, train, with_context
 
 from simpo_megatron.data import BatchOptions, plan_step
 
@@ -84,7 +84,7 @@ def runs(tmp_path_factory):
     heads = dict(num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=4, tie_word_embeddings=False)
     model = LlamaForCausalLM(LlamaConfig(**shape, **heads))
     model.save_pretrained(folder / "model")
-    pairs = random_pairs(2 * BATCH + 3)
+    pairs = with_context(random_pairs(2 * BATCH + 3))
     job = dict(model=str(folder / "model"), pairs=pairs, num_steps=NUM_STEPS, options=OPTIONS)
     job |= dict(layouts=LAYOUTS, poisoned=[])
     (folder / "job.json").write_text(json.dumps(job))

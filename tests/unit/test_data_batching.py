@@ -42,12 +42,17 @@ def some_lengths(num_pairs, seed=0, longest=300):
 
 
 def some_pairs(num_pairs, seed=0, longest=9):
-    """Pairs whose token ids are all different, so that an id tells where it came from."""
+    """Pairs whose token ids are all different, so that an id tells where it came from; some have tokens of context."""
     pairs, next_id = [], 1
+    rng = np.random.default_rng(seed)
     for lengths in some_lengths(num_pairs, seed, longest):
         parts = np.split(np.arange(next_id, next_id + lengths.sum(), dtype=np.int32), np.cumsum(lengths)[:2])
         next_id += int(lengths.sum())
-        pairs.append(TokenizedPair(*parts))
+        masks = [None if rng.random() < 0.5 else rng.random(length) < 0.5 for length in lengths[1:]]
+        for mask in masks:
+            if mask is not None:
+                mask[-1] = True
+        pairs.append(TokenizedPair(*parts, *masks))
     return pairs
 
 
@@ -83,16 +88,18 @@ def test_every_response_token_sees_its_prompt_and_its_past_only(packing, sharing
     assert batch.tokens_BS.shape[1] % multiple == 0
     rows = batch.rows_N.tolist()
     assert rows == sorted(rows)
+    responses = [response for pair in pairs for response in pair.responses]
+    counted = [range(len(ids)) if mask is None else np.flatnonzero(mask).tolist() for ids, mask in responses]
     counts = [0] * (2 * num_pairs)
     for row, target, sequence in zip(rows, batch.targets_N.tolist(), batch.sequence_N.tolist(), strict=True):
         pair = pairs[sequence // 2]
         response = (pair.chosen_ids, pair.rejected_ids)[sequence % 2].tolist()
-        number = counts[sequence]
+        number = counted[sequence][counts[sequence]]
         counts[sequence] += 1
         expected = pair.prompt_ids.tolist() + response[:number]
         assert visible_context(batch, row) == (expected, list(range(len(expected))))
         assert target == response[number]
-    assert counts == [len(response) for pair in pairs for response in (pair.chosen_ids, pair.rejected_ids)]
+    assert counts == [len(places) for places in counted]
 
 
 @pytest.mark.parametrize(("packing", "sharing"), MODES)
@@ -100,7 +107,7 @@ def test_segments_tile_the_row_and_padding_is_the_last_one(packing, sharing):
     modes = {"packing": packing, "prefix_sharing": sharing}
     options = BatchOptions(**modes, sequence_multiple=64, tokens_per_microbatch=640, pad_id=7)
     pairs = some_pairs(4)
-    pairs = [TokenizedPair(p.prompt_ids + 7, p.chosen_ids + 7, p.rejected_ids + 7) for p in pairs]
+    pairs = [TokenizedPair(p.prompt_ids + 7, p.chosen_ids + 7, p.rejected_ids + 7, p.chosen_mask) for p in pairs]
     batch = collate(pairs, range(4), options)
     lengths = np.array([[len(p.prompt_ids), len(p.chosen_ids), len(p.rejected_ids)] for p in pairs])
     assert batch.num_tokens == pair_tokens(lengths, options).sum()

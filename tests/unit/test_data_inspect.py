@@ -107,8 +107,10 @@ def test_shown_pairs_are_decoded_from_the_ids_that_are_trained_on(values):
     dataset, _ = values
     first, last = show_pairs(dataset, llama_like(), 2)
     assert (first.where, last.where) == ("sick:1", "sick:12")
-    assert first.texts[0].endswith("assistant<|end_header_id|>\n\n")
-    assert first.texts[2] == "no 0<|eot_id|>"
+    assert [name for name, _ in first.pieces] == ["prompt", "chosen", "cut", "rejected"]
+    assert first.pieces[0][1].endswith("assistant<|end_header_id|>\n\n")
+    assert first.pieces[2][1] == f"{dataset.lost[0, 1]} tokens of chosen"
+    assert first.pieces[3][1] == "no 0<|eot_id|>"
 
 
 def run_tool(arguments, folder):

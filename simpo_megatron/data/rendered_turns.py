@@ -1,0 +1,304 @@
+"""Turns of the assistant in a rendered conversation: where each begins and ends, proven from renderings."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from simpo_megatron.data.coverage import check_conversation, check_turn
+from simpo_megatron.data.findings import EMPTY_REASONING, split_reasoning
+from simpo_megatron.data.records import BadRecord, Message
+from simpo_megatron.data.templates import ChatTemplate, special_texts
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+# Unicode noncharacters, refused in records, so they can mark what belongs to whom in a rendered text.
+TEMPLATE_MARK = "\ufdd0"
+CONTENT_MARK = "\ufdd1"
+
+Spans = tuple[tuple[int, int], ...]
+"""Pieces of a text, (start, end) of each, in order."""
+
+_MAX_SHAPES = 4096
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """A rendered conversation up to the end token of its last turn, and where the turns stand that are trained on."""
+
+    text: str
+    spans: Spans
+    findings: frozenset[str] = frozenset()
+
+    def spans_from(self, start: int, *, with_first: bool) -> Spans:
+        """Returns the spans in the text behind `start`, CONTENT_MARKs left out.
+
+        Args:
+            with_first: whether the first one begins there, and not where it stands.
+        """
+        first, *others = self.spans
+        spans = ((start, first[1]) if with_first else first, *others)
+        return tuple((self._unmarked(start, begin), self._unmarked(start, end)) for begin, end in spans)
+
+    def _unmarked(self, start: int, end: int) -> int:
+        return end - start - self.text.count(CONTENT_MARK, start, end)
+
+
+@dataclass(frozen=True)
+class _Place:
+    """A turn of the assistant, the turns before it and the tools that it may call."""
+
+    before: Sequence[Message]
+    turn: Message
+    tools: Sequence[dict] | None
+
+    @property
+    def answer(self) -> str:
+        """The turn's text without its reasoning and blanks around it; of a turn that calls, where it stands is open."""
+        return "" if self.turn.get("tool_calls") else split_reasoning(self.turn["content"])[1]
+
+
+@dataclass(frozen=True)
+class _Response:
+    """One rendered turn of the assistant, and the prompt in front of it."""
+
+    prompt: str
+    text: str
+    findings: frozenset[str] = frozenset()
+
+    def in_conversation(self) -> Conversation:
+        """Returns the prompt with this one turn behind it."""
+        whole = self.prompt + self.text
+        return Conversation(whole, ((len(self.prompt), len(whole)),), self.findings)
+
+
+class TurnRenderer:
+    """Renders conversations by a chat template; TEMPLATE_MARK precedes the special tokens that the template writes."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, template: ChatTemplate) -> None:
+        specials = special_texts(tokenizer)
+        self._template = template
+        self._specials = re.compile("|".join(map(re.escape, specials)) or r"(?!)")
+        marked = "|".join(re.escape(TEMPLATE_MARK + text) for text in specials) or r"(?!)"
+        # The end of a turn: special tokens and blanks, with nothing behind them.
+        self._closing = re.compile(rf"(?:\s*(?:{marked}))+\s*\Z")
+        self._special = re.compile(marked)
+        self._left_out: dict[tuple, frozenset[int]] = {}
+
+    def as_text(self, value: Any) -> Any:
+        """Returns JSON values in which the texts of special tokens are broken, so that they stay text."""
+        if isinstance(value, str):
+            return self._specials.sub(lambda found: found.group()[0] + CONTENT_MARK + found.group()[1:], value)
+        if isinstance(value, (list, tuple)):
+            return [self.as_text(item) for item in value]
+        return {key: self.as_text(item) for key, item in value.items()} if isinstance(value, dict) else value
+
+    def render(
+        self, messages: Sequence[Message], tools: Sequence[dict] | None, *, add_generation_prompt: bool = False
+    ) -> str:
+        """Returns the text of a conversation, its special tokens marked."""
+        rendered = self._template.render(messages, tools, add_generation_prompt=add_generation_prompt)
+        return self._specials.sub(lambda found: TEMPLATE_MARK + found.group(), rendered)
+
+    def answers(
+        self, messages: Sequence[Message], turns: Sequence[Message], tools: Sequence[dict] | None
+    ) -> tuple[Conversation, ...]:
+        """Returns the conversation with each of `turns` as the one response to `messages`.
+
+        Raises: BadRecord template_mismatch, where nothing shows where a turn begins; template_leaves_out.
+        """
+        opened = self.render(messages, tools, add_generation_prompt=True)
+        findings = self.check(opened, messages, tools)
+        responses = [self._respond(_Place(messages, turn, tools), opened).in_conversation() for turn in turns]
+        return tuple(Conversation(found.text, found.spans, found.findings | findings) for found in responses)
+
+    def converse(
+        self, messages: Sequence[Message], turns: Sequence[Message], tools: Sequence[dict] | None
+    ) -> Conversation:
+        """Returns the conversation with all of `turns` as the response, and where the assistant's stand in it.
+
+        Raises: BadRecord template_mismatch, where nothing shows where a turn begins or ends; template_leaves_out.
+        """
+        last = _Place([*messages, *turns[:-1]], turns[-1], tools)
+        response = self._respond(last, self.render(last.before, tools, add_generation_prompt=True))
+        findings = response.findings | self.check(response.prompt, last.before, tools)
+        spans: list[tuple[int, int]] = []
+        for number, turn in enumerate(turns[:-1]):
+            if turn["role"] == "assistant":
+                place = _Place([*messages, *turns[:number]], turn, tools)
+                start, end, found = self._find(response.prompt, place, turns[number + 1])
+                if spans and start < spans[-1][1]:
+                    raise mismatch("the template writes the turns of a response in another order")
+                spans.append((start, end))
+                findings |= found
+        whole = response.in_conversation()
+        return Conversation(whole.text, (*spans, *whole.spans), findings)
+
+    def last_special(self, text: str, end: int) -> int | None:
+        """Returns where the last special token of `text[:end]` ends."""
+        ends = [found.end() for found in self._special.finditer(text, 0, end)]
+        return ends[-1] if ends else None
+
+    def check(self, rendered: str, messages: Sequence[Message], tools: Sequence[dict] | None) -> set[str]:
+        """Returns the findings about a rendered prompt. Raises: BadRecord where the template leaves out text."""
+        for index in sorted(self._turns_left_out(messages, tools)):
+            role = messages[index]["role"]
+            raise BadRecord(
+                "template_leaves_out", f"the chat template leaves out a turn of {role}; give another chat_template"
+            )
+        return check_conversation(rendered, messages, tools)
+
+    def _respond(self, place: _Place, opened: str) -> _Response:
+        """Returns a turn behind the part of `opened`, the rendered prompt, that is proven to precede it."""
+        whole = self.render([*place.before, place.turn], place.tools)
+        if whole.startswith(opened):
+            return self._behind(place, opened, whole[len(opened) :])
+        start = self._end_of_header(place, opened, whole)
+        if start is None:
+            raise mismatch("the template writes a prompt differently once a response follows it")
+        return self._without(place, whole[:start], opened[start:], whole[start:])
+
+    def _end_of_header(self, place: _Place, opened: str, whole: str) -> int | None:
+        """Returns where the header ends that `whole` shares with `opened`, which is where the answer begins."""
+        closed, answer = self.render(place.before, place.tools), split_reasoning(place.turn["content"])[1]
+        if answer and opened.startswith(closed) and whole.startswith(closed):
+            for end in range(len(opened), len(closed), -1):
+                if whole.startswith(opened[:end]) and whole[end:].lstrip().startswith(answer):
+                    return end
+        return None
+
+    def _behind(self, place: _Place, prompt: str, tail: str) -> _Response:
+        """Returns the response in `tail`, which the template puts behind `prompt`."""
+        text = self._until_end_token(place, tail)
+        # A reasoning that the prompt opens begins there.
+        _, findings = check_turn(text, 0, place.turn)
+        if "reasoning_left_out" in findings:
+            return self._without(place, prompt, "", tail)
+        if EMPTY_REASONING.search(text) and not EMPTY_REASONING.search(place.turn["content"]):
+            findings.add("empty_reasoning")
+        return _Response(prompt, text, frozenset(findings))
+
+    def _without(self, place: _Place, prompt: str, waits: str, tail: str) -> _Response:
+        """Returns a response of which the template leaves out the reasoning, with it, or that has none to go on from.
+
+        Args:
+            waits: what the rendered prompt has more than `prompt`, such as an opened reasoning.
+            tail: what the template writes behind `prompt`.
+        """
+        turn, tail = place.turn, tail.lstrip()
+        reasoning, answer = split_reasoning(turn["content"])
+        if turn.get("reasoning_content") or turn.get("tool_calls") or not tail.startswith(answer):
+            raise reasoning_left_out("a")
+        if not reasoning:
+            found = frozenset({"opened_reasoning_left_out"})
+            return _Response(prompt, self._until_end_token(place, tail), found)
+        text, mark = turn["content"].strip(), waits.strip()
+        if not text.startswith(mark):
+            raise reasoning_left_out("a")
+        text = text[len(mark) :].lstrip() if mark else text
+        end = self._until_end_token(place, tail)[len(answer) :] if answer else ""
+        return _Response(prompt + waits, text + end, frozenset({"reasoning_put_back"}))
+
+    def _find(self, text: str, place: _Place, following: Message) -> tuple[int, int, set[str]]:
+        """Returns where a turn that is not the last one stands in `text`, and the findings about it.
+
+        It begins where the prompt ends that asks the model for it. It ends with the end token that it has where nothing
+        follows it, or with the first one behind its answer: either is in front of all that changes with `following`,
+        the turn behind it.
+        """
+        opened = self.render(place.before, place.tools, add_generation_prompt=True)
+        start = len(opened) if text.startswith(opened) else self._end_of_header(place, opened, text)
+        if start is None:
+            raise mismatch("the template writes a turn of a response otherwise than behind the prompt that asks for it")
+        turns = [*place.before, place.turn]
+        followed = self.render([*turns, {**following, "content": CONTENT_MARK}], place.tools)
+        room = text[start : num_shared(text, followed)]
+        alone = self._until_end_token(place, self.render(turns, place.tools))
+        if not self._closing.search(alone):
+            # The first special token behind an answer would be the next turn's.
+            raise mismatch("the template ends a turn of the assistant with no special token")
+        written = alone[start:] if alone.startswith(text[:start]) else ""
+        if not room.startswith(written):
+            # Some templates put an empty reasoning in front of the last turn only.
+            written = EMPTY_REASONING.sub("", written, count=1).lstrip()
+        if not (written and room.startswith(written)):
+            at = room.rfind(place.answer) if place.answer else -1
+            special = self._special.search(room, at + len(place.answer)) if at >= 0 else None
+            if special is None:
+                raise mismatch("the template does not show where a turn of a response ends")
+            written = room[: special.end()]
+        _, findings = check_turn(written, 0, place.turn)
+        if "reasoning_left_out" in findings:
+            raise reasoning_left_out("a")
+        return start, start + len(written), findings | ({"opened_reasoning_left_out"} if len(opened) > start else set())
+
+    def _until_end_token(self, place: _Place, response: str) -> str:
+        """Returns `response` up to and with the special token that ends the turn, where the template writes one."""
+        start = response.rfind(place.answer) if place.answer else -1
+        if start >= 0:
+            special = self._special.search(response, start + len(place.answer))
+            return response[: special.end()] if special else response
+        closing = self._closing.search(response)
+        if closing is None:
+            return response
+        ends = [special.end() for special in self._special.finditer(response, closing.start())]
+        if len(ends) > 1:
+            # A call may end in several; one that ends the conversation does not stand in front of a next turn.
+            followed = self._followed(place)
+            ends = [ends[0], *(end for end in ends if response[closing.start() : end] in followed)]
+        return response[: ends[-1]]
+
+    def _followed(self, place: _Place) -> str:
+        """Returns the conversation up to what a next turn says, empty where the template allows none."""
+        for role in ("tool", "user") if place.turn.get("tool_calls") else ("user",):
+            try:
+                turns = [*place.before, place.turn, {"role": role, "content": CONTENT_MARK}]
+                return self.render(turns, place.tools).rpartition(CONTENT_MARK)[0]
+            except BadRecord:
+                continue
+        return ""
+
+    def _turns_left_out(self, messages: Sequence[Message], tools: Sequence[dict] | None) -> frozenset[int]:
+        """Returns which turns the template has no place for, whatever they say; asked once for each order of roles."""
+        shape = (bool(tools), *((turn["role"], bool(turn["content"].strip()), says_more(turn)) for turn in messages))
+        if shape not in self._left_out:
+            if len(self._left_out) >= _MAX_SHAPES:
+                self._left_out.clear()
+            names = {
+                i: f"{CONTENT_MARK}{i}{CONTENT_MARK}" for i, turn in enumerate(messages) if turn["content"].strip()
+            }
+            asked = [{**turn, "content": names.get(i, turn["content"])} for i, turn in enumerate(messages)]
+            try:
+                rendered = self._template.render(asked, tools)
+                left_out = frozenset(i for i, name in names.items() if name not in rendered)
+            except BadRecord:
+                left_out = frozenset()
+            self._left_out[shape] = left_out
+        return self._left_out[shape]
+
+
+def says_more(turn: Message) -> bool:
+    """Returns whether a turn calls a tool or has a reasoning beside its text."""
+    return any(turn.get(key) for key in ("tool_calls", "reasoning_content"))
+
+
+def num_shared(text: str, other: str) -> int:
+    """Returns how many characters two texts share at their beginning."""
+    pairs = zip(text, other, strict=False)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(text), len(other)))
+
+
+def mismatch(what: str) -> BadRecord:
+    """Returns the error for a boundary that renderings do not show."""
+    return BadRecord("template_mismatch", f"{what}; give another chat_template")
+
+
+def reasoning_left_out(name: str) -> BadRecord:
+    """Returns the error for a response without its reasoning."""
+    return BadRecord(
+        "template_leaves_out", f"the chat template leaves out the reasoning of {name} response; give another one"
+    )
