@@ -27,10 +27,11 @@ export OMP_NUM_THREADS TOKENIZERS_PARALLELISM PIP_DISABLE_PIP_VERSION_CHECK SIMP
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-smollm2 test-fast test test-newest test-nemo test-gpu-cpu lint format clean
+.PHONY: help demo demo-sweep demo-smollm2 test-fast test test-newest test-nemo test-gpu-cpu lint format clean
 
 help:
 	@echo "make demo          train a tiny model on bundled preference pairs, on two ranks, or one GPU (ARGS='--beta 2.5 ...')"
+	@echo "make demo-sweep    train the tiny model under six settings, and tell which is better (a minute or two on two cores)"
 	@echo "make demo-smollm2  train SmolLM2-135M-Instruct (a 93 MB download) on SIMPO_REAL_PAIRS=FILE or the bundled pairs"
 	@echo "make test-fast     run the tests that start no process: a minute"
 	@echo "make test          run all that a change must pass (PYTEST='-k loss -x', or PYTEST='-m \"not slow\"')"
@@ -46,6 +47,10 @@ DEMO_RANKS ?= $(if $(filter 1,$(shell nvidia-smi -L 2>/dev/null | grep -c '^GPU'
 
 demo: $(VENV)/.ready
 	@$(BIN)/torchrun --standalone --nproc-per-node $(DEMO_RANKS) examples/pretrain_simpo.py --tp $(DEMO_RANKS) $(ARGS)
+
+# Two learning rates by three betas on the bundled pairs: runs/demo-sweep/sweep.html tells which is better.
+demo-sweep: $(VENV)/.ready-sweep
+	@$(BIN)/simpo sweep --preset demo --sweep lr=3e-4,1e-3 beta=1,2,10 --epochs 1 --log-interval 12 --save runs/demo-sweep $(ARGS)
 
 demo-smollm2: $(VENV)/.ready-gguf
 	@echo "== the model: $(SMOLLM2)"
@@ -187,6 +192,11 @@ $(VENV)/.ready: $(VENV)/constraints.txt
 $(VENV)/.ready-test: $(VENV)/.ready
 	@echo "== packages for the tests: pytest, hypothesis, trl, ... (once)"
 	$(INSTALL) '.[test]'
+	@touch $@
+
+$(VENV)/.ready-sweep: $(VENV)/.ready
+	@echo "== packages for the sweep: optuna (once)"
+	$(INSTALL) '.[sweep]'
 	@touch $@
 
 $(VENV)/.ready-gguf: $(VENV)/.ready

@@ -33,16 +33,16 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def lock(path: Path) -> BaseFileLock:
+def lock(path: Path, *, wait_seconds: float = 0.0) -> BaseFileLock:
     """The lock file `path`, held until it is released or the process ends; a link is not followed.
 
     Raises:
-        BlockingIOError: another process holds it.
+        BlockingIOError: another process holds it, and does so for `wait_seconds`.
         OSError: the file cannot be made.
     """
     held = FileLock(path, thread_local=False)
     try:
-        held.acquire(blocking=False)
+        held.acquire(timeout=wait_seconds)
     except Timeout:
         raise BlockingIOError(errno.EAGAIN, "another process holds the lock", str(path)) from None
     return held

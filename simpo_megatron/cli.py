@@ -12,12 +12,13 @@ from simpo_megatron.errors import ConfigError, report_error
 
 COMMANDS = {
     "train": "train a model on preference pairs",
+    "sweep": "train many settings on the same ranks, and tell which is better",
     "plan": "find a layout that fits GPUs: memory, speed, how to start it",
     "inspect": "see what would be trained on, and what is wrong with it",
     "convert": "Hugging Face folder to Megatron checkpoint, and back",
     "verify": "compare two models tensor by tensor",
     "merge": "average models",
-    "report": "draw the curves of a run and write its page",
+    "report": "draw the curves of a run and write its page, or compare several",
     "fp8-check": "measure what FP8 does to log-probs and margins",
 }
 _ASKS_FOR_HELP = ("-h", "--help", "--help-all")

@@ -44,14 +44,20 @@ class Setting:
 
 Layer = dict[str, Setting]
 
+SWEEP_KEY = "sweep"
+"""The key of a YAML file under which stand the values that `simpo sweep` tries."""
+Axes = dict[str, tuple[typing.Any, ...]]
+"""Values to try, by option."""
 
-def load_config(argv: Sequence[str] | None = None, **options: typing.Any) -> Config:
+
+def load_config(argv: Sequence[str] | None = None, *, axes: Axes | None = None, **options: typing.Any) -> Config:
     """The configuration asked for, its own checks passed: by a command line, or by `options` in python.
 
     Without a model, a preset or a file it is the preset `demo`. `--help` and `--help-all` print and exit with 0.
 
     Args:
         argv: a command line; sys.argv's arguments where neither it nor options are given.
+        axes: gets the values to try that stand under `sweep` in the file; such a file is refused without.
         options: values under the options' names or aliases, above `argv`: `load_config(preset="demo", lr=1e-3)`;
             `config` names a file, as `--config` does.
 
@@ -61,7 +67,9 @@ def load_config(argv: Sequence[str] | None = None, **options: typing.Any) -> Con
         argv = [] if options else sys.argv[1:]
     command_line, config_file = _read_command_line(list(argv))
     config_file = options.pop("config", config_file)
-    yaml_file = read_yaml(find_config_file(os.path.expanduser(config_file))) if config_file is not None else {}
+    yaml_file: Layer = {}
+    if config_file is not None:
+        yaml_file = read_yaml(find_config_file(os.path.expanduser(config_file)), axes)
     asked = _merge(_merge(yaml_file, command_line), _layer_of(options, "load_config"))
     if config_file is None and not asked.keys() & {"preset", "model", "data"}:
         asked["preset"] = Setting(DEMO, "default")
@@ -90,8 +98,10 @@ def config_of(layer: Layer) -> Config:
     return _build(_merge(_preset_layer(layer), layer))
 
 
-def read_yaml(path: str | Path) -> Layer:
+def read_yaml(path: str | Path, axes: Axes | None = None) -> Layer:
     """The settings of a YAML file, which is one flat mapping from option names to values.
+
+    Only `sweep` holds a mapping, from options to the values to try, which `axes` gets; without it that is refused.
 
     Only the syntax tree is read: no tag is obeyed, nothing is constructed or imported, and an alias costs
     nothing, because no value nests.
@@ -105,12 +115,33 @@ def read_yaml(path: str | Path) -> Layer:
             raise ConfigError(f"{where}: found a key that is not a plain name, expected an option such as lr")
         if isinstance(value, yaml.MappingNode) and key.value in typing.get_type_hints(Config):
             raise ConfigError(f"{where}: {key.value}: found a section, expected its options without it, not indented")
+        if key.value == SWEEP_KEY:
+            if axes is None:
+                raise ConfigError(
+                    f"{where}: {SWEEP_KEY}: found values to try, expected the options of one run; start them with "
+                    "simpo sweep"
+                )
+            axes |= _yaml_axes(value, path, where)
+            continue
         option = find_option(key.value, where)
         if option.name in layer:
             raise ConfigError(f"{where}: {key.value}: found twice, first in {layer[option.name].where}")
         layer[option.name] = Setting(_yaml_value(value, option, where), where)
     refuse_both({name: setting.where for name, setting in layer.items()})
     return layer
+
+
+def _yaml_axes(node: yaml.Node, path: str | Path, where: str) -> Axes:
+    """The values to try by option."""
+    if not isinstance(node, yaml.MappingNode):
+        raise ConfigError(f"{where}: {SWEEP_KEY}: found no mapping, expected lines such as 'lr: [5e-7, 1e-6]' under it")
+    axes: Axes = {}
+    for key, values in node.value:
+        where = f"{path}:{key.start_mark.line + 1}"
+        option = find_option(str(key.value), where)
+        items = values.value if isinstance(values, yaml.SequenceNode) else [values]
+        axes[option.name] = tuple(_yaml_scalar(item, option, where) for item in items)
+    return axes
 
 
 def _yaml_items(path: Path) -> list[tuple[yaml.Node, yaml.Node]]:

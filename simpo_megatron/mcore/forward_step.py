@@ -19,6 +19,8 @@ from simpo_megatron.loss import (
 )
 from simpo_megatron.mcore.batch import Microbatch
 
+AVERAGES = "_averages"
+
 LossFunction = Callable[[Tensor], tuple[Tensor, Tensor, Any]]
 
 
@@ -56,6 +58,8 @@ class ForwardStep(MicrobatchStep):
     objective: PreferenceObjective
     pairs_per_chosen_token: float
     """Pairs over chosen response tokens of the whole global batch; the weight of a token in the `token` SFT term."""
+    keeps_averages: bool = False
+    """Keep the average log-prob of every response as well, [2 * pairs] under AVERAGES."""
 
     def loss(self, log_probs_N: Tensor, microbatch: Microbatch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """(sum of the loss over pairs, pairs, metric sums).
@@ -70,7 +74,10 @@ class ForwardStep(MicrobatchStep):
             reference_avg_R=microbatch.reference_avg_R,
             pairs_per_chosen_token=self.pairs_per_chosen_token,
         )
-        return result.loss, _num_pairs(log_probs_N, microbatch), result.sums | monitored_sums(result, counts_R)
+        kept = result.sums | monitored_sums(result, counts_R)
+        if self.keeps_averages:
+            kept[AVERAGES] = avg_R.detach()
+        return result.loss, _num_pairs(log_probs_N, microbatch), kept
 
 
 class AverageLogProbs(MicrobatchStep):

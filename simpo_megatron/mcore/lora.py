@@ -66,16 +66,24 @@ class Adapter(torch.nn.Module):
         self.scale, self.dropout = settings.scale, settings.lora_dropout
         self.tp_group, self.sequence_parallel, self.is_gated = tp_group, sequence_parallel, is_gated
         dtype, here = weight_OI.dtype, weight_OI.device
-        whole_A = initial_A(rank, num_inputs * (tp_group.size() if self.divided == "lora_A" else 1), draw)
-        first = tp_group.rank() * num_inputs if self.divided == "lora_A" else 0
-        self.lora_A = torch.nn.Parameter(whole_A[:, first : first + num_inputs].to(here, dtype).contiguous())
-        self.lora_B = torch.nn.Parameter(torch.zeros(num_outputs, rank, dtype=dtype, device=here))
+        self.lora_A = torch.nn.Parameter(torch.empty(rank, num_inputs, dtype=dtype, device=here))
+        self.lora_B = torch.nn.Parameter(torch.empty(num_outputs, rank, dtype=dtype, device=here))
+        self.draw_weights(draw)
         divided, replicated = self.lora_A, self.lora_B
         if self.divided == "lora_B":
             divided, replicated = replicated, divided
         set_tensor_model_parallel_attributes(divided, True, self._divided_dimension, 1)
         # Under sequence parallelism each rank sees its own tokens only: finalize_model_grads sums over tp by this mark.
         replicated.sequence_parallel = sequence_parallel  # type: ignore[attr-defined]  # megatron's own mark
+
+    @torch.no_grad()
+    def draw_weights(self, draw: torch.Generator) -> None:
+        """Set the weights that training starts from: B zero, A as `initial_A` draws it, this rank's part of it."""
+        rank, num_inputs = self.lora_A.shape
+        whole_A = initial_A(rank, num_inputs * (self.tp_group.size() if self.divided == "lora_A" else 1), draw)
+        first = self.tp_group.rank() * num_inputs if self.divided == "lora_A" else 0
+        self.lora_A.copy_(whole_A[:, first : first + num_inputs])
+        self.lora_B.zero_()
 
     @property
     def _divided_dimension(self) -> int:
@@ -210,3 +218,11 @@ def add_adapters(chunk: GPTModel, settings: LoRAConfig, *, tp_group: ProcessGrou
             )
             owner.add_module(target + ADAPTER_SUFFIX, adapter)
             linear.register_forward_hook(adapter.add_to, prepend=True)  # before a norm of the output
+
+
+def redraw_adapters(chunk: GPTModel, settings: LoRAConfig, *, seed: int) -> None:
+    """Set the adapters of `chunk` to the weights that `add_adapters` gives them under `seed`."""
+    for layer in chunk.decoder.layers:
+        for target in settings.lora_targets:
+            adapter = getattr(getattr(layer, _PLACES[target][0]), target + ADAPTER_SUFFIX)
+            adapter.draw_weights(generator_of(seed, layer.layer_number, target))

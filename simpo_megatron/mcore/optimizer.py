@@ -82,6 +82,16 @@ def _teach_schedules(chunks: list[DistributedDataParallel], optimizer: MegatronO
         mcore_config.param_sync_func = [chunk.start_param_sync for chunk in chunks]
 
 
+def forget_optimizer(chunks: Sequence[DistributedDataParallel]) -> None:
+    """Take from the chunks what ties them to the optimizer that was built over them, so that its memory can go."""
+    chunks[0].module.config.grad_scale_func = None
+    for chunk in chunks:
+        for parameter in chunk.parameters():
+            # megatron's handle on the fp32 master of a bf16 weight.
+            if hasattr(parameter, "main_param"):
+                del parameter.main_param
+
+
 def _per_chunk(functions: list[Callable[..., Any]]) -> list[Callable[..., Any]] | Callable[..., Any]:
     return functions if len(functions) > 1 else functions[0]
 

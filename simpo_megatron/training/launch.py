@@ -10,7 +10,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,30 +31,33 @@ _INTERRUPTED = 128 + signal.SIGINT
 
 
 def main(argv: Sequence[str], *program: str) -> int:
-    """The exit code of one process of the run `program argv`: 0 done, else the error's own (errors.py), 1 unexpected.
+    """The exit code of one process of the training run `program argv`, as `launch` has it."""
+    return launch(argv, _read_training, *program)
+
+
+def launch(
+    argv: Sequence[str], read: Callable[[Sequence[str]], tuple[Config, Callable[[], None]]], *program: str
+) -> int:
+    """The exit code of one process of the job `program argv`: 0 done, else the error's own (errors.py), 1 unexpected.
 
     Every rank reads the same configuration and finds the same mistake in it before any collective; rank 0 says it.
 
     Args:
+        read: from `argv` the configuration, which says how many ranks the job needs, and the job of one rank.
         program: a script, or -m, a module and its first arguments, as torchrun takes them to start further ranks.
     """
     # CUDA reads it when it starts: megatron-core's tensor parallelism relies on kernels being queued in order.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     ignore_known_warnings(has_cuda=device.has_cuda())
     try:
-        config, notes = _read(argv)
-        # Only now, for megatron takes ten seconds to import: a mistake in the configuration is told before, and the
-        # processes that tokenise, which import the script again, do without.
-        from simpo_megatron.training.loop import train
-        from simpo_megatron.training.setup import plan_run
-
+        config, work = read(argv)
         num_ranks = config.parallel.sizes.min_world_size
         if _world_size() == 1 and num_ranks > 1:
+            from simpo_megatron.training.setup import plan_run
+
             plan_run(config, num_ranks)
             return _start_local_ranks(num_ranks, [*program, *argv])
-        if notes and _rank() == 0:
-            print(*notes, sep="\n", flush=True)
-        train(config)
+        work()
     except SimPOError as error:
         # Peers that stop because of another rank's error, or share rank 0's, stay quiet about it.
         if _rank() == 0 and not isinstance(error, PeerFailedError):
@@ -73,6 +76,22 @@ def main(argv: Sequence[str], *program: str) -> int:
         traceback.print_exc()
         return 1
     return 0
+
+
+def _read_training(argv: Sequence[str]) -> tuple[Config, Callable[[], None]]:
+    """The configuration of a training run, and the run."""
+    config, notes = _read(argv)
+
+    def work() -> None:
+        # Only now, for megatron takes ten seconds to import: a mistake in the configuration is told before, and the
+        # processes that tokenise, which import the script again, do without.
+        from simpo_megatron.training.loop import train
+
+        if notes and _rank() == 0:
+            print(*notes, sep="\n", flush=True)
+        train(config)
+
+    return config, work
 
 
 def _read(argv: Sequence[str]) -> tuple[Config, list[str]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import time
 from collections.abc import Sequence
@@ -14,9 +13,7 @@ import torch.distributed as dist
 from simpo_megatron import faults, parallel
 from simpo_megatron.config import Config
 from simpo_megatron.convert import export_adapter, export_hf
-from simpo_megatron.errors import ConfigError, NumericsError, StoppedByMonitor, StoppedBySignal
-from simpo_megatron.logs import logged
-from simpo_megatron.mcore import cpu_patches, device
+from simpo_megatron.errors import NumericsError, StoppedByMonitor, StoppedBySignal
 from simpo_megatron.mcore.experts import LOAD_BALANCING_LOSS
 from simpo_megatron.mcore.fp8_weights import whole_masters
 from simpo_megatron.mcore.optimizer import gather_parameters
@@ -25,8 +22,9 @@ from simpo_megatron.ranks import sync_status
 from simpo_megatron.reporting.loggers import RunLog, Sink, open_run_log
 from simpo_megatron.reporting.model_card import model_card
 from simpo_megatron.reporting.run_report import write_report
+from simpo_megatron.reporting.validation_pairs import keep_validation_pairs
 from simpo_megatron.training.checkpoint_manager import Saver
-from simpo_megatron.training.consistency import check_replicas, check_same, job_facts, startup_facts
+from simpo_megatron.training.consistency import check_replicas, check_same, job_facts
 from simpo_megatron.training.evaluation import evaluate
 from simpo_megatron.training.introduction import introduce
 from simpo_megatron.training.memory_check import probe_memory
@@ -35,14 +33,11 @@ from simpo_megatron.training.monitors import Monitors
 from simpo_megatron.training.reference import with_reference
 from simpo_megatron.training.result import RunResult, result_of
 from simpo_megatron.training.resume import Start, find_checkpoint, held_run_folder, start_run
-from simpo_megatron.training.setup import Job, RunPlan, build_job, plan_run
+from simpo_megatron.training.session import LONG_SECONDS, Session, open_session
+from simpo_megatron.training.setup import Job, RunPlan
 from simpo_megatron.training.step import Pass, Step, train_step
 from simpo_megatron.training.stop_signals import StopSignals
 from simpo_megatron.training.watchdog import Watchdog
-
-# Everything a rank does alone, such as tokenising for the others, must fit into a wait of the others.
-_GROUP_TIMEOUT_MINUTES = 60.0
-_LONG_SECONDS = 60 * _GROUP_TIMEOUT_MINUTES
 
 # What was left out before a resume counts, so it is kept with what the monitors remember.
 _SKIPPED = "num_skipped_steps"
@@ -62,28 +57,8 @@ def train(config: Config, sinks: Sequence[Sink] = ()) -> RunResult:
         StoppedByMonitor: on every rank alike, after a whole step, when a monitor that `stop_on` names found something.
             Both carry the run's `result`.
     """
-    run = config.run
-    folder = Path(run.save) / "logs" if run.save is not None and run.log_ranks else None
-    with logged(run.log_level, rank=int(os.environ.get("RANK", 0)), folder=folder):
-        return _train_here(config, sinks)
-
-
-def _train_here(config: Config, sinks: Sequence[Sink]) -> RunResult:
-    cpu_patches.install()
-    faults.arm()
-    plan = plan_run(config, _num_ranks(config))
-    parallel.join(device.backend(), _GROUP_TIMEOUT_MINUTES)
-    try:
-        with Watchdog() as watchdog:
-            # Before the groups are made: ranks that divide themselves differently would wait for each other there.
-            check_same(startup_facts(config))
-            stopped, evaluations = _train(config, sinks, plan, watchdog)
-    except BaseException:
-        # Peers may still wait for this rank; a process that is alone is left ready to train again.
-        if dist.get_world_size() == 1:
-            parallel.shut_down()
-        raise
-    parallel.shut_down()
+    with open_session(config) as session:
+        stopped, evaluations = run_in(session, config, session.plan, sinks)
     result = result_of(config, evaluations, stopped)
     if stopped is not None:
         stopped.result = result
@@ -91,37 +66,26 @@ def _train_here(config: Config, sinks: Sequence[Sink]) -> RunResult:
     return result
 
 
-def _num_ranks(config: Config) -> int:
-    """The number of ranks that were started: torchrun's, or one in a plain process.
-
-    Raises: ConfigError when that is a plain process, and the layout needs more.
-    """
-    if "WORLD_SIZE" in os.environ:
-        return int(os.environ["WORLD_SIZE"])
-    needed = config.parallel.sizes.min_world_size
-    if needed > 1:
-        raise ConfigError(
-            f"ranks: found 1, expected {needed} for this layout (tp, pp, cp, ep); start it with `simpo train`, which "
-            "starts them, or with torchrun"
-        )
-    return 1
-
-
-def _train(
-    config: Config, sinks: Sequence[Sink], plan: RunPlan, watchdog: Watchdog
+def run_in(
+    session: Session, config: Config, plan: RunPlan, sinks: Sequence[Sink] = ()
 ) -> tuple[Stopped | None, dict[int, dict[str, float]]]:
-    """The reason the run was left before its end, if it was, and its evaluations by iteration."""
-    groups = parallel.initialize(
-        config.parallel.sizes, backend=device.backend(), timeout_minutes=_GROUP_TIMEOUT_MINUTES
-    )
+    """The reason the run of `config` was left before its end, if it was, and its evaluations by iteration.
+
+    Runs of one session, which have model, pairs and layout in common, may follow each other; each is the run it would
+    be alone.
+
+    Raises:
+        SimPOError, PeerFailedError: as `train`. After a NumericsError the session's next run can be taken.
+    """
+    watchdog = session.watchdog
     parallel.seed_everything(config.run.seed)
     with held_run_folder(config):
         found = find_checkpoint(config)
-        job = build_job(config, plan, groups, load_weights=found.checkpoint is None)
+        job = session.build_job(config, plan, load_weights=found.checkpoint is None)
         job, reference_notes = with_reference(config, job, has_initial_weights=found.checkpoint is None)
         start = start_run(config, job, found)
         check_same(job_facts(job))
-        check_replicas(job.trainer.chunks, groups)
+        check_replicas(job.trainer.chunks, session.groups)
         is_logging_rank = dist.get_rank() == 0
         with open_run_log(config, sinks, train_iters=job.train_iters, is_logging_rank=is_logging_rank) as log:
             introduce(config, job, found.notes + reference_notes + start.notes, log)
@@ -134,7 +98,7 @@ def _train(
             else:
                 log.say(f"resume    all {job.train_iters:,} steps were taken before, nothing is left to train")
             if stopped is None:
-                watchdog.enter_phase("the end", timeout=_LONG_SECONDS)
+                watchdog.enter_phase("the end", timeout=LONG_SECONDS)
                 _finish(config, job, log)
             if not isinstance(stopped, StoppedByMonitor):
                 saver.require_last()
@@ -157,12 +121,12 @@ def _run_steps(
     """
     trainer, run = job.trainer, config.run
     monitors = Monitors(config, job, start)
-    watchdog.enter_phase("the memory probe", timeout=_LONG_SECONDS)
+    watchdog.enter_phase("the memory probe", timeout=LONG_SECONDS)
     for line in probe_memory(config, job, start):
         log.say(line)
     if start.iteration == 0:
-        watchdog.enter_phase("the evaluation before step 1", timeout=_LONG_SECONDS)
-        evaluations[0] = _evaluate(job, monitors, log, 0)
+        watchdog.enter_phase("the evaluation before step 1", timeout=LONG_SECONDS)
+        evaluations[0] = _evaluate(job, monitors, log, 0, run.save)
     taken = _DataProgress(start.consumed_pairs, start.monitors.get(_SKIPPED, 0))
     window = _Window()
     for iteration in range(start.iteration + 1, job.train_iters + 1):
@@ -181,13 +145,13 @@ def _run_steps(
             log.advance(iteration)
         evaluated: dict[str, float] = {}
         if is_last or _is_due(iteration, run.eval_interval) or (saves and not stop and monitors.evaluate_before_saving):
-            watchdog.enter_phase(f"the evaluation after step {iteration}", timeout=_LONG_SECONDS)
-            evaluated = evaluations[iteration] = _evaluate(job, monitors, log, iteration)
+            watchdog.enter_phase(f"the evaluation after step {iteration}", timeout=LONG_SECONDS)
+            evaluated = evaluations[iteration] = _evaluate(job, monitors, log, iteration, run.save)
         found = monitors.judge(iteration, log)
         if found is not None:
             return found
         if saves:
-            watchdog.enter_phase(f"the checkpoint of step {iteration}", timeout=_LONG_SECONDS)
+            watchdog.enter_phase(f"the checkpoint of step {iteration}", timeout=LONG_SECONDS)
             check_replicas(trainer.chunks, trainer.groups)
             saver.save(
                 iteration=iteration,
@@ -279,11 +243,17 @@ class _Window:
         return means | throughput(num_pairs=num_pairs, num_tokens=num_tokens, seconds=seconds)
 
 
-def _evaluate(job: Job, monitors: Monitors, log: RunLog, iteration: int) -> dict[str, float]:
-    """The metrics of the validation pairs by the names they are logged under; none without such pairs."""
-    metrics = monitors.evaluation(iteration, evaluate(job.trainer, job.valid_data))
+def _evaluate(job: Job, monitors: Monitors, log: RunLog, iteration: int, save: str | None) -> dict[str, float]:
+    """The metrics of the validation pairs by the names they are logged under; none without such pairs.
+
+    The log-probs of each pair of the first set are kept in `save`, if there is such a folder.
+    """
+    found = evaluate(job.trainer, job.valid_data)
+    metrics = monitors.evaluation(iteration, found.metrics)
     if metrics:
         log.evaluation(iteration, metrics)
+    if found.averages is not None and save is not None and dist.get_rank() == 0:
+        keep_validation_pairs(Path(save), iteration, found.averages, next(iter(job.valid_data.values())))
     return metrics
 
 

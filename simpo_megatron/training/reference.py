@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from simpo_megatron.atomic import new_file
 from simpo_megatron.checkpoint import manifest
@@ -28,6 +29,7 @@ from simpo_megatron.logs import LOGGER
 from simpo_megatron.mcore import device
 from simpo_megatron.mcore.forward_step import AverageLogProbs
 from simpo_megatron.ranks import gather_or_raise, raise_on_all_ranks, sync_status
+from simpo_megatron.training.evaluation import gather_averages
 from simpo_megatron.training.setup import Job, cache_folder
 from simpo_megatron.training.step import Trainer, run_microbatches
 
@@ -84,24 +86,19 @@ def reference_log_probs(trainer: Trainer, dataset: PreferenceDataset) -> np.ndar
 
     Each data-parallel rank computes its share; the result is the same on every rank.
 
-    Collectives: those of one forward pass for each global batch, then one all-reduce of 8 bytes a pair over dp on the
-    last pipeline stage and one broadcast over pp.
+    Collectives: those of one forward pass for each global batch, and of `gather_averages`.
 
     Raises:
         NumericsError: a log-prob is not finite.
     """
-    groups = trainer.groups
     for chunk in trainer.chunks:
         chunk.eval()
-    averages = torch.zeros(len(dataset), 2, device=device.current_device())
+    of_pairs: list[tuple[Sequence[int], Tensor]] = []
     for plan in _with_progress(trainer.plan_evaluation(dataset), len(dataset)):
         computed = run_microbatches(trainer, dataset, plan, AverageLogProbs(), forward_only=True)
-        if groups.is_last_stage:
-            for indices, averages_R in zip(plan[groups.dp.rank()], computed, strict=True):
-                averages[list(indices)] = averages_R.view(-1, 2)
-    if groups.is_last_stage:
-        dist.all_reduce(averages, group=groups.dp)
-    found = groups.broadcast_from_last_stage(averages).cpu().numpy()
+        if trainer.groups.is_last_stage:
+            of_pairs += zip(plan[trainer.groups.dp.rank()], computed, strict=True)
+    found = gather_averages(trainer, of_pairs, len(dataset))
     bad = np.flatnonzero(~np.isfinite(found).all(axis=1))
     if len(bad):
         raise NumericsError(

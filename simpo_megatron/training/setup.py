@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,6 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel
+from torch import Tensor
 
 from simpo_megatron.checkpoint import manifest
 from simpo_megatron.checkpoint.initial_weights import fill_weights
@@ -29,8 +32,9 @@ from simpo_megatron.demo import prepare_demo
 from simpo_megatron.errors import ConfigError, DataError
 from simpo_megatron.mcore import device
 from simpo_megatron.mcore.families import ModelDescription, describe_hf_model
+from simpo_megatron.mcore.lora import redraw_adapters
 from simpo_megatron.mcore.model import PreferenceGPTModel, build_model, wrap_in_ddp, zero_weights
-from simpo_megatron.mcore.optimizer import build_optimizer
+from simpo_megatron.mcore.optimizer import build_optimizer, forget_optimizer, gather_parameters
 from simpo_megatron.parallel import ParallelGroups
 from simpo_megatron.ranks import raise_on_all_ranks
 from simpo_megatron.reporting.loggers import check_sinks
@@ -74,6 +78,19 @@ class Job:
     train_iters: int
     reference_model: str | None = None
     """Fingerprint of the initial model, where the pairs hold what it says of them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WarmPieces:
+    """The pieces of a run that a next one of the same model, pairs and layout takes over."""
+
+    tokenizer: PreTrainedTokenizerBase
+    train_data: PreferenceDataset
+    valid_data: Mapping[str, PreferenceDataset]
+    model: list[PreferenceGPTModel]
+    chunks: list[DistributedDataParallel]
+    buffers: Sequence[Mapping[str, Tensor]]
+    """Of each chunk, as they were when it was built."""
 
 
 def plan_run(config: Config, world_size: int) -> RunPlan:
@@ -181,17 +198,31 @@ def num_train_iters(config: Config, num_pairs: int) -> int:
     return num_steps
 
 
-def build_job(config: Config, plan: RunPlan, groups: ParallelGroups, *, load_weights: bool = True) -> Job:
+def build_job(
+    config: Config,
+    plan: RunPlan,
+    groups: ParallelGroups,
+    *,
+    load_weights: bool = True,
+    warm: WarmPieces | None = None,
+) -> Job:
     """The pieces of the run on this rank, nothing trained yet; weights are the model's, or zero for a resume to fill.
 
     Beside adapters they are always the model's: a checkpoint holds the adapters alone.
+
+    Args:
+        warm: of a run before, whose model and pairs this one takes over. Nothing that was learned is left in them, and
+            moments, schedule and objective are new: the run is the one that it would be without.
 
     Raises:
         ConfigError, DataError, CheckpointError: on every rank alike, before the first step.
     """
     sources, description, layout = plan.sources, plan.description, plan.layout
-    tokenizer = load_tokenizer(sources.model)
-    train_data, valid_data = load_data(config, sources, tokenizer)
+    if warm is None:
+        tokenizer = load_tokenizer(sources.model)
+        train_data, valid_data = load_data(config, sources, tokenizer)
+    else:
+        tokenizer, train_data, valid_data = warm.tokenizer, warm.train_data, dict(warm.valid_data)
     options = batch_options(config, layout, _pad_id(tokenizer))
     for dataset in (train_data, *valid_data.values()):
         check_vocabulary(dataset, description.vocab_size)
@@ -203,12 +234,16 @@ def build_job(config: Config, plan: RunPlan, groups: ParallelGroups, *, load_wei
         microbatch_multiple=layout.microbatch_multiple,
     )
 
-    model = build_model(description, config, groups)
+    if warm is None:
+        model, chunks = build_model(description, config, groups), None
+    else:
+        model, chunks = warm.model, warm.chunks
+        _forget_run(warm, config)
     if load_weights or config.lora.lora_rank is not None:
         fill_weights(model, sources.model, description, groups)
     else:
         zero_weights(model)
-    trainer = build_trainer(model, config, groups, layout, options, train_iters=train_iters)
+    trainer = build_trainer(model, config, groups, layout, options, train_iters=train_iters, chunks=chunks)
     return Job(
         plan=plan,
         tokenizer=tokenizer,
@@ -220,6 +255,33 @@ def build_job(config: Config, plan: RunPlan, groups: ParallelGroups, *, load_wei
     )
 
 
+def warm_pieces(job: Job) -> WarmPieces:
+    """The pieces of `job`, which was just built, that a next run may take over."""
+    return WarmPieces(
+        tokenizer=job.tokenizer,
+        train_data=job.train_data,
+        valid_data=job.valid_data,
+        model=job.model,
+        chunks=job.trainer.chunks,
+        buffers=[{name: buffer.clone() for name, buffer in chunk.named_buffers()} for chunk in job.model],
+    )
+
+
+def _forget_run(warm: WarmPieces, config: Config) -> None:
+    """Leave nothing of the run before in the model but weights that a loader fills; adapters are drawn anew.
+
+    Collectives: those of `gather_parameters`: what a run that was stopped has begun to gather comes to its end.
+    """
+    gather_parameters(warm.chunks)
+    forget_optimizer(warm.chunks)
+    gc.collect()
+    for chunk, buffers in zip(warm.model, warm.buffers, strict=True):
+        for name, buffer in chunk.named_buffers():
+            buffer.copy_(buffers[name])
+        if config.lora.lora_rank is not None:
+            redraw_adapters(chunk, config.lora, seed=config.run.seed)
+
+
 def build_trainer(
     model: list[PreferenceGPTModel],
     config: Config,
@@ -228,9 +290,14 @@ def build_trainer(
     options: BatchOptions,
     *,
     train_iters: int,
+    chunks: list[DistributedDataParallel] | None = None,
 ) -> Trainer:
-    """The trainer of this rank's `model`: megatron's DDP around it, optimizer and schedule of `train_iters` steps."""
-    chunks = wrap_in_ddp(model, config)
+    """The trainer of this rank's `model`: megatron's DDP around it, optimizer and schedule of `train_iters` steps.
+
+    Args:
+        chunks: the model under DDP already, where it is.
+    """
+    chunks = wrap_in_ddp(model, config) if chunks is None else chunks
     optimizer, scheduler = build_optimizer(chunks, config, train_iters)
     return Trainer(
         groups=groups,

@@ -84,7 +84,8 @@ class Pass:
     """The results of one pass over a step's microbatches on this rank."""
 
     sums: list[dict[str, Tensor]]
-    """Metric sums over pairs, one dict per microbatch; filled on the last pipeline stage, empty elsewhere."""
+    """Metric sums over pairs, one dict per microbatch; filled on the last pipeline stage, empty elsewhere. Without
+    gradients each holds the responses' AVERAGES too."""
     num_pairs: int
     """Pairs of the whole step, over all data-parallel ranks."""
     num_tokens: int
@@ -117,7 +118,9 @@ def run_pass(trainer: Trainer, dataset: PreferenceDataset, plan: StepPlan, *, fo
     lengths = dataset.lengths[indices]
     num_pairs, num_chosen_tokens = len(lengths), int(dataset.counted[indices, 0].sum())
     forward_step = ForwardStep(
-        objective=trainer.objective, pairs_per_chosen_token=num_pairs / max(1, num_chosen_tokens)
+        objective=trainer.objective,
+        pairs_per_chosen_token=num_pairs / max(1, num_chosen_tokens),
+        keeps_averages=forward_only,
     )
     num_microbatches = sum(map(len, plan))
     weigh_load_balancing(trainer.chunks[0].module.config, num_pairs=num_pairs, num_microbatches=num_microbatches)

@@ -1,0 +1,83 @@
+"""The log-probs of every validation pair before and after a run: what runs are compared by, pair by pair."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from zipfile import BadZipFile
+
+import numpy as np
+
+from simpo_megatron.atomic import new_file
+from simpo_megatron.data import PreferenceDataset
+from simpo_megatron.errors import ConfigError
+
+VALIDATION_PAIRS_FILE = "validation_pairs.npz"
+
+
+@dataclass(frozen=True)
+class ValidationPairs:
+    """The first validation set of a run, under its model before step 1 and after the last evaluation."""
+
+    fingerprint: str
+    """Changes with any token of the pairs."""
+    lengths: np.ndarray
+    """int32 [P, 3]: tokens of prompt, chosen and rejected."""
+    before: np.ndarray | None
+    """float32 [P, 2]: average log-probs of chosen and rejected, nats per token; None where step 0 was not evaluated."""
+    after: np.ndarray
+    """The same after `iteration` steps."""
+    iteration: int
+
+
+def keep_validation_pairs(run_folder: Path, iteration: int, averages: np.ndarray, dataset: PreferenceDataset) -> None:
+    """Write the log-probs of an evaluation into `run_folder`, those of step 0 beside the latest.
+
+    Raises: ConfigError when the folder cannot be written.
+    """
+    path = run_folder / VALIDATION_PAIRS_FILE
+    arrays: dict[str, Any] = {
+        "fingerprint": np.array(dataset.fingerprint),
+        "lengths": dataset.lengths,
+        "after": averages,
+        "iteration": np.array(iteration),
+    }
+    before = averages if iteration == 0 else _before(path, dataset.fingerprint)
+    if before is not None:
+        arrays["before"] = before
+    try:
+        with new_file(path) as draft, draft.open("wb") as file:
+            np.savez(file, **arrays)
+    except OSError as error:
+        raise ConfigError(f"save: found {path}, which cannot be written ({error.strerror})") from None
+
+
+def read_validation_pairs(run_folder: Path) -> ValidationPairs | None:
+    """The validation pairs of the run in `run_folder`; None where it kept none.
+
+    Raises: ConfigError when its file is damaged.
+    """
+    path = run_folder / VALIDATION_PAIRS_FILE
+    if not path.exists():
+        return None
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return ValidationPairs(
+                fingerprint=str(file["fingerprint"]),
+                lengths=file["lengths"],
+                before=file.get("before"),
+                after=file["after"],
+                iteration=int(file["iteration"]),
+            )
+    except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
+        raise ConfigError(f"{path}: cannot be read ({error}), expected the validation pairs of a run") from None
+
+
+def _before(path: Path, fingerprint: str) -> np.ndarray | None:
+    """The log-probs that an earlier start of the run has found at step 0, of the same pairs."""
+    try:
+        known = read_validation_pairs(path.parent)
+    except ConfigError:
+        return None
+    return known.before if known is not None and known.fingerprint == fingerprint else None

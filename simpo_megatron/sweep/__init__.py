@@ -1,0 +1,1 @@
+"""Many runs on one set of ranks, one for each setting, and which of them is better."""

@@ -1,0 +1,203 @@
+"""The sweep itself: trials one after the other on one set of ranks, each an ordinary run, and what comes of them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Literal
+
+import torch.distributed as dist
+
+from simpo_megatron.atomic import remove_folder
+from simpo_megatron.checkpoint import manifest
+from simpo_megatron.data import load_tokenizer
+from simpo_megatron.errors import ConfigError, NumericsError, StoppedByMonitor, StoppedBySignal
+from simpo_megatron.ranks import gather_or_raise, raise_on_all_ranks
+from simpo_megatron.sweep.comparison import Ranking, compare
+from simpo_megatron.sweep.evidence import Evidence, read_evidence
+from simpo_megatron.sweep.journal import Claim, Journal, Outcome
+from simpo_megatron.sweep.page import PAGE_FILE, lines, write_results
+from simpo_megatron.sweep.points import Point
+from simpo_megatron.sweep.request import Sweep
+from simpo_megatron.sweep.rounds import Round, next_round
+from simpo_megatron.training.consistency import check_same
+from simpo_megatron.training.loop import run_in
+from simpo_megatron.training.session import LONG_SECONDS, Session, open_session
+from simpo_megatron.training.setup import load_data, num_train_iters, plan_run
+
+_POLL_SECONDS = 5.0
+
+
+@dataclass(frozen=True)
+class _Turn:
+    """The next thing that all ranks do."""
+
+    kind: Literal["run", "wait", "end"]
+    point: Point | None = None
+    train_iters: int | None = None
+    """Of a trial that is shorter than its configuration says."""
+
+
+def run_sweep(sweep: Sweep) -> None:
+    """Run the trials of `sweep` that have not ended on the ranks that were started, and write what comes of them.
+
+    Raises:
+        SimPOError: whatever ends a run that is no trial's own end; the same command goes on from there.
+        StoppedBySignal: on every rank alike, after a whole step and a checkpoint of the trial under way.
+    """
+    with open_session(sweep.base) as session:
+        check_same({"sweep": repr(sweep)})
+        stopped = _Driver(sweep, session).run()
+    if stopped is not None:
+        raise stopped
+
+
+class _Driver:
+    """The trials on the ranks of `session`; rank 0 alone keeps the journal and reads results."""
+
+    def __init__(self, sweep: Sweep, session: Session) -> None:
+        self._sweep, self._session = sweep, session
+        self._is_first = dist.get_rank() == 0
+        self._journal = raise_on_all_ranks(lambda: Journal(sweep.folder) if self._is_first else None)
+        self._claim: Claim | None = None
+        self._full_steps = self._count_steps()
+
+    def _count_steps(self) -> int:
+        """The optimizer steps of a whole trial, where shorter ones are to be trained; else 0, unused."""
+        if self._sweep.halving is None:
+            return 0
+        config, sources = self._sweep.base, self._session.plan.sources
+        train_data, _ = load_data(config, sources, load_tokenizer(sources.model))
+        return num_train_iters(config, len(train_data))
+
+    def run(self) -> StoppedBySignal | None:
+        """The stop by a signal, if one came; the trials' own ends are in the journal."""
+        while True:
+            self._session.watchdog.enter_phase("the choice of the next trial", timeout=LONG_SECONDS)
+            turn = gather_or_raise(self._next_turn)[0]
+            assert turn is not None, "rank 0 has the journal"
+            if turn.kind == "end":
+                return None
+            if turn.kind == "wait":
+                time.sleep(_POLL_SECONDS)
+                continue
+            ended = self._run_trial(turn)
+            if isinstance(ended, StoppedBySignal):
+                return ended
+            self._note(ended)
+
+    def _next_turn(self) -> _Turn | None:
+        """The next turn, on the rank that has the journal."""
+        if self._journal is None:
+            return None
+        ended = self._journal.outcomes()
+        one = next_round(self._rounds(ended), set(ended))
+        if one is None:
+            print(*lines(self._write(ended)), f"page      {self._sweep.folder / PAGE_FILE}", sep="\n", flush=True)
+            return _Turn("end")
+        self._claim = self._journal.take(one.points)
+        if self._claim is None:
+            return self._turn_without_trial(one, ended)
+        point = self._claim.point
+        num_ended = sum(known in ended for known in one.points)
+        print(f"trial     {num_ended + 1} of {len(one.points)}: {point.folder}", flush=True)
+        return _Turn("run", point, self._sweep.steps_of(point, self._full_steps))
+
+    def _turn_without_trial(self, one: Round, ended: dict[Point, Outcome]) -> _Turn:
+        if not self._sweep.shared:
+            raise ConfigError(
+                f"save: found trials of {self._sweep.folder} in work by another process, expected none; wait for it, "
+                "or add --array to each process to share the sweep"
+            )
+        if one.is_last:
+            print("trial     none is left to start; other processes are at work on the rest", flush=True)
+            return _Turn("end")
+        return _Turn("wait")
+
+    def _run_trial(self, turn: _Turn) -> Outcome | StoppedBySignal:
+        assert turn.point is not None
+        config = self._sweep.config_of(turn.point, turn.train_iters)
+        plan = plan_run(config, dist.get_world_size())
+        try:
+            stopped, _ = run_in(self._session, config, plan)
+        except NumericsError as error:
+            return Outcome("diverged", str(error))
+        if isinstance(stopped, StoppedBySignal):
+            return stopped
+        if isinstance(stopped, StoppedByMonitor):
+            return Outcome("stopped by monitor", str(stopped))
+        return Outcome("done")
+
+    def _note(self, outcome: Outcome) -> None:
+        """Tell the journal, and write what is known so far.
+
+        Collectives: one object gather, world.
+        """
+        raise_on_all_ranks(lambda: self._note_here(outcome, self._journal))
+
+    def _note_here(self, outcome: Outcome, journal: Journal | None) -> None:
+        if journal is None:
+            return
+        assert self._claim is not None, "a trial was taken"
+        point = self._claim.point
+        if outcome.status == "done":
+            gaps_P = read_evidence(self._sweep.folder / point.folder).gaps_P
+            outcome = Outcome("done", accuracy=float((gaps_P > 0).mean()))
+            print(f"trial     {point.folder}: accuracy {outcome.accuracy:.1%}", flush=True)
+        else:
+            print(f"WARNING   trial {point.folder} {outcome.status}: {outcome.why}", flush=True)
+        journal.tell(self._claim, outcome)
+        self._claim = None
+        self._write(journal.outcomes())
+
+    def _rounds(self, ended: dict[Point, Outcome]) -> Iterator[Round]:
+        def choose(points: Sequence[Point]) -> list[Point]:
+            by_name = {point.setting.name: point.setting for point in points}
+            rows = self._compared(points, ended).rows
+            return [by_name[row.name] for row in rows if not row.ruled_out]
+
+        return self._sweep.rounds(choose)
+
+    def _compared(self, points: Sequence[Point], ended: dict[Point, Outcome]) -> Ranking:
+        """The settings of `points` whose trials have all ended."""
+        settings: dict[str, tuple[Evidence, ...]] = {}
+        options, failed = {}, {}
+        for setting, group in groupby(sorted(points, key=lambda one: one.setting.name), lambda one: one.setting):
+            of_setting = list(group)
+            if not set(of_setting) <= ended.keys():
+                continue
+            options[setting.name] = setting.options
+            bad = [(point, ended[point]) for point in of_setting if ended[point].status != "done"]
+            if bad:
+                failed[setting.name] = "; ".join(f"{point.name} {end.status}: {end.why}" for point, end in bad)
+            else:
+                settings[setting.name] = tuple(read_evidence(self._sweep.folder / one.folder) for one in of_setting)
+        return compare(settings, options=options, failed=failed)
+
+    def _write(self, ended: dict[Point, Outcome]) -> Ranking:
+        """The ranking of what is known so far, written as well; only checkpoints that are to be kept stay."""
+        begun: list[Round] = []
+        for one in self._rounds(ended):
+            if ended.keys() & set(one.points):
+                begun.append(one)
+            if not ended.keys() >= set(one.points):
+                break
+        # Trials of different lengths are not compared; stages are all whole runs.
+        counted = begun[-1:] if self._sweep.halving else begun
+        points = dict.fromkeys(point for one in counted for point in one.points)
+        found = self._compared(list(points), ended)
+        if self._sweep.keep is not None:
+            self._remove_checkpoints(ended, {run.folder for row in found.rows[: self._sweep.keep] for run in row.runs})
+        write_results(self._sweep.folder, found, self._sweep.axes)
+        return found
+
+    def _remove_checkpoints(self, ended: dict[Point, Outcome], kept: set[Path]) -> None:
+        for folder in (self._sweep.folder / point.folder for point in ended):
+            for checkpoint in manifest.committed(folder) if folder not in kept else []:
+                # Another process of the sweep may be removing it too.
+                with suppress(OSError):
+                    remove_folder(checkpoint)

@@ -1,0 +1,111 @@
+"""The trials of a sweep before any is run: how many, how long, how many tokens, and what the planner expects."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from simpo_megatron.config import Config
+from simpo_megatron.data import PreferenceDataset, build_preference_dataset, load_tokenizer, split
+from simpo_megatron.errors import ConfigError
+from simpo_megatron.mcore.families import describe_hf_model
+from simpo_megatron.planning.gpus import GPUS
+from simpo_megatron.planning.layouts import PlanRequest, plan_one
+from simpo_megatron.planning.shapes import Pack
+from simpo_megatron.sweep.points import Point
+from simpo_megatron.sweep.request import Sweep
+from simpo_megatron.training.setup import Sources, locate_sources, num_train_iters
+
+_MOST_SHOWN = 40
+
+
+@dataclass(frozen=True)
+class _Cost:
+    """The size of one trial."""
+
+    steps: int
+    tokens: float
+    """Real tokens, padding apart."""
+    seconds: float | None
+    """As planned; None where the layout is not one for these GPUs."""
+
+
+def dry_run(sweep: Sweep, *, num_gpus: int, gpu: str) -> Iterator[str]:
+    """The lines that tell what `sweep` would do; pairs are tokenised for it, nothing is trained.
+
+    Raises:
+        ConfigError, DataError, CheckpointError: as its first trial would.
+    """
+    sources = locate_sources(sweep.base)
+    with tempfile.TemporaryDirectory() as scratch:
+        dataset = _training_pairs(sweep.base, sources, sweep.base.data.data_cache or scratch)
+        why = _why_not_planned(sweep.base, sources, dataset, num_gpus, gpu)
+        full_steps, costs, shown = num_train_iters(sweep.base, len(dataset)), [], []
+        # As if those that come first were the best: how many trials a round has does not depend on which.
+        for number, one in enumerate(sweep.rounds(_in_order)):
+            depends = "" if number == 0 else " (which ones the round before decides)"
+            shown.append(f"round {number + 1}: {len(one.points)} trials{depends}")
+            for point in one.points:
+                config = sweep.config_of(point, sweep.steps_of(point, full_steps))
+                cost = _cost(config, sources, dataset, num_gpus, gpu, planned=why is None)
+                costs.append(cost)
+                if number == 0 and len(shown) < _MOST_SHOWN:
+                    shown.append(
+                        f"  {point.folder}: {cost.steps:,} steps, {cost.tokens / 1e6:,.2f}M tokens{_hours(cost)}"
+                    )
+        yield from shown
+    total = f"in all    {len(costs)} trials, {sum(cost.steps for cost in costs):,} steps, "
+    total += f"{sum(cost.tokens for cost in costs) / 1e6:,.2f}M tokens"
+    yield total if why is not None else total + _hours(_Cost(0, 0, sum(cost.seconds or 0 for cost in costs)))
+    told = (
+        f"planned for {num_gpus} {gpu}, not measured"
+        if why is None
+        else f"no hours planned for {num_gpus} {gpu}: {why}"
+    )
+    yield f"hours     {told}; --gpus N --gpu KIND say others"
+
+
+def _in_order(points: Sequence[Point]) -> list[Point]:
+    return list(dict.fromkeys(point.setting for point in points))
+
+
+def _training_pairs(config: Config, sources: Sources, cache: str) -> PreferenceDataset:
+    dataset = build_preference_dataset(sources.train, load_tokenizer(sources.model), config.pairs, cache)
+    if sources.valid or not config.data.valid_fraction:
+        return dataset
+    return split(dataset, config.data.valid_fraction, config.run.seed)[0]
+
+
+def _request(config: Config, sources: Sources, dataset: PreferenceDataset, num_gpus: int, gpu: str) -> PlanRequest:
+    prompt, chosen, rejected = dataset.lengths.mean(0)
+    return PlanRequest(
+        description=describe_hf_model(sources.model),
+        config=config,
+        num_gpus=num_gpus,
+        gpu=GPUS[gpu],
+        pack=Pack.of(config.batch, prompt=float(prompt), response=float(chosen + rejected) / 2),
+    )
+
+
+def _why_not_planned(
+    config: Config, sources: Sources, dataset: PreferenceDataset, num_gpus: int, gpu: str
+) -> str | None:
+    try:
+        plan_one(_request(config, sources, dataset, num_gpus, gpu))
+    except ConfigError as error:
+        return str(error)
+    return None
+
+
+def _cost(
+    config: Config, sources: Sources, dataset: PreferenceDataset, num_gpus: int, gpu: str, *, planned: bool
+) -> _Cost:
+    request = _request(config, sources, dataset, num_gpus, gpu)
+    steps = num_train_iters(config, len(dataset))
+    tokens = request.pack.pair_tokens * steps * config.batch.global_batch_size
+    return _Cost(steps, tokens, steps * plan_one(request).time.total if planned else None)
+
+
+def _hours(cost: _Cost) -> str:
+    return "" if cost.seconds is None else f", {cost.seconds / 3600:,.2f} h"

@@ -1,0 +1,102 @@
+"""The ranks of one command, joined once: where one run takes place, or several of one layout after each other."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch.distributed as dist
+
+from simpo_megatron import faults, parallel
+from simpo_megatron.config import Config
+from simpo_megatron.errors import ConfigError
+from simpo_megatron.logs import logged
+from simpo_megatron.mcore import cpu_patches, device
+from simpo_megatron.training.consistency import check_same, startup_facts
+from simpo_megatron.training.setup import Job, RunPlan, WarmPieces, build_job, plan_run, warm_pieces
+from simpo_megatron.training.watchdog import Watchdog
+
+# Everything a rank does alone, such as tokenising for the others, must fit into a wait of the others.
+_GROUP_TIMEOUT_MINUTES = 60.0
+LONG_SECONDS = 60 * _GROUP_TIMEOUT_MINUTES
+"""Longest time of a phase in which one rank may work for the others."""
+
+
+@dataclass
+class Session:
+    """The groups of this rank and what the runs on them share."""
+
+    plan: RunPlan
+    """Of the configuration that the session was opened with."""
+    groups: parallel.ParallelGroups
+    watchdog: Watchdog
+    _warm: WarmPieces | None = None
+
+    def build_job(self, config: Config, plan: RunPlan, *, load_weights: bool) -> Job:
+        """The pieces of the run of `config`, as `setup.build_job`; model and pairs are those of the run before."""
+        job = build_job(config, plan, self.groups, load_weights=load_weights, warm=self._warm)
+        # Of weights in FP8 the fp32 masters are taken once, and a delayed scale remembers: such a model is built anew.
+        is_kept = config.precision.fp8_recipe != "delayed" and not config.precision.fp8_param_gather
+        if self._warm is None and is_kept:
+            self._warm = warm_pieces(job)
+        return job
+
+    def close(self) -> None:
+        """Let go of what a next run would have taken over."""
+        self._warm = None
+
+
+@contextmanager
+def open_session(config: Config) -> Iterator[Session]:
+    """The session of the ranks that were started, their number right for `config`; a plain process is the only rank.
+
+    Collectives: those of `parallel.initialize`, and one object gather, world.
+
+    Raises:
+        SimPOError: whatever the user can mend; what the configuration alone tells, before any collective.
+        PeerFailedError: another rank failed.
+    """
+    run = config.run
+    folder = Path(run.save) / "logs" if run.save is not None and run.log_ranks else None
+    with logged(run.log_level, rank=int(os.environ.get("RANK", 0)), folder=folder):
+        cpu_patches.install()
+        faults.arm()
+        plan = plan_run(config, _num_ranks(config))
+        parallel.join(device.backend(), _GROUP_TIMEOUT_MINUTES)
+        try:
+            with Watchdog() as watchdog:
+                # Before the groups are made: ranks that divide themselves differently would wait for each other there.
+                check_same(startup_facts(config))
+                groups = parallel.initialize(
+                    config.parallel.sizes, backend=device.backend(), timeout_minutes=_GROUP_TIMEOUT_MINUTES
+                )
+                session = Session(plan, groups, watchdog)
+                try:
+                    yield session
+                finally:
+                    session.close()
+        except BaseException:
+            # Peers may still wait for this rank; a process that is alone is left ready to train again.
+            if dist.get_world_size() == 1:
+                parallel.shut_down()
+            raise
+        parallel.shut_down()
+
+
+def _num_ranks(config: Config) -> int:
+    """The number of ranks that were started: torchrun's, or one in a plain process.
+
+    Raises: ConfigError when that is a plain process, and the layout needs more.
+    """
+    if "WORLD_SIZE" in os.environ:
+        return int(os.environ["WORLD_SIZE"])
+    needed = config.parallel.sizes.min_world_size
+    if needed > 1:
+        raise ConfigError(
+            f"ranks: found 1, expected {needed} for this layout (tp, pp, cp, ep); start it with `simpo train`, which "
+            "starts them, or with torchrun"
+        )
+    return 1

@@ -1,0 +1,54 @@
+"""One rank of a sweep, or of the run that one of its trials would be alone.
+
+`sweep_worker.py sweep JSON`: JSON has `argv` and `axes`, and what else `read_sweep` takes.
+`sweep_worker.py run CONFIG SAVE`: the run of the trial's config.yaml, in another folder.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import sys
+from pathlib import Path
+
+from simpo_megatron.mcore import cpu_patches
+
+cpu_patches.install()
+
+import torch.distributed as dist  # noqa: E402
+from megatron.core.optimizer import MegatronOptimizer  # noqa: E402
+
+from simpo_megatron.config import load_config  # noqa: E402
+from simpo_megatron.sweep import driver  # noqa: E402
+from simpo_megatron.sweep.request import read_sweep  # noqa: E402
+from simpo_megatron.training.loop import train  # noqa: E402
+
+
+def counting_optimizers(run_in, found: list[int]):
+    """`run_in`, which notes how many optimizers are in memory after each run."""
+
+    def run_and_count(*arguments):
+        try:
+            return run_in(*arguments)
+        finally:
+            gc.collect()
+            found.append(sum(isinstance(thing, MegatronOptimizer) for thing in gc.get_objects()))
+
+    return run_and_count
+
+
+if __name__ == "__main__":
+    what, *rest = sys.argv[1:]
+    if what == "run":
+        train(load_config(["--config", rest[0]], save=rest[1]))
+    else:
+        asked = json.loads(Path(rest[0]).read_text())
+        counts: list[int] = []
+        driver.run_in = counting_optimizers(driver.run_in, counts)
+        sweep = read_sweep(asked.pop("argv"), asked.pop("axes"), **asked)
+        is_first = os.environ["RANK"] == "0"
+        driver.run_sweep(sweep)
+        assert not dist.is_initialized()
+        if is_first:
+            (sweep.folder / "optimizers.json").write_text(json.dumps(counts))

@@ -1,0 +1,110 @@
+"""A trial of a sweep is, bit for bit, the run that it would be alone, whatever its ranks did before it.
+
+Each layout sweeps once: two trials that diverge, then two with other seeds. The last of them is run alone as well.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from checkpoints import stored_values
+from ranks import run_ranks
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from simpo_megatron.demo import prepare_demo
+
+WORKER = Path(__file__).with_name("sweep_worker.py")
+NUM_STEPS = 4
+AXES = ["lr=1e38,1e-2", "seed=1,2"]
+LAST = "lr=0.01,seed=2"
+LAYOUTS = {
+    "tp2": ["--tp", "2", "--sequence-parallel", "--hidden-dropout", "0.1", "--fp32"],
+    "pp2": ["--pp", "2", "--fp32", "--objective", "dpo"],
+    "dp2": ["--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather"],
+    "lora": ["--tp", "2", "--lora-rank", "4", "--lora-dropout", "0.1", "--use-distributed-optimizer", "--fp32"],
+}
+SPEED = ("pairs_per_second", "tokens_per_second", "peak_memory_gib")
+pytest.importorskip("optuna", reason="the extra [sweep] is not installed")
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory) -> list[str]:
+    """Options of every trial: a tiny model, 20 pairs to train on and 12 to compare by."""
+    folder = tmp_path_factory.mktemp("sweep_inputs")
+    demo = prepare_demo(folder / "model")
+    torch.manual_seed(3)
+    LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=1100,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            tie_word_embeddings=False,
+            max_position_embeddings=256,
+        )
+    ).save_pretrained(demo.model_dir)
+    for name, source, count in (("train", demo.train_file, 20), ("valid", demo.valid_file, 12)):
+        (folder / f"{name}.jsonl").write_text("\n".join(source.read_text().splitlines()[:count]) + "\n")
+    options = ["--model", str(demo.model_dir), "--data", str(folder / "train.jsonl")]
+    options += ["--valid-data", str(folder / "valid.jsonl"), "--data-cache", str(folder / "cache")]
+    options += ["--global-batch-size", "8", "--max-length", "256", "--max-prompt-length", "128"]
+    return [*options, "--tokens-per-microbatch", "512", "--train-iters", str(NUM_STEPS)]
+
+
+@pytest.fixture(scope="module", params=LAYOUTS)
+def swept(request, inputs, tmp_path_factory) -> tuple[Path, Path]:
+    """(folder of a sweep, folder of its last trial run alone)."""
+    folder = tmp_path_factory.mktemp(request.param)
+    asked = {"argv": [*inputs, *LAYOUTS[request.param], "--save", str(folder / "sweep")], "axes": AXES}
+    (folder / "sweep.json").write_text(json.dumps(asked))
+    run_ranks(WORKER, 2, "sweep", str(folder / "sweep.json"))
+    run_ranks(WORKER, 2, "run", str(folder / "sweep" / LAST / "config.yaml"), str(folder / "alone"))
+    return folder / "sweep", folder / "alone"
+
+
+def records(folder: Path) -> list[dict]:
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [{name: value for name, value in line.items() if name not in SPEED} for line in lines]
+
+
+def test_a_trial_is_the_run_that_it_would_be_alone(swept):
+    sweep, alone = swept
+    trial = sweep / LAST
+    assert records(trial) == records(alone)
+    assert len(records(trial)) == NUM_STEPS + 2
+    checkpoint = f"iter_{NUM_STEPS:07}"
+    assert stored_values(trial / checkpoint) == stored_values(alone / checkpoint)
+    with np.load(trial / "validation_pairs.npz") as one, np.load(alone / "validation_pairs.npz") as other:
+        assert set(one) == set(other) == {"fingerprint", "lengths", "before", "after", "iteration"}
+        assert all(np.array_equal(one[name], other[name]) for name in one)
+        assert not np.array_equal(one["before"], one["after"])
+    other_seed = sweep / "lr=0.01,seed=1"
+    assert stored_values(other_seed / checkpoint) != stored_values(trial / checkpoint), "seeds differ"
+
+
+def test_the_pairs_that_are_kept_are_those_that_the_metrics_are_means_of(swept):
+    trial = swept[0] / LAST
+    last = records(trial)[-1]
+    with np.load(trial / "validation_pairs.npz") as kept:
+        chosen, rejected = kept["after"].astype(np.float64).T
+    # Sums of float32 values in another order.
+    assert last["eval/logps/chosen"] == pytest.approx(chosen.mean(), rel=1e-6)
+    assert last["eval/logps/rejected"] == pytest.approx(rejected.mean(), rel=1e-6)
+
+
+def test_a_trial_that_diverges_is_recorded_and_the_sweep_goes_on(swept):
+    sweep, _ = swept
+    for seed in (1, 2):
+        ended = json.loads((sweep / f"lr=1e+38,seed={seed}" / "trial.json").read_text())
+        assert ended["status"] == "diverged" and "expected a finite number" in ended["why"]
+    found = json.loads((sweep / "sweep.json").read_text())
+    assert found["best"] == "lr=0.01" and list(found["failed"]) == ["lr=1e+38"]
+    assert len(found["settings"][0]["accuracies"]) == 2
+    counts = json.loads((sweep / "optimizers.json").read_text())
+    assert len(counts) == 4 and len(set(counts)) == 1, "moments of earlier trials are gone"
