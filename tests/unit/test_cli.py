@@ -19,7 +19,7 @@ TOOLS = {
     "merge": "merge_checkpoints",
     "fp8-check": "fp8_check",
 }
-TAKE_TRAINER_OPTIONS = {"train", "plan", "inspect", "fp8-check"}
+TAKE_TRAINER_OPTIONS = {"train", "sweep", "plan", "inspect", "fp8-check"}
 
 
 def text_of(capsys, *argv: str) -> str:
@@ -47,7 +47,7 @@ NEAREST = {"trian": "; did you mean train?", "fp8_check": "; did you mean fp8-ch
 def test_an_unknown_command_is_one_line_with_the_nearest_name(capsys, asked):
     assert cli.main([asked, "--help"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert f"command: found '{asked}', expected train, plan" in line and line.endswith(NEAREST[asked])
+    assert f"command: found '{asked}', expected train, sweep" in line and line.endswith(NEAREST[asked])
 
 
 @pytest.mark.parametrize("command", cli.COMMANDS)
