@@ -27,7 +27,10 @@ class MainGradEmbedding(VocabParallelEmbedding):
 
 
 class _LookUp(torch.autograd.Function):
-    """megatron's forward as it is; many tokens may have one id, and index_put_ adds them up in one order on a GPU too.
+    """megatron's forward as it is; in the backward each token's gradient goes to its row.
+
+    Many tokens may have one id. A GPU adds them up in whatever order they come, or, under torch's deterministic
+    algorithms, one by one.
 
     Collectives: those of megatron, a reduction over tp in the forward, which under sequence parallelism is a
     reduce-scatter and in the backward an all-gather.
@@ -46,9 +49,10 @@ class _LookUp(torch.autograd.Function):
         weight_vH = embedding.weight
         if embedding.reduce_scatter_embeddings:
             grad = gather_from_sequence_parallel_region(grad, group=embedding.tp_group).transpose(0, 1)
-        # Tokens of other ranks add zero to a row that is there.
+        # Tokens of other ranks add zero to rows that are there. All of them to one would be a queue: of 8 ranks' tokens
+        # 7 in 8 would wait for one another.
         is_elsewhere_BS = (ids_BS < embedding.vocab_start_index) | (ids_BS >= embedding.vocab_end_index)
-        row_BS = (ids_BS - embedding.vocab_start_index).masked_fill(is_elsewhere_BS, 0)
+        row_BS = (ids_BS - embedding.vocab_start_index) % len(weight_vH)
         grad_BSH = grad.masked_fill(is_elsewhere_BS[..., None], 0).to(weight_vH.main_grad.dtype)
-        weight_vH.main_grad.index_put_((row_BS,), grad_BSH, accumulate=True)
+        weight_vH.main_grad.index_add_(0, row_BS.flatten(), grad_BSH.flatten(0, 1))
         return gradient_already_added(weight_vH), None, None

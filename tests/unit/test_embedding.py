@@ -3,9 +3,12 @@
 Ranks that share the vocabulary or the sequence are compared with a float64 twin in tests/distributed/test_layouts.py.
 """
 
+from types import SimpleNamespace
+
 import pytest
 import torch
-from megatron.core.tensor_parallel import VocabParallelEmbedding
+from megatron.core.tensor_parallel import VocabParallelEmbedding, layers
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from simpo_megatron.mcore import cpu_patches
 from simpo_megatron.mcore.architecture import ArchitectureConfig
@@ -86,3 +89,29 @@ def test_a_frozen_embedding_passes_no_gradient(make):
     embedding = make(MainGradEmbedding, torch.float32)
     embedding.weight.requires_grad_(False).main_grad = torch.ones(V, H)
     assert not embedding(ids_and_slopes(0)[0]).requires_grad
+
+
+class IndexAdd(TorchDispatchMode):
+    """Records the rows to which gradients are added."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.index_add_.default:
+            self.rows = args[2]
+        return func(*args, **(kwargs or {}))
+
+
+def test_tokens_of_other_ranks_add_zero_and_queue_for_no_row(make, monkeypatch):
+    """The fourth of eight ranks, alone: it holds ids 150 to 199, and sees every id of the vocabulary twice."""
+    monkeypatch.setattr(layers, "reduce_from_tensor_model_parallel_region", lambda rows, group: rows)
+    embedding = make(MainGradEmbedding, torch.float32)
+    embedding.tp_group = SimpleNamespace(size=lambda: 8, rank=lambda: 3)
+    embedding.vocab_start_index, embedding.vocab_end_index = 3 * V, 4 * V
+    embedding.weight.main_grad = torch.ones(V, H)
+    ids = torch.arange(8 * V).repeat(2)[None]
+    slopes = torch.randn(1, ids.numel(), H, generator=torch.Generator().manual_seed(3))
+    with IndexAdd() as added:
+        (embedding(ids) * slopes).sum().backward()
+    own = slopes.view(2, 8, V, H)[:, 3]
+    assert torch.equal(embedding.weight.main_grad, 1 + own[0] + own[1])
+    # Twice its own id, and twice one of each other rank.
+    assert added.rows.bincount(minlength=V).tolist() == [16] * V
