@@ -1,6 +1,7 @@
-"""RMSNorm and SwiGLU of torch's operations, which keep for their backward what they were given, not what they made.
+"""RMSNorm and SwiGLU, which keep for their backward what they were given, not what they made.
 
-A GPU has kernels for both. Shapes: H hidden size, F the MLP's width on this tensor-parallel rank, `...` any before.
+On the CPU they are made of torch's operations. On a GPU torch has a kernel for the norm, and megatron one for SwiGLU.
+Shapes: H hidden size, F the MLP's width on this tensor-parallel rank, `...` any before.
 """
 
 from __future__ import annotations
@@ -33,7 +34,11 @@ class RMSNorm(torch.nn.RMSNorm):
         """The norm of the last dimension of [..., H], in the dtype of `hidden`, computed in fp32 at least."""
         # One plus a small weight would lose the weight in bf16.
         weight = 1 + self.weight.to(_wide(hidden.dtype)) if self.is_zero_centered else self.weight
-        return _NormedRows.apply(hidden, weight, self.eps)
+        if hidden.device.type == "cpu":
+            return _NormedRows.apply(hidden, weight, self.eps)
+        if weight.dtype == hidden.dtype:
+            return F.rms_norm(hidden, self.normalized_shape, weight, self.eps)
+        return _WidenedRows.apply(hidden, weight, self.eps)
 
 
 class _NormedRows(torch.autograd.Function):
@@ -57,6 +62,30 @@ class _NormedRows(torch.autograd.Function):
             along = torch.linalg.vecdot(scaled, wide)[..., None] * rstd**3 / hidden.shape[-1]
             hidden_grad = scaled.mul_(rstd).addcmul_(wide, along, value=-1).to(hidden.dtype)
         return hidden_grad, weight_grad, None
+
+
+class _WidenedRows(torch.autograd.Function):
+    """torch's kernel of a GPU, which takes a weight in the dtype of the rows alone, for a wider weight."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight_H: Tensor, eps: float) -> Tensor:
+        normed, rstd = torch.ops.aten._fused_rms_norm(hidden.to(weight_H.dtype), weight_H.shape, weight_H, eps)
+        ctx.save_for_backward(hidden, weight_H, rstd)
+        return normed.to(hidden.dtype)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        hidden, weight_H, rstd = ctx.saved_tensors
+        hidden_grad, weight_grad = torch.ops.aten._fused_rms_norm_backward(
+            grad.to(weight_H.dtype),
+            hidden.to(weight_H.dtype),
+            weight_H.shape,
+            rstd,
+            weight_H,
+            list(ctx.needs_input_grad[:2]),
+        )
+        return None if hidden_grad is None else hidden_grad.to(hidden.dtype), weight_grad, None
 
 
 class SwiGLU(MegatronModule):

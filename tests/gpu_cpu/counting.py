@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -47,6 +49,26 @@ class Operation(NamedTuple):
     flops: int
     largest: tuple[int, ...]
     """The shape of its largest tensor."""
+
+
+@contextmanager
+def norms_of_a_gpu() -> Iterator[None]:
+    """While the context lasts, the meta device has a kernel of RMSNorm as CUDA has, and autograd's formula for it.
+
+    Elsewhere torch makes the norm of other operations. torch.library refuses to register such a kernel, for a program
+    would see another graph than it runs; here the one that a GPU runs is to be seen.
+    """
+
+    def fused(rows: Tensor, shape: list[int], weight: Tensor | None, eps: float | None) -> tuple[Tensor, Tensor]:
+        kept = rows.shape[: rows.dim() - len(shape)]
+        return torch.empty_like(rows), rows.new_empty([*kept, *[1] * len(shape)], dtype=torch.float32)
+
+    library = torch.library.Library("aten", "IMPL")
+    library.m.impl("_fused_rms_norm", "Meta", fused, False)
+    try:
+        yield
+    finally:
+        library._destroy()
 
 
 class Counter(TorchDispatchMode):
