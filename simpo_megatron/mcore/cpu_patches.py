@@ -1,7 +1,8 @@
 """All changes to modules of megatron-core and torch; `PATCHES` lists each, and no other module makes any.
 
 Most let unmodified megatron-core run without CUDA. On a GPU, `install` changes at most what megatron-core asks of an
-absent Transformer Engine, and how torch's Adam is restored. Each patch is as narrow as the place it serves.
+absent Transformer Engine or leaves uncompiled without it, and how torch's Adam is restored. Each patch is as narrow as
+the place it serves.
 """
 
 from __future__ import annotations
@@ -85,7 +86,7 @@ PATCHES = {
     "_define_te_general_gemm": Patch(
         "megatron.core.transformer.moe.moe_utils.te_general_gemm",
         "megatron-core>=0.16.1,<0.17",
-        "no CUDA",
+        "no Transformer Engine",
         "the router's product names it, and without Transformer Engine it is not defined",
     ),
     "_route_tokens_on_the_cpu": Patch(
@@ -106,6 +107,12 @@ PATCHES = {
         _ALL,
         "no Transformer Engine",
         "recompute of norms and activations always asks Transformer Engine whether they are FP8",
+    ),
+    "_compile_rotary_embedding": Patch(
+        "megatron.core.models.common.embeddings.rope_utils._apply_rotary_pos_emb_bshd",
+        _ALL,
+        "CUDA without Transformer Engine",
+        "twelve kernels for queries and twelve for keys of every layer, where Transformer Engine has one",
     ),
     "_restore_adam_step_of_the_distributed_optimizer": Patch(
         "megatron.core.optimizer.distrib_optimizer.DistributedOptimizer._set_main_param_and_optimizer_states",
@@ -153,10 +160,15 @@ def install() -> None:
     # torch's own switch, read at its first tensor: large ones on the CPU lie in huge pages, whose first use costs the
     # system a fifth as much.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    if not device.has_cuda():
+    if device.has_cuda():
+        _compile_for_any_length()
+    else:
         _run_without_cuda()
     if not device.has_transformer_engine():
+        _define_te_general_gemm()
         _recompute_parts_without_transformer_engine()
+        if device.has_cuda():
+            _compile_rotary_embedding()
     if device.adam() is torch.optim.AdamW:
         _restore_adam_step_of_the_distributed_optimizer()
 
@@ -167,7 +179,6 @@ def _run_without_cuda() -> None:
     _allocate_on_the_cpu()
     _replace_random_state()
     _name_cpu_tensors_as_the_optimizers_expect()
-    _define_te_general_gemm()
     _route_tokens_on_the_cpu()
     _scale_tensors_where_they_are()
 
@@ -186,6 +197,19 @@ class _NullStream:
 
     def __getattr__(self, name: str) -> Callable[..., _NullStream]:
         return lambda *args, **kwargs: self
+
+
+def _compile_for_any_length() -> None:
+    """Let megatron's fused functions compile once, for all lengths: as it is, for the first one and then for others.
+
+    It is what torch.compile(dynamic=True) sets for its own function.
+    """
+    importlib.import_module("torch._dynamo").config.assume_static_by_default = False
+
+
+def _compile_rotary_embedding() -> None:
+    utils = importlib.import_module("megatron.core.models.common.embeddings.rope_utils")
+    _replace(utils, _apply_rotary_pos_emb_bshd=torch.compile(utils._apply_rotary_pos_emb_bshd))
 
 
 def _replace_cuda_runtime() -> None:

@@ -33,12 +33,29 @@ class TransformerEnginesAdam:
     __module__ = "transformer_engine.pytorch.optimizers.fused_adam"
 
 
-@pytest.mark.parametrize(("adam", "expected"), [(TransformerEnginesAdam, []), (torch.optim.AdamW, [RESTORE])])
-def test_install_patches_nothing_but_torchs_adam_where_cuda_is_there(gpu, monkeypatch, adam, expected):
+NO_ENGINE = [
+    "_define_te_general_gemm",
+    "_recompute_parts_without_transformer_engine",
+    "_compile_rotary_embedding",
+]
+
+
+@pytest.mark.parametrize(
+    ("has_engine", "adam", "expected"),
+    [
+        (True, TransformerEnginesAdam, []),
+        (True, torch.optim.AdamW, [RESTORE]),
+        (False, torch.optim.AdamW, [*NO_ENGINE, RESTORE]),
+    ],
+)
+def test_where_cuda_is_there_install_patches_what_an_engine_would_do_and_torchs_adam(
+    gpu, monkeypatch, has_engine, adam, expected
+):
     ran = []
     for name in cpu_patches.PATCHES:
         monkeypatch.setattr(cpu_patches, name, lambda n=name: ran.append(n))
-    monkeypatch.setattr(device, "has_transformer_engine", lambda: True)
+    monkeypatch.setattr(cpu_patches, "_compile_for_any_length", lambda: None)
+    monkeypatch.setattr(device, "has_transformer_engine", lambda: has_engine)
     monkeypatch.setattr(importlib.import_module("megatron.core.optimizer"), "Adam", adam)
     assert cpu_patches.install.__wrapped__() is None
     assert ran == expected
@@ -87,6 +104,60 @@ def test_install_runs_once():
     step = torch.Tensor.type
     cpu_patches.install()
     assert torch.Tensor.type is step
+
+
+@pytest.fixture
+def any_length():
+    dynamo = importlib.import_module("torch._dynamo")
+    with dynamo.config.patch(assume_static_by_default=True):
+        yield
+    dynamo.reset()
+
+
+@pytest.mark.parametrize("patched", [True, False])
+def test_a_fused_function_compiles_once_for_all_lengths(any_length, patched):
+    from megatron.core.fusions import fused_bias_dropout
+
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    if patched:
+        cpu_patches._compile_for_any_length()
+    function = torch.compile(fused_bias_dropout._bias_dropout_add_func, backend=count)
+    for length in (7, 12, 33):
+        hidden = torch.randn(length, 1, 4)
+        out = function((hidden, None), hidden, 0.0, True)
+        assert torch.equal(out, hidden + hidden)
+    assert len(graphs) == (1 if patched else 2)
+
+
+def test_the_rotary_embedding_compiles_once_for_queries_and_keys_of_all_lengths(any_length, monkeypatch):
+    """Into one graph without a break, whose values and gradients are megatron's."""
+    from megatron.core.models.common.embeddings import rope_utils
+
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    plain, compile_ = rope_utils._apply_rotary_pos_emb_bshd, torch.compile
+    monkeypatch.setattr(rope_utils, "_apply_rotary_pos_emb_bshd", plain)
+    monkeypatch.setattr(torch, "compile", lambda function: compile_(function, backend=count, fullgraph=True))
+    cpu_patches._compile_for_any_length()
+    cpu_patches._compile_rotary_embedding()
+    for length, num_heads in ((7, 6), (7, 2), (12, 6), (33, 2)):
+        rows = torch.randn(length, 1, num_heads, 8, requires_grad=True)
+        frequencies = torch.randn(length, 1, 1, 8)
+        found = rope_utils._apply_rotary_pos_emb_bshd(rows, frequencies)
+        expected = plain(rows, frequencies)
+        assert torch.equal(found, expected)
+        slope = torch.randn_like(rows)
+        assert torch.equal(*(torch.autograd.grad(x, rows, slope)[0] for x in (found, expected)))
+    assert len(graphs) == 1
 
 
 def test_tensor_type_tells_the_truth_to_everybody_but_megatrons_optimizers():
