@@ -48,8 +48,22 @@ def machine() -> Machine:
     return Machine(
         has_cuda=has_cuda(),
         has_transformer_engine=has_transformer_engine(),
-        compute_capability=torch.cuda.get_device_capability() if has_cuda() else None,
+        compute_capability=torch.cuda.get_device_capability(own_gpu()) if has_cuda() else None,
     )
+
+
+def own_gpu() -> int:
+    """The number of this rank's GPU, also before it is the current one: asked of no number, torch answers for GPU 0.
+
+    Raises:
+        ConfigError: this machine has fewer GPUs than ranks.
+    """
+    number, num_gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    if number >= num_gpus:
+        raise ConfigError(
+            f"LOCAL_RANK: found {number}, expected less than {num_gpus}, the GPUs of this machine; start one rank a GPU"
+        )
+    return number
 
 
 def has_transformer_engine() -> bool:

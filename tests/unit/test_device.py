@@ -59,6 +59,17 @@ def test_too_few_gpus_are_refused_in_one_line(monkeypatch):
         device.require_local_ranks(8)
 
 
+def test_each_rank_asks_its_own_gpu(monkeypatch):
+    monkeypatch.setattr(device, "has_cuda", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda number: [(8, 0), (9, 0)][number])
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert device.machine().compute_capability == (9, 0)
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(ConfigError, match=r"^LOCAL_RANK: found 2, expected less than 2, the GPUs of this machine; "):
+        device.machine()
+
+
 @pytest.fixture(scope="module")
 def description(tmp_path_factory):
     from transformers import LlamaConfig
