@@ -14,6 +14,8 @@ from simpo_megatron.errors import ConfigError, require
 
 # Rows and columns of Transformer Engine's matrix products come in multiples of this.
 FP8_MULTIPLE = {"delayed": 16, "tensorwise": 16, "mxfp8": 32, "blockwise": 128}
+# Padded rows' widths under Transformer Engine, where cuDNN makes a plan for each new one.
+PLANNED_WIDTH_MULTIPLE = 128
 _FP8_COMPUTE_CAPABILITY = {"delayed": (8, 9), "tensorwise": (8, 9), "blockwise": (9, 0), "mxfp8": (10, 0)}
 
 
@@ -56,14 +58,18 @@ def resolve(config: Config, *, world_size: int, model: Mapping[str, Any], machin
     _check_fp8_weights(config, model)
     _check_fp8(config, model, machine)
     sizes = config.parallel.sizes
+    multiple = sequence_multiple(
+        fp8_recipe=config.precision.fp8_recipe,
+        tensor_shards=sizes.tensor if config.parallel.sequence_parallel else 1,
+        context_parallel_size=sizes.context,
+    )
+    rows_are_padded = not config.batch.packing and not config.batch.prefix_sharing
+    if rows_are_padded and machine.has_cuda and machine.has_transformer_engine:
+        multiple = math.lcm(multiple, PLANNED_WIDTH_MULTIPLE)
     layout = Layout(
         data_parallel_size=data_parallel_size,
         microbatch_multiple=_microbatch_multiple(config),
-        sequence_multiple=sequence_multiple(
-            fp8_recipe=config.precision.fp8_recipe,
-            tensor_shards=sizes.tensor if config.parallel.sequence_parallel else 1,
-            context_parallel_size=sizes.context,
-        ),
+        sequence_multiple=multiple,
         # Padding is routed like any token, and would count in an MoE's load-balancing loss.
         one_shape_per_step=sizes.pipeline > 1 and not model.get("num_moe_experts"),
     )

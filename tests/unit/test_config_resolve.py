@@ -58,6 +58,20 @@ def test_a_microbatch_is_padded_so_that_every_ranks_share_fits_its_kernels(optio
     assert layout(8, machine=H100, **options).sequence_multiple == multiple
 
 
+@pytest.mark.parametrize(
+    ("machine", "options", "multiple"),
+    [
+        (H100, {"packing": False, "prefix_sharing": False}, 128),
+        (H100, {"packing": False, "prefix_sharing": False, "cp": 2}, 128),
+        (H100, {"packing": False}, 1),
+        (Machine(has_cuda=True, compute_capability=(9, 0)), {"packing": False, "prefix_sharing": False}, 1),
+        (Machine(), {"packing": False, "prefix_sharing": False}, 1),
+    ],
+)
+def test_padded_rows_come_in_few_widths_where_each_costs_a_plan(machine, options, multiple):
+    assert layout(8, machine=machine, **options).sequence_multiple == multiple
+
+
 def test_the_interleaved_schedule_wants_microbatches_in_rounds_of_the_stages():
     assert layout(2, pp=2, vpp=3).microbatch_multiple == 2
     assert layout(2, pp=2).microbatch_multiple == 1
