@@ -33,6 +33,7 @@ from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata
 
 from simpo_megatron.checkpoint.tensor_index import read_index, refuse_other_names, refuse_other_weights
+from simpo_megatron.checkpoint.torch_files import read_torch_file
 from simpo_megatron.errors import CheckpointError, listed
 from simpo_megatron.mcore import cpu_patches, device
 from simpo_megatron.mcore.fp8_weights import awaited_values, quantise_masters, whole_masters
@@ -175,7 +176,7 @@ def _load(state: dict[str, Any], index: Metadata, folder: Path) -> dict[str, Any
     own = {tensor.key for tensor in _tensors(state)}
     refuse_other_names(set(index.state_dict_metadata), set().union(*gather_or_raise(lambda: own)), folder)
     try:
-        with cpu_patches.reading_by(index):
+        with cpu_patches.reading_by(index, read_torch_file):
             return dist_checkpointing.load(state, str(folder))
     except (Exception, CheckpointException) as error:
         raise CheckpointError(f"{folder}: does not fit this run ({_reason(error)})") from error

@@ -25,6 +25,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from simpo_megatron.checkpoint.inert_pickle import Inert, InertUnpickler, PlainValues, number, shown, size_of
 from simpo_megatron.errors import CheckpointError, listed
 
 _INDEX_FILE = ".metadata"
@@ -52,48 +53,19 @@ def read_index(folder: Path) -> Metadata:
     path = folder / _INDEX_FILE
     try:
         with path.open("rb") as file:
-            root = _InertUnpickler(file).load()
+            root = InertUnpickler(file, _knows).load()
         sizes = {entry.name: entry.stat().st_size for entry in folder.iterdir() if entry.is_file()}
         return _metadata(root, sizes)
     except Exception as error:
         raise CheckpointError(f"{path}: not an index of tensors ({error})") from None
 
 
-class _Inert:
-    """An object of the pickle: the name of its class or function, its arguments and its state."""
-
-    name = ""
-
-    def __new__(cls, *arguments: Any) -> _Inert:
-        made = object.__new__(cls)
-        made.arguments, made.state = arguments, None
-        return made
-
-    arguments: tuple[Any, ...]
-    state: Any
-
-    def __setstate__(self, state: Any) -> None:
-        self.state = state
-
-
-class _InertUnpickler(pickle._Unpickler):  # in Python: no number in the file makes its memo large
-    """Makes an `_Inert` of everything that an index may name, and refuses everything else by name."""
-
-    def __init__(self, file: Any) -> None:
-        super().__init__(file)
-        self._kinds: dict[str, type[_Inert]] = {}
-
-    def find_class(self, module: str, name: str) -> Any:
-        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
-            return getattr(torch, name)
-        if (module, name) == ("collections", "OrderedDict"):
-            return dict
-        if (module, name) not in _NAMES:
-            meant = vars(_MODULES[module]).get(name) if module in _MODULES else None
-            # Not what the module itself has imported.
-            if not isinstance(meant, type) or meant.__module__ != module:
-                raise pickle.UnpicklingError(f"it refers to {module}.{name}")
-        return self._kinds.setdefault(name, type(name, (_Inert,), {"name": name, "__slots__": ("arguments", "state")}))
+def _knows(module: str, name: str) -> bool:
+    if (module, name) in _NAMES:
+        return True
+    meant = vars(_MODULES[module]).get(name) if module in _MODULES else None
+    # Not what the module itself has imported.
+    return isinstance(meant, type) and meant.__module__ == module
 
 
 def _metadata(root: Any, sizes: Mapping[str, int]) -> Metadata:
@@ -103,31 +75,40 @@ def _metadata(root: Any, sizes: Mapping[str, int]) -> Metadata:
         sizes: of the checkpoint's files in bytes, by name.
     """
     fields = _state(root, "Metadata")
-    entries = {_text(name): _entry(entry) for name, entry in _dict(fields.get("state_dict_metadata")).items()}
     storage = {_place(key): _stored(info, sizes) for key, info in _dict(fields.get("storage_data")).items()}
+    described = _dict(fields.get("state_dict_metadata"))
+    # One list may stand for many in a pickle, and would be copied for each.
+    if sum(map(_num_chunks, described.values())) > len(storage):
+        raise pickle.UnpicklingError("it describes more parts of tensors than it stores")
+    entries = {_text(name): _entry(entry) for name, entry in described.items()}
     for place in storage:
         if place.fqn not in entries:
             raise pickle.UnpicklingError(f"it stores {place.fqn}, which it does not describe")
     index = Metadata(entries, storage_data=storage, storage_meta=StorageMeta())
     # Shapes of tensors that megatron-core flattened.
-    vars(index)["mcore_data"] = _plain(fields.get("mcore_data", {}))
+    vars(index)["mcore_data"] = PlainValues(size_of).of(fields.get("mcore_data", {}))
     return index
 
 
+def _num_chunks(value: Any) -> int:
+    fields = value.state if isinstance(value, Inert) and isinstance(value.state, dict) else {}
+    return len(_list(fields.get("chunks", [])))
+
+
 def _entry(value: Any) -> TensorStorageMetadata | BytesStorageMetadata:
-    if isinstance(value, _Inert) and value.name == "BytesStorageMetadata":
+    if isinstance(value, Inert) and value.name == "BytesStorageMetadata":
         return BytesStorageMetadata()
     fields = _state(value, "TensorStorageMetadata")
     chunks = [_state(chunk, "ChunkStorageMetadata") for chunk in _list(fields["chunks"])]
     return TensorStorageMetadata(
         TensorProperties(dtype=_dtype(fields["properties"])),
-        _size(fields["size"]),
-        [ChunkStorageMetadata(offsets=_size(chunk["offsets"]), sizes=_size(chunk["sizes"])) for chunk in chunks],
+        size_of(fields["size"]),
+        [ChunkStorageMetadata(offsets=size_of(chunk["offsets"]), sizes=size_of(chunk["sizes"])) for chunk in chunks],
     )
 
 
 def _dtype(value: Any) -> torch.dtype:
-    state = value.state if isinstance(value, _Inert) and value.name == "TensorProperties" else None
+    state = value.state if isinstance(value, Inert) and value.name == "TensorProperties" else None
     if not isinstance(state, tuple) or not state or not isinstance(state[0], torch.dtype):
         raise pickle.UnpicklingError("a tensor has no dtype")
     return state[0]
@@ -137,13 +118,13 @@ def _place(value: Any) -> MetadataIndex:
     fields = _state(value, "MetadataIndex")
     offset, index = fields.get("offset"), fields.get("index")
     return MetadataIndex(
-        _text(fields["fqn"]), None if offset is None else _size(offset), None if index is None else _number(index)
+        _text(fields["fqn"]), None if offset is None else size_of(offset), None if index is None else number(index)
     )
 
 
 def _stored(value: Any, sizes: Mapping[str, int]) -> _StorageInfo:
     fields = _state(value, "_StorageInfo")
-    file, offset, length = _text(fields["relative_path"]), _number(fields["offset"]), _number(fields["length"])
+    file, offset, length = _text(fields["relative_path"]), number(fields["offset"]), number(fields["length"])
     if file not in sizes:
         raise pickle.UnpicklingError(f"it refers to the file {file}")
     if offset + length > sizes[file]:
@@ -155,59 +136,28 @@ def _stored(value: Any, sizes: Mapping[str, int]) -> _StorageInfo:
 
 def _state(value: Any, name: str) -> dict[str, Any]:
     """The fields of a data class `name`."""
-    state = value.state if isinstance(value, _Inert) and value.name == name else None
+    state = value.state if isinstance(value, Inert) and value.name == name else None
     if not isinstance(state, dict):
-        raise pickle.UnpicklingError(f"it has {_shown(value)} for a {name}")
+        raise pickle.UnpicklingError(f"it has {shown(value)} for a {name}")
     return state
-
-
-def _size(value: Any) -> torch.Size:
-    if isinstance(value, _Inert) and value.name == "Size" and len(value.arguments) == 1:
-        value = value.arguments[0]
-    if not isinstance(value, (tuple, list)):
-        raise pickle.UnpicklingError(f"it has {_shown(value)} for a shape")
-    return torch.Size([_number(extent) for extent in value])
-
-
-def _number(value: Any) -> int:
-    if type(value) is not int or value < 0:
-        raise pickle.UnpicklingError(f"it has {_shown(value)} for a number")
-    return value
 
 
 def _text(value: Any) -> str:
     if type(value) is not str:
-        raise pickle.UnpicklingError(f"it has {_shown(value)} for a name")
+        raise pickle.UnpicklingError(f"it has {shown(value)} for a name")
     return value
 
 
 def _dict(value: Any) -> dict[Any, Any]:
     if type(value) is not dict:
-        raise pickle.UnpicklingError(f"it has {_shown(value)} for a table")
+        raise pickle.UnpicklingError(f"it has {shown(value)} for a table")
     return value
 
 
 def _list(value: Any) -> list[Any]:
     if type(value) is not list:
-        raise pickle.UnpicklingError(f"it has {_shown(value)} for a list")
+        raise pickle.UnpicklingError(f"it has {shown(value)} for a list")
     return value
-
-
-def _plain(value: Any, depth: int = 8) -> Any:
-    """`value` made of numbers, texts, shapes, and lists and tables of them."""
-    if value is None or type(value) in (bool, int, float, str):
-        return value
-    if isinstance(value, _Inert) and value.name == "Size":
-        return _size(value)
-    if depth and type(value) in (list, tuple):
-        return type(value)(_plain(item, depth - 1) for item in value)
-    if depth and type(value) is dict:
-        return {_text(key): _plain(item, depth - 1) for key, item in value.items()}
-    raise pickle.UnpicklingError(f"it has {_shown(value)} for a plain value")
-
-
-def _shown(value: Any) -> str:
-    return f"a {value.name or 'record'}" if isinstance(value, _Inert) else f"a {type(value).__name__}"
 
 
 def refuse_other_weights(stored: set[str], expected: set[str], folder: Path) -> None:

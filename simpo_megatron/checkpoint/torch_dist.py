@@ -39,8 +39,10 @@ from torch.futures import Future
 
 from simpo_megatron.checkpoint import manifest
 from simpo_megatron.checkpoint.tensor_index import read_index
+from simpo_megatron.checkpoint.torch_files import read_torch_file
 from simpo_megatron.convert.direct_io import DirectFile
 from simpo_megatron.errors import CheckpointError, SimPOError
+from simpo_megatron.mcore import cpu_patches
 from simpo_megatron.mcore.meta_model import MetaModel, StoredPart
 
 COMMON_FILE = "common.pt"
@@ -183,7 +185,7 @@ class CheckpointReader:
 
         Raises: CheckpointError, when the index of `folder` is more than an index.
         """
-        metadata = read_index(folder)
+        metadata = self._index = read_index(folder)
         self.folder, self._check = folder, check
         self.reader = dcp.FileSystemReader(folder)
         self.reader.set_up_storage_reader(metadata, is_coordinator=True)
@@ -223,7 +225,8 @@ class CheckpointReader:
             raise CheckpointError(f"{self.folder}: {part.key}: found a part of it in no file, expected all of it")
         for item in items:
             self._check(self.reader.storage_data[item.storage_index].relative_path)
-        self.reader.read_data(LoadPlan(items), _Into(wanted)).wait()
+        with cpu_patches.reading_by(self._index, read_torch_file):
+            self.reader.read_data(LoadPlan(items), _Into(wanted)).wait()
 
 
 class _Into(DefaultLoadPlanner):

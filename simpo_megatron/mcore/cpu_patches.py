@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
-import io
 import logging
 import multiprocessing.dummy
 import os
@@ -21,11 +20,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch.distributed.checkpoint._traverse import set_element
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata
-from torch.distributed.checkpoint.planner import ReadItem
 
 from simpo_megatron.mcore import device
 
@@ -133,13 +129,12 @@ PATCHES = {
         "a run puts small files into its draft first, and megatron-core warns of any file there",
     ),
     "reading_by": Patch(
-        "torch.distributed.checkpoint.filesystem.FileSystemReader.read_metadata "
-        "torch.distributed.checkpoint.default_planner.DefaultLoadPlanner.load_bytes "
+        "torch.load torch.distributed.checkpoint.filesystem.FileSystemReader.read_metadata "
         "megatron.core.dist_checkpointing.strategies.cached_metadata_filesystem_reader"
         ".CachedMetadataFileSystemReader.read_metadata",
         _ALL,
         "while a checkpoint is read",
-        "torch unpickles the index and objects in shards without a check, whatever they call",
+        "torch unpickles the index, common.pt and what is in shards, and calls what they name",
     ),
     "keep_compiled_helpers": Patch(
         "megatron.core.datasets.utils.compile_helpers",
@@ -150,7 +145,6 @@ PATCHES = {
 }
 """By the function that makes it."""
 
-_UNCHECKED = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
 _FACTORIES = ("tensor", "zeros", "ones", "empty", "full")
 
 
@@ -360,32 +354,20 @@ def drop_warning_of_incomplete_folder() -> None:
 
 
 @contextlib.contextmanager
-def reading_by(index: Metadata) -> Iterator[None]:
-    """While the context lasts, torch and megatron read a checkpoint by `index`, and its objects as plain values."""
+def reading_by(index: Metadata, load: Callable[..., Any]) -> Iterator[None]:
+    """While the context lasts, torch and megatron read a checkpoint by `index`, and every file and part by `load`."""
     cached = importlib.import_module("megatron.core.dist_checkpointing.strategies.cached_metadata_filesystem_reader")
-
-    def load_bytes(self: DefaultLoadPlanner, read_item: ReadItem, value: io.BytesIO) -> None:
-        loaded = torch.load(value, weights_only=True)
-        if self.flatten_state_dict:
-            set_element(self.original_state_dict, self.mappings[read_item.dest_index.fqn], loaded)
-        else:
-            self.state_dict[read_item.dest_index.fqn] = loaded
-
     readers = (FileSystemReader, cached.CachedMetadataFileSystemReader)
-    before = DefaultLoadPlanner.load_bytes, [reader.read_metadata for reader in readers]
-    # A user's switch that takes all checks from torch.load.
-    unchecked = os.environ.pop(_UNCHECKED, None)
+    before = torch.load, [reader.read_metadata for reader in readers]
     try:
-        _replace(DefaultLoadPlanner, load_bytes=load_bytes)
+        _replace(torch, load=load)
         for reader in readers:
             _replace(reader, read_metadata=lambda self, *args, **kwargs: index)
         yield
     finally:
-        _replace(DefaultLoadPlanner, load_bytes=before[0])
+        _replace(torch, load=before[0])
         for reader, read_metadata in zip(readers, before[1], strict=True):
             _replace(reader, read_metadata=read_metadata)
-        if unchecked is not None:
-            os.environ[_UNCHECKED] = unchecked
 
 
 def _is_news(record: logging.LogRecord) -> bool:

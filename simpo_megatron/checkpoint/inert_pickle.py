@@ -1,0 +1,126 @@
+"""Pickles of other people read as data alone: what a pickle would call or build becomes a record of the request.
+
+The unpickler is Python's own in Python, whose memo no number in the file makes large. Names that a format has are made
+inert records of their arguments; every other name is refused. What leaves this module is plain values.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+_MAX_DEPTH = 32
+_MAX_VALUES = 2_000_000
+
+
+class Inert:
+    """An object of the pickle: the name of its class or function, its arguments and its state."""
+
+    name = ""
+
+    def __new__(cls, *arguments: Any) -> Inert:
+        made = object.__new__(cls)
+        made.arguments, made.state = arguments, None
+        return made
+
+    arguments: tuple[Any, ...]
+    state: Any
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+
+class InertUnpickler(pickle._Unpickler):
+    """Makes an `Inert` of everything that `knows` (module, name), and refuses everything else by name."""
+
+    def __init__(self, file: Any, knows: Callable[[str, str], bool]) -> None:
+        super().__init__(file)
+        self._knows = knows
+        self._kinds: dict[str, type[Inert]] = {}
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
+            return getattr(torch, name)
+        if (module, name) == ("collections", "OrderedDict"):
+            return dict
+        if not self._knows(module, name):
+            raise pickle.UnpicklingError(f"it refers to {module}.{name}")
+        return self._kinds.setdefault(name, type(name, (Inert,), {"name": name, "__slots__": ("arguments", "state")}))
+
+    def persistent_load(self, pid: Any) -> Any:
+        return Persistent(pid)
+
+
+class Persistent:
+    """What the pickle says lies beside it."""
+
+    __slots__ = ("pid",)
+
+    def __init__(self, pid: Any) -> None:
+        self.pid = pid
+
+
+class PlainValues:
+    """Copies of what a pickle held, made of numbers, texts, lists and tables, as many as a checkpoint can have."""
+
+    def __init__(self, make: Callable[[Inert], Any] | None = None) -> None:
+        """`make` gives the value of an inert record, or raises."""
+        self._make = make
+        self._left = _MAX_VALUES
+
+    def of(self, value: Any, depth: int = _MAX_DEPTH) -> Any:
+        """`value`, copied.
+
+        Raises:
+            pickle.UnpicklingError: it holds something else, or is too deep or too large.
+        """
+        self._left -= 1
+        if not depth or not self._left:
+            raise pickle.UnpicklingError("it is nested too deep, or too large")
+        if value is None or type(value) in (bool, int, float, str, torch.dtype):
+            return value
+        if type(value) in (list, tuple):
+            return type(value)(self.of(item, depth - 1) for item in value)
+        if type(value) is dict:
+            return {_key(key): self.of(item, depth - 1) for key, item in value.items()}
+        if isinstance(value, Inert) and self._make is not None:
+            return self._make(value)
+        raise pickle.UnpicklingError(f"it has {shown(value)} for a plain value")
+
+
+def _key(key: Any) -> int | str:
+    if type(key) not in (int, str):
+        raise pickle.UnpicklingError(f"it has {shown(key)} for a key")
+    return key
+
+
+def size_of(value: Any) -> torch.Size:
+    """The shape that `value`, inert or a list of numbers, stands for.
+
+    Raises:
+        pickle.UnpicklingError: it is none.
+    """
+    if isinstance(value, Inert) and value.name == "Size" and len(value.arguments) == 1:
+        value = value.arguments[0]
+    if not isinstance(value, (tuple, list)) or len(value) > 64:
+        raise pickle.UnpicklingError(f"it has {shown(value)} for a shape")
+    return torch.Size([number(extent) for extent in value])
+
+
+def number(value: Any) -> int:
+    """`value`, a number that counts.
+
+    Raises:
+        pickle.UnpicklingError: it is none, or larger than any count.
+    """
+    if type(value) is not int or not 0 <= value < 2**62:
+        raise pickle.UnpicklingError(f"it has {shown(value)} for a number")
+    return value
+
+
+def shown(value: Any) -> str:
+    """What `value` is, in words."""
+    return f"a {value.name or 'record'}" if isinstance(value, Inert) else f"a {type(value).__name__}"
