@@ -14,7 +14,7 @@ from torch import Tensor
 
 from simpo_megatron.convert.direct_io import DirectFile
 from simpo_megatron.errors import CheckpointError
-from simpo_megatron.mcore.families import read_hf_json
+from simpo_megatron.mcore.hf_files import own_file, read_hf_json
 
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 
@@ -50,7 +50,7 @@ def stored_tensors(folder: str | Path) -> dict[str, StoredTensor]:
         CheckpointError: no safetensors; a file missing, damaged or outside the folder; a tensor in two files.
     """
     found: dict[str, StoredTensor] = {}
-    for path in _weight_files(Path(folder)):
+    for path in weight_files(Path(folder)):
         with open_safetensors(path) as file:
             for name in sorted(file.keys()):
                 header = file.get_slice(name)
@@ -74,7 +74,12 @@ def open_safetensors(path: Path) -> safe_open:
         raise CheckpointError(f"{path}: found {str(error)!r}, expected a readable safetensors file") from None
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model's `folder`, each its own.
+
+    Raises:
+        CheckpointError: there is none, or one is missing or outside the folder.
+    """
     if (folder / SINGLE_FILE).is_file():
         names = {SINGLE_FILE}
     elif (folder / INDEX_FILE).is_file():
@@ -89,20 +94,15 @@ def _weight_files(folder: Path) -> list[Path]:
         hint = f"; pickled weights ({pickles[0]}) are never read, save them as safetensors" if pickles else ""
         raise CheckpointError(f"{folder}: found no weights, expected {SINGLE_FILE} or {INDEX_FILE}{hint}")
     for name in sorted(names):
-        _refuse_outside(folder, name)
-        if not (folder / name).is_file():
+        if Path(name).name != name or not name.endswith(".safetensors"):
+            raise CheckpointError(
+                f"{folder / INDEX_FILE}: found {name!r}, expected a safetensors file inside the folder"
+            )
+        if not own_file(folder, name).is_file():
             raise CheckpointError(
                 f"{folder / name}: found no such file, expected the tensors that {INDEX_FILE} puts into it"
             )
     return [folder / name for name in sorted(names)]
-
-
-def _refuse_outside(folder: Path, name: str) -> None:
-    """Raises CheckpointError unless `name` is in `folder` or links to the `blobs` of Hugging Face's download cache."""
-    is_plain_name = Path(name).name == name and name.endswith(".safetensors")
-    here = folder.resolve()
-    if not is_plain_name or (folder / name).resolve().parent not in (here, here.parent.parent / "blobs"):
-        raise CheckpointError(f"{folder / INDEX_FILE}: found {name!r}, expected a safetensors file inside the folder")
 
 
 def header_bytes(specs: Mapping[str, TensorSpec]) -> bytes:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 from simpo_megatron import __version__, atomic
 from simpo_megatron.convert.files import INDEX_FILE, SINGLE_FILE, TensorSpec
 from simpo_megatron.errors import CheckpointError
+from simpo_megatron.mcore.hf_files import own_file, read_hf_json, without_code
 
 MARKER_FILE = "simpo_megatron.json"
 """What tells an export from a folder of the user's."""
@@ -37,6 +38,7 @@ _COPIED_FILES = (
     "LICENSE*",
     "NOTICE*",
 )
+_MAY_NAME_CODE = ("tokenizer_config.json", "generation_config.json")
 
 
 def refuse_existing_export(out_folder: str | Path) -> None:
@@ -122,27 +124,54 @@ def mark(staging: Path, model_card: str | None = None) -> None:
 def copy_model_files(source_folder: Path, target: Path, *, flat: bool = False) -> None:
     """Copy what belongs to a model beside its weights and config.json: tokenizer, chat template, licence.
 
+    Code that comes with a model is not copied, nor what names it.
+
     Args:
         flat: leave out files of subfolders, as a checkpoint does, whose manifest knows files alone.
+
+    Raises:
+        CheckpointError: a file is a link to what is no part of the model.
     """
-    for path in _matching(source_folder, [name for name in _COPIED_FILES if not (flat and "/" in name)]):
+    for path, own in _files_to_copy(source_folder):
+        if flat and path.parent != source_folder:
+            continue
         copy = target / path.relative_to(source_folder)
         copy.parent.mkdir(exist_ok=True)
-        shutil.copyfile(path, copy)
+        content = read_hf_json(source_folder, path.name) if path.name in _MAY_NAME_CODE else {}
+        if without_code(content) != content:
+            write_json(copy, without_code(content))
+        else:
+            shutil.copyfile(own, copy)
 
 
-def _matching(folder: Path, patterns: Iterable[str]) -> list[Path]:
-    return [path for pattern in patterns for path in sorted(folder.glob(pattern)) if path.is_file()]
+def check_model_files(source_folder: Path) -> None:
+    """Return if all that is copied with a model is its own; for a caller that wants to know beforehand.
+
+    Raises:
+        CheckpointError: a file is a link to what is no part of the model.
+    """
+    _files_to_copy(source_folder)
+
+
+def _files_to_copy(folder: Path) -> list[tuple[Path, Path]]:
+    """(The file, itself once links are followed) of all that is copied with a model."""
+    found = [path for pattern in _COPIED_FILES for path in sorted(folder.glob(pattern)) if path.is_file()]
+    return [(path, own_file(folder, path.relative_to(folder))) for path in found]
 
 
 def _with_dtype(hf_config: Mapping[str, Any], files: Mapping[str, Mapping[str, TensorSpec]]) -> dict[str, Any]:
     """`hf_config` without foreign code, naming the dtype of `files` where they have but one."""
-    config = {key: value for key, value in hf_config.items() if key != "auto_map"}
+    config = without_code(dict(hf_config))
     dtypes = {spec.dtype for specs in files.values() for spec in specs.values()}
     if len(dtypes) == 1:
         name = str(dtypes.pop()).removeprefix("torch.")
         config.update({key: name for key in ("dtype", "torch_dtype") if key in config} or {"torch_dtype": name})
     return config
+
+
+def write_config(folder: Path, hf_config: Mapping[str, Any]) -> None:
+    """Write a model's config.json into `folder`, without foreign code."""
+    write_json(folder / "config.json", without_code(dict(hf_config)))
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,10 +10,8 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from simpo_megatron.errors import CheckpointError, ConfigError
-
-MAX_JSON_BYTES = 16 << 20
-"""No JSON file of a model folder is parsed past this size; an index of a hundred thousand tensors has 10 MB."""
+from simpo_megatron.errors import ConfigError
+from simpo_megatron.mcore.hf_files import read_hf_json
 
 _FULL, _WINDOWED = "full_attention", "sliding_attention"
 
@@ -77,27 +74,6 @@ def padded_vocab_size(vocab_size: int, tensor_model_parallel_size: int, divisor:
     """The smallest multiple of `divisor` * tensor ranks that holds `vocab_size` rows, as Megatron pads."""
     multiple = divisor * tensor_model_parallel_size
     return -(-vocab_size // multiple) * multiple
-
-
-def read_hf_json(folder: str | Path, name: str) -> dict[str, Any]:
-    """The object in `folder`/`name`.
-
-    Raises:
-        CheckpointError: the file is missing, larger than MAX_JSON_BYTES, or not a JSON object.
-    """
-    path = Path(folder) / name
-    if not path.is_file():
-        raise CheckpointError(f"{path}: found no such file, expected a Hugging Face model folder with {name}")
-    num_bytes = path.stat().st_size
-    if num_bytes > MAX_JSON_BYTES:
-        raise CheckpointError(f"{path}: found {num_bytes} bytes, expected at most {MAX_JSON_BYTES}")
-    try:
-        content = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: found invalid JSON ({error}), expected an object") from None
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: found a JSON {type(content).__name__}, expected an object")
-    return content
 
 
 def _transformer_arguments(config: dict[str, Any]) -> dict[str, Any]:

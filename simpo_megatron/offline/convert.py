@@ -22,7 +22,7 @@ from simpo_megatron.convert.folder import (
     file_names,
     new_output,
     refuse_existing_export,
-    write_json,
+    write_config,
 )
 from simpo_megatron.convert.load_weights import fill
 from simpo_megatron.convert.mapping import pieces_of
@@ -71,7 +71,7 @@ def to_mcore(weights: Weights, out_folder: Path, groups: ParallelGroups, *, dtyp
 
         digests = write_parameters(model, dtypes, compute, folder)
         copy_model_files(weights.folder, folder, flat=True)
-        write_json(folder / "config.json", weights.description.hf_config)
+        write_config(folder, weights.description.hf_config)
         facts = {"model": model_facts(weights.description), "converted_by": f"simpo_megatron {__version__}"}
         manifest.commit_weights_only(staging, facts, digests)
 

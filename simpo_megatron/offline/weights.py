@@ -15,6 +15,7 @@ from simpo_megatron.checkpoint.tensor_index import refuse_other_weights
 from simpo_megatron.checkpoint.torch_dist import CheckpointReader
 from simpo_megatron.convert.export import gather_tensor
 from simpo_megatron.convert.files import DTYPE_NAMES, TensorSpec, open_safetensors
+from simpo_megatron.convert.folder import check_model_files
 from simpo_megatron.convert.load_weights import checked_tensors
 from simpo_megatron.convert.mapping import hf_tensors, pieces_of
 from simpo_megatron.errors import CheckpointError
@@ -56,6 +57,7 @@ class HfWeights:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.description = describe_hf_model(folder)
+        check_model_files(folder)
         self._stored = checked_tensors(folder, self.description)
         self.specs: Mapping[str, TensorSpec] = {
             name: TensorSpec(shape, _DTYPES[self._stored[name].dtype])

@@ -18,7 +18,7 @@ from simpo_megatron.checkpoint import manifest
 from simpo_megatron.checkpoint.sharded_state import FailedAloneError
 from simpo_megatron.checkpoint.writer import Writing, begin_write
 from simpo_megatron.config import Config
-from simpo_megatron.convert.folder import copy_model_files, write_json
+from simpo_megatron.convert.folder import copy_model_files, write_config
 from simpo_megatron.errors import CheckpointError, NumericsError
 from simpo_megatron.ranks import gather_or_raise, sync_status
 from simpo_megatron.reporting.loggers import METRICS_FILE, RunLog
@@ -233,4 +233,4 @@ def _add_small_files(save: Path, folder: Path, job: Job) -> None:
     if (save / METRICS_FILE).exists():
         shutil.copyfile(save / METRICS_FILE, folder / METRICS_FILE)
     copy_model_files(job.plan.sources.model, folder, flat=True)
-    write_json(folder / "config.json", job.plan.description.hf_config)
+    write_config(folder, job.plan.description.hf_config)

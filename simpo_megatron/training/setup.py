@@ -16,7 +16,7 @@ from torch import Tensor
 from simpo_megatron.checkpoint import manifest
 from simpo_megatron.checkpoint.initial_weights import fill_weights
 from simpo_megatron.config import DEMO, Config, Layout, resolve
-from simpo_megatron.convert import refuse_existing_export
+from simpo_megatron.convert import check_model_files, refuse_existing_export
 from simpo_megatron.data import (
     BatchOptions,
     PreferenceDataset,
@@ -106,6 +106,7 @@ def plan_run(config: Config, world_size: int) -> RunPlan:
         refuse_existing_export(folder)
     sources = locate_sources(config)
     _check_files(sources)
+    check_model_files(sources.model)
     description = describe_hf_model(sources.model)
     most_positions = description.gpt["max_sequence_length"]
     if config.pairs.max_length > most_positions:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from transformers import (
 )
 
 from simpo_megatron.config import config_from
+from simpo_megatron.errors import CheckpointError
 from simpo_megatron.mcore import cpu_patches
 from simpo_megatron.parallel import alone
 from tools import convert_hf
@@ -24,7 +26,13 @@ cpu_patches.install()
 
 from simpo_megatron.convert import export_hf, load_hf_weights  # noqa: E402
 from simpo_megatron.convert.files import TensorSpec, header_bytes  # noqa: E402
-from simpo_megatron.convert.folder import MAX_SHARD_BYTES, copy_model_files, divide  # noqa: E402
+from simpo_megatron.convert.folder import (  # noqa: E402
+    MAX_SHARD_BYTES,
+    check_model_files,
+    copy_model_files,
+    divide,
+    write_config,
+)
 from simpo_megatron.convert.mapping import hf_tensors  # noqa: E402
 from simpo_megatron.mcore.families import describe_hf_model  # noqa: E402
 from simpo_megatron.mcore.model import build_model  # noqa: E402
@@ -138,3 +146,72 @@ def test_named_templates_go_into_an_export_and_not_into_a_checkpoint_of_plain_fi
         copy_model_files(tmp_path / "model", tmp_path / target, flat=flat)
         assert len(list((tmp_path / target).rglob("*.jinja"))) == expected
     assert all(path.is_file() for path in (tmp_path / "checkpoint").iterdir())
+
+
+@pytest.fixture
+def linked(tmp_path: Path) -> Path:
+    """A snapshot of Hugging Face's cache: a folder of links into the blobs beside it."""
+    snapshot, blobs = tmp_path / "models--a--b" / "snapshots" / "0123", tmp_path / "models--a--b" / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for number, name in enumerate(("LICENSE", "generation_config.json", "tokenizer_config.json")):
+        (blobs / str(number)).write_text("{}")
+        (snapshot / name).symlink_to(Path("../../blobs") / str(number))
+    return snapshot
+
+
+def test_a_snapshot_of_links_into_its_blobs_is_copied_as_files(linked: Path, tmp_path: Path) -> None:
+    (linked / "NOTICE").symlink_to("LICENSE")
+    (tmp_path / "out").mkdir()
+    copy_model_files(linked, tmp_path / "out")
+    copied = {path.name: path.is_symlink() for path in (tmp_path / "out").iterdir()}
+    assert copied == dict.fromkeys(("LICENSE", "NOTICE", "generation_config.json", "tokenizer_config.json"), False)
+
+
+@pytest.mark.parametrize("name", ["LICENSE.txt", "NOTICE", "chat_template.jinja", "tokenizer.json", "vocab.json",
+                                  "additional_chat_templates/a.jinja"])  # fmt: skip
+@pytest.mark.parametrize("through", ["absolute", "relative", "folder"])
+def test_a_link_to_what_is_no_part_of_the_model_is_refused_by_name(linked, tmp_path, name, through) -> None:
+    private = tmp_path / "private"
+    private.mkdir()
+    (private / Path(name).name).write_text("{}")
+    link = linked / name
+    if through == "folder" and "/" in name:
+        link.parent.symlink_to(private)
+    elif through == "folder":
+        (linked / "sub").symlink_to(private)
+        link.symlink_to(Path("sub") / name)
+    else:
+        link.parent.mkdir(exist_ok=True)
+        target = private / link.name
+        link.symlink_to(target if through == "absolute" else os.path.relpath(target, link.parent))
+    for check in (check_model_files, lambda folder: copy_model_files(folder, tmp_path)):
+        with pytest.raises(CheckpointError, match=f"{link}: found a link to {private}"):
+            check(linked)
+    assert not (tmp_path / name).exists()
+
+
+def test_blobs_are_those_of_a_snapshot_alone(linked: Path, tmp_path: Path) -> None:
+    other = tmp_path / "a" / "b" / "c"
+    other.mkdir(parents=True)
+    (tmp_path / "a" / "blobs").mkdir()
+    (tmp_path / "a" / "blobs" / "LICENSE").write_text("private")
+    (other / "LICENSE").symlink_to("../../blobs/LICENSE")
+    with pytest.raises(CheckpointError, match="found a link"):
+        check_model_files(other)
+
+
+def test_what_names_foreign_code_reaches_neither_an_export_nor_a_checkpoint(tmp_path: Path) -> None:
+    source, target = tmp_path / "source", tmp_path / "target"
+    source.mkdir(), target.mkdir()
+    named = {"auto_map": {"AutoTokenizer": ["a--b.C", None]}, "kept": [{"auto_map": 1, "also": 2}]}
+    # Escaped, as json allows: what looks for the word in the text does not find it.
+    (source / "tokenizer_config.json").write_text(json.dumps(named).replace("auto_map", "auto\\u005fmap"))
+    (source / "generation_config.json").write_text(' {"kept":1}')
+    (source / "custom.py").write_text("")
+    copy_model_files(source, target)
+    write_config(target, {"model_type": "llama", "auto_map": {}, "custom_pipelines": {}, "kept": 1})
+    assert json.loads((target / "tokenizer_config.json").read_text()) == {"kept": [{"also": 2}]}
+    assert json.loads((target / "config.json").read_text()) == {"model_type": "llama", "kept": 1}
+    assert (target / "generation_config.json").read_text() == ' {"kept":1}'
+    assert len(list(target.iterdir())) == 3

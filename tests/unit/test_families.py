@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from simpo_megatron.errors import CheckpointError, ConfigError
-from simpo_megatron.mcore.families import MAX_JSON_BYTES, describe_hf_model, padded_vocab_size
+from simpo_megatron.mcore.families import describe_hf_model, padded_vocab_size
+from simpo_megatron.mcore.hf_files import MAX_JSON_BYTES
 
 LLAMA = {
     "model_type": "llama",

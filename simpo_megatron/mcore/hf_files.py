@@ -1,0 +1,68 @@
+"""Files of a Hugging Face folder: which are its own, though they may be links, and the objects in its JSON files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from simpo_megatron.errors import CheckpointError
+
+MAX_JSON_BYTES = 16 << 20
+"""No JSON file of a model folder is parsed past this size; an index of a hundred thousand tensors has 10 MB."""
+
+_CODE_KEYS = ("auto_map", "custom_pipelines")
+
+
+def own_file(folder: str | Path, name: str | Path) -> Path:
+    """The file `name` of `folder`, links followed.
+
+    Links may lead to files of the folder itself, or of the blobs beside the snapshots of Hugging Face's cache. What
+    else they lead to is not part of the model, and would be published with it.
+
+    Raises:
+        CheckpointError: it leads elsewhere.
+    """
+    path, here = Path(folder) / name, Path(folder).resolve()
+    try:
+        target = path.resolve()
+    except (OSError, RuntimeError) as error:
+        raise CheckpointError(f"{path}: found a link that leads nowhere ({error}), expected a file") from None
+    is_blob = here.parent.name == "snapshots" and target.parent == here.parent.parent / "blobs"
+    if here in target.parents or is_blob:
+        return target
+    raise CheckpointError(
+        f"{path}: found a link to {target}, expected a file inside the folder, or in the blobs of Hugging Face's cache "
+        "where the folder is one of its snapshots; copy the file into the folder"
+    )
+
+
+def read_hf_json(folder: str | Path, name: str) -> dict[str, Any]:
+    """The object in `folder`/`name`.
+
+    Raises:
+        CheckpointError: the file is missing or not the folder's own, larger than MAX_JSON_BYTES, or not a JSON object.
+    """
+    path = Path(folder) / name
+    if not path.is_file():
+        raise CheckpointError(f"{path}: found no such file, expected a Hugging Face model folder with {name}")
+    target = own_file(folder, name)
+    try:
+        num_bytes = target.stat().st_size
+        if num_bytes > MAX_JSON_BYTES:
+            raise CheckpointError(f"{path}: found {num_bytes} bytes, expected at most {MAX_JSON_BYTES}")
+        content = json.loads(target.read_bytes())
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror}), expected a JSON file") from None
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: found invalid JSON ({error}), expected an object") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: found a JSON {type(content).__name__}, expected an object")
+    return content
+
+
+def without_code(value: Any) -> Any:
+    """`value` of JSON without the keys that name python code to be run with a model."""
+    if isinstance(value, dict):
+        return {key: without_code(item) for key, item in value.items() if key not in _CODE_KEYS}
+    return [without_code(item) for item in value] if isinstance(value, list) else value
