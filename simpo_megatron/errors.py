@@ -6,8 +6,17 @@ that a process ends with.
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterable
+
+# What moves a cursor, colours, hides or turns around text: C0 and C1, the bidirectional marks, other line ends, the
+# byte order mark, tags, and lone surrogates, which no terminal's encoding has.
+_UNSEEN = re.compile(
+    "[\x00-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ud800-\udfff\U000e0000-\U000e007f]"
+)
+_MOST_CHARACTERS = 500
+_END_CHARACTERS = 140
 
 
 class SimPOError(Exception):
@@ -73,9 +82,28 @@ class StoppedBySignal(SimPOError):
     """The RunResult of the run that was stopped."""
 
 
+def visible(text: object, *, keep: str = "") -> str:
+    """Returns `text` with every character that a terminal would obey or hide written as its escape, `\\x1b` for one.
+
+    Args:
+        keep: characters that stay, such as the newlines of a text of many lines.
+    """
+
+    def escaped(found: re.Match[str]) -> str:
+        return found[0] if found[0] in keep else found[0].encode("unicode_escape").decode()
+
+    return _UNSEEN.sub(escaped, str(text))
+
+
 def status_line(kind: str, text: object, rank: int | None = None) -> str:
-    """Returns `KIND simpo_megatron rank N: text`; without `rank`, `KIND simpo_megatron: text`."""
-    return f"{kind} simpo_megatron{'' if rank is None else f' rank {rank}'}: {text}"
+    """Returns `KIND simpo_megatron rank N: text` (without `rank`, `KIND simpo_megatron: text`), one line.
+
+    Of a longer one than 500 characters the beginning stays, and the end, which says what to do.
+    """
+    line = visible(f"{kind} simpo_megatron{'' if rank is None else f' rank {rank}'}: {text}")
+    if len(line) <= _MOST_CHARACTERS:
+        return line
+    return f"{line[: _MOST_CHARACTERS - _END_CHARACTERS - 5]} ... {line[-_END_CHARACTERS:]}"
 
 
 def report_error(error: BaseException, *, rank: int | None = None, kind: str | None = None) -> int:

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from simpo_megatron.commands.parsing import CommandParser
+from simpo_megatron.errors import visible
 from simpo_megatron.offline.command import run_command
 from simpo_megatron.parallel import ParallelGroups
 
@@ -60,5 +61,5 @@ def convert(arguments: argparse.Namespace, groups: ParallelGroups) -> int:
     said = rounding({spec.dtype for spec in weights.specs.values()}, dtype) if dtype is not None else None
     if said is not None:
         print(f"NOTE {said}; --dtype stored keeps every bit")
-    print(arguments.out)
+    print(visible(arguments.out))
     return 0

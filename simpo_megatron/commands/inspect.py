@@ -22,7 +22,7 @@ from simpo_megatron.commands.parsing import CommandParser
 from simpo_megatron.config import DEMO, Config, load_config
 from simpo_megatron.data import PreferenceDataset, build_preference_dataset, load_tokenizer, parse_named_sources
 from simpo_megatron.data.inspect import InspectedRow, inspect_dataset, print_inspection, show_pairs
-from simpo_megatron.errors import SimPOError, report_error
+from simpo_megatron.errors import SimPOError, report_error, visible
 from simpo_megatron.reporting.data_page import write_data_page
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ def main(argv: Sequence[str], prog: str = "simpo inspect") -> int:
     print_inspection(inspection, shown, console)
     if arguments.html:
         write_data_page(inspection, shown, arguments.html)
-        console.print(f"\nwrote {arguments.html}")
+        console.print(f"\nwrote {visible(arguments.html)}", markup=False)
     return 0
 
 

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from simpo_megatron.commands.parsing import CommandParser
+from simpo_megatron.errors import visible
 from simpo_megatron.offline.command import run_command
 from simpo_megatron.parallel import ParallelGroups
 
@@ -43,5 +44,5 @@ def average(arguments: argparse.Namespace, groups: ParallelGroups) -> int:
     shares = arguments.shares or [1.0] * len(models)
     merge(models, shares, arguments.out)
     parts = " + ".join(f"{share / sum(shares):.3g} x {model.folder}" for share, model in zip(shares, models))
-    print(f"{arguments.out} = {parts}")
+    print(visible(f"{arguments.out} = {parts}"))
     return 0

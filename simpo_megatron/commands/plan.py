@@ -19,7 +19,7 @@ from rich.console import Console
 
 from simpo_megatron.commands.parsing import CommandParser
 from simpo_megatron.config import load_config
-from simpo_megatron.errors import ConfigError, SimPOError, report_error
+from simpo_megatron.errors import ConfigError, SimPOError, report_error, visible
 from simpo_megatron.planning.gpus import GPUS
 from simpo_megatron.planning.layouts import Candidate, PlanRequest, Survey, plan_one, survey
 from simpo_megatron.planning.models import find_model
@@ -138,4 +138,4 @@ def _explain(best: Candidate, arguments: argparse.Namespace, config_file: str | 
 
 def _say(text: str, console: Console) -> None:
     """Print a text with no line broken, so that a command can be copied."""
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
+    console.print(visible(text, keep="\n"), markup=False, highlight=False, soft_wrap=True)

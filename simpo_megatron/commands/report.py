@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from simpo_megatron.commands.parsing import CommandParser
-from simpo_megatron.errors import SimPOError, report_error
+from simpo_megatron.errors import SimPOError, report_error, visible
 
 
 def main(argv: Sequence[str], prog: str = "simpo report") -> int:
@@ -27,7 +27,7 @@ def main(argv: Sequence[str], prog: str = "simpo report") -> int:
         printed = _report(folders[0]) if len(folders) == 1 else _compare(folders)
     except SimPOError as error:
         return report_error(error)
-    print(*printed, sep="\n")
+    print(*map(visible, printed), sep="\n")
     return 0
 
 

@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from simpo_megatron.commands.parsing import CommandParser
+from simpo_megatron.errors import visible
 from simpo_megatron.mcore.precision import dtype_name
 from simpo_megatron.offline.command import run_command
 from simpo_megatron.parallel import ParallelGroups
@@ -68,7 +69,8 @@ def print_tensors(sides: Sequence[Weights], console: Console) -> bool:
     """True when all tensors are equal, after a row was printed for each."""
     from simpo_megatron.offline.compare import compare_tensors
 
-    console.print(f"A {sides[0].folder}\nB {sides[1].folder}")
+    for name, side in zip("AB", sides, strict=True):
+        console.print(visible(f"{name} {side.folder}"), markup=False, highlight=False)
     table = Table("tensor", "stored as", "SHA-256 of A", "SHA-256 of B", "")
     num_equal = num_cast = num_tensors = 0
     for tensor in compare_tensors(*sides):

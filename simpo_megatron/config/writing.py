@@ -11,6 +11,7 @@ from rich.text import Text
 
 from simpo_megatron.config.lint import idle_options
 from simpo_megatron.config.sections import Config
+from simpo_megatron.errors import visible
 from simpo_megatron.loss import SimPOObjective
 
 
@@ -82,10 +83,10 @@ def _value_and_style(config: Config, section: str, name: str) -> tuple[str, str]
 
 def _readable(value: Any) -> str:
     if isinstance(value, tuple):
-        return " ".join(value)
+        return visible(" ".join(value))
     if isinstance(value, bool):
         return str(value).lower()
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    return f"{value:g}" if isinstance(value, float) else visible(value)
 
 
 def _sections_in_force(config: Config) -> dict[str, dict[str, Any]]:

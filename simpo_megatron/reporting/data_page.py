@@ -22,7 +22,8 @@ def write_data_page(inspection: DatasetInspection, shown: Sequence[ShownPair], p
         picture=base64.b64encode(_draw_lengths(inspection.lengths)).decode(),
         pairs=[(pair.where, pair.pieces) for pair in shown],
     )
-    Path(path).write_text(page, encoding="utf-8")
+    # A name of a file need not be text, which no encoding of the page could hold.
+    Path(path).write_text(page, encoding="utf-8", errors="backslashreplace")
 
 
 def _draw_lengths(lengths: np.ndarray) -> bytes:

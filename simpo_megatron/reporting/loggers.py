@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedCo
 
 from simpo_megatron.config import Config, to_yaml
 from simpo_megatron.data import METRIC_GROUPS
-from simpo_megatron.errors import ConfigError
+from simpo_megatron.errors import ConfigError, visible
 
 METRICS_FILE = "metrics.jsonl"
 CONFIG_FILE = "config.yaml"
@@ -290,7 +290,8 @@ class Terminal:
         self._progress.update(self._task, completed=iteration)
 
     def say(self, *things: Any) -> None:
-        self._console.print(*things, markup=False, highlight=False, soft_wrap=True)
+        shown = [visible(thing) if isinstance(thing, str) else thing for thing in things]
+        self._console.print(*shown, markup=False, highlight=False, soft_wrap=True)
 
     def close(self) -> None:
         self._progress.stop()

@@ -18,7 +18,7 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from simpo_megatron.config import Config, load_config
-from simpo_megatron.errors import PeerFailedError, SimPOError, report_error, status_line
+from simpo_megatron.errors import PeerFailedError, SimPOError, report_error, status_line, visible
 from simpo_megatron.logs import ignore_known_warnings
 from simpo_megatron.mcore import device
 from simpo_megatron.nemo import load_nemo_command, names_nemo_config
@@ -73,7 +73,7 @@ def launch(
     except Exception as error:
         report_error(error, rank=_rank())
         _tell_torchrun(error)
-        traceback.print_exc()
+        print(visible(traceback.format_exc(), keep="\n"), file=sys.stderr, flush=True)
         return 1
     return 0
 
@@ -88,7 +88,7 @@ def _read_training(argv: Sequence[str]) -> tuple[Config, Callable[[], None]]:
         from simpo_megatron.training.loop import train
 
         if notes and _rank() == 0:
-            print(*notes, sep="\n", flush=True)
+            print(*map(visible, notes), sep="\n", flush=True)
         train(config)
 
     return config, work
@@ -114,7 +114,7 @@ def _tell_torchrun(error: Exception) -> None:
     """Put the line where torchrun looks for what its report calls the root cause."""
     file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if file:
-        line = f"{type(error).__name__}: {error}"
+        line = visible(f"{type(error).__name__}: {error}")
         told = {"message": line, "extraInfo": {"py_callstack": line, "timestamp": str(int(time.time()))}}
         Path(file).write_text(json.dumps({"message": told}), encoding="utf-8")
 
@@ -127,7 +127,7 @@ def _start_local_ranks(num_ranks: int, command: Sequence[str]) -> int:
     device.require_local_ranks(num_ranks)
     arguments = ["--nproc-per-node", str(num_ranks), *command]
     print(
-        f"1 rank runs, the layout needs {num_ranks}; starting them here: torchrun {shlex.join(arguments)}",
+        f"1 rank runs, the layout needs {num_ranks}; starting them here: torchrun {visible(shlex.join(arguments))}",
         flush=True,
     )
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):

@@ -10,6 +10,8 @@ from simpo_megatron.errors import (
     listed,
     report_error,
     require,
+    status_line,
+    visible,
 )
 
 
@@ -45,3 +47,31 @@ def test_what_holds_is_silent_and_what_does_not_names_the_key():
 def test_every_error_is_reported_in_one_form(error, options, line, exit_code, capsys):
     assert report_error(error, **options) == exit_code
     assert capsys.readouterr().err == line
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("a\x1b[31mb", r"a\x1b[31mb"),
+        ("a\nb\r\tc", r"a\nb\r\tc"),
+        ("\u202eabc\u2066", r"\u202eabc\u2066"),
+        ("a\u2028b\x85c\x9bd", r"a\u2028b\x85c\x9bd"),
+        ("/data/\udcff.jsonl", r"/data/\udcff.jsonl"),
+        ("Grüße, 你好 👩\u200d🚀", "Grüße, 你好 👩\u200d🚀"),
+    ],
+)
+def test_what_a_terminal_would_obey_is_shown_as_its_escape(text, shown):
+    assert visible(text) == shown
+    shown.encode("utf-8")
+
+
+def test_lines_of_a_text_stay_where_they_are_wanted():
+    assert visible("a\n\tb\x1b", keep="\n\t") == "a\n\tb\\x1b"
+
+
+def test_an_error_is_one_line_of_500_characters_that_ends_with_what_to_do(capsys):
+    report_error(ConfigError("key: found " + "x\n" * 1000 + ", expected y; do z"), rank=0)
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1 and len(line) == 501 and line.endswith(", expected y; do z\n")
+    assert line.startswith("ERROR simpo_megatron rank 0: key: found x\\nx")
+    assert status_line("ERROR", "short") == "ERROR simpo_megatron: short"
