@@ -26,10 +26,9 @@ from simpo_megatron.config.options import (
 from simpo_megatron.config.presets import PRESETS
 from simpo_megatron.config.python_values import python_value
 from simpo_megatron.config.sections import DEMO, OBJECTIVES, Config
+from simpo_megatron.config.yaml_tree import PLAIN_TAG, read_yaml_tree
 from simpo_megatron.errors import ConfigError, require
 
-_MAX_YAML_BYTES = 1 << 20
-_PLAIN_TAG = "tag:yaml.org,2002:"
 _COMMAND_LINE = "command line"
 _DEFAULT_OBJECTIVE = next(iter(OBJECTIVES))
 
@@ -111,7 +110,7 @@ def read_yaml(path: str | Path, axes: Axes | None = None) -> Layer:
     layer: Layer = {}
     for key, value in _yaml_items(Path(path)):
         where = f"{path}:{key.start_mark.line + 1}"
-        if not isinstance(key, yaml.ScalarNode) or not key.tag.startswith(_PLAIN_TAG + "str"):
+        if not isinstance(key, yaml.ScalarNode) or not key.tag.startswith(PLAIN_TAG + "str"):
             raise ConfigError(f"{where}: found a key that is not a plain name, expected an option such as lr")
         if isinstance(value, yaml.MappingNode) and key.value in typing.get_type_hints(Config):
             raise ConfigError(f"{where}: {key.value}: found a section, expected its options without it, not indented")
@@ -145,22 +144,10 @@ def _yaml_axes(node: yaml.Node, path: str | Path, where: str) -> Axes:
 
 
 def _yaml_items(path: Path) -> list[tuple[yaml.Node, yaml.Node]]:
-    try:
-        with path.open("rb") as file:
-            content = file.read(_MAX_YAML_BYTES + 1)
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror}), expected a YAML file") from None
-    if len(content) > _MAX_YAML_BYTES:
-        raise ConfigError(f"{path}: found more than {_MAX_YAML_BYTES} bytes, expected a short YAML file")
-    try:
-        root = yaml.compose(content.decode("utf-8"), Loader=yaml.SafeLoader)
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        mark = getattr(error, "problem_mark", None)
-        problem = getattr(error, "problem", None) or "not UTF-8 text, or nested too deep"
-        raise ConfigError(f"{path}:{mark.line + 1 if mark else 1}: not valid YAML: {problem}") from None
+    _, root = read_yaml_tree(path)
     if root is None:
         raise ConfigError(f"{path}: found an empty file, expected lines such as 'lr: 5e-7'")
-    if not isinstance(root, yaml.MappingNode) or root.tag != _PLAIN_TAG + "map":
+    if not isinstance(root, yaml.MappingNode) or root.tag != PLAIN_TAG + "map":
         kind = getattr(root, "id", "document")
         raise ConfigError(f"{path}:{root.start_mark.line + 1}: found a {kind}, expected lines such as 'lr: 5e-7'")
     return root.value
@@ -169,12 +156,12 @@ def _yaml_items(path: Path) -> list[tuple[yaml.Node, yaml.Node]]:
 def _yaml_value(node: yaml.Node, option: Option, where: str) -> typing.Any:
     if not option.is_list:
         return _yaml_scalar(node, option, where)
-    is_list = isinstance(node, yaml.SequenceNode) and node.tag == _PLAIN_TAG + "seq"
+    is_list = isinstance(node, yaml.SequenceNode) and node.tag == PLAIN_TAG + "seq"
     return tuple(_yaml_scalar(item, option, where) for item in (node.value if is_list else [node]))
 
 
 def _yaml_scalar(node: yaml.Node, option: Option, where: str) -> typing.Any:
-    tag = node.tag.removeprefix(_PLAIN_TAG)
+    tag = node.tag.removeprefix(PLAIN_TAG)
     if isinstance(node, yaml.ScalarNode) and re.fullmatch("str|int|float|bool|null|timestamp", tag):
         return option.parse(node.value, where, quoted=node.style is not None)
     found = {"seq": "a list", "map": "a mapping"}.get(tag, f"the tag {node.tag[:60]}")

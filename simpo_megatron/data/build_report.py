@@ -51,6 +51,10 @@ class BuildReport:
         self.forms += other.forms
         self.first = other.first | self.first
 
+    def place(self, reason: str) -> str:
+        """`file:line` of the first record of a reason, note or column."""
+        return self.first[reason].partition(f": {reason}: ")[0]
+
     def lines(self) -> list[str]:
         """Returns the report as lines of text."""
         text = [f"{self.num_used} pairs used, {sum(self.dropped.values())} dropped, of {self.num_lines} records"]

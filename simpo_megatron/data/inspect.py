@@ -14,7 +14,7 @@ from simpo_megatron.data.dataset import PreferenceDataset
 from simpo_megatron.data.findings import FINDINGS, HARMLESS
 from simpo_megatron.data.forms import MORE_COMPLETIONS
 from simpo_megatron.data.records import UNUSABLE_REASONS
-from simpo_megatron.errors import listed
+from simpo_megatron.errors import listed, visible
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -95,24 +95,24 @@ def read_as(dataset: PreferenceDataset, name: str = "") -> list[str]:
     if others := sorted(set(report.extra_keys) - set(texts)):
         lines.append(f"columns   {name}not read, without text: {listed(others, _MOST_COLUMNS)}")
     if count := report.notes[MORE_COMPLETIONS]:
-        place = report.first[MORE_COMPLETIONS].split(": ")[0]
+        place = report.place(MORE_COMPLETIONS)
         lines.append(f"ranked    {name}{count:,} of more than two completions: best and worst taken (first at {place})")
     return lines
 
 
 def _unread(report: BuildReport, key: str) -> str:
-    return f"{key} (in {report.extra_texts[key]:,}, first at {report.first[key].split(f': {key}: ')[0]})"
+    return f"{key} (in {report.extra_texts[key]:,}, first at {report.place(key)})"
 
 
 def summary(dataset: PreferenceDataset, name: str = "") -> list[str]:
     """Returns what became of the records of `dataset`'s files, and what truncation took of its pairs, a line each."""
     report, lost = dataset.report, dataset.lost
     dropped = ", ".join(
-        f"{count:,} {reason} (first at {_place(report, reason)})" for reason, count in report.dropped.most_common()
+        f"{count:,} {reason} (first at {report.place(reason)})" for reason, count in report.dropped.most_common()
     )
     lines = [f"records   {name}{report.num_lines:,}: {report.num_used:,} used, dropped {dropped or 'none'}"]
     lines += [
-        f"noted     {name}{count:,} {note} (first at {_place(report, note)}): {FINDINGS[note]}"
+        f"noted     {name}{count:,} {note} (first at {report.place(note)}): {FINDINGS[note]}"
         for note, count in report.notes.most_common()
         if note in FINDINGS and note not in HARMLESS
     ]
@@ -125,11 +125,6 @@ def summary(dataset: PreferenceDataset, name: str = "") -> list[str]:
         parts = ", ".join(f"{count:,} {part}" for part, count in numbers if count)
         lines.append(f"cut       {name}{parts}: {_lost(lost, dataset.lengths)}")
     return lines
-
-
-def _place(report: BuildReport, reason: str) -> str:
-    """`file:line` of the first record of a reason."""
-    return report.first[reason].split(f": {reason}: ")[0]
 
 
 def num_leaked(dataset: PreferenceDataset, validation: PreferenceDataset) -> int:
@@ -183,12 +178,12 @@ def _records(dataset: PreferenceDataset) -> list[InspectedRow]:
         rows.append(InspectedRow("columns not read", ", ".join(sorted(report.extra_keys)), bool(report.extra_texts)))
     rows += [InspectedRow("  with text", _unread(report, key), True) for key in report.extra_texts]
     if count := report.notes[MORE_COMPLETIONS]:
-        place = report.first[MORE_COMPLETIONS].split(": ")[0]
+        place = report.place(MORE_COMPLETIONS)
         text = f"{count:,}, best and worst taken, first at {place}"
         rows.append(InspectedRow("more than two completions", text, True))
     rows += [
         InspectedRow(
-            f"  {name}", f"{count:,} pairs, first at {_place(report, name)}: {FINDINGS[name]}", name not in HARMLESS
+            f"  {name}", f"{count:,} pairs, first at {report.place(name)}: {FINDINGS[name]}", name not in HARMLESS
         )
         for name, count in report.notes.most_common()
         if name in FINDINGS
@@ -320,7 +315,8 @@ def print_inspection(inspection: DatasetInspection, shown: Sequence[ShownPair], 
     for title, rows in inspection.sections.items():
         table.add_row(Text(title, style="bold"))
         for row in rows:
-            table.add_row(*(Text(text, "yellow" if row.warning else "") for text in ("  " + row.name, row.value)))
+            texts = ("  " + visible(row.name), visible(row.value))
+            table.add_row(*(Text(text, "yellow" if row.warning else "") for text in texts))
     console.print(table)
     edges, counts = histogram(inspection.lengths)
     console.print(Text("Response lengths in tokens: chosen, rejected", style="bold"))
@@ -331,6 +327,7 @@ def print_inspection(inspection: DatasetInspection, shown: Sequence[ShownPair], 
             line.append(bars[0], "green").append(f" {chosen:<7}").append(bars[1], "red").append(f" {rejected}")
         )
     for pair in shown:
-        console.print(Text(f"\n{pair.where}", style="bold"))
+        console.print(Text(f"\n{visible(pair.where)}", style="bold"))
         for name, text in pair.pieces:
-            console.print(Text(f"[{name}] ", "bold").append(text, _STYLES[name]), soft_wrap=True)
+            shown_text = visible(text, keep="\n\t")
+            console.print(Text(f"[{name}] ", "bold").append(shown_text, _STYLES[name]), soft_wrap=True)

@@ -47,6 +47,9 @@ UNUSABLE_REASONS = frozenset(
 
 # Roles of turns that go on from a prompt.
 _ANSWERING = ("assistant", "tool")
+OUT_OF_BOUNDS = "template_out_of_bounds"
+"""Reason of a record on which the chat template ran without end: no record after it is tried, skipped or not."""
+
 # Two noncharacters are this package's own marks (see templates.py); lone surrogates have no UTF-8 form.
 _BAD_CHARACTER = re.compile("[\x00\ufdd0\ufdd1\ud800-\udfff]")
 

@@ -1,15 +1,16 @@
 """Tokenised pairs on disk, in megatron-core's IndexedDataset files, which ranks map instead of load.
 
 A store is a folder: `pairs.bin` and `pairs.idx` (three sequences per document: prompt, chosen, rejected),
-`pairs.npy` (one row per pair: where it came from and what was cut) and `store.json` (fingerprints and
-counts). It appears whole, by one rename, or not at all. A token of a response that the assistant did not write
-stands there as its complement, `~id`; only stores of `responses: assistant` hold any.
+`pairs.npy` (one row per pair: where it came from and what was cut) and `store.json` (fingerprints, counts and the
+hashes of the others). It appears whole, by one rename, or not at all. A token of a response that the assistant did not
+write stands there as its complement, `~id`; only stores of `responses: assistant` hold any.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import struct
 from collections.abc import Iterable, Iterator
@@ -20,11 +21,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from simpo_megatron.atomic import new_folder
+from simpo_megatron.atomic import new_folder, remove_folder
 from simpo_megatron.data.build_report import BuildReport
 from simpo_megatron.data.findings import FINDINGS
 from simpo_megatron.data.pair_options import PairOptions
 from simpo_megatron.data.records import (
+    OUT_OF_BOUNDS,
     UNUSABLE_REASONS,
     BadRecord,
     PreferenceRecord,
@@ -33,6 +35,7 @@ from simpo_megatron.data.records import (
     to_record,
 )
 from simpo_megatron.data.sources import RawRecord, read_raw, source_identity
+from simpo_megatron.data.store_seal import DamagedStoreError, read_sealed, seal
 from simpo_megatron.data.tokenization import PairTokenizer, TokenizedPair, tokenizer_identity, use_one_thread
 from simpo_megatron.data.workers import map_in_processes
 from simpo_megatron.errors import DataError
@@ -41,8 +44,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+_LOGGER = logging.getLogger(__name__)
+
 # It changes when stores of before can no longer be read. Columns that are new in pairs.npy may be missing.
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 INDEX_MAGIC = b"MMIDIDX\x00\x00"
 INDEX_VERSION = 1
 INT32_CODE = 4
@@ -64,26 +69,28 @@ PAIR_DTYPE = np.dtype(
 class PairStore:
     """The tokenised pairs of one source, mapped from disk: `store[i]`, `len(store)`, lengths [num_pairs, 3].
 
-    Raises: DataError when the files are not the ones their sidecar describes.
+    Args:
+        verify: look at every byte; only once for each copy of the files, for it reads them whole.
+
+    Raises: DamagedStoreError when the files are not those that were built.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, verify: bool = True) -> None:
         self.folder = folder
-        sidecar = json.loads((folder / "store.json").read_text())
-        self.fingerprint: str = sidecar["content_sha256"]
-        self.max_token_id: int = sidecar["max_token_id"]
-        self.report = BuildReport(**sidecar["report"])
-        index = (folder / "pairs.idx").read_bytes()
-        size = (folder / "pairs.bin").stat().st_size
-        if hashlib.sha256(index).hexdigest() != sidecar["index_sha256"] or size != sidecar["bin_bytes"]:
-            raise DataError(
-                f"{folder}: found other files than were built, expected the same; delete the folder to rebuild it"
-            )
-        lengths, pointers = _parse_index(index)
+        sidecar = read_sealed(folder, verify=verify)
+        try:
+            self.fingerprint: str = sidecar["content_sha256"]
+            self.max_token_id: int = sidecar["max_token_id"]
+            self.report = BuildReport(**sidecar["report"])
+            lengths, pointers = _parse_index((folder / "pairs.idx").read_bytes())
+            self.pairs = np.load(folder / "pairs.npy", mmap_mode="r")
+            self._tokens = np.memmap(folder / "pairs.bin", np.int32, mode="r")
+        except (OSError, ValueError, KeyError, TypeError, struct.error) as error:
+            raise DamagedStoreError(folder, error) from None
         self.lengths = lengths.reshape(-1, 3)
         self._starts = pointers[::3] // 4
-        self.pairs = np.load(folder / "pairs.npy", mmap_mode="r")
-        self._tokens = np.memmap(folder / "pairs.bin", np.int32, mode="r") if size else np.empty(0, np.int32)
+        if len(self.lengths) != len(self.pairs) or len(self._tokens) != lengths.sum(dtype=np.int64):
+            raise DamagedStoreError(folder, "its files have the sizes of different stores")
 
     @property
     def name(self) -> str:
@@ -123,11 +130,12 @@ def open_store(
     """Returns the PairStore of `path` (see `Source`), building it under `cache_dir` when it is not there.
 
     A store is reused when the file (size and time of change), the tokenizer, its chat template, the options
-    and this format are all unchanged. `build=False`, for the ranks that come after the one that built, never
-    writes. `num_workers` processes tokenise; 0 takes one for every 16 MiB, up to the number of cores.
+    and this format are all unchanged, and all its bytes are as they were built; a damaged one is built anew.
+    `build=False`, for the ranks that come after the one that built, never writes and trusts what that one has
+    verified. `num_workers` processes tokenise; 0 takes one for every 16 MiB, up to the number of cores.
 
-    Raises: DataError for a bad record (`file:line`), a file without a single pair, or a missing store with
-    `build=False`.
+    Raises: DataError for a bad record (`file:line`), a file without a single pair, a missing store with
+    `build=False`, or a cache that cannot be written.
     """
     identity = {
         "format": FORMAT_VERSION,
@@ -136,14 +144,29 @@ def open_store(
         "tokenizer": _digest(tokenizer_identity(tokenizer, options)),
     }
     folder = Path(cache_dir) / f"{_safe_name(path)}-{_digest(identity)[:16]}"
-    if not (folder / "store.json").exists():
-        if not build:
-            raise DataError(
-                f"{path}: found no tokenized store at {folder}, expected the one that the first rank of this "
-                "node wrote; give the ranks of a node one data_cache, and one copy of the file"
-            )
-        _build_store(folder, path, tokenizer, options, num_workers, identity)
-    return PairStore(folder)
+    if build:
+        return _opened(folder) or _build_store(folder, path, tokenizer, options, num_workers, identity)
+    if not folder.exists():
+        raise DataError(
+            f"{path}: found no tokenized store at {folder}, expected the one that the first rank of this "
+            "node wrote; give the ranks of a node one data_cache, and one copy of the file"
+        )
+    return PairStore(folder, verify=False)
+
+
+def _opened(folder: Path) -> PairStore | None:
+    """Returns the store in `folder`; None where there is none, or only a damaged one, which then is gone."""
+    if not folder.exists():
+        return None
+    try:
+        return PairStore(folder)
+    except DamagedStoreError as error:
+        try:
+            remove_folder(folder)
+        except OSError:
+            raise error from None
+        _LOGGER.warning("%s: removed, and built anew from its source", str(error).rpartition("; ")[0])
+        return None
 
 
 def _build_store(
@@ -153,14 +176,23 @@ def _build_store(
     options: PairOptions,
     num_workers: int,
     identity: dict[str, Any],
-) -> None:
-    with new_folder(folder, first_wins=True) as draft:
-        sidecar = _write_store(draft, path, tokenizer, options, num_workers) | {"identity": identity}
-        if source_identity(path) != identity["source"]:
-            raise DataError(
-                f"{path}: found a change while it was read, expected a complete file; start again once it is complete"
-            )
-        (draft / "store.json").write_text(json.dumps(sidecar, indent=1))
+) -> PairStore:
+    try:
+        with new_folder(folder, first_wins=True) as draft:
+            facts = _write_store(draft, path, tokenizer, options, num_workers) | {"identity": identity}
+            if source_identity(path) != identity["source"]:
+                raise DataError(
+                    f"{path}: found a change while it was read, expected a complete file; start again once it is "
+                    "complete"
+                )
+            seal(draft, facts)
+    except OSError as error:
+        raise DataError(
+            f"data_cache: found {folder.parent}, where the tokens of {path} could not be written "
+            f"({error.strerror or error}), expected a folder with room that can be written; name one with --data-cache"
+        ) from None
+    # Another process may have been first with the same store; its bytes are as little known as those of any other.
+    return PairStore(folder)
 
 
 def _write_store(
@@ -172,8 +204,10 @@ def _write_store(
         for chunk in _encoded_chunks(path, tokenizer, options, num_workers):
             _check_policy(chunk.report, options)
             report.add(chunk.report)
-            content.update(chunk.lengths.tobytes() + chunk.tokens.tobytes())
-            chunk.tokens.tofile(file)
+            tokens = chunk.tokens.tobytes()
+            content.update(chunk.lengths.tobytes() + tokens)
+            # Not ndarray.tofile, which hides why a disk takes no more.
+            file.write(tokens)
             max_token_id = max(max_token_id, int(np.maximum(chunk.tokens, ~chunk.tokens).max(initial=-1)))
             lengths.append(chunk.lengths)
             rows.append(chunk.pairs)
@@ -194,17 +228,17 @@ def _write_store(
     return {
         "report": vars(report),
         "max_token_id": max_token_id,
-        "bin_bytes": (folder / "pairs.bin").stat().st_size,
-        "index_sha256": hashlib.sha256(index).hexdigest(),
         "content_sha256": content.hexdigest(),
     }
 
 
 def _check_policy(report: BuildReport, options: PairOptions) -> None:
     malformed = [reason for reason in report.dropped if reason not in UNUSABLE_REASONS]
-    if malformed and options.bad_record == "error":
-        first = min((report.first[reason] for reason in malformed), key=_line_of)
-        raise DataError(f"{first}; fix the record, or set bad_record: skip to drop and count such records")
+    if malformed and (options.bad_record == "error" or OUT_OF_BOUNDS in malformed):
+        first = min(malformed, key=lambda reason: int(report.place(reason).rpartition(":")[2]))
+        raise DataError(
+            f"{report.first[first]}; fix the record, or set bad_record: skip to drop and count such records"
+        )
 
 
 @dataclass
@@ -358,7 +392,3 @@ def _digest(value: object) -> str:
 def _safe_name(path: str) -> str:
     name = Path(path).name.split(".")[0]
     return "".join(c if c.isalnum() or c in "-_" else "_" for c in name)[:64]
-
-
-def _line_of(message: str) -> int:
-    return int(message.split(": ")[0].rsplit(":", 1)[1])

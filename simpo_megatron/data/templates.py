@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from datetime import date, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from simpo_megatron.data.pair_options import PairOptions
-from simpo_megatron.data.records import BadRecord, Message
+from simpo_megatron.data.records import OUT_OF_BOUNDS, BadRecord, Message
 from simpo_megatron.errors import DataError
+from simpo_megatron.limits import LimitError, limited
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -21,9 +23,19 @@ BUNDLED = Path(__file__).parent / "chat_templates"
 PINNED_DATE = date(2024, 7, 26)
 """What a template that reads the clock is told; Llama 3.1's own template falls back to this day."""
 
+# Of one rendering: a conversation of megabytes takes a second and a few times its size.
+_CPU_SECONDS = 10.0
+_MOST_BYTES = 1 << 30
+_MOST_CHARACTERS = 16 << 20
+
 _CLOCK = "strftime_now"
 _DIRECTIVES = "aAbBcdHIjmMpSUwWxXyYzZ"
 _BEGINNINGS = ([("user", "a")], [("system", "b"), ("user", "a")], [("user", "a"), ("assistant", "b"), ("user", "c")])
+
+
+def bounds_of_templates() -> AbstractContextManager[None]:
+    """Bounds for one rendering, and, around a loop of them, what makes their bounds cost nothing."""
+    return limited(cpu_seconds=_CPU_SECONDS, num_bytes=_MOST_BYTES)
 
 
 @dataclass(frozen=True)
@@ -55,22 +67,33 @@ class ChatTemplate:
     ) -> str:
         """Returns the text of a conversation. Nothing else in the package runs a template.
 
-        Raises: BadRecord when the template fails, however it does; DataError when it is no Jinja at all.
+        Raises: BadRecord when the template fails, however it does, or takes more time, memory or text than any
+            conversation needs (OUT_OF_BOUNDS); DataError when it is no Jinja at all.
         """
         from jinja2 import TemplateSyntaxError
 
         text = self.default if self.tool_use is None or not tools else self.tool_use
         try:
-            rendered = self.tokenizer.apply_chat_template(
-                list(messages),
-                tools=list(tools) if tools else None,
-                chat_template=_with_pinned_clock(text, self.day),
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-                **self.arguments,
-            )
+            with bounds_of_templates():
+                rendered = self.tokenizer.apply_chat_template(
+                    list(messages),
+                    tools=list(tools) if tools else None,
+                    chat_template=_with_pinned_clock(text, self.day),
+                    tokenize=False,
+                    add_generation_prompt=add_generation_prompt,
+                    **self.arguments,
+                )
+                if len(rendered) > _MOST_CHARACTERS:
+                    raise LimitError("it writes too much")
         except TemplateSyntaxError as error:
             raise DataError(f"chat_template: found {error.message!r} in it, expected a Jinja template") from None
+        except (LimitError, MemoryError) as error:
+            raise BadRecord(
+                OUT_OF_BOUNDS,
+                f"the chat template does not come to an end ({error or 'it takes too much memory'}), expected at most "
+                f"{_CPU_SECONDS:g} s, {_MOST_BYTES >> 20} MiB and {_MOST_CHARACTERS} characters for one conversation; "
+                "give another chat_template",
+            ) from None
         except Exception as error:  # A template is a program: it may divide by zero, recurse or raise without a word.
             roles = " ".join(turn["role"] for turn in messages)
             said = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -90,8 +113,9 @@ class ChatTemplate:
                 try:
                     if self.render(messages, tools) != other.render(messages, tools):
                         return True
-                except BadRecord:
-                    continue
+                except BadRecord as error:
+                    if error.reason == OUT_OF_BOUNDS:
+                        raise DataError(f"chat_template: found one without bounds: {error.detail}") from None
         return False
 
 

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator, Sequence
+import io
+import os
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from simpo_megatron.errors import ConfigError
+from simpo_megatron.config.yaml_tree import read_yaml_tree
+from simpo_megatron.errors import ConfigError, listed
+from simpo_megatron.limits import LimitError, limited
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -25,7 +29,16 @@ _RESOLVERS = {
     "div": lambda a, b: a / b,
     "max": lambda a, b: max(a, b),
 }
+# What a file may ask the environment for; anything else may be a secret, which would reach terminal and model card.
+_ENVIRONMENT = (
+    *("HOME", "USER", "LOGNAME", "HOSTNAME", "PWD", "TMPDIR", "SCRATCH", "WORK", "NEMO_HOME", "HF_HOME"),
+    *("RANK", "LOCAL_RANK", "WORLD_SIZE", "SLURM_JOB_ID", "SLURM_JOB_NAME", "SLURM_ARRAY_JOB_ID"),
+    *("SLURM_ARRAY_TASK_ID", "SLURM_NNODES", "SLURM_NTASKS", "SLURM_NTASKS_PER_NODE", "SLURM_GPUS_PER_NODE"),
+)
+_LARGEST = 2**63
 _MAX_PARENTS = 32
+_CPU_SECONDS = 10.0
+_MOST_BYTES = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -42,11 +55,12 @@ def read_flat(source: str | Path | DictConfig, overrides: Sequence[str]) -> dict
     earlier ones, a section with `_override_: true` in place of the parents' instead of over it. Interpolations
     are resolved; one that cannot be, and a value still to be given (`???`), becomes Unset. A list is one value.
 
-    Raises: ConfigError when omegaconf is not installed, a file is not such YAML, or an override not key=value.
+    Raises: ConfigError when omegaconf is not installed, a file is not such YAML, an override not key=value, or
+        interpolations grow without end.
     """
     omegaconf, place = _omegaconf(), place_of(source)
     try:
-        with _resolvers(omegaconf.OmegaConf):
+        with _resolvers(omegaconf), limited(cpu_seconds=_CPU_SECONDS, num_bytes=_MOST_BYTES):
             if isinstance(source, str | Path):
                 config = _read_with_parents(omegaconf, Path(source), ())
             else:  # in a copy, for hydra's own takes no new keys
@@ -57,9 +71,9 @@ def read_flat(source: str | Path | DictConfig, overrides: Sequence[str]) -> dict
         raise ConfigError(
             f"{place}: found what OmegaConf cannot read ({_first_line(error)}), expected a configuration"
         ) from None
-    except RecursionError:
+    except (RecursionError, LimitError, MemoryError):
         raise ConfigError(
-            f"{place}: found an interpolation that leads back to itself, expected one that ends"
+            f"{place}: found interpolations that lead back to themselves or grow without end, expected ones that end"
         ) from None
 
 
@@ -78,16 +92,39 @@ def _omegaconf() -> Any:
 
 
 @contextmanager
-def _resolvers(omega_conf: Any) -> Iterator[None]:
-    """The resolvers above for as long as a file is read; those that somebody registered before are kept."""
-    ours = [name for name in _RESOLVERS if not omega_conf.has_resolver(name)]
-    for name in ours:
-        omega_conf.register_new_resolver(name, _RESOLVERS[name])
+def _resolvers(omegaconf: Any) -> Iterator[None]:
+    """The resolvers above, and one of the environment, for as long as a file is read; then all are as they were."""
+    owner = importlib.import_module("omegaconf.basecontainer").BaseContainer
+    before = dict(owner._resolvers)
     try:
+        for name, function in _RESOLVERS.items():
+            omegaconf.OmegaConf.register_new_resolver(name, _of_numbers(function), replace=True)
+        omegaconf.OmegaConf.register_new_resolver("oc.env", _of_the_environment, replace=True)
         yield
     finally:
-        for name in ours:
-            omega_conf.clear_resolver(name)
+        owner._resolvers = before
+
+
+def _of_numbers(function: Callable[..., Any]) -> Callable[..., Any]:
+    def resolve(*terms: Any) -> Any:
+        result = function(*terms) if all(isinstance(term, int | float) for term in terms) else None
+        if result is None or abs(result) > _LARGEST:
+            raise ValueError("found other terms, expected numbers, and a result that a machine's number can hold")
+        return result
+
+    return resolve
+
+
+def _of_the_environment(name: str, *default: Any) -> Any:
+    if name not in _ENVIRONMENT:
+        raise ValueError(
+            f"found a variable of the environment that may be a secret, expected one of {listed(_ENVIRONMENT, 6)}; "
+            "write its value out"
+        )
+    found = [os.environ[name]] if name in os.environ else list(default[:1])
+    if not found:
+        raise ValueError("found no such variable of the environment, expected it to be set")
+    return found[0]
 
 
 def _read_with_parents(omegaconf: Any, path: Path, children: tuple[Path, ...]) -> Any:
@@ -108,10 +145,9 @@ def _read_with_parents(omegaconf: Any, path: Path, children: tuple[Path, ...]) -
 
 
 def _load(omegaconf: Any, path: Path) -> Any:
+    text, _ = read_yaml_tree(path)
     try:
-        config = omegaconf.OmegaConf.load(path)
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror}), expected a YAML file") from None
+        config = omegaconf.OmegaConf.load(io.StringIO(text))
     except omegaconf.errors.OmegaConfBaseException:
         raise
     except Exception as error:  # yaml's own errors, and what its constructors raise on malformed scalars

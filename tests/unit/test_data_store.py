@@ -1,5 +1,6 @@
 """The store and the dataset: megatron reads the files, nothing is built twice or half, splits hold."""
 
+import errno
 import json
 import os
 import shutil
@@ -12,7 +13,7 @@ import pytest
 from data_tokenizers import gemma_like, llama_like, qwen_like
 
 from simpo_megatron import atomic
-from simpo_megatron.data import PairOptions, build_preference_dataset, check_vocabulary, split
+from simpo_megatron.data import PairOptions, build_preference_dataset, check_vocabulary, split, store_seal
 from simpo_megatron.data import store as store_module
 from simpo_megatron.errors import ConfigError, DataError
 
@@ -175,14 +176,73 @@ def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path, monkeypatch):
         build(path, tmp_path)
 
 
-@pytest.mark.parametrize("name", ["pairs.idx", "pairs.bin"])
-def test_a_damaged_store_is_refused(name, tmp_path):
+DAMAGES = {
+    "zeros": lambda content: bytes(len(content)),
+    "reversed": lambda content: content[::-1],
+    "one bit": lambda content: content[:40] + bytes([content[40] ^ 4]) + content[41:],
+    "cut": lambda content: content[:-4],
+    "longer": lambda content: content + bytes(12),
+    "empty": lambda content: b"",
+    "gone": lambda content: None,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+@pytest.mark.parametrize("name", ["pairs.idx", "pairs.bin", "pairs.npy", "store.json"])
+def test_a_damaged_store_is_named_and_built_anew_where_its_source_is(name, damage, tmp_path, caplog):
+    path = write_pairs(tmp_path / "pairs.jsonl", 10)
+    sound = build(path, tmp_path)
+    [folder] = folders(tmp_path)
+    content = damage((folder / name).read_bytes())
+    (folder / name).unlink()
+    if content is not None:
+        (folder / name).write_bytes(content)
+    with pytest.raises(DataError, match=f"{folder}: found a damaged token store .*; delete the folder"):
+        store_module.PairStore(folder)
+    assert same(build(path, tmp_path), sound)
+    assert f"{folder}: found a damaged token store" in caplog.text and folders(tmp_path) == [folder]
+
+
+def test_a_damaged_store_that_cannot_be_removed_is_one_line(tmp_path, monkeypatch):
     path = write_pairs(tmp_path / "pairs.jsonl", 10)
     build(path, tmp_path)
-    damaged = folders(tmp_path)[0] / name
-    damaged.write_bytes(damaged.read_bytes()[:-4])
-    with pytest.raises(DataError, match="delete the folder to rebuild it"):
+    (folders(tmp_path)[0] / "pairs.bin").write_bytes(b"")
+    monkeypatch.setattr(store_module, "remove_folder", lambda folder: os.rename(folder, "/proc/none"))
+    with pytest.raises(DataError, match="delete the folder, and the next run builds it anew$"):
         build(path, tmp_path)
+
+
+def test_the_seal_looks_at_every_block_of_a_large_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(store_seal, "_BLOCK_BYTES", 100)
+    path = write_pairs(tmp_path / "pairs.jsonl", 10)
+    build(path, tmp_path)
+    [folder] = folders(tmp_path)
+    content = (folder / "pairs.bin").read_bytes()
+    for at in range(0, len(content), 50):
+        (folder / "pairs.bin").write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
+        with pytest.raises(DataError, match="the bytes of pairs.bin have changed"):
+            store_module.PairStore(folder)
+        store_module.PairStore(folder, verify=False)
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EACCES, errno.EROFS])
+def test_a_cache_that_cannot_be_written_is_one_line_with_the_option_that_helps(code, tmp_path, monkeypatch):
+    def fail(*arguments):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(store_module, "seal", fail)
+    with pytest.raises(DataError, match=f"data_cache: .*{os.strerror(code)}.*--data-cache$"):
+        build(write_pairs(tmp_path / "pairs.jsonl", 10), tmp_path)
+    assert folders(tmp_path) == []
+
+
+def test_a_path_with_a_colon_and_a_blank_names_its_records(tmp_path):
+    path = tmp_path / "part 1: pairs.jsonl"
+    path.write_text(json.dumps({"prompt": "a", "chosen": "b", "rejected": "c"}) + "\n{")
+    with pytest.raises(DataError, match=f"{path}:2: truncated_json"):
+        build(path, tmp_path)
+    dataset = build(path, tmp_path, options=PairOptions(bad_record="skip", max_bad_fraction=1.0))
+    assert dataset.report.place("truncated_json") == f"{path}:2"
 
 
 def test_several_files_follow_one_another_and_know_their_lines(tmp_path):

@@ -6,6 +6,7 @@ import math
 import re
 import subprocess
 import sys
+import time
 from dataclasses import fields
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -16,7 +17,7 @@ from omegaconf import OmegaConf
 
 from simpo_megatron.config import Config
 from simpo_megatron.config.lora_section import LORA_TARGETS
-from simpo_megatron.errors import ConfigError
+from simpo_megatron.errors import ConfigError, status_line
 from simpo_megatron.nemo import load_nemo_config
 from simpo_megatron.nemo.bridge import BRIDGE
 from simpo_megatron.nemo.keys import read_flat
@@ -281,6 +282,57 @@ def test_resolvers_of_others_stay_and_ours_go():
         assert not OmegaConf.has_resolver("int_div")
     finally:
         OmegaConf.clear_resolver("multiply")
+
+
+@pytest.mark.parametrize("asked", ["oc.env:HF_TOKEN", "oc.env:HF_TOKEN,none", "oc.decode:${oc.env:HF_TOKEN}"])
+def test_a_secret_of_the_environment_reaches_nothing(asked, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "SECRET-4711")
+    with pytest.raises(ConfigError) as refused:
+        load_nemo_config(CONFIGS / "aligner_dpo.yaml", [f"model.simpo.save=runs/${{{asked}}}"])
+    assert "model.simpo.save: found runs/${oc" in str(refused.value) and "SECRET" not in str(refused.value)
+    assert "found a variable of the environment that may be a secret" in str(refused.value)
+
+
+def test_what_tells_runs_apart_may_come_from_the_environment(monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    monkeypatch.delenv("SCRATCH", raising=False)
+    asked = "model.simpo.save=${oc.env:SCRATCH,runs}/${oc.env:SLURM_JOB_ID}"
+    config, _ = load_nemo_config(CONFIGS / "aligner_dpo.yaml", [asked])
+    assert config.run.save == "runs/17"
+    with pytest.raises(ConfigError, match="found no such variable of the environment"):
+        load_nemo_config(CONFIGS / "aligner_dpo.yaml", ["model.simpo.save=${oc.env:SCRATCH}"])
+
+
+def growing(first, more):
+    """YAML of thirty keys, each made of the one before twice."""
+    return "a0: " + first + "\n" + "".join(f"a{n}: {more.replace('$', f'a{n - 1}')}\n" for n in range(1, 31))
+
+
+BOMBS = {
+    "aliases": growing("&a0 [1]", "&N [*$, *$]"),
+    "merged keys": growing("&a0 {b: 1}", "&N {<<: [*$, *$]}"),
+    "an alias of itself": "a: &a [*a]\n",
+    "depth": "a: " + "[" * 100_000 + "\n",
+    "aliases of aliases": growing("&a0 [1]", "&N [*$]") + growing("&a0 [1]", "&N [*$]").replace("a", "b"),
+    "size": "a: [" + "1, " * 100_000 + "1]\n",
+    "texts": growing("word word", '"${$}${$}"'),
+    "numbers": growing("99", "${multiply:${$},${$}}"),
+    "no numbers": "model: {lr: '${multiply:[1,2],99999999999}'}\n",
+}
+
+
+@pytest.mark.parametrize("text", BOMBS.values(), ids=BOMBS)
+def test_a_file_that_grows_without_end_is_refused(text, tmp_path, monkeypatch):
+    monkeypatch.setattr("simpo_megatron.nemo.keys._CPU_SECONDS", 0.5)
+    monkeypatch.setattr("simpo_megatron.nemo.keys._MOST_BYTES", 200 << 20)
+    lines = [line.replace("&N", f"&a{number}") for number, line in enumerate(text.splitlines())]
+    path = tmp_path / "bomb.yaml"
+    path.write_text("\n".join(lines) + "\nmodel: {mcore_gpt: true}\ntrainer: {max_steps: 1}\n")
+    started = time.process_time()
+    with pytest.raises(ConfigError) as refused:
+        load_nemo_config(path)
+    assert time.process_time() - started < 20
+    assert str(path) in str(refused.value) and len(status_line("ERROR", refused.value)) <= 500
 
 
 def test_without_omegaconf_it_says_what_to_install(monkeypatch):
