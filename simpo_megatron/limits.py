@@ -36,20 +36,22 @@ def limited(*, cpu_seconds: float, num_bytes: int) -> Iterator[None]:
         MemoryError: the memory is used up.
     """
     global _is_limited
-    if threading.current_thread() is not threading.main_thread():
+    if threading.get_ident() != threading.main_thread().ident:
         yield
         return
-    is_outermost, _is_limited = not _is_limited, True
-    data_before = _limit_data(num_bytes) if is_outermost else None
-    handler_before = signal.signal(signal.SIGVTALRM, _raise) if is_outermost else None
+    if _is_limited:
+        signal.setitimer(signal.ITIMER_VIRTUAL, cpu_seconds, _REPEAT_SECONDS)
+        yield
+        return
+    data_before, handler_before = _limit_data(num_bytes), signal.signal(signal.SIGVTALRM, _raise)
     try:
+        _is_limited = True
         signal.setitimer(signal.ITIMER_VIRTUAL, cpu_seconds, _REPEAT_SECONDS)
         yield
     finally:
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)
-        if is_outermost:
-            _is_limited = False
-            signal.signal(signal.SIGVTALRM, handler_before)
+        signal.signal(signal.SIGVTALRM, handler_before)
+        _is_limited = False
         if data_before is not None:
             resource.setrlimit(resource.RLIMIT_DATA, data_before)
 

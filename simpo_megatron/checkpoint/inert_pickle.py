@@ -55,7 +55,7 @@ class InertUnpickler(pickle._Unpickler):
 
 
 class Persistent:
-    """What the pickle says lies beside it."""
+    """A place beside the pickle, as the pickle names it."""
 
     __slots__ = ("pid",)
 
@@ -122,5 +122,5 @@ def number(value: Any) -> int:
 
 
 def shown(value: Any) -> str:
-    """What `value` is, in words."""
+    """`value` in words."""
     return f"a {value.name or 'record'}" if isinstance(value, Inert) else f"a {type(value).__name__}"

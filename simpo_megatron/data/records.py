@@ -45,10 +45,11 @@ UNUSABLE_REASONS = frozenset(
     {"blank_line", "identical_pair", "too_long_prompt", "cut_before_answer", "tie", "small_score_gap", "no_score_gap"}
 )
 
+ENDLESS_TEMPLATE = "endless_template"
+"""Reason of a record on which the chat template ran without end: no record after it is tried, skipped or not."""
+
 # Roles of turns that go on from a prompt.
 _ANSWERING = ("assistant", "tool")
-OUT_OF_BOUNDS = "template_out_of_bounds"
-"""Reason of a record on which the chat template ran without end: no record after it is tried, skipped or not."""
 
 # Two noncharacters are this package's own marks (see templates.py); lone surrogates have no UTF-8 form.
 _BAD_CHARACTER = re.compile("[\x00\ufdd0\ufdd1\ud800-\udfff]")

@@ -26,7 +26,7 @@ from simpo_megatron.data.build_report import BuildReport
 from simpo_megatron.data.findings import FINDINGS
 from simpo_megatron.data.pair_options import PairOptions
 from simpo_megatron.data.records import (
-    OUT_OF_BOUNDS,
+    ENDLESS_TEMPLATE,
     UNUSABLE_REASONS,
     BadRecord,
     PreferenceRecord,
@@ -234,7 +234,7 @@ def _write_store(
 
 def _check_policy(report: BuildReport, options: PairOptions) -> None:
     malformed = [reason for reason in report.dropped if reason not in UNUSABLE_REASONS]
-    if malformed and (options.bad_record == "error" or OUT_OF_BOUNDS in malformed):
+    if malformed and (options.bad_record == "error" or ENDLESS_TEMPLATE in malformed):
         first = min(malformed, key=lambda reason: int(report.place(reason).rpartition(":")[2]))
         raise DataError(
             f"{report.first[first]}; fix the record, or set bad_record: skip to drop and count such records"

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from simpo_megatron.data.pair_options import PairOptions
-from simpo_megatron.data.records import OUT_OF_BOUNDS, BadRecord, Message
+from simpo_megatron.data.records import BadRecord, Message
 from simpo_megatron.errors import DataError
 from simpo_megatron.limits import LimitError, limited
 
@@ -31,6 +31,10 @@ _MOST_CHARACTERS = 16 << 20
 _CLOCK = "strftime_now"
 _DIRECTIVES = "aAbBcdHIjmMpSUwWxXyYzZ"
 _BEGINNINGS = ([("user", "a")], [("system", "b"), ("user", "a")], [("user", "a"), ("assistant", "b"), ("user", "c")])
+
+
+class EndlessTemplateError(DataError):
+    """A chat template that ran out of its bounds; other conversations may take it as long, so none is tried."""
 
 
 def bounds_of_templates() -> AbstractContextManager[None]:
@@ -67,8 +71,8 @@ class ChatTemplate:
     ) -> str:
         """Returns the text of a conversation. Nothing else in the package runs a template.
 
-        Raises: BadRecord when the template fails, however it does, or takes more time, memory or text than any
-            conversation needs (OUT_OF_BOUNDS); DataError when it is no Jinja at all.
+        Raises: BadRecord when the template fails, however it does; EndlessTemplateError when it takes more time, memory
+            or text than any conversation needs; DataError when it is no Jinja at all.
         """
         from jinja2 import TemplateSyntaxError
 
@@ -88,11 +92,10 @@ class ChatTemplate:
         except TemplateSyntaxError as error:
             raise DataError(f"chat_template: found {error.message!r} in it, expected a Jinja template") from None
         except (LimitError, MemoryError) as error:
-            raise BadRecord(
-                OUT_OF_BOUNDS,
-                f"the chat template does not come to an end ({error or 'it takes too much memory'}), expected at most "
-                f"{_CPU_SECONDS:g} s, {_MOST_BYTES >> 20} MiB and {_MOST_CHARACTERS} characters for one conversation; "
-                "give another chat_template",
+            raise EndlessTemplateError(
+                f"chat_template: found one that does not come to an end ({error or 'it takes too much memory'}), "
+                f"expected at most {_CPU_SECONDS:g} s, {_MOST_BYTES >> 20} MiB and {_MOST_CHARACTERS} characters for one "
+                "conversation; give another one"
             ) from None
         except Exception as error:  # A template is a program: it may divide by zero, recurse or raise without a word.
             roles = " ".join(turn["role"] for turn in messages)
@@ -113,9 +116,8 @@ class ChatTemplate:
                 try:
                     if self.render(messages, tools) != other.render(messages, tools):
                         return True
-                except BadRecord as error:
-                    if error.reason == OUT_OF_BOUNDS:
-                        raise DataError(f"chat_template: found one without bounds: {error.detail}") from None
+                except BadRecord:
+                    continue
         return False
 
 

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from simpo_megatron.data.pair_options import PairOptions
-from simpo_megatron.data.records import OUT_OF_BOUNDS, BadRecord, PreferenceRecord
+from simpo_megatron.data.records import ENDLESS_TEMPLATE, BadRecord, PreferenceRecord
 from simpo_megatron.data.rendered_pairs import PairRenderer, RenderedPair
 from simpo_megatron.data.rendered_turns import TEMPLATE_MARK, Spans
-from simpo_megatron.data.templates import bounds_of_templates, chat_template_of
+from simpo_megatron.data.templates import EndlessTemplateError, bounds_of_templates, chat_template_of
 from simpo_megatron.data.truncation import kept_tokens, princeton_kept_tokens
 from simpo_megatron.errors import ConfigError, DataError
 
@@ -125,9 +125,9 @@ class PairTokenizer:
                     rendered[index] = render(record)
                 except BadRecord as error:
                     results[index] = error
-                    if error.reason == OUT_OF_BOUNDS:
-                        results[index:] = [error] * (len(records) - index)
-                        break
+                except EndlessTemplateError as error:
+                    results[index:] = [BadRecord(ENDLESS_TEMPLATE, str(error))] * (len(records) - index)
+                    break
         split = self._split_princeton if self._princeton else self._split_clean
         for (index, texts), parts in zip(rendered.items(), split(list(rendered.values())), strict=True):
             try:
