@@ -94,8 +94,8 @@ class ChatTemplate:
         except (LimitError, MemoryError) as error:
             raise EndlessTemplateError(
                 f"chat_template: found one that does not come to an end ({error or 'it takes too much memory'}), "
-                f"expected at most {_CPU_SECONDS:g} s, {_MOST_BYTES >> 20} MiB and {_MOST_CHARACTERS} characters for one "
-                "conversation; give another one"
+                f"expected at most {_CPU_SECONDS:g} s, {_MOST_BYTES >> 20} MiB and {_MOST_CHARACTERS} characters for "
+                "one conversation; give another one"
             ) from None
         except Exception as error:  # A template is a program: it may divide by zero, recurse or raise without a word.
             roles = " ".join(turn["role"] for turn in messages)

@@ -266,7 +266,8 @@ def test_a_yaml_tag_is_refused_and_never_obeyed(tmp_path, monkeypatch, value):
 
 def test_an_alias_bomb_is_refused_at_once(tmp_path):
     lines = ['a0: &a0 ["x", "x"]'] + [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 40)]
-    assert refusal(tmp_path, "\n".join(lines)).startswith("run.yaml:1: found unknown key 'a0'")
+    said = "run.yaml: found 5.77e+37 values, 42 deep, once its aliases are followed"
+    assert refusal(tmp_path, "\n".join(lines)).startswith(said)
     nested = "data: [&a [x], *a, *a]\n"
     assert refusal(tmp_path, nested).startswith("run.yaml:1: data: found a list")
 
