@@ -99,7 +99,8 @@ def new_folder(path: Path, *, first_wins: bool = False) -> Iterator[Path]:
     draft = draft_name(path)
     draft.mkdir(parents=True)
     try:
-        held = lock(draft / LOCK_FILE)
+        # Only who looks for abandoned drafts may hold it, for a moment.
+        held = lock(draft / LOCK_FILE, wait_seconds=10.0)
         try:
             if _remove_abandoned(path, apart_from=draft) and not first_wins:
                 raise BlockingIOError(errno.EAGAIN, "another process is writing it", str(path))

@@ -79,12 +79,11 @@ def _texts(pairs_file: Path) -> list[str]:
 
 
 def _write_model(folder: Path) -> None:
-    """A million fp32 parameters from a fixed seed; eight heads in four groups divide over 1, 2 or 4 ranks."""
+    """A million fp32 parameters from a fixed seed; eight heads divide over 1, 2 or 4 ranks."""
     import torch
+    from safetensors.torch import save_file
     from transformers import LlamaConfig, LlamaForCausalLM
-    from transformers.utils import logging
 
-    logging.disable_progress_bar()
     config = LlamaConfig(
         vocab_size=VOCAB_SIZE,
         hidden_size=128,
@@ -100,4 +99,9 @@ def _write_model(folder: Path) -> None:
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        LlamaForCausalLM(config).save_pretrained(folder)
+        model = LlamaForCausalLM(config)
+    # Not model.save_pretrained: where a process group exists it writes on rank 0 alone, and any rank may be the first.
+    model.config.architectures, model.config.dtype = [type(model).__name__], str(model.dtype).removeprefix("torch.")
+    model.config.save_pretrained(folder)
+    model.generation_config.save_pretrained(folder)
+    save_file(model.state_dict(), folder / "model.safetensors", metadata={"format": "pt"})
