@@ -9,7 +9,7 @@ slice, b one block of it, N response tokens, n those of them whose target lies i
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ MIN_BLOCK_WIDTH, MAX_BLOCK_WIDTH = 64, 4096
 def log_probs(hidden_SBH: Tensor, weight_vH: Tensor, call: HeadCall) -> Tensor:
     """Returns log p(target) of every response token, [N] fp32 (float64 for float64), natural log."""
     layout = _Layout.of(call, dtype=hidden_SBH.dtype)
-    return _FusedLinearLogProbs.apply(hidden_SBH, weight_vH, _Head(call, layout.to(hidden_SBH.device)))
+    return _FusedLinearLogProbs.apply(hidden_SBH, weight_vH, _Head(call, layout))
 
 
 @dataclass(frozen=True)
@@ -69,10 +69,12 @@ class _Layout:
         budget -= num_wide_blocks * block_width * max(4, dtype.itemsize) // dtype.itemsize
         num_kept = num_blocks if num_blocks * block_width <= budget else budget // max(block_width, 1) - 1
 
-        column_N = targets_N - call.vocab_start
-        column_N, order_N = column_N.sort(stable=True)
+        column_N, order_N = (targets_N - call.vocab_start).sort(stable=True)
         starts = [min(i * block_width, width) for i in range(num_blocks + 1)]
-        cuts = torch.searchsorted(column_N, torch.tensor(starts, device=column_N.device)).tolist()
+        cuts = torch.searchsorted(column_N, torch.tensor(starts)).tolist()
+        if call.device_targets_N is not targets_N:
+            # The device sorts for itself: what it is sent from pageable memory is waited for.
+            column_N, order_N = (call.device_targets_N - call.vocab_start).sort(stable=True)
         own = slice(cuts[0], cuts[-1])
         blocks = tuple(
             _Block(starts[i], starts[i + 1], slice(cuts[i] - cuts[0], cuts[i + 1] - cuts[0])) for i in range(num_blocks)
@@ -82,14 +84,6 @@ class _Layout:
     def targets_in(self, block: _Block) -> tuple[Tensor, Tensor]:
         """Returns the tokens whose target lies in the block, and its column in the block, both [n]."""
         return self.token_n[block.targets], self.column_n[block.targets] - block.start
-
-    def to(self, device: torch.device) -> _Layout:
-        """Returns the layout with its indices on `device`, without waiting for their copy."""
-        return replace(
-            self,
-            token_n=self.token_n.to(device, non_blocking=True),
-            column_n=self.column_n.to(device, non_blocking=True),
-        )
 
 
 @dataclass(frozen=True)

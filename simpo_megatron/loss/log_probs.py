@@ -32,7 +32,7 @@ def merge_shards(lse_N: Tensor, target_N: Tensor, tp_group: ProcessGroup | None)
     # stack() makes it contiguous, and must: gloo reads strided tensors wrongly, without a word.
     local_2N = torch.stack((lse_N, target_N))
     all_T2N = local_2N.new_empty(tp_group.size(), *local_2N.shape)
-    dist.all_gather(list(all_T2N), local_2N, group=tp_group)
+    dist.all_gather_into_tensor(all_T2N.flatten(0, 1), local_2N, group=tp_group)
     return torch.logsumexp(all_T2N[:, 0], 0), all_T2N[:, 1].amax(0)
 
 

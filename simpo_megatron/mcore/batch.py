@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,8 +16,9 @@ from simpo_megatron import faults
 from simpo_megatron.data import PreferenceBatch, PreferenceDataset, TokenizedPair
 from simpo_megatron.errors import DataError, SimPOError
 from simpo_megatron.loss import ResponseTokens
-from simpo_megatron.mcore.attention import MicrobatchLayout, Segment
 from simpo_megatron.mcore.context import ContextShare
+from simpo_megatron.mcore.layout import MicrobatchLayout, Segment
+from simpo_megatron.mcore.transfer import copied_together
 
 
 def read_pairs(
@@ -83,7 +85,7 @@ class Microbatch:
     position_ids_BS: Tensor
     layout: MicrobatchLayout
     labels: ResponseTokens | None = None
-    """The tokens that the last pipeline stage predicts, on the CPU; None: it yields logits."""
+    """The tokens that the last pipeline stage predicts, on the CPU, with a copy here; None: it yields logits."""
     reference_avg_R: Tensor | None = None
     """fp32 [2 * pairs], the responses' average log-probs under the reference model, where the objective needs them."""
 
@@ -102,32 +104,34 @@ def to_microbatch(
 ) -> Microbatch:
     """`batch` on `device`, its segments as the layout that attention reads, its response tokens as labels.
 
+    All that its layers and its loss look up is made here and taken to the device by one copy, which nobody waits for.
+
     `reference_avg`, [num_pairs, 2] of the dataset that `batch` comes from, is what an objective with a reference needs.
     Of the ranks of `cp_group` each gets its share of the tokens.
     """
-    # These stay on the CPU, where checking and counting them costs no synchronisation; the head moves what it needs.
     labels = ResponseTokens(batch.rows_N, batch.targets_N, batch.sequence_N, num_pairs=batch.num_pairs)
-    position_ids_BS = batch.position_ids_BS.to(device)
+    tokens_BS, position_ids_BS = batch.tokens_BS, batch.position_ids_BS
+    num_rows, length = tokens_BS.shape
+    context = None if cp_group is None or cp_group.size() == 1 else ContextShare(cp_group, length)
     if batch.segments_G4 is None:
-        layout = MicrobatchLayout.of_padded_rows(batch.tokens_BS.size(1))
+        layout = MicrobatchLayout.of_padded_rows(length, num_rows, context)
     else:
         segments = tuple(Segment(*row) for row in batch.segments_G4.tolist())
-        layout = MicrobatchLayout.of_pack(position_ids_BS[0], segments)
+        layout = MicrobatchLayout.of_pack(position_ids_BS[0], segments, context)
+    if context is not None:
+        rows = context.rows()
+        labels = labels.of_rows(rows, length, num_rows)
+        tokens_BS, position_ids_BS = tokens_BS[:, rows], position_ids_BS[:, rows]
     reference_avg_R = None
     if reference_avg is not None:
-        reference_avg_R = torch.from_numpy(reference_avg[batch.pair_ids_P.numpy()]).flatten().to(device)
-    tokens_BS = batch.tokens_BS
-    if cp_group is not None and cp_group.size() > 1:
-        batch_size, length = tokens_BS.shape
-        context = ContextShare(cp_group, length)
-        rows = context.rows()
-        layout = layout.divided(context)
-        labels = labels.of_rows(rows, length, batch_size)
-        tokens_BS, position_ids_BS = (x[:, rows.to(x.device)] for x in (tokens_BS, position_ids_BS))
+        reference_avg_R = torch.from_numpy(reference_avg[batch.pair_ids_P.numpy()]).flatten()
+    of_batch = (tokens_BS, position_ids_BS, reference_avg_R)
+    of_labels = (labels.rows_N, labels.targets_N, labels.sequence_N)
+    here: list[Any] = copied_together((*of_batch, *of_labels, *layout.tensors()), device)
     return Microbatch(
-        tokens_BS=tokens_BS.to(device),
-        position_ids_BS=position_ids_BS,
-        layout=layout,
-        labels=labels,
-        reference_avg_R=reference_avg_R,
+        tokens_BS=here[0],
+        position_ids_BS=here[1],
+        reference_avg_R=here[2],
+        labels=labels.with_copy(*here[3:6]),
+        layout=layout.with_tensors(*here[6:]),
     )

@@ -35,18 +35,19 @@ class ContextShare:
         """int64 [s], ascending: the rows of this rank's pieces."""
         return self._rows_of(self.group.rank())
 
+    def places(self) -> Tensor:
+        """int64 [S]: where each row lies in what `gather` returns."""
+        return torch.cat([self._rows_of(rank) for rank in range(self.group.size())]).argsort()
+
     def gather(self, own_s: Tensor) -> Tensor:
-        """The rows of all ranks in their order, [S, ...], from this rank's [s, ...].
+        """The rows of all ranks, [S, ...], those of one rank after the other, from this rank's [s, ...].
+
+        Whoever reads them picks their keys by `places`, which costs no pass to put them in order before.
 
         Collectives: one all-gather over cp; in the backward one reduce-scatter, which sums what the ranks' queries
         have to say to a key.
         """
-        return _Gather.apply(own_s, self)
-
-    def ranks_in_order(self, device: torch.device) -> Tensor:
-        """int64 [S]: where each row lies when the ranks' rows stand one rank after the other."""
-        rows = torch.cat([self._rows_of(rank) for rank in range(self.group.size())])
-        return rows.argsort().to(device, non_blocking=True)
+        return _Gather.apply(own_s, self.group)
 
     def _rows_of(self, rank: int) -> Tensor:
         return torch.cat([torch.arange(start, stop) for start, stop in self._pieces_of(rank)])
@@ -58,19 +59,17 @@ class ContextShare:
 
 
 class _Gather(torch.autograd.Function):
-    """All ranks' rows in order; in the backward, the sum over ranks of the gradients of this rank's rows."""
+    """All ranks' rows; in the backward, the sum over ranks of the gradients of this rank's rows."""
 
     @staticmethod
-    def forward(ctx: Any, own_s: Tensor, share: ContextShare) -> Tensor:
-        ctx.share, ctx.order_S = share, share.ranks_in_order(own_s.device)
-        by_rank = own_s.new_empty(share.num_rows, *own_s.shape[1:])
-        dist.all_gather_into_tensor(by_rank, own_s.contiguous(), group=share.group)
-        return by_rank.index_select(0, ctx.order_S)
+    def forward(ctx: Any, own_s: Tensor, group: ProcessGroup) -> Tensor:
+        ctx.group = group
+        by_rank = own_s.new_empty(group.size() * len(own_s), *own_s.shape[1:])
+        dist.all_gather_into_tensor(by_rank, own_s.contiguous(), group=group)
+        return by_rank
 
     @staticmethod
     def backward(ctx: Any, grad_S: Tensor) -> tuple[Tensor, None]:
-        by_rank = torch.empty_like(grad_S, memory_format=torch.contiguous_format)
-        by_rank.index_copy_(0, ctx.order_S, grad_S)
-        own_s = grad_S.new_empty(len(grad_S) // ctx.share.group.size(), *grad_S.shape[1:])
-        dist.reduce_scatter_tensor(own_s, by_rank, group=ctx.share.group)
+        own_s = grad_S.new_empty(len(grad_S) // ctx.group.size(), *grad_S.shape[1:])
+        dist.reduce_scatter_tensor(own_s, grad_S.contiguous(), group=ctx.group)
         return own_s, None

@@ -93,7 +93,8 @@ def _averages(log_probs_N: Tensor, microbatch: Microbatch) -> tuple[Tensor, Tens
     """(average log-prob, tokens) of each response of the microbatch."""
     tokens, context = microbatch.response_tokens, microbatch.layout.context
     cp_group = None if context is None else context.group
-    return average_log_probs(log_probs_N, tokens.sequence_N, 2 * tokens.num_pairs, cp_group)
+    sequence_N = tokens.on(log_probs_N.device).sequence_N
+    return average_log_probs(log_probs_N, sequence_N, 2 * tokens.num_pairs, cp_group)
 
 
 def _num_pairs(log_probs_N: Tensor, microbatch: Microbatch) -> Tensor:
@@ -101,4 +102,5 @@ def _num_pairs(log_probs_N: Tensor, microbatch: Microbatch) -> Tensor:
     context = microbatch.layout.context
     counts_here = context is None or context.group.rank() == 0
     num_pairs = microbatch.response_tokens.num_pairs if counts_here else 0
-    return torch.tensor(num_pairs, dtype=torch.int, device=log_probs_N.device)
+    # Filled in by the device: a number that is copied there would be waited for.
+    return torch.full((), num_pairs, dtype=torch.int, device=log_probs_N.device)

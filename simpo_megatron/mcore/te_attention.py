@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from simpo_megatron.data.batching import round_up
-from simpo_megatron.mcore.attention import MicrobatchLayout
+from simpo_megatron.mcore.layout import MicrobatchLayout
 
 # Transformer Engine's own steps of a length bound: for each new one it picks a backend, and cuDNN may compile.
 _BOUND_MULTIPLE = 64
@@ -50,13 +50,14 @@ class TESegmentedAttention(TEDotProductAttention):
             self._divide_over(None if layout.context is None or layout.is_pack else layout.context.group)
         if not layout.is_pack:
             return super().forward(query_SBAD, key_SBGD, value_SBGD, attention_mask, attn_mask_type)
-        key_SBGD, value_SBGD = layout.all_keys(key_SBGD, value_SBGD)
-        lengths = layout.variable_lengths(query_SBAD.device)
+        assert layout.lengths is not None, "a pack has lengths"
+        lengths = layout.lengths
+        key_TBGD, value_TBGD = layout.segment_keys(key_SBGD, value_SBGD)
         # Past megatron's own forward, which knows no bottom-right mask, to Transformer Engine's.
         out = super(TEDotProductAttention, self).forward(
             query_SBAD[:, 0],
-            key_SBGD[:, 0].index_select(0, lengths.key_rows_T),
-            value_SBGD[:, 0].index_select(0, lengths.key_rows_T),
+            key_TBGD[:, 0],
+            value_TBGD[:, 0],
             None,
             qkv_format="thd",
             attn_mask_type="padding_causal_bottom_right",

@@ -89,11 +89,12 @@ def loss_func(
     """
     from megatron.training import get_args
 
+    sequence_N = tokens.on(log_probs_N.device).sequence_N
     result = preference_loss(
-        *average_log_probs(log_probs_N, tokens.sequence_N, 2 * tokens.num_pairs),
+        *average_log_probs(log_probs_N, sequence_N, 2 * tokens.num_pairs),
         objective=objective_of(get_args()),
         pairs_per_chosen_token=pairs_per_chosen_token,
     )
-    num_pairs = torch.tensor(result.num_pairs, dtype=torch.int, device=log_probs_N.device)
+    num_pairs = torch.full((), result.num_pairs, dtype=torch.int, device=log_probs_N.device)
     metrics = {name: torch.stack((total.float(), num_pairs.float())) for name, total in result.sums.items()}
     return result.loss, num_pairs, metrics

@@ -16,9 +16,9 @@ from torch import Tensor
 from simpo_megatron.data import PreferenceDataset
 from simpo_megatron.data.batching import round_up
 from simpo_megatron.mcore import device
-from simpo_megatron.mcore.attention import MicrobatchLayout
 from simpo_megatron.mcore.batch import Microbatch, read_pairs
 from simpo_megatron.mcore.forward_step import MicrobatchStep
+from simpo_megatron.mcore.layout import MicrobatchLayout
 from simpo_megatron.parallel import ParallelGroups
 from simpo_megatron.ranks import raise_on_all_ranks
 from simpo_megatron.training.step import Trainer, run_schedule
@@ -139,5 +139,5 @@ def _one_row(ids: Sequence[int], width: int, pad_id: int) -> Microbatch:
     position_ids_BS = torch.zeros_like(tokens_BS)
     position_ids_BS[0, : len(ids)] = torch.arange(len(ids), device=here)
     # Without labels the model yields logits.
-    layout = MicrobatchLayout.of_padded_rows(width)
+    layout = MicrobatchLayout.of_padded_rows(width).on(here)
     return Microbatch(tokens_BS=tokens_BS, position_ids_BS=position_ids_BS, layout=layout)

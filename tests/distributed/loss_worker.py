@@ -223,7 +223,7 @@ def check_collectives_and_their_bytes():
     start, stop = CUTS[3][rank : rank + 2]
     # Rows 1 3 3 | 5 | 8 9 10 of 0..3 | 4..7 | 8..11; each rank sends its own to all three.
     own = [3, 1, 3][rank]
-    merge, row_bytes = ("allgather_", 2 * N * 4), H * 4
+    merge, row_bytes = ("_allgather_base_", 2 * N * 4), H * 4
     expected = {
         (False, True): ([merge], [("allreduce_", N * row_bytes)]),
         (True, True): ([("alltoall_base_", 3 * own * row_bytes), merge], [("alltoall_base_", N * row_bytes)]),

@@ -20,7 +20,8 @@ from simpo_megatron import parallel
 from simpo_megatron.config import config_from
 from simpo_megatron.data import BatchOptions, TokenizedPair, collate
 from simpo_megatron.mcore import cpu_patches
-from simpo_megatron.mcore.attention import MicrobatchLayout, Segment, SegmentedAttention
+from simpo_megatron.mcore.attention import SegmentedAttention
+from simpo_megatron.mcore.layout import MicrobatchLayout, Segment
 
 # First and last rows: a segment of one token, prefixes of none, one and many tokens, one token behind a long
 # prefix, two segments with the same prefix, and a padding tail.

@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from megatron.core.extensions import transformer_engine
 
 from simpo_megatron.loss import ResponseTokens
-from simpo_megatron.mcore.attention import MicrobatchLayout, Segment, SegmentedAttention
+from simpo_megatron.mcore.attention import SegmentedAttention
 from simpo_megatron.mcore.context import ContextShare
+from simpo_megatron.mcore.layout import MicrobatchLayout, Segment
 
 HEADS, GROUPS, SIZE = 4, 2, 8
 SEGMENTS = (
@@ -87,8 +88,8 @@ def rows(num_heads):
     return torch.randn(SEGMENTS[-1].end, 1, num_heads, SIZE, dtype=torch.float64, requires_grad=True)
 
 
-def layout():
-    return MicrobatchLayout.of_pack(torch.arange(SEGMENTS[-1].end), SEGMENTS)
+def layout(context=None):
+    return MicrobatchLayout.of_pack(torch.arange(SEGMENTS[-1].end), SEGMENTS, context)
 
 
 @pytest.mark.parametrize("window_size", [None, (3, 0)])
@@ -113,7 +114,7 @@ class Neighbours(ContextShare):
 
     def gather(self, own_s):
         assert torch.equal(own_s, self.keys[self.rows()])
-        return self.keys
+        return torch.cat([self.keys[self._rows_of(rank)] for rank in range(self.group.size())])
 
 
 @pytest.mark.parametrize("kernel", ["Transformer Engine's", "torch's"])
@@ -128,7 +129,7 @@ def test_each_of_two_context_parallel_ranks_computes_its_rows_of_a_pack(attentio
         share = Neighbours(SimpleNamespace(rank=lambda: rank, size=lambda: 2), len(query))  # noqa: B023
         object.__setattr__(share, "keys", torch.cat((key, value), dim=-1))
         own = share.rows()
-        divided = layout().divided(share)
+        divided = layout(share)
         module = attention if kernel == "Transformer Engine's" else torchs
         found = module(query[own], key[own], value[own], packed_seq_params=divided)
         torch.testing.assert_close(found, expected[own], rtol=0, atol=1e-12)
@@ -141,7 +142,7 @@ def test_padded_rows_are_divided_by_transformer_engine_itself(attention, monkeyp
     group = SimpleNamespace(rank=lambda: 1, size=lambda: 2)
     share = ContextShare(group, 24)
     tokens = ResponseTokens(torch.tensor([11, 12, 40, 47]), *[torch.arange(4)] * 2, num_pairs=2)
-    divided = MicrobatchLayout.of_padded_rows(24).divided(share)
+    divided = MicrobatchLayout.of_padded_rows(24, 2, share)
     # Of 24 positions of two rows, this rank has 6 to 17; flat rows are 2 * position + row.
     assert divided.position_ids_S.tolist() == list(range(6, 18))
     labels = tokens.of_rows(share.rows(), 24, 2)
