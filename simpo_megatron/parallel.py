@@ -77,7 +77,8 @@ def join(backend: str, timeout_minutes: float) -> None:
     """Join the ranks that were started together, unless this process has.
 
     `RANK`, `WORLD_SIZE`, `MASTER_ADDR` and `MASTER_PORT` come from torchrun. A process without any of them, such as a
-    notebook, is the only rank.
+    notebook, is the only rank. NCCL is told the rank's GPU, so that it makes each group's communicator with the group,
+    where all ranks are at the same place, and not at its first use.
 
     Collectives: the rendezvous, world.
 
@@ -86,15 +87,19 @@ def join(backend: str, timeout_minutes: float) -> None:
     """
     if dist.is_initialized():
         return
+    device = None
     if backend == "nccl":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
     timeout = timedelta(minutes=timeout_minutes)
     if not any(name in os.environ for name in _RENDEZVOUS):
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        dist.init_process_group(
+            backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout, device_id=device
+        )
         return
     _check_environment()
     try:
-        dist.init_process_group(backend, timeout=timeout)
+        dist.init_process_group(backend, timeout=timeout, device_id=device)
     except dist.DistNetworkError as error:
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise ConfigError(
@@ -128,6 +133,9 @@ def initialize(sizes: ParallelSizes, *, backend: str, timeout_minutes: float = 3
             context_parallel_size=sizes.context,
             expert_model_parallel_size=sizes.expert,
             expert_tensor_parallel_size=1,
+            # Nobody here asks for them. Beside eager NCCL communicators each would cost one more split of the world on
+            # the ranks that are no members of it, and none on its members.
+            create_gloo_process_groups=False,
             distributed_timeout_minutes=max(1, round(timeout_minutes)),
         )
     return ParallelGroups(

@@ -1,8 +1,8 @@
 """All changes to modules of megatron-core and torch; `PATCHES` lists each, and no other module makes any.
 
 Most let unmodified megatron-core run without CUDA. On a GPU, `install` changes at most what megatron-core asks of an
-absent Transformer Engine or leaves uncompiled without it, and how torch's Adam is restored. Each patch is as narrow as
-the place it serves.
+absent Transformer Engine or apex, or leaves uncompiled without it, and how torch's Adam is restored. Each patch is as
+narrow as the place it serves.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import torch
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata
 
+from simpo_megatron.loss.products import add_product
 from simpo_megatron.mcore import device
 
 
@@ -116,6 +117,12 @@ PATCHES = {
         "torch's AdamW",
         "the loader drops `step`: it fails on the missing key, or all parameters share one tensor, silently wrong",
     ),
+    "_add_weight_gradients_by_torch": Patch(
+        "megatron.core.tensor_parallel.layers.{fused_weight_gradient_mlp_cuda,_grad_accum_fusion_available}",
+        _ALL,
+        "no apex",
+        "weight gradients are added to `main_grad` in fp32 by a kernel of apex alone, which torch has by now",
+    ),
     "write_checkpoints_in_threads": Patch(
         "megatron.core.dist_checkpointing.strategies.filesystem_async.{mp,_results_queue}",
         _ALL,
@@ -158,6 +165,8 @@ def install() -> None:
         _compile_for_any_length()
     else:
         _run_without_cuda()
+    if not device.has_apex():
+        _add_weight_gradients_by_torch()
     if not device.has_transformer_engine():
         _define_te_general_gemm()
         _recompute_parts_without_transformer_engine()
@@ -333,6 +342,19 @@ def _restore_adam_step_of_the_distributed_optimizer() -> None:
         set_states(self, model_param, tensors)
 
     _replace(optimizer, _set_main_param_and_optimizer_states=set_states_and_step)
+
+
+def _add_weight_gradients_by_torch() -> None:
+    """Let megatron's linear layers add weight gradients by torch's product in the place of apex's kernel."""
+
+    def add(rows: torch.Tensor, gradient: torch.Tensor, main_grad: torch.Tensor) -> None:
+        add_product(main_grad, gradient.t(), rows)
+
+    _replace(
+        importlib.import_module("megatron.core.tensor_parallel.layers"),
+        fused_weight_gradient_mlp_cuda=types.SimpleNamespace(wgrad_gemm_accum_fp32=add, wgrad_gemm_accum_fp16=add),
+        _grad_accum_fusion_available=True,
+    )
 
 
 def write_checkpoints_in_threads() -> None:

@@ -6,12 +6,14 @@ The one module that asks whether CUDA is there; `cpu_patches` makes megatron-cor
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
 
 import torch
 
 from simpo_megatron.config import Machine
 from simpo_megatron.errors import ConfigError
+from simpo_megatron.loss.products import has_wide_products
 
 
 def has_cuda() -> bool:
@@ -86,10 +88,14 @@ def kernels() -> str:
     return f"layers: {layers}, Adam: {optimizer}, grad accumulation fusion: {fusion}"
 
 
+def has_apex() -> bool:
+    """True when NVIDIA's apex brings the kernel that adds weight gradients to `main_grad`."""
+    return importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
+
+
 def fuses_weight_gradients() -> bool:
-    """True when GEMMs add weight gradients to `main_grad` themselves, in fp32: on a GPU with NVIDIA's apex."""
-    layers = importlib.import_module("megatron.core.tensor_parallel.layers")
-    return has_cuda() and bool(layers._grad_accum_fusion_available)
+    """True when GEMMs add weight gradients to `main_grad` themselves, in fp32: on a GPU, by apex or a recent torch."""
+    return has_cuda() and (has_apex() or has_wide_products())
 
 
 def adam() -> type:

@@ -6,6 +6,8 @@ import argparse
 import typing
 from dataclasses import Field, fields
 
+from megatron.core.transformer import TransformerConfig
+
 from simpo_megatron.config.resolving import sequence_multiple
 from simpo_megatron.data import BatchOptions, PairOptions
 from simpo_megatron.errors import ConfigError
@@ -70,6 +72,26 @@ def true_vocab_size(args: argparse.Namespace) -> int:
     from megatron.training import get_tokenizer
 
     return args.vocab_size or get_tokenizer().vocab_size
+
+
+def check_pipeline(config: TransformerConfig) -> None:
+    """Refuses what megatron's pipeline schedules cannot do with microbatches of several lengths.
+
+    Stages then ask each other for shapes, in an order that these settings turn into a circle of waits, or into shapes
+    that the wrong message meets.
+
+    Raises: ConfigError for batched messages under interleaving, or the flush of warm-up messages.
+    """
+    interleaves = config.virtual_pipeline_model_parallel_size is not None
+    for flag, is_set in (
+        ("--no-overlap-p2p-communication", interleaves and config.batch_p2p_comm),
+        ("--overlap-p2p-communication-warmup-flush", config.overlap_p2p_comm_warmup_flush),
+    ):
+        if is_set:
+            raise ConfigError(
+                f"{flag}: found with pipeline stages, expected without, for microbatches differ in length and ranks "
+                "would wait for each other in a circle; leave it out"
+            )
 
 
 def _given(args: argparse.Namespace, section: type) -> dict[str, typing.Any]:

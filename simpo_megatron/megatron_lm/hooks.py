@@ -19,7 +19,7 @@ from simpo_megatron.mcore.architecture import ArchitectureConfig
 from simpo_megatron.mcore.batch import to_microbatch
 from simpo_megatron.mcore.model import PreferenceGPTModel
 from simpo_megatron.mcore.specs import block_spec
-from simpo_megatron.megatron_lm.arguments import objective_of, true_vocab_size
+from simpo_megatron.megatron_lm.arguments import check_pipeline, objective_of, true_vocab_size
 from simpo_megatron.megatron_lm.datasets import Sample
 
 
@@ -41,6 +41,7 @@ def model_provider(
     config = core_transformer_config_from_args(args, ArchitectureConfig)
     # Rows differ in length; Megatron-LM's arguments cannot say so.
     config.variable_seq_lengths = args.pipeline_model_parallel_size > 1
+    check_pipeline(config)
     uses_transformer_engine = args.transformer_impl == "transformer_engine"
     return PreferenceGPTModel(
         config,

@@ -56,6 +56,7 @@ def test_where_cuda_is_there_install_patches_what_an_engine_would_do_and_torchs_
         monkeypatch.setattr(cpu_patches, name, lambda n=name: ran.append(n))
     monkeypatch.setattr(cpu_patches, "_compile_for_any_length", lambda: None)
     monkeypatch.setattr(device, "has_transformer_engine", lambda: has_engine)
+    monkeypatch.setattr(device, "has_apex", lambda: True)
     monkeypatch.setattr(importlib.import_module("megatron.core.optimizer"), "Adam", adam)
     assert cpu_patches.install.__wrapped__() is None
     assert ran == expected

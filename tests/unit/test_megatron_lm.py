@@ -16,7 +16,7 @@ from simpo_megatron.demo import prepare_demo
 from simpo_megatron.errors import ConfigError, DataError
 from simpo_megatron.loss import ResponseTokens
 from simpo_megatron.megatron_lm import add_simpo_args, forward_step, loss_func, pretrain_arguments
-from simpo_megatron.megatron_lm.arguments import batch_options, objective_of, pair_options
+from simpo_megatron.megatron_lm.arguments import batch_options, check_pipeline, objective_of, pair_options
 from simpo_megatron.megatron_lm.datasets import _dataset, _samples
 
 MEGATRON = dict(seq_length=512, micro_batch_size=2, global_batch_size=8, data_parallel_size=2, rampup_batch_size=None)
@@ -56,6 +56,35 @@ def test_batches_that_do_not_divide_are_refused():
         batch_options(parsed(context_parallel_size=2))
     with pytest.raises(ConfigError, match="beta: found -1"):
         objective_of(parsed("--simpo-beta", "-1"))
+
+
+@pytest.mark.parametrize(
+    ("options", "refused"),
+    [
+        ({}, None),
+        ({"virtual_pipeline_model_parallel_size": 2, "overlap_p2p_comm": True, "batch_p2p_comm": False}, None),
+        ({"virtual_pipeline_model_parallel_size": 2}, "--no-overlap-p2p-communication"),
+        (
+            {
+                "virtual_pipeline_model_parallel_size": 2,
+                "overlap_p2p_comm": True,
+                "batch_p2p_comm": False,
+                "overlap_p2p_comm_warmup_flush": True,
+            },
+            "--overlap-p2p-communication-warmup-flush",
+        ),
+    ],
+)
+def test_pipelines_that_would_hang_are_refused(options, refused):
+    from megatron.core.transformer import TransformerConfig
+
+    shape = {"num_layers": 8, "hidden_size": 8, "num_attention_heads": 1, "pipeline_dtype": torch.float32}
+    config = TransformerConfig(**shape, pipeline_model_parallel_size=4, **options)
+    if refused is None:
+        check_pipeline(config)
+    else:
+        with pytest.raises(ConfigError, match=f"^{refused}: found with pipeline stages, expected without"):
+            check_pipeline(config)
 
 
 def test_an_id_inside_the_padding_of_the_vocabulary_is_refused(megatron_args, world_of_one, tmp_path):
