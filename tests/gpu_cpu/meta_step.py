@@ -1,0 +1,176 @@
+"""Training microbatches on the meta device as if it were a GPU; one JSON line a case says what the GPU would be asked.
+
+    meta_step.py FOLDER     FOLDER/job.json: {case: {"model": shape, "options": ..., "stage": ..., "pairs": lengths}}
+
+The model is megatron's own on local layers, under its DDP, the ranks' peers are played by torch's fake backend. What
+makes the host wait for a GPU cannot be done with a tensor of the meta device and raises: item, tolist, bool, nonzero, a
+copy to the CPU. Copies from the host are listed, operations that launch a kernel counted.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import traceback
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from counting import NO_KERNEL
+from torch import Tensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+META = torch.device("meta")
+
+torch.cuda.is_available = lambda: True
+torch.cuda.current_device = lambda: META
+torch.cuda.get_device_capability = lambda *_: (9, 0)
+# A generator of the CPU in the place of CUDA's, whose state the host keeps as well.
+torch.cuda.manual_seed = torch.manual_seed
+torch.cuda.get_rng_state = lambda *_, **__: torch.get_rng_state()
+torch.cuda.set_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
+# Decorators that compile would leave the count to the compiler.
+torch.compile = lambda model=None, **_: model or (lambda function: function)
+
+from simpo_megatron.mcore import cpu_patches, device  # noqa: E402
+
+device.current_device = lambda: META
+cpu_patches.install()
+cpu_patches._replace_random_state()
+
+from transformers import LlamaConfig  # noqa: E402
+
+from simpo_megatron import parallel  # noqa: E402
+from simpo_megatron.config import Config, config_from  # noqa: E402
+from simpo_megatron.data import BatchOptions, PreferenceBatch, TokenizedPair, collate  # noqa: E402
+from simpo_megatron.mcore.batch import Microbatch, to_microbatch  # noqa: E402
+from simpo_megatron.mcore.families import describe_hf_model  # noqa: E402
+from simpo_megatron.mcore.forward_step import ForwardStep  # noqa: E402
+from simpo_megatron.mcore.model import build_model, wrap_in_ddp  # noqa: E402
+from simpo_megatron.parallel import ParallelGroups  # noqa: E402
+
+
+class Asked(TorchDispatchMode):
+    """Lists what comes from the host and counts kernels and collectives, while the context lasts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.copies: list[dict] = []
+        self.operations: Counter[str] = Counter()
+        self.collectives: Counter[str] = Counter()
+
+    def __enter__(self) -> Asked:
+        # What these make of numbers is copied to a GPU, and waited for; the meta device takes none.
+        self._makers = {name: getattr(torch, name) for name in ("tensor", "as_tensor")}
+        for name, maker in self._makers.items():
+            setattr(torch, name, self._noted(maker))
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        for name, maker in self._makers.items():
+            setattr(torch, name, maker)
+
+    def _noted(self, maker: Any) -> Any:
+        def make(*args: Any, **kwargs: Any) -> Tensor:
+            made = maker(*args, **kwargs)
+            if made.is_meta and not (isinstance(args[0], Tensor) and args[0].is_meta):
+                self.copies.append({"where": place(), "shape": list(made.shape), "waits": True})
+            return made
+
+        return make
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        name = func.__name__.removesuffix(".default")
+        kind = name.split(".")[0]
+        inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        if not any(tensor.is_meta for tensor in inputs + outputs):
+            return result
+        # A CPU tensor without dimensions is a number, which a kernel takes as an argument.
+        is_copy = kind in ("_to_copy", "copy_")
+        sent = [x for x in inputs if not x.is_meta and (is_copy or x.dim())]
+        if sent:
+            waits = not ((kwargs or {}).get("non_blocking") or (kind == "copy_" and len(args) > 2 and args[2]))
+            self.copies.append({"where": place(), "shape": list(sent[0].shape), "waits": waits})
+        elif func.namespace == "c10d":
+            self.collectives[name] += 1
+        elif kind not in NO_KERNEL:
+            self.operations[name] += 1
+        return result
+
+
+def place() -> str:
+    """The innermost line of ours or of megatron's that led here."""
+    ours = [f for f in traceback.extract_stack() if "/simpo_megatron/" in f.filename or "/megatron/" in f.filename]
+    return f"{ours[-1].filename.rpartition('/')[2]}:{ours[-1].lineno}" if ours else "elsewhere"
+
+
+def batch_of(lengths: list[list[int]], options: BatchOptions) -> PreferenceBatch:
+    random = np.random.default_rng(0)
+    pairs = [TokenizedPair(*(random.integers(0, 90, size=n).astype(np.int32) for n in pair)) for pair in lengths]
+    return collate(pairs, range(len(pairs)), options)
+
+
+def chunk_of(folder: Path, config: Config, groups: ParallelGroups) -> torch.nn.Module:
+    description = describe_hf_model(folder)
+    (chunk,) = wrap_in_ddp(build_model(description, config, groups), config)
+    return chunk
+
+
+def play(folder: Path, case: dict) -> dict:
+    """What one forward and backward pass of a microbatch asked of a rank of `case`."""
+    LlamaConfig(architectures=["LlamaForCausalLM"], **case["model"]).save_pretrained(folder)
+    config = config_from(model=str(folder), data=("pairs",), **case["options"])
+    sizes, stage = config.parallel.sizes, case.get("stage", 0)
+    # Ranks of one stage stand together.
+    first_of_stage = stage * sizes.tensor * sizes.context
+    dist.init_process_group("fake", store=FakeStore(), rank=first_of_stage, world_size=sizes.model)
+    try:
+        groups = parallel.initialize(sizes, backend="fake")
+        parallel.seed_everything(1)
+        chunk = chunk_of(folder, config, groups)
+        batch = batch_of(case["pairs"], BatchOptions(**case["batch"]))
+        with Asked() as transfer:
+            microbatch = to_microbatch(batch, META, cp_group=groups.cp)
+        with Asked() as forward:
+            output = run(chunk, microbatch, config, is_last=groups.is_last_stage, is_first=groups.is_first_stage)
+        with Asked() as backward:
+            output.backward(torch.empty_like(output))
+        return {
+            "transfers": transfer.copies,
+            "to_microbatch": transfer.operations,
+            "copies": forward.copies + backward.copies,
+            "forward": forward.operations,
+            "backward": backward.operations,
+            "collectives": forward.collectives + backward.collectives,
+            "tokens": batch.num_tokens,
+            "segments": len(microbatch.layout.segments or ()),
+            "kernels": device.kernels(),
+        }
+    finally:
+        parallel.shut_down()
+
+
+def run(chunk: torch.nn.Module, microbatch: Microbatch, config: Config, *, is_last: bool, is_first: bool) -> Tensor:
+    if not is_first:
+        rows, length = microbatch.tokens_BS.shape
+        length //= config.parallel.sizes.tensor if config.parallel.sequence_parallel else 1
+        shape = length, rows, chunk.module.config.hidden_size
+        received = torch.empty(shape, dtype=torch.bfloat16, device=META, requires_grad=True)
+        chunk.module.set_input_tensor(received)
+    step = ForwardStep(objective=config.objective, pairs_per_chosen_token=1.0)
+    output, loss = step(iter([microbatch]), chunk)
+    return loss(output)[0] if is_last else output
+
+
+if __name__ == "__main__":
+    target = Path(sys.argv[1])
+    for name, the_case in json.loads((target / "job.json").read_text()).items():
+        print(json.dumps({"case": name, **play(target / "model", the_case)}), flush=True)
