@@ -273,6 +273,11 @@ class RunConfig:
         None, "Published settings to start from, by the names below.", everyday=True, metavar="NAME"
     )
     seed: int = option(42, "Seed of the order of pairs, new weights and dropout.", everyday=True)
+    deterministic: bool = option(
+        False,
+        "Compute with deterministic algorithms alone, so that a resumed run is that without a stop bit for bit, on a "
+        "GPU too. Slower.",
+    )
     save: str | None = option(
         None,
         "Folder of the run: checkpoints, metrics, report, config.yaml. Nothing is written without it.",

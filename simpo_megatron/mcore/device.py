@@ -5,6 +5,7 @@ The one module that asks whether CUDA is there; `cpu_patches` makes megatron-cor
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import importlib.util
 import os
@@ -36,6 +37,23 @@ def memory_bytes() -> int:
     if has_cuda():
         return torch.cuda.get_device_properties(current_device()).total_memory
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def gpu_architecture() -> tuple[int, int] | None:
+    """The compute capability of the first GPU, as its driver tells it before CUDA has started; None without a GPU."""
+    if torch.version.cuda is None or os.environ.get("CUDA_VISIBLE_DEVICES") == "":
+        return None
+    try:
+        nvml = ctypes.CDLL("libnvidia-ml.so.1")
+    except OSError:
+        return None
+    handle, major, minor = ctypes.c_void_p(), ctypes.c_int(), ctypes.c_int()
+    failed = (
+        nvml.nvmlInit_v2()
+        or nvml.nvmlDeviceGetHandleByIndex_v2(0, ctypes.byref(handle))
+        or nvml.nvmlDeviceGetCudaComputeCapability(handle, ctypes.byref(major), ctypes.byref(minor))
+    )
+    return None if failed else (major.value, minor.value)
 
 
 def is_out_of_memory(error: Exception) -> bool:

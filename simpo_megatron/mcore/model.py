@@ -133,6 +133,7 @@ def transformer_config(description: ModelDescription, config: Config) -> Archite
         # The device would be drained after every message, for a bug of versions of torch before those we run on. The
         # schedule waits for each message by itself, which orders what follows after it.
         batch_p2p_sync=asks_for_shapes,
+        deterministic_mode=config.run.deterministic,
         use_cpu_initialization=not device.has_cuda(),
         perform_initialization=False,
         **precision_options(config.precision),

@@ -12,6 +12,7 @@ from simpo_megatron.data import padding_share
 from simpo_megatron.data.inspect import num_leaked, read_as, summary
 from simpo_megatron.mcore import device
 from simpo_megatron.reporting.loggers import RunLog
+from simpo_megatron.training.environment import prepare_environment
 from simpo_megatron.training.setup import Job
 
 
@@ -22,6 +23,8 @@ def introduce(config: Config, job: Job, notes: Sequence[str], log: RunLog) -> No
         log.say(f"WARNING {warning}")
     for line in (*describe_job(config, job), *notes):
         log.say(line)
+    if variables := prepare_environment(config):
+        log.say("variables " + " ".join(f"{name}={value}" for name, value in variables.items()))
 
 
 def describe_job(config: Config, job: Job) -> list[str]:

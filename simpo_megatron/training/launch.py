@@ -22,6 +22,7 @@ from simpo_megatron.errors import PeerFailedError, SimPOError, report_error, sta
 from simpo_megatron.logs import ignore_known_warnings
 from simpo_megatron.mcore import device
 from simpo_megatron.nemo import load_nemo_command, names_nemo_config
+from simpo_megatron.training.environment import prepare_environment
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -46,13 +47,15 @@ def launch(
         read: from `argv` the configuration, which says how many ranks the job needs, and the job of one rank.
         program: a script, or -m, a module and its first arguments, as torchrun takes them to start further ranks.
     """
-    # CUDA reads it when it starts: megatron-core's tensor parallelism relies on kernels being queued in order.
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-    ignore_known_warnings(has_cuda=device.has_cuda())
     try:
         config, work = read(argv)
         num_ranks = config.parallel.sizes.min_world_size
-        if _world_size() == 1 and num_ranks > 1:
+        starts_ranks = _world_size() == 1 and num_ranks > 1
+        if not starts_ranks:
+            # Before CUDA starts. Ranks would take what this process sets for the user's.
+            prepare_environment(config)
+        ignore_known_warnings(has_cuda=device.has_cuda())
+        if starts_ranks:
             from simpo_megatron.training.setup import plan_run
 
             plan_run(config, num_ranks)

@@ -16,6 +16,7 @@ from simpo_megatron.errors import ConfigError
 from simpo_megatron.logs import logged
 from simpo_megatron.mcore import cpu_patches, device
 from simpo_megatron.training.consistency import check_same, startup_facts
+from simpo_megatron.training.environment import deterministic, prepare_environment
 from simpo_megatron.training.setup import Job, RunPlan, WarmPieces, build_job, plan_run, warm_pieces
 from simpo_megatron.training.watchdog import Watchdog
 
@@ -61,7 +62,8 @@ def open_session(config: Config) -> Iterator[Session]:
     """
     run = config.run
     folder = Path(run.save) / "logs" if run.save is not None and run.log_ranks else None
-    with logged(run.log_level, rank=int(os.environ.get("RANK", 0)), folder=folder):
+    prepare_environment(config)
+    with logged(run.log_level, rank=int(os.environ.get("RANK", 0)), folder=folder), deterministic(config):
         cpu_patches.install()
         faults.arm()
         plan = plan_run(config, _num_ranks(config))

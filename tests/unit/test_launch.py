@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -158,12 +157,17 @@ def test_ranks_that_are_there_are_used(tmp_path, monkeypatch):
     assert [config.parallel.sizes.tensor for config in trained] == [2]
 
 
-@pytest.mark.parametrize("said", [None, "32"])
-def test_megatrons_order_of_kernels_is_asked_for_unless_the_user_asks_otherwise(monkeypatch, said):
-    monkeypatch.setattr(os, "environ", {} if said is None else {"CUDA_DEVICE_MAX_CONNECTIONS": said})
-    monkeypatch.setattr(loop, "train", lambda _: None)
-    assert launch.main([], SCRIPT) == 0
-    assert os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] == (said or "1")
+@pytest.mark.parametrize(("ranks", "expected"), [(1, ["starts"]), (2, ["environment", "cuda", "trains"])])
+def test_variables_are_set_by_a_rank_before_it_asks_for_cuda(monkeypatch, tmp_path, ranks, expected):
+    """What a process that starts ranks sets they would take for the user's."""
+    seen = []
+    monkeypatch.setenv("WORLD_SIZE", str(ranks))
+    monkeypatch.setattr(launch, "prepare_environment", lambda _: seen.append("environment"))
+    monkeypatch.setattr(launch, "ignore_known_warnings", lambda has_cuda: seen.append("cuda") if ranks > 1 else None)
+    monkeypatch.setattr(launch, "_start_local_ranks", lambda *_: seen.append("starts") or 0)
+    monkeypatch.setattr(loop, "train", lambda _: seen.append("trains"))
+    assert launch.main(["--tp", "2", "--data-cache", str(tmp_path)], SCRIPT) == 0
+    assert seen == expected
 
 
 def test_one_rank_alone_is_enough_for_a_layout_of_one(monkeypatch):
