@@ -56,3 +56,13 @@ SHAPES = {
     ),
 }
 """Jinja by shape."""
+
+
+_CALLS = "{% for c in m.tool_calls or [] %}<call>{{ c.function | tojson }}</call>{% endfor %}"
+
+
+def with_tools(template):
+    """The shape with tools in front, calls at the end of turns, and the reasoning that stands beside a text."""
+    template = template.replace("<|im_end|>", _CALLS + "<|im_end|>")
+    template = template.replace("{% set thought = '' %}", "{% set thought = m.reasoning_content or '' %}")
+    return "{% for t in tools or [] %}<tool>{{ t | tojson }}</tool>{% endfor %}" + template

@@ -1,7 +1,5 @@
 """What is trained on is what the template writes, one end token and all, or the pair stands under a reason."""
 
-import random
-
 import pytest
 from chat_templates import SHAPES
 from data_tokenizers import gemma_like, llama_like, qwen_like
@@ -10,7 +8,7 @@ from transformers import PreTrainedTokenizerFast
 
 from simpo_megatron.config.presets import PRESETS
 from simpo_megatron.data import PairOptions
-from simpo_megatron.data.findings import FINDINGS, findings_of_texts
+from simpo_megatron.data.findings import findings_of_texts
 from simpo_megatron.data.records import BadRecord, PreferenceRecord
 from simpo_megatron.data.templates import chat_template_of
 from simpo_megatron.data.tokenization import PairTokenizer, tokenizer_identity
@@ -254,55 +252,3 @@ def test_a_response_behind_a_blank_gets_no_second_one():
         assert tokenizer.decode(joined, clean_up_tokenization_spaces=False) == text
     [result] = PairTokenizer(tokenizer, options).encode([PreferenceRecord("answer: ", "yes?", "no")])
     assert result.notes == ("text_changed_by_tokenizer", "tokenized_apart")[::-1]
-
-
-def conversations(count, seed):
-    """Records of roles, reasoning, blanks and letters of all kinds."""
-    rng = random.Random(seed)
-    words = ["the", "ans", "\u00e9", "\U0001f600", "  ", "\n\n", "A", "12", "<|im_end|>", "<b>", "\u4e2d", "{{ x }}"]
-
-    def text():
-        return "a" + " ".join(rng.choices(words, k=rng.randint(0, 6))) + rng.choice([".", " ", "\n"])
-
-    def answer():
-        thought = rng.choice(["", "", f"<think>\n{text()}\n</think>\n\n", f"<think>{text()}</think>"])
-        return thought + text() + str(rng.random())
-
-    for _ in range(count):
-        turns = [("user", text())]
-        for _ in range(rng.choice([0, 0, 1, 2])):
-            turns += [("assistant", answer()), ("user", text())]
-        if rng.random() < 0.3:
-            turns.insert(0, ("system", text()))
-        prompt = tuple({"role": role, "content": content} for role, content in turns)
-        yield PreferenceRecord(prompt, answer(), answer())
-
-
-# What the findings say is not the template's own rendering.
-NOT_RENDERED = {"reasoning_put_back", "text_changed_by_tokenizer"}
-
-
-def check_shape(shape, count, seed=1):
-    """How many pairs of generated conversations were used; of these, all but a counted few are the template's text."""
-    tokenizer, records = templated(SHAPES[shape]), list(conversations(count, seed))
-    num_used = 0
-    for record, result in zip(records, PairTokenizer(tokenizer, PairOptions(**WIDE)).encode(records), strict=True):
-        if isinstance(result, BadRecord):
-            assert result.reason in ("template_leaves_out", "template_refused", "template_mismatch"), result
-            continue
-        assert set(result.notes) <= set(FINDINGS)
-        num_used += 1
-        if NOT_RENDERED & set(result.notes):
-            continue
-        for response, ids in ((record.chosen, result.pair.chosen_ids), (record.rejected, result.pair.rejected_ids)):
-            messages = [*record.prompt, {"role": "assistant", "content": response}]
-            whole = tokenizer.apply_chat_template(messages, tokenize=False)
-            text = tokenizer.decode([*result.pair.prompt_ids, *ids], clean_up_tokenization_spaces=False)
-            assert whole.startswith(text) and whole[len(text) :].strip() in ("", "<|endoftext|>"), (shape, whole, text)
-            assert text.endswith(("<|im_end|>", "<|endoftext|>"))
-    return num_used
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-def test_decoded_ids_are_the_templates_own_rendering_or_the_pair_stands_under_a_reason(shape):
-    assert check_shape(shape, 250) > 50
