@@ -53,15 +53,16 @@ def export_hf(
     dtype: torch.dtype = torch.bfloat16,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     model_card: str | None = None,
+    chat_template: str | None = None,
     in_place_of: Mapping[Tensor, Tensor] | None = None,
 ) -> None:
     """Write the model as a Hugging Face folder that appears under `out_folder` only when it is whole.
 
     Adapters are merged into what is written, each weight's sum taken in fp32; the model stays as it is.
     Every pipeline stage writes its own files, one tensor in memory at a time. Configuration, tokenizer and
-    chat template come from `source_folder`; `model_card` becomes README.md; `in_place_of` names the tensors to write
-    for some parameters, those kept in FP8. Called on every rank; those that hold a copy of another rank's weights
-    return at once.
+    chat template come from `source_folder`; `chat_template` replaces the latter, `model_card` becomes README.md;
+    `in_place_of` names the tensors to write for some parameters, those kept in FP8. Called on every rank; those that
+    hold a copy of another rank's weights return at once.
 
     Collectives: one gather over tp for every tensor that is cut, one send over ep for every expert that another rank
     holds; a few small objects over tp, pp and ep.
@@ -78,7 +79,7 @@ def export_hf(
     stage_names = set().union(*(_stage_names(chunk, description) for chunk in model_chunks))
 
     def complete(staging: Path, files: Files) -> None:
-        complete_folder(staging, Path(source_folder), description.hf_config, files, model_card)
+        complete_folder(staging, Path(source_folder), description.hf_config, files, model_card, chat_template)
 
     export_tensors(
         owned,

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from simpo_megatron import __version__, atomic
+from simpo_megatron.convert.chat_templates import complete_templates
 from simpo_megatron.convert.files import INDEX_FILE, SINGLE_FILE, TensorSpec
 from simpo_megatron.errors import CheckpointError
 from simpo_megatron.mcore.hf_files import own_file, read_hf_json, without_code
@@ -103,6 +104,7 @@ def complete_folder(
     hf_config: Mapping[str, Any],
     files: Mapping[str, Mapping[str, TensorSpec]],
     model_card: str | None = None,
+    chat_template: str | None = None,
 ) -> None:
     """Write everything beside the weights: the index of `files`, configuration, tokenizer, model card and marker."""
     write_json(staging / "config.json", _with_dtype(hf_config, files))
@@ -110,7 +112,7 @@ def complete_folder(
         weight_map = {name: file for file, specs in files.items() for name in specs}
         num_bytes = sum(spec.num_bytes for specs in files.values() for spec in specs.values())
         write_json(staging / INDEX_FILE, {"metadata": {"total_size": num_bytes}, "weight_map": weight_map})
-    copy_model_files(source_folder, staging)
+    copy_model_files(source_folder, staging, chat_template=chat_template)
     mark(staging, model_card)
 
 
@@ -121,13 +123,17 @@ def mark(staging: Path, model_card: str | None = None) -> None:
     write_json(staging / MARKER_FILE, {"exported_by": "simpo_megatron", "version": __version__})
 
 
-def copy_model_files(source_folder: Path, target: Path, *, flat: bool = False) -> None:
-    """Copy what belongs to a model beside its weights and config.json: tokenizer, chat template, licence.
+def copy_model_files(
+    source_folder: Path, target: Path, *, flat: bool = False, chat_template: str | None = None
+) -> None:
+    """Copy what belongs to a model beside its weights and config.json: tokenizer, chat templates, licence.
 
     Code that comes with a model is not copied, nor what names it.
 
     Args:
-        flat: leave out files of subfolders, as a checkpoint does, whose manifest knows files alone.
+        flat: make no subfolders, as a checkpoint does, whose manifest knows files alone: named templates then stand in
+            tokenizer_config.json, from where an export takes them into files again.
+        chat_template: the one that was trained with, in place of the tokenizer's own; None: its own.
 
     Raises:
         CheckpointError: a file is a link to what is no part of the model.
@@ -142,6 +148,7 @@ def copy_model_files(source_folder: Path, target: Path, *, flat: bool = False) -
             write_json(copy, without_code(content))
         else:
             shutil.copyfile(own, copy)
+    complete_templates(source_folder, target, flat=flat, trained=chat_template)
 
 
 def check_model_files(source_folder: Path) -> None:

@@ -28,6 +28,7 @@ from simpo_megatron.data.dataset import PreferenceDataset, build_preference_data
 from simpo_megatron.data.padding import Shape, heaviest_step, padding_share, plan_tokens, step_shape
 from simpo_megatron.data.pair_options import PairOptions
 from simpo_megatron.data.sources import METRIC_GROUPS, parse_named_sources
+from simpo_megatron.data.templates import chosen_template
 from simpo_megatron.data.tokenization import TokenizedPair, load_tokenizer
 
 __all__ = [
@@ -45,6 +46,7 @@ __all__ = [
     "check_budget",
     "check_global_batch_size",
     "check_vocabulary",
+    "chosen_template",
     "collate",
     "heaviest_step",
     "iterate_steps",

@@ -157,6 +157,18 @@ def chat_template_of(tokenizer: PreTrainedTokenizerBase, options: PairOptions) -
     return ChatTemplate(tokenizer, default, tool_use, arguments, day)
 
 
+def chosen_template(tokenizer: PreTrainedTokenizerBase, options: PairOptions) -> str | None:
+    """Returns the text of the template that `chat_template` chooses; None where it is the tokenizer's own, or none is.
+
+    Without a template, prompts are in the model's format already, so that the tokenizer's own still holds.
+    """
+    if options.chat_template in ("", "none"):
+        return None
+    template = chat_template_of(tokenizer, options)
+    assert template is not None, "one was named"
+    return template.default
+
+
 def bundled_templates() -> dict[str, Path]:
     """Returns the templates that come with the package, by name."""
     return {path.stem: path for path in sorted(BUNDLED.glob("*.jinja"))}

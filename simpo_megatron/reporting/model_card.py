@@ -59,6 +59,7 @@ def model_card(config: Config, out_folder: str | Path, curves: Curves | None, dt
         validation=[] if curves is None else before_and_after(curves.validation),
         last_step=training[0][1][0] if training else None,
         training=[(metric, f"{value:.4f}") for metric, (_, value) in training],
+        chat_template_args=config.pairs.chat_template_args,
         config=to_yaml(config).rstrip(),
     )
 

@@ -232,5 +232,5 @@ def _add_small_files(save: Path, folder: Path, job: Job) -> None:
     """The metrics so far, and what makes a model of the weights: configuration, tokenizer, chat template."""
     if (save / METRICS_FILE).exists():
         shutil.copyfile(save / METRICS_FILE, folder / METRICS_FILE)
-    copy_model_files(job.plan.sources.model, folder, flat=True)
+    copy_model_files(job.plan.sources.model, folder, flat=True, chat_template=job.chat_template)
     write_config(folder, job.plan.description.hf_config)

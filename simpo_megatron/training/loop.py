@@ -275,6 +275,7 @@ def _finish(config: Config, job: Job, log: RunLog) -> None:
             groups=job.trainer.groups,
             dtype=export_dtype(config),
             model_card=model_card(config, config.model.export_hf, curves, export_dtype(config)),
+            chat_template=job.chat_template,
             in_place_of=whole_masters(job.trainer.optimizer),
         )
         log.say(f"model     {config.model.export_hf} (AutoModelForCausalLM loads it)")

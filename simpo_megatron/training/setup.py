@@ -23,6 +23,7 @@ from simpo_megatron.data import (
     build_preference_dataset,
     check_batches,
     check_vocabulary,
+    chosen_template,
     load_tokenizer,
     parse_named_sources,
     split,
@@ -76,6 +77,8 @@ class Job:
     model: list[PreferenceGPTModel]
     trainer: Trainer
     train_iters: int
+    chat_template: str | None = None
+    """The text of the template that pairs were rendered with, where it is not the tokenizer's own."""
     reference_model: str | None = None
     """Fingerprint of the initial model, where the pairs hold what it says of them."""
 
@@ -253,6 +256,7 @@ def build_job(
         model=model,
         trainer=trainer,
         train_iters=train_iters,
+        chat_template=chosen_template(tokenizer, config.pairs),
     )
 
 

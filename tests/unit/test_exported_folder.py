@@ -136,18 +136,6 @@ def test_no_file_of_a_large_model_is_larger_than_5_gb(tmp_path: Path) -> None:
     assert max(sizes) <= 5 * 10**9 and len(sizes) == 30
 
 
-def test_named_templates_go_into_an_export_and_not_into_a_checkpoint_of_plain_files(tmp_path):
-    named = tmp_path / "model" / "additional_chat_templates"
-    named.mkdir(parents=True)
-    (named / "tool_use.jinja").write_text("{{ messages }}")
-    (tmp_path / "model" / "chat_template.jinja").write_text("{{ messages }}")
-    for target, flat, expected in (("export", False, 2), ("checkpoint", True, 1)):
-        (tmp_path / target).mkdir()
-        copy_model_files(tmp_path / "model", tmp_path / target, flat=flat)
-        assert len(list((tmp_path / target).rglob("*.jinja"))) == expected
-    assert all(path.is_file() for path in (tmp_path / "checkpoint").iterdir())
-
-
 @pytest.fixture
 def linked(tmp_path: Path) -> Path:
     """A snapshot of Hugging Face's cache: a folder of links into the blobs beside it."""

@@ -1,0 +1,71 @@
+"""Chat templates beside a model's weights, in the forms that transformers reads: files, or a list in one file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from simpo_megatron.mcore.hf_files import read_hf_json
+
+CONFIG_FILE = "tokenizer_config.json"
+TEMPLATE_FILE = "chat_template.jinja"
+NAMED_FOLDER = "additional_chat_templates"
+
+_CHOSEN_BY_RULE = ("default", "tool_use")
+"""Names that transformers chooses where nobody names a template: the second for conversations with tools."""
+
+
+def complete_templates(source: Path, target: Path, *, flat: bool, trained: str | None) -> None:
+    """Write into `target` the templates that a copy of the files of `source` alone would not leave there.
+
+    Args:
+        flat: `target` holds no subfolders, so that named templates stand in tokenizer_config.json, in a list.
+        trained: the template that takes the place of the one that transformers would choose; None: none does.
+    """
+    templates, in_list = _read(source)
+    wanted = dict(templates)
+    if trained is not None:
+        wanted |= {name: trained for name in _CHOSEN_BY_RULE if name == "default" or name in templates}
+    is_named = len(wanted) > 1
+    # A name is a file's, and the folder may be anybody's.
+    if any(Path(name).name != name for name in wanted):
+        return
+    if wanted != templates or (is_named and flat != in_list):
+        _write(target, wanted, as_list=is_named and flat)
+
+
+def _read(folder: Path) -> tuple[dict[str, str], bool]:
+    """(templates by name, whether a list holds them); as in transformers, files go before tokenizer_config.json."""
+    found = {path.stem: path.read_text(encoding="utf-8") for path in sorted((folder / NAMED_FOLDER).glob("*.jinja"))}
+    if (folder / TEMPLATE_FILE).is_file():
+        found["default"] = (folder / TEMPLATE_FILE).read_text(encoding="utf-8")
+    if found or not (folder / CONFIG_FILE).is_file():
+        return found, False
+    known = read_hf_json(folder, CONFIG_FILE).get("chat_template")
+    if isinstance(known, str):
+        return {"default": known}, False
+    items = known if isinstance(known, list) else []
+    return {str(item["name"]): str(item["template"]) for item in items if _is_template(item)}, bool(items)
+
+
+def _is_template(item: Any) -> bool:
+    return isinstance(item, Mapping) and {"name", "template"} <= item.keys()
+
+
+def _write(folder: Path, templates: Mapping[str, str], *, as_list: bool) -> None:
+    config = read_hf_json(folder, CONFIG_FILE) if (folder / CONFIG_FILE).is_file() else {}
+    before = dict(config)
+    config.pop("chat_template", None)
+    if as_list:
+        (folder / TEMPLATE_FILE).unlink(missing_ok=True)
+        config["chat_template"] = [{"name": name, "template": text} for name, text in templates.items()]
+    else:
+        for name, text in templates.items():
+            path = folder / (TEMPLATE_FILE if name == "default" else f"{NAMED_FOLDER}/{name}.jinja")
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+    if config != before:
+        text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False)
+        (folder / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
