@@ -209,7 +209,10 @@ def runs(request, tmp_path_factory):
     # Experts one by one: a grouped product has no float64.
     model = AutoModelForCausalLM.from_config(config, experts_implementation="eager")
     model.save_pretrained(folder / "model")
-    pairs = with_context(random_pairs(3 * BATCH + 1))
+    pairs = random_pairs(3 * BATCH + 1)
+    if config.num_hidden_layers == TINY["num_hidden_layers"]:
+        # In deeper models Adam's first steps blow up the roundings of so few tokens (3e-5 after seven steps).
+        pairs = with_context(pairs)
     chosen = {name: LAYOUTS[name] for name in names}
     job = dict(
         model=str(folder / "model"),
