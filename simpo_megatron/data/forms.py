@@ -19,6 +19,24 @@ MORE_COMPLETIONS = "more_than_two_completions"
 
 _PROMPT_COLUMNS = ("prompt", "question", "instruction", "query", "context", "input")
 _SCORES = ("score", "reward", "rating")
+_SCORE_KEYS = ("chosen_{}", "chosen-{}", "{}_chosen")
+
+READ_COLUMNS = frozenset(
+    {
+        *("chosen", "rejected", "chosen_response", "rejected_response", "completions", "completion"),
+        *("response1", "response2", "overall_preference", "label", "kto_tag"),
+        *(*_PROMPT_COLUMNS, *CONVERSATION_COLUMNS, *SYSTEM_COLUMNS, *MEDIA_COLUMNS, "history", "tools"),
+        *("margin", "rating"),
+        *(
+            pattern.format(score).replace("chosen", side)
+            for pattern in _SCORE_KEYS
+            for score in _SCORES
+            for side in ("chosen", "rejected")
+        ),
+    }
+)
+"""Names of all columns that some form of rows reads."""
+
 _TEXT = re.compile(r"\S\s+\S")
 
 
@@ -167,7 +185,7 @@ def _score_gap(columns: Columns) -> float:
     if not any("score" in key or "reward" in key or "rating" in key or key == "margin" for key in row):
         return math.nan
     for name in _SCORES:
-        for pattern in ("chosen_{}", "chosen-{}", "{}_chosen"):
+        for pattern in _SCORE_KEYS:
             keys = [pattern.format(name), pattern.replace("chosen", "rejected").format(name)]
             found = [_number(row.get(key)) for key in keys]
             if not any(map(math.isnan, found)):

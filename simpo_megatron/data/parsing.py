@@ -1,6 +1,8 @@
 """JSON of preference files: one object of a line, refused with a reason where it is not one."""
 
 import json
+from collections import Counter
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
 
@@ -11,6 +13,13 @@ class BadRecord(Exception):
         super().__init__(reason, detail)
         self.reason = reason
         self.detail = detail
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """A cell of a table that has no value in Python."""
+
+    why: str
 
 
 def parse_json(raw: bytes, last_line: bool = False) -> dict:
@@ -63,8 +72,7 @@ def _parse(text: str, reason: str) -> Any:
 def _unique_keys(pairs: list[tuple]) -> dict:
     row = dict(pairs)
     if len(row) != len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
+        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
         raise BadRecord("duplicate_key", f"the key {twice!r} stands twice in one object")
     return row
 
@@ -77,4 +85,7 @@ def kind_of(value: object) -> str:
     """Returns what a value of JSON is, in words."""
     if value is None:
         return "null"
-    return {str: "a string", list: "a list", dict: "an object", bool: "a boolean"}.get(type(value), "a number")
+    if isinstance(value, Unreadable):
+        return f"an unreadable value ({value.why})"
+    names = {str: "a string", list: "a list", dict: "an object", bool: "a boolean", int: "a number", float: "a number"}
+    return names.get(type(value), f"a value of type {type(value).__name__}")

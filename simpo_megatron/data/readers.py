@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import csv
 import io
-import itertools
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from simpo_megatron.data.column_files import arrow_rows, parquet_rows, without_nulls
 from simpo_megatron.data.pair_options import PairOptions
 from simpo_megatron.data.parsing import BadRecord, parse_json, parse_json_array
 from simpo_megatron.data.shards import HF_PREFIX, HUB_PREFIX, files_of, is_on_hub, plain_name
@@ -42,19 +42,20 @@ def read_raw(path: str, options: PairOptions) -> Iterator[RawRecord]:
         elif os.path.isdir(file):
             yield from _read_saved_dataset(file)
         else:
-            yield from _read_file(file, options.max_record_bytes)
+            yield from _read_file(file, options)
 
 
-def _read_file(path: str, max_bytes: int) -> Iterator[RawRecord]:
+def _read_file(path: str, options: PairOptions) -> Iterator[RawRecord]:
+    max_bytes = options.max_record_bytes
     with open(path, "rb") as file:
         head = file.read(64)
     name = plain_name(path)
     if head.startswith(b"version https://git-lfs"):
         raise DataError(f"{path}: found a pointer of Git LFS, expected the file itself; run git lfs pull")
     if head.startswith(b"PAR1"):
-        return _read_parquet(path)
+        return _numbered(parquet_rows(path, options))
     if head.startswith(b"ARROW1") or name.endswith(".arrow"):
-        return _read_arrow(path)
+        return _numbered(arrow_rows(path, options))
     lines = _first_lines(path, max_bytes)
     first = next((line for line in lines if line.strip()), b"").lstrip()
     if any(map(_is_object, lines)):
@@ -66,7 +67,7 @@ def _read_file(path: str, max_bytes: int) -> Iterator[RawRecord]:
     if name.endswith((".jsonl", ".ndjson")):
         return _read_lines(path, max_bytes)
     if name.endswith(".parquet"):
-        return _read_parquet(path)
+        return _numbered(parquet_rows(path, options))
     raise DataError(
         f"{path}: found another kind of file, expected JSON lines, a list in JSON, CSV, TSV, parquet or arrow"
     )
@@ -175,35 +176,6 @@ def _csv_row(header: list[str], cells: list[str]) -> dict | BadRecord:
     return dict(zip(header, cells, strict=True))
 
 
-def _read_parquet(path: str) -> Iterator[RawRecord]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        batches = pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=256)
-        yield from _numbered(row for batch in batches for row in batch.to_pylist())
-    except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"{path}: found {str(error).splitlines()[0]!r}, expected a readable parquet file") from None
-
-
-def _read_arrow(path: str) -> Iterator[RawRecord]:
-    import pyarrow
-
-    try:
-        with open(path, "rb") as file:
-            is_file = file.read(6) == b"ARROW1"
-        with pyarrow.memory_map(path) as mapped:
-            reader: Any
-            if is_file:
-                reader = pyarrow.ipc.open_file(mapped)
-                batches = (reader.get_batch(number) for number in range(reader.num_record_batches))
-            else:
-                batches = iter(pyarrow.ipc.open_stream(mapped))
-            yield from _numbered(row for batch in batches for row in batch.to_pylist())
-    except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"{path}: found {str(error).splitlines()[0]!r}, expected a readable arrow file") from None
-
-
 def _read_saved_dataset(path: str) -> Iterator[RawRecord]:
     import datasets
 
@@ -235,15 +207,7 @@ def _read_hub(path: str) -> Iterator[RawRecord]:
     yield from _numbered(loaded)
 
 
-def _numbered(rows: Iterable[Any]) -> Iterator[RawRecord]:
+def _numbered(rows: Iterable[dict[str, Any]]) -> Iterator[RawRecord]:
     """Yields rows of a table, counted from 1, without the nulls that fill what other rows' objects have."""
-    for number, row in zip(itertools.count(1), rows, strict=False):
-        yield RawRecord(number, {key: _without_nulls(value) for key, value in row.items()})
-
-
-def _without_nulls(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
-    if isinstance(value, list):
-        return [_without_nulls(item) for item in value]
-    return value
+    for number, row in enumerate(rows, start=1):
+        yield RawRecord(number, {key: without_nulls(value) for key, value in row.items()})

@@ -373,7 +373,7 @@ def _parse_index(index: bytes) -> tuple[np.ndarray, np.ndarray]:
 
 def _prompt_key(record: PreferenceRecord) -> int:
     prompt = record.prompt if not record.tools else (record.prompt, record.tools)
-    text = prompt if isinstance(prompt, str) else json.dumps(prompt)
+    text = prompt if isinstance(prompt, str) else json.dumps(prompt, default=str)
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 

@@ -299,3 +299,12 @@ def test_validation_files_without_a_name_are_one_set():
 def test_an_error_of_json_on_the_last_line_with_a_newline_is_not_called_truncated():
     with pytest.raises(BadRecord, match="bad_json"):
         parse_json(b"{\n", last_line=False)
+
+
+def test_a_key_that_stands_twice_among_many_is_found_in_one_pass():
+    keys = [f"k{number}" for number in range(100_000)]
+    row = "{" + ", ".join(f'"{key}": 1' for key in [*keys, keys[-1]]) + "}"
+    started = time.process_time()
+    with pytest.raises(BadRecord, match="k99999"):
+        parse_json(row.encode())
+    assert time.process_time() - started < 5
