@@ -50,7 +50,8 @@ demo: $(VENV)/.ready
 
 # Two learning rates by three betas on the bundled pairs: runs/demo-sweep/sweep.html tells which is better.
 demo-sweep: $(VENV)/.ready-sweep
-	@$(BIN)/simpo sweep --preset demo --sweep lr=3e-4,1e-3 beta=1,2,10 --epochs 1 --log-interval 12 --save runs/demo-sweep $(ARGS)
+	@$(BIN)/simpo sweep --preset demo --sweep lr=1e-4,1e-3 beta=1,2,10 --train-iters 16 \
+	  --save runs/demo-sweep $(ARGS)
 
 demo-smollm2: $(VENV)/.ready-gguf
 	@echo "== the model: $(SMOLLM2)"

@@ -13,6 +13,8 @@ from simpo_megatron.errors import ConfigError, report_error
 COMMANDS = {
     "train": "train a model on preference pairs",
     "sweep": "train many settings on the same ranks, and tell which is better",
+    "generate": "let a model answer prompts",
+    "pairs": "make preference pairs of a model's own answers",
     "plan": "find a layout that fits GPUs: memory, speed, how to start it",
     "inspect": "see what would be trained on, and what is wrong with it",
     "convert": "Hugging Face folder to Megatron checkpoint, and back",

@@ -23,7 +23,7 @@ class ValidationPairs:
     fingerprint: str
     """Changes with any token of the pairs."""
     lengths: np.ndarray
-    """int32 [P, 3]: tokens of prompt, chosen and rejected."""
+    """int [P, 2]: tokens of chosen and rejected that the assistant wrote."""
     before: np.ndarray | None
     """float32 [P, 2]: average log-probs of chosen and rejected, nats per token; None where step 0 was not evaluated."""
     after: np.ndarray
@@ -39,7 +39,7 @@ def keep_validation_pairs(run_folder: Path, iteration: int, averages: np.ndarray
     path = run_folder / VALIDATION_PAIRS_FILE
     arrays: dict[str, Any] = {
         "fingerprint": np.array(dataset.fingerprint),
-        "lengths": dataset.lengths,
+        "lengths": dataset.counted,
         "after": averages,
         "iteration": np.array(iteration),
     }

@@ -45,7 +45,7 @@ class Evidence:
     @property
     def length_correlation(self) -> float:
         """Pearson's correlation of the responses' log-probs with their lengths, after the run; 0 where none varies."""
-        return _correlation(self.pairs.lengths[:, 1:], self.pairs.after)
+        return _correlation(self.pairs.lengths, self.pairs.after)
 
     @property
     def findings(self) -> tuple[str, ...]:
@@ -55,7 +55,7 @@ class Evidence:
         if moved is not None and limit is not None and not moved >= -limit:
             found.append(f"chosen responses moved by {moved:+.2f} nats per token (max_displacement {limit:g})")
         limit, now = limits.max_length_correlation, self.length_correlation
-        before = 0.0 if self.pairs.before is None else _correlation(self.pairs.lengths[:, 1:], self.pairs.before)
+        before = 0.0 if self.pairs.before is None else _correlation(self.pairs.lengths, self.pairs.before)
         # What the model brought along is none of the run's doing.
         if limit is not None and abs(now) > max(limit, abs(before)):
             found.append(f"log-probs go with lengths, correlation {now:+.2f} (max_length_correlation {limit:g})")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -68,7 +68,7 @@ class Sweep:
             **_OF_NO_TRIAL,
             **point.options,
             "save": self.folder / point.folder,
-            "data_cache": self.base.data.data_cache or self.folder / "cache",
+            "data_cache": self.base.data.data_cache,
         }
         if train_iters is not None:
             options["train_iters"] = train_iters
@@ -95,6 +95,8 @@ def read_sweep(
     every = of_file | parse_axes(axes)
     check_axes(every)
     require(base.run.save is not None, "save", None, "a folder for the sweep; add --save DIR")
+    cache = base.data.data_cache or f"{base.run.save}/cache"
+    base = replace(base, data=replace(base.data, data_cache=cache))
     sweep = Sweep(argv=tuple(argv), axes=every, base=base, order=order, halving=halving, keep=keep, shared=shared)
     _check(sweep)
     for point in grid(every):

@@ -19,10 +19,11 @@ import torch.distributed as dist
 from simpo_megatron.checkpoint import manifest
 from simpo_megatron.config import Config
 from simpo_megatron.data.batching import step_pairs
+from simpo_megatron.data.ngrams import repetition
 from simpo_megatron.errors import ConfigError, StoppedByMonitor
 from simpo_megatron.ranks import sync_status
 from simpo_megatron.reporting.loggers import EVALUATION_PREFIX, RunLog
-from simpo_megatron.training.repetition import first_prompts, greedy_samples, repetition
+from simpo_megatron.training.repetition import first_prompts, greedy_samples
 from simpo_megatron.training.resume import Start
 from simpo_megatron.training.setup import Job
 

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from simpo_megatron.atomic import new_file
-from simpo_megatron.checkpoint import manifest
+from simpo_megatron.checkpoint.fingerprint import model_fingerprint
 from simpo_megatron.checkpoint.initial_weights import fill_weights
 from simpo_megatron.config import Config
 from simpo_megatron.data import PreferenceDataset
@@ -34,7 +34,6 @@ from simpo_megatron.training.setup import Job, cache_folder
 from simpo_megatron.training.step import Trainer, run_microbatches
 
 FORMAT_VERSION = 1
-_SAMPLES_A_FILE, _SAMPLE_BYTES = 256, 1 << 16
 _SECONDS_BETWEEN_LINES = 30.0
 
 
@@ -117,27 +116,6 @@ def _with_progress(plans: Sequence[StepPlan], num_pairs: int) -> Iterator[StepPl
             last = time.monotonic()
         yield plan
         done += sum(len(microbatch) for rank in plan for microbatch in rank)
-
-
-def model_fingerprint(folder: Path) -> str:
-    """Hex digits that differ when config.json or the weights in `folder` differ.
-
-    Of a large file, 256 pieces spread over it are read: training moves every weight, and reading all of them takes
-    minutes.
-    """
-    digest = hashlib.sha256((folder / "config.json").read_bytes())
-    # The record of a checkpoint holds the hashes of its files.
-    for path in sorted([*folder.glob("*.safetensors"), *folder.glob(manifest.RECORD_FILE)]):
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size}".encode())
-        with path.open("rb") as file:
-            if size <= _SAMPLES_A_FILE * _SAMPLE_BYTES:
-                digest.update(file.read())
-                continue
-            for start in np.linspace(0, size - _SAMPLE_BYTES, _SAMPLES_A_FILE).astype(int):
-                file.seek(start)
-                digest.update(file.read(_SAMPLE_BYTES))
-    return digest.hexdigest()
 
 
 def _load_initial_weights(job: Job) -> None:

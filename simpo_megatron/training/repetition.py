@@ -23,17 +23,7 @@ from simpo_megatron.parallel import ParallelGroups
 from simpo_megatron.ranks import raise_on_all_ranks
 from simpo_megatron.training.step import Trainer, run_schedule
 
-NUM_GRAM = 4
 _MAX_PROMPT_TOKENS = 256
-
-
-def repetition(ids: Sequence[int]) -> float:
-    """Share of the 4-grams of `ids` that occurred in them before; 0 for fewer than four ids.
-
-    Source: seq-rep-4 of arXiv 1908.04319.
-    """
-    grams = [tuple(ids[start : start + NUM_GRAM]) for start in range(len(ids) - NUM_GRAM + 1)]
-    return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
 @dataclass(frozen=True)

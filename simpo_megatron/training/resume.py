@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 from simpo_megatron.atomic import move_aside, write_text
 from simpo_megatron.checkpoint import manifest
+from simpo_megatron.checkpoint.fingerprint import model_fingerprint
 from simpo_megatron.checkpoint.manifest import Checkpoint, as_json, model_facts
 from simpo_megatron.checkpoint.run_lock import check_same_folder, lock
 from simpo_megatron.checkpoint.sharded_state import read_state
@@ -27,7 +28,6 @@ from simpo_megatron.data.tokenization import tokenizer_identity
 from simpo_megatron.errors import CheckpointError, listed
 from simpo_megatron.ranks import gather_or_raise, raise_on_all_ranks
 from simpo_megatron.reporting.loggers import METRICS_FILE
-from simpo_megatron.training.reference import model_fingerprint
 from simpo_megatron.training.setup import Job
 
 _NEVER_CHANGES = ("model", "precision")

@@ -108,3 +108,31 @@ def test_a_trial_that_diverges_is_recorded_and_the_sweep_goes_on(swept):
     assert len(found["settings"][0]["accuracies"]) == 2
     counts = json.loads((sweep / "optimizers.json").read_text())
     assert len(counts) == 4 and len(set(counts)) == 1, "moments of earlier trials are gone"
+
+
+def test_a_sweep_that_was_stopped_goes_on_in_the_trial_that_was_broken(inputs, tmp_path, monkeypatch, capfd):
+    """One rank, in this process: a signal comes in the second step of the second of three trials."""
+    from simpo_megatron.errors import StoppedBySignal
+    from simpo_megatron.sweep.driver import run_sweep
+    from simpo_megatron.sweep.request import read_sweep
+
+    sweep = read_sweep([*inputs, "--fp32", "--save", str(tmp_path)], ["beta=1,2,4"], keep=1)
+    monkeypatch.setenv("SIMPO_FAULT", f"step@{NUM_STEPS + 2}:0:sigterm")
+    with pytest.raises(StoppedBySignal, match="the same command continues from there"):
+        run_sweep(sweep)
+    first = (tmp_path / "beta=1" / "metrics.jsonl").stat().st_mtime_ns
+    assert not (tmp_path / "beta=2" / "trial.json").exists()
+    monkeypatch.delenv("SIMPO_FAULT")
+    capfd.readouterr()
+    run_sweep(sweep)
+    printed = capfd.readouterr().out
+    assert "trial     2 of 3: beta=2" in printed and f"beta=2/iter_{2:07}: step 2" in printed
+    assert (tmp_path / "beta=1" / "metrics.jsonl").stat().st_mtime_ns == first, "a finished trial is not touched"
+    steps = [line["iteration"] for line in records(tmp_path / "beta=2") if "loss" in line]
+    assert steps == list(range(1, NUM_STEPS + 1))
+    best = json.loads((tmp_path / "sweep.json").read_text())["best"]
+    with_checkpoints = {path.parent.name for path in tmp_path.glob("*/iter_*")}
+    assert with_checkpoints == {best}, "--keep 1"
+    assert f"{best} is the best of 3" in printed
+    run_sweep(sweep)
+    assert "trial     " not in capfd.readouterr().out, "nothing is left to do"

@@ -63,6 +63,7 @@ MAY_IMPORT = {
         "reporting",
         "training",
     },
+    "generation": {"errors", "atomic", "data", "mcore", "checkpoint"},
     "offline": {"errors", "logs", "data", "parallel", "config", "mcore", "convert", "checkpoint", "reporting"},
     "commands": {
         "errors",
@@ -77,6 +78,7 @@ MAY_IMPORT = {
         "planning",
         "training",
         "sweep",
+        "generation",
         "offline",
     },
     "cli": {"errors"},

@@ -7,8 +7,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from simpo_megatron.checkpoint.fingerprint import model_fingerprint
 from simpo_megatron.errors import DataError
-from simpo_megatron.training.reference import _read, _write, model_fingerprint
+from simpo_megatron.training.reference import _read, _write
 
 
 @pytest.fixture

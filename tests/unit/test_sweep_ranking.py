@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from simpo_megatron.config import config_from
+from simpo_megatron.commands import report
+from simpo_megatron.config import config_from, to_yaml
 from simpo_megatron.errors import ConfigError
-from simpo_megatron.reporting.validation_pairs import ValidationPairs
+from simpo_megatron.reporting.validation_pairs import (
+    VALIDATION_PAIRS_FILE,
+    ValidationPairs,
+    keep_validation_pairs,
+    read_validation_pairs,
+)
 from simpo_megatron.sweep.comparison import compare
 from simpo_megatron.sweep.evidence import Evidence
 from simpo_megatron.sweep.page import as_json, lines, page
@@ -97,7 +105,7 @@ def test_seeds_that_disagree_widen_what_chance_explains():
 def evidence(name, after, before=None, lengths=None, repetition=None, fingerprint="a", **options):
     count = len(after)
     draw = np.random.default_rng(0)
-    lengths = draw.integers(1, 50, (count, 3)).astype(np.int32) if lengths is None else lengths
+    lengths = draw.integers(1, 50, (count, 2)).astype(np.int32) if lengths is None else lengths
     pairs = ValidationPairs(fingerprint, lengths, before, after.astype(np.float32), 8)
     config = config_from(model="m", data=("d",), **options)
     return Evidence(Path("runs") / name, config, pairs, repetition)
@@ -113,7 +121,7 @@ def log_probs(accuracy, chosen=-1.0, count=200):
 
 def test_what_displaces_the_chosen_repeats_or_goes_by_length_is_ruled_out():
     before = log_probs(0.5).astype(np.float32)
-    lengths = np.stack([np.full(200, 5), *(np.arange(200) + [[1], [1]])], axis=1).astype(np.int32)
+    lengths = np.stack([np.arange(200) + 1, np.arange(200) + 1], axis=1).astype(np.int32)
     by_length = log_probs(0.97) - 0.02 * (np.arange(200)[:, None] - 100)
     runs = {
         "good": evidence("good", log_probs(0.8), before, beta=2.0),
@@ -164,3 +172,32 @@ def test_other_pairs_are_refused():
     runs = {name: (evidence(name, log_probs(0.6), fingerprint=name),) for name in "ab"}
     with pytest.raises(ConfigError, match="found other validation pairs than in runs/a"):
         compare(runs)
+
+
+def write_run(folder, after, **options):
+    """The folder of a run that was evaluated at step 0 and at step 8."""
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(to_yaml(config_from(model="m", data=("d",), **options)))
+    (folder / "metrics.jsonl").write_text(json.dumps({"iteration": 8, "eval/loss": 1.0}) + "\n")
+    pairs = SimpleNamespace(fingerprint="a", counted=np.tile(np.int32([[9, 7]]), (200, 1)))
+    for iteration, averages in ((0, log_probs(0.5)), (4, log_probs(0.6)), (8, after)):
+        keep_validation_pairs(folder, iteration, averages.astype(np.float32), pairs)
+    return folder
+
+
+def test_runs_are_compared_on_the_command_line(tmp_path, capsys):
+    good = write_run(tmp_path / "x" / "good", log_probs(0.9), beta=2.0)
+    bad = write_run(tmp_path / "y" / "bad", log_probs(0.6), objective="dpo")
+    assert report.main([str(bad), str(good)]) == 0
+    *_, headline, page_path = capsys.readouterr().out.splitlines()
+    assert headline.startswith("x/good is the best of 2: 90.0% of 200") and "No other is level with it" in headline
+    assert page_path == str(tmp_path / "comparison.html") and "x/good" in Path(page_path).read_text()
+    kept = read_validation_pairs(good)
+    assert kept.iteration == 8 and np.array_equal(kept.before, log_probs(0.5).astype(np.float32))
+
+    (bad / VALIDATION_PAIRS_FILE).write_bytes(b"no")
+    assert report.main([str(bad), str(good)]) == 2
+    (bad / VALIDATION_PAIRS_FILE).unlink()
+    assert report.main([str(bad), str(good)]) == 2
+    damaged, missing = capsys.readouterr().err.splitlines()
+    assert "validation_pairs.npz: cannot be read" in damaged and "run it again with --valid-data" in missing

@@ -1,0 +1,92 @@
+"""Lets a model answer the prompts of a file, by its own chat template and stop ids, and keeps how it was done.
+
+simpo generate --model DIR --prompts prompts.jsonl --out answers/mine
+simpo generate --model NAME --url http://host:8000/v1 --prompts questions.jsonl --out answers/mine
+simpo generate --model DIR --prompts pairs.jsonl --samples 5 --temperature 0.8 --out answers/policy
+
+--model is a Hugging Face folder, which transformers runs in this process; with --url it is the name of a model behind
+any server that speaks OpenAI's protocol, such as `vllm serve DIR` in an environment of its own. Prompts have an id and
+messages, turns, or text; those of preference pairs serve too. The same command goes on where it was stopped, and one
+with other settings is refused.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from simpo_megatron.commands.parsing import CommandParser
+from simpo_megatron.errors import ConfigError, SimPOError, report_error
+from simpo_megatron.generation.answering import Decoding, answer_prompts
+from simpo_megatron.generation.engines import Engine, ServerEngine, TransformersEngine
+from simpo_megatron.generation.server import ChatServer
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def parse_arguments(argv: Sequence[str], prog: str) -> argparse.Namespace:
+    """The command line."""
+    parser = CommandParser(prog, __doc__)
+    parser.add_argument(
+        "--model", required=True, metavar="DIR", help="Hugging Face folder; with --url the model's name"
+    )
+    parser.add_argument("--prompts", required=True, type=Path, metavar="FILE", help="JSON Lines or a JSON list")
+    parser.add_argument(
+        "--out", required=True, type=Path, metavar="DIR", help="folder of answers.jsonl, generation.json"
+    )
+    parser.add_argument("--url", metavar="URL", help="a server that speaks OpenAI's protocol, as http://host:8000/v1")
+    parser.add_argument("--at-once", type=int, default=16, metavar="N", help="requests at a time to it, default 16")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="auto", help="of the folder's model; auto is as it is stored"
+    )
+    parser.add_argument("--max-new-tokens", type=int, default=1024, metavar="N", help="of an answer, default 1024")
+    parser.add_argument("--temperature", type=float, default=0.0, metavar="X", help="default 0, which is greedy")
+    parser.add_argument(
+        "--temperature-of",
+        nargs="+",
+        default=[],
+        metavar="CATEGORY=X",
+        help="of prompts by their category, as MT-Bench has it: writing=0.7 roleplay=0.7 stem=0.1 humanities=0.1",
+    )
+    parser.add_argument("--samples", type=int, default=1, metavar="K", help="answers for each prompt, default 1")
+    parser.add_argument("--seed", type=int, default=42, metavar="N", help="of sampling, default 42")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str], prog: str = "simpo generate") -> int:
+    """The exit code: 0 when every prompt is answered, else that of the error, which is printed."""
+    arguments = parse_arguments(argv, prog)
+    try:
+        decoding = Decoding(
+            max_new_tokens=arguments.max_new_tokens,
+            temperature=arguments.temperature,
+            temperatures=dict(map(_temperature, arguments.temperature_of)),
+            seed=arguments.seed,
+            num_samples=arguments.samples,
+        )
+        for line in answer_prompts(_engine(arguments), arguments.prompts, arguments.out, decoding):
+            print(line, flush=True)
+    except SimPOError as error:
+        return report_error(error)
+    return 0
+
+
+def _engine(arguments: argparse.Namespace) -> Engine:
+    if arguments.url is not None:
+        return ServerEngine(ChatServer(arguments.url, arguments.model), max(1, arguments.at_once))
+    folder = Path(arguments.model)
+    if not (folder / "config.json").is_file() or not any(folder.glob("*.safetensors")):
+        raise ConfigError(
+            f"model: found {folder}, expected a Hugging Face folder with weights; of a run it is made by "
+            f"simpo convert mcore-to-hf {folder} OUT"
+        )
+    return TransformersEngine(folder, dtype=arguments.dtype)
+
+
+def _temperature(text: str) -> tuple[str, float]:
+    category, _, value = text.partition("=")
+    try:
+        return category, float(value)
+    except ValueError:
+        raise ConfigError(f"temperature_of: found {text[:60]!r}, expected CATEGORY=X, as in writing=0.7") from None

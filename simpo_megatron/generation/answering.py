@@ -1,0 +1,135 @@
+"""Answers to the prompts of a file, in a folder that says how they were made."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from simpo_megatron.data.ngrams import repetition
+from simpo_megatron.errors import require
+from simpo_megatron.generation.engines import Completion, Engine
+from simpo_megatron.generation.lines import append, appending, held_folder, keep_settings, read_lines, write_record
+from simpo_megatron.generation.prompts import PromptItem, read_prompts
+
+ANSWERS_FILE, RECORD_FILE = "answers.jsonl", "generation.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decoding:
+    """The settings of decoding, the same for every prompt but for its category's temperature."""
+
+    max_new_tokens: int = 1024
+    temperature: float = 0.0
+    temperatures: Mapping[str, float] = field(default_factory=dict)
+    """Of prompts by their category."""
+    seed: int = 42
+    num_samples: int = 1
+    """Answers for each prompt."""
+
+    def __post_init__(self) -> None:
+        require(self.max_new_tokens > 0, "max_new_tokens", self.max_new_tokens, "a number above 0")
+        require(self.num_samples > 0, "samples", self.num_samples, "a number above 0")
+        for temperature in (self.temperature, *self.temperatures.values()):
+            require(temperature >= 0, "temperature", temperature, "a number not below 0; 0 is greedy")
+        all_greedy = self.num_samples > 1 and min((self.temperature, *self.temperatures.values())) == 0
+        require(not all_greedy, "samples", self.num_samples, "1 at temperature 0, where all are the same")
+
+    def temperature_of(self, item: PromptItem) -> float:
+        return self.temperatures.get(item.category or "", self.temperature)
+
+    def seed_of(self, item: PromptItem, sample: int) -> int:
+        """The seed of one answer, whichever others are made before it."""
+        digest = hashlib.sha256(f"{self.seed} {sample} {item.id}".encode()).digest()
+        return int.from_bytes(digest[:4], "little") >> 1
+
+
+def answer_prompts(engine: Engine, prompts: Path, folder: Path, decoding: Decoding) -> Iterator[str]:
+    """Answer the prompts that `folder` has no answer to yet, and write a line for each; yields lines that say so.
+
+    `answers.jsonl` has for each prompt and sample its id, the whole conversation, the answers in it, their tokens,
+    whether one was cut, temperature and seed. `generation.json` says how all of them were made, and what they are like.
+
+    Raises:
+        ConfigError: the folder was begun with other settings, or is another process's.
+        DataError: a prompt cannot be rendered with one BOS, or leaves no room for an answer.
+    """
+    items = read_prompts(prompts)
+    with held_folder(folder):
+        settings = {
+            **engine.identity(),
+            **vars(decoding),
+            "temperatures": dict(decoding.temperatures),
+            "prompts": hashlib.sha256(prompts.read_bytes()).hexdigest(),
+            "first_prompt": engine.rendered(items[0].messages),
+        }
+        keep_settings(folder / RECORD_FILE, settings)
+        known = {(row["id"], row["sample"]) for row in read_lines(folder / ANSWERS_FILE)}
+        asked = [(item, sample) for item in items for sample in range(decoding.num_samples)]
+        left = [(item, sample) for item, sample in asked if (item.id, sample) not in known]
+        if len(left) < len(asked):
+            yield f"resume    {len(asked) - len(left):,} of {len(asked):,} answers are there already"
+        _answer(engine, left, decoding, folder / ANSWERS_FILE)
+        summary = summarize(read_lines(folder / ANSWERS_FILE))
+        write_record(folder / RECORD_FILE, {"settings": settings, "answers": summary})
+    shares = f"{summary['cut']:.1%} cut, {summary['empty']:.1%} empty, {summary['repetition']:.1%} of 4-grams repeated"
+    yield f"answers   {summary['num_answers']:,}, {summary['mean_tokens']:.0f} tokens on average; {shares}"
+    yield f"written   {folder / ANSWERS_FILE}; {folder / RECORD_FILE} says how"
+
+
+def summarize(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """What answers are like: shares but for `num_answers` and `mean_tokens`; an answer of several turns counts once."""
+    return {
+        "num_answers": len(rows),
+        "mean_tokens": fmean(row["num_tokens"] for row in rows),
+        "cut": fmean(row["is_cut"] for row in rows),
+        "empty": fmean(not all(row["answers"]) for row in rows),
+        "repetition": fmean(repetition(" ".join(row["answers"]).split()) for row in rows),
+    }
+
+
+def _answer(engine: Engine, left: Sequence[tuple[PromptItem, int]], decoding: Decoding, path: Path) -> None:
+    """Append an answer to `path` for each of `left`; the first error ends the rest."""
+    writing = threading.Lock()
+    with appending(path) as file, ThreadPoolExecutor(engine.num_at_once) as pool:
+
+        def work(item: PromptItem, sample: int) -> None:
+            row = _converse(engine, item, sample, decoding)
+            with writing:
+                append(file, row)
+
+        pending = [pool.submit(work, item, sample) for item, sample in left]
+        try:
+            for one in pending:
+                one.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _converse(engine: Engine, item: PromptItem, sample: int, decoding: Decoding) -> dict[str, Any]:
+    """One line of the answers: every turn of the prompt answered, each with the answers before in view."""
+    temperature, seed = decoding.temperature_of(item), decoding.seed_of(item, sample)
+    messages, completions = [dict(turn) for turn in item.messages], list[Completion]()
+    for turn in (None, *item.later_turns):
+        if turn is not None:
+            messages.append({"role": "user", "content": turn})
+        completions.append(
+            engine.complete(messages, max_new_tokens=decoding.max_new_tokens, temperature=temperature, seed=seed)
+        )
+        messages.append({"role": "assistant", "content": completions[-1].text})
+    return {
+        "id": item.id,
+        "sample": sample,
+        **({} if item.category is None else {"category": item.category}),
+        "messages": messages,
+        "answers": [one.text for one in completions],
+        "num_tokens": sum(one.num_tokens for one in completions),
+        "is_cut": any(one.is_cut for one in completions),
+        "temperature": temperature,
+        "seed": seed,
+    }

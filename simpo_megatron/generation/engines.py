@@ -1,0 +1,168 @@
+"""What answers a prompt: transformers in this process, or any server that speaks OpenAI's protocol."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from simpo_megatron.data import PairOptions, load_tokenizer
+from simpo_megatron.data.records import BadRecord
+from simpo_megatron.data.templates import chat_template_of
+from simpo_megatron.errors import ConfigError, DataError
+from simpo_megatron.generation.prompts import Message
+from simpo_megatron.generation.server import ChatServer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One answer."""
+
+    text: str
+    num_tokens: int
+    is_cut: bool
+    """It ended at the most tokens allowed, not by itself."""
+
+
+class Engine(ABC):
+    """A model that answers; `num_at_once` answers may be asked for from as many threads."""
+
+    num_at_once = 1
+
+    @abstractmethod
+    def identity(self) -> dict[str, Any]:
+        """What the answers depend on besides the settings, as JSON values."""
+
+    @abstractmethod
+    def rendered(self, messages: Sequence[Message]) -> str | None:
+        """The text that the model sees of a conversation; None where only the server knows."""
+
+    @abstractmethod
+    def complete(
+        self, messages: Sequence[Message], *, max_new_tokens: int, temperature: float, seed: int
+    ) -> Completion:
+        """The answer to a conversation that ends with a turn of the user; greedy at temperature 0."""
+
+
+class ServerEngine(Engine):
+    """A server's model: vLLM, SGLang, TGI or any other that speaks OpenAI's protocol; it renders and stops itself."""
+
+    def __init__(self, server: ChatServer, num_at_once: int) -> None:
+        self._server, self.num_at_once = server, num_at_once
+
+    def identity(self) -> dict[str, Any]:
+        return {"engine": "server", "url": self._server.url, "model": self._server.model}
+
+    def rendered(self, messages: Sequence[Message]) -> None:
+        return None
+
+    def complete(
+        self, messages: Sequence[Message], *, max_new_tokens: int, temperature: float, seed: int
+    ) -> Completion:
+        reply = self._server.chat(messages, max_tokens=max_new_tokens, temperature=temperature, seed=seed)
+        return Completion(reply.text.strip(), reply.num_tokens, reply.finish_reason == "length")
+
+
+class TransformersEngine(Engine):
+    """The model of a Hugging Face folder in this process, on its GPU or the CPU, one answer at a time.
+
+    One at a time, because an answer that is padded beside others is another one in its last bits, and a sampled one
+    would depend on its neighbours. Stop ids are those of the folder's generation_config.json.
+    """
+
+    def __init__(self, folder: Path, *, dtype: str = "auto") -> None:
+        from transformers import AutoModelForCausalLM, GenerationConfig
+        from transformers.utils import logging
+
+        from simpo_megatron.checkpoint.fingerprint import model_fingerprint
+        from simpo_megatron.mcore import device
+
+        logging.disable_progress_bar()
+        self._tokenizer = load_tokenizer(folder)
+        template = chat_template_of(self._tokenizer, PairOptions())
+        if template is None:
+            raise ConfigError(f"model: found no chat template in {folder}, expected one that renders prompts")
+        self._template = template
+        self._fingerprint = model_fingerprint(folder)
+        self._model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, trust_remote_code=False, local_files_only=True
+        ).eval()
+        # Of the folder's own settings only the stop ids: its top_p or repetition_penalty would act without a word.
+        self._stop_ids = stop_ids(self._model.generation_config.eos_token_id)
+        pad = next((one for one in (self._tokenizer.pad_token_id, self._tokenizer.eos_token_id) if one is not None), 0)
+        self._model.generation_config = GenerationConfig(eos_token_id=self._stop_ids or None, pad_token_id=pad)
+        if device.has_cuda():
+            self._model.to("cuda")
+
+    def identity(self) -> dict[str, Any]:
+        return {
+            "engine": "transformers",
+            "model": self._fingerprint,
+            "dtype": str(self._model.dtype).removeprefix("torch."),
+            "stop_ids": self._stop_ids,
+        }
+
+    def rendered(self, messages: Sequence[Message]) -> str:
+        try:
+            return self._template.render([dict(turn) for turn in messages], add_generation_prompt=True)
+        except BadRecord as error:
+            raise DataError(f"prompt: found a conversation that the chat template refuses: {error}") from None
+
+    def complete(
+        self, messages: Sequence[Message], *, max_new_tokens: int, temperature: float, seed: int
+    ) -> Completion:
+        import torch
+
+        ids = prompt_ids(self._tokenizer, self.rendered(messages))
+        positions = getattr(self._model.config, "max_position_embeddings", None)
+        if positions is not None and len(ids) + max_new_tokens > positions:
+            raise DataError(
+                f"prompt: found {len(ids)} tokens and max_new_tokens {max_new_tokens}, expected at most {positions} "
+                "together, the positions of the model; lower max_new_tokens or leave the prompt out"
+            )
+        sampling: dict[str, Any] = {"do_sample": False}
+        if temperature > 0:
+            sampling = {"do_sample": True, "temperature": temperature, "top_p": 1.0, "top_k": 0}
+        torch.manual_seed(seed)
+        inputs = torch.tensor([ids], device=self._model.device)
+        with torch.inference_mode():
+            output = self._model.generate(
+                inputs,
+                attention_mask=torch.ones_like(inputs),
+                max_new_tokens=max_new_tokens,
+                **sampling,
+            )
+        answer = output[0, len(ids) :].tolist()
+        text = str(self._tokenizer.decode(answer, skip_special_tokens=True))
+        return Completion(text.strip(), len(answer), is_cut=answer[-1] not in self._stop_ids)
+
+
+def stop_ids(configured: int | Sequence[int] | None) -> list[int]:
+    """The ids of a generation_config.json at which an answer ends."""
+    if configured is None:
+        return []
+    return [configured] if isinstance(configured, int) else list(configured)
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, rendered: str) -> list[int]:
+    """The token ids of a rendered prompt.
+
+    Raises: DataError where it does not begin with one BOS, of a tokenizer that begins every text with one; or with two.
+    """
+    ids: list[int] = tokenizer(rendered, add_special_tokens=False)["input_ids"]
+    bos = tokenizer.bos_token_id
+    if bos is None:
+        return ids
+    num_bos = next((place for place, token in enumerate(ids) if token != bos), len(ids))
+    wants_one = tokenizer("a")["input_ids"][:1] == [bos]
+    if num_bos > 1 or (wants_one and num_bos != 1):
+        raise DataError(
+            f"prompt: found {num_bos} BOS tokens ({tokenizer.bos_token}) at its beginning, expected one; mend the chat "
+            "template"
+        )
+    return ids

@@ -1,0 +1,102 @@
+"""Files that grow by a line for each piece of work, so that a process which was stopped goes on where it was."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Hashable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+from simpo_megatron import atomic
+from simpo_megatron.errors import ConfigError, DataError
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects in a JSON Lines file, none where there is no file; half a last line of a killed process is left out.
+
+    Raises: DataError for any other line that is no object.
+    """
+    if not path.exists():
+        return []
+    whole, _, _ = path.read_text(encoding="utf-8").rpartition("\n")
+    rows = []
+    for number, line in enumerate(whole.split("\n") if whole else [], 1):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if not isinstance(row, dict):
+            raise DataError(f"{path}:{number}: found no JSON object, expected one in each line; remove the line")
+        rows.append(row)
+    return rows
+
+
+@contextmanager
+def appending(path: Path) -> Iterator[IO[str]]:
+    """`path` open to append lines to, half a last one cut off."""
+    with path.open("a+b") as raw:
+        raw.seek(0)
+        raw.truncate(raw.read().rfind(b"\n") + 1)
+    with path.open("a", encoding="utf-8") as file:
+        yield file
+
+
+def append(file: IO[str], row: Mapping[str, Any]) -> None:
+    """Write `row` as a line that is in the file when this returns."""
+    # Lone surrogates, which a model may write, have no form in UTF-8 but one in JSON.
+    file.write(json.dumps(row) + "\n")
+    file.flush()
+
+
+@contextmanager
+def held_folder(folder: Path) -> Iterator[None]:
+    """The folder is there, and this process's alone as long as the context lasts.
+
+    Raises: ConfigError when another process holds it, or it cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        held = atomic.lock(folder / atomic.LOCK_FILE)
+    except BlockingIOError:
+        raise ConfigError(
+            f"out: found {folder} in use by another process, expected a folder of this one's own"
+        ) from None
+    except OSError as error:
+        raise ConfigError(f"out: found {folder}, which cannot be written ({error.strerror})") from None
+    try:
+        yield
+    finally:
+        held.release()
+
+
+def keep_settings(path: Path, settings: Mapping[str, Any]) -> None:
+    """Write `settings` into `path`, unless they are there already.
+
+    Raises: ConfigError naming each setting that differs from those the folder was begun with.
+    """
+    now = json.loads(json.dumps(settings))
+    if path.exists():
+        before = json.loads(path.read_text(encoding="utf-8")).get("settings", {})
+        changed = [
+            f"{name} {before.get(name)!r} before, {now.get(name)!r} now"
+            for name in sorted(before.keys() | now.keys())
+            if before.get(name) != now.get(name)
+        ]
+        if changed:
+            raise ConfigError(
+                f"out: found {path.parent} begun with other settings ({'; '.join(changed)}), expected the same; go on "
+                "with those or name another folder"
+            )
+        return
+    write_record(path, {"settings": now})
+
+
+def write_record(path: Path, record: Mapping[str, Any]) -> None:
+    """Write `record` as the whole file."""
+    atomic.write_text(path, json.dumps(record, indent=1) + "\n")
+
+
+def keys_of(rows: list[dict[str, Any]], *names: str) -> set[Hashable]:
+    """The values of `names` in each row."""
+    return {tuple(row.get(name) for name in names) for row in rows}

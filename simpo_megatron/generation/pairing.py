@@ -1,0 +1,122 @@
+"""Preference pairs of a model's own answers: the best against the worst of each prompt, with their scores."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from simpo_megatron.atomic import write_text
+from simpo_megatron.errors import DataError
+from simpo_megatron.generation.answering import ANSWERS_FILE
+from simpo_megatron.generation.answering import RECORD_FILE as ANSWERS_RECORD
+from simpo_megatron.generation.lines import append, appending, held_folder, keep_settings, read_lines, write_record
+from simpo_megatron.generation.scoring import Scorer
+
+PAIRS_FILE, SCORES_FILE, RECORD_FILE = "pairs.jsonl", "scores.jsonl", "pairs.json"
+
+
+@dataclass(frozen=True)
+class Pairing:
+    """The rules by which answers become pairs."""
+
+    min_score_gap: float = 0.0
+    """Least difference of the scores of a pair; at 0 a tie is still no pair."""
+    keeps_cut: bool = False
+    """Answers that ended at the most tokens allowed may be in a pair."""
+
+
+def make_pairs(scorer: Scorer, answers: Path, folder: Path, pairing: Pairing) -> Iterator[str]:
+    """Score the answers in the folder `answers` and write the pairs that come of them; yields lines that say so.
+
+    `scores.jsonl` gets a line for each answer as it is scored, `pairs.jsonl` appears whole at the end, in a form that
+    `--data` reads, and `pairs.json` says where both come from and what became of each prompt.
+
+    Raises:
+        ConfigError: the folder was begun with another scorer or other answers, or is another process's.
+        DataError: there are no answers, or one cannot be scored.
+    """
+    rows = read_lines(answers / ANSWERS_FILE)
+    if not rows:
+        raise DataError(f"{answers}: found no {ANSWERS_FILE}, expected answers; make them with simpo generate")
+    several = next((row["id"] for row in rows if len(row["answers"]) > 1), None)
+    if several is not None:
+        raise DataError(f"{several}: found answers to several turns, expected one; samples differ in the earlier ones")
+    record = answers / ANSWERS_RECORD
+    provenance = json.loads(record.read_text(encoding="utf-8"))["settings"] if record.exists() else None
+    with held_folder(folder):
+        keep_settings(folder / RECORD_FILE, {"answers": provenance, **scorer.identity()})
+        yield from _score(scorer, rows, folder / SCORES_FILE)
+        scores = {(row["id"], row["sample"]): row["score"] for row in read_lines(folder / SCORES_FILE)}
+        pairs, became = pair_up(rows, scores, pairing)
+        write_text(folder / PAIRS_FILE, "".join(json.dumps(pair) + "\n" for pair in pairs))
+        settings = {"answers": provenance, **scorer.identity()}
+        write_record(folder / RECORD_FILE, {"settings": settings, "pairing": vars(pairing), "prompts": dict(became)})
+    told = ", ".join(f"{count:,} {what}" for what, count in became.items())
+    yield f"prompts   {sum(became.values()):,}: {told}"
+    yield f"written   {folder / PAIRS_FILE} ({len(pairs):,} pairs, for --data); {folder / RECORD_FILE} says how"
+
+
+def pair_up(
+    rows: Sequence[Mapping[str, Any]], scores: Mapping[tuple[str, int], float], pairing: Pairing
+) -> tuple[list[dict[str, Any]], Counter[str]]:
+    """(a pair of each prompt that has one, what became of the prompts): the best answer against the worst.
+
+    Of answers with one score the first sample counts; the same text is one answer, with its first sample's score.
+    """
+    pairs, became = [], Counter[str]()
+    in_order = sorted(rows, key=lambda row: (row["id"], row["sample"]))
+    for identity, group in groupby(in_order, key=lambda row: row["id"]):
+        every = list(group)
+        usable = [row for row in every if row["answers"][0] and (pairing.keeps_cut or not row["is_cut"])]
+        distinct = list({row["answers"][0]: row for row in reversed(usable)}.values())[::-1]
+        if len(distinct) < 2:
+            became["without two answers that end and differ"] += 1
+            continue
+        scored = [(scores[identity, row["sample"]], -row["sample"], row) for row in distinct]
+        best, worst = max(scored, key=lambda one: one[:2]), min(scored, key=lambda one: (one[0], -one[1]))
+        gap = best[0] - worst[0]
+        if gap <= 0 or gap < pairing.min_score_gap:
+            became["with scores too near"] += 1
+            continue
+        became["paired"] += 1
+        pairs.append(_pair(best[2], best[0], worst[2], worst[0], len(every)))
+    return pairs, became
+
+
+def _pair(
+    best: Mapping[str, Any], best_score: float, worst: Mapping[str, Any], worst_score: float, num_answers: int
+) -> dict[str, Any]:
+    """A record that `--data` reads, with its scores and where they come from."""
+    return {
+        "id": best["id"],
+        "prompt": best["messages"][:-1],
+        "chosen": best["messages"][-1:],
+        "rejected": worst["messages"][-1:],
+        "chosen_score": best_score,
+        "rejected_score": worst_score,
+        "chosen_sample": best["sample"],
+        "rejected_sample": worst["sample"],
+        "num_answers": num_answers,
+    }
+
+
+def _score(scorer: Scorer, rows: Sequence[Mapping[str, Any]], path: Path) -> Iterator[str]:
+    """Append the score of each answer that has none yet."""
+    known = {(row["id"], row["sample"]) for row in read_lines(path)}
+    left = [row for row in rows if (row["id"], row["sample"]) not in known]
+    if len(left) < len(rows):
+        yield f"resume    {len(rows) - len(left):,} of {len(rows):,} scores are there already"
+    with appending(path) as file:
+        for row in left:
+            score = scorer.score(row)
+            if not math.isfinite(score):
+                raise DataError(
+                    f"{row['id']}: found the score {score} of sample {row['sample']}, expected a finite one"
+                )
+            append(file, {"id": row["id"], "sample": row["sample"], "score": score})

@@ -1,0 +1,95 @@
+"""The prompts of a file: a conversation each, or several turns of a user that a model answers one after the other."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from simpo_megatron.errors import DataError
+
+Message = Mapping[str, str]
+_IDS = ("id", "question_id", "uid", "prompt_id")
+_TEXTS = ("prompt", "instruction", "question")
+
+
+@dataclass(frozen=True)
+class PromptItem:
+    """One prompt."""
+
+    id: str
+    messages: tuple[Message, ...]
+    """The conversation up to the first turn that is to be answered, that turn the last."""
+    later_turns: tuple[str, ...] = ()
+    """What the user says after each answer."""
+    category: str | None = None
+
+
+def read_prompts(path: Path) -> list[PromptItem]:
+    """The prompts in a JSON Lines file, or in a JSON file that holds a list.
+
+    A row has `messages`, `turns` (what a user says, turn after turn, as MT-Bench has it), or a `prompt`, `instruction`
+    or `question` that is text or messages; or is a preference pair, whose prompt counts. Its id is `id`, `question_id`,
+    `uid` or `prompt_id`, else the number of its row.
+
+    Raises: DataError naming the row, for one without a prompt, or an id that another row has.
+    """
+    items: dict[str, PromptItem] = {}
+    for number, row in enumerate(_rows(path), 1):
+        where = f"{path}:{number}"
+        if not isinstance(row, dict):
+            raise DataError(f"{where}: found {type(row).__name__}, expected an object with a prompt")
+        item = _item(row, number, where)
+        if item.id in items:
+            raise DataError(f"{where}: found the id {item.id!r} a second time, expected ids that differ")
+        items[item.id] = item
+    if not items:
+        raise DataError(f"{path}: found no row, expected prompts")
+    return list(items.values())
+
+
+def _rows(path: Path) -> list[Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read ({error}), expected a JSON or JSON Lines file of prompts") from None
+    try:
+        if text.lstrip().startswith("["):
+            return json.loads(text)
+        return [json.loads(line) for line in text.splitlines() if line.strip()]
+    except ValueError as error:
+        raise DataError(f"{path}: found no JSON ({error}), expected an object in each line or one list") from None
+
+
+def _item(row: dict[str, Any], number: int, where: str) -> PromptItem:
+    identity = str(next((row[key] for key in _IDS if row.get(key) is not None), number))
+    category = row.get("category")
+    turns = row.get("turns")
+    if isinstance(turns, list) and turns and all(isinstance(turn, str) for turn in turns):
+        return PromptItem(identity, _user(turns[0]), tuple(turns[1:]), category)
+    found = next((row[key] for key in ("messages", *_TEXTS) if row.get(key)), None)
+    if found is None and isinstance(row.get("chosen"), list):
+        # A pair whose responses repeat the prompt: all but the last turn is the prompt.
+        found = row["chosen"][:-1]
+    messages = _user(found) if isinstance(found, str) else _messages(found)
+    if not messages or messages[-1]["role"] != "user":
+        raise DataError(
+            f"{where}: found no prompt that ends with a turn of the user, expected messages, turns, or text as prompt"
+        )
+    return PromptItem(identity, messages, category=category)
+
+
+def _user(text: str) -> tuple[Message, ...]:
+    return ({"role": "user", "content": text},)
+
+
+def _messages(found: object) -> tuple[Message, ...]:
+    """The messages of a list, none where it is no list of roles and texts."""
+    turns = found if isinstance(found, list) else []
+    is_sound = all(
+        isinstance(turn, dict) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str)
+        for turn in turns
+    )
+    return tuple({"role": turn["role"], "content": turn["content"]} for turn in turns) if is_sound else ()

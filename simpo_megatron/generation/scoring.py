@@ -1,0 +1,126 @@
+"""Scores of answers: by a reward model in this process, by a judge behind a URL, or from a file."""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from simpo_megatron.data import PairOptions, load_tokenizer
+from simpo_megatron.data.records import BadRecord
+from simpo_megatron.data.templates import chat_template_of
+from simpo_megatron.errors import ConfigError, DataError
+from simpo_megatron.generation.lines import read_lines
+from simpo_megatron.generation.prompts import Message
+from simpo_megatron.generation.server import ChatServer
+
+_JUDGE_TOKENS = 1024
+_RATING = re.compile(r"\[\[\s*(\d+(?:\.\d+)?)\s*\]\]")
+_INSTRUCTION = (
+    "You judge answers. Below stands a conversation that ends with an answer of the assistant. Rate that answer for "
+    "helpfulness, correctness and honesty, from 1 (useless or harmful) to 10 (could not be better). Length is no "
+    "merit. Give your reasons in two sentences, then the rating in double square brackets, as in [[7]]."
+)
+
+
+class Scorer(ABC):
+    """What gives an answer its score; a higher one is better."""
+
+    @abstractmethod
+    def identity(self) -> dict[str, Any]:
+        """What scores depend on, as JSON values."""
+
+    @abstractmethod
+    def score(self, row: Mapping[str, Any]) -> float:
+        """The score of a line of the answers, whose conversation ends with the answer."""
+
+
+class RewardModel(Scorer):
+    """A sequence classifier of one output in this process, which reads conversations by its own chat template."""
+
+    def __init__(self, folder: Path) -> None:
+        from transformers import AutoModelForSequenceClassification
+        from transformers.utils import logging
+
+        from simpo_megatron.checkpoint.fingerprint import model_fingerprint
+        from simpo_megatron.mcore import device
+
+        logging.disable_progress_bar()
+        self._tokenizer = load_tokenizer(folder)
+        template = chat_template_of(self._tokenizer, PairOptions())
+        if template is None:
+            raise ConfigError(f"reward_model: found no chat template in {folder}, expected one that renders answers")
+        self._template, self._fingerprint = template, model_fingerprint(folder)
+        self._model = AutoModelForSequenceClassification.from_pretrained(
+            folder, trust_remote_code=False, local_files_only=True
+        ).eval()
+        if self._model.config.num_labels != 1:
+            raise ConfigError(
+                f"reward_model: found {self._model.config.num_labels} outputs in {folder}, expected one, the score"
+            )
+        if device.has_cuda():
+            self._model.to("cuda")
+
+    def identity(self) -> dict[str, Any]:
+        return {"scorer": "reward model", "model": self._fingerprint}
+
+    def score(self, row: Mapping[str, Any]) -> float:
+        import torch
+
+        try:
+            text = self._template.render([dict(turn) for turn in row["messages"]])
+        except BadRecord as error:
+            raise DataError(
+                f"{row['id']}: found a conversation that the reward model's template refuses: {error}"
+            ) from None
+        ids = self._tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"].to(self._model.device)
+        most = getattr(self._model.config, "max_position_embeddings", None)
+        if most is not None and ids.shape[1] > most:
+            raise DataError(f"{row['id']}: found {ids.shape[1]} tokens, expected at most {most} of the reward model")
+        with torch.inference_mode():
+            return float(self._model(ids).logits[0, 0])
+
+
+class Judge(Scorer):
+    """A chat model that rates an answer from 1 to 10, greedily."""
+
+    def __init__(self, server: ChatServer) -> None:
+        self._server = server
+
+    def identity(self) -> dict[str, Any]:
+        return {"scorer": "judge", "url": self._server.url, "model": self._server.model}
+
+    def score(self, row: Mapping[str, Any]) -> float:
+        asked = [{"role": "system", "content": _INSTRUCTION}, {"role": "user", "content": _as_text(row["messages"])}]
+        said = self._server.chat(asked, max_tokens=_JUDGE_TOKENS, temperature=0.0, seed=0).text
+        ratings = _RATING.findall(said)
+        if not ratings:
+            raise DataError(f"{row['id']}: found no rating in {said[-80:]!r}, expected [[1]] to [[10]] of the judge")
+        return float(ratings[-1])
+
+
+class ScoresOfFile(Scorer):
+    """Scores that somebody else gave: lines of id, sample and score."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._scores = {(row.get("id"), row.get("sample")): row.get("score") for row in read_lines(path)}
+        if not self._scores:
+            raise ConfigError(f"scores: found nothing in {path}, expected lines of id, sample and score")
+
+    def identity(self) -> dict[str, Any]:
+        return {"scorer": "file", "file": self._path.name}
+
+    def score(self, row: Mapping[str, Any]) -> float:
+        found = self._scores.get((row["id"], row["sample"]))
+        if isinstance(found, bool) or not isinstance(found, (int, float)):
+            raise DataError(
+                f"{self._path}: found no score of id {row['id']!r}, sample {row['sample']}, expected one of each answer"
+            )
+        return float(found)
+
+
+def _as_text(messages: Sequence[Message]) -> str:
+    return "\n\n".join(f"[{turn['role']}]\n{turn['content']}" for turn in messages)

@@ -1,0 +1,87 @@
+"""A client of servers that speak OpenAI's chat protocol, for answers and for judgements."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from simpo_megatron.errors import ConfigError, DataError
+from simpo_megatron.generation.prompts import Message
+
+API_KEY = "OPENAI_API_KEY"
+_TRIES, _FIRST_PAUSE_SECONDS, _TIMEOUT_SECONDS = 5, 1.0, 600.0
+_WORTH_ANOTHER_TRY = (408, 409, 429, 500, 502, 503, 504)
+_MOST_SHOWN = 200
+
+
+@dataclass(frozen=True)
+class Reply:
+    """A server's answer."""
+
+    text: str
+    num_tokens: int
+    finish_reason: str | None
+
+
+@dataclass(frozen=True)
+class ChatServer:
+    """A model behind `URL/chat/completions`; the key comes from OPENAI_API_KEY and is never stored."""
+
+    url: str
+    model: str
+
+    def __post_init__(self) -> None:
+        if not self.url.startswith(("http://", "https://")):
+            raise ConfigError(f"url: found {self.url[:60]!r}, expected http:// or https://, as in http://host:8000/v1")
+
+    def chat(self, messages: Sequence[Message], *, max_tokens: int, temperature: float, seed: int) -> Reply:
+        """The answer to a conversation.
+
+        Raises:
+            ConfigError: the server refuses the request.
+            DataError: it does not answer, after five tries, or with something else.
+        """
+        asked = {
+            "model": self.model,
+            "messages": [dict(turn) for turn in messages],
+            "max_tokens": max_tokens,
+            "temperature": temperature,
+            "seed": seed,
+        }
+        found = self._post(asked)
+        try:
+            choice = found["choices"][0]
+            text = choice["message"]["content"] or ""
+            num_tokens = int((found.get("usage") or {}).get("completion_tokens", 0))
+            return Reply(text, num_tokens, choice.get("finish_reason"))
+        except (KeyError, IndexError, TypeError, ValueError):
+            shown = json.dumps(found)[:_MOST_SHOWN]
+            raise DataError(f"{self.url}: found {shown}, expected a chat completion") from None
+
+    def _post(self, asked: dict[str, Any]) -> Any:
+        headers = {"Content-Type": "application/json"}
+        if API_KEY in os.environ:
+            headers["Authorization"] = f"Bearer {os.environ[API_KEY]}"
+        request = urllib.request.Request(  # noqa: S310 - the scheme was checked
+            f"{self.url.rstrip('/')}/chat/completions", json.dumps(asked).encode(), headers
+        )
+        said = ""
+        for attempt in range(_TRIES):
+            if attempt:
+                time.sleep(_FIRST_PAUSE_SECONDS * 2 ** (attempt - 1))
+            try:
+                with urllib.request.urlopen(request, timeout=_TIMEOUT_SECONDS) as reply:  # noqa: S310
+                    return json.loads(reply.read())
+            except urllib.error.HTTPError as error:
+                said = f"{error.code} {error.read(_MOST_SHOWN).decode(errors='replace')}"
+                if error.code not in _WORTH_ANOTHER_TRY:
+                    raise ConfigError(f"{self.url}: found {said}, expected an answer of model {self.model}") from None
+            except (OSError, ValueError) as error:
+                said = str(error)
+        raise DataError(f"{self.url}: found {said} in {_TRIES} tries, expected an answer; start the server")

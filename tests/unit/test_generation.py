@@ -1,0 +1,302 @@
+"""Answers are the model's own, reproducible, and say how they were made; pairs are the best against the worst."""
+
+from __future__ import annotations
+
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
+
+from simpo_megatron.commands import generate, pairs
+from simpo_megatron.data.ngrams import repetition
+from simpo_megatron.demo import prepare_demo
+from simpo_megatron.errors import ConfigError, DataError
+from simpo_megatron.generation.engines import TransformersEngine, prompt_ids
+from simpo_megatron.generation.lines import read_lines
+from simpo_megatron.generation.pairing import Pairing, pair_up
+from simpo_megatron.generation.prompts import PromptItem, read_prompts
+from simpo_megatron.generation.scoring import Judge, RewardModel, ScoresOfFile
+from simpo_megatron.generation.server import ChatServer
+
+QUESTION = ({"role": "user", "content": "How do I boil an egg?"},)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return prepare_demo(tmp_path_factory.mktemp("generation")).model_dir
+
+
+@pytest.fixture(scope="module")
+def engine(model):
+    return TransformersEngine(model)
+
+
+@pytest.fixture(scope="module")
+def reward_model(model, tmp_path_factory):
+    folder, tokenizer = tmp_path_factory.mktemp("reward_model"), AutoTokenizer.from_pretrained(model)
+    torch.manual_seed(1)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_labels=1,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    LlamaForSequenceClassification(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def written(path, *rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("row", "item"),
+    [
+        ({"prompt": "a"}, PromptItem("1", ({"role": "user", "content": "a"},))),
+        ({"id": 7, "instruction": "a", "dataset": "d"}, PromptItem("7", ({"role": "user", "content": "a"},))),
+        (
+            {"question_id": 81, "category": "math", "turns": ["a", "b"]},
+            PromptItem("81", ({"role": "user", "content": "a"},), ("b",), "math"),
+        ),
+        ({"uid": "x", "messages": [*QUESTION]}, PromptItem("x", QUESTION)),
+        ({"prompt": [*QUESTION], "chosen": "y", "rejected": "z"}, PromptItem("1", QUESTION)),
+        ({"chosen": [*QUESTION, {"role": "assistant", "content": "b"}], "rejected": []}, PromptItem("1", QUESTION)),
+    ],
+)
+def test_prompts_come_in_the_forms_that_benchmarks_and_pairs_have(tmp_path, row, item):
+    assert read_prompts(written(tmp_path / "p.jsonl", row)) == [item]
+    (tmp_path / "list.json").write_text(json.dumps([row]))
+    assert read_prompts(tmp_path / "list.json") == [item]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "found no row"),
+        ("{", "found no JSON"),
+        ("3\n", "p.jsonl:1: found int"),
+        ('{"id": 1}\n', "p.jsonl:1: found no prompt that ends with a turn of the user"),
+        ('{"messages": [{"role": "assistant", "content": "a"}]}\n', "found no prompt that ends"),
+        ('{"id": 1, "prompt": "a"}\n{"id": "1", "prompt": "b"}\n', "p.jsonl:2: found the id '1' a second time"),
+    ],
+)
+def test_prompts_that_are_none_are_named(tmp_path, text, said):
+    (tmp_path / "p.jsonl").write_text(text)
+    with pytest.raises(DataError, match=said):
+        read_prompts(tmp_path / "p.jsonl")
+
+
+def test_greedy_answers_are_those_of_whole_forward_passes(engine, model):
+    """Token by token without a cache, by the model itself, from the prompt that training renders."""
+    tokenizer, plain = AutoTokenizer.from_pretrained(model), AutoModelForCausalLM.from_pretrained(model).eval()
+    ids = tokenizer("<|begin|><|user|>How do I boil an egg?<|end|><|assistant|>")["input_ids"]
+    start = len(ids)
+    with torch.no_grad():
+        for _ in range(12):
+            ids.append(int(plain(torch.tensor([ids])).logits[0, -1].argmax()))
+    found = engine.complete(QUESTION, max_new_tokens=12, temperature=0.0, seed=0)
+    assert found.text == tokenizer.decode(ids[start:], skip_special_tokens=True).strip()
+    assert (found.num_tokens, found.is_cut) == (12, True)
+    assert tokenizer.eos_token_id not in ids[start:]
+
+
+def test_an_answer_ends_at_any_stop_id_of_the_folder_and_its_other_settings_do_not_act(model, tmp_path):
+    whole = TransformersEngine(model)
+    tokens = whole._model.generate(
+        torch.tensor([prompt_ids(whole._tokenizer, whole.rendered(QUESTION))]), max_new_tokens=12, do_sample=False
+    )[0, -12:].tolist()
+    for path in model.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    stops = {"eos_token_id": [2, tokens[5]], "do_sample": True, "temperature": 5.0, "repetition_penalty": 9.0}
+    (tmp_path / "generation_config.json").write_text(json.dumps(stops))
+    stopped = TransformersEngine(tmp_path)
+    found = stopped.complete(QUESTION, max_new_tokens=12, temperature=0.0, seed=0)
+    assert found.num_tokens == tokens.index(tokens[5]) + 1 and not found.is_cut
+    assert stopped.identity()["stop_ids"] == [2, tokens[5]]
+
+
+def test_a_prompt_has_one_bos_or_is_refused(model):
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    assert prompt_ids(tokenizer, "<|begin|><|user|>a")[:2] == [1, 4]
+    with pytest.raises(DataError, match=r"found 2 BOS tokens \(<\|begin\|>\) at its beginning, expected one"):
+        prompt_ids(tokenizer, "<|begin|><|begin|><|user|>a")
+    # This one adds none by itself, as Qwen's; one that does wants it in its template.
+    assert prompt_ids(tokenizer, "<|user|>a")[0] == 4
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|begin|> $A", special_tokens=[("<|begin|>", 1)]
+    )
+    with pytest.raises(DataError, match="found 0 BOS tokens"):
+        prompt_ids(tokenizer, "<|user|>a")
+
+
+def test_answers_are_the_same_whoever_was_killed_in_between(model, tmp_path, capsys):
+    rows = [{"id": "a", "prompt": "One?"}, {"id": "b", "turns": ["Two?", "Three?"], "category": "writing"}]
+    prompts = written(tmp_path / "prompts.jsonl", *rows)
+    options = ["--model", str(model), "--prompts", str(prompts), "--samples", "2", "--temperature", "1.5"]
+    options += ["--temperature-of", "writing=0.7", "--max-new-tokens", "6"]
+    assert generate.main([*options, "--out", str(tmp_path / "whole")]) == 0
+    whole = (tmp_path / "whole" / "answers.jsonl").read_text()
+    killed = tmp_path / "killed"
+    assert generate.main([*options, "--out", str(killed)]) == 0
+    lines = whole.splitlines(keepends=True)
+    # As a process leaves it that was killed in the middle of its third line.
+    (killed / "answers.jsonl").write_text(lines[3] + lines[0] + lines[1][:20])
+    assert generate.main([*options, "--out", str(killed)]) == 0
+    assert "2 of 4 answers are there already" in capsys.readouterr().out
+    assert sorted((killed / "answers.jsonl").read_text().splitlines()) == sorted(whole.splitlines())
+    found = read_lines(tmp_path / "whole" / "answers.jsonl")
+    assert [(row["id"], row["sample"], row["temperature"]) for row in found][::3] == [("a", 0, 1.5), ("b", 1, 0.7)]
+    assert len({tuple(row["answers"]) for row in found}) == 4
+    assert [turn["role"] for turn in found[2]["messages"]] == ["user", "assistant", "user", "assistant"]
+    record = json.loads((killed / "generation.json").read_text())
+    assert record["settings"]["first_prompt"] == "<|begin|><|user|>One?<|end|><|assistant|>"
+    assert record["answers"]["num_answers"] == 4 and record["answers"]["cut"] == 1.0
+    assert record["answers"]["mean_tokens"] == (6 + 6 + 12 + 12) / 4
+
+    assert generate.main([*options, "--seed", "1", "--out", str(killed)]) == 2
+    error = capsys.readouterr().err
+    assert "begun with other settings (seed 42 before, 1 now)" in error
+
+
+def test_several_greedy_answers_and_prompts_without_room_are_refused(model, tmp_path, capsys):
+    prompts = written(tmp_path / "prompts.jsonl", {"prompt": "word " * 600})
+    options = ["--model", str(model), "--prompts", str(prompts), "--out", str(tmp_path / "out")]
+    assert generate.main([*options, "--samples", "2"]) == 2
+    assert generate.main([*options, "--max-new-tokens", "500"]) == 3
+    error = capsys.readouterr().err
+    assert "samples: found 2, expected 1 at temperature 0" in error and "expected at most 512 together" in error
+    assert generate.main(["--model", str(tmp_path), *options[2:]]) == 2
+    assert "simpo convert mcore-to-hf" in capsys.readouterr().err
+
+
+class Stub(BaseHTTPRequestHandler):
+    """A server that repeats what it was asked, after refusing the first request as one that is overloaded does."""
+
+    asked: list[dict] = []
+
+    def do_POST(self):
+        request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.asked.append(request)
+        status, said = 200, f"STUB {request['messages'][-1]['content'][-20:]} [[1]] then [[7.5]]"
+        if len(self.asked) == 1:
+            status = 503
+        if request["model"] == "nobody":
+            status = 404
+        usage = {"completion_tokens": 5}
+        choice = {"message": {"content": said}, "finish_reason": "length"}
+        body = json.dumps({"choices": [choice], "usage": usage}).encode()
+        self.send_response(status)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def server(monkeypatch):
+    monkeypatch.setattr("simpo_megatron.generation.server._FIRST_PAUSE_SECONDS", 0.01)
+    Stub.asked = []
+    with ThreadingHTTPServer(("127.0.0.1", 0), Stub) as stub:
+        thread = threading.Thread(target=stub.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{stub.server_port}/v1"
+        stub.shutdown()
+        thread.join()
+
+
+def test_a_server_answers_with_settings_as_given_and_is_asked_again(server, tmp_path):
+    prompts = written(tmp_path / "prompts.jsonl", *({"id": n, "prompt": f"question {n}"} for n in range(5)))
+    options = ["--model", "served", "--url", server, "--prompts", str(prompts), "--out", str(tmp_path / "out")]
+    assert generate.main([*options, "--temperature", "0.3", "--max-new-tokens", "9", "--at-once", "3"]) == 0
+    rows = read_lines(tmp_path / "out" / "answers.jsonl")
+    assert {row["id"]: row["answers"] for row in rows}["4"] == ["STUB question 4 [[1]] then [[7.5]]"]
+    assert all(row["is_cut"] and row["num_tokens"] == 5 for row in rows) and len(Stub.asked) == 6
+    assert {(one["model"], one["temperature"], one["max_tokens"]) for one in Stub.asked} == {("served", 0.3, 9)}
+    assert {one["seed"] for one in Stub.asked} == {row["seed"] for row in rows}
+    assert generate.main(["--model", "nobody", *options[2:-1], str(tmp_path / "other")]) == 2
+
+
+def test_scores_come_from_a_reward_model_a_judge_or_a_file(reward_model, server, tmp_path):
+    messages = [*QUESTION, {"role": "assistant", "content": "In water, for eight minutes."}]
+    row = {"id": "a", "sample": 0, "messages": messages}
+    tokenizer = AutoTokenizer.from_pretrained(reward_model)
+    plain = LlamaForSequenceClassification.from_pretrained(reward_model).eval()
+    text = "<|begin|><|user|>How do I boil an egg?<|end|><|assistant|>In water, for eight minutes.<|end|>"
+    with torch.no_grad():
+        expected = float(plain(tokenizer(text, return_tensors="pt")["input_ids"]).logits)
+    assert RewardModel(reward_model).score(row) == expected
+    judge = Judge(ChatServer(server, "judge"))
+    assert judge.score(row) == 7.5, "the last rating counts"
+    assert "[assistant]\nIn water, for eight minutes." in Stub.asked[-1]["messages"][1]["content"]
+    scores = ScoresOfFile(written(tmp_path / "s.jsonl", {"id": "a", "sample": 0, "score": -2}))
+    assert scores.score(row) == -2.0
+    with pytest.raises(DataError, match="found no score of id 'a', sample 1"):
+        scores.score({**row, "sample": 1})
+    with pytest.raises(ConfigError, match="expected http://"):
+        ChatServer("ftp://host", "judge")
+
+
+def answer(identity, sample, text, is_cut=False):
+    messages = [*QUESTION, {"role": "assistant", "content": text}]
+    return {"id": identity, "sample": sample, "messages": messages, "answers": [text], "is_cut": is_cut}
+
+
+def test_the_best_is_set_against_the_worst_and_what_is_no_pair_is_counted():
+    rows = [
+        *(answer("plain", n, text) for n, text in enumerate(["a", "b", "c", "b"])),
+        *(answer("same", n, "x") for n in range(3)),
+        *(answer("tie", n, text) for n, text in enumerate("ab")),
+        *(answer("near", n, text) for n, text in enumerate("ab")),
+        answer("cut", 0, "a"),
+        answer("cut", 1, "b", is_cut=True),
+        answer("empty", 0, ""),
+        answer("empty", 1, "b"),
+    ]
+    scores = {(row["id"], row["sample"]): 1.0 for row in rows}
+    scores |= {("plain", 0): 3.0, ("plain", 1): 5.0, ("plain", 2): -1.0, ("plain", 3): 9.0, ("near", 0): 1.05}
+    found, became = pair_up(rows, scores, Pairing(min_score_gap=0.1))
+    (pair,) = found
+    assert (pair["chosen_sample"], pair["rejected_sample"], pair["num_answers"]) == (1, 2, 4), "b has its first score"
+    assert (pair["chosen_score"], pair["rejected_score"]) == (5.0, -1.0)
+    assert pair["prompt"] == [*QUESTION] and pair["chosen"] == [{"role": "assistant", "content": "b"}]
+    assert became == {"paired": 1, "without two answers that end and differ": 3, "with scores too near": 2}
+    everything, _ = pair_up(rows, {**scores, ("cut", 1): 2.0}, Pairing(keeps_cut=True))
+    assert {pair["id"] for pair in everything} == {"plain", "near", "cut"}
+
+
+def test_scoring_goes_on_where_it_was_stopped_and_mixes_no_scorers(reward_model, tmp_path, capsys):
+    answers, out = tmp_path / "answers", tmp_path / "pairs"
+    answers.mkdir()
+    written(answers / "answers.jsonl", *(answer(f"{n}", s, f"answer {s}") for n in range(3) for s in range(2)))
+    options = ["--answers", str(answers), "--out", str(out)]
+    assert pairs.main([*options, "--reward-model", str(reward_model)]) == 0
+    whole = (out / "pairs.jsonl").read_text()
+    scores = (out / "scores.jsonl").read_text().splitlines(keepends=True)
+    (out / "scores.jsonl").write_text("".join(scores[:4]) + scores[4][:9])
+    (out / "pairs.jsonl").unlink()
+    assert pairs.main([*options, "--reward-model", str(reward_model)]) == 0
+    assert "4 of 6 scores are there already" in capsys.readouterr().out
+    assert (out / "pairs.jsonl").read_text() == whole and whole.count("\n") == 3
+    by_file = written(tmp_path / "scores.jsonl", {"id": "0", "sample": 0, "score": 1})
+    assert pairs.main([*options, "--scores", str(by_file)]) == 2
+    assert "begun with other settings" in capsys.readouterr().err
+    written(answers / "answers.jsonl", {**answer("a", 0, "x"), "answers": ["x", "y"]})
+    assert pairs.main([*options, "--reward-model", str(reward_model)]) == 3
+    assert "a: found answers to several turns" in capsys.readouterr().err
+
+
+def test_repetition_counts_grams_that_were_there_before():
+    assert repetition(["a", "b", "c", "d", "a", "b", "c", "d"]) == pytest.approx(1 - 4 / 5)
+    assert repetition([1, 2, 3]) == 0.0
