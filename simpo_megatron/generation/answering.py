@@ -83,7 +83,7 @@ def answer_prompts(engine: Engine, prompts: Path, folder: Path, decoding: Decodi
 
 
 def summarize(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """What answers are like: shares but for `num_answers` and `mean_tokens`; an answer of several turns counts once."""
+    """Counts and shares over all answers: `num_answers`, `mean_tokens`, shares; one of several turns counts once."""
     return {
         "num_answers": len(rows),
         "mean_tokens": fmean(row["num_tokens"] for row in rows),

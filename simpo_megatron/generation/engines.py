@@ -1,4 +1,4 @@
-"""What answers a prompt: transformers in this process, or any server that speaks OpenAI's protocol."""
+"""The engines that answer a prompt: transformers in this process, or any server that speaks OpenAI's protocol."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Engine(ABC):
 
     @abstractmethod
     def identity(self) -> dict[str, Any]:
-        """What the answers depend on besides the settings, as JSON values."""
+        """The facts that answers depend on besides the settings, as JSON values."""
 
     @abstractmethod
     def rendered(self, messages: Sequence[Message]) -> str | None:

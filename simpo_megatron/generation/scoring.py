@@ -26,11 +26,11 @@ _INSTRUCTION = (
 
 
 class Scorer(ABC):
-    """What gives an answer its score; a higher one is better."""
+    """A judge of answers; a higher score is better."""
 
     @abstractmethod
     def identity(self) -> dict[str, Any]:
-        """What scores depend on, as JSON values."""
+        """The facts that scores depend on, as JSON values."""
 
     @abstractmethod
     def score(self, row: Mapping[str, Any]) -> float:
