@@ -41,7 +41,11 @@ JUNK = (
 
 def mutated_row(random_numbers: random.Random) -> object:
     """Returns a row with up to three mutations, some of which leave it a pair."""
-    row = copy.deepcopy(random_numbers.choice(ROWS))
+    return mutate(copy.deepcopy(random_numbers.choice(ROWS)), random_numbers)
+
+
+def mutate(row: dict, random_numbers: random.Random) -> object:
+    """Returns `row` with up to three mutations, in place."""
     for _ in range(random_numbers.randrange(4)):
         place = _some_place(row, random_numbers)
         if place is None:

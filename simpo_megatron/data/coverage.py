@@ -20,7 +20,7 @@ def check_conversation(rendered: str, turns: Sequence[Message], tools: Sequence[
     """
     findings: set[str] = set()
     for tool in tools or ():
-        name = (tool.get("function") or tool).get("name") if isinstance(tool, Mapping) else None
+        name = tool.get("function", tool).get("name")
         if isinstance(name, str) and name not in rendered:
             raise _left_out(f"the tool {name}")
     position = 0

@@ -58,6 +58,8 @@ class Columns:
     score_gap: float = math.nan
     """By how much the chosen response was scored above the other; nan where nobody scored them."""
     notes: list[str] = field(default_factory=list)
+    unread: dict[str, Any] = field(default_factory=dict)
+    """Keys inside of columns that were read which were not, with what they hold."""
 
     def take(self, *names: str) -> tuple[str, Any]:
         """Returns the first column of `names` that holds something, which then is read; ("", None) for none."""
@@ -161,6 +163,9 @@ def _ranked(row: dict) -> Columns:
     columns.prompt_key, columns.prompt = columns.take("context", "prompt")
     if len(completions) > 2:
         columns.notes.append(MORE_COMPLETIONS)
+    for item in (best, worst):
+        others = {key: value for key, value in item.items() if key not in ("rank", "completion") and value is not None}
+        columns.unread |= {f"completion key {key}": value for key, value in others.items()}
     return columns
 
 

@@ -27,6 +27,7 @@ ROLES = {
 # LLaMA-Factory's and GLM's name for a turn whose text is the call itself, in JSON.
 _CALL_ROLES = ("function_call", "tool_call")
 _REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
+_CALL_KEYS = ("id", "type", "index", "function")
 _TEXT_PARTS = ("text", "input_text", "output_text")
 _READ_KEYS = frozenset({"role", "from", "content", "value", "function_call", *EXTRA_KEYS, *_REASONING_KEYS})
 _DIALOGUE_TURN = re.compile(r"\n\n(Human|Assistant):")
@@ -66,10 +67,12 @@ def _message(item: object, name: str, unread: dict[str, Any]) -> Message:
     said = "role" if item.get("role") else "from"
     role, called = _role(item.get(said), name)
     text = "content" if item.get("content") is not None else "value"
-    content, thoughts = _content(item.get(text), name)
+    content, thoughts = _content(item.get(text), name, unread)
     extra = _extra(item, name, thoughts)
     if called:
         extra["tool_calls"], content = _written_calls(content, name), ""
+    for call in extra.get("tool_calls", ()):
+        _name_unread("call", call, _CALL_KEYS if "function" in call else ("name", "arguments", *_CALL_KEYS), unread)
     if content is None:
         if not extra.keys() & {"tool_calls", "reasoning_content"}:
             raise BadRecord(
@@ -101,7 +104,7 @@ def _role(role: object, name: str) -> tuple[str, bool]:
     return ROLES[plain], False
 
 
-def _content(content: object, name: str) -> tuple[str | None, str]:
+def _content(content: object, name: str, unread: dict[str, Any]) -> tuple[str | None, str]:
     """Returns the text of a turn and the reasoning that stands among its parts."""
     if content is None or isinstance(content, str):
         return content, ""
@@ -117,12 +120,20 @@ def _content(content: object, name: str) -> tuple[str | None, str]:
         elif not isinstance(part, dict):
             raise BadRecord(f"bad_type:{name}", f"{name} holds a part that is {kind_of(part)}, expected text")
         elif kind == "thinking" and isinstance(part.get("thinking"), str):
+            _name_unread("part", part, ("type", "thinking"), unread)
             thoughts.append(part["thinking"])
         elif kind in _TEXT_PARTS and isinstance(part.get("text"), str):
+            _name_unread("part", part, ("type", "text"), unread)
             texts.append(part["text"])
         else:
             raise BadRecord(f"not_text:{name}", f"{name} holds a part of type {str(kind)[:40]!r}, expected text alone")
     return "".join(texts), "".join(thoughts)
+
+
+def _name_unread(what: str, item: Mapping[str, Any], read: tuple[str, ...], unread: dict[str, Any]) -> None:
+    for key, value in item.items():
+        if key not in read and value is not None:
+            unread.setdefault(f"{what} key {key}", value)
 
 
 def _extra(item: Mapping[str, Any], name: str, thoughts: str) -> Message:
@@ -179,7 +190,7 @@ def to_tools(value: object) -> tuple[dict, ...] | None:
         return None
     tools = _from_json(value, "tools", "bad_type", "tools")
     tools = [_from_json(tool, "tools", "bad_type", "a tool")[0] if isinstance(tool, str) else tool for tool in tools]
-    if not all(isinstance(tool, dict) for tool in tools):
+    if not all(isinstance(tool, dict) and isinstance(tool.get("function", tool), dict) for tool in tools):
         raise BadRecord("bad_type:tools", "tools holds what is no object, expected JSON schemas of functions")
     return tuple(tools) or None
 

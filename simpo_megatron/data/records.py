@@ -92,7 +92,7 @@ def to_record(row: dict, options: PairOptions) -> PreferenceRecord:
     for name in MEDIA_COLUMNS:
         if row.get(name) and name not in columns.read:
             raise BadRecord(f"not_text:{name}", f"the column {name} holds something, expected text alone")
-    unread: dict[str, Any] = {}
+    unread = columns.unread
     prompt = columns.prompt
     if prompt is not None:
         prompt = _text_or_messages(prompt, columns.prompt_key, unread)
