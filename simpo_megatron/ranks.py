@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
@@ -27,6 +28,23 @@ def raise_on_all_ranks(
     own: list[Result] = []
     gather_or_raise(lambda: own.append(work()), *groups, wrap=wrap)
     return own[0]
+
+
+def build_on_first_ranks(load: Callable[[bool], Result]) -> Result:
+    """`load(True)`, which may build what it loads, on the first rank of each node, then `load(False)` on the others.
+
+    Rank 0 goes before the first ranks of other nodes: one that sees what rank 0 built has nothing left to build.
+
+    Collectives: three object gathers, world.
+
+    Raises:
+        SimPOError: on every rank alike, the error of the first rank that has one.
+    """
+    is_first = dist.get_rank() == 0
+    built = raise_on_all_ranks(lambda: load(True) if is_first else None)
+    builds = not is_first and os.environ.get("LOCAL_RANK", "0") == "0"
+    built = raise_on_all_ranks(lambda: load(True) if builds else built)
+    return raise_on_all_ranks(lambda: load(False) if built is None else built)
 
 
 def gather_or_raise(

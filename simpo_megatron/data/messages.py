@@ -70,6 +70,8 @@ def _message(item: object, name: str, unread: dict[str, Any]) -> Message:
     content, thoughts = _content(item.get(text), name, unread)
     extra = _extra(item, name, thoughts)
     if called:
+        if "tool_calls" in extra:
+            raise BadRecord(f"bad_calls:{name}", f"{name} holds a turn that is a call and has tool_calls, expected one")
         extra["tool_calls"], content = _written_calls(content, name), ""
     for call in extra.get("tool_calls", ()):
         _name_unread("call", call, _CALL_KEYS if "function" in call else ("name", "arguments", *_CALL_KEYS), unread)

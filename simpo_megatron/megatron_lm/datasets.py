@@ -6,8 +6,6 @@ import argparse
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import torch.distributed as dist
-
 from simpo_megatron.data import (
     BatchOptions,
     PreferenceBatch,
@@ -21,7 +19,7 @@ from simpo_megatron.data import (
 from simpo_megatron.errors import ConfigError
 from simpo_megatron.megatron_lm.arguments import batch_options, pair_options, true_vocab_size
 from simpo_megatron.parallel import data_parallel_rank
-from simpo_megatron.ranks import raise_on_all_ranks
+from simpo_megatron.ranks import build_on_first_ranks
 
 
 @dataclass(frozen=True)
@@ -39,7 +37,7 @@ def train_valid_test_datasets_provider(
     """Endless iterators over training pairs from the first one not yet consumed, over validation pairs, and None.
 
     Every rank reads for itself (`is_distributed`), and each virtual pipeline stage has iterators of its own. Tokenised
-    once by rank 0. Collectives: two object gathers, world, for each set of files.
+    once on each node. Collectives: those of `build_on_first_ranks` for each set of files.
 
     Raises: ConfigError, DataError: what is wrong with arguments or files, on every rank.
     """
@@ -79,11 +77,9 @@ def _dataset(files: list[str], args: argparse.Namespace) -> PreferenceDataset:
     tokenizer = AutoTokenizer.from_pretrained(args.tokenizer_model, trust_remote_code=False)
     pairs = pair_options(args)
 
-    def load(*, build: bool) -> PreferenceDataset:
-        return build_preference_dataset(files, tokenizer, pairs, args.simpo_data_cache, build=build)
-
-    built = raise_on_all_ranks(lambda: load(build=True) if dist.get_rank() == 0 else None)
-    dataset = raise_on_all_ranks(lambda: load(build=False) if built is None else built)
+    dataset = build_on_first_ranks(
+        lambda build: build_preference_dataset(files, tokenizer, pairs, args.simpo_data_cache, build=build)
+    )
     check_vocabulary(dataset, true_vocab_size(args))
     return dataset
 

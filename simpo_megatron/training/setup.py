@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import gc
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor
 
@@ -37,7 +35,7 @@ from simpo_megatron.mcore.lora import redraw_adapters
 from simpo_megatron.mcore.model import PreferenceGPTModel, build_model, wrap_in_ddp, zero_weights
 from simpo_megatron.mcore.optimizer import build_optimizer, forget_optimizer, gather_parameters
 from simpo_megatron.parallel import ParallelGroups
-from simpo_megatron.ranks import raise_on_all_ranks
+from simpo_megatron.ranks import build_on_first_ranks
 from simpo_megatron.reporting.loggers import check_sinks
 from simpo_megatron.training.step import Trainer, batch_options
 
@@ -161,24 +159,18 @@ def load_data(
 
     Rank 0 tokenises first, then the first rank of each node that does not see what rank 0 wrote.
 
-    Collectives: three object gathers, world, for each set of files.
+    Collectives: those of `build_on_first_ranks` for each set of files.
     """
     cache = cache_folder(config) / "pairs"
 
-    def load(files: Sequence[str], *, build: bool) -> PreferenceDataset:
-        return build_preference_dataset(files, tokenizer, config.pairs, cache, build=build)
+    def load(files: Sequence[str]) -> PreferenceDataset:
+        return build_on_first_ranks(
+            lambda build: build_preference_dataset(files, tokenizer, config.pairs, cache, build=build)
+        )
 
-    def load_on_all_ranks(files: Sequence[str]) -> PreferenceDataset:
-        is_first = dist.get_rank() == 0
-        built = raise_on_all_ranks(lambda: load(files, build=True) if is_first else None)
-        # The first rank of another node opens what rank 0 wrote where it sees it, and writes its own where not.
-        builds = not is_first and os.environ.get("LOCAL_RANK", "0") == "0"
-        built = raise_on_all_ranks(lambda: load(files, build=True) if builds else built)
-        return raise_on_all_ranks(lambda: load(files, build=False) if built is None else built)
-
-    train_data = load_on_all_ranks(sources.train)
+    train_data = load(sources.train)
     if sources.valid:
-        return train_data, {name: load_on_all_ranks(files) for name, files in sources.valid.items()}
+        return train_data, {name: load(files) for name, files in sources.valid.items()}
     if config.data.valid_fraction:
         train_data, validation = split(train_data, config.data.valid_fraction, config.run.seed)
         return train_data, {"": validation}
