@@ -3,6 +3,7 @@
 simpo plan --model Llama-3.1-70B --gpus 64 --gpu h100-80gb --tokens-per-microbatch 8192 --fp8 tensorwise
 simpo plan --model DIR --gpus 8 --preset llama3-instruct-v0.2 --write runs/plan.yaml
 simpo plan --model llama3-instruct --gpus 8 --config llama3_8b_instruct_8xh100 --as-is
+simpo plan --model DIR --gpus 8 --data pairs.jsonl --trials 6     # lengths and steps of your pairs, hours, GPU-hours
 
 --model takes a Hugging Face folder, a config.json, a published model or the name of a preset. Every option of the
 trainer may follow, and its YAML files too; sizes above 1 (--tp 8 --pp 4 ...) are kept, the others are searched.
@@ -12,16 +13,28 @@ from __future__ import annotations
 
 import argparse
 import sys
+import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
 
 from simpo_megatron.commands.parsing import CommandParser
-from simpo_megatron.config import load_config
+from simpo_megatron.config import Config, load_config, num_train_iters
+from simpo_megatron.data import build_preference_dataset, load_tokenizer, split
 from simpo_megatron.errors import ConfigError, SimPOError, report_error, visible
-from simpo_megatron.planning.gpus import GPUS
-from simpo_megatron.planning.layouts import Candidate, PlanRequest, Survey, plan_one, survey
+from simpo_megatron.planning.gpus import GIB, GPUS
+from simpo_megatron.planning.layouts import (
+    Candidate,
+    PlanRequest,
+    Survey,
+    fewest_gpus,
+    layout_name,
+    plan_one,
+    recomputation,
+    survey,
+)
 from simpo_megatron.planning.models import find_model
 from simpo_megatron.planning.shapes import Pack
 from simpo_megatron.planning.tables import (
@@ -31,10 +44,22 @@ from simpo_megatron.planning.tables import (
     layouts_table,
     memory_table,
     refusals_table,
+    run_line,
     run_yaml,
     summarize,
     time_line,
 )
+
+_PROMPT_TOKENS, _RESPONSE_TOKENS = 300, 400
+
+
+@dataclass(frozen=True)
+class _Pairs:
+    """The pairs to plan for: mean lengths, and their number where files were named."""
+
+    prompt: float
+    response: float
+    count: int | None = None
 
 
 def parse_arguments(argv: Sequence[str], prog: str) -> tuple[argparse.Namespace, list[str]]:
@@ -44,14 +69,19 @@ def parse_arguments(argv: Sequence[str], prog: str) -> tuple[argparse.Namespace,
     parser.add_argument("--gpus", required=True, type=int, metavar="N", help="how many GPUs, over all nodes")
     parser.add_argument("--gpu", default="h100-80gb", choices=sorted(GPUS), help="default h100-80gb")
     parser.add_argument(
-        "--prompt-tokens", type=float, default=300, metavar="N", help="mean length of a prompt, default 300"
+        "--data", nargs="+", action="extend", metavar="FILE", help="your pairs: their lengths, and the cost of the run"
+    )
+    parser.add_argument(
+        "--trials", type=int, default=1, metavar="N", help="runs to pay for, one after the other, default 1"
+    )
+    parser.add_argument(
+        "--prompt-tokens", type=float, metavar="N", help=f"mean length of a prompt, default {_PROMPT_TOKENS}"
     )
     parser.add_argument(
         "--response-tokens",
         type=float,
-        default=400,
         metavar="N",
-        help="mean length of one response, default 400; `simpo inspect` tells both of your pairs",
+        help=f"mean length of one response, default {_RESPONSE_TOKENS}; --data takes both from your pairs",
     )
     parser.add_argument("--top", type=int, default=10, metavar="N", help="layouts to list, default 10")
     parser.add_argument("--why-not", action="store_true", help="also say of every other layout why it does not fit")
@@ -65,7 +95,9 @@ def main(argv: Sequence[str], prog: str = "simpo plan") -> int:
     arguments, of_the_trainer = parse_arguments(argv, prog)
     console = Console(width=120, soft_wrap=False) if not sys.stdout.isatty() else Console()
     try:
-        job = _job(arguments, of_the_trainer)
+        config = _config(arguments, of_the_trainer)
+        pairs = _pairs(arguments, config)
+        job = _job(arguments, config, pairs)
         for line in describe_job(job):
             _say(line, console)
         if arguments.as_is:
@@ -73,19 +105,48 @@ def main(argv: Sequence[str], prog: str = "simpo plan") -> int:
         else:
             found = survey(job)
             best = _show(found, arguments, console)
-        _explain(best, arguments, _whole_config(arguments, of_the_trainer), console)
+        _explain(best, arguments, pairs, _whole_config(arguments, of_the_trainer), console)
     except SimPOError as error:
         return report_error(error)
     return 0
 
 
-def _job(arguments: argparse.Namespace, of_the_trainer: list[str]) -> PlanRequest:
-    for name in ("gpus", "prompt_tokens", "response_tokens"):
-        if getattr(arguments, name) <= 0:
-            raise ConfigError(f"{name}: found {getattr(arguments, name):g}, expected a number above 0")
+def _config(arguments: argparse.Namespace, of_the_trainer: list[str]) -> Config:
+    for name in ("gpus", "prompt_tokens", "response_tokens", "trials"):
+        found = getattr(arguments, name)
+        if found is not None and found <= 0:
+            raise ConfigError(f"{name}: found {found:g}, expected a number above 0")
+    return load_config([*of_the_trainer, "--model", arguments.model, "--data", *(arguments.data or ["pairs.jsonl"])])
+
+
+def _pairs(arguments: argparse.Namespace, config: Config) -> _Pairs:
+    """Lengths and number of the pairs, by the files of --data or by --prompt-tokens and --response-tokens.
+
+    Raises: ConfigError when both are given, or there is no tokenizer to measure the files with.
+    """
+    said = {"prompt_tokens": arguments.prompt_tokens, "response_tokens": arguments.response_tokens}
+    if not arguments.data:
+        return _Pairs(said["prompt_tokens"] or _PROMPT_TOKENS, said["response_tokens"] or _RESPONSE_TOKENS)
+    for name, value in said.items():
+        if value is not None:
+            raise ConfigError(f"{name}: found {value:g} beside --data, expected one of them; the files have lengths")
+    if not Path(arguments.model).is_dir():
+        raise ConfigError(
+            f"data: found {arguments.model!r} as the model, expected a folder with the tokenizer; name one, or give "
+            "--prompt-tokens and --response-tokens, which `simpo inspect` tells"
+        )
+    with tempfile.TemporaryDirectory() as scratch:
+        cache = config.data.data_cache or scratch
+        pairs = build_preference_dataset(arguments.data, load_tokenizer(arguments.model), config.pairs, cache)
+        if config.data.valid_fraction:
+            pairs, _ = split(pairs, config.data.valid_fraction, config.run.seed)
+        prompt, chosen, rejected = pairs.lengths.mean(axis=0)
+        return _Pairs(float(prompt), float(chosen + rejected) / 2, len(pairs))
+
+
+def _job(arguments: argparse.Namespace, config: Config, pairs: _Pairs) -> PlanRequest:
     description = find_model(arguments.model)
-    config = load_config([*of_the_trainer, "--model", arguments.model, "--data", "pairs.jsonl"])
-    prompt, response = arguments.prompt_tokens, arguments.response_tokens
+    prompt, response = pairs.prompt, pairs.response
     longest = config.pairs.max_length / (prompt + response)
     pairs_of = {"prompt": max(1.0, longest) * prompt, "response": max(1.0, longest) * response}
     return PlanRequest(
@@ -105,12 +166,23 @@ def _show(found: Survey, arguments: argparse.Namespace, console: Console) -> Can
         if not found.refusals:
             raise ConfigError(f"gpus: found {num_gpus}, expected a multiple of tp {sizes.tensor} x cp {sizes.context}")
         console.print(refusals_table(found.refusals))
-        raise ConfigError(f"gpus: found {num_gpus}, and no layout fits; expected more GPUs, smaller packs or LoRA")
+        raise ConfigError(f"gpus: found {num_gpus}, and no layout fits; expected {_what_would_fit(found)}")
     console.print(layouts_table(found.candidates[: arguments.top]))
     if arguments.why_not and found.refusals:
         console.print(refusals_table(found.refusals))
     console.print(summarize(found, found.recommended), style="bold", highlight=False, soft_wrap=True)
     return found.recommended
+
+
+def _what_would_fit(found: Survey) -> str:
+    larger = fewest_gpus(found.job)
+    if larger is None:
+        return "smaller packs, --recompute full or LoRA"
+    best = larger.recommended
+    return (
+        f"at least {larger.job.num_gpus} ({layout_name(best.config)}, {recomputation(best.config)}: "
+        f"{best.fullest.total / GIB:.1f} GiB), smaller packs or LoRA"
+    )
 
 
 def _whole_config(arguments: argparse.Namespace, of_the_trainer: list[str]) -> str | None:
@@ -119,9 +191,18 @@ def _whole_config(arguments: argparse.Namespace, of_the_trainer: list[str]) -> s
     return of_the_trainer[1] if is_all else None
 
 
-def _explain(best: Candidate, arguments: argparse.Namespace, config_file: str | None, console: Console) -> None:
+def _explain(
+    best: Candidate, arguments: argparse.Namespace, pairs: _Pairs, config_file: str | None, console: Console
+) -> None:
     console.print(memory_table(best))
-    for line in (time_line(best), *assumptions()):
+    lines = [time_line(best)]
+    if pairs.count is not None or best.config.optimizer.train_iters is not None:
+        lines.append(run_line(best, num_train_iters(best.config, pairs.count or 0), arguments.trials))
+    elif arguments.trials > 1:
+        raise ConfigError(f"trials: found {arguments.trials}, expected --data FILE or --train-iters N to count steps")
+    if pairs.count is None:
+        lines.append("lengths: --data FILE takes those of your pairs, --prompt-tokens and --response-tokens say others")
+    for line in (*lines, *assumptions()):
         _say(line, console)
     file = arguments.write or config_file or "plan.yaml"
     commands = launch_commands(best, file, arguments.model)

@@ -115,7 +115,7 @@ def _default(option: Option) -> str:
     if default is None or default is False or default in ((), ""):
         return ""
     if isinstance(default, tuple):
-        return f" (default {' '.join(default)})"
+        return f" (default {' '.join(map(str, default))})"
     if default is True:
         return f" (default on; {flag_of('no_' + option.name)})"
     return f" (default {f'{default:g}' if isinstance(default, float) else default})"

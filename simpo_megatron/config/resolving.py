@@ -10,7 +10,7 @@ from typing import Any
 from simpo_megatron.config.presets import PRESETS
 from simpo_megatron.config.sections import Config
 from simpo_megatron.data import BatchOptions, check_global_batch_size
-from simpo_megatron.errors import ConfigError, require
+from simpo_megatron.errors import ConfigError, DataError, require
 
 # Rows and columns of Transformer Engine's matrix products come in multiples of this.
 FP8_MULTIPLE = {"delayed": 16, "tensorwise": 16, "mxfp8": 32, "blockwise": 128}
@@ -57,6 +57,7 @@ def resolve(config: Config, *, world_size: int, model: Mapping[str, Any], machin
     _check_lora(config, model)
     _check_fp8_weights(config, model)
     _check_fp8(config, model, machine)
+    _check_profiling(config, world_size, machine)
     sizes = config.parallel.sizes
     multiple = sequence_multiple(
         fp8_recipe=config.precision.fp8_recipe,
@@ -75,6 +76,23 @@ def resolve(config: Config, *, world_size: int, model: Mapping[str, Any], machin
     )
     _check_batches(config, layout)
     return layout
+
+
+def num_train_iters(config: Config, num_pairs: int) -> int:
+    """Optimizer steps of the run: `train_iters`, or as many whole global batches as `epochs` passes hold.
+
+    Raises:
+        DataError: the pairs do not fill one global batch.
+    """
+    if config.optimizer.train_iters is not None:
+        return config.optimizer.train_iters
+    num_steps = config.optimizer.epochs * num_pairs // config.batch.global_batch_size
+    if num_steps == 0:
+        raise DataError(
+            f"global_batch_size: found {config.batch.global_batch_size}, expected at most the pairs of "
+            f"{config.optimizer.epochs} epoch(s) of {num_pairs}; lower it or raise epochs"
+        )
+    return num_steps
 
 
 def _check_inputs_are_named(config: Config) -> None:
@@ -216,6 +234,25 @@ def _check_fp8(config: Config, model: Mapping[str, Any], machine: Machine) -> No
     width = model.get("moe_ffn_hidden_size") or model["ffn_hidden_size"] // config.parallel.tensor_model_parallel_size
     for name, size in (("hidden size", model["hidden_size"]), ("MLP width per rank", width)):
         require(size % multiple == 0, key, recipe, f"the model's {name}, {size}, to be a multiple of {multiple}")
+
+
+def _check_profiling(config: Config, world_size: int, machine: Machine) -> None:
+    profiling, run = config.profiling, config.run
+    has_profile, has_history = profiling.profile, profiling.record_memory_history
+    for rank in profiling.profile_ranks if has_profile else ():
+        require(rank < world_size, "profile_ranks", rank, f"a rank of this run, below {world_size}")
+    nsight = "a CUDA device, and none is there; --use-pytorch-profiler profiles without one"
+    require(machine.has_cuda or not has_profile or profiling.use_pytorch_profiler, "profile", True, nsight)
+    require(machine.has_cuda or not has_history, "record_memory_history", True, "a CUDA device, and none is there")
+    is_placed = run.save is not None
+    traces = "save or tensorboard_dir with it; there is no folder for the traces"
+    require(
+        is_placed or run.tensorboard_dir is not None or not profiling.use_pytorch_profiler,
+        "use_pytorch_profiler",
+        True,
+        traces,
+    )
+    require(is_placed or not has_history, "record_memory_history", True, "save with it; there is no folder for it")
 
 
 def _check_fp8_weights(config: Config, model: Mapping[str, Any]) -> None:

@@ -18,6 +18,7 @@ from typing import Literal
 from simpo_megatron.config.checks import require_writable_name
 from simpo_megatron.config.lora_section import LoRAConfig
 from simpo_megatron.config.monitor_section import MonitorConfig
+from simpo_megatron.config.profiling_section import ProfilingConfig
 from simpo_megatron.data import BatchConfig, PairOptions
 from simpo_megatron.errors import require, require_positive
 from simpo_megatron.loss import CPOObjective, DPOObjective, IPOObjective, ORPOObjective, SimPOObjective
@@ -374,6 +375,7 @@ class Config:
     recompute: RecomputeConfig = field(default_factory=RecomputeConfig)
     run: RunConfig = field(default_factory=RunConfig)
     monitors: MonitorConfig = field(default_factory=MonitorConfig)
+    profiling: ProfilingConfig = field(default_factory=ProfilingConfig)
 
     def flat(self) -> dict[str, typing.Any]:
         """Returns {option: value} of every option, in the order of the sections."""

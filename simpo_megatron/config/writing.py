@@ -83,7 +83,7 @@ def _value_and_style(config: Config, section: str, name: str) -> tuple[str, str]
 
 def _readable(value: Any) -> str:
     if isinstance(value, tuple):
-        return visible(" ".join(value))
+        return visible(" ".join(map(str, value)))
     if isinstance(value, bool):
         return str(value).lower()
     return f"{value:g}" if isinstance(value, float) else visible(value)

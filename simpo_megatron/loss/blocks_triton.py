@@ -10,69 +10,22 @@ Shapes: S sequence, B batch, H hidden, v this rank's vocabulary slice, b one blo
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from simpo_megatron.loss.block_plan import BlockPlan, round_up
 from simpo_megatron.loss.head import HeadCall
 from simpo_megatron.loss.log_probs import merge_shards
 from simpo_megatron.loss.main_grad import gradient_already_added
 from simpo_megatron.loss.products import add_product, product
 from simpo_megatron.loss.row_kernels import row_stats, slopes
 
-# Starts and strides of blocks: whole tiles of cuBLAS, and rows whose first byte is aligned for its fastest kernels.
-COLUMN_MULTIPLE = 256
-# Each block but the only one costs a read and a write of the rows' gradient in fp32.
-_MAX_BLOCKS_OF_A_SLICE = 8
-
 
 def log_probs(hidden_SBH: Tensor, weight_vH: Tensor, call: HeadCall) -> Tensor:
     """Returns log p(target) of every response token, [N] fp32, natural log."""
     return _KernelLogProbs.apply(hidden_SBH, weight_vH, call)
-
-
-@dataclass(frozen=True)
-class BlockPlan:
-    """Blocks `[start, stop)` of the slice, and how many of them, the first ones, keep their logits."""
-
-    blocks: tuple[tuple[int, int], ...]
-    num_kept: int
-
-    @classmethod
-    def of(cls, num_rows: int, width: int, *, logit_bytes: int, slope_bytes: int, budget_bytes: int) -> BlockPlan:
-        """Returns the fewest blocks whose logits fit into the budget, beside the slopes of the one in work.
-
-        Args:
-            num_rows: N.
-            width: real columns of the slice.
-            logit_bytes: bytes of a logit.
-            slope_bytes: bytes of a logit's gradient.
-            budget_bytes: the most bytes to hold.
-        """
-        if num_rows == 0 or width == 0:
-            return cls((), 0)
-        num_columns = budget_bytes // (num_rows * logit_bytes)
-        for num_blocks in range(1, _MAX_BLOCKS_OF_A_SLICE + 1):
-            size = min(_round_up(-(-width // num_blocks)), width)
-            if width + size * slope_bytes / logit_bytes <= num_columns:
-                blocks = _cut(width, size)
-                return cls(blocks, len(blocks))
-        # Not all can stay: work on an eighth of the slice, or on half of the budget where that is less. Slopes take the
-        # place of logits of their own dtype.
-        scratch = slope_bytes / logit_bytes + (slope_bytes != logit_bytes)
-        size = min(size, max(int(num_columns / 2 / scratch) // COLUMN_MULTIPLE, 1) * COLUMN_MULTIPLE)
-        blocks = _cut(width, size)
-        return cls(blocks, min(max(int(num_columns / size - scratch), 0), len(blocks)))
-
-
-def _round_up(width: int) -> int:
-    return -(-width // COLUMN_MULTIPLE) * COLUMN_MULTIPLE
-
-
-def _cut(width: int, size: int) -> tuple[tuple[int, int], ...]:
-    return tuple((start, min(start + size, width)) for start in range(0, width, size))
 
 
 class _KernelLogProbs(torch.autograd.Function):
@@ -159,7 +112,7 @@ class _Work:
 
     def _new(self, block: tuple[int, int], dtype: torch.dtype) -> Tensor:
         width = block[1] - block[0]
-        return self.rows_NH.new_empty(len(self.rows_NH), _round_up(width), dtype=dtype)[:, :width]
+        return self.rows_NH.new_empty(len(self.rows_NH), round_up(width), dtype=dtype)[:, :width]
 
     def _reused(self, block: tuple[int, int], dtype: torch.dtype) -> Tensor:
         if dtype not in self._scratch:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from simpo_megatron.config import Machine
@@ -61,6 +62,37 @@ GPUS = {
     ),
 }
 
+_PEAK_TFLOPS = {
+    "A100": 312,
+    "A800": 312,
+    "A30": 165,
+    "A40": 150,
+    "A10": 125,
+    "L4": 121,
+    "L40": 181,
+    "L40S": 362,
+    "H20": 148,
+    "H100": 989,
+    "H100 PCIe": 756,
+    "H100 NVL": 835,
+    "H800": 989,
+    "H800 PCIe": 756,
+    "H200": 989,
+    "H200 NVL": 835,
+    "GH200": 989,
+    "B200": 2250,
+    "GB200": 2500,
+}
+"""Dense bf16 rates by NVIDIA's data sheets, in 10^12 operations a second, by the part of a device's name."""
+
+
+def peak_bf16_flops(device_name: str) -> float | None:
+    """The dense bf16 rate of the GPU that the driver calls so; None of an unknown one, or a part of one (MIG)."""
+    known = [name for name in _PEAK_TFLOPS if re.search(rf"\b{name}\b", device_name)]
+    if not known or "MIG" in device_name:
+        return None
+    return 1e12 * _PEAK_TFLOPS[max(known, key=len)]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Assumptions:
@@ -78,6 +110,10 @@ class Assumptions:
     """Of NVLink's and the network's rates, in collectives."""
     elementwise: float = 0.7
     """Of the memory's rate, in norms, SwiGLU, rotation and the optimizer."""
+    padding: float = 0.01
+    """Of a pipeline's packs, which are padded to the longest of their step: what real pairs showed."""
+    shape_exchange_seconds: float = 1e-4
+    """Where stages ask for the shape of each message, and the host waits for the answer and for the device."""
     speed_error: float = 0.03
     """Share of a step's time below which two layouts count as equally fast."""
 

@@ -50,10 +50,14 @@ class Candidate:
         return max(self.memory, key=lambda stage: stage.total)
 
     @property
+    def tokens_per_step(self) -> float:
+        """Over all GPUs."""
+        return self.tokens_per_microbatch * self.load.num_microbatches * self.load.data_parallel_size
+
+    @property
     def tokens_per_second(self) -> float:
         """Over all GPUs."""
-        num_tokens = self.tokens_per_microbatch * self.load.num_microbatches * self.load.data_parallel_size
-        return num_tokens / self.time.total
+        return self.tokens_per_step / self.time.total
 
     @property
     def utilization(self) -> float:
@@ -100,6 +104,19 @@ def survey(job: PlanRequest) -> Survey:
             refusals.append(answer)
     candidates.sort(key=lambda candidate: candidate.time.total)
     return Survey(job=job, candidates=tuple(candidates), refusals=tuple(refusals))
+
+
+def fewest_gpus(job: PlanRequest, most: int = 512) -> Survey | None:
+    """The survey of the smallest number of GPUs on which a layout of `job` fits; None if `most` are too few.
+
+    A node's numbers of GPUs are tried as far as they divide it, then whole nodes.
+    """
+    per_node = job.gpu.per_node
+    for num_gpus in (*_divisors(per_node), *range(2 * per_node, most + 1, per_node)):
+        found = survey(replace(job, num_gpus=num_gpus))
+        if found.candidates:
+            return found
+    return None
 
 
 def plan_one(job: PlanRequest) -> Candidate:

@@ -12,9 +12,9 @@ import math
 from dataclasses import dataclass, fields
 
 from simpo_megatron.config.lora_section import LORA_TARGETS
+from simpo_megatron.loss.block_plan import round_up
 from simpo_megatron.loss.blocks_torch import MAX_BLOCK_WIDTH, MIN_BLOCK_WIDTH
 from simpo_megatron.loss.fused_linear import DEFAULT_LOGITS_BUDGET_BYTES
-from simpo_megatron.mcore.families import padded_vocab_size
 from simpo_megatron.mcore.precision import precision_options
 from simpo_megatron.planning.parameters import (
     adapter_parameters,
@@ -285,25 +285,41 @@ def backward_work_bytes(load: Workload) -> float:
 def head_bytes(load: Workload) -> tuple[float, float]:
     """(what the final norm and the head keep of a pack, their peak beyond that).
 
-    Source: simpo_megatron.loss.fused_linear: the selected rows and logits within the byte budget are kept; a block
-    in fp32 is worked on; the backward sums the rows' gradient in fp32, hands it back in e, and gives autograd an
-    empty stand-in for the weight gradient it has added to `main_grad`.
+    Rows travel to every tensor rank and back under sequence parallelism; then the gradient of all positions is there,
+    and an empty stand-in for the weight gradient that was added to `main_grad`.
     """
-    shape, e, tp = load.shape, load.itemsize, load.sizes.tensor
-    rows_N = load.pack.response_rows / load.sizes.context
-    rows = rows_N * shape.hidden_size * e
-    v = padded_vocab_size(shape.vocab_size, tp) // tp
-    budget = DEFAULT_LOGITS_BUDGET_BYTES
-    width = min(max(budget / (rows_N * e) / 8, MIN_BLOCK_WIDTH), MAX_BLOCK_WIDTH, v)
-    logits = min(rows_N * v * e, budget)
-    is_frozen = load.config.lora.lora_rank is not None
-    norm = 2 * load.hidden_bytes
-    block = rows_N * width * 4 if e < 4 else 0.0
-    backward = rows * (4 / e + 1) + (0 if is_frozen else width * shape.hidden_size * (4 + e))
-    # Rows travel to every tensor rank and back under sequence parallelism; then the gradient of all positions.
+    shape, is_frozen = load.shape, load.config.lora.lora_rank is not None
+    rows = load.head_rows * shape.hidden_size * load.itemsize
+    logits, block, backward = _triton_blocks(load, rows) if load.is_on_gpu else _torch_blocks(load, rows)
     returned = rows * (2 if load.sequence_ranks > 1 else 1) + load.hidden_bytes
-    returned += 0 if is_frozen else v * shape.hidden_size * e
-    return norm + rows + logits, max(block, backward, returned)
+    returned += 0 if is_frozen else load.vocab_slice * shape.hidden_size * load.itemsize
+    return 2 * load.hidden_bytes + rows + logits, max(block, backward, returned)
+
+
+def _triton_blocks(load: Workload, rows: float) -> tuple[float, float, float]:
+    """Bytes of (logits that are kept, the block at work in the forward, what the backward takes); `rows` are [N, H].
+
+    Source: simpo_megatron.loss.blocks_triton: the slopes of a block, and the rows' gradient, in fp32 over several.
+    """
+    plan = load.head_blocks
+    e, widths = load.itemsize, [round_up(stop - start) for start, stop in plan.blocks]
+    block = load.head_rows * e * max(widths, default=0)
+    keeps_all = plan.num_kept == len(plan.blocks)
+    gradient = rows if len(plan.blocks) == 1 else rows * (4 / e + 1)
+    return load.head_rows * e * sum(widths[: plan.num_kept]), 0.0 if keeps_all else block, block + gradient
+
+
+def _torch_blocks(load: Workload, rows: float) -> tuple[float, float, float]:
+    """The same bytes as `_triton_blocks`, for the blocks of a CPU.
+
+    Source: simpo_megatron.loss.blocks_torch: logits within the byte budget are kept; a block in fp32 is worked on; the
+    backward sums the rows' gradient in fp32 and hands it back in e.
+    """
+    e, is_frozen = load.itemsize, load.config.lora.lora_rank is not None
+    budget, rows_N = DEFAULT_LOGITS_BUDGET_BYTES, load.head_rows
+    width = min(max(budget / (rows_N * e) / 8, MIN_BLOCK_WIDTH), MAX_BLOCK_WIDTH, load.vocab_slice)
+    backward = rows * (4 / e + 1) + (0 if is_frozen else width * load.shape.hidden_size * (4 + e))
+    return min(rows_N * load.vocab_slice * e, budget), rows_N * width * 4 if e < 4 else 0.0, backward
 
 
 def communication_bytes(load: Workload) -> float:

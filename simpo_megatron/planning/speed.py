@@ -1,16 +1,23 @@
 """Seconds of a training step by part, from operations and bytes over assumed rates.
 
 Tensor- and context-parallel collectives are not overlapped with compute, data-parallel ones are as far as the options
-say; the slowest pipeline stage sets the pace. Operations count a multiplication and an addition as two.
+say; the slowest pipeline stage sets the pace. The loss is that of a GPU: its products, and two passes over the logits.
+Operations count a multiplication and an addition as two.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
+import numpy as np
+
 from simpo_megatron.planning.gpus import ASSUMED, Assumptions, Gpu
 from simpo_megatron.planning.parameters import optimizer_parameters, trained_parameters
+from simpo_megatron.planning.shapes import ModelShape
 from simpo_megatron.planning.workload import Workload
+
+# Operations for each weight and token: three products, or two of a frozen weight, which gets no gradient.
+_PRODUCTS, _PRODUCTS_OF_FROZEN = 6, 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +45,9 @@ class StepTime:
 def step_time(load: Workload, tokens: float, gpu: Gpu, assumed: Assumptions = ASSUMED) -> StepTime:
     """The parts of a step whose microbatches hold `tokens` tokens each, on average."""
     num, sizes = load.num_microbatches, load.sizes
-    share = tokens / load.pack.tokens
+    # In a pipeline all packs of a step are as long as the longest, an MoE's apart.
+    is_padded = sizes.pipeline > 1 and not load.asks_for_shapes
+    share = tokens / load.pack.tokens * (1 + assumed.padding if is_padded else 1)
     stage = _forward_backward(load, share, gpu, assumed)
     busy = sum(stage.values())
     # Warm-up and cool-down of the pipeline, in units of a microbatch's time on a stage.
@@ -53,10 +62,38 @@ def step_time(load: Workload, tokens: float, gpu: Gpu, assumed: Assumptions = AS
 
 def useful_flops(load: Workload, tokens: float) -> float:
     """Operations of one data-parallel rank's step that training needs, recomputation apart, over its whole model."""
-    share = tokens / load.pack.tokens * load.num_microbatches
-    shape, pack, products = load.shape, load.pack, _products(load)
-    layers = shape.num_layers * (products * pack.tokens * shape.layer_matrices + 12 * pack.attended * shape.query_size)
-    return share * (layers + products * pack.response_rows * shape.vocab_size * shape.hidden_size)
+    pack, share = load.pack, tokens / load.pack.tokens * load.num_microbatches
+    of_pack = _flops(
+        load.shape, _products(load), tokens=pack.tokens, attended=pack.attended, response_rows=pack.response_rows
+    )
+    return share * of_pack
+
+
+def pairs_flops(
+    shape: ModelShape, lengths: np.ndarray, counted: np.ndarray, *, prefix_sharing: bool, freezes_weights: bool
+) -> float:
+    """Operations that training on pairs of `lengths` needs, recomputation apart, over the whole model.
+
+    Args:
+        lengths: int [num_pairs, 3], the tokens of prompt, chosen and rejected.
+        counted: int [num_pairs, 2], those of chosen and rejected that count in the loss, and meet the vocabulary.
+        freezes_weights: the model's matrices get no gradient, as beside adapters, whose own products are left out.
+    """
+    prompt, chosen, rejected = lengths.astype(np.float64).T
+    # Causally, a query sees half of its own part on average, and all of what stands before it.
+    of_rejected = rejected * (prompt + rejected / 2) if prefix_sharing else (prompt + rejected) ** 2 / 2
+    return _flops(
+        shape,
+        _PRODUCTS_OF_FROZEN if freezes_weights else _PRODUCTS,
+        tokens=float(((1 if prefix_sharing else 2) * prompt + chosen + rejected).sum()),
+        attended=float(((prompt + chosen) ** 2 / 2 + of_rejected).sum()),
+        response_rows=float(counted.sum()),
+    )
+
+
+def _flops(shape: ModelShape, products: int, *, tokens: float, attended: float, response_rows: float) -> float:
+    layers = shape.num_layers * (products * tokens * shape.layer_matrices + 12 * attended * shape.query_size)
+    return layers + products * response_rows * shape.vocab_size * shape.hidden_size
 
 
 def _forward_backward(load: Workload, share: float, gpu: Gpu, assumed: Assumptions) -> dict[str, float]:
@@ -71,7 +108,7 @@ def _forward_backward(load: Workload, share: float, gpu: Gpu, assumed: Assumptio
     products = _products(load)
     matrices = products * tokens * shape.layer_matrices / sizes.tensor * layers / rate
     attention = 12 * pack.attended * share * shape.query_size / ranks * layers / (gpu.bf16_flops * assumed.attention)
-    head = products * pack.response_rows * share * shape.vocab_size * shape.hidden_size / ranks / bf16
+    head = _head(load, gpu, assumed) * share
     # Forward and backward read or write about 16 activations of [S, H / s] and 8 of [S, F / tp] a layer.
     touched = (16 * shape.hidden_size / load.sequence_ranks + 8 * shape.ffn_hidden_size / sizes.tensor) * tokens * e
     elementwise = touched * layers / (gpu.memory_bytes_rate * assumed.elementwise)
@@ -88,9 +125,10 @@ def _forward_backward(load: Workload, share: float, gpu: Gpu, assumed: Assumptio
     keys = 2 * tokens * shape.key_size / sizes.tensor * e * (sizes.context - 1)
     context_parallel = 2 * keys * layers / (nvlink if ranks <= gpu.per_node else network)
     num_chunks = sizes.virtual_pipeline or 1
-    sent = 2 * num_chunks * load.hidden_bytes * share if sizes.pipeline > 1 else 0.0
+    num_messages = 2 * num_chunks if sizes.pipeline > 1 else 0
     # Plain 1F1B waits for its messages; interleaving sends more of them and hides, it is assumed, half.
-    messages = sent / network * (0.5 if num_chunks > 1 else 1.0)
+    messages = num_messages * load.hidden_bytes * share / network * (0.5 if num_chunks > 1 else 1.0)
+    messages += num_messages * assumed.shape_exchange_seconds if load.asks_for_shapes else 0.0
     return {
         "matrices": matrices,
         "attention": attention,
@@ -104,9 +142,20 @@ def _forward_backward(load: Workload, share: float, gpu: Gpu, assumed: Assumptio
     }
 
 
+def _head(load: Workload, gpu: Gpu, assumed: Assumptions) -> float:
+    """Seconds of the loss of a full pack: products, one more where logits are not kept, and two passes over these.
+
+    The forward reads each logit once; the backward reads it and writes its gradient.
+    """
+    rows_N, v, plan = load.head_rows, load.vocab_slice, load.head_blocks
+    again = 2 * (1 - plan.num_kept / max(1, len(plan.blocks)))
+    flops = (_products(load) + again) * rows_N * v * load.shape.hidden_size
+    moved = 3 * load.itemsize * rows_N * v
+    return flops / (gpu.bf16_flops * assumed.bf16) + moved / (gpu.memory_bytes_rate * assumed.elementwise)
+
+
 def _products(load: Workload) -> int:
-    """Operations for each weight and token: three products, or two of a frozen weight, which gets no gradient."""
-    return 6 if load.config.lora.lora_rank is None else 4
+    return _PRODUCTS if load.config.lora.lora_rank is None else _PRODUCTS_OF_FROZEN
 
 
 def _recompute(load: Workload, matrices: float, attention: float, exchanged: tuple[float, float, float]) -> float:

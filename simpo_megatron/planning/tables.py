@@ -33,7 +33,7 @@ def describe_job(job: PlanRequest) -> list[str]:
         f"model     {job.description.family}: {shape.num_layers} layers, hidden {shape.hidden_size}, vocabulary "
         f"{shape.vocab_size:,}, {_in_words(shape.num_parameters)} parameters{experts}",
         f"GPUs      {job.num_gpus} x {job.gpu.memory_gib:.1f} GiB, {job.gpu.per_node} a node",
-        f"step      {num_pairs} pairs of {pack.prompt:g} prompt and 2 x {pack.response:g} response tokens: "
+        f"step      {num_pairs} pairs of {pack.prompt:.4g} prompt and 2 x {pack.response:.4g} response tokens: "
         f"{num_pairs * pack.pair_tokens:,.0f} tokens, prompts {'once' if pack.prefix_sharing else 'twice'}, "
         f"in {_microbatches(job)}",
         f"format    {format_}; gradients and sums in fp32",
@@ -41,7 +41,10 @@ def describe_job(job: PlanRequest) -> list[str]:
 
 
 def _in_words(number: float) -> str:
-    return f"{number / 1e9:.1f} billion" if number >= 1e9 else f"{number / 1e6:.1f} million"
+    for size, word in ((1e9, "billion"), (1e6, "million")):
+        if number >= size:
+            return f"{number / size:.1f} {word}"
+    return f"{number:,.0f}"
 
 
 def _microbatches(job: PlanRequest) -> str:
@@ -95,6 +98,21 @@ def time_line(candidate: Candidate) -> str:
     return f"a step of {time.total:.2f} s: {shown}"
 
 
+def run_line(candidate: Candidate, num_steps: int, num_trials: int = 1) -> str:
+    """Hours, GPU-hours and tokens of `num_steps` steps, as often as there are trials one after the other."""
+    tokens = num_steps * candidate.tokens_per_step
+    hours = num_steps * candidate.time.total / 3600
+    one = f"{num_steps:,} steps: {_cost(candidate, hours)}, {_in_words(tokens)} tokens"
+    if num_trials == 1:
+        return f"the run: {one}"
+    return f"a run of {one}; {num_trials} trials in turn: {_cost(candidate, num_trials * hours)}"
+
+
+def _cost(candidate: Candidate, hours: float) -> str:
+    time = f"{hours:,.1f} hours" if hours >= 1 else f"{60 * hours:,.1f} minutes"
+    return f"{time}, {hours * candidate.num_gpus:,.1f} GPU-hours"
+
+
 def refusals_table(refusals: Iterable[Refusal]) -> Table:
     """The layouts that cannot be run: those of one reason together, and of those that need too much the least."""
     table = Table(title="layouts that cannot be run", title_justify="left")
@@ -114,14 +132,14 @@ def refusals_table(refusals: Iterable[Refusal]) -> Table:
 def assumptions() -> list[str]:
     """The assumptions behind the figures."""
     return [
-        "lengths: --prompt-tokens and --response-tokens say others; `simpo inspect` tells those of your pairs",
         "memory: full packs, mean pairs (without packing: pairs of max_length), experts equally loaded; weights, "
         "gradients and optimizer as megatron-core allocates them (tested), activations as Transformer Engine's layers "
         "keep them, 1 GiB and 0.3 GiB for each kind of group for CUDA and NCCL; "
         f"{ASSUMED.usable_memory:.0%} of a GPU is usable",
         f"speed: matrix products at {ASSUMED.bf16:.0%} of the bf16 and {ASSUMED.fp8:.0%} of the FP8 rate, attention at "
-        f"{ASSUMED.attention:.0%}, links at {ASSUMED.links:.0%}, memory at {ASSUMED.elementwise:.0%}; tensor-parallel "
-        "collectives not overlapped. An estimate to compare layouts by; nothing here was measured on a GPU",
+        f"{ASSUMED.attention:.0%}, links at {ASSUMED.links:.0%}, memory at {ASSUMED.elementwise:.0%}; packs of a "
+        f"pipeline padded by {ASSUMED.padding:.0%}; tensor-parallel collectives not overlapped. An estimate to compare "
+        "layouts by; nothing here was measured on a GPU",
     ]
 
 

@@ -6,6 +6,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from simpo_megatron.config import Config
+from simpo_megatron.loss.block_plan import BlockPlan
+from simpo_megatron.loss.fused_linear import DEFAULT_GPU_LOGITS_BUDGET_BYTES
+from simpo_megatron.mcore.families import padded_vocab_size
 from simpo_megatron.parallel import ParallelSizes
 from simpo_megatron.planning.shapes import ModelShape, Pack
 
@@ -34,6 +37,15 @@ class Workload:
         return 2 if self.config.precision.bf16 else 4
 
     @property
+    def is_on_gpu(self) -> bool:
+        return self.engine == "transformer_engine"
+
+    @property
+    def asks_for_shapes(self) -> bool:
+        """Pipeline stages ask each other for the shape of each message: where packs keep their own lengths."""
+        return self.sizes.pipeline > 1 and self.shape.num_moe_experts > 0
+
+    @property
     def sequence_ranks(self) -> int:
         return self.sizes.tensor if self.config.parallel.sequence_parallel else 1
 
@@ -41,6 +53,27 @@ class Workload:
     def tokens(self) -> float:
         """S: a rank's tokens of a pack."""
         return self.pack.tokens / self.sizes.context
+
+    @property
+    def head_rows(self) -> float:
+        """N: response rows of a pack that meet the vocabulary on a rank."""
+        return self.pack.response_rows / self.sizes.context
+
+    @property
+    def vocab_slice(self) -> int:
+        """v: rows of the vocabulary that a rank has."""
+        return padded_vocab_size(self.shape.vocab_size, self.sizes.tensor) // self.sizes.tensor
+
+    @property
+    def head_blocks(self) -> BlockPlan:
+        """The blocks that the loss on a GPU cuts the rank's vocabulary into."""
+        return BlockPlan.of(
+            round(self.head_rows),
+            self.vocab_slice,
+            logit_bytes=self.itemsize,
+            slope_bytes=self.itemsize,
+            budget_bytes=DEFAULT_GPU_LOGITS_BUDGET_BYTES,
+        )
 
     @property
     def dense_copies(self) -> int:

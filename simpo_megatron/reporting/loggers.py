@@ -24,7 +24,7 @@ _EARLIER_PREFIX = "valid/"
 """First part of the metrics of named validation sets in a metrics.jsonl of version 0.1."""
 
 _HEADER_EVERY = 25
-_WIDTH_OF_A_FILE = 160
+_WIDTH_OF_A_FILE = 180
 
 
 class _Column(NamedTuple):
@@ -34,6 +34,8 @@ class _Column(NamedTuple):
     width: int
     format: str
     metrics: tuple[str, ...]
+    always: bool = True
+    """False where only some machines have it: left out unless the first step has."""
 
 
 # c/r: chosen, then rejected.
@@ -43,12 +45,21 @@ _COLUMNS = (
     _Column("accuracy", 9, "{:.1%}", ("rewards/accuracies",)),
     _Column("rewards c/r", 16, "{:.3f}/{:.3f}", ("rewards/chosen", "rewards/rejected")),
     _Column("log-probs c/r", 16, "{:.3f}/{:.3f}", ("logps/chosen", "logps/rejected")),
-    _Column("tokens c/r", 11, "{:.0f}/{:.0f}", ("response_length/chosen", "response_length/rejected")),
     _Column("grad norm", 10, "{:.3g}", ("grad_norm",)),
     _Column("lr", 9, "{:.1e}", ("learning_rate",)),
     _Column("pairs/s", 8, "{:.1f}", ("pairs_per_second",)),
     _Column("tokens/s", 9, "{:,.0f}", ("tokens_per_second",)),
+    _Column("TFLOP/s", 8, "{:.3g}", ("tflops_per_gpu",), always=False),
+    _Column("MFU", 4, "{:.0%}", ("mfu",), always=False),
     _Column("memory", 9, "{:.1f} GiB", ("peak_memory_gib",)),
+    _Column("reserved", 9, "{:.1f} GiB", ("reserved_memory_gib",), always=False),
+    _Column(
+        "data/f+b/opt s",
+        15,
+        "{:.2f}/{:.2f}/{:.2f}",
+        ("data_seconds", "forward_backward_seconds", "optimizer_seconds"),
+        always=False,
+    ),
 )
 # Taken from the clock of the terminal's sink, in seconds; they stand at the end of every step line.
 _ELAPSED, _LEFT = _Column("elapsed", 8, "", ()), _Column("left", 8, "", ())
@@ -253,8 +264,7 @@ class Terminal:
         self._clock = clock
         self._opened = self._steps_began = clock()
         self._first_step: int | None = None
-        width = self._console.width if self._console.is_terminal else _WIDTH_OF_A_FILE
-        self._columns = _columns_within(width, 2 * len(str(train_iters)) + 1)
+        self._columns: Sequence[_Column] = ()
         self._progress = Progress(
             "training",
             BarColumn(bar_width=None),
@@ -275,6 +285,9 @@ class Terminal:
             for line in _evaluation_lines(record):
                 self.say(line)
             return
+        if self._num_lines == 0:
+            width = self._console.width if self._console.is_terminal else _WIDTH_OF_A_FILE
+            self._columns = _columns_within(width, 2 * len(str(self._train_iters)) + 1, record)
         if self._num_lines % _HEADER_EVERY == 0:
             headings = [column.heading for column in (*self._columns, _ELAPSED, _LEFT)]
             self.say(self._line("step", headings))
@@ -282,7 +295,8 @@ class Terminal:
         iteration = record["iteration"]
         self.advance(iteration)
         cells = [_cell(column.format, [record.get(name) for name in column.metrics]) for column in self._columns]
-        self.say(self._line(f"{iteration}/{self._train_iters}", [*cells, *self._times(iteration)]))
+        line = self._line(f"{iteration}/{self._train_iters}", [*cells, *self._times(iteration)])
+        self.say("; ".join([line, *_remarks(record)]))
 
     def advance(self, iteration: int) -> None:
         if self._first_step is None:
@@ -309,10 +323,15 @@ class Terminal:
         return first + "".join(" " + cell.rjust(width) for cell, width in zip(cells, widths, strict=True))
 
 
-def _columns_within(width: int, first_width: int) -> Sequence[_Column]:
-    """The columns, from the left, that fit `width` characters beside a first one of `first_width` and the times."""
+def _columns_within(width: int, first_width: int, record: Mapping[str, Any]) -> Sequence[_Column]:
+    """The columns, from the left, that fit `width` characters beside a first one of `first_width` and the times.
+
+    Those that not every machine has are there when `record` has them.
+    """
     chosen, used = [], max(first_width, len("step")) + 2 + _ELAPSED.width + _LEFT.width
     for column in _COLUMNS:
+        if not column.always and any(name not in record for name in column.metrics):
+            continue
         used += 1 + column.width
         if used > width:
             break
@@ -324,6 +343,16 @@ def _cell(shape: str, values: Sequence[Any]) -> str:
     if any(value is None for value in values):
         return "-"
     return shape.format(*values)
+
+
+def _remarks(record: Mapping[str, Any]) -> list[str]:
+    """Remarks at the end of a step's line, for what is out of the ordinary."""
+    remarks = []
+    if "slowest_rank" in record:
+        remarks.append(f"rank {record['slowest_rank']} is {record['slowest_rank_behind']:.0%} behind")
+    if record.get("allocation_retries"):
+        remarks.append(f"{record['allocation_retries']} allocation retries")
+    return remarks
 
 
 def _hours(seconds: float) -> str:
@@ -339,10 +368,10 @@ def _evaluation_lines(record: Mapping[str, Any]) -> list[str]:
     lines = []
     for name in names:
         shown = []
-        for heading, _, shape, metrics in _COLUMNS[:3]:
-            values = [record.get(set_prefix(name) + metric) for metric in metrics]
+        for column in _COLUMNS[:3]:
+            values = [record.get(set_prefix(name) + metric) for metric in column.metrics]
             if None not in values:
-                shown.append(f"{heading} {shape.format(*values)}")
+                shown.append(f"{column.heading} {column.format.format(*values)}")
         pairs = f"validation pairs {name}".strip()
         lines.append(f"{pairs} after {record['iteration']} steps: {', '.join(shown)}")
     return lines

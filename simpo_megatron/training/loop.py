@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,6 @@ from simpo_megatron import faults, parallel
 from simpo_megatron.config import Config
 from simpo_megatron.convert import export_adapter, export_hf
 from simpo_megatron.errors import NumericsError, StoppedByMonitor, StoppedBySignal
-from simpo_megatron.mcore.experts import LOAD_BALANCING_LOSS
 from simpo_megatron.mcore.fp8_weights import whole_masters
 from simpo_megatron.mcore.optimizer import gather_parameters
 from simpo_megatron.mcore.precision import export_dtype, parameter_dtype, rounding
@@ -27,15 +25,16 @@ from simpo_megatron.training.checkpoint_manager import Saver
 from simpo_megatron.training.consistency import check_replicas, check_same, job_facts
 from simpo_megatron.training.evaluation import evaluate
 from simpo_megatron.training.introduction import introduce
+from simpo_megatron.training.log_window import LogWindow
 from simpo_megatron.training.memory_check import probe_memory
-from simpo_megatron.training.metrics import reduce_sums, throughput
 from simpo_megatron.training.monitors import Monitors
+from simpo_megatron.training.profiling import Profiler, describe_profile
 from simpo_megatron.training.reference import with_reference
 from simpo_megatron.training.result import RunResult, result_of
 from simpo_megatron.training.resume import Start, find_checkpoint, held_run_folder, start_run
 from simpo_megatron.training.session import LONG_SECONDS, Session, open_session
 from simpo_megatron.training.setup import Job, RunPlan
-from simpo_megatron.training.step import Pass, Step, train_step
+from simpo_megatron.training.step import Step, train_step
 from simpo_megatron.training.stop_signals import StopSignals
 from simpo_megatron.training.watchdog import Watchdog
 
@@ -93,8 +92,9 @@ def run_in(
             evaluations: dict[int, dict[str, float]] = {}
             saver = Saver(config, job, log, watchdog)
             if start.iteration < job.train_iters:
-                with StopSignals() as signals, saver:
-                    stopped = _run_steps(config, job, start, log, signals, watchdog, saver, evaluations)
+                profiler = Profiler(config, start.iteration + 1)
+                with StopSignals() as signals, saver, profiler:
+                    stopped, evaluations = _run_steps(config, job, start, log, signals, watchdog, saver, profiler)
             else:
                 log.say(f"resume    all {job.train_iters:,} steps were taken before, nothing is left to train")
             if stopped is None:
@@ -113,13 +113,14 @@ def _run_steps(
     signals: StopSignals,
     watchdog: Watchdog,
     saver: Saver,
-    evaluations: dict[int, dict[str, float]],
-) -> Stopped | None:
-    """The reason to leave before the end, if there is one; every rank gets the same, after the same step.
+    profiler: Profiler,
+) -> tuple[Stopped | None, dict[int, dict[str, float]]]:
+    """The reason to leave before the end, if there is one, and the evaluations by iteration.
 
-    `evaluations` gets what the validation pairs said, by iteration.
+    Every rank is told the same, after the same step.
     """
     trainer, run = job.trainer, config.run
+    evaluations: dict[int, dict[str, float]] = {}
     monitors = Monitors(config, job, start)
     watchdog.enter_phase("the memory probe", timeout=LONG_SECONDS)
     for line in probe_memory(config, job, start):
@@ -128,17 +129,20 @@ def _run_steps(
         watchdog.enter_phase("the evaluation before step 1", timeout=LONG_SECONDS)
         evaluations[0] = _evaluate(job, monitors, log, 0, run.save)
     taken = _DataProgress(start.consumed_pairs, start.monitors.get(_SKIPPED, 0))
-    window = _Window()
+    for line in describe_profile(config, start.iteration + 1, job.train_iters):
+        log.say(line)
+    window = LogWindow(config, job)
     for iteration in range(start.iteration + 1, job.train_iters + 1):
         watchdog.enter_phase(f"step {iteration}", timeout=run.distributed_timeout_seconds_after_init)
         faults.at("step")
-        computed, grad_norm, learning_rate, stop = _finite_step(config, job, log, taken, signals)
+        with profiler.step(iteration):
+            computed, grad_norm, learning_rate, stop = _finite_step(config, job, log, taken, signals)
         window.add(computed)
         is_last = iteration == job.train_iters
         saves = run.save is not None and (is_last or stop or _is_due(iteration, run.save_interval))
         # What a window has summed is in no checkpoint, so a window ends where a run may have to start again.
         if saves or is_last or _is_due(iteration, run.log_interval):
-            metrics = window.close(trainer.groups) | {"grad_norm": grad_norm, "learning_rate": learning_rate}
+            metrics = window.close() | {"grad_norm": grad_norm, "learning_rate": learning_rate}
             metrics |= saver.metrics()
             log.step(iteration, monitors.step(iteration, metrics, taken.pairs))
         else:
@@ -149,7 +153,7 @@ def _run_steps(
             evaluated = evaluations[iteration] = _evaluate(job, monitors, log, iteration, run.save)
         found = monitors.judge(iteration, log)
         if found is not None:
-            return found
+            return found, evaluations
         if saves:
             watchdog.enter_phase(f"the checkpoint of step {iteration}", timeout=LONG_SECONDS)
             check_replicas(trainer.chunks, trainer.groups)
@@ -166,10 +170,10 @@ def _run_steps(
             # A signal that came while a checkpoint was written needs no other one.
             stop = stop or sync_status(None, signals.noted())
         if stop:
-            return _stopped(config, signal.Signals(stop).name, iteration)
+            return _stopped(config, signal.Signals(stop).name, iteration), evaluations
         if saves or evaluated:
             window.restart_clock()
-    return None
+    return None, evaluations
 
 
 @dataclass
@@ -210,37 +214,6 @@ def _stopped(config: Config, signal_name: str, iteration: int) -> StoppedBySigna
 
 def _is_due(iteration: int, interval: int | None) -> bool:
     return interval is not None and iteration % interval == 0
-
-
-class _Window:
-    """The passes since the last log line, and how long they took."""
-
-    def __init__(self) -> None:
-        self._passes: list[Pass] = []
-        self._started = time.perf_counter()
-
-    def add(self, computed: Pass) -> None:
-        self._passes.append(computed)
-
-    def restart_clock(self) -> None:
-        self._started = time.perf_counter()
-
-    def close(self, groups: parallel.ParallelGroups) -> dict[str, float]:
-        """Means and speed over the window's pairs, which is empty afterwards.
-
-        Collectives: those of `reduce_sums`.
-        """
-        num_pairs = sum(computed.num_pairs for computed in self._passes)
-        num_tokens = sum(computed.num_tokens for computed in self._passes)
-        sums = [sums for computed in self._passes for sums in computed.sums]
-        means = reduce_sums(sums, num_pairs, groups)
-        balances = [c.load_balancing_loss for c in self._passes if c.load_balancing_loss is not None]
-        if balances and len(balances) == len(self._passes):
-            means[LOAD_BALANCING_LOSS] = sum(balances) / len(balances)
-        seconds = time.perf_counter() - self._started
-        self._passes = []
-        self.restart_clock()
-        return means | throughput(num_pairs=num_pairs, num_tokens=num_tokens, seconds=seconds)
 
 
 def _evaluate(job: Job, monitors: Monitors, log: RunLog, iteration: int, save: str | None) -> dict[str, float]:

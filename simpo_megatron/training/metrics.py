@@ -66,18 +66,34 @@ def reduce_sums(sums: Sequence[dict[str, Tensor]], num_pairs: int, groups: Paral
 
 
 def throughput(*, num_pairs: int, num_tokens: int, seconds: float) -> dict[str, float]:
-    """Speed of a step over all ranks, and the memory of this one.
+    """Speed of steps over all ranks.
 
     Args:
-        num_pairs: pairs of the step, over all ranks.
-        num_tokens: real tokens of the step, padding apart, over all data-parallel ranks.
-        seconds: wall time from the end of the step before.
+        num_pairs: pairs of the steps, over all ranks.
+        num_tokens: real tokens of the steps, padding apart, over all data-parallel ranks.
+        seconds: wall time from the end of the step before them.
     """
-    return {
-        "pairs_per_second": num_pairs / seconds,
-        "tokens_per_second": num_tokens / seconds,
-        "peak_memory_gib": peak_memory_bytes() / 2**30,
-    }
+    return {"pairs_per_second": num_pairs / seconds, "tokens_per_second": num_tokens / seconds}
+
+
+def utilization(flops_per_second: float, peak: float | None) -> dict[str, float]:
+    """The useful operations that a rank gets done, recomputation apart, and their share of what its GPU can do.
+
+    Args:
+        flops_per_second: of one rank.
+        peak: those of its GPU by the data sheet; where that is not known, there is no share.
+    """
+    share = {} if peak is None else {"mfu": flops_per_second / peak}
+    return {"tflops_per_gpu": flops_per_second / 1e12, **share}
+
+
+def memory_use() -> dict[str, float]:
+    """Memory of this rank at its peak; of a GPU also what torch reserved, and its retries after freeing that."""
+    use = {"peak_memory_gib": peak_memory_bytes() / 2**30}
+    if device.has_cuda():
+        use["reserved_memory_gib"] = torch.cuda.max_memory_reserved() / 2**30
+        use["allocation_retries"] = torch.cuda.memory_stats()["num_alloc_retries"]
+    return use
 
 
 def peak_memory_bytes() -> int:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from simpo_megatron.checkpoint import manifest
 from simpo_megatron.checkpoint.initial_weights import fill_weights
-from simpo_megatron.config import DEMO, Config, Layout, resolve
+from simpo_megatron.config import DEMO, Config, Layout, num_train_iters, resolve
 from simpo_megatron.convert import check_model_files, refuse_existing_export
 from simpo_megatron.data import (
     BatchOptions,
@@ -28,7 +28,7 @@ from simpo_megatron.data import (
 )
 from simpo_megatron.data.sources import check_readable, parse_sources
 from simpo_megatron.demo import prepare_demo
-from simpo_megatron.errors import ConfigError, DataError
+from simpo_megatron.errors import ConfigError
 from simpo_megatron.mcore import device
 from simpo_megatron.mcore.families import ModelDescription, describe_hf_model
 from simpo_megatron.mcore.lora import redraw_adapters
@@ -175,23 +175,6 @@ def load_data(
         train_data, validation = split(train_data, config.data.valid_fraction, config.run.seed)
         return train_data, {"": validation}
     return train_data, {}
-
-
-def num_train_iters(config: Config, num_pairs: int) -> int:
-    """Optimizer steps of the run: `train_iters`, or as many whole global batches as `epochs` passes hold.
-
-    Raises:
-        DataError: the pairs do not fill one global batch.
-    """
-    if config.optimizer.train_iters is not None:
-        return config.optimizer.train_iters
-    num_steps = config.optimizer.epochs * num_pairs // config.batch.global_batch_size
-    if num_steps == 0:
-        raise DataError(
-            f"global_batch_size: found {config.batch.global_batch_size}, expected at most the pairs of "
-            f"{config.optimizer.epochs} epoch(s) of {num_pairs}; lower it or raise epochs"
-        )
-    return num_steps
 
 
 def build_job(

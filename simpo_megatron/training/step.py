@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
@@ -37,6 +38,7 @@ from simpo_megatron.mcore.forward_step import ForwardStep, MicrobatchStep
 from simpo_megatron.mcore.optimizer import update, zero_gradients
 from simpo_megatron.parallel import ParallelGroups
 from simpo_megatron.ranks import sync_status
+from simpo_megatron.training.step_times import DATA, FORWARD, FORWARD_BACKWARD, OPTIMIZER, StepTimes
 
 _MAX_PAIRS_SHOWN = 32
 
@@ -52,6 +54,7 @@ class Trainer:
     objective: PreferenceObjective
     batch_options: BatchOptions
     layout: Layout
+    times: StepTimes = field(default_factory=StepTimes)
 
     @property
     def state(self) -> RunState:
@@ -79,6 +82,20 @@ class Trainer:
         }
 
 
+class StepPairs(NamedTuple):
+    """Lengths of pairs of one step, in tokens."""
+
+    lengths: np.ndarray
+    """int [num_pairs, 3]: prompt, chosen and rejected."""
+    counted: np.ndarray
+    """int [num_pairs, 2]: tokens of chosen and rejected that count in the loss."""
+
+    @classmethod
+    def of(cls, dataset: PreferenceDataset, indices: Sequence[int]) -> StepPairs:
+        """Those of the pairs `indices` of `dataset`."""
+        return cls(dataset.lengths[indices], dataset.counted[indices])
+
+
 @dataclass(frozen=True, kw_only=True)
 class Pass:
     """The results of one pass over a step's microbatches on this rank."""
@@ -88,6 +105,10 @@ class Pass:
     gradients each holds the responses' AVERAGES too."""
     num_pairs: int
     """Pairs of the whole step, over all data-parallel ranks."""
+    pairs: StepPairs
+    """Their lengths."""
+    own_pairs: StepPairs
+    """Those of this data-parallel rank."""
     num_tokens: int
     """Real tokens of the whole step as computed: padding apart, and a shared prompt once."""
     load_balancing_loss: float | None = None
@@ -114,9 +135,9 @@ def run_pass(trainer: Trainer, dataset: PreferenceDataset, plan: StepPlan, *, fo
     Raises:
         DataError: on every rank alike, when one could not read its pairs.
     """
-    indices = [index for rank in plan for microbatch in rank for index in microbatch]
-    lengths = dataset.lengths[indices]
-    num_pairs, num_chosen_tokens = len(lengths), int(dataset.counted[indices, 0].sum())
+    of_ranks = [StepPairs.of(dataset, [index for microbatch in rank for index in microbatch]) for rank in plan]
+    pairs = StepPairs(*map(np.concatenate, zip(*of_ranks, strict=True)))
+    num_pairs, num_chosen_tokens = len(pairs.lengths), int(pairs.counted[:, 0].sum())
     forward_step = ForwardStep(
         objective=trainer.objective,
         pairs_per_chosen_token=num_pairs / max(1, num_chosen_tokens),
@@ -128,7 +149,9 @@ def run_pass(trainer: Trainer, dataset: PreferenceDataset, plan: StepPlan, *, fo
     return Pass(
         sums=sums,
         num_pairs=num_pairs,
-        num_tokens=int(pair_tokens(lengths, trainer.batch_options).sum()),
+        pairs=pairs,
+        own_pairs=of_ranks[trainer.groups.dp.rank()],
+        num_tokens=int(pair_tokens(pairs.lengths, trainer.batch_options).sum()),
         load_balancing_loss=take_load_balancing_loss(trainer.chunks, num_microbatches=num_microbatches),
     )
 
@@ -145,10 +168,12 @@ def run_microbatches(
         ParallelError: on every rank alike, when their plans are not the same.
     """
     shape = step_shape(dataset.lengths, plan, trainer.batch_options)
-    microbatches, problem = _read(trainer, dataset, plan[trainer.groups.dp.rank()], shape)
+    with trainer.times.phase(DATA):
+        microbatches, problem = _read(trainer, dataset, plan[trainer.groups.dp.rank()], shape)
     # Ranks that planned apart would leave pairs out without a word, or wait for each other.
     sync_status(problem, checksum=zlib.crc32(repr(plan).encode()))
-    return run_schedule(trainer, microbatches, forward_step, forward_only=forward_only)
+    with trainer.times.phase(FORWARD_BACKWARD):
+        return run_schedule(trainer, microbatches, forward_step, forward_only=forward_only)
 
 
 def run_schedule(
@@ -165,11 +190,16 @@ def run_schedule(
     may_differ = trainer.groups.pp.size() == 1 or trainer.chunks[0].module.config.variable_seq_lengths
     assert len(shapes) == 1 or may_differ, f"microbatches of one pass differ in shape: {shapes}"
     num_rows, width = microbatches[0].tokens_BS.shape
+
+    def timed(*arguments: Any) -> Any:
+        with trainer.times.phase(FORWARD):
+            return forward_step(*arguments)
+
     forward_backward = get_forward_backward_func()
     # megatron's forward_only runs no backward, yet keeps all that one would need.
     with torch.set_grad_enabled(not forward_only):
         return forward_backward(
-            forward_step_func=forward_step,
+            forward_step_func=timed,
             data_iterator=[iter(microbatches) for _ in trainer.chunks],
             model=trainer.chunks,
             num_microbatches=len(microbatches),
@@ -212,11 +242,13 @@ def train_step(trainer: Trainer, dataset: PreferenceDataset, plan: StepPlan, not
     # A loss can be infinite and its gradient finite, so the norm alone does not tell.
     largest = sync_status(_not_finite(computed.sums, plan[trainer.groups.dp.rank()], dataset), noted())
     try:
-        return Step(computed, *update(trainer.optimizer, trainer.scheduler), largest)
+        with trainer.times.phase(OPTIMIZER):
+            grad_norm, learning_rate = update(trainer.optimizer, trainer.scheduler)
     except NumericsError as error:
         pairs = sorted(index for rank in plan for microbatch in rank for index in microbatch)
         shown = dataset.places(pairs, _MAX_PAIRS_SHOWN)
         raise NumericsError(f"{error}; the step's losses are finite, its pairs are {shown}") from None
+    return Step(computed, grad_norm, learning_rate, largest)
 
 
 def _not_finite(

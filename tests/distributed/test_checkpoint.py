@@ -18,6 +18,7 @@ import pytest
 import torch
 from checkpoints import stored_values, whole_tensors
 from ranks import run_ranks
+from run_records import read_records
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from simpo_megatron.demo import prepare_demo
@@ -26,7 +27,6 @@ WORKER = Path(__file__).with_name("checkpoint_worker.py")
 NUM_STEPS, RELATIVE = 4, 1e-5
 # 20 pairs in batches of 8: epochs end inside steps 3 and 5.
 NUM_PAIRS, BATCH = 20, 8
-SPEED = ("pairs_per_second", "tokens_per_second", "peak_memory_gib")
 
 TP2 = {"tensor_model_parallel_size": 2}
 TP4 = {"tensor_model_parallel_size": 4}
@@ -142,8 +142,7 @@ def record(folder, name, step):
 
 
 def metrics(folder, name):
-    lines = (folder / name / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k not in SPEED} for line in lines]
+    return read_records(folder / name / "metrics.jsonl")
 
 
 def pairs_seen(folder, name):

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from run_records import SPEED_KEYS, without_speed
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from twin import response_log_probs
@@ -25,7 +26,6 @@ SCRIPT = "examples/pretrain_simpo.py"
 NUM_STEPS = 3
 # Validation sets by name, and which lines of the bundled validation pairs they hold.
 SETS = {"front": slice(0, 32), "back": slice(32, 50)}
-SPEED = ("pairs_per_second", "tokens_per_second", "peak_memory_gib")
 STEP_KEYS = {
     "iteration",
     "loss",
@@ -39,9 +39,7 @@ STEP_KEYS = {
     "response_length/rejected",
     "grad_norm",
     "learning_rate",
-    "pairs_per_second",
-    "tokens_per_second",
-    "peak_memory_gib",
+    *SPEED_KEYS,
 }
 
 
@@ -76,6 +74,7 @@ def run(tmp_path_factory):
     options = ["--tp", "2", "--train-iters", str(NUM_STEPS), "--log-interval", "1", "--global-batch-size", "16"]
     options += ["--save", str(folder / "run"), "--save-interval", "2", "--export-hf", str(folder / "hf")]
     options += ["--data-cache", str(folder / "cache"), "--export-dtype", "stored"]
+    options += ["--profile", "--use-pytorch-profiler", "--profile-step-start", "2", "--profile-step-end", "3"]
     options += ["--valid-data", *(f"{name}={write_set(folder, name, lines)}" for name, lines in SETS.items())]
     done = torchrun(SCRIPT, *options)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
@@ -184,6 +183,19 @@ def test_the_demonstration_text_comes_back_from_the_exported_tokenizer(run):
     assert "How are you?" in ids
 
 
+def test_the_steps_asked_for_are_profiled_on_the_first_rank_with_their_phases(run):
+    done, folder, _ = run
+    assert f"profile   steps 3 to 3 on ranks 0: PyTorch's profiler, into {folder / 'run/profile'}" in done.stdout
+    (trace,) = (folder / "run/profile").iterdir()
+    assert trace.name.startswith("rank0000.") and trace.name.endswith(".pt.trace.json")
+    events = json.loads(trace.read_text())["traceEvents"]
+    spans = {e["name"]: e for e in events if e.get("cat") == "user_annotation"}
+    assert [name for name in spans if name.startswith("step ")] == ["step 3"]
+    for phase in ("data", "forward_backward", "forward", "optimizer"):
+        inside, step = spans[phase], spans["step 3"]
+        assert step["ts"] <= inside["ts"] <= inside["ts"] + inside["dur"] <= step["ts"] + step["dur"]
+
+
 def test_a_run_resumed_from_an_earlier_step_is_the_run_that_went_on(run):
     """Same layout, same machine: the last step's numbers and the exported weights are equal, not close.
 
@@ -199,7 +211,7 @@ def test_a_run_resumed_from_an_earlier_step_is_the_run_that_went_on(run):
     last = {}
     for name in ("run", "resumed"):
         steps, _ = records_of(folder, name)
-        last[name] = {key: value for key, value in steps[-1].items() if key not in SPEED}
+        last[name] = without_speed(steps[-1])
     assert last["resumed"] == last["run"] and last["run"]["iteration"] == NUM_STEPS
     exported = [load_file(folder / name / "model.safetensors") for name in ("hf", "resumed_hf")]
     assert exported[0].keys() == exported[1].keys()

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 from checkpoints import stored_values
 from ranks import run_ranks
+from run_records import read_records
 from small_runs import small_run
 
 WORKER = Path(__file__).parents[1] / "distributed" / "checkpoint_worker.py"
-SPEED = ("pairs_per_second", "tokens_per_second", "peak_memory_gib")
 TP2 = {"tensor_model_parallel_size": 2, "hidden_dropout": 0.1}
 DP2 = {"use_distributed_optimizer": True, "overlap_grad_reduce": True, "overlap_param_gather": True, "bf16": True}
 BACKGROUND = {"async_save": True}
@@ -77,8 +77,7 @@ def state(folder, name, step):
 
 
 def metrics(folder, name):
-    lines = (folder / name / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k not in SPEED} for line in lines]
+    return read_records(folder / name / "metrics.jsonl")
 
 
 @pytest.mark.parametrize("layout", ["tp2", "dp2"])

@@ -14,12 +14,12 @@ from pathlib import Path
 import pytest
 from checkpoints import stored_values
 from ranks import run_ranks
+from run_records import read_records
 from small_runs import small_run
 
 from simpo_megatron.training.stop_signals import STOP_SIGNALS, StopSignals
 
 WORKER = Path(__file__).parents[1] / "distributed" / "checkpoint_worker.py"
-SPEED = ("pairs_per_second", "tokens_per_second", "peak_memory_gib")
 NUM_STEPS = 4
 STOPPED = 75
 # What happens to which rank (checkpoint_worker.py), and the step after which the run then leaves.
@@ -76,8 +76,7 @@ def last_state(folder, name):
 
 
 def metrics(folder, name):
-    lines = (folder / name / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k not in SPEED} for line in lines]
+    return read_records(folder / name / "metrics.jsonl")
 
 
 def check_end(folder, name):

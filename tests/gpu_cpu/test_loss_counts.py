@@ -9,12 +9,12 @@ import torch
 from counting import Counter, Operation
 
 from simpo_megatron.loss import ResponseTokens, VocabShard, fused_linear_log_probs
+from simpo_megatron.loss.block_plan import COLUMN_MULTIPLE, BlockPlan
 from simpo_megatron.loss.fused_linear import DEFAULT_GPU_LOGITS_BUDGET_BYTES
 from simpo_megatron.loss.products import has_wide_products
 
 pytest.importorskip("triton", reason="Triton is not installed; make test-gpu-cpu has it")
 
-from simpo_megatron.loss.blocks_triton import COLUMN_MULTIPLE, BlockPlan
 
 META = torch.device("meta")
 V = 128256

@@ -49,6 +49,7 @@ MAY_IMPORT = {
         "checkpoint",
         "reporting",
         "nemo",
+        "planning",
     },
     "sweep": {
         "errors",

@@ -155,7 +155,24 @@ def test_a_step_is_one_plain_line_where_nothing_can_be_redrawn():
     assert "1/12" in first and "0.6931" in first and "+0.0210" in first and "56.2%" in first
     assert "-1.203/-1.224" in first and "1,234" in first and "0.9 GiB" in first
     assert "2/12" in second and len(heading) == len(first) == len(second) <= 160
+    assert "MFU" not in heading and "reserved" not in heading, "this machine has none"
     assert "\x1b" not in file.getvalue()
+
+
+def test_a_gpus_step_line_has_its_utilization_its_memory_and_what_is_out_of_the_ordinary():
+    shown, file = terminal(is_terminal=False)
+    of_gpu = {"tflops_per_gpu": 412.34, "mfu": 0.417, "reserved_memory_gib": 70.2, "allocation_retries": 0}
+    seconds = {"data_seconds": 0.021, "forward_backward_seconds": 1.712, "optimizer_seconds": 0.06}
+    shown.write({"iteration": 1, **STEP, **of_gpu, **seconds})
+    slow = {"allocation_retries": 3, "slowest_rank": 5, "slowest_rank_behind": 0.142}
+    shown.write({"iteration": 2, **STEP, **of_gpu, **seconds, **slow})
+    shown.close()
+    heading, first, second = file.getvalue().splitlines()
+    for name, cell in (("TFLOP/s", "412"), ("MFU", "42%"), ("reserved", "70.2 GiB")):
+        end = heading.index(name) + len(name)
+        assert first[:end].endswith(" " + cell), f"{cell} stands under {name}"
+    assert " 0.02/1.71/0.06 " in first and len(heading) == len(first) <= 180
+    assert second.endswith("; rank 5 is 14% behind; 3 allocation retries")
 
 
 def test_a_narrow_terminal_shows_fewer_columns_and_never_wraps():
@@ -204,7 +221,7 @@ def test_a_metric_that_is_missing_leaves_a_dash():
     shown.write({"iteration": 1, "loss": float("nan")})
     shown.close()
     line = file.getvalue().splitlines()[1]
-    assert "nan" in line and line.split().count("-") == 10
+    assert "nan" in line and line.split().count("-") == 9
 
 
 def test_an_evaluation_is_a_line_of_its_own():

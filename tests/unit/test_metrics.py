@@ -7,7 +7,7 @@ import torch.distributed as dist
 
 from simpo_megatron.data import METRIC_GROUPS
 from simpo_megatron.parallel import ParallelGroups, ParallelSizes
-from simpo_megatron.training.metrics import SUMMED, peak_memory_bytes, reduce_sums, throughput
+from simpo_megatron.training.metrics import SUMMED, memory_use, peak_memory_bytes, reduce_sums, throughput, utilization
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,12 @@ def test_a_loss_that_is_not_finite_stays_visible(groups):
 def test_throughput_counts_pairs_and_real_tokens_per_second():
     speed = throughput(num_pairs=16, num_tokens=4000, seconds=2.0)
     assert (speed["pairs_per_second"], speed["tokens_per_second"]) == (8.0, 2000.0)
-    assert speed["peak_memory_gib"] == pytest.approx(peak_memory_bytes() / 2**30, rel=0.1)
+    assert memory_use() == {"peak_memory_gib": pytest.approx(peak_memory_bytes() / 2**30, rel=0.1)}
+
+
+def test_the_share_of_a_gpus_peak_is_there_only_where_the_peak_is_known():
+    assert utilization(4e14, None) == {"tflops_per_gpu": 400.0}
+    assert utilization(4e14, 1e15) == {"tflops_per_gpu": 400.0, "mfu": 0.4}
 
 
 def test_the_peak_of_memory_is_in_bytes_and_not_below_what_is_held_now():

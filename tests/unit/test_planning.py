@@ -1,21 +1,26 @@
 """The planner's arithmetic against counts made another way, and what it tells people."""
 
 import json
+import re
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from planning_cases import HF_CONFIG, shape_of
 from ranks import REPOSITORY
 
 from simpo_megatron.commands import plan as plan_command
 from simpo_megatron.config import DEMO, PRESETS, config_from, load_config
+from simpo_megatron.data import PairOptions, build_preference_dataset, load_tokenizer
+from simpo_megatron.demo import prepare_demo
 from simpo_megatron.errors import ConfigError
-from simpo_megatron.planning.gpus import GPUS
+from simpo_megatron.planning.gpus import ASSUMED, GPUS, peak_bf16_flops
 from simpo_megatron.planning.layouts import PlanRequest, layout_name, plan_one, survey
-from simpo_megatron.planning.memory import chunks_in_flight, stage_memory
+from simpo_megatron.planning.memory import chunks_in_flight, head_bytes, stage_memory
 from simpo_megatron.planning.models import PUBLISHED, find_model
 from simpo_megatron.planning.parameters import stage_parameters
 from simpo_megatron.planning.shapes import ModelShape, Pack
+from simpo_megatron.planning.speed import pairs_flops, step_time, useful_flops
 from simpo_megatron.planning.tables import run_yaml
 from simpo_megatron.planning.workload import Workload
 
@@ -63,6 +68,47 @@ def test_the_tokens_of_a_pack_add_up_pair_by_pair():
     causal = sum(range(1, 121))
     assert shared.attended == pytest.approx(2 * (causal + sum(range(21, 121))), rel=0.01)
     assert apart.attended == pytest.approx(2 * 2 * causal, rel=0.01)
+
+
+@pytest.mark.parametrize("lora_rank", [None, 8])
+@pytest.mark.parametrize("sharing", [True, False])
+def test_pairs_take_the_operations_of_a_pack_of_their_mean(sharing, lora_rank):
+    config = config_from(prefix_sharing=sharing, lora_rank=lora_rank)
+    pack = Pack.of(config.batch, prompt=300, response=400)
+    load = Workload(shape=shape_of({}), config=config, pack=pack, data_parallel_size=1, num_microbatches=1)
+    lengths = np.array([[300, 400, 400]] * 7, dtype=np.int32)
+    how = {"prefix_sharing": sharing, "freezes_weights": lora_rank is not None}
+    flops = pairs_flops(load.shape, lengths, lengths[:, 1:], **how)
+    assert flops == pytest.approx(useful_flops(load, 7 * pack.pair_tokens), rel=1e-9)
+    # Six operations a weight and token that meet, and twelve a query and key: by the loops.
+    if sharing and lora_rank is None:
+        shape, (prompt, chosen, rejected) = load.shape, (5, 3, 4)
+        seen = sum(range(1, 9)) + sum(range(6, 10))
+        layers = shape.num_layers * (6 * 12 * shape.layer_matrices + 12 * seen * shape.query_size)
+        counted = pairs_flops(shape, np.array([[prompt, chosen, rejected]]), np.array([[chosen, rejected]]), **how)
+        assert counted == pytest.approx(layers + 6 * 7 * shape.vocab_size * shape.hidden_size, rel=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("name", "tflops"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA H100 NVL", 835),
+        ("NVIDIA H200", 989),
+        ("NVIDIA H20", 148),
+        ("NVIDIA GH200 480GB", 989),
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA A10G", None),
+        ("NVIDIA B200", 2250),
+        ("NVIDIA L40S", 362),
+        ("NVIDIA RTX A4000", None),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
+        ("AMD Instinct MI300X", None),
+    ],
+)
+def test_the_peak_of_a_gpu_is_known_by_its_name_or_not_at_all(name, tflops):
+    assert peak_bf16_flops(name) == (None if tflops is None else 1e12 * tflops)
 
 
 def in_flight_by_schedule(pp, vpp, stage, num_microbatches):
@@ -229,6 +275,90 @@ def test_the_tool_prints_a_plan_and_writes_its_yaml(tmp_path, capsys):
         assert main([*question, *asked]) == 2
         refusal = capsys.readouterr().err.strip()
         assert expected in refusal and "\n" not in refusal
+
+
+def test_the_pairs_at_hand_give_lengths_steps_and_the_cost_of_a_run(tmp_path, capsys):
+    demo, main = prepare_demo(tmp_path / "demo"), plan_command.main
+    question = ["--model", str(demo.model_dir), "--gpus", "2", "--global-batch-size", "16", "--max-length", "256"]
+    question += ["--max-prompt-length", "128", "--tokens-per-microbatch", "512", "--data", str(demo.train_file)]
+    assert main([*question, "--epochs", "3", "--trials", "4", "--data-cache", str(tmp_path / "cache")]) == 0
+    printed = capsys.readouterr().out
+    pairs = build_preference_dataset(
+        [str(demo.train_file)],
+        load_tokenizer(demo.model_dir),
+        PairOptions(max_length=256, max_prompt_length=128),
+        tmp_path / "cache",
+        build=False,
+    )
+    prompt, *responses = pairs.lengths.mean(axis=0)
+    assert f"16 pairs of {prompt:.4g} prompt and 2 x {sum(responses) / 2:.4g} response tokens" in printed
+    num_steps = 3 * len(pairs) // 16
+    tokens = num_steps * 16 * pairs.lengths.sum() / len(pairs)
+    (line,) = [line for line in printed.splitlines() if line.startswith("a run of ")]
+    assert line.startswith(f"a run of {num_steps:,} steps: ")
+    assert f"GPU-hours, {tokens:,.0f} tokens; 4 trials in turn: " in line
+    seconds = float(re.search(r"a step of ([0-9.]+) s", printed)[1])
+    minutes = float(re.search(r"steps: ([0-9.]+) minutes", line)[1])
+    assert minutes * 60 == pytest.approx(num_steps * seconds, abs=num_steps * 0.005 + 3)
+    for more, said in (
+        (["--prompt-tokens", "3"], "prompt_tokens: found 3 beside --data"),
+        (["--trials", "0"], "trials: found 0, expected a number above 0"),
+    ):
+        assert main([*question, *more]) == 2
+        assert said in capsys.readouterr().err
+    by_name = ["--model", "llama3-instruct", "--gpus", "8"]
+    assert main([*by_name, "--data", str(demo.train_file)]) == 2
+    assert "expected a folder with the tokenizer" in capsys.readouterr().err
+    assert main([*by_name, "--trials", "2"]) == 2
+    assert "expected --data FILE or --train-iters N" in capsys.readouterr().err
+
+
+def test_where_nothing_fits_the_smallest_number_of_gpus_that_does_is_named(capsys):
+    assert plan_command.main(["--model", "Llama-3.1-70B", "--gpus", "8"]) == 2
+    said = capsys.readouterr().err
+    needed = int(re.search(r"expected at least (\d+) \(tp", said)[1])
+    # Weights, gradients and moments alone, 18 bytes a parameter, fill 16.
+    assert needed == 32
+    assert survey(job(num_gpus=needed)).candidates and not survey(job(num_gpus=16)).candidates
+
+
+def test_a_gpus_loss_is_its_products_and_two_passes_over_the_logits_it_keeps():
+    gpu, assumed = GPUS["h100-80gb"], ASSUMED
+    for tensor, is_kept in ((8, True), (1, False)):
+        load = Workload(
+            shape=ModelShape.of(find_model("Llama-3.1-70B")),
+            config=config_from(tp=tensor),
+            pack=replace(PACK, tokens=16384),
+            data_parallel_size=1,
+            num_microbatches=1,
+        )
+        logits = load.pack.response_rows * load.vocab_slice
+        products = 3 if is_kept else 4
+        fewest = 2 * 3 * logits * 8192 / (gpu.bf16_flops * assumed.bf16)
+        passes = 6 * logits / (gpu.memory_bytes_rate * assumed.elementwise)
+        head = step_time(load, load.pack.tokens, gpu).head
+        assert head == pytest.approx(fewest + passes, rel=1e-6) if is_kept else head > fewest + passes
+        assert head <= products / 3 * fewest + passes
+        # What is kept and worked on stays within the budget, the gradient of rows apart.
+        kept, _ = head_bytes(load)
+        rows = 2 * load.pack.response_rows * 8192
+        assert kept - rows - 2 * load.hidden_bytes <= 2**31
+        assert (kept - rows - 2 * load.hidden_bytes >= 1.999 * logits) == is_kept
+
+
+def test_pipelines_of_dense_models_pay_for_padding_and_those_of_experts_for_questions():
+    dense, experts = (
+        plan_one(job(model, num_gpus=64, tp=2, pp=4, use_distributed_optimizer=True, sequence_parallel=True))
+        for model in ("Meta-Llama-3-8B-Instruct", "Qwen3-30B-A3B")
+    )
+    assert dense.load.asks_for_shapes is False and experts.load.asks_for_shapes is True
+    free = replace(ASSUMED, padding=0.0, shape_exchange_seconds=0.0)
+    matrices = [step_time(c.load, c.tokens_per_microbatch, c.gpu, free).matrices for c in (dense, experts)]
+    assert dense.time.matrices == pytest.approx(1.01 * matrices[0]) and experts.time.matrices == matrices[1]
+    messages = [step_time(c.load, c.tokens_per_microbatch, c.gpu, free).pipeline_messages for c in (dense, experts)]
+    assert dense.time.pipeline_messages == pytest.approx(1.01 * messages[0])
+    asked = experts.time.pipeline_messages - messages[1]
+    assert asked == pytest.approx(2 * experts.load.num_microbatches * ASSUMED.shape_exchange_seconds)
 
 
 def test_a_config_planned_as_it_is_is_not_written_anew(capsys):
