@@ -13,6 +13,7 @@ import pytest
 import torch
 from checkpoints import stored_values
 from ranks import run_ranks
+from run_records import read_records
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from simpo_megatron.demo import prepare_demo
@@ -27,7 +28,6 @@ LAYOUTS = {
     "dp2": ["--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather"],
     "lora": ["--tp", "2", "--lora-rank", "4", "--lora-dropout", "0.1", "--use-distributed-optimizer", "--fp32"],
 }
-SPEED = ("pairs_per_second", "tokens_per_second", "peak_memory_gib")
 pytest.importorskip("optuna", reason="the extra [sweep] is not installed")
 
 
@@ -69,8 +69,7 @@ def swept(request, inputs, tmp_path_factory) -> tuple[Path, Path]:
 
 
 def records(folder: Path) -> list[dict]:
-    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-    return [{name: value for name, value in line.items() if name not in SPEED} for line in lines]
+    return read_records(folder / "metrics.jsonl")
 
 
 def test_a_trial_is_the_run_that_it_would_be_alone(swept):
