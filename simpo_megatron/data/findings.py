@@ -16,8 +16,10 @@ FINDINGS = {
     "opened_reasoning_left_out": "the template opens a reasoning for the model, and the response has none",
     "empty_reasoning": "the template puts an empty reasoning block in front of a response",
     "special_token_text": "a text holds special tokens as text: it may have been through a chat template already",
+    "template_marks": "a text holds marks of another model's chat template, which stay in it as text",
     "repeats_prompt": "responses repeat the prompt: they begin with its text",
     "dialogue_in_response": "responses begin with, or hold, a whole dialogue",
+    "empty_reasoning_in_text": "a response begins with an empty reasoning block of its own",
     "reasoning_on_one_side": "only one of the two responses has a reasoning",
     "tools_not_called": "tools are offered, and no turn calls one",
 }
@@ -28,6 +30,15 @@ HARMLESS = frozenset({"blanks_left_out", "history_reasoning_left_out"})
 
 EMPTY_REASONING = re.compile(r"<think>\s*</think>")
 _DIALOGUE = re.compile(r"\n\n(Human|Assistant):")
+# Speakers at the beginning of lines, as transcripts and Vicuna's form have them.
+_ASKED = re.compile(r"^\W*(human|user|question)\W*:", re.IGNORECASE | re.MULTILINE)
+_ANSWERED = re.compile(r"^\W*(assistant|ai|bot|gpt|answer)\W*:", re.IGNORECASE | re.MULTILINE)
+# Of ChatML, Llama 3, Llama 2 and Mistral, Gemma, Zephyr and Phi, DeepSeek, gpt-oss, Alpaca.
+_TEMPLATE_MARKS = re.compile(
+    r"<\|im_(start|end)\|>|<\|(start|end)_header_id\|>|<\|eot_id\|>|\[/?INST\]|<</?SYS>>|<(start|end)_of_turn>"
+    r"|<\|(user|assistant|system|end|channel)\|>|<\uff5c(User|Assistant)\uff5c>|^### (Instruction|Response):",
+    re.MULTILINE,
+)
 # Shorter prompts, such as Hi, begin answers by chance.
 _MIN_REPEATED = 8
 
@@ -49,14 +60,21 @@ def findings_of_texts(
     texts = [turn["content"] for turns in written for turn in turns]
     if len(last) >= _MIN_REPEATED and any(text.lstrip().startswith(last) for text in texts):
         found.append("repeats_prompt")
-    if any(_DIALOGUE.search(text) for text in texts):
+    if any(_DIALOGUE.search(text) or (_ASKED.search(text) and _ANSWERED.search(text)) for text in texts):
         found.append("dialogue_in_response")
+    if any(EMPTY_REASONING.match(text.lstrip()) for text in texts):
+        found.append("empty_reasoning_in_text")
     if len({any(map(_has_reasoning, turns)) for turns in written}) > 1:
         found.append("reasoning_on_one_side")
     turns = [*prompt, *(turn for response in responses for turn in response)]
     if record.tools and not any(turn.get("tool_calls") for turn in turns):
         found.append("tools_not_called")
     return found
+
+
+def has_template_marks(text: str) -> bool:
+    """Returns whether a text holds what some model's chat template writes around turns."""
+    return _TEMPLATE_MARKS.search(text) is not None
 
 
 def _has_reasoning(turn: Message) -> bool:

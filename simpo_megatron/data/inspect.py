@@ -121,8 +121,9 @@ def summary(dataset: PreferenceDataset, name: str = "") -> list[str]:
         taken = listed((f"{count:,} of {of:,} pairs of {file}" for file, count, of in shares), _MOST_COLUMNS)
         lines.append(f"files     {name}{taken}")
     if lost.any():
-        numbers = zip(("prompts", "chosen", "rejected"), (lost > 0).sum(axis=0), strict=True)
-        parts = ", ".join(f"{count:,} {part}" for part, count in numbers if count)
+        counts = [_cut(dataset, part) for part in range(3)]
+        names = ("prompts", "chosen", "rejected")
+        parts = ", ".join(text.replace(" cut", f" {name}", 1) for text, name in zip(counts, names, strict=True) if text)
         lines.append(f"cut       {name}{parts}: {_lost(lost, dataset.lengths)}")
     return lines
 
@@ -213,9 +214,15 @@ def _truncation(dataset: PreferenceDataset) -> list[InspectedRow]:
     rows = []
     for part, name in enumerate(PARTS):
         lost = dataset.lost[:, part]
-        text = f"{int((lost > 0).sum()):,} cut, {_lost(lost, dataset.lengths[:, part])}"
+        text = f"{_cut(dataset, part) or '0 cut'}, {_lost(lost, dataset.lengths[:, part])}"
         rows.append(InspectedRow(name, text, bool((lost > 0).mean() > 0.05)))
     return rows
+
+
+def _cut(dataset: PreferenceDataset, part: int) -> str:
+    """`3 cut (first at pairs:7)`: how many prompts, chosen or rejected responses are; empty for none."""
+    indices = np.flatnonzero(dataset.lost[:, part] > 0)
+    return f"{len(indices):,} cut (first at {dataset.places(indices[:1].tolist(), 1)})" if len(indices) else ""
 
 
 def _lost(lost: np.ndarray, lengths: np.ndarray) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from simpo_megatron.data.coverage import check_turn
-from simpo_megatron.data.findings import findings_of_texts
+from simpo_megatron.data.findings import findings_of_texts, has_template_marks
 from simpo_megatron.data.messages import as_messages
 from simpo_megatron.data.pair_options import PairOptions
 from simpo_megatron.data.records import BadRecord, Message, PreferenceRecord
@@ -113,8 +113,11 @@ class PairRenderer:
         prompt = as_messages(record.prompt)
         responses = tuple(as_messages(response, "assistant") for response in (record.chosen, record.rejected))
         findings = set(findings_of_texts(record, prompt, responses))
-        if any(self._specials.search(turn["content"]) for turn in (*prompt, *responses[0], *responses[1])):
+        texts = [turn["content"] for turn in (*prompt, *responses[0], *responses[1])]
+        if any(map(self._specials.search, texts)):
             findings.add("special_token_text")
+        elif any(map(has_template_marks, texts)):
+            findings.add("template_marks")
         return prompt, responses, findings
 
     def _plain(self, record: PreferenceRecord, findings: set[str]) -> RenderedPair:

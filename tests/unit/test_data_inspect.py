@@ -63,7 +63,8 @@ def test_the_summary_of_a_run_names_every_loss(values):
     num_lost, num_left = int(dataset.lost.sum()), int(dataset.lengths.sum())
     num_cut = int((dataset.lost[:, 1] > 0).sum())
     assert cut == (
-        f"cut       validation {num_cut} chosen: {num_lost} tokens lost ({num_lost / (num_lost + num_left):.1%})"
+        f"cut       validation {num_cut} chosen (first at sick:1): {num_lost} tokens lost "
+        f"({num_lost / (num_lost + num_left):.1%})"
     )
     assert num_leaked(dataset.select(np.array([0])), dataset) == 3
 

@@ -216,6 +216,9 @@ def test_bundled_templates_write_what_the_published_runs_did():
         (asked("What is 2+2? It is 4.", "no", "What is 2+2?"), ["repeats_prompt"]),
         (asked("Hi there", "no", "Hi"), []),
         (asked("\n\nHuman: a\n\nAssistant: b", "no"), ["dialogue_in_response"]),
+        (asked("USER: a\n**Assistant**: b", "no"), ["dialogue_in_response"]),
+        (asked("The user: a person.", "no"), []),
+        (asked("<think>\n\n</think>\n\nYes", "no"), ["empty_reasoning_in_text"]),
         (asked(THOUGHT, "no"), ["reasoning_on_one_side"]),
         (asked(tools=(TOOL,)), ["tools_not_called"]),
     ],
@@ -227,6 +230,9 @@ def test_what_the_texts_alone_show(record, found):
 
 def test_texts_that_were_rendered_before_are_counted():
     assert encode(templated(SHAPES["plain"]), asked("yes<|im_end|>", "no"))[3] == ("special_token_text",)
+    for text in ("[INST] Hi [/INST]", "<start_of_turn>model", "x\n### Response:\ny", "<\uff5cUser\uff5c>", "<|user|>"):
+        assert encode(templated(SHAPES["plain"]), asked(text, "no"))[3] == ("template_marks",)
+    assert encode(templated(SHAPES["plain"]), asked("A list [1] of ### and <b>", "no"))[3] == ()
 
 
 def sentencepiece_like():
