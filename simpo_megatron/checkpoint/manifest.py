@@ -30,6 +30,8 @@ RELEASE = "release"
 """Megatron's name for the folder, and the pointer, of weights that no run of its own has trained."""
 BEST_METRIC = "eval/rewards/accuracies"
 
+_TABLES = ("model", "precision", "inputs", "training", "layout", "config", "versions", "metrics", "monitors")
+
 _NAME = re.compile(r"iter_([0-9]{7,9})")
 _MAX_POINTER_BYTES = 64
 _MAX_RECORD_BYTES = 64 << 20
@@ -355,8 +357,8 @@ def _read_record(folder: Path) -> Checkpoint:
             raise ValueError(f"its format is {form!r}, this version reads {FORMAT}")
         if record.pop("sha256") != _hash_of(record):
             raise ValueError("its own hash does not match")
-        files = {name: Digest(size, sha256) for name, (size, sha256) in record["files"].items()}
-        checkpoint = Checkpoint(folder, record["iteration"], record["facts"], files)
+        files = {name: _digest(size, sha256) for name, (size, sha256) in record["files"].items()}
+        checkpoint = Checkpoint(folder, record["iteration"], _checked_facts(record["facts"]), files)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror}), expected a checkpoint's record") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -368,6 +370,25 @@ def _read_record(folder: Path) -> Checkpoint:
             f"{path}: found the record of step {checkpoint.iteration}, expected that of {folder.name}"
         )
     return checkpoint
+
+
+def _digest(size: Any, sha256: Any) -> Digest:
+    if type(size) is not int or size < 0 or type(sha256) is not str:
+        raise ValueError(f"it has {size!r} and {sha256!r} for a file's size and hash")
+    return Digest(size, sha256)
+
+
+def _checked_facts(facts: Any) -> Mapping[str, Any]:
+    """`facts`, of which what this version reads has its type; those that are not there stay away."""
+    if not isinstance(facts, dict):
+        raise ValueError("its facts are no table")
+    for name in _TABLES:
+        if not isinstance(facts.get(name, {}), dict):
+            raise ValueError(f"its {name} is no table")
+    pairs = facts.get("consumed_pairs", 0)
+    if type(pairs) is not int or not 0 <= pairs < 1 << 62:
+        raise ValueError(f"its consumed_pairs is {pairs!r}")
+    return facts
 
 
 def _read_or_none(folder: Path) -> Checkpoint | None:

@@ -30,8 +30,8 @@ def options_in_force(options: Mapping[str, Any]) -> dict[str, Any]:
     Those options are left out that an alternative took the place of.
     """
     replaced = {
-        "epochs" if options["train_iters"] else "train_iters",
-        "valid_fraction" if options["valid_data"] else "valid_data",
+        "epochs" if options.get("train_iters") else "train_iters",
+        "valid_fraction" if options.get("valid_data") else "valid_data",
     }
     return {
         name: tuple(value) if isinstance(value, list) else value

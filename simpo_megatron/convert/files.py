@@ -22,6 +22,9 @@ DTYPE_NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16",
 """Names of the dtypes that weights are read from and written in."""
 
 
+_MAX_NAME = 200
+
+
 @dataclass(frozen=True)
 class TensorSpec:
     """A tensor that is to be written, as the header describes it."""
@@ -94,7 +97,7 @@ def weight_files(folder: Path) -> list[Path]:
         hint = f"; pickled weights ({pickles[0]}) are never read, save them as safetensors" if pickles else ""
         raise CheckpointError(f"{folder}: found no weights, expected {SINGLE_FILE} or {INDEX_FILE}{hint}")
     for name in sorted(names):
-        if Path(name).name != name or not name.endswith(".safetensors"):
+        if Path(name).name != name or not name.endswith(".safetensors") or len(name) > _MAX_NAME:
             raise CheckpointError(
                 f"{folder / INDEX_FILE}: found {name!r}, expected a safetensors file inside the folder"
             )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -18,13 +19,14 @@ from simpo_megatron.data.rendered_pairs import PairRenderer, RenderedPair
 from simpo_megatron.data.rendered_turns import TEMPLATE_MARK, Spans
 from simpo_megatron.data.templates import EndlessTemplateError, bounds_of_templates, chat_template_of
 from simpo_megatron.data.truncation import kept_tokens, princeton_kept_tokens
-from simpo_megatron.errors import ConfigError, DataError
+from simpo_megatron.errors import ConfigError, DataError, SimPOError
 
 if TYPE_CHECKING:
     from tokenizers import Encoding, Tokenizer
     from transformers import PreTrainedTokenizerBase
 
 
+_NO_PROBLEMS = (KeyboardInterrupt, SystemExit, GeneratorExit)
 # Letters that seldom share a token with what follows.
 _BEFORE = "\n:0"
 
@@ -84,8 +86,10 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
         raise ConfigError(f"model: found no folder {str(folder)!r}, expected the Hugging Face folder of a model")
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except (OSError, ValueError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except BaseException as error:  # a panic of the tokenizers library is no Exception
+        if isinstance(error, _NO_PROBLEMS):
+            raise
+        reason = _first_line(error)
         raise ConfigError(
             f"model: found no tokenizer in {folder} ({reason}), expected one that transformers loads"
         ) from error
@@ -109,7 +113,8 @@ class PairTokenizer:
         if self._eos is None:
             raise DataError("tokenizer: found no eos_token, expected one that ends a response; set one")
         self._princeton = options.template_mode == "princeton"
-        self._backend = _as_is_backend(tokenizer) if self._princeton else _marked_backend(tokenizer)
+        with _problems_named():
+            self._backend = _as_is_backend(tokenizer) if self._princeton else _marked_backend(tokenizer)
         self._end_ids = {
             token_id for token_id, added in self._backend.get_added_tokens_decoder().items() if added.special
         }
@@ -138,7 +143,8 @@ class PairTokenizer:
         return results
 
     def _encode(self, texts: list[str]) -> list:
-        return self._backend.encode_batch(texts, add_special_tokens=False)
+        with _problems_named():
+            return self._backend.encode_batch(texts, add_special_tokens=False)
 
     def _split_clean(self, pairs: list[RenderedPair]) -> list[tuple]:
         """Returns (prompt, chosen and rejected ids, notes) of each pair, cut where the response begins.
@@ -261,12 +267,31 @@ class PairTokenizer:
 def tokenizer_identity(tokenizer: PreTrainedTokenizerBase, options: PairOptions) -> dict:
     """Returns what the ids depend on, the text apart: vocabulary, rules, special tokens, template."""
     template = chat_template_of(tokenizer, options)
+    with _problems_named():
+        backend = _backend_spec(tokenizer)
     return {
-        "backend": _backend_spec(tokenizer),
+        "backend": backend,
         "bos": tokenizer.bos_token_id,
         "eos": tokenizer.eos_token_id,
         "chat_template": template and template.identity(),
     }
+
+
+@contextmanager
+def _problems_named() -> Iterator[None]:
+    """Raises what the tokenizers library makes of a strange tokenizer.json, its panics included, as DataError."""
+    try:
+        yield
+    except BaseException as error:
+        if isinstance(error, (SimPOError, *_NO_PROBLEMS)):
+            raise
+        raise DataError(
+            f"tokenizer: found one that cannot be used ({_first_line(error)}), expected the tokenizer of the model"
+        ) from None
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _backend_spec(tokenizer: PreTrainedTokenizerBase) -> dict:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,19 @@ from torch import Tensor
 
 from simpo_megatron.errors import ConfigError
 from simpo_megatron.mcore.hf_files import read_hf_json
+
+# Past these no model is, and work that counts layers or experts would not end.
+_LARGEST_COUNT = 1 << 31
+_MOST = {
+    "num_hidden_layers": 1024,
+    "num_local_experts": 1024,
+    "num_experts": 1024,
+    "num_attention_heads": 1 << 16,
+    "hidden_size": 1 << 20,
+    "intermediate_size": 1 << 24,
+    "vocab_size": 1 << 26,
+}
+_FLAGS = ("attention_bias", "mlp_bias", "norm_topk_prob", "tie_word_embeddings", "use_sliding_window")
 
 _FULL, _WINDOWED = "full_attention", "sliding_attention"
 
@@ -48,6 +62,16 @@ def describe_hf_config(config: dict[str, Any], where: str) -> ModelDescription:
     Raises:
         ConfigError: the family, or an option of it, is not one that megatron-core computes like transformers.
     """
+    try:
+        return _described(config, where)
+    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
+        raise ConfigError(
+            f"{where}: found values that no model has ({type(error).__name__}: {error}), expected them as transformers "
+            "writes them"
+        ) from None
+
+
+def _described(config: dict[str, Any], where: str) -> ModelDescription:
     family = config.get("model_type")
     if family not in _FAMILY_OPTIONS:
         raise ConfigError(
@@ -56,6 +80,9 @@ def describe_hf_config(config: dict[str, Any], where: str) -> ModelDescription:
         )
     try:
         _refuse(config, _COMMON_REFUSALS)
+        for key in _FLAGS:
+            if not isinstance(config.get(key), bool | None):
+                raise ConfigError(f"{key}: found {config[key]!r}, expected true or false")
         transformer = _transformer_arguments(config)
         transformer.update(_FAMILY_OPTIONS[family](config))
         gpt = {
@@ -298,9 +325,12 @@ def _rope_arguments(config: dict[str, Any]) -> dict[str, Any]:
     fraction = rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
     if fraction != 1.0 and config["model_type"] != "phi3":
         raise ConfigError(f"partial_rotary_factor: found {fraction}, expected 1 for {config['model_type']}")
+    base = rope.get("rope_theta", config.get("rope_theta", 10000.0))
+    if isinstance(base, bool) or not isinstance(base, int | float) or not 0 < base < math.inf:
+        raise ConfigError(f"rope_theta: found {base!r}, expected a number above 0")
     return {
         "rotary_percent": float(fraction),
-        "rotary_base": rope.get("rope_theta", config.get("rope_theta", 10000.0)),
+        "rotary_base": base,
         "rope_scaling": False,
         "rope_scaling_factor": 8.0,
         "seq_len_interpolation_factor": None,
@@ -339,6 +369,7 @@ def _factor(rope: dict[str, Any]) -> float:
 
 def _count(config: dict[str, Any], key: str, *, default: int | None = None, least: int = 1) -> int:
     value = config.get(key, default)
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ConfigError(f"{key}: found {value!r}, expected an integer of at least {least}")
+    most = _MOST.get(key, _LARGEST_COUNT)
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+        raise ConfigError(f"{key}: found {value!r}, expected an integer of at least {least} and at most {most}")
     return value

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
 PICTURE_FILE = "loss.png"
 PAGE_FILE = "report.html"
+_MAX_LINE = 1 << 20
+_MOST_STEPS = 1 << 53
+_LARGEST = 1e100
 
 Point = tuple[int, float]
 """(iteration, value)."""
@@ -111,7 +114,9 @@ def read_curves(path: Path) -> Curves:
     Raises: ConfigError when the file is missing or holds no record.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        with path.open(encoding="utf-8", errors="replace") as file:
+            # A line that is longer ends in the middle, and then is no record.
+            lines = list(iter(lambda: file.readline(_MAX_LINE), ""))
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}), expected the metrics of a run") from None
     # By (set, metric), so that what an earlier version called otherwise continues in the same curve.
@@ -137,9 +142,11 @@ def _record(line: str) -> dict[str, float]:
     """The numbers of one line; none of a line that a killed process left half-written."""
     try:
         record = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
-    if not isinstance(record, dict) or not isinstance(record.get("iteration"), int):
+    if not isinstance(record, dict) or type(record.get("iteration")) is not int:
+        return {}
+    if not 0 <= record["iteration"] < _MOST_STEPS:
         return {}
     return {name: float(value) for name, value in record.items() if _is_number(value)}
 
@@ -147,7 +154,8 @@ def _record(line: str) -> dict[str, float]:
 def _is_number(value: object) -> bool:
     if isinstance(value, str):
         return value in ("nan", "inf", "-inf")
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    # What is larger can be neither drawn nor added.
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < _LARGEST
 
 
 def draw_curves(curves: Curves, config: Config, path: Path) -> None:
@@ -249,7 +257,8 @@ def headline_of(curves: Curves) -> str:
     if "num_pairs" in curves.validation:
         num_pairs, share = curves.validation["num_pairs"][-1][1], accuracy[-1][1]
         count = f"{num_pairs:,.0f} "
-        error = f" (standard error {math.sqrt(share * (1 - share) / num_pairs):.1%})"
+        if 0 <= share <= 1 and num_pairs > 0:
+            error = f" (standard error {math.sqrt(share * (1 - share) / num_pairs):.1%})"
     return (
         f"On {count}validation pairs{of_set}, accuracy went from {accuracy[0][1]:.1%} to {accuracy[-1][1]:.1%}{error} "
         f"and the reward margin from {margin[0][1]:+.3f} to {margin[-1][1]:+.3f}."

@@ -126,6 +126,9 @@ def start_run(config: Config, job: Job, found: Found) -> Start:
     now = describe_run(config, job)
     if checkpoint is not None:
         notes += _refuse_changes(checkpoint, now, override=config.run.override_on_resume)
+        for name in ("consumed_pairs", "layout"):
+            if name not in checkpoint.facts:
+                raise CheckpointError(f"resume: found {checkpoint.folder} without {name}, expected a run's checkpoint")
         iteration, consumed_pairs = checkpoint.iteration, checkpoint.facts["consumed_pairs"]
         same_layout = checkpoint.facts["layout"] == now["layout"]
         read_state(job.trainer.state, iteration, checkpoint.folder, same_layout=same_layout)

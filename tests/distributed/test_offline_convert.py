@@ -213,5 +213,6 @@ def test_an_index_that_leaves_its_folder_converts_to_nothing(folder: Path, tmp_p
     (source / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"lm_head.weight": name}}))
     before = sorted(tmp_path.rglob("*"))
     assert convert_hf.main(["hf-to-mcore", str(source), str(tmp_path / "out")]) == 4
-    assert f"found {name!r}, expected a safetensors file inside the folder" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert name in told and "file inside the folder" in told
     assert sorted(tmp_path.rglob("*")) == before

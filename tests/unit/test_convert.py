@@ -175,9 +175,9 @@ def test_an_index_that_leaves_its_folder_is_refused_unread(tmp_path: Path, name:
     (folder / "model.safetensors").rename(tmp_path / "outside.safetensors")
     (folder / "linked.safetensors").symlink_to(tmp_path / "outside.safetensors")
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"lm_head.weight": name}}))
-    with pytest.raises(CheckpointError, match="expected a safetensors file inside the folder") as caught:
+    with pytest.raises(CheckpointError, match="expected a (safetensors )?file inside the folder") as caught:
         load(folder, description)
-    assert repr(name) in str(caught.value)
+    assert name in str(caught.value)
 
 
 def _without_one(weights: dict) -> None:

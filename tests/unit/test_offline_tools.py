@@ -230,6 +230,6 @@ def test_a_checkpoint_to_start_from_runs_nothing_and_needs_no_check_of_megatrons
         (release / "COMMIT.json").unlink()
         torch.save({"iteration": Calls(target)}, release / "common.pt")
         manifest.commit_weights_only(tmp_path / "megatron", {}, {})
-        with pytest.raises(CheckpointError, match="does not fit this run.*weights_only"):
+        with pytest.raises(CheckpointError, match="does not fit this run.*it refers to posix.mkdir"):
             fill_weights(model, release, opened.description, groups)
     assert not target.exists()

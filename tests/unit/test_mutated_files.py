@@ -1,0 +1,208 @@
+"""Files beside a model and a run, mutated at random: each is read, or refused by name in bounded time.
+
+SIMPO_MUTATIONS=1000 tries as many of each; SIMPO_SEED another sequence.
+"""
+
+import json
+import os
+import random
+import shutil
+import zlib
+from pathlib import Path
+
+import pytest
+import torch
+from mutated_files import mutated_bytes, mutated_file, mutated_json
+from safetensors.torch import load_file, save_file
+from tiny_models import write_llama3
+
+from simpo_megatron.data import PairOptions, build_preference_dataset, load_tokenizer
+from simpo_megatron.errors import SimPOError, status_line
+from simpo_megatron.limits import LimitError, limited
+from simpo_megatron.mcore import cpu_patches
+from simpo_megatron.parallel import alone
+
+cpu_patches.install()
+
+from simpo_megatron.checkpoint import manifest  # noqa: E402
+from simpo_megatron.offline.convert import _card, to_mcore  # noqa: E402
+from simpo_megatron.offline.weights import HfWeights, MegatronWeights, open_weights  # noqa: E402
+from simpo_megatron.reporting import run_report  # noqa: E402
+from simpo_megatron.training.resume import _refuse_changes  # noqa: E402
+
+NUM_MUTATIONS = int(os.environ.get("SIMPO_MUTATIONS", 25))
+SEED = int(os.environ.get("SIMPO_SEED", 1))
+
+
+def try_mutations(name, mutate, write, read):
+    """Asserts that each mutation is read or refused, and returns how many were refused."""
+    numbers = random.Random(zlib.crc32(name.encode()) + SEED)
+    num_refused, problems = 0, []
+    for number in range(NUM_MUTATIONS):
+        content = mutate(numbers)
+        write(content)
+        try:
+            with limited(cpu_seconds=20, num_bytes=2 << 30):
+                read()
+        except SimPOError as error:
+            num_refused += 1
+            line = status_line("ERROR", error)
+            assert "\n" not in line and len(line) <= 500
+        except (Exception, LimitError) as error:
+            text = content if isinstance(content, bytes) else json.dumps(content).encode()
+            problems.append(f"{name} {number}: {type(error).__name__}: {str(error)[:200]}: {text[:300]!r}")
+    assert not problems, f"{len(problems)} of {NUM_MUTATIONS}:\n" + "\n".join(problems[:20])
+    print(f"{name}: {num_refused} of {NUM_MUTATIONS} refused")
+    return num_refused
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    torch.manual_seed(0)
+    write_llama3(folder)
+    return folder
+
+
+@pytest.fixture
+def copied(model, tmp_path):
+    return Path(shutil.copytree(model, tmp_path / "model"))
+
+
+CONFIGS = {
+    "llama": {},
+    "qwen2": {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
+    "gemma2": {"model_type": "gemma2", "query_pre_attn_scalar": 16, "hidden_activation": "gelu_pytorch_tanh"},
+    "mixtral": {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen3_moe": {"model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8},
+    "phi3": {"model_type": "phi3"},
+}
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_config_json(family, copied):
+    path = copied / "config.json"
+    content = json.dumps(json.loads(path.read_bytes()) | CONFIGS[family]).encode()
+    try_mutations(family, lambda n: mutated_file(content, n), path.write_bytes, lambda: HfWeights(copied))
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "tokenizer.json"])
+def test_files_of_a_tokenizer(name, copied, tmp_path):
+    path, pairs = copied / name, tmp_path / "pairs.jsonl"
+    content = path.read_bytes()
+    pairs.write_text(json.dumps({"prompt": "Which way?", "chosen": "North.", "rejected": "Down."}) + "\n")
+
+    def read():
+        tokenizer = load_tokenizer(copied)
+        build_preference_dataset([str(pairs)], tokenizer, PairOptions(), tmp_path / "cache")
+
+    try_mutations(name, lambda n: mutated_file(content, n), path.write_bytes, read)
+
+
+def test_the_index_of_weights(copied):
+    path = copied / "model.safetensors.index.json"
+    tensors = load_file(copied / "model.safetensors")
+    (copied / "model.safetensors").unlink()
+    weight_map = {name: f"model-0000{number % 2}-of-2.safetensors" for number, name in enumerate(tensors)}
+    for file in set(weight_map.values()):
+        save_file({name: tensors[name] for name in tensors if weight_map[name] == file}, copied / file)
+    content = json.dumps({"metadata": {"total_size": 1}, "weight_map": weight_map}).encode()
+    path.write_bytes(content)
+    HfWeights(copied)
+    try_mutations("index", lambda n: mutated_file(content, n), path.write_bytes, lambda: HfWeights(copied))
+
+
+def test_headers_of_weights(copied):
+    path = copied / "model.safetensors"
+    content = path.read_bytes()
+    size = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:size])
+
+    def mutate(numbers):
+        if numbers.randrange(2):
+            return mutated_bytes(content[:size], numbers) + content[size:]
+        changed = json.dumps(mutated_json(header, numbers)).encode()
+        return len(changed).to_bytes(8, "little") + changed + content[size:]
+
+    def read():
+        weights = HfWeights(copied)
+        for name in weights.specs:
+            weights.read(name)
+
+    try_mutations("header", mutate, path.write_bytes, read)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(model, tmp_path_factory):
+    """A checkpoint of a run, as far as its COMMIT.json says so."""
+    root = tmp_path_factory.mktemp("checkpoint") / "converted"
+    with alone() as groups:
+        to_mcore(open_weights(model, groups), root, groups)
+        yield root / "release", groups
+
+
+FACTS = {
+    "consumed_pairs": 8, "epoch": 0.5, "layout": {"tensor": 1, "world": 1}, "inputs": {"data": "ab", "num_pairs": 8},
+    "precision": {"bf16": True}, "training": {"lr": 1e-6}, "versions": {"torch": "2"},
+    "metrics": {"loss": 0.5, "eval/rewards/accuracies": 0.5},
+    "config": {"lr": 1e-6, "beta": 2.0, "train_iters": 5, "data": ["a"], "model": "m", "bf16": True},
+    "monitors": {"loss": [0.5, 0.6], "told": ["loss_spike"], "start": {"loss": 1.0}, "num_skipped_steps": 0},
+}  # fmt: skip
+
+
+def test_the_record_of_a_checkpoint(checkpoint, tmp_path):
+    folder, groups = checkpoint
+    path = folder / manifest.RECORD_FILE
+    record = json.loads(path.read_bytes()) | {"facts": FACTS}
+    del record["sha256"]
+    content, now = json.dumps(record).encode(), {name: {} for name in FACTS}
+
+    def write(mutated):
+        try:
+            found = json.loads(mutated)
+        except (ValueError, RecursionError):
+            found = None
+        if isinstance(found, dict):
+            # Sealed anew, for otherwise its own hash would refuse all.
+            mutated = json.dumps({**found, "sha256": manifest._hash_of(found)}).encode()
+        path.write_bytes(mutated)
+
+    def read():
+        found = manifest.read(folder)
+        _refuse_changes(found, now, override=True) if not found.facts else None
+        weights = MegatronWeights(folder, groups)
+        _card(weights, tmp_path, None)
+        manifest.last_and_best(folder.parent)
+
+    write(content)
+    read()
+    try_mutations("COMMIT.json", lambda n: mutated_file(content, n), write, read)
+
+
+def test_the_metrics_of_a_run(tmp_path, monkeypatch):
+    lines = [
+        {"iteration": step, "loss": 1.0 / (1 + step), "rewards/margins": 0.1 * step, "rewards/accuracies": 0.5,
+         "learning_rate": 1e-6, "pairs_per_second": 3.0, "pair_ids": [1, 2]}
+        for step in range(1, 6)
+    ]  # fmt: skip
+    lines += [
+        {"iteration": step, "eval/rewards/accuracies": 0.5, "eval/rewards/margins": 0.5, "eval/num_pairs": 4,
+         "eval/b/loss": 1.0}
+        for step in (0, 5)
+    ]  # fmt: skip
+    (tmp_path / "config.yaml").write_text("model: m\ndata: [a]\nlr: 1e-6\n")
+    path = tmp_path / "metrics.jsonl"
+    if NUM_MUTATIONS > 100:  # a picture takes half a second
+        draw = run_report.draw_curves
+        drawn = random.Random(SEED)
+        (tmp_path / "loss.png").write_bytes(b"")
+        monkeypatch.setattr(run_report, "draw_curves", lambda *a: drawn.randrange(20) or draw(*a))
+
+    def mutate(numbers):
+        if numbers.randrange(3) == 0:
+            return mutated_bytes("".join(json.dumps(line) + "\n" for line in lines).encode(), numbers)
+        mutated = mutated_json(lines, numbers)
+        mutated = mutated if isinstance(mutated, list) else [mutated]
+        return "".join(json.dumps(line) + "\n" for line in mutated).encode()
+
+    try_mutations("metrics.jsonl", mutate, path.write_bytes, lambda: run_report.write_report(tmp_path))
