@@ -14,12 +14,14 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor
 
+from simpo_megatron.mcore import device
 from simpo_megatron.mcore.architecture import ArchitectureConfig
 from simpo_megatron.mcore.layout import MicrobatchLayout, Segment
+from simpo_megatron.mcore.varlen_kernels import Kernel, Scores, prepare_torch, varlen_kernel
 
 
 class SegmentedAttention(torch.nn.Module):
-    """Core attention by scaled_dot_product_attention, one call per segment of a pack and no mask over the pack.
+    """Core attention without Transformer Engine: one call of a variable-length kernel, or one of torch's a segment.
 
     Takes the place of megatron's DotProductAttention in a layer spec: same constructor, same call.
 
@@ -37,12 +39,16 @@ class SegmentedAttention(torch.nn.Module):
         **_: Any,
     ) -> None:
         super().__init__()
-        self.softmax_scale = softmax_scale
-        self.softcap = config.attn_logit_softcapping
         is_windowed = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)
-        # megatron counts the keys to the left of a query; with its own they are one more.
-        self.window = config.window_size[0] + 1 if is_windowed else None
+        self.scores = Scores(
+            scale=softmax_scale,
+            # megatron counts the keys to the left of a query; with its own they are one more.
+            window=config.window_size[0] + 1 if is_windowed else None,
+            softcap=config.attn_logit_softcapping,
+        )
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
+        if device.has_cuda():
+            prepare_torch()
 
     def forward(
         self,
@@ -59,41 +65,73 @@ class SegmentedAttention(torch.nn.Module):
         Without a layout, or with one of padded rows, every row is causal by itself: padding stands on the right, where
         no real token sees it.
         """
-        layout = packed_seq_params or MicrobatchLayout()
+        length, num_rows = query_SBAD.shape[:2]
+        layout = packed_seq_params or MicrobatchLayout.of_padded_rows(length, num_rows).on(query_SBAD.device)
         key_TBGD, value_TBGD = layout.segment_keys(key_SBGD, value_SBGD)
-        if layout.segments is None:
-            whole = Segment(0, len(query_SBAD), 0, 0)
-            mask = layout.mask(whole, self.window, query_SBAD.device)
-            return _merge_heads(self._attend(query_SBAD, key_TBGD, value_TBGD, mask))
-        num_keys = [s.num_keys for s in layout.segments]
-        parts = zip(
-            layout.segments,
-            query_SBAD.split([s.num_queries for s in layout.segments]),
-            key_TBGD.split(num_keys),
-            value_TBGD.split(num_keys),
-            strict=True,
-        )
-        outputs = [
-            self._attend(query, key, value, layout.mask(segment, self.window, query.device))
-            for segment, query, key, value in parts
-        ]
-        return _merge_heads(torch.cat(outputs, dim=2))
+        scores = self.scores._replace(dropout=self.dropout if self.training else 0.0)
+        kernel = varlen_kernel(query_SBAD, key_TBGD, scores)
+        if kernel is not None:
+            return _attend_at_once(kernel, query_SBAD, key_TBGD, value_TBGD, layout)
+        return _attend_by_segment(scores, query_SBAD, key_TBGD, value_TBGD, layout)
 
-    def _attend(self, query_LBAD: Tensor, key_TBGD: Tensor, value_TBGD: Tensor, mask_LT: Tensor | None) -> Tensor:
-        query, key, value = (x.permute(1, 2, 0, 3) for x in (query_LBAD, key_TBGD, value_TBGD))
-        dropout = self.dropout if self.training else 0.0
-        if self.softcap is not None:
-            return _capped_attention(query, key, value, mask_LT, self.softmax_scale, self.softcap, dropout)
-        return F.scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            attn_mask=mask_LT,
-            is_causal=mask_LT is None,
-            dropout_p=dropout,
-            scale=self.softmax_scale,
-            enable_gqa=query.size(1) != key.size(1),
-        )
+
+def _attend_at_once(
+    kernel: Kernel, query_SBAD: Tensor, key_TBGD: Tensor, value_TBGD: Tensor, layout: MicrobatchLayout
+) -> Tensor:
+    """[S, B, A*D] by one call for all segments of all sequences, which stand one behind the other in it."""
+    assert layout.lengths is not None, "of_pack and of_padded_rows make layouts"
+    lengths, (length, num_rows) = layout.lengths, query_SBAD.shape[:2]
+    out_QAD = kernel(
+        *(x.transpose(0, 1).flatten(0, 1) for x in (query_SBAD, key_TBGD, value_TBGD)),
+        lengths.cu_seqlens_q,
+        lengths.cu_seqlens_kv,
+        lengths.max_seqlen_q,
+        lengths.max_seqlen_kv,
+    )
+    return out_QAD.view(num_rows, length, -1).transpose(0, 1).contiguous()
+
+
+def _attend_by_segment(
+    scores: Scores, query_SBAD: Tensor, key_TBGD: Tensor, value_TBGD: Tensor, layout: MicrobatchLayout
+) -> Tensor:
+    """[S, B, A*D] by a call a segment, with no mask over the pack."""
+    segments = layout.segments or (Segment(0, len(query_SBAD), 0, 0),)
+    num_keys = [s.num_keys for s in segments]
+    parts = zip(
+        segments,
+        query_SBAD.split([s.num_queries for s in segments]),
+        key_TBGD.split(num_keys),
+        value_TBGD.split(num_keys),
+        strict=True,
+    )
+    outputs = [
+        _attend(scores, query, key, value, layout.mask(segment, scores.window, query.device))
+        for segment, query, key, value in parts
+    ]
+    out_BASD = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
+    return out_BASD.permute(2, 0, 1, 3).flatten(2)
+
+
+def _attend(scores: Scores, query_LBAD: Tensor, key_TBGD: Tensor, value_TBGD: Tensor, mask_LT: Tensor | None) -> Tensor:
+    """[B, A, L, D] of one segment."""
+    query, key, value = (x.permute(1, 2, 0, 3) for x in (query_LBAD, key_TBGD, value_TBGD))
+    if scores.softcap is not None:
+        return _capped_attention(query, key, value, mask_LT, scores, scores.softcap)
+    num_heads, num_groups = query.size(1), key.size(1)
+    if num_heads != num_groups and query.device.type != "cpu":
+        # A GPU's memory-efficient kernel takes no grouped heads, and FlashAttention no mask and no fp32: without either
+        # the scores would be written out.
+        key, value = (x.repeat_interleave(num_heads // num_groups, dim=1) for x in (key, value))
+    return F.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=mask_LT,
+        is_causal=mask_LT is None,
+        dropout_p=scores.dropout,
+        scale=scores.scale,
+        enable_gqa=num_heads != key.size(1),
+    )
 
 
 def _capped_attention(
@@ -101,9 +139,8 @@ def _capped_attention(
     key_BGTD: Tensor,
     value_BGTD: Tensor,
     mask_LT: Tensor | None,
-    scale: float | None,
+    scores: Scores,
     cap: float,
-    dropout: float,
 ) -> Tensor:
     """[B, A, L, D], with scores held within `cap`, which no kernel of torch does; scores in fp32 at least.
 
@@ -112,14 +149,9 @@ def _capped_attention(
     num_queries, size = query_BALD.shape[2:]
     if mask_LT is None:
         mask_LT = torch.ones(num_queries, num_queries, dtype=torch.bool, device=query_BALD.device).tril_()
-    scaled = query_BALD * (size**-0.5 if scale is None else scale)
+    scaled = query_BALD * (size**-0.5 if scores.scale is None else scores.scale)
     scores_BGRLT = scaled.unflatten(1, (key_BGTD.size(1), -1)) @ key_BGTD[:, :, None].transpose(-1, -2)
     scores_BGRLT = scores_BGRLT.to(torch.promote_types(scores_BGRLT.dtype, torch.float32))
     scores_BGRLT = (cap * torch.tanh(scores_BGRLT / cap)).masked_fill(~mask_LT, -torch.inf)
-    weights_BGRLT = F.dropout(scores_BGRLT.softmax(dim=-1), dropout).to(value_BGTD.dtype)
+    weights_BGRLT = F.dropout(scores_BGRLT.softmax(dim=-1), scores.dropout).to(value_BGTD.dtype)
     return (weights_BGRLT @ value_BGTD[:, :, None]).flatten(1, 2)
-
-
-def _merge_heads(out_BASD: Tensor) -> Tensor:
-    batch, _, length, _ = out_BASD.shape
-    return out_BASD.permute(2, 0, 1, 3).reshape(length, batch, -1)

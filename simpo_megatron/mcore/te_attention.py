@@ -13,8 +13,8 @@ from torch.distributed import ProcessGroup
 from simpo_megatron.data.batching import round_up
 from simpo_megatron.mcore.layout import MicrobatchLayout
 
-# Transformer Engine's own steps of a length bound: for each new one it picks a backend, and cuDNN may compile.
-_BOUND_MULTIPLE = 64
+# Steps of a length bound: for each new one Transformer Engine picks a backend again.
+_BOUND_MULTIPLE = 256
 
 
 class TESegmentedAttention(TEDotProductAttention):

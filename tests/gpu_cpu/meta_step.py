@@ -29,6 +29,7 @@ META = torch.device("meta")
 
 torch.cuda.is_available = lambda: True
 torch.cuda.current_device = lambda: META
+torch.cuda.device_count = lambda: 1
 torch.cuda.get_device_capability = lambda *_: (9, 0)
 # A generator of the CPU in the place of CUDA's, whose state the host keeps as well.
 torch.cuda.manual_seed = torch.manual_seed

@@ -164,7 +164,7 @@ def test_the_kernel_is_told_lengths_format_and_mask(attention):
     assert arguments["cu_seqlens_q"].tolist() == [0, 7, 12, 13, 19, 24]
     assert arguments["cu_seqlens_kv"].tolist() == [0, 7, 15, 16, 23, 28]
     assert arguments["cu_seqlens_q"].dtype == arguments["cu_seqlens_kv"].dtype == torch.int32
-    assert (arguments["max_seqlen_q"], arguments["max_seqlen_kv"]) == (64, 64), "bounds, in Transformer Engine's steps"
+    assert (arguments["max_seqlen_q"], arguments["max_seqlen_kv"]) == (256, 256), "bounds, in steps"
     assert attention.attention_type == "cross", "keys are masked by their own lengths, not by those of the queries"
 
 
