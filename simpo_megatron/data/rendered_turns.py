@@ -163,11 +163,15 @@ class TurnRenderer:
         return self._without(place, whole[:start], opened[start:], whole[start:])
 
     def _end_of_header(self, place: _Place, opened: str, whole: str) -> int | None:
-        """Returns where the header ends that `whole` shares with `opened`, which is where the answer begins."""
+        """Returns where the header ends that `whole` shares with `opened`: there the answer begins.
+
+        Or an empty reasoning does, with which some templates close the one that they open in a prompt.
+        """
         closed, answer = self.render(place.before, place.tools), split_reasoning(place.turn["content"])[1]
-        if answer and opened.startswith(closed) and whole.startswith(closed):
+        if opened.startswith(closed) and whole.startswith(closed):
             for end in range(len(opened), len(closed), -1):
-                if whole.startswith(opened[:end]) and whole[end:].lstrip().startswith(answer):
+                rest = whole[end:].lstrip() if whole.startswith(opened[:end]) else ""
+                if (answer and rest.startswith(answer)) or EMPTY_REASONING.match(rest):
                     return end
         return None
 
@@ -178,7 +182,8 @@ class TurnRenderer:
         _, findings = check_turn(text, 0, place.turn)
         if "reasoning_left_out" in findings:
             return self._without(place, prompt, "", tail)
-        if EMPTY_REASONING.search(text) and not EMPTY_REASONING.search(place.turn["content"]):
+        is_closed_at_once = text.lstrip().startswith("</think>")
+        if is_closed_at_once or (EMPTY_REASONING.search(text) and not EMPTY_REASONING.search(place.turn["content"])):
             findings.add("empty_reasoning")
         return _Response(prompt, text, frozenset(findings))
 
@@ -191,6 +196,9 @@ class TurnRenderer:
         """
         turn, tail = place.turn, tail.lstrip()
         reasoning, answer = split_reasoning(turn["content"])
+        if waits and EMPTY_REASONING.match(tail) and not (reasoning or turn.get("reasoning_content")):
+            text = self._until_end_token(place, tail)
+            return _Response(prompt, text, frozenset({"empty_reasoning", *check_turn(text, 0, turn)[1]}))
         if turn.get("reasoning_content") or turn.get("tool_calls") or not tail.startswith(answer):
             raise reasoning_left_out("a")
         if not reasoning:
@@ -238,19 +246,18 @@ class TurnRenderer:
 
     def _until_end_token(self, place: _Place, response: str) -> str:
         """Returns `response` up to and with the special token that ends the turn, where the template writes one."""
-        start = response.rfind(place.answer) if place.answer else -1
-        if start >= 0:
-            special = self._special.search(response, start + len(place.answer))
-            return response[: special.end()] if special else response
+        at = response.rfind(place.answer) if place.answer else -1
         closing = self._closing.search(response)
-        if closing is None:
+        start = at + len(place.answer) if at >= 0 else closing.start() if closing else len(response)
+        ends = [special.end() for special in self._special.finditer(response, start)]
+        if not ends:
             return response
-        ends = [special.end() for special in self._special.finditer(response, closing.start())]
-        if len(ends) > 1:
-            # A call may end in several; one that ends the conversation does not stand in front of a next turn.
+        end = ends[0]
+        if self._closing.match(response, end):
+            # A turn may end in several; one that ends the conversation does not stand in front of a next turn.
             followed = self._followed(place)
-            ends = [ends[0], *(end for end in ends if response[closing.start() : end] in followed)]
-        return response[: ends[-1]]
+            end = max([end, *(other for other in ends if response[start:other] in followed)])
+        return response[:end]
 
     def _followed(self, place: _Place) -> str:
         """Returns the conversation up to what a next turn says, empty where the template allows none."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -98,6 +99,8 @@ class ChatTemplate:
                 "one conversation; give another one"
             ) from None
         except Exception as error:  # A template is a program: it may divide by zero, recurse or raise without a word.
+            if (written := _with_written_arguments(messages)) != list(messages):
+                return self.render(written, tools, add_generation_prompt=add_generation_prompt)
             roles = " ".join(turn["role"] for turn in messages)
             said = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise BadRecord("template_refused", f"turns of {roles}: {said}") from None
@@ -178,6 +181,20 @@ def special_texts(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """Returns the texts of the tokenizer's special tokens, longest first."""
     added = tokenizer.backend_tokenizer.get_added_tokens_decoder().values()
     return sorted((token.content for token in added if token.special), key=len, reverse=True)
+
+
+def _with_written_arguments(messages: Sequence[Message]) -> list[Message]:
+    """Returns the messages with the arguments of calls as JSON text, as templates like DeepSeek's want them."""
+    written = []
+    for turn in messages:
+        calls = [dict(call) for call in turn.get("tool_calls") or ()]
+        for call in calls:
+            function = call.get("function", call)
+            if isinstance(function, Mapping) and isinstance(function.get("arguments"), Mapping):
+                text = json.dumps(function["arguments"], ensure_ascii=False)
+                call |= {"function": {**function, "arguments": text}} if "function" in call else {"arguments": text}
+        written.append({**turn, "tool_calls": calls} if calls else turn)
+    return written
 
 
 def _read(name: str) -> str:

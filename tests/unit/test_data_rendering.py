@@ -82,6 +82,24 @@ def test_an_empty_reasoning_is_counted_and_an_argument_of_the_template_avoids_it
     assert found[1:] == ("a<|im_end|>", "b<|im_end|>", ())
 
 
+def test_a_reasoning_that_is_opened_and_closed_at_once_is_counted():
+    closes = SHAPES["opens"].replace("<think>\n{{ thought }}\n</think>", "<think></think>")
+    prompt, chosen, rejected, notes = encode(templated(closes), asked("a", "b"))
+    assert prompt.endswith("<|im_start|>assistant\n")
+    assert (chosen, rejected) == ("<think></think>\n\na<|im_end|>", "<think></think>\n\nb<|im_end|>")
+    assert notes == ("empty_reasoning",)
+    assert encode(templated(SHAPES["opens"]), asked("a", "b"))[1:] == (
+        "\n</think>\n\na<|im_end|>",
+        "\n</think>\n\nb<|im_end|>",
+        ("empty_reasoning",),
+    )
+
+
+def test_an_answer_may_end_in_several_special_tokens():
+    ended = SHAPES["plain"].replace("<|im_end|>", "<|endoftext|><|im_end|>")
+    assert encode(templated(ended), asked("a", "b"))[1:] == ("a<|endoftext|><|im_end|>", "b<|endoftext|><|im_end|>", ())
+
+
 @pytest.mark.parametrize(
     ("shape", "chosen", "note"),
     [
@@ -129,6 +147,12 @@ def test_a_call_ends_where_its_turn_ends():
     found = encode(templated(CALLS), asked((CALL,), (other,)))
     assert found[1] == '{"name": "add", "arguments": {"x": "two"}}<|im_end|>'
     assert found[2] == '{"name": "add", "arguments": {"x": "<|im_end|>"}}<|im_end|>'
+
+
+def test_a_template_gets_the_arguments_of_calls_as_text_where_it_wants_them_so():
+    joined = CALLS.replace("c.function | tojson", "c.function.name + ' ' + c.function.arguments")
+    found = encode(templated(joined), asked((CALL,), "no"))
+    assert found[1] == 'add {"x": "two"}<|im_end|>'
 
 
 @pytest.mark.parametrize(
