@@ -23,8 +23,6 @@ else
   rendezvous+=(--rdzv-backend c10d --rdzv-endpoint "${HOST:?name and port of the node where all meet}")
 fi
 
-# megatron-core's tensor parallelism relies on kernels being queued in order.
-export CUDA_DEVICE_MAX_CONNECTIONS=1
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-8}"
 
 # Set before the agent starts, so that no signal finds the script without it.

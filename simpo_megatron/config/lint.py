@@ -71,6 +71,7 @@ def idle_options(config: Config) -> dict[str, str]:
             "recompute_granularity is not selective",
             ("recompute_modules",),
         ),
+        (not config.precision.bf16, "bf16 is off", ("logit_dtype",)),
         (config.model.export_hf is None, "export_hf is not given", ("export_dtype",)),
         (run.save is None, "save is not given", ("keep_checkpoints", "async_save", "on_save_failure")),
         (monitors.repetition_prompts == 0, "repetition_prompts is 0", ("max_repetition", "repetition_tokens")),

@@ -39,6 +39,7 @@ class LogProbHead(ColumnParallelLinear):
     """
 
     true_vocab_size: int
+    logit_dtype: torch.dtype | None = None
 
     def forward(self, input_: Tensor, weight: Tensor | None = None, *, labels: ResponseTokens | None = None) -> Tensor:
         """fp32 [N] log-probs of `labels` with gradients, or this rank's logits [S, B, v] where there are none."""
@@ -54,6 +55,7 @@ class LogProbHead(ColumnParallelLinear):
             tp_group=self.tp_group,
             sequence_parallel=self.sequence_parallel,
             logit_softcap=cap,
+            logit_dtype=self.logit_dtype,
             accumulate_into_main_grad=True,
         )
 
@@ -65,7 +67,7 @@ class PreferenceGPTModel(GPTModel):
     their fp32 [N] log-probs, natural log.
     """
 
-    def __init__(self, *args: Any, true_vocab_size: int, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, true_vocab_size: int, logit_dtype: torch.dtype | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         # GPTModel builds both ends itself and offers no way to name other classes.
         if self.pre_process:
@@ -73,6 +75,7 @@ class PreferenceGPTModel(GPTModel):
         if self.post_process:
             self.output_layer.__class__ = LogProbHead
             self.output_layer.true_vocab_size = true_vocab_size
+            self.output_layer.logit_dtype = logit_dtype
         # Frequencies are picked by position below, and not cut a second time under context parallelism.
         self.rotary_pos_emb.cp_group = None
 
@@ -193,6 +196,7 @@ def build_model(description: ModelDescription, config: Config, groups: ParallelG
             post_process=groups.is_last_stage and stage == num_chunks - 1,
             vp_stage=vp_stage,
             true_vocab_size=description.vocab_size,
+            logit_dtype=None if config.precision.logit_dtype is None else torch.float32,
             **description.gpt,
         )
         _mark_divided_weights(chunk)

@@ -290,26 +290,27 @@ def head_bytes(load: Workload) -> tuple[float, float]:
     """
     shape, is_frozen = load.shape, load.config.lora.lora_rank is not None
     rows = load.head_rows * shape.hidden_size * load.itemsize
-    logits, block, backward = _triton_blocks(load, rows) if load.is_on_gpu else _torch_blocks(load, rows)
+    logits, block, scratch, backward = _triton_blocks(load, rows) if load.is_on_gpu else _torch_blocks(load, rows)
     returned = rows * (2 if load.sequence_ranks > 1 else 1) + load.hidden_bytes
     returned += 0 if is_frozen else load.vocab_slice * shape.hidden_size * load.itemsize
-    return 2 * load.hidden_bytes + rows + logits, max(block, backward, returned)
+    return 2 * load.hidden_bytes + rows + logits, max(block, scratch + max(backward, returned))
 
 
-def _triton_blocks(load: Workload, rows: float) -> tuple[float, float, float]:
-    """Bytes of (logits that are kept, the block at work in the forward, what the backward takes); `rows` are [N, H].
+def _triton_blocks(load: Workload, rows: float) -> tuple[float, float, float, float]:
+    """Bytes of (logits kept, the block in work, scratch all through the backward, its gradients); `rows` are [N, H].
 
     Source: simpo_megatron.loss.blocks_triton: the slopes of a block, and the rows' gradient, in fp32 over several.
     """
     plan = load.head_blocks
     e, widths = load.itemsize, [round_up(stop - start) for start, stop in plan.blocks]
-    block = load.head_rows * e * max(widths, default=0)
-    keeps_all = plan.num_kept == len(plan.blocks)
+    width = load.head_rows * max(widths, default=0)
+    again = 0.0 if plan.num_kept == len(plan.blocks) else width * load.logit_bytes
+    scratch = width * e + (again if load.logit_bytes != e else 0.0)
     gradient = rows if len(plan.blocks) == 1 else rows * (4 / e + 1)
-    return load.head_rows * e * sum(widths[: plan.num_kept]), 0.0 if keeps_all else block, block + gradient
+    return load.head_rows * load.logit_bytes * sum(widths[: plan.num_kept]), again, scratch, gradient
 
 
-def _torch_blocks(load: Workload, rows: float) -> tuple[float, float, float]:
+def _torch_blocks(load: Workload, rows: float) -> tuple[float, float, float, float]:
     """The same bytes as `_triton_blocks`, for the blocks of a CPU.
 
     Source: simpo_megatron.loss.blocks_torch: logits within the byte budget are kept; a block in fp32 is worked on; the
@@ -319,7 +320,7 @@ def _torch_blocks(load: Workload, rows: float) -> tuple[float, float, float]:
     budget, rows_N = DEFAULT_LOGITS_BUDGET_BYTES, load.head_rows
     width = min(max(budget / (rows_N * e) / 8, MIN_BLOCK_WIDTH), MAX_BLOCK_WIDTH, load.vocab_slice)
     backward = rows * (4 / e + 1) + (0 if is_frozen else width * load.shape.hidden_size * (4 + e))
-    return min(rows_N * load.vocab_slice * e, budget), rows_N * width * 4 if e < 4 else 0.0, backward
+    return min(rows_N * load.vocab_slice * e, budget), rows_N * width * 4 if e < 4 else 0.0, 0.0, backward
 
 
 def communication_bytes(load: Workload) -> float:

@@ -150,7 +150,7 @@ def _head(load: Workload, gpu: Gpu, assumed: Assumptions) -> float:
     rows_N, v, plan = load.head_rows, load.vocab_slice, load.head_blocks
     again = 2 * (1 - plan.num_kept / max(1, len(plan.blocks)))
     flops = (_products(load) + again) * rows_N * v * load.shape.hidden_size
-    moved = 3 * load.itemsize * rows_N * v
+    moved = (2 * load.logit_bytes + load.itemsize) * rows_N * v
     return flops / (gpu.bf16_flops * assumed.bf16) + moved / (gpu.memory_bytes_rate * assumed.elementwise)
 
 

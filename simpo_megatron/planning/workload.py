@@ -65,12 +65,17 @@ class Workload:
         return padded_vocab_size(self.shape.vocab_size, self.sizes.tensor) // self.sizes.tensor
 
     @property
+    def logit_bytes(self) -> int:
+        """The bytes of a logit that log-probs are read from."""
+        return 4 if self.config.precision.logit_dtype == "float32" else self.itemsize
+
+    @property
     def head_blocks(self) -> BlockPlan:
         """The blocks that the loss on a GPU cuts the rank's vocabulary into."""
         return BlockPlan.of(
             round(self.head_rows),
             self.vocab_slice,
-            logit_bytes=self.itemsize,
+            logit_bytes=self.logit_bytes,
             slope_bytes=self.itemsize,
             budget_bytes=DEFAULT_GPU_LOGITS_BUDGET_BYTES,
         )

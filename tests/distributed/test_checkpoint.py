@@ -33,7 +33,8 @@ TP4 = {"tensor_model_parallel_size": 4}
 PP2 = {"pipeline_model_parallel_size": 2}
 SHARDED = {"use_distributed_optimizer": True}
 DROPOUT_TP2 = {**TP2, "sequence_parallel": True, "hidden_dropout": 0.1, "attention_dropout": 0.1}
-OVERLAPPED_DP2 = {**SHARDED, "overlap_grad_reduce": True, "overlap_param_gather": True, "bf16": True}
+OVERLAPPED_DP2 = {**SHARDED, "overlap_grad_reduce": True, "overlap_param_gather": True}
+OVERLAPPED_DP2 |= {"bf16": True, "deterministic": True}
 
 NORM = "decoder.final_layernorm.weight"
 ONE_LARGE_PACK = {"data": "all", "global_batch_size": 384, "tokens_per_microbatch": 32768}

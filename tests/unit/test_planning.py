@@ -111,6 +111,24 @@ def test_the_peak_of_a_gpu_is_known_by_its_name_or_not_at_all(name, tflops):
     assert peak_bf16_flops(name) == (None if tflops is None else 1e12 * tflops)
 
 
+@pytest.mark.parametrize("logit_dtype", [None, "float32"])
+def test_the_head_on_a_gpu_holds_the_logits_of_all_response_rows_and_their_gradient(logit_dtype):
+    """A 70B model's slice at tp 8: one block of 16,128 columns, the padding of the vocabulary among them."""
+    pack, rows, hidden = Pack(tokens=8192, prompt=0, response=512), 8192, 8192
+    load = Workload(
+        shape=ModelShape.of(find_model("Llama-3.1-70B")),
+        config=config_from(tp=8, sequence_parallel=True, logit_dtype=logit_dtype),
+        pack=pack,
+        data_parallel_size=1,
+        num_microbatches=1,
+    )
+    kept, beyond = head_bytes(load)
+    norm = 2 * rows * hidden * 2 / 8
+    assert kept == norm + rows * hidden * 2 + rows * 16128 * (4 if logit_dtype else 2)
+    # The slopes; rows that come back from all ranks, the gradient of this rank's, and the stand-in of the weight's.
+    assert beyond == rows * 16128 * 2 + 2 * rows * hidden * 2 + rows * hidden * 2 / 8 + 16128 * hidden * 2
+
+
 def in_flight_by_schedule(pp, vpp, stage, num_microbatches):
     """The most chunks between forward and backward, by running a stage's schedule: warm-up, then one of each."""
     total = num_microbatches * vpp
