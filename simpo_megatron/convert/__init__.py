@@ -2,7 +2,7 @@
 
 from simpo_megatron.convert.adapter import export_adapter, trained_share
 from simpo_megatron.convert.export import export_hf
-from simpo_megatron.convert.folder import check_model_files, refuse_existing_export
+from simpo_megatron.convert.folder import check_model_files, origin_of, refuse_existing_export
 from simpo_megatron.convert.load_weights import load_hf_weights
 
 __all__ = [
@@ -10,6 +10,7 @@ __all__ = [
     "export_adapter",
     "export_hf",
     "load_hf_weights",
+    "origin_of",
     "refuse_existing_export",
     "trained_share",
 ]

@@ -49,6 +49,7 @@ def export_adapter(
     *,
     groups: ParallelGroups,
     dtype: torch.dtype = torch.bfloat16,
+    origin: str | None = None,
 ) -> None:
     """Write the adapters in PEFT's form to `out_folder`, which appears only when it is whole.
 
@@ -70,7 +71,7 @@ def export_adapter(
         write_json(staging / CONFIG_FILE, _peft_config(settings, modules, source_folder))
         mark(staging)
 
-    export_tensors(owned, specs, description, out_folder, complete, groups=groups)
+    export_tensors(owned, specs, description, out_folder, complete, groups=groups, origin=origin)
 
 
 def adapter_tensors(description: ModelDescription, settings: LoRAConfig) -> dict[str, tuple[int, ...]]:

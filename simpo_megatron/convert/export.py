@@ -23,7 +23,7 @@ from simpo_megatron.convert.folder import (
     refuse_existing_export,
 )
 from simpo_megatron.convert.mapping import Piece, hf_tensors, pieces, stage_tensors
-from simpo_megatron.errors import CheckpointError
+from simpo_megatron.errors import CheckpointError, NumericsError, SimPOError
 from simpo_megatron.mcore.families import ModelDescription
 from simpo_megatron.parallel import ParallelGroups
 from simpo_megatron.ranks import gather_or_raise, raise_on_all_ranks
@@ -55,14 +55,16 @@ def export_hf(
     model_card: str | None = None,
     chat_template: str | None = None,
     in_place_of: Mapping[Tensor, Tensor] | None = None,
+    origin: str | None = None,
 ) -> None:
     """Write the model as a Hugging Face folder that appears under `out_folder` only when it is whole.
 
     Adapters are merged into what is written, each weight's sum taken in fp32; the model stays as it is.
     Every pipeline stage writes its own files, one tensor in memory at a time. Configuration, tokenizer and
     chat template come from `source_folder`; `chat_template` replaces the latter, `model_card` becomes README.md;
-    `in_place_of` names the tensors to write for some parameters, those kept in FP8. Called on every rank; those that
-    hold a copy of another rank's weights return at once.
+    `in_place_of` names the tensors to write for some parameters, those kept in FP8. An earlier export of the same
+    `origin` is replaced, any other set aside. Called on every rank; those that hold a copy of another rank's weights
+    return at once.
 
     Collectives: one gather over tp for every tensor that is cut, one send over ep for every expert that another rank
     holds; a few small objects over tp, pp and ep.
@@ -70,6 +72,7 @@ def export_hf(
     Raises:
         CheckpointError: on every rank that takes part, when `out_folder` holds anything but an earlier export, or one
             of them cannot write.
+        NumericsError: on every rank that takes part, when a weight is not finite.
     """
     owned: dict[str, list[Piece]] = {}
     for chunk in model_chunks:
@@ -90,6 +93,7 @@ def export_hf(
         groups=groups,
         max_shard_bytes=max_shard_bytes,
         stage_names=stage_names,
+        origin=origin,
     )
 
 
@@ -103,6 +107,7 @@ def export_tensors(
     groups: ParallelGroups,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     stage_names: Collection[str] | None = None,
+    origin: str | None = None,
 ) -> None:
     """Write tensors that ranks hold in `owned` pieces as a folder that appears only when it is whole.
 
@@ -110,6 +115,7 @@ def export_tensors(
         specs: all tensors of the folder, the same on every rank; each is owned by one pipeline stage.
         complete: what rank 0 does to the staged folder of weight files before it is published.
         stage_names: what the ranks of this stage own together, where experts are among it; None: `owned` is all.
+        origin: as `export_hf`.
 
     Collectives and Raises: as `export_hf`.
     """
@@ -130,11 +136,11 @@ def export_tensors(
     with ExitStack() as stack:
         staging = None
         try:
-            staging = _on_committer(lambda: _begin(out_folder, stack), is_committer, groups)
+            staging = _on_committer(lambda: _begin(out_folder, stack, origin), is_committer, groups)
         finally:
             if exchange is not None:
                 exchange.proceeds(staging is not None)
-        failure: CheckpointError | None = None
+        failure: SimPOError | None = None
         for shard in shards:
             if shard.stage == groups.pp.rank():
                 tensors = (source.tensor(name, spec) for name, spec in shard.specs.items())
@@ -248,13 +254,15 @@ def _write_or_drain(
     shard: _Shard,
     tensors: Iterator[Tensor | None],
     groups: ParallelGroups,
-    failure: CheckpointError | None,
-) -> CheckpointError | None:
+    failure: SimPOError | None,
+) -> SimPOError | None:
     """The reason that writing failed, now or before. A rank that cannot write still gathers: its peers wait there."""
     if groups.tp.rank() == 0 and failure is None:
         try:
             # On this rank every tensor is there.
             write_safetensors(path, shard.specs, cast(Iterator[Tensor], tensors))
+        except NumericsError as error:
+            failure = NumericsError(f"{_FAILED}: {error}")
         except (OSError, CheckpointError) as error:
             failure = CheckpointError(f"{_FAILED}: {error}")
     for _ in tensors:
@@ -262,10 +270,10 @@ def _write_or_drain(
     return failure
 
 
-def _begin(out_folder: Path, stack: ExitStack) -> Path:
+def _begin(out_folder: Path, stack: ExitStack, origin: str | None) -> Path:
     """The folder to write into, which appears as `out_folder` when `stack` is closed without an error."""
     refuse_existing_export(out_folder)
-    return stack.enter_context(new_output(out_folder))
+    return stack.enter_context(new_output(out_folder, origin))
 
 
 def _on_committer(work: Callable[[], Result], is_committer: bool, groups: ParallelGroups) -> Result:
@@ -288,6 +296,6 @@ def _on_committer(work: Callable[[], Result], is_committer: bool, groups: Parall
     return cast(Result, gather_or_raise(attempt, groups.tp, groups.pp)[0])
 
 
-def _raise(failure: CheckpointError | None) -> None:
+def _raise(failure: SimPOError | None) -> None:
     if failure is not None:
         raise failure

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from simpo_megatron.convert.direct_io import DirectFile
-from simpo_megatron.errors import CheckpointError
+from simpo_megatron.errors import CheckpointError, NumericsError
 from simpo_megatron.mcore.hf_files import own_file, read_hf_json
 
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
@@ -120,10 +120,24 @@ def header_bytes(specs: Mapping[str, TensorSpec]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
+def require_finite(values: Tensor, where: str) -> None:
+    """Return if all `values` are numbers; they are read once.
+
+    Raises:
+        NumericsError: naming `where` they are, when one is NaN or infinite.
+    """
+    if values.numel() and not all(map(math.isfinite, map(float, torch.aminmax(values)))):
+        count = int((~torch.isfinite(values)).sum())
+        raise NumericsError(f"{where}: found {count} of {values.numel()} values that are not finite, expected numbers")
+
+
 def write_safetensors(path: Path, specs: Mapping[str, TensorSpec], tensors: Iterable[Tensor]) -> None:
     """Write `tensors`, which come in the order of `specs`, holding one of them in memory at a time.
 
     The safetensors library writes whole files from memory only; a shard of 5 GB would be held twice.
+
+    Raises:
+        NumericsError: a tensor holds what is no number, or is none once cast to its dtype.
 
     Source: https://github.com/huggingface/safetensors, "Format".
     """
@@ -131,4 +145,5 @@ def write_safetensors(path: Path, specs: Mapping[str, TensorSpec], tensors: Iter
         file.write(header_bytes(specs))
         for (name, spec), tensor in zip(specs.items(), tensors, strict=True):
             assert tensor.shape == spec.shape and tensor.dtype == spec.dtype, f"{name}: {tensor.shape} {tensor.dtype}"
+            require_finite(tensor, f"{path.name}: {name}")
             file.write(tensor.contiguous().flatten().view(torch.uint8).numpy().data)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -15,8 +17,14 @@ from simpo_megatron.convert.files import INDEX_FILE, SINGLE_FILE, TensorSpec
 from simpo_megatron.errors import CheckpointError
 from simpo_megatron.mcore.hf_files import own_file, read_hf_json, without_code
 
+_LOGGER = logging.getLogger(__name__)
+
 MARKER_FILE = "simpo_megatron.json"
 """What tells an export from a folder of the user's."""
+
+_ORIGIN = "origin"
+# As checkpoint.manifest calls it, which stands above this room.
+_RECORD_FILE = "COMMIT.json"
 
 MAX_SHARD_BYTES = 5 * 10**9
 """Size at which weights are divided over files, as transformers does."""
@@ -42,13 +50,22 @@ _COPIED_FILES = (
 _MAY_NAME_CODE = ("tokenizer_config.json", "generation_config.json")
 
 
-def refuse_existing_export(out_folder: str | Path) -> None:
+def refuse_existing_export(out_folder: str | Path, *sources: str | Path) -> None:
     """Return if an export will not refuse its folder; for a caller that wants to know beforehand.
 
+    Args:
+        sources: folders of the models that the export is made of.
+
     Raises:
-        CheckpointError: `out_folder` exists and is neither empty nor an earlier export, which a new one replaces.
+        CheckpointError: `out_folder` is that of a source or around it; or exists, and is neither empty nor an earlier
+            export, which a new one replaces or sets aside.
     """
     path = Path(out_folder)
+    for source in sources:
+        if path.resolve() in (Path(source).resolve(), *Path(source).resolve().parents):
+            raise CheckpointError(
+                f"{path}: found the model that the export is made of, {source}, expected another folder; name one"
+            )
     if not path.exists() or (path / MARKER_FILE).is_file():
         return
     if not path.is_dir() or any(path.iterdir()):
@@ -59,23 +76,46 @@ def refuse_existing_export(out_folder: str | Path) -> None:
 
 
 @contextmanager
-def new_output(out_folder: Path) -> Iterator[Path]:
+def new_output(out_folder: Path, origin: str | None = None) -> Iterator[Path]:
     """A folder to fill, which becomes `out_folder` at the end, in place of what is there; after an error it is gone.
 
-    What a killed process has left of the same output is removed.
+    An export there that is not known to be of the same `origin` is set aside under another name, and not removed. What
+    a killed process has left of the same output is removed.
 
     Raises:
         CheckpointError: another process is writing the same output, or the place cannot be written.
     """
     try:
+        own = None if origin is None else hashlib.sha256(origin.encode("utf-8", "surrogateescape")).hexdigest()
+        is_anothers = out_folder.is_dir() and any(out_folder.iterdir()) and (own is None or _origin(out_folder) != own)
         with atomic.new_folder(out_folder) as draft:
             yield draft
+            if own is not None:
+                # A hash, for a folder's name may say more than whoever gets the export is to know.
+                write_json(draft / MARKER_FILE, {**read_hf_json(draft, MARKER_FILE), _ORIGIN: own})
+            if is_anothers:
+                aside = atomic.move_aside(out_folder)
+                _LOGGER.warning("%s: set aside as %s what another run has exported there", out_folder, aside.name)
     except BlockingIOError:
         raise CheckpointError(
             f"{out_folder}: found another process writing it, expected none; wait for it or name another folder"
         ) from None
     except OSError as error:
         raise CheckpointError(f"{out_folder}: could not be written ({error.strerror})") from error
+
+
+def origin_of(folder: str | Path) -> str:
+    """The origin of what is made of `folder`: a run's folder, the same for each of its checkpoints, or a model's."""
+    path = Path(folder).resolve()
+    return str(path.parent if (path / _RECORD_FILE).is_file() else path)
+
+
+def _origin(folder: Path) -> object:
+    """The hash of the origin of an earlier export in `folder`; None where none is known."""
+    try:
+        return read_hf_json(folder, MARKER_FILE).get(_ORIGIN)
+    except CheckpointError:
+        return None
 
 
 def divide(specs: Mapping[str, TensorSpec], max_shard_bytes: int) -> list[dict[str, TensorSpec]]:

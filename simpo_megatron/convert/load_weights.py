@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from simpo_megatron.convert.files import DTYPE_NAMES, StoredTensor, open_safetensors, stored_tensors
+from simpo_megatron.convert.files import DTYPE_NAMES, StoredTensor, open_safetensors, require_finite, stored_tensors
 from simpo_megatron.convert.mapping import Piece, hf_tensors, pieces
 from simpo_megatron.errors import CheckpointError, listed
 from simpo_megatron.mcore.families import ModelDescription
@@ -36,6 +36,7 @@ def load_hf_weights(
 
     Raises:
         CheckpointError: a tensor is missing, extra or misshapen (ten are named), or a file unreadable.
+        NumericsError: a weight is not finite; its file and tensor are named.
     """
     stored = checked_tensors(folder, description, tp_rank=tp_rank, tp_size=tp_size)
     awaited = awaited_values(model_chunks)
@@ -48,6 +49,7 @@ def load_hf_weights(
             with open_safetensors(path) as file:
                 for piece in batch:
                     fill(piece, file.get_slice(piece.hf_name), tp_rank, description)
+                    require_finite(piece.view, f"{path}: {piece.hf_name}")
 
 
 def checked_tensors(

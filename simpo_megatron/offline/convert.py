@@ -13,7 +13,7 @@ from simpo_megatron import __version__
 from simpo_megatron.checkpoint import manifest
 from simpo_megatron.checkpoint.manifest import model_facts
 from simpo_megatron.checkpoint.torch_dist import write_parameters
-from simpo_megatron.convert.files import TensorSpec, write_safetensors
+from simpo_megatron.convert.files import TensorSpec, require_finite, write_safetensors
 from simpo_megatron.convert.folder import (
     MAX_SHARD_BYTES,
     complete_folder,
@@ -21,6 +21,7 @@ from simpo_megatron.convert.folder import (
     divide,
     file_names,
     new_output,
+    origin_of,
     refuse_existing_export,
     write_config,
 )
@@ -66,6 +67,7 @@ def to_mcore(weights: Weights, out_folder: Path, groups: ParallelGroups, *, dtyp
             values = torch.empty(model.shapes[name], dtype=dtypes[name])
             for piece in _pieces(weights, model, name, values):
                 fill(piece, weights.read(piece.hf_name), 0, weights.description)
+                require_finite(piece.view, f"{weights.place(piece.hf_name)}: {piece.hf_name}")
             transfer.advance(values.nbytes)
             return values
 
@@ -94,7 +96,7 @@ def to_hf(
     Raises:
         CheckpointError: `out_folder` is something else, or cannot be written.
     """
-    refuse_existing_export(out_folder)
+    refuse_existing_export(out_folder, weights.folder)
     specs = {name: replace(spec, dtype=dtype or spec.dtype) for name, spec in weights.specs.items()}
     write_hf(
         out_folder,
@@ -104,6 +106,7 @@ def to_hf(
         title="write hf",
         max_shard_bytes=max_shard_bytes,
         model_card=_card(weights, out_folder, dtype),
+        origin=origin_of(weights.folder),
     )
 
 
@@ -116,11 +119,13 @@ def write_hf(
     title: str,
     max_shard_bytes: int,
     model_card: str | None,
+    origin: str,
 ) -> None:
     """Write the tensors of `specs`, each as `tensor` gives it, as a Hugging Face folder with what stands beside `like`.
 
     Args:
         title: what the progress is called.
+        origin: names what the export is made of; another export of it is replaced.
 
     Raises:
         CheckpointError: `out_folder` cannot be written.
@@ -128,7 +133,7 @@ def write_hf(
     parts = divide(specs, max_shard_bytes)
     files = dict(zip(file_names(len(parts)), parts, strict=True))
     num_bytes = sum(spec.num_bytes for spec in specs.values())
-    with new_output(out_folder) as staging, Transfer(title, num_bytes) as transfer:
+    with new_output(out_folder, origin) as staging, Transfer(title, num_bytes) as transfer:
 
         def counted(name: str) -> Tensor:
             transfer.advance(specs[name].num_bytes)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from simpo_megatron.checkpoint.manifest import model_facts
-from simpo_megatron.convert.folder import MAX_SHARD_BYTES, refuse_existing_export
+from simpo_megatron.convert.folder import MAX_SHARD_BYTES, origin_of, refuse_existing_export
 from simpo_megatron.data import PairOptions
 from simpo_megatron.data.tokenization import load_tokenizer, tokenizer_identity
 from simpo_megatron.errors import CheckpointError, ConfigError, listed
@@ -39,7 +39,7 @@ def merge(
             f"shares: found {list(shares)} for {len(models)} models, expected a finite share for each of two models or "
             "more, and a sum above 0"
         )
-    refuse_existing_export(out_folder)
+    refuse_existing_export(out_folder, *(model.folder for model in models))
     for other in models[1:]:
         _refuse_differences(models[0], other)
     fractions = [share / sum(shares) for share in shares]
@@ -53,6 +53,7 @@ def merge(
         model_card=merged_model_card(
             out_folder.name, [(share, model.folder.name) for share, model in zip(fractions, models, strict=True)]
         ),
+        origin=" ".join(origin_of(model.folder) for model in models),
     )
 
 

@@ -39,6 +39,10 @@ class Weights(Protocol):
         """The tensor `name` on the CPU, as it is stored."""
         ...
 
+    def place(self, name: str) -> Path:
+        """The file or folder that holds the tensor `name`."""
+        ...
+
 
 def open_weights(path: str | Path, groups: ParallelGroups) -> Weights:
     """The model at `path`: a Hugging Face folder, a committed checkpoint, or a folder whose newest one counts.
@@ -68,6 +72,9 @@ class HfWeights:
         # Opened anew each time: the pages of a file count as this process's memory until it is closed.
         with open_safetensors(self._stored[name].file) as file:
             return file.get_tensor(name)
+
+    def place(self, name: str) -> Path:
+        return self._stored[name].file
 
 
 class MegatronWeights:
@@ -111,6 +118,9 @@ class MegatronWeights:
         whole = gather_tensor(found, self.description, self.specs[name].dtype, tp_group=self._tp_group)
         assert whole is not None, "a process that works alone is rank 0"
         return whole
+
+    def place(self, name: str) -> Path:
+        return self.folder
 
     def _verify(self, shard: str) -> None:
         """Return once `shard` is known to hold what was committed; the next one is looked at meanwhile."""

@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from simpo_megatron import faults, parallel
 from simpo_megatron.config import Config
-from simpo_megatron.convert import export_adapter, export_hf
+from simpo_megatron.convert import export_adapter, export_hf, origin_of
 from simpo_megatron.errors import NumericsError, StoppedByMonitor, StoppedBySignal
 from simpo_megatron.mcore.fp8_weights import whole_masters
 from simpo_megatron.mcore.optimizer import gather_parameters
@@ -239,6 +239,7 @@ def _finish(config: Config, job: Job, log: RunLog) -> None:
         log.say(f"result    {report.headline}")
         log.say(f"report    {report.page} (curves: {report.picture})")
     gather_parameters(job.trainer.chunks)
+    origin = None if config.run.save is None else origin_of(config.run.save)
     if config.model.export_hf is not None:
         export_hf(
             job.model,
@@ -250,6 +251,7 @@ def _finish(config: Config, job: Job, log: RunLog) -> None:
             model_card=model_card(config, config.model.export_hf, curves, export_dtype(config)),
             chat_template=job.chat_template,
             in_place_of=whole_masters(job.trainer.optimizer),
+            origin=origin,
         )
         log.say(f"model     {config.model.export_hf} (AutoModelForCausalLM loads it)")
         said = rounding([parameter_dtype(config.precision)], export_dtype(config))
@@ -264,5 +266,6 @@ def _finish(config: Config, job: Job, log: RunLog) -> None:
             config.lora.export_adapter,
             groups=job.trainer.groups,
             dtype=parameter_dtype(config.precision),
+            origin=origin,
         )
         log.say(f"adapters  {config.lora.export_adapter} (PeftModel loads them onto {job.plan.sources.model})")

@@ -103,9 +103,9 @@ def plan_run(config: Config, world_size: int) -> RunPlan:
         DataError: a preference file is not there or cannot be read.
     """
     check_sinks(config)
-    for folder in filter(None, (config.model.export_hf, config.lora.export_adapter)):
-        refuse_existing_export(folder)
     sources = locate_sources(config)
+    for folder in filter(None, (config.model.export_hf, config.lora.export_adapter)):
+        refuse_existing_export(folder, sources.model)
     _check_files(sources)
     check_model_files(sources.model)
     description = describe_hf_model(sources.model)

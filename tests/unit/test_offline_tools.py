@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import os
 import shutil
 from pathlib import Path
@@ -15,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from simpo_megatron.config import config_from
 from simpo_megatron.convert.folder import new_output
 from simpo_megatron.demo import prepare_demo
-from simpo_megatron.errors import CheckpointError
+from simpo_megatron.errors import CheckpointError, NumericsError
 from simpo_megatron.mcore import cpu_patches
 from simpo_megatron.parallel import alone
 from tools import merge_checkpoints, verify_checkpoint
@@ -27,7 +28,8 @@ from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShard
 from simpo_megatron.checkpoint import manifest  # noqa: E402
 from simpo_megatron.checkpoint.initial_weights import fill_weights  # noqa: E402
 from simpo_megatron.mcore.model import build_model  # noqa: E402
-from simpo_megatron.offline.convert import _card, to_mcore  # noqa: E402
+from simpo_megatron.offline import convert as offline_convert  # noqa: E402
+from simpo_megatron.offline.convert import _card, to_hf, to_mcore  # noqa: E402
 from simpo_megatron.offline.weights import MegatronWeights, open_weights  # noqa: E402
 
 TINY = {
@@ -233,3 +235,25 @@ def test_a_checkpoint_to_start_from_runs_nothing_and_needs_no_check_of_megatrons
         with pytest.raises(CheckpointError, match="does not fit this run.*it refers to posix.mkdir"):
             fill_weights(model, release, opened.description, groups)
     assert not target.exists()
+
+
+def test_a_checkpoint_of_weights_that_are_no_numbers_is_not_exported(models, tmp_path, monkeypatch):
+    broken = shutil.copytree(models / "a", tmp_path / "broken")
+    found = load_file(broken / "model.safetensors")
+    found["model.norm.weight"][3] = math.nan
+    save_file(found, broken / "model.safetensors")
+    with alone() as groups:
+        opened = open_weights(broken, groups)
+        with pytest.raises(NumericsError, match=f"{broken}/model.safetensors: model.norm.weight: found 1 of"):
+            to_mcore(opened, tmp_path / "megatron", groups)
+        with monkeypatch.context() as patch:
+            patch.setattr(offline_convert, "require_finite", lambda values, where: None)
+            to_mcore(opened, tmp_path / "megatron", groups)
+        checkpoint = open_weights(tmp_path / "megatron", groups)
+        with pytest.raises(NumericsError, match="model.safetensors: model.norm.weight: found 1 of"):
+            to_hf(checkpoint, tmp_path / "hf")
+        description = checkpoint.description
+        model = build_model(description, config_from(model="unused", data=("unused",)), groups)
+        with pytest.raises(NumericsError, match=f"{checkpoint.folder}: decoder.final_layernorm.weight: found 1 of"):
+            fill_weights(model, checkpoint.folder, description, groups)
+    assert not (tmp_path / "hf").exists()
