@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -93,6 +94,7 @@ def to_record(row: dict, options: PairOptions) -> PreferenceRecord:
         if row.get(name) and name not in columns.read:
             raise BadRecord(f"not_text:{name}", f"the column {name} holds something, expected text alone")
     unread = columns.unread
+    _read_written_messages(columns)
     prompt = columns.prompt
     if prompt is not None:
         prompt = _text_or_messages(prompt, columns.prompt_key, unread)
@@ -116,6 +118,34 @@ def to_record(row: dict, options: PairOptions) -> PreferenceRecord:
     reading = _reading(record, columns, kind, context, unread)
     _check_score_gap(reading.score_gap, options)
     return replace(record, reading=reading)
+
+
+def _read_written_messages(columns: Columns) -> None:
+    """Puts lists in place of texts that hold them, as tables of texts do, where both responses are such texts.
+
+    Raises: BadRecord for lists in Python's notation, which no reader of JSON can take.
+    """
+    responses = columns.chosen, columns.rejected
+    if not all(isinstance(text, str) and text.lstrip()[:1] == "[" for text in responses):
+        return
+    if all(re.match(r"\s*\[\{'(role|from)'", text) for text in responses):
+        raise BadRecord("bad_type:chosen", "chosen and rejected are lists in Python's notation, expected JSON")
+    chosen, rejected = map(_written_messages, responses)
+    if chosen is not None and rejected is not None:
+        columns.chosen, columns.rejected = chosen, rejected
+        columns.prompt = _written_messages(columns.prompt) or columns.prompt
+
+
+def _written_messages(text: object) -> list | None:
+    """Returns the messages in a text that is a list of them in JSON, else None."""
+    try:
+        value = json.loads(text) if isinstance(text, str) else None
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(value, list) or not value:
+        return None
+    is_messages = all(isinstance(item, dict) and item.keys() & {"role", "from"} for item in value)
+    return value if is_messages else None
 
 
 def _from_texts(

@@ -96,6 +96,17 @@ def test_system_history_and_tools_columns_belong_to_the_prompt():
     assert to_record(PLAIN | {"system": "", "history": [], "tools": "[]"}, OPTIONS).prompt == "Which way?"
 
 
+def test_messages_that_tables_keep_as_text_are_messages():
+    row = {key: json.dumps(value) for key, value in pair([USER], said("So."), said("No.")).items() if value}
+    record = to_record(row, OPTIONS)
+    assert (record.prompt, record.chosen, record.rejected) == ((USER,), "So.", "No.")
+    answers = {"prompt": "As JSON?", "chosen": json.dumps([USER]), "rejected": "[]"}
+    assert to_record(answers, OPTIONS).chosen == json.dumps([USER])
+    written = {"prompt": "Way?", "chosen": repr([said("So.")]), "rejected": repr([said("No.")])}
+    with pytest.raises(BadRecord, match="Python's notation"):
+        to_record(written, OPTIONS)
+
+
 def test_the_two_columns_of_alpaca_are_one_question():
     row = {"instruction": "Point", "input": "to the north", "chosen": "There.", "rejected": "No."}
     assert to_record(row, OPTIONS).prompt == "Point\nto the north"
