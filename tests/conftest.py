@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import functools
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -26,6 +28,18 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # These folders exist for tests of several processes; elsewhere a test bears the mark itself.
 _FOLDERS_OF_PROCESSES = {"distributed", "faults", "end_to_end"}
 _running: list[pytest.Item] = []
+_cache = pytest.StashKey[str]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # A cache of the tests' own, which goes with them; workers of one session share it.
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        os.environ["SIMPO_MEGATRON_CACHE"] = config.stash[_cache] = tempfile.mkdtemp(prefix="simpo-tests-")
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if _cache in config.stash:
+        shutil.rmtree(config.stash[_cache], ignore_errors=True)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

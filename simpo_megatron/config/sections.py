@@ -229,7 +229,8 @@ class DataConfig:
     valid_fraction: float = option(0.0, "Fraction of the training pairs to validate on instead.", everyday=True)
     data_cache: str | None = option(
         None,
-        "Folder for tokenized data, built once and shared by all runs; beside the run's folder when not given.",
+        "Folder for tokenized data, built once and shared by all runs. The default is $SIMPO_MEGATRON_CACHE, or "
+        "simpo_megatron in the user's cache folder.",
         metavar="DIR",
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,13 @@ class DemoAssets:
     train_file: Path
     valid_file: Path
     """Pairs about topics that `train_file` never mentions."""
+
+
+def demo_version() -> str:
+    """Hex digits that change with what `prepare_demo` makes, for folders that outlive a version of this package."""
+    digest = hashlib.sha256(Path(__file__).read_bytes())
+    digest.update((Path(__file__).parent / "pairs.jsonl").read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def prepare_demo(folder: str | Path) -> DemoAssets:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,8 +28,8 @@ from simpo_megatron.data import (
     split,
 )
 from simpo_megatron.data.sources import check_readable, parse_sources
-from simpo_megatron.demo import prepare_demo
-from simpo_megatron.errors import ConfigError
+from simpo_megatron.demo import demo_version, prepare_demo
+from simpo_megatron.errors import ConfigError, DataError
 from simpo_megatron.mcore import device
 from simpo_megatron.mcore.families import ModelDescription, describe_hf_model
 from simpo_megatron.mcore.lora import redraw_adapters
@@ -130,10 +131,18 @@ def locate_sources(config: Config) -> Sources:
 
     Raises:
         ConfigError: no model or no data was named.
+        DataError: the embedded default cannot be written.
     """
     model, train, valid = config.model.model, config.data.data, config.data.valid_data
     if model == DEMO or DEMO in train:
-        assets = prepare_demo(cache_folder(config) / "demo")
+        folder = cache_folder(config) / f"demo-{demo_version()}"
+        try:
+            assets = prepare_demo(folder)
+        except OSError as error:
+            raise DataError(
+                f"data_cache: found {folder}, where the demo's model could not be written ({error.strerror or error}), "
+                "expected a folder with room that can be written; name one with --data-cache"
+            ) from None
         model = str(assets.model_dir) if model == DEMO else model
         if DEMO in train:
             train, valid = (str(assets.train_file),), valid or (str(assets.valid_file),)
@@ -146,10 +155,12 @@ def locate_sources(config: Config) -> Sources:
 
 
 def cache_folder(config: Config) -> Path:
-    """The folder of tokenised pairs and the embedded default: `data_cache`, or one beside the run's."""
+    """The folder of tokenised pairs and the embedded default: `data_cache`, or one in the user's cache folder."""
     if config.data.data_cache is not None:
         return Path(config.data.data_cache)
-    return Path(config.run.save or "runs/unsaved").parent / "cache"
+    if named := os.environ.get("SIMPO_MEGATRON_CACHE"):
+        return Path(named)
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "simpo_megatron"
 
 
 def load_data(
