@@ -2,6 +2,8 @@
 
     meta_step.py FOLDER     FOLDER/job.json: {case: {"model": shape, "options": ..., "stage": ..., "pairs": lengths}}
 
+A case may `plant` what must not be, one of PLANTS.
+
 The model is megatron's own on local layers, under its DDP, the ranks' peers are played by torch's fake backend. What
 makes the host wait for a GPU cannot be done with a tensor of the meta device and raises: item, tolist, bool, nonzero, a
 copy to the CPU. Copies from the host are listed, operations that launch a kernel counted.
@@ -113,6 +115,17 @@ def place() -> str:
     return f"{ours[-1].filename.rpartition('/')[2]}:{ours[-1].lineno}" if ours else "elsewhere"
 
 
+# What the tests plant, to see it found.
+PLANTS = {
+    None: lambda tensor: None,
+    "a number": lambda tensor: torch.tensor(3, device=META),
+    "a tensor": lambda tensor: torch.arange(3).to(META, non_blocking=True),
+    "an index": lambda tensor: tensor[:, torch.arange(3)],
+    "a wait": lambda tensor: int(tensor.max()),
+    "a question": lambda tensor: tensor.nonzero(),
+}
+
+
 def batch_of(lengths: list[list[int]], options: BatchOptions) -> PreferenceBatch:
     random = np.random.default_rng(0)
     pairs = [TokenizedPair(*(random.integers(0, 90, size=n).astype(np.int32) for n in pair)) for pair in lengths]
@@ -141,6 +154,7 @@ def play(folder: Path, case: dict) -> dict:
         with Asked() as transfer:
             microbatch = to_microbatch(batch, META, cp_group=groups.cp)
         with Asked() as forward:
+            PLANTS[case.get("plant")](microbatch.tokens_BS)
             output = run(chunk, microbatch, config, is_last=groups.is_last_stage, is_first=groups.is_first_stage)
         with Asked() as backward:
             output.backward(torch.empty_like(output))
@@ -174,4 +188,8 @@ def run(chunk: torch.nn.Module, microbatch: Microbatch, config: Config, *, is_la
 if __name__ == "__main__":
     target = Path(sys.argv[1])
     for name, the_case in json.loads((target / "job.json").read_text()).items():
-        print(json.dumps({"case": name, **play(target / "model", the_case)}), flush=True)
+        try:
+            found = play(target / "model", the_case)
+        except Exception as error:  # what a tensor of the meta device cannot do, a GPU waits for
+            found = {"raised": f"{type(error).__name__}: {error}"}
+        print(json.dumps({"case": name, **found}), flush=True)

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+# One process plays all cases; the tests are few, so that one worker has them all.
+pytestmark = pytest.mark.processes
 WORKER = Path(__file__).with_name("meta_step.py")
 TINY = {
     "vocab_size": 512,
@@ -54,14 +56,22 @@ CASES = {
     "4 layers, cp 2": one_rank(4, **PACKED, sequence_multiple=4) | {"options": {"cp": 2}},
     **{f"70B, stage {stage}": of_70b(stage) for stage in range(4)},
     "70B, stage 3, cp 2": of_70b(3, cp=2),
+    "70B, stage 1, recomputed": of_70b(1, recompute="full"),
+    "2 layers, padded, cp 2": one_rank(2, **PADDED, sequence_multiple=4) | {"options": {"cp": 2}},
 }
+PLANTED = {plant: one_rank(1, **PACKED) | {"plant": plant} for plant in ("a number", "a tensor", "an index")}
+WAITS = {plant: one_rank(1, **PACKED) | {"plant": plant} for plant in ("a wait", "a question")}
+
+# Operations of a layer, whatever the segments of a pack. On a GPU fewer are launched: each norm, here eight, is one
+# kernel, and the rotary embedding, here some twenty, is compiled.
+MOST = {"forward": 55, "backward": 80}
 
 
 @pytest.fixture(scope="module")
 def asked(tmp_path_factory) -> dict[str, dict]:
     """By case, what a rank's GPU would be asked."""
     folder = tmp_path_factory.mktemp("meta")
-    (folder / "job.json").write_text(json.dumps(CASES))
+    (folder / "job.json").write_text(json.dumps(CASES | PLANTED | WAITS))
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
         [sys.executable, WORKER, folder], env=environment, capture_output=True, text=True, timeout=300
@@ -70,15 +80,38 @@ def asked(tmp_path_factory) -> dict[str, dict]:
     return {line.pop("case"): line for line in map(json.loads, done.stdout.splitlines())}
 
 
-@pytest.mark.processes
-def test_nothing_is_copied_within_a_microbatch(asked):
-    assert list(asked) == list(CASES), "none waited for the device, which raises"
-    for name, found in asked.items():
-        assert found["copies"] == [], name
+def test_nothing_is_copied_or_waited_for_within_a_microbatch(asked):
+    for case in CASES:
+        assert "raised" not in asked[case], (case, asked[case])
+        assert asked[case]["copies"] == [], case
 
 
-@pytest.mark.processes
 def test_one_copy_brings_a_microbatch_and_nobody_waits(asked):
-    for name, found in asked.items():
-        assert [copy["waits"] for copy in found["transfers"]] == [False], name
-        assert found["to_microbatch"] == {}, name
+    for case in CASES:
+        assert [copy["waits"] for copy in asked[case]["transfers"]] == [False], case
+        assert asked[case]["to_microbatch"] == {}, case
+
+
+def test_a_layer_takes_few_operations(asked):
+    for kind in ("packed", "padded", "cp 2"):
+        for phase, most in MOST.items():
+            two, four = (sum(asked[f"{layers} layers, {kind}"][phase].values()) for layers in (2, 4))
+            assert (four - two) / 2 <= most, (kind, phase)
+
+
+def test_a_layer_has_one_attention_and_four_products_each_way(asked):
+    two, four = (asked[f"{layers} layers, packed"] for layers in (2, 4))
+    products = {"forward": {"mm": 4, "_varlen_attn": 1}}
+    # The gradients of the four inputs, and of the four weights, added to main_grad in fp32.
+    products["backward"] = {"mm": 4, "addmm.dtype_out": 4, "_varlen_attn_backward": 1}
+    for phase, expected in products.items():
+        assert {name: (four[phase][name] - two[phase][name]) / 2 for name in expected} == expected
+    assert "grad accumulation fusion: on" in two["kernels"]
+
+
+def test_what_is_planted_is_found(asked):
+    for plant in PLANTED:
+        (copy,) = asked[plant]["copies"]
+        assert copy["waits"] == (plant != "a tensor"), plant
+    for plant in WAITS:
+        assert "meta" in asked[plant]["raised"].lower(), asked[plant]
