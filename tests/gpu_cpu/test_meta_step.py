@@ -74,7 +74,7 @@ def asked(tmp_path_factory) -> dict[str, dict]:
     (folder / "job.json").write_text(json.dumps(CASES | PLANTED | WAITS))
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, WORKER, folder], env=environment, capture_output=True, text=True, timeout=300
+        [sys.executable, WORKER, folder], env=environment, capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return {line.pop("case"): line for line in map(json.loads, done.stdout.splitlines())}
