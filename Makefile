@@ -27,10 +27,10 @@ export OMP_NUM_THREADS TOKENIZERS_PARALLELISM PIP_DISABLE_PIP_VERSION_CHECK SIMP
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-sweep demo-smollm2 test-fast test test-newest test-nemo test-gpu-cpu lint format clean
+.PHONY: help demo demo-sweep demo-smollm2 test-fast test test-newest test-nemo test-gpu-cpu test-slurm lint format clean
 
 help:
-	@echo "make demo          train a tiny model on bundled preference pairs, on two ranks, or one GPU (ARGS='--beta 2.5 ...')"
+	@echo "make demo          train a tiny model on bundled preference pairs, on two ranks, or one GPU (ARGS='--beta 2.5 --resume none ...')"
 	@echo "make demo-sweep    train the tiny model under six settings, and tell which is better (a minute or two on two cores)"
 	@echo "make demo-smollm2  train SmolLM2-135M-Instruct (a 93 MB download) on SIMPO_REAL_PAIRS=FILE or the bundled pairs"
 	@echo "make test-fast     run the tests that start no process: a minute"
@@ -38,6 +38,7 @@ help:
 	@echo "make test-newest   run a selection on the newest megatron-core, given Python 3.12 (NEWEST_PYTHON=PATH; PYTEST_ALL=1: all)"
 	@echo "make test-nemo     run what needs NeMo and NeMo-Run, each in an environment of its own"
 	@echo "make test-gpu-cpu  run what can be run of the GPU path without a GPU: Triton's interpreter and compiler, the meta device"
+	@echo "make test-slurm    run what needs Slurm, on one of this machine's own (root, and Debian's packages, which it installs)"
 	@echo "make lint          check the style and the types"
 	@echo "make format        format, and mend what ruff can mend"
 	@echo "make clean         remove .venv, .venv-newest, .venv-nemo, .venv-nemo-run, .venv-gpu and runs"
@@ -157,6 +158,16 @@ test-gpu-cpu: .venv-gpu/.ready-test
 	  $(@D)/bin/python -m pip install -qq --no-compile --no-deps 'triton>=3.6,<4'
 	@touch $@
 
+# A controller and two nodes on the loopback interface, which end with the tests. Where they cannot be installed the tests
+# say which program is missing.
+test-slurm: $(VENV)/.ready-test
+	@echo "== tests on a Slurm of two nodes on this machine"
+	@command -v slurmctld >/dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && \
+	  { apt-get update && DEBIAN_FRONTEND=noninteractive timeout 300 \
+	    apt-get install -y --no-install-recommends slurmctld slurmd slurm-client munge; } >/dev/null 2>&1; } || \
+	  echo "== NOT TESTED on Slurm, which cannot be installed here (slurmctld slurmd slurm-client munge)"
+	@SIMPO_SLURM=1 timeout 900 $(BIN)/python -m pytest $(SLOWEST) tests/slurm $(PYTEST)
+
 lint: $(VENV)/.ready-test
 	@echo "== style and types"
 	@$(BIN)/ruff check .
@@ -201,6 +212,6 @@ $(VENV)/.ready-sweep: $(VENV)/.ready
 	@touch $@
 
 $(VENV)/.ready-gguf: $(VENV)/.ready
-	@echo "== packages to read the model: gguf (once)"
+	@echo "== packages to read the model: gguf, accelerate (once)"
 	$(INSTALL) '.[gguf]'
 	@touch $@

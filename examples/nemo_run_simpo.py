@@ -5,6 +5,11 @@
 Needs `pip install 'simpo-megatron[nemo-run]'`. As it stands it trains the tiny bundled model on two local ranks. On a
 cluster the recipe names a model, data and a layout, and run.SlurmExecutor (or another) takes the place of
 run.LocalExecutor.
+
+A job's signals come to torchrun there, which hands SIGTERM on to its ranks and gives them 30 s to finish and save; any
+other ends it at once. So ask Slurm for that one ahead of the end, by additional_parameters={"signal": "TERM@120"}, and
+leave save_interval at half an hour or less for saves that take longer. torchrun's exit code is 1 whatever its ranks
+say: with retries=N Slurm starts the job again up to N times, after a mistake too, and each start continues the run.
 """
 
 import nemo_run as run

@@ -6,8 +6,8 @@ layout needs, also without torchrun, it starts the missing ones here.
 
 import sys
 
-from simpo_megatron.commands.train import main
+from simpo_megatron.cli import run
 
 # Processes that tokenise are spawned and import this file again: only the real start may train.
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:], __file__))
+    run(["train", *sys.argv[1:]], __file__)

@@ -1,8 +1,6 @@
 """`python -m simpo_megatron` is `simpo`."""
 
-import sys
-
-from simpo_megatron.cli import main
+from simpo_megatron.cli import run
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run()

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from difflib import get_close_matches
+from typing import NoReturn
 
 from simpo_megatron import __version__
-from simpo_megatron.errors import ConfigError, report_error
+from simpo_megatron.errors import ConfigError, StoppedBySignal, report_error
+from simpo_megatron.logs import outlive_readers
+from simpo_megatron.stop_signals import StopSignals, ignore_from_now_on
 
 COMMANDS = {
     "train": "train a model on preference pairs",
@@ -26,8 +31,26 @@ COMMANDS = {
 _ASKS_FOR_HELP = ("-h", "--help", "--help-all")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The exit code of `simpo argv`, sys.argv's arguments when None; 2 for a command that does not exist."""
+def run(argv: Sequence[str] | None = None, script: str | None = None) -> NoReturn:
+    """Ends this process with the exit code of `main`, whichever signals come and whoever stops reading its output."""
+    argv = sys.argv[1:] if argv is None else argv
+    outlive_readers()
+    try:
+        # From here on, for torch and megatron take longer to import than some signals leave time.
+        with StopSignals() if argv[:1] in (["train"], ["sweep"]) else nullcontext():
+            code = main(argv, script)
+    except StoppedBySignal as stopped:
+        code = report_error(stopped, rank=int(os.environ.get("RANK", 0)))
+    ignore_from_now_on()
+    sys.exit(code)
+
+
+def main(argv: Sequence[str] | None = None, script: str | None = None) -> int:
+    """The exit code of `simpo argv`, sys.argv's arguments when None; 2 for a command that does not exist.
+
+    Args:
+        script: the file that stands for the command, where it is started by one.
+    """
     command, *arguments = (sys.argv[1:] if argv is None else argv) or ["--help"]
     if command in _ASKS_FOR_HELP:
         print(_help())
@@ -39,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         nearest = "".join(f"; did you mean {name}?" for name in get_close_matches(command, COMMANDS, n=1, cutoff=0.5))
         return report_error(ConfigError(f"command: found {command[:60]!r}, expected {', '.join(COMMANDS)}{nearest}"))
     module = importlib.import_module(f"simpo_megatron.commands.{command.replace('-', '_')}")
-    code: int = module.main(arguments, f"simpo {command}")
+    code: int = module.main(arguments, script or f"simpo {command}")
     return code
 
 

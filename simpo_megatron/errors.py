@@ -25,6 +25,8 @@ class SimPOError(Exception):
     exit_code = 1
     kind = "ERROR"
     """First word of the line that reports it."""
+    speaker: int | None = 0
+    """The rank that reports it; None when that was done. What all ranks raise alike is rank 0's to say."""
 
 
 class ConfigError(SimPOError):
@@ -59,6 +61,8 @@ class ParallelError(SimPOError):
 
 class PeerFailedError(ParallelError):
     """Another rank failed; it already reported the error."""
+
+    speaker: int | None = None
 
 
 class StoppedByMonitor(SimPOError):

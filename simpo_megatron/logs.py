@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import logging
+import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from simpo_megatron.errors import ConfigError, status_line
 
@@ -52,6 +54,47 @@ def ignore_known_warnings(*, has_cuda: bool) -> None:
     if not has_cuda:
         # megatron-core warns of each package for GPUs that is not installed; on a CPU none is missed.
         warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.")
+
+
+def outlive_readers() -> None:
+    """Lets the process go on when whoever read its output is gone: what it prints from then on goes nowhere."""
+    sys.stdout, sys.stderr = _Unbroken(sys.stdout), _Unbroken(sys.stderr)
+
+
+class _Unbroken:
+    """A stream of text that never fails: `| head` ends, a terminal closes, a disk is full."""
+
+    _GONE = (errno.EPIPE, errno.EIO)
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except OSError as error:
+            self._give_up(error)
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except OSError as error:
+            self._give_up(error)
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        for line in lines:
+            self.write(line)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def _give_up(self, error: OSError) -> None:
+        if error.errno in self._GONE:
+            # What python still holds of the text is written when the process ends, and must find a place then.
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self._stream.fileno())
+            os.close(nowhere)
 
 
 class _Lines(logging.Formatter):

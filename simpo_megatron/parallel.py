@@ -15,7 +15,7 @@ from torch.distributed import ProcessGroup
 
 from simpo_megatron.errors import ConfigError
 
-_RENDEZVOUS = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+RENDEZVOUS = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """Environment variables by which ranks meet, as torchrun sets them."""
 
 
@@ -73,17 +73,20 @@ class ParallelGroups:
         return tensor
 
 
-def join(backend: str, timeout_minutes: float) -> None:
+def join(backend: str, timeout_minutes: float, store: dist.Store | None = None) -> None:
     """Join the ranks that were started together, unless this process has.
 
     `RANK`, `WORLD_SIZE`, `MASTER_ADDR` and `MASTER_PORT` come from torchrun. A process without any of them, such as a
     notebook, is the only rank. NCCL is told the rank's GPU, so that it makes each group's communicator with the group,
     where all ranks are at the same place, and not at its first use.
 
+    Args:
+        store: where the ranks have met; at MASTER_ADDR:MASTER_PORT when None.
+
     Collectives: the rendezvous, world.
 
     Raises:
-        ConfigError: some of these are there and others are not, or rank 0 cannot listen at its port.
+        ConfigError: some of these are there and others are not.
     """
     if dist.is_initialized():
         return
@@ -92,25 +95,27 @@ def join(backend: str, timeout_minutes: float) -> None:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     timeout = timedelta(minutes=timeout_minutes)
-    if not any(name in os.environ for name in _RENDEZVOUS):
+    if not any(name in os.environ for name in RENDEZVOUS):
         dist.init_process_group(
             backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout, device_id=device
         )
         return
-    _check_environment()
-    try:
+    check_environment()
+    if store is None:
         dist.init_process_group(backend, timeout=timeout, device_id=device)
-    except dist.DistNetworkError as error:
-        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-        raise ConfigError(
-            f"MASTER_ADDR:MASTER_PORT: rank {os.environ['RANK']} could not connect to {where}: "
-            f"{str(error).splitlines()[0]}; choose a free port of rank 0's machine, or let torchrun do it with "
-            "--standalone"
-        ) from error
+        return
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    # Of communicators that are made at their first use, when a peer may still be at what takes long.
+    store.set_timeout(timeout)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout, device_id=device)
 
 
-def _check_environment() -> None:
-    missing = [name for name in _RENDEZVOUS if name not in os.environ]
+def check_environment() -> None:
+    """Return if the variables by which ranks meet are there.
+
+    Raises: ConfigError, when some are not.
+    """
+    missing = [name for name in RENDEZVOUS if name not in os.environ]
     if missing:
         raise ConfigError(
             f"environment: found no {', '.join(missing)}, expected them of a launcher; start the ranks with torchrun"

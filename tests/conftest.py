@@ -26,7 +26,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 # These folders exist for tests of several processes; elsewhere a test bears the mark itself.
-_FOLDERS_OF_PROCESSES = {"distributed", "faults", "end_to_end"}
+_FOLDERS_OF_PROCESSES = {"distributed", "faults", "end_to_end", "slurm"}
 _running: list[pytest.Item] = []
 _cache = pytest.StashKey[str]()
 

@@ -7,6 +7,7 @@
 # NODES     how many nodes (1)
 # HOST      name and port of one of them, where they meet; the others need to reach it
 # PER_NODE  GPUs of a node (8)
+# MEETING   seconds in which all nodes have to come (150)
 #
 # A job of Kubeflow's training operator says all this in variables of its own (PET_...), which torchrun reads.
 # SIGTERM and SIGUSR1 are passed on to the ranks as SIGUSR1: they finish their step, save, and end, so that the same
@@ -47,6 +48,26 @@ stop() {
 trap stop TERM USR1
 torchrun "${rendezvous[@]}" examples/pretrain_simpo.py "$@" &
 agent=$!
+
+# Agents start ranks once all have come, and wait in silence. Pods come as they find room, so that a job of Kubernetes has
+# a deadline of its own.
+meet() {
+  local second
+  for ((second = 0; second < ${MEETING:-150}; second++)); do
+    sleep 1
+    if ! kill -0 "$agent" 2>/dev/null || pgrep -P "$agent" >/dev/null; then return 0; fi
+  done
+  kill "$agent"
+  while kill -0 "$agent" 2>/dev/null; do sleep 0.2; done
+  echo "ERROR simpo_megatron: NODES: found fewer than $NODES after ${MEETING:-150} s, expected torchrun.sh on each; see" \
+    "whether the others run it with the same NODES and HOST, and reach $HOST from there" >&2
+  return 6
+}
+meeting=
+if [ -z "${PET_NNODES:-}" ] && [ "${NODES:-1}" != 1 ]; then
+  meet &
+  meeting=$!
+fi
 is_over=false
 code=127
 until $is_over; do
@@ -57,4 +78,5 @@ until $is_over; do
   # Which knows nothing of an agent whose code an earlier one has returned.
   [ "$ended" = 127 ] || code=$ended
 done
+if [ -n "$meeting" ]; then wait "$meeting" || code=$?; fi
 exit "$code"

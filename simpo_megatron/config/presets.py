@@ -54,7 +54,6 @@ PRESETS = {
             "tokens_per_microbatch": 1024,
             "save": "runs/demo",
             "export_hf": "runs/demo/hf",
-            "resume": "none",
         },
     ),
     "mistral-base": _published(

@@ -292,7 +292,9 @@ class RunConfig:
         metavar="DIR",
     )
     save_interval: int | None = option(
-        None, "Steps between checkpoints. Only at the end when not given.", everyday=True
+        None,
+        "Steps between checkpoints. A sixth of the run, and half an hour at most, when not given.",
+        everyday=True,
     )
     resume: str = option(
         "latest",

@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
@@ -151,7 +151,7 @@ def open_run_log(
     if run.wandb_project is not None:
         sinks.append(WeightsAndBiases(run.wandb_project, config))
     terminal = Terminal(train_iters)
-    return RunLog([*sinks, *extra_sinks, terminal], terminal)
+    return RunLog([*(Steady(sink, terminal.say) for sink in sinks), *extra_sinks, terminal], terminal)
 
 
 def _made_run_folder(config: Config, folder: Path) -> Path:
@@ -173,20 +173,54 @@ def check_sinks(config: Config) -> None:
             raise ConfigError(f"{key}: found no {package}, expected it to be installed; {remedy}")
 
 
+class Steady:
+    """A sink whose failures cost a warning and its records, not the run."""
+
+    def __init__(self, sink: Sink, say: Callable[[str], None]) -> None:
+        self._sink, self._say, self._num_lost = sink, say, 0
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        try:
+            self._sink.write(record)
+        except Exception as error:
+            self._num_lost += 1
+            if self._num_lost == 1:
+                self._say(f"WARNING   {self._name}: could not be written ({error}); the run goes on without")
+
+    def close(self) -> None:
+        try:
+            self._sink.close()
+        except Exception as error:
+            self._say(f"WARNING   {self._name}: could not be closed ({error})")
+        if self._num_lost:
+            self._say(f"WARNING   {self._name}: {self._num_lost:,} records were lost")
+
+    @property
+    def _name(self) -> str:
+        return str(self._sink) if isinstance(self._sink, JsonLines) else type(self._sink).__name__
+
+
 class JsonLines:
     """One JSON object per line, in the file when `write` returns; a float that is not finite is text."""
 
     def __init__(self, path: Path) -> None:
-        _end_last_line(path)
-        self._file = path.open("a", encoding="utf-8")
+        self._path = path
+        self._file: TextIO | None = None
 
     def write(self, record: Mapping[str, Any]) -> None:
+        if self._file is None:
+            _end_last_line(self._path)
+            self._file = self._path.open("a", encoding="utf-8")
         finite = {name: _json_value(value) for name, value in record.items()}
         self._file.write(json.dumps(finite, allow_nan=False) + "\n")
         self._file.flush()
 
     def close(self) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
+
+    def __str__(self) -> str:
+        return str(self._path)
 
 
 def _json_value(value: Any) -> Any:

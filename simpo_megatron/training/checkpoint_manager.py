@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -195,14 +195,21 @@ class Saver:
             yield
             self._failure = None
         except CheckpointError as error:
-            free = shutil.disk_usage(self._save).free / 2**30
             needed = "" if num_bytes is None else f", {num_bytes / 2**30:.2f} GiB needed"
-            told = type(error)(f"no checkpoint of step {iteration} ({free:.2f} GiB free{needed}): {error}")
+            told = type(error)(f"no checkpoint of step {iteration} ({_free(self._save)}{needed}): {error}")
             if isinstance(error, FailedAloneError) or not self._goes_on:
                 raise told from error
             self._num_failed += 1
             self._failure = told
             self._log.say(f"WARNING   {told}; the run goes on ({self._num_failed} not saved so far)")
+
+
+def _free(save: Path) -> str:
+    """The room in the folder `save`, which may be gone."""
+    try:
+        return f"{shutil.disk_usage(save).free / 2**30:.2f} GiB free"
+    except OSError as error:
+        return f"{save}: {error.strerror}"
 
 
 def _on_first_rank(work: Callable[[], Result]) -> Result:
@@ -230,7 +237,11 @@ def _whole_or_removed(folder: Path) -> Iterator[None]:
 
 def _add_small_files(save: Path, folder: Path, job: Job) -> None:
     """The metrics so far, and what makes a model of the weights: configuration, tokenizer, chat template."""
-    if (save / METRICS_FILE).exists():
-        shutil.copyfile(save / METRICS_FILE, folder / METRICS_FILE)
+    metrics = b""
+    # Where they cannot be read a later page misses them, and no step does.
+    with suppress(OSError):
+        metrics = (save / METRICS_FILE).read_bytes()
+    if metrics:
+        (folder / METRICS_FILE).write_bytes(metrics)
     copy_model_files(job.plan.sources.model, folder, flat=True, chat_template=job.chat_template)
     write_config(folder, job.plan.description.hf_config)

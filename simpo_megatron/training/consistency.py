@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import socket
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -16,11 +17,12 @@ from torch.distributed import ProcessGroup
 
 import simpo_megatron
 from simpo_megatron.config import Config
-from simpo_megatron.errors import NumericsError, ParallelError, listed
+from simpo_megatron.convert.samples import sampled_digests
+from simpo_megatron.errors import CheckpointError, NumericsError, ParallelError, listed
 from simpo_megatron.mcore.fp8_weights import plain
 from simpo_megatron.mcore.optimizer import gather_parameters
 from simpo_megatron.parallel import ParallelGroups
-from simpo_megatron.ranks import gather_or_raise, sync_status
+from simpo_megatron.ranks import gather_or_raise, raise_on_all_ranks, sync_status
 from simpo_megatron.training.setup import Job
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32}
@@ -74,6 +76,34 @@ def check_same(facts: Mapping[str, Any]) -> None:
 def _text(value: object) -> str:
     """A function, such as an activation, by its name: its address differs from process to process."""
     return str(getattr(value, "__qualname__", value))
+
+
+def check_same_model(folder: Path) -> None:
+    """Return if the files of the model in `folder` are the same on every rank, as far as samples tell.
+
+    Every rank reads slices of its own, so that ranks which see different models would train parts of each.
+
+    Collectives: two object gathers, world; when files differ, one more.
+
+    Raises:
+        CheckpointError: on every rank alike, a file cannot be read.
+        ParallelError: on every rank alike, with the files that differ, and the ranks and folders in which they do.
+    """
+    own = raise_on_all_ranks(lambda: sampled_digests(folder), wrap=CheckpointError)
+    digest = hashlib.sha256(repr(sorted(own.items())).encode()).hexdigest()
+    if len(set(gather_or_raise(lambda: digest))) == 1:
+        return
+    here = f"{socket.gethostname()}:{folder.resolve()}"
+    every = gather_or_raise(lambda: (here, own))
+    names = sorted(set().union(*(digests for _, digests in every)))
+    differing = [name for name in names if len({digests.get(name) for _, digests in every}) > 1]
+    shown = [
+        f"{name} is {_ranks_by_value([digests.get(name, 'not there') for _, digests in every])}" for name in differing
+    ]
+    raise ParallelError(
+        f"model: found different files under the same name: {listed(shown, _MAX_SHOWN, '; ')}; the folder is "
+        f"{_ranks_by_value([where for where, _ in every])}; give every rank the same model"
+    )
 
 
 def check_replicas(chunks: Sequence[DistributedDataParallel], groups: ParallelGroups) -> None:

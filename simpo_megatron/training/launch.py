@@ -7,28 +7,32 @@ import logging
 import os
 import shlex
 import signal
+import subprocess
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
+from simpo_megatron import stop_signals
 from simpo_megatron.config import Config, load_config
-from simpo_megatron.errors import PeerFailedError, SimPOError, report_error, status_line, visible
+from simpo_megatron.errors import SimPOError, StoppedBySignal, report_error, status_line, visible
 from simpo_megatron.logs import ignore_known_warnings
 from simpo_megatron.mcore import device
 from simpo_megatron.nemo import load_nemo_command, names_nemo_config
 from simpo_megatron.training.environment import prepare_environment
+from simpo_megatron.training.meeting import errors_told, has_agent
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-_HANDED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-_INTERRUPTED = 128 + signal.SIGINT
+# Set for ranks whose agent is a thread of `simpo train`, which prints nothing when they end.
+_QUIET_AGENT = "SIMPO_QUIET_AGENT"
+_ELASTIC_LOGGERS = ("api", "errors.error_handler")
 
 
 def main(argv: Sequence[str], *program: str) -> int:
@@ -48,7 +52,8 @@ def launch(
         program: a script, or -m, a module and its first arguments, as torchrun takes them to start further ranks.
     """
     try:
-        config, work = read(argv)
+        with errors_told():
+            config, work = read(argv)
         num_ranks = config.parallel.sizes.min_world_size
         starts_ranks = _world_size() == 1 and num_ranks > 1
         if not starts_ranks:
@@ -63,16 +68,12 @@ def launch(
         work()
     except SimPOError as error:
         # Peers that stop because of another rank's error, or share rank 0's, stay quiet about it.
-        if _rank() == 0 and not isinstance(error, PeerFailedError):
-            report_error(error, rank=0)
+        if error.speaker == _rank():
+            report_error(error, rank=_rank())
+            if isinstance(error, StoppedBySignal) and has_agent() and _QUIET_AGENT not in os.environ:
+                _say_after_torchrun(error)
         _tell_torchrun(error)
         return error.exit_code
-    except KeyboardInterrupt:
-        # Before the first step, or a second time: a run that steps notes it, saves and is told as any that was stopped.
-        if _rank() == 0:
-            text = "interrupted; nothing was saved since the last checkpoint"
-            print(status_line("STOPPED", text, _rank()), file=sys.stderr, flush=True)
-        return _INTERRUPTED
     except Exception as error:
         report_error(error, rank=_rank())
         _tell_torchrun(error)
@@ -113,6 +114,16 @@ def _world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
+def _say_after_torchrun(stopped: StoppedBySignal) -> None:
+    """Say once more how to go on, after what torchrun prints of ranks that end with another code than 0.
+
+    A shell does it that waits for torchrun's end, half a minute at most.
+    """
+    waits = 'for _ in $(seq 300); do kill -0 "$0" 2>/dev/null || break; sleep 0.1; done; printf "%s\\n" "$1" >&2'
+    line = status_line(stopped.kind, stopped, _rank())
+    subprocess.Popen(["sh", "-c", waits, str(os.getppid()), line], start_new_session=True)  # noqa: S603, S607
+
+
 def _tell_torchrun(error: Exception) -> None:
     """Put the line where torchrun looks for what its report calls the root cause."""
     file = os.environ.get("TORCHELASTIC_ERROR_FILE")
@@ -135,46 +146,66 @@ def _start_local_ranks(num_ranks: int, command: Sequence[str]) -> int:
     )
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         os.environ.pop(name, None)
+    os.environ[_QUIET_AGENT] = "1"
     try:
         # torchrun would kill its ranks 30 s after a signal. In a thread it takes none, and this one hands them on.
-        with ThreadPoolExecutor(1) as pool, _signals_handed_on():
+        with ThreadPoolExecutor(1) as pool, _signals_handed_on() as handed_on:
             pool.submit(torchrun, ["--standalone", *arguments]).result()
     except ChildFailedError as failure:
-        return _exit_code_of_the_ranks(failure)
+        return _exit_code_of_the_ranks(failure, handed_on)
     return 0
 
 
-def _exit_code_of_the_ranks(failure: ChildFailedError) -> int:
+def _exit_code_of_the_ranks(failure: ChildFailedError, handed_on: set[int]) -> int:
     """The exit code of the rank that failed first; 128 more than the signal that killed it, as shells say it."""
     in_order = sorted(failure.failures.values(), key=lambda one: one.timestamp)
     codes = [one.exitcode for one in in_order]
+    if -codes[0] in handed_on:
+        # A rank that python was just starting, where a signal ends it.
+        return report_error(StoppedBySignal(_before_the_run(-codes[0])), rank=0)
     # torchrun tells the other ranks to terminate once one has failed; that says nothing of the cause.
     code = next((code for code in codes if code != -signal.SIGTERM), codes[0])
     return code if code >= 0 else 128 - code
 
 
+def _before_the_run(number: int) -> str:
+    return f"{signal.Signals(number).name}: stopped before the run began; the same command starts or continues it"
+
+
 @contextmanager
-def _signals_handed_on() -> Iterator[None]:
-    """While the context lasts, signals that ask this process to stop are sent to its ranks; without any it ends."""
+def _signals_handed_on() -> Iterator[set[int]]:
+    """While the context lasts, signals that ask this process to stop are sent to its ranks; without any it ends.
+
+    Yields the numbers of those that were.
+    """
     import psutil
+
+    handed_on: set[int] = set()
+    if stop_signals.current is not None:
+        stop_signals.current.ignore_from_now_on()
 
     def hand_on(number: int, frame: FrameType | None) -> None:
         ranks = psutil.Process().children()
+        handed_on.add(number)
         for rank in ranks:
-            rank.send_signal(number)
+            with suppress(psutil.NoSuchProcess):
+                rank.send_signal(number)
         if not ranks:
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
+            # Not an exception: the thread in which torchrun works would be waited for.
+            os._exit(report_error(StoppedBySignal(_before_the_run(number)), rank=0))
 
     def is_news(record: logging.LogRecord) -> bool:
-        return "running on a child thread" not in str(record.msg)
+        # Of ranks that were told to stop the last word is their own.
+        return not handed_on and "running on a child thread" not in str(record.msg)
 
-    elastic = logging.getLogger("torch.distributed.elastic.multiprocessing.api")
-    elastic.addFilter(is_news)
-    before = {number: signal.signal(number, hand_on) for number in _HANDED_ON}
+    elastic = [logging.getLogger(f"torch.distributed.elastic.multiprocessing.{name}") for name in _ELASTIC_LOGGERS]
+    for logger in elastic:
+        logger.addFilter(is_news)
+    before = {number: signal.signal(number, hand_on) for number in stop_signals.STOP_SIGNALS}
     try:
-        yield
+        yield handed_on
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-        elastic.removeFilter(is_news)
+        for logger in elastic:
+            logger.removeFilter(is_news)

@@ -3,27 +3,24 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch.distributed as dist
 
 from simpo_megatron import faults, parallel
+from simpo_megatron.checkpoint import manifest
 from simpo_megatron.config import Config
-from simpo_megatron.convert import export_adapter, export_hf, origin_of
 from simpo_megatron.errors import NumericsError, StoppedByMonitor, StoppedBySignal
-from simpo_megatron.mcore.fp8_weights import whole_masters
-from simpo_megatron.mcore.optimizer import gather_parameters
-from simpo_megatron.mcore.precision import export_dtype, parameter_dtype, rounding
 from simpo_megatron.ranks import sync_status
 from simpo_megatron.reporting.loggers import RunLog, Sink, open_run_log
-from simpo_megatron.reporting.model_card import model_card
-from simpo_megatron.reporting.run_report import write_report
 from simpo_megatron.reporting.validation_pairs import keep_validation_pairs
+from simpo_megatron.stop_signals import StopSignals
 from simpo_megatron.training.checkpoint_manager import Saver
-from simpo_megatron.training.consistency import check_replicas, check_same, job_facts
+from simpo_megatron.training.consistency import check_replicas, check_same, check_same_model, job_facts
 from simpo_megatron.training.evaluation import evaluate
+from simpo_megatron.training.finish import finish
 from simpo_megatron.training.introduction import introduce
 from simpo_megatron.training.log_window import LogWindow
 from simpo_megatron.training.memory_check import probe_memory
@@ -31,11 +28,18 @@ from simpo_megatron.training.monitors import Monitors
 from simpo_megatron.training.profiling import Profiler, describe_profile
 from simpo_megatron.training.reference import with_reference
 from simpo_megatron.training.result import RunResult, result_of
-from simpo_megatron.training.resume import Start, find_checkpoint, held_run_folder, start_run
+from simpo_megatron.training.resume import (
+    Start,
+    continuing,
+    find_checkpoint,
+    held_run_folder,
+    how_to_continue,
+    start_run,
+)
+from simpo_megatron.training.save_schedule import SaveSchedule
 from simpo_megatron.training.session import LONG_SECONDS, Session, open_session
 from simpo_megatron.training.setup import Job, RunPlan
 from simpo_megatron.training.step import Step, train_step
-from simpo_megatron.training.stop_signals import StopSignals
 from simpo_megatron.training.watchdog import Watchdog
 
 # What was left out before a resume counts, so it is kept with what the monitors remember.
@@ -76,10 +80,13 @@ def run_in(
     Raises:
         SimPOError, PeerFailedError: as `train`. After a NumericsError the session's next run can be taken.
     """
-    watchdog = session.watchdog
+    watchdog, signals = session.watchdog, session.signals
+    signals.describe_end = lambda: f"stopped between steps; {how_to_continue(config)}"
     parallel.seed_everything(config.run.seed)
     with held_run_folder(config):
         found = find_checkpoint(config)
+        if found.checkpoint is None or config.lora.lora_rank is not None:
+            check_same_model(plan.sources.model)
         job = session.build_job(config, plan, load_weights=found.checkpoint is None)
         job, reference_notes = with_reference(config, job, has_initial_weights=found.checkpoint is None)
         start = start_run(config, job, found)
@@ -93,13 +100,17 @@ def run_in(
             saver = Saver(config, job, log, watchdog)
             if start.iteration < job.train_iters:
                 profiler = Profiler(config, start.iteration + 1)
-                with StopSignals() as signals, saver, profiler:
+                with saver, profiler:
                     stopped, evaluations = _run_steps(config, job, start, log, signals, watchdog, saver, profiler)
             else:
-                log.say(f"resume    all {job.train_iters:,} steps were taken before, nothing is left to train")
+                log.say(f"resume    all {job.train_iters:,} steps were taken before; --resume none trains again")
+            if isinstance(stopped, StoppedBySignal):
+                signals.ignore_from_now_on()
+            else:
+                signals.raise_from_now_on()
             if stopped is None:
                 watchdog.enter_phase("the end", timeout=LONG_SECONDS)
-                _finish(config, job, log)
+                finish(config, job, log)
             if not isinstance(stopped, StoppedByMonitor):
                 saver.require_last()
     return stopped, evaluations
@@ -121,7 +132,8 @@ def _run_steps(
     """
     trainer, run = job.trainer, config.run
     evaluations: dict[int, dict[str, float]] = {}
-    monitors = Monitors(config, job, start)
+    signals.note_from_now_on()
+    monitors, due = Monitors(config, job, start), SaveSchedule(run.save_interval, job.train_iters)
     watchdog.enter_phase("the memory probe", timeout=LONG_SECONDS)
     for line in probe_memory(config, job, start):
         log.say(line)
@@ -136,10 +148,10 @@ def _run_steps(
         watchdog.enter_phase(f"step {iteration}", timeout=run.distributed_timeout_seconds_after_init)
         faults.at("step")
         with profiler.step(iteration):
-            computed, grad_norm, learning_rate, stop = _finite_step(config, job, log, taken, signals)
+            computed, grad_norm, learning_rate, noted = _finite_step(config, job, log, taken, due.asked_with(signals))
         window.add(computed)
-        is_last = iteration == job.train_iters
-        saves = run.save is not None and (is_last or stop or _is_due(iteration, run.save_interval))
+        is_last, stop = iteration == job.train_iters, due.signal_in(noted)
+        saves = run.save is not None and (is_last or stop or due.at(iteration, noted))
         # What a window has summed is in no checkpoint, so a window ends where a run may have to start again.
         if saves or is_last or _is_due(iteration, run.log_interval):
             metrics = window.close() | {"grad_norm": grad_norm, "learning_rate": learning_rate}
@@ -169,6 +181,7 @@ def _run_steps(
         if saves or is_last:
             # A signal that came while a checkpoint was written needs no other one.
             stop = stop or sync_status(None, signals.noted())
+            due.restart_clock()
         if stop:
             return _stopped(config, signal.Signals(stop).name, iteration), evaluations
         if saves or evaluated:
@@ -184,7 +197,7 @@ class _DataProgress:
     num_skipped_steps: int = 0
 
 
-def _finite_step(config: Config, job: Job, log: RunLog, taken: _DataProgress, signals: StopSignals) -> Step:
+def _finite_step(config: Config, job: Job, log: RunLog, taken: _DataProgress, noted: Callable[[], int]) -> Step:
     """The next step whose losses and gradient are finite; the pairs of one that is not are passed over.
 
     Raises:
@@ -195,7 +208,7 @@ def _finite_step(config: Config, job: Job, log: RunLog, taken: _DataProgress, si
         plan = job.trainer.plan_step(job.train_data, taken.pairs)
         taken.pairs += config.batch.global_batch_size
         try:
-            return train_step(job.trainer, job.train_data, plan, signals.noted)
+            return train_step(job.trainer, job.train_data, plan, noted)
         except NumericsError as error:
             taken.num_skipped_steps += 1
             if taken.num_skipped_steps > at_most:
@@ -207,8 +220,9 @@ def _finite_step(config: Config, job: Job, log: RunLog, taken: _DataProgress, si
 
 
 def _stopped(config: Config, signal_name: str, iteration: int) -> StoppedBySignal:
-    save = config.run.save
-    kept = "nothing is kept: no --save" if save is None else f"saved in {save}; the same command continues from there"
+    kept = "nothing is kept: no --save"
+    if config.run.save is not None:
+        kept = f"saved in {manifest.committed(Path(config.run.save))[-1]}; {continuing(config)}"
     return StoppedBySignal(f"{signal_name}: stopped after step {iteration}, {kept}")
 
 
@@ -228,44 +242,3 @@ def _evaluate(job: Job, monitors: Monitors, log: RunLog, iteration: int, save: s
     if found.averages is not None and save is not None and dist.get_rank() == 0:
         keep_validation_pairs(Path(save), iteration, found.averages, next(iter(job.valid_data.values())))
     return metrics
-
-
-def _finish(config: Config, job: Job, log: RunLog) -> None:
-    """The report, the model for Hugging Face, and where everything lies."""
-    curves = None
-    if config.run.save is not None and dist.get_rank() == 0:
-        report = write_report(config.run.save)
-        curves = report.curves
-        log.say(f"result    {report.headline}")
-        log.say(f"report    {report.page} (curves: {report.picture})")
-    gather_parameters(job.trainer.chunks)
-    origin = None if config.run.save is None else origin_of(config.run.save)
-    if config.model.export_hf is not None:
-        export_hf(
-            job.model,
-            job.plan.description,
-            job.plan.sources.model,
-            config.model.export_hf,
-            groups=job.trainer.groups,
-            dtype=export_dtype(config),
-            model_card=model_card(config, config.model.export_hf, curves, export_dtype(config)),
-            chat_template=job.chat_template,
-            in_place_of=whole_masters(job.trainer.optimizer),
-            origin=origin,
-        )
-        log.say(f"model     {config.model.export_hf} (AutoModelForCausalLM loads it)")
-        said = rounding([parameter_dtype(config.precision)], export_dtype(config))
-        if said is not None:
-            log.say(f"NOTE      {said} there; --export-dtype stored keeps every bit")
-    if config.lora.export_adapter is not None:
-        export_adapter(
-            job.model,
-            job.plan.description,
-            config.lora,
-            job.plan.sources.model,
-            config.lora.export_adapter,
-            groups=job.trainer.groups,
-            dtype=parameter_dtype(config.precision),
-            origin=origin,
-        )
-        log.say(f"adapters  {config.lora.export_adapter} (PeftModel loads them onto {job.plan.sources.model})")

@@ -56,7 +56,7 @@ def _evaluations_before(save: Path) -> dict[int, dict[str, float]]:
     """The evaluations of earlier starts of the run in `save`, by iteration."""
     try:
         curves = read_curves(save / METRICS_FILE)
-    except ConfigError:
+    except (ConfigError, ValueError):
         return {}
     evaluations: dict[int, dict[str, float]] = {}
     for metric, points in curves.validation.items():

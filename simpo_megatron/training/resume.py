@@ -107,6 +107,22 @@ def find_checkpoint(config: Config) -> Found:
     return Found(checkpoint, tuple(notes))
 
 
+def how_to_continue(config: Config) -> str:
+    """The newest checkpoint of the run, and what continues from it, in words; for a run that was stopped."""
+    if config.run.save is None:
+        return "nothing is kept: no --save"
+    committed = manifest.committed(Path(config.run.save))
+    if not committed:
+        return f"no checkpoint is in {config.run.save} yet; the same command starts again"
+    return f"the last checkpoint is {committed[-1]}; {continuing(config)}"
+
+
+def continuing(config: Config) -> str:
+    """The command that continues the run, in words."""
+    again = "" if config.run.resume in ("latest", "required") else " with --resume latest"
+    return f"the same command{again} continues from there"
+
+
 def start_run(config: Config, job: Job, found: Found) -> Start:
     """The progress at which `job` starts: none, or that of the found checkpoint, whose state it then holds.
 
@@ -217,9 +233,10 @@ def _refuse_changes(checkpoint: Checkpoint, now: Mapping[str, Any], *, override:
     if fixed or (told and not override):
         shown = listed(fixed + told, _MAX_SHOWN, "; ")
         remedy = (
-            "these cannot change within a run: start a new one in another folder"
+            "these cannot change within a run: start a new one in another folder, or here with --resume none"
             if fixed
-            else "restore them, start a new run in another folder, or accept them with --override-on-resume"
+            else "restore them, start anew in another folder or here with --resume none, or accept them with "
+            "--override-on-resume"
         )
         raise CheckpointError(f"resume: found {checkpoint.folder} of another run, expected this one: {shown}; {remedy}")
     return [f"WARNING   resume: {change}" for change in told]

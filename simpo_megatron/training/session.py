@@ -15,8 +15,11 @@ from simpo_megatron.config import Config
 from simpo_megatron.errors import ConfigError
 from simpo_megatron.logs import logged
 from simpo_megatron.mcore import cpu_patches, device
+from simpo_megatron.stop_signals import StopSignals
 from simpo_megatron.training.consistency import check_same, startup_facts
 from simpo_megatron.training.environment import deterministic, prepare_environment
+from simpo_megatron.training.meeting import errors_told, meet
+from simpo_megatron.training.resume import how_to_continue
 from simpo_megatron.training.setup import Job, RunPlan, WarmPieces, build_job, plan_run, warm_pieces
 from simpo_megatron.training.watchdog import Watchdog
 
@@ -34,6 +37,7 @@ class Session:
     """Of the configuration that the session was opened with."""
     groups: parallel.ParallelGroups
     watchdog: Watchdog
+    signals: StopSignals
     _warm: WarmPieces | None = None
 
     def build_job(self, config: Config, plan: RunPlan, *, load_weights: bool) -> Job:
@@ -65,27 +69,37 @@ def open_session(config: Config) -> Iterator[Session]:
     prepare_environment(config)
     with logged(run.log_level, rank=int(os.environ.get("RANK", 0)), folder=folder), deterministic(config):
         cpu_patches.install()
-        faults.arm()
-        plan = plan_run(config, _num_ranks(config))
-        parallel.join(device.backend(), _GROUP_TIMEOUT_MINUTES)
         try:
-            with Watchdog() as watchdog:
+            with StopSignals() as signals, _met_ranks(config, signals) as (plan, watchdog):
                 # Before the groups are made: ranks that divide themselves differently would wait for each other there.
                 check_same(startup_facts(config))
                 groups = parallel.initialize(
                     config.parallel.sizes, backend=device.backend(), timeout_minutes=_GROUP_TIMEOUT_MINUTES
                 )
-                session = Session(plan, groups, watchdog)
+                session = Session(plan, groups, watchdog, signals)
                 try:
                     yield session
                 finally:
                     session.close()
         except BaseException:
             # Peers may still wait for this rank; a process that is alone is left ready to train again.
-            if dist.get_world_size() == 1:
+            if dist.is_initialized() and dist.get_world_size() == 1:
                 parallel.shut_down()
             raise
         parallel.shut_down()
+
+
+@contextmanager
+def _met_ranks(config: Config, signals: StopSignals) -> Iterator[tuple[RunPlan, Watchdog]]:
+    """The plan of `config`, and the watchdog over the ranks that were started, all of which are there."""
+    signals.describe_end = lambda: f"stopped between steps; {how_to_continue(config)}"
+    with errors_told():
+        faults.arm()
+        plan = plan_run(config, _num_ranks(config))
+    meeting = meet()
+    with Watchdog(meeting, signals) as watchdog:
+        parallel.join(device.backend(), _GROUP_TIMEOUT_MINUTES, meeting.another_connection())
+        yield plan, watchdog
 
 
 def _num_ranks(config: Config) -> int:

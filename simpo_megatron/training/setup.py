@@ -43,6 +43,9 @@ from simpo_megatron.training.step import Trainer, batch_options
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+STARTS_AGAIN = "SIMPO_STARTS_AGAIN"
+"""Set by a launcher whose scheduler starts a job again that was stopped."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Sources:
@@ -104,6 +107,7 @@ def plan_run(config: Config, world_size: int) -> RunPlan:
         DataError: a preference file is not there or cannot be read.
     """
     check_sinks(config)
+    _check_starting_again(config)
     sources = locate_sources(config)
     for folder in filter(None, (config.model.export_hf, config.lora.export_adapter)):
         refuse_existing_export(folder, sources.model)
@@ -118,6 +122,23 @@ def plan_run(config: Config, world_size: int) -> RunPlan:
         )
     layout = resolve(config, world_size=world_size, model=description.transformer, machine=device.machine())
     return RunPlan(sources=sources, description=description, layout=layout)
+
+
+def _check_starting_again(config: Config) -> None:
+    """Refuse a run that a scheduler would start again and again from its first step."""
+    if STARTS_AGAIN not in os.environ:
+        return
+    remedy = "or submit the job so that it is not queued again (sbatch --no-requeue)"
+    if config.run.save is None:
+        raise ConfigError(
+            f"save: found none in a job that starts again after a stop, expected a folder to continue from; add --save "
+            f"DIR, {remedy}"
+        )
+    if config.run.resume not in ("latest", "required"):
+        raise ConfigError(
+            f"resume: found {config.run.resume} in a job that starts again after a stop, expected latest, or each "
+            f"start would be from there; leave it out, {remedy}"
+        )
 
 
 def _check_files(sources: Sources) -> None:

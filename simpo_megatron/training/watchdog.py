@@ -5,26 +5,41 @@ Ranks talk through the store of their rendezvous, beside all collectives, and so
 
 from __future__ import annotations
 
+import _thread
 import json
 import linecache
 import os
+import signal
 import sys
 import threading
 import time
 import traceback
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
 import torch.distributed as dist
 
-from simpo_megatron.errors import ParallelError, PeerFailedError, SimPOError, listed, report_error
+from simpo_megatron.errors import (
+    ParallelError,
+    PeerFailedError,
+    SimPOError,
+    StoppedBySignal,
+    listed,
+    report_error,
+    status_line,
+)
+from simpo_megatron.stop_signals import StopSignals
+from simpo_megatron.training.meeting import PARENT, Meeting, has_agent, is_launched
 
 _PACKAGE = Path(__file__).parents[1]
-_ALARM = "alarm"
+_ALARM, _TOLD = "alarm", "told"
 _POLL_SECONDS = 1.0
 # Within this time every rank that lives has heard an alarm, and answered or left.
 _ANSWER_SECONDS = 4.0
+# A store that has not answered for so many polls is gone, or frozen with its machine.
+_MAX_UNANSWERED = 10
 _LOST = ("Connection closed", "Connection reset", "Broken pipe", "Timed out", "timeout", "NCCL", "gloo")
 _MAX_NAMED = 8
 
@@ -35,80 +50,108 @@ class Watchdog:
     `enter_phase` names the phase that starts and how long it may last. When one lasts longer, or a connection is lost,
     every rank is asked where it is; one of them says which did not arrive or does not answer, and all end with the exit
     code of a ParallelError. When a rank raises an error alone, the others learn its words and end within seconds,
-    whatever they wait for.
+    whatever they wait for. So they do when a signal stops one, and, a rank of each node saying so, when the ranks'
+    store, or torchrun's agent, is gone.
 
-    A process that no launcher started is alone, perhaps a notebook's, and is not watched.
+    A process that no launcher started is alone, and nobody waits for it: a phase that lasts longer is told, no more.
 
     Costs: one message to the store for each phase, and, from a thread, one a second.
     """
 
-    def __init__(self) -> None:
-        self._rank, self._world = dist.get_rank(), dist.get_world_size()
-        # Without a launcher there is no rendezvous, and nobody who waits for this rank.
-        self._is_on = "WORLD_SIZE" in os.environ
-        if not self._is_on:
-            return
-        restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        # A connection for each thread: neither may wait for what the other asks.
-        self._store, self._thread_store = (
-            dist.PrefixStore(f"simpo_megatron/{restart}", next(dist.rendezvous("env://"))[0]) for _ in range(2)
-        )
+    def __init__(self, meeting: Meeting, signals: StopSignals) -> None:
+        self._meeting, self._rank, self._world, self._store = meeting, meeting.rank, meeting.world, meeting.store
+        self._thread_store = meeting.another_connection()
         self._number, self._where, self._limit = 0, "start-up", float("inf")
         self._started = time.monotonic()
         self._main = threading.get_ident()
         self._lost_at: FrameType | None = None
         self._leaving = threading.Event()
-        self._thread = threading.Thread(target=self._listen, name="watch", daemon=True)
+        self._num_unanswered, self._is_store_lost = 0, False
+        self._signals = signals
+        signals.on_stuck = self._leave_stopped
+        self._threads = [threading.Thread(target=self._ask, name="watch", daemon=True)]
+        if is_launched():
+            self._threads.append(threading.Thread(target=self._guard, name="guard", daemon=True))
 
     def __enter__(self) -> Watchdog:
-        if self._is_on:
-            self._thread.start()
+        for thread in self._threads:
+            thread.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if not self._is_on:
+        if isinstance(error, Exception) and is_launched():
+            self._tell(error, trace)
+        self._leaving.set()
+        self._meeting.leave()
+
+    def _tell(self, error: Exception, trace: TracebackType | None) -> None:
+        """Tell the other ranks of an error of this one, which they may share."""
+        if isinstance(error, StoppedBySignal):
+            alarm = self._raise_alarm(self._store, "stopped", str(error), error)
+            error.speaker, error.exit_code = alarm["rank"], alarm["exit_code"]
             return
-        if not isinstance(error, Exception):
-            self._leaving.set()
-            self._thread.join(_POLL_SECONDS)
-        elif not _is_lost_connection(error):
+        if not _is_lost_connection(error):
             self._leaving.set()
             self._raise_alarm(self._store, "failed", _failure(error, self._rank, self._where), error)
-            if self._rank == 0 and "TORCHELASTIC_RUN_ID" not in os.environ:
-                # Without torchrun this process keeps the store, in which the others still have to read.
-                time.sleep(_POLL_SECONDS)
-        else:
-            self._lost_at = _innermost(trace)
-            alarm = self._raise_alarm(self._store, "lost", f"a connection was lost in {self._where}")
-            if alarm["kind"] == "failed":
-                self._leaving.set()
-                raise self._peer_error(alarm) from error
-            # The thread asks or answers, and ends the process.
-            self._thread.join()
+            return
+        self._lost_at = _innermost(trace)
+        alarm = self._raise_alarm(self._store, "lost", f"a connection was lost in {self._where}")
+        if alarm["kind"] == "failed":
+            self._leaving.set()
+            raise self._peer_error(alarm) from error
+        # The threads ask or answer, and end the process.
+        self._threads[-1].join()
 
     def enter_phase(self, name: str, *, timeout: float) -> None:
         """Note that this rank enters the phase `name`, which may last `timeout` seconds.
 
         Phases are the same, in the same order, on every rank.
         """
-        if not self._is_on:
-            return
         self._number, self._where, self._limit, self._started = self._number + 1, name, timeout, time.monotonic()
         self._store.set(f"at/{self._rank}", name)
 
-    def _listen(self) -> None:
+    def _ask(self) -> None:
         store = self._thread_store
         while not self._leaving.wait(_POLL_SECONDS):
             try:
                 if store.check([_ALARM]):
                     self._heed(json.loads(store.get(_ALARM)))
                 elif time.monotonic() - self._started > self._limit:
-                    self._raise_alarm(store, "late", _timeout(self._where, self._limit))
+                    self._raise_timeout(store)
             except dist.DistError:
-                # Whoever kept the store is gone; the main thread's next collective or message fails.
+                self._is_store_lost = True
                 return
+            self._num_unanswered = 0
+
+    def _guard(self) -> None:
+        """End this process when the store does not answer, or torchrun's agent, which would end it, is gone."""
+        while not self._leaving.wait(_POLL_SECONDS):
+            self._num_unanswered += 1
+            if has_agent() and os.getppid() != PARENT:
+                why = f"torchrun, process {PARENT}, which started the ranks, is gone"
+            elif self._is_store_lost or self._num_unanswered > _MAX_UNANSWERED:
+                where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+                why = (
+                    f"the ranks' store at {where} does not answer; its machine, or rank 0's launcher, is gone or frozen"
+                )
+            else:
+                continue
+            # A rank that is leaving finds the store gone before the others do.
+            if not self._leaving.wait(2 * _POLL_SECONDS):
+                if os.environ.get("LOCAL_RANK", "0") == "0":
+                    report_error(ParallelError(f"stopped in {self._where} because {why}"), rank=self._rank)
+                _leave(ParallelError.exit_code)
+
+    def _raise_timeout(self, store: dist.Store) -> None:
+        text = _timeout(self._where, self._limit)
+        if is_launched():
+            self._raise_alarm(store, "late", text)
+            return
+        place = _own_line(sys._current_frames()[self._main])
+        print(status_line("WARNING", f"{text}; it is at {place} and goes on"), file=sys.stderr, flush=True)
+        self._started = time.monotonic()
 
     def _raise_alarm(self, store: dist.Store, kind: str, says: str, error: Exception | None = None) -> dict[str, Any]:
         """The first alarm of any rank, this one's if there was none."""
@@ -122,26 +165,43 @@ class Watchdog:
         try:
             return json.loads(store.compare_set(_ALARM, "", json.dumps(alarm)))
         except dist.DistError:
-            gone = {"kind": "failed", "says": "the rank or launcher that kept the ranks' store is gone"}
-            return {**alarm, **gone, "already_reported": False}
+            self._is_store_lost = True
+            return alarm
 
     def _heed(self, alarm: dict[str, Any]) -> None:
         """End this process, once what is to be said about the alarm was said."""
-        if alarm["kind"] == "failed":
+        if alarm["kind"] == "stopped":
+            # Where Python is at work this unwinds it, and a draft is left by nobody.
+            _thread.interrupt_main(signal.SIGTERM)
+            if self._leaving.wait(2 * _ANSWER_SECONDS):
+                return
+            exit_code = alarm["exit_code"]
+        elif alarm["kind"] == "failed":
             # What is ours the ranks have mostly agreed on: this one may be leaving already, closing what is open.
             if self._leaving.wait(_ANSWER_SECONDS if alarm["already_reported"] else 2 * _ANSWER_SECONDS):
                 return
             exit_code = self._peer_error(alarm).exit_code
         else:
-            self._answer()
-            time.sleep(_ANSWER_SECONDS)
+            self._tell_who_is_missing(alarm)
             exit_code = ParallelError.exit_code
-            if alarm["rank"] == self._rank:
-                report_error(ParallelError(f"{alarm['says']}: {self._verdict()}"), rank=self._rank)
-            else:
-                time.sleep(_POLL_SECONDS)
-        sys.stdout.flush()
-        os._exit(exit_code)
+        _leave(exit_code)
+
+    def _tell_who_is_missing(self, alarm: dict[str, Any]) -> None:
+        self._answer()
+        # The rank that raised the alarm tells; where it does not live to, another does.
+        time.sleep(_ANSWER_SECONDS if alarm["rank"] == self._rank else _ANSWER_SECONDS + _POLL_SECONDS)
+        self._num_unanswered = 0
+        if int(self._thread_store.compare_set(_TOLD, "", str(self._rank))) == self._rank:
+            report_error(ParallelError(f"{alarm['says']}: {self._verdict()}"), rank=self._rank)
+            # Whoever ends first may take the others with it, and its word should be the first.
+            time.sleep(_POLL_SECONDS)
+
+    def _leave_stopped(self, stopped: StoppedBySignal) -> int:
+        """The exit code of a rank that a signal stopped and that waits for others, which were told."""
+        alarm = self._raise_alarm(self._thread_store, "stopped", str(stopped), stopped)
+        if alarm["rank"] == self._rank:
+            report_error(stopped, rank=self._rank)
+        return alarm["exit_code"]
 
     def _peer_error(self, alarm: dict[str, Any]) -> PeerFailedError:
         error = PeerFailedError(f"stopped because {alarm['says']}")
@@ -169,6 +229,12 @@ class Watchdog:
             if rank not in answers
         }
         return verdict(answers, silent)
+
+
+def _leave(exit_code: int) -> None:
+    with suppress(OSError):
+        sys.stdout.flush()
+    os._exit(exit_code)
 
 
 def verdict(answers: dict[int, dict[str, Any]], silent: dict[int, str]) -> str:

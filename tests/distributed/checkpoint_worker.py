@@ -1,7 +1,8 @@
-"""Runs of the trainer, one after the other, each on forked ranks, so that torch and megatron are imported once.
+"""Runs of the trainer, two at a time, each on forked ranks, so that torch and megatron are imported once.
 
 `checkpoint_worker.py FOLDER`: FOLDER/runs.json lists runs: a name, options, and what else `Run` says. Each run saves
-in FOLDER/<name> unless its options say otherwise, leaves FOLDER/<name>.json, and is over before the next starts.
+in FOLDER/<name> unless its options say otherwise, only at its end if they do not say, and leaves FOLDER/<name>.json.
+Runs of the same folder, and a copy and what it is of, are one after the other, as they are listed.
 """
 
 from __future__ import annotations
@@ -27,11 +28,14 @@ import transformers.models.llama  # noqa: E402, F401
 from ranks import free_port  # noqa: E402
 from transformers import AutoTokenizer, PreTrainedTokenizerFast  # noqa: E402, F401
 
-from simpo_megatron.config import config_from  # noqa: E402
+from simpo_megatron.config import config_from, to_yaml  # noqa: E402
 from simpo_megatron.errors import SimPOError, StoppedBySignal  # noqa: E402
-from simpo_megatron.training import loop  # noqa: E402
+from simpo_megatron.stop_signals import StopSignals  # noqa: E402
+from simpo_megatron.training import launch, loop  # noqa: E402
 
 LIMIT_SECONDS = 90.0
+AT_ONCE = 2
+"""Ranks mostly compute while they start, and mostly wait when one of them has failed."""
 
 
 @dataclass
@@ -81,25 +85,59 @@ class Run:
     """[text, seconds]: the whole job is killed so long after a rank has printed the text."""
     grace_seconds: float = 5.0
     """How long ranks have to end by themselves once one has failed; torchrun gives 30."""
+    by_command: bool = False
+    """Through the command line, which prints errors and turns them into exit codes."""
+    folders: list | None = None
+    """The working folder of each rank."""
     signals: list | None = None
     """[rank, n, names]: that rank gets these signals, one after the other, at the start of its nth step of this run."""
 
 
 def main(folder: Path) -> None:
-    for entry in json.loads((folder / "runs.json").read_text()):
-        run = Run(**entry)
+    runs = [Run(**entry) for entry in json.loads((folder / "runs.json").read_text())]
+    chains: list[list[Run]] = []
+    of_folder: dict[str, list[Run]] = {}
+    for run in runs:
         run.options.setdefault("save", str(folder / run.name))
-        if run.copy_of:
-            shutil.copytree(folder / run.copy_of, run.options["save"])
-        if run.flip:
-            injections.flip_byte(folder / run.name / run.flip)
-        if run.rename:
-            injections.rename_tensor(folder / run.name / run.rename[0], *run.rename[1:])
-        started = time.monotonic()
-        outcome = start(run, folder)
-        seconds = time.monotonic() - started
-        print(f"{run.name}: {outcome['codes']} in {seconds:.1f} s", flush=True)
-        (folder / f"{run.name}.json").write_text(json.dumps(outcome))
+        if run.options["save"] is not None:
+            run.options.setdefault("save_interval", 1000)
+        before = of_folder.get(str(folder / run.copy_of) if run.copy_of else run.options["save"] or run.name)
+        if before is None:
+            chains.append(before := [])
+        before.append(run)
+        of_folder[run.options["save"] or run.name] = before
+    working: set[int] = set()
+    for chain in chains:
+        if len(working) == AT_ONCE:
+            working.discard(wait_for_one())
+        process = os.fork()
+        if process == 0:
+            try:
+                for run in chain:
+                    do(run, folder)
+            finally:
+                os._exit(0)
+        working.add(process)
+    while working:
+        working.discard(wait_for_one())
+
+
+def wait_for_one() -> int:
+    return os.waitpid(-1, 0)[0]
+
+
+def do(run: Run, folder: Path) -> None:
+    if run.copy_of:
+        shutil.copytree(folder / run.copy_of, run.options["save"])
+    if run.flip:
+        injections.flip_byte(folder / run.name / run.flip)
+    if run.rename:
+        injections.rename_tensor(folder / run.name / run.rename[0], *run.rename[1:])
+    started = time.monotonic()
+    outcome = start(run, folder)
+    seconds = time.monotonic() - started
+    print(f"{run.name}: {outcome['codes']} in {seconds:.1f} s", flush=True)
+    (folder / f"{run.name}.json").write_text(json.dumps(outcome))
 
 
 def start(run: Run, folder: Path) -> dict[str, Any]:
@@ -204,8 +242,13 @@ def fork_rank(rank: int, run: Run, folder: Path) -> int:
             run.options.update(run.other_options[1])
         if run.write_again:
             injections.write_after_start(Path(f"{folder / run.name}.state"))
-        loop.train(config_from(**run.options))
-        code = 0
+        if run.folders:
+            os.chdir(run.folders[rank])
+        if run.by_command:
+            code = by_command(run, folder, rank)
+        else:
+            loop.train(config_from(**run.options))
+            code = 0
     except SimPOError as error:
         print(f"{type(error).__name__}: {error}", flush=True)
         code = error.exit_code
@@ -215,6 +258,13 @@ def fork_rank(rank: int, run: Run, folder: Path) -> int:
     finally:
         sys.stdout.flush()
         os._exit(code)
+
+
+def by_command(run: Run, folder: Path, rank: int) -> int:
+    file = folder / f"{run.name}.rank{rank}.yaml"
+    file.write_text(to_yaml(config_from(**run.options)))
+    with StopSignals():
+        return launch.main(["--config", str(file)], "nothing")
 
 
 if __name__ == "__main__":

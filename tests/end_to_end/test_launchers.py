@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import yaml
+from kubernetes_fields import PYTORCHJOB, TRAINJOB, problems
 from ranks import REPOSITORY, free_port
 
 from simpo_megatron.config import load_config
@@ -64,8 +65,34 @@ def test_two_nodes_train_and_when_one_is_taken_away_both_save_and_stop(tmp_path)
     assert codes == [1, 1], printed  # torchrun's own, whatever its ranks say
     assert "SIGUSR1 received; stopping after this step" in nodes[1][1].read_text()
     assert "STOPPED simpo_megatron rank 0" in printed and "exitcode  : 75" in printed
+    # After torchrun's own pages.
+    assert nodes_last_line(nodes, "STOPPED simpo_megatron rank 0: SIGUSR1: stopped after step"), printed
     saved = [folder.name for folder in (tmp_path / "run").glob("iter_*")]
     assert f"iter_{steps(tmp_path)[-1]:07d}" in saved, printed
+
+
+def test_a_node_that_waits_for_another_says_so_and_ends(tmp_path, monkeypatch):
+    monkeypatch.setenv("MEETING", "8")
+    node, log = start_node(tmp_path, 0, free_port())
+    try:
+        assert node.wait(timeout=120) == 6, log.read_text()
+    finally:
+        if node.poll() is None:
+            os.killpg(node.pid, signal.SIGKILL)
+    last = log.read_text().splitlines()[-1]
+    assert last.startswith("ERROR simpo_megatron: NODES: found fewer than 2 after 8 s, expected torchrun.sh on each"), (
+        last
+    )
+
+
+def nodes_last_line(nodes, text):
+    """Whether the log of the first rank's node ends with a line of ours, soon."""
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        if any(log.read_text().splitlines()[-1].startswith(text) for _, log in nodes):
+            return True
+        time.sleep(0.2)
+    return False
 
 
 def test_an_agent_that_may_restart_its_ranks_does_not_once_they_were_told_to_stop(tmp_path):
@@ -89,47 +116,36 @@ def test_an_agent_that_may_restart_its_ranks_does_not_once_they_were_told_to_sto
         os.killpg(script.pid, signal.SIGKILL)
 
 
-def run_under_a_pretended_slurm(folder, exit_code):
-    """slurm.sbatch of two nodes with two tasks each; (its exit code, what its tasks and scontrol saw)."""
-    folder.mkdir()
-    stand_ins = {
-        "srun": 'for task in 0 1 2 3; do SLURM_PROCID=$task SLURM_LOCALID=$((task % 2)) "$@" || code=$?; done; '
-        "exit ${code:-0}",
-        "python": 'echo "$RANK/$WORLD_SIZE $LOCAL_RANK/$LOCAL_WORLD_SIZE $MASTER_ADDR:$MASTER_PORT $*" >> tasks; '
-        f"exit {exit_code}",
-        "scontrol": 'if [ "$1" = show ]; then printf "node7\\nnode9\\n"; else echo "$@" >> requeued; fi',
-    }
-    for name, body in stand_ins.items():
-        file = folder / name
-        file.write_text(f"#!/usr/bin/env bash\n{body}\n")
-        file.chmod(file.stat().st_mode | stat.S_IXUSR)
-    job = {"SLURM_JOB_ID": "123456", "SLURM_JOB_NODELIST": "node[7,9]", "SLURM_NTASKS": "4", "SLURM_NNODES": "2"}
-    variables = environment(**job)
-    variables["PATH"] = f"{folder}:{variables['PATH']}"
-    script = [str(LAUNCH / "slurm.sbatch"), "--data", "a file", "--tp", "4"]
-    code = subprocess.run(script, env=variables, cwd=folder, timeout=60).returncode
-    requeued = folder / "requeued"
-    return code, (folder / "tasks").read_text().splitlines(), requeued.read_text() if requeued.exists() else ""
-
-
-def test_slurm_gives_each_task_its_rank_and_requeues_only_what_stopped_for_a_signal(tmp_path):
-    code, tasks, requeued = run_under_a_pretended_slurm(tmp_path / "stopped", 75)
-    arguments = "examples/pretrain_simpo.py --data a file --tp 4"
-    assert tasks == [f"{rank}/4 {rank % 2}/2 node7:23456 {arguments}" for rank in range(4)]
-    assert (code, requeued) == (75, "requeue 123456\n")
-    for exit_code in (0, 2):
-        code, _, requeued = run_under_a_pretended_slurm(tmp_path / str(exit_code), exit_code)
-        assert (code, requeued) == (exit_code, "")
-
-
-def test_the_kubernetes_job_asks_for_the_ranks_its_configuration_needs():
-    job = yaml.safe_load((LAUNCH / "pytorchjob.yaml").read_text())["spec"]
-    worker = job["pytorchReplicaSpecs"]["Worker"]
+def test_the_kubernetes_jobs_ask_for_the_ranks_their_configuration_needs_and_end_when_they_cannot_run():
+    job = yaml.safe_load((LAUNCH / "pytorchjob.yaml").read_text())
+    assert problems(job, PYTORCHJOB) == []
+    spec = job["spec"]
+    worker = spec["pytorchReplicaSpecs"]["Worker"]
     container = worker["template"]["spec"]["containers"][0]
-    per_node = int(job["nprocPerNode"])
+    per_node = int(spec["nprocPerNode"])
     assert container["resources"]["limits"]["nvidia.com/gpu"] == per_node
-    assert job["elasticPolicy"]["minReplicas"] == job["elasticPolicy"]["maxReplicas"] == worker["replicas"]
+    assert set(container["resources"]["requests"]) == {"cpu", "memory"}
+    assert spec["elasticPolicy"]["minReplicas"] == spec["elasticPolicy"]["maxReplicas"] == worker["replicas"]
+    assert spec["runPolicy"]["backoffLimit"] % worker["replicas"] == 0 and spec["runPolicy"]["activeDeadlineSeconds"]
+    check_command(container, worker["replicas"] * per_node)
+
+    job = yaml.safe_load((LAUNCH / "trainjob.yaml").read_text())
+    assert problems(job, TRAINJOB) == []
+    trainer = job["spec"]["trainer"]
+    assert trainer["resourcesPerNode"]["limits"]["nvidia.com/gpu"] == trainer["numProcPerNode"] == per_node
+    check_command(trainer, trainer["numNodes"] * trainer["numProcPerNode"])
+
+
+def check_command(container, num_ranks):
     assert (REPOSITORY / container["command"][0]).stat().st_mode & stat.S_IXUSR
     config = load_config(container["args"])
-    assert config.parallel.overlap_grad_reduce
-    assert f"_{worker['replicas'] * per_node}xh100.yaml" in container["args"][1]
+    assert config.parallel.overlap_grad_reduce and config.run.resume == "latest"
+    assert f"_{num_ranks}xh100.yaml" in container["args"][1]
+
+
+def test_a_field_that_a_server_would_drop_is_seen():
+    job = {"kind": "TrainJob", "spec": {"trainer": {"numNodes": "8", "nodes": 8}}}
+    assert problems(job, TRAINJOB) == [
+        ".spec.trainer.numNodes: '8' is no <class 'int'>",
+        ".spec.trainer.nodes: unknown",
+    ]

@@ -89,6 +89,6 @@ def test_a_run_that_ended_before_is_resumed_and_gives_the_same_result(lines):
 def test_an_interrupt_stops_after_a_whole_step_saved_and_the_exception_carries_the_result(lines):
     printed, folder = lines
     (stopped,) = [line for line in printed if line.startswith("STOPPED RunResult(")]
-    assert "last_checkpoint=PosixPath('runs/stopped/iter_0000002')" in stopped
+    assert "last_checkpoint=PosixPath('runs/stopped/iter_0000001')" in stopped
     assert "export_folder=None, exit_reason='stopped by signal')" in stopped
-    assert Path(folder, "runs/stopped/iter_0000002/COMMIT.json").is_file()
+    assert Path(folder, "runs/stopped/iter_0000001/COMMIT.json").is_file()

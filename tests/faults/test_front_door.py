@@ -83,7 +83,7 @@ def test_a_signal_stops_the_run_saved_with_the_ranks_own_exit_code(case, tmp_pat
     assert "Traceback" not in err
 
 
-def test_a_killed_rank_ends_the_run_and_the_same_command_continues_it(tmp_path, cache):
+def test_a_killed_rank_ends_the_run_the_same_command_continues_it_and_its_ranks_end_with_it(tmp_path, cache):
     options = ["--tp", "2", "--save", str(tmp_path / "run"), "--save-interval", "2", "--resume", "latest"]
     job = start(tmp_path, cache, *options)
     try:
@@ -97,8 +97,15 @@ def test_a_killed_rank_ends_the_run_and_the_same_command_continues_it(tmp_path, 
     try:
         steps = wait_for_steps(tmp_path, job, 3)
         wait_for_steps(tmp_path, job, steps + 2)
+        ranks = psutil.Process(job.pid).children()
+        job.kill()
+        _, alive = psutil.wait_procs(ranks, timeout=15)
+        for rank in alive:
+            rank.kill()
+        assert len(ranks) == 2 and alive == []
     finally:
         end(job)
+    assert f"torchrun, process {job.pid}, which started the ranks, is gone" in (tmp_path / "err").read_text()
     assert f"run/{saved}: step {int(saved.removeprefix('iter_'))}" in (tmp_path / "out").read_text()
 
 

@@ -8,10 +8,13 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 from ranks import run_ranks
+from safetensors import safe_open
+from safetensors.torch import save_file
 from small_runs import small_run
 
 WORKER = Path(__file__).parents[1] / "distributed" / "checkpoint_worker.py"
@@ -33,11 +36,12 @@ RUNS = {
     ),
     "the_reader_is_told_to_end_while_it_indexes": (
         {
+            "by_command": True,
             "kill": [0, "open", r"pairs-.*\.tmp-\w+/pairs\.bin", 1, "SIGTERM"],
             "options": {"data_cache": "FOLDER/the_reader_is_told_to_end_while_it_indexes/cache"},
         },
-        [-15, 6],
-        {1: r"ParallelError|PeerFailedError|rank 0 .* stopped responding|the ranks' store is gone"},
+        [STOPPED, STOPPED],
+        {0: r"^STOPPED simpo_megatron rank 0: SIGTERM: stopped between steps; nothing is kept: no --save"},
     ),
     "one_rank_raises_in_forward": (
         {"fault": "forward@2:1:raise"},
@@ -75,25 +79,51 @@ RUNS = {
             r"\(_arrive\); the others wait for it in step 2 at simpo_megatron/mcore/"
         },
     ),
-    "one_rank_is_stopped": (
+    "the_first_rank_is_stopped": (
         {
-            "fault": "step@2:1:stop",
+            "fault": "step@2:0:stop",
             "options": {"distributed_timeout_seconds_after_init": STEP_SECONDS},
             "grace_seconds": 2,
         },
-        [6, KILLED],
+        [KILLED, 6],
         {
-            0: r"timeout: step 2 exceeded 15 s \(.*\): rank 1 \(last phase: step 2\) stopped responding; likely killed "
-            r".*dmesg"
+            1: r"ERROR simpo_megatron rank 1: timeout: step 2 exceeded 15 s \(.*\): rank 0 \(last phase: step 2\) "
+            r"stopped responding; likely killed .*dmesg"
         },
     ),
-    "one_rank_is_killed": (
-        {"fault": "update@2:1:kill"},
-        [6, KILLED],
+    "the_first_rank_is_killed": (
+        {"fault": "update@2:0:kill"},
+        [KILLED, 6],
         {
-            0: r"a connection was lost in step [23]: rank 1 \(last phase: step 2\) stopped responding; likely killed "
-            r"\(out of"
+            1: r"ERROR simpo_megatron rank 1: a connection was lost in step [23]: rank 0 \(last phase: step 2\) "
+            r"stopped responding; likely killed \(out of"
         },
+    ),
+    "one_rank_has_no_data_before_they_meet": (
+        {"by_command": True, "other_options": [1, {"data": ["/none.jsonl"]}]},
+        [3, 3],
+        {
+            0: r"^STOPPED simpo_megatron rank 0: stopped because rank 1 failed before all ranks had met: /none.jsonl",
+            1: r"^ERROR simpo_megatron rank 1: /none.jsonl: found no such file",
+        },
+    ),
+    "all_ranks_find_the_same_mistake": (
+        {"by_command": True, "options": {"data": ["/none.jsonl"]}},
+        [3, 3],
+        {None: r"^ERROR simpo_megatron rank \d: /none.jsonl: found no such file"},
+    ),
+    "ranks_find_different_models_under_one_name": (
+        {"by_command": True, "folders": ["FOLDER/one", "FOLDER/other"], "options": {"model": "model"}},
+        [6, 6],
+        {
+            0: r"^ERROR simpo_megatron rank 0: model: found different files under the same name: model.safetensors is "
+            r"\w{16} on rank 1, \w{16} on rank 0; the folder is .*/other/model on rank 1, .*/one/model on rank 0; give"
+        },
+    ),
+    "one_rank_is_told_to_stop_before_the_first_step": (
+        {"by_command": True, "kill": [1, "open", r"/model.safetensors", 1, "SIGUSR1"]},
+        [STOPPED, STOPPED],
+        {None: r"^STOPPED simpo_megatron rank \d: SIG(USR1|TERM): stopped between steps; nothing is kept: no --save"},
     ),
     "one_rank_leaves_with_code_0": (
         {"fault": "forward@2:1:exit"},
@@ -186,10 +216,16 @@ def folder(tmp_path_factory):
         "tensor_model_parallel_size": 2,
         "save": None,
     }
+    for name, seed in (("one", 1), ("other", 2)):
+        shutil.copytree(options["model"], folder / name / "model")
+        with safe_open(folder / name / "model" / "model.safetensors", "pt") as file:
+            weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        weights["lm_head.weight"][0, 0] += seed
+        save_file(weights, folder / name / "model" / "model.safetensors", {"format": "pt"})
     runs = []
     for name, (what, _, _) in RUNS.items():
-        own = json.loads(json.dumps(what.get("options", {})).replace("FOLDER", str(folder)))
-        runs.append({"grace_seconds": 20, **what, "name": name, "options": {**options, **own}})
+        what = json.loads(json.dumps(what).replace("FOLDER", str(folder)))
+        runs.append({"grace_seconds": 20, **what, "name": name, "options": {**options, **what.get("options", {})}})
     (folder / "runs.json").write_text(json.dumps(runs))
     secrets = {"HF_TOKEN": CANARY, "WANDB_API_KEY": CANARY, "AWS_SECRET_ACCESS_KEY": CANARY}
     before = {name: os.environ.get(name) for name in secrets}
@@ -216,7 +252,8 @@ def test_all_ranks_end_and_the_cause_is_named(folder, name):
         assert re.search(pattern, said, re.MULTILINE), said[-3000:]
     assert sum(len(re.findall("^ERROR ", log, re.MULTILINE)) for log in logs) <= 1
     committed = list((folder / name).glob("iter_*/COMMIT.json"))
-    assert bool(committed) == (codes in ([0, 0], [STOPPED, STOPPED]))
+    saves = what.get("options", {}).get("save") is not None
+    assert bool(committed) == (saves and codes in ([0, 0], [STOPPED, STOPPED]))
 
 
 @pytest.mark.parametrize("name", [name for name, (what, *_) in RUNS.items() if "compare_state" in what])

@@ -18,6 +18,7 @@ MAY_IMPORT = {
     "option_field": set(),
     "limits": set(),
     "logs": {"errors"},
+    "stop_signals": {"errors"},
     "faults": {"errors"},
     "ranks": {"errors"},
     "loss": {"errors", "option_field"},
@@ -38,6 +39,7 @@ MAY_IMPORT = {
         "logs",
         "atomic",
         "faults",
+        "stop_signals",
         "loss",
         "data",
         "parallel",
@@ -82,7 +84,7 @@ MAY_IMPORT = {
         "generation",
         "offline",
     },
-    "cli": {"errors"},
+    "cli": {"errors", "logs", "stop_signals"},
     "__main__": {"cli"},
 }
 # Outside packages that a room must do without, at import and in its functions alike.

@@ -9,7 +9,9 @@ import time
 import pytest
 import torch.distributed as dist
 
+from simpo_megatron.demo import prepare_demo
 from simpo_megatron.training import launch
+from simpo_megatron.training.loop import train  # noqa: F401  # its import is not what is timed
 
 SCRIPT = "examples/pretrain_simpo.py"
 BUSY = "the port of somebody else"
@@ -24,9 +26,12 @@ CASES = {
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("cache")
+    folder = tmp_path_factory.mktemp("cache")
+    prepare_demo(folder / "demo")
+    return folder
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("case", CASES)
 def test_ranks_that_cannot_meet_say_why_in_one_line(case, cache, tmp_path, monkeypatch, capfd):
     environment, expected = CASES[case]

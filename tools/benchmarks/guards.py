@@ -40,9 +40,9 @@ def main(argv: list[str]) -> None:
         step_seconds.append(time.perf_counter() - started)
         return done
 
-    def measured_watch() -> Watchdog:
-        watches.append(Watchdog())
-        return watches[0]
+    def noted_run(session: Any, *arguments: Any) -> Any:
+        watches.append(session.watchdog)
+        return run_in(session, *arguments)
 
     def measured_end(config: Any, job: Any, log: Any) -> None:
         finish(config, job, log)
@@ -51,8 +51,8 @@ def main(argv: list[str]) -> None:
             # The first step is not like the others.
             print(*table(rows, statistics.median(step_seconds[1:])), sep="\n", flush=True)
 
-    finish = loop._finish
-    loop.train_step, loop.Watchdog, loop._finish = timed_step, measured_watch, measured_end
+    finish, run_in = loop.finish, loop.run_in
+    loop.train_step, loop.run_in, loop.finish = timed_step, noted_run, measured_end
     loop.train(config)
 
 

@@ -1,0 +1,84 @@
+"""The end of a run: the model, the adapters, the report, in the order of what they are worth."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch.distributed as dist
+
+from simpo_megatron.config import Config
+from simpo_megatron.convert import export_adapter, export_hf, origin_of
+from simpo_megatron.errors import SimPOError
+from simpo_megatron.mcore.fp8_weights import whole_masters
+from simpo_megatron.mcore.optimizer import gather_parameters
+from simpo_megatron.mcore.precision import export_dtype, parameter_dtype, rounding
+from simpo_megatron.reporting.loggers import METRICS_FILE, RunLog
+from simpo_megatron.reporting.model_card import model_card
+from simpo_megatron.reporting.run_report import Curves, read_curves, write_report
+from simpo_megatron.training.setup import Job
+
+
+def finish(config: Config, job: Job, log: RunLog) -> None:
+    """Export what was trained, then write the report, and say where everything lies.
+
+    Collectives: those of the exports.
+
+    Raises: CheckpointError, on every rank alike, when an export cannot be written.
+    """
+    curves = _curves(config, log)
+    gather_parameters(job.trainer.chunks)
+    origin = None if config.run.save is None else origin_of(config.run.save)
+    if config.model.export_hf is not None:
+        export_hf(
+            job.model,
+            job.plan.description,
+            job.plan.sources.model,
+            config.model.export_hf,
+            groups=job.trainer.groups,
+            dtype=export_dtype(config),
+            model_card=model_card(config, config.model.export_hf, curves, export_dtype(config)),
+            chat_template=job.chat_template,
+            in_place_of=whole_masters(job.trainer.optimizer),
+            origin=origin,
+        )
+        log.say(f"model     {config.model.export_hf} (AutoModelForCausalLM loads it)")
+        said = rounding([parameter_dtype(config.precision)], export_dtype(config))
+        if said is not None:
+            log.say(f"NOTE      {said} there; --export-dtype stored keeps every bit")
+    if config.lora.export_adapter is not None:
+        export_adapter(
+            job.model,
+            job.plan.description,
+            config.lora,
+            job.plan.sources.model,
+            config.lora.export_adapter,
+            groups=job.trainer.groups,
+            dtype=parameter_dtype(config.precision),
+            origin=origin,
+        )
+        log.say(f"adapters  {config.lora.export_adapter} (PeftModel loads them onto {job.plan.sources.model})")
+    _report(config, log)
+
+
+def _curves(config: Config, log: RunLog) -> Curves | None:
+    """The curves of the run for its model card, on rank 0; None where there are none to be read."""
+    if config.run.save is None or dist.get_rank() != 0:
+        return None
+    try:
+        return read_curves(Path(config.run.save) / METRICS_FILE)
+    except (SimPOError, OSError, ValueError) as error:
+        log.say(f"WARNING   the model card is written without numbers: {error}")
+        return None
+
+
+def _report(config: Config, log: RunLog) -> None:
+    """Write the report, which is worth a warning where it cannot be: what was trained is saved and exported."""
+    if config.run.save is None or dist.get_rank() != 0:
+        return
+    try:
+        report = write_report(config.run.save)
+    except Exception as error:
+        log.say(f"WARNING   no report was written: {type(error).__name__}: {error}; simpo report {config.run.save}")
+        return
+    log.say(f"result    {report.headline}")
+    log.say(f"report    {report.page} (curves: {report.picture})")

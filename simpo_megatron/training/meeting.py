@@ -1,0 +1,264 @@
+"""The meeting of ranks: a store outside of them, in which each says that it is there, or why it will not come.
+
+torchrun's agent keeps such a store. Without an agent a child of rank 0 keeps it, and outlives rank 0 by some seconds,
+so that the others can still find out what became of it. A process that no launcher started is alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch.distributed as dist
+
+from simpo_megatron.errors import ConfigError, ParallelError, PeerFailedError, SimPOError, StoppedBySignal, listed
+from simpo_megatron.parallel import RENDEZVOUS, check_environment
+from simpo_megatron.stop_signals import STOP_SIGNALS
+
+MEETING_SECONDS = 120.0
+"""How long the ranks that are there wait for the others."""
+
+_SPEAKING_SECONDS = 10.0
+"""How long a rank that failed looks for the others, before it speaks for itself alone."""
+_OUTLIVES_SECONDS = 10.0
+_POLL_SECONDS = 0.3
+_FAILED, _NUM_ARRIVED, _NUM_PRESENT = "failed", "num_arrived", "num_present"
+_MAX_NAMED = 8
+
+PARENT = os.getppid()
+"""Whoever started this process; it may be gone before a run begins."""
+
+# Each run of this process, as of its peers, has keys of its own.
+_num_runs = 0
+_is_kept_here = False
+
+
+def is_launched() -> bool:
+    """True when a launcher started this process, perhaps beside others."""
+    return any(name in os.environ for name in RENDEZVOUS)
+
+
+def has_agent() -> bool:
+    """True when the parent of this process is torchrun's agent, which also keeps the store."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+@contextmanager
+def errors_told() -> Iterator[None]:
+    """An error in the context, in which ranks have not met, is told to those that wait for this one.
+
+    Its `speaker` is this rank, or the first that told the same: a mistake that all ranks find is printed once.
+    """
+    try:
+        yield
+    except Exception as error:
+        if is_launched():
+            _tell(error)
+        raise
+
+
+def _tell(error: Exception) -> None:
+    rank = int(os.environ.get("RANK", 0))
+    text = str(error) if isinstance(error, SimPOError) else f"{type(error).__name__}: {error}"
+    if isinstance(error, SimPOError):
+        error.speaker = rank
+    try:
+        store = _of_run(_connection(_SPEAKING_SECONDS), _num_runs)
+        first = store.compare_set("said/" + hashlib.sha256(text.encode()).hexdigest()[:16], "", str(rank))
+        said = {"rank": rank, "says": text, "exit_code": getattr(error, "exit_code", SimPOError.exit_code)}
+        cause = json.loads(store.compare_set(_FAILED, "", json.dumps(said)))
+    except (SimPOError, dist.DistError):
+        return
+    if isinstance(error, SimPOError):
+        error.speaker = int(first)
+    if isinstance(error, StoppedBySignal):
+        # Told by a launcher that ends all ranks because one has failed: that is no job to start again.
+        error.exit_code = cause["exit_code"]
+
+
+@dataclass(frozen=True)
+class Meeting:
+    """The ranks of a run, all of which are there."""
+
+    rank: int
+    world: int
+    number: int
+    """Counts the runs of this process."""
+    store: dist.Store
+    """Where ranks leave word for each other, beside all collectives; for the main thread."""
+
+    def another_connection(self) -> dist.Store:
+        """A connection for another thread: none may wait for what another asks."""
+        if not is_launched():
+            return self.store
+        return _of_run(_connection(MEETING_SECONDS), self.number)
+
+    def leave(self) -> None:
+        """Say that this rank needs the store no more."""
+        if is_launched():
+            with suppress(dist.DistError):
+                self.store.add(_NUM_PRESENT, -1)
+
+
+def meet() -> Meeting:
+    """The ranks of this run, once all are there.
+
+    Raises:
+        ConfigError: the environment is incomplete, or rank 0 cannot listen at its port.
+        PeerFailedError: a rank failed before it came; it has said why.
+        ParallelError: ranks are missing after two minutes; they are named, by one of those that came.
+    """
+    global _num_runs
+    if not is_launched():
+        return Meeting(0, 1, 0, dist.HashStore())
+    check_environment()
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    deadline = time.monotonic() + MEETING_SECONDS
+    try:
+        store = _of_run(_connection(MEETING_SECONDS), _num_runs)
+        store.set(f"arrived/{rank}", socket.gethostname())
+        store.add(_NUM_PRESENT, 1)
+        store.add(_NUM_ARRIVED, 1)
+        while store.add(_NUM_ARRIVED, 0) < world:
+            if store.check([_FAILED]):
+                raise _peer_failed(json.loads(store.get(_FAILED)), rank)
+            if time.monotonic() > deadline:
+                raise _not_met(store, rank, world)
+            time.sleep(_POLL_SECONDS)
+    except dist.DistError as error:
+        raise _unreachable(str(error).splitlines()[0]) from error
+    except StoppedBySignal as stopped:
+        _tell(stopped)
+        raise
+    meeting = Meeting(rank, world, _num_runs, store)
+    _num_runs += 1
+    return meeting
+
+
+def _peer_failed(said: dict, rank: int) -> PeerFailedError:
+    error = PeerFailedError(f"stopped because rank {said['rank']} failed before all ranks had met: {said['says']}")
+    error.exit_code = said["exit_code"]
+    # The rank that failed has said it; a log of rank 0 alone should tell as well.
+    error.speaker, error.kind = (0 if rank == 0 else None), "STOPPED"
+    return error
+
+
+def _not_met(store: dist.Store, rank: int, world: int) -> ParallelError:
+    hosts: dict[str, list[int]] = {}
+    missing = []
+    for other in range(world):
+        if store.check([f"arrived/{other}"]):
+            hosts.setdefault(store.get(f"arrived/{other}").decode(), []).append(other)
+        else:
+            missing.append(other)
+    came = (f"{host} (ranks {listed(ranks, _MAX_NAMED)})" for host, ranks in hosts.items())
+    error = ParallelError(
+        f"ranks: found {world - len(missing)} of {world} after {MEETING_SECONDS:.0f} s, expected all; "
+        f"missing: rank{'s' if len(missing) > 1 else ''} {listed(missing, _MAX_NAMED)}; there: {listed(came, 4)}; see "
+        f"whether the missing ones were started, what they say, and whether they reach {_address()}"
+    )
+    error.speaker = int(store.compare_set("not_met", "", str(rank)))
+    return error
+
+
+def _address() -> str:
+    return f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+
+
+def _unreachable(why: str) -> ConfigError:
+    rank = int(os.environ.get("RANK", 0))
+    error = ConfigError(
+        f"MASTER_ADDR:MASTER_PORT: rank {rank} could not connect to {_address()}: {why}; choose a free port of rank "
+        "0's machine, or let torchrun do it with --standalone"
+    )
+    error.speaker = rank
+    return error
+
+
+def _of_run(store: dist.Store, number: int) -> dist.Store:
+    """`store` with the keys of run `number` of this process, and of this start of torchrun's."""
+    restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return dist.PrefixStore(f"simpo_megatron/{restart}/{number}", store)
+
+
+def _connection(seconds: float) -> dist.Store:
+    """A connection to the ranks' store, which rank 0 starts where no agent keeps it.
+
+    Raises: ConfigError, when it cannot be reached for so many seconds.
+    """
+    global _is_kept_here
+    check_environment()
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    if os.environ["RANK"] == "0" and not has_agent() and not _is_kept_here:
+        _keep_store(port)
+        _is_kept_here = True
+    deadline = time.monotonic() + seconds
+    while True:
+        # torch would say once a second, in several lines, that nobody listens yet, and hear no signal meanwhile.
+        try:
+            socket.create_connection((host, port), 2.0).close()
+            break
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise _unreachable(f"{error.strerror or error}, for {seconds:.0f} s") from None
+        time.sleep(_POLL_SECONDS)
+    return dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=MEETING_SECONDS))
+
+
+def _keep_store(port: int) -> None:
+    """Keep the ranks' store in a child, until all ranks have left or some seconds after this process has ended.
+
+    Raises: ConfigError, when it cannot listen at `port`.
+    """
+    world = int(os.environ["WORLD_SIZE"])
+    (answer, answers), (lives, alive) = os.pipe(), os.pipe()
+    if os.fork() == 0:
+        try:
+            os.close(alive)
+            _serve(port, world, answers, lives)
+        finally:
+            os._exit(0)
+    # `alive` is closed by the end of this process, however it ends, and that is what the child waits for.
+    os.close(answers)
+    os.close(lives)
+    with os.fdopen(answer, "rb") as told:
+        problem = told.read().decode()
+    if problem:
+        raise _unreachable(problem)
+
+
+def _serve(port: int, world: int, answers: int, lives: int) -> None:
+    """Keep the store; write what is wrong to `answers`, which is closed once there is a store."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    for descriptor in (0, 1, 2):
+        # Whoever reads rank 0's output sees its end when rank 0 ends.
+        os.dup2(nowhere, descriptor)
+    deadline = time.monotonic() + _OUTLIVES_SECONDS
+    while True:
+        # The store of a run that ended just now lives some seconds longer than it.
+        try:
+            store = dist.TCPStore("localhost", port, is_master=True, wait_for_workers=False)
+            break
+        except dist.DistError as error:
+            if time.monotonic() > deadline:
+                os.write(answers, str(error).splitlines()[0].encode())
+                return
+            time.sleep(_POLL_SECONDS)
+    os.close(answers)
+    os.read(lives, 1)
+    deadline, first = time.monotonic() + _OUTLIVES_SECONDS, _of_run(store, 0)
+    while time.monotonic() < deadline:
+        all_came = first.add(_NUM_ARRIVED, 0) >= world
+        if all_came and first.add(_NUM_PRESENT, 0) == 0:
+            return
+        time.sleep(_POLL_SECONDS)
