@@ -166,7 +166,7 @@ test-slurm: $(VENV)/.ready-test
 	  { apt-get update && DEBIAN_FRONTEND=noninteractive timeout 300 \
 	    apt-get install -y --no-install-recommends slurmctld slurmd slurm-client munge; } >/dev/null 2>&1; } || \
 	  echo "== NOT TESTED on Slurm, which cannot be installed here (slurmctld slurmd slurm-client munge)"
-	@SIMPO_SLURM=1 timeout 900 $(BIN)/python -m pytest $(SLOWEST) tests/slurm $(PYTEST)
+	@SIMPO_SLURM=1 timeout 1200 $(BIN)/python -m pytest $(SLOWEST) tests/slurm $(PYTEST)
 
 lint: $(VENV)/.ready-test
 	@echo "== style and types"
