@@ -14,6 +14,7 @@ from simpo_megatron.config import config_from, read_yaml
 from simpo_megatron.errors import ConfigError
 from simpo_megatron.reporting.loggers import (
     JsonLines,
+    Steady,
     Terminal,
     WeightsAndBiases,
     check_sinks,
@@ -254,3 +255,20 @@ def test_what_is_said_is_not_taken_for_markup():
     shown.say("runs/[red]x")
     shown.close()
     assert file.getvalue() == "runs/[red]x\n"
+
+
+def test_a_sink_that_fails_costs_a_warning_and_its_records(tmp_path):
+    """Here the metrics of a run, where a folder has taken their place."""
+    said = []
+    (tmp_path / "metrics.jsonl").mkdir()
+    sink = Steady(JsonLines(tmp_path / "metrics.jsonl"), said.append)
+    for iteration in (1, 2):
+        sink.write({"iteration": iteration, "loss": 1.0})
+    sink.close()
+    assert len(said) == 2 and "metrics.jsonl: could not be written ([Errno 21] Is a directory" in said[0]
+    assert said[1].endswith("metrics.jsonl: 2 records were lost")
+    (tmp_path / "metrics.jsonl").rmdir()
+    sink = Steady(JsonLines(tmp_path / "metrics.jsonl"), said.append)
+    sink.write({"iteration": 3, "loss": 1.0})
+    sink.close()
+    assert len(said) == 2 and json.loads((tmp_path / "metrics.jsonl").read_text())["iteration"] == 3

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import logging
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from simpo_megatron.errors import ConfigError
-from simpo_megatron.logs import LOGGER, logged
+from simpo_megatron.logs import LOGGER, _Unbroken, logged
 
 PACKAGE = Path(__file__).parents[2] / "simpo_megatron"
 
@@ -75,3 +78,31 @@ print(len(names) > 50, changes, logging.getLogger("simpo_megatron").handlers)
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300)
     assert done.stdout.splitlines()[-1] == "True [] []", done.stderr
+
+
+def test_a_reader_that_goes_away_and_a_full_disk_stop_nobody_who_prints():
+    read, write = os.pipe()
+    os.close(read)
+    gone = _Unbroken(os.fdopen(write, "w", buffering=1))
+    print("a line", file=gone, flush=True)
+    print("and more", file=gone, flush=True)
+    gone.close()
+    full = io.TextIOWrapper(io.BufferedWriter(FullDisk()))
+    print("a line", file=_Unbroken(full), flush=True)
+    assert _Unbroken(full).encoding == full.encoding
+    FullDisk.has_room = True
+    print("another", file=_Unbroken(full), flush=True)
+    assert FullDisk.written == b"a line\nanother\n"
+
+
+class FullDisk(io.RawIOBase):
+    has_room, written = False, b""
+
+    def writable(self):
+        return True
+
+    def write(self, content):
+        if not self.has_room:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        FullDisk.written += bytes(content)
+        return len(content)
