@@ -25,6 +25,7 @@ COMMANDS = {
     "convert": "Hugging Face folder to Megatron checkpoint, and back",
     "verify": "compare two models tensor by tensor",
     "merge": "average models",
+    "families": "list the models that can be trained, and compare them with transformers",
     "report": "draw the curves of a run and write its page, or compare several",
     "fp8-check": "measure what FP8 does to log-probs and margins",
 }

@@ -1,26 +1,60 @@
-"""A short text by which models are told apart."""
+"""By what a model is known: a hash of every byte of its weights, computed once for a file as it is."""
 
 from __future__ import annotations
 
 import hashlib
+import json
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from simpo_megatron.atomic import write_text
 from simpo_megatron.checkpoint import manifest
 
+HASHES_FILE = "hashes.json"
+_VERSION = "sha256:"
 _SAMPLES_A_FILE, _SAMPLE_BYTES = 256, 1 << 16
+_NUM_THREADS = 8
 
 
-def model_fingerprint(folder: Path) -> str:
-    """Hex digits that differ when config.json or the weights in `folder` differ.
+def model_fingerprint(folder: Path, memory: Path) -> str:
+    """Text that differs when config.json, or a byte of the weights in `folder`, differs; the folder's name is no part.
 
-    Of a large file, 256 pieces spread over it are read: training moves every weight, and reading all of them takes
-    minutes.
+    Args:
+        memory: a JSON file that keeps the hash of each weight file beside size, inode and times of the file, all of
+            which any change of it changes one of; it is made where it is missing, and left out where it cannot be.
+    """
+    known = _read(memory)
+    files = _weight_files(folder)
+    # Before they are read: what changes a file meanwhile is found the next time.
+    states = [_state(path) for path in files]
+    with ThreadPoolExecutor(_NUM_THREADS) as threads:
+        read = threads.map(lambda path, state: known.get(state) or manifest.digest_file(path).sha256, files, states)
+    hashes = list(read)
+    found = dict(zip(states, hashes, strict=True))
+    if not found.items() <= known.items():
+        _write(memory, known | found)
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    for path, sha256 in zip(files, hashes, strict=True):
+        digest.update(f"{path.name} {sha256}".encode())
+    return _VERSION + digest.hexdigest()
+
+
+def is_of_this_form(fingerprint: str) -> bool:
+    """True of a fingerprint by `model_fingerprint`, False of one that an earlier version kept."""
+    return fingerprint.startswith(_VERSION)
+
+
+def sampled_fingerprint(folder: Path) -> str:
+    """Hex digits that training changes; of a large file, 256 pieces spread over it count, and an edit may be in none.
+
+    It takes a second where `model_fingerprint` takes minutes. Checkpoints of earlier versions have it.
     """
     digest = hashlib.sha256((folder / "config.json").read_bytes())
-    # The record of a checkpoint holds the hashes of its files.
-    for path in sorted([*folder.glob("*.safetensors"), *folder.glob(manifest.RECORD_FILE)]):
+    for path in _weight_files(folder):
         size = path.stat().st_size
         digest.update(f"{path.name} {size}".encode())
         with path.open("rb") as file:
@@ -31,3 +65,32 @@ def model_fingerprint(folder: Path) -> str:
                 file.seek(start)
                 digest.update(file.read(_SAMPLE_BYTES))
     return digest.hexdigest()
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    # The record of a checkpoint holds the hashes of its files.
+    return sorted([*folder.glob("*.safetensors"), *folder.glob(manifest.RECORD_FILE)])
+
+
+def _state(path: Path) -> str:
+    """The file and what of it changes with its content; `ctime` cannot be set back."""
+    found = path.stat()
+    return f"{path.resolve()} {found.st_size} {found.st_ino} {found.st_mtime_ns} {found.st_ctime_ns}"
+
+
+def _read(memory: Path) -> dict[str, str]:
+    try:
+        content: Any = json.loads(memory.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    is_whole = isinstance(content, dict) and all(isinstance(value, str) for value in content.values())
+    return content if is_whole else {}
+
+
+def _write(memory: Path, hashes: Mapping[str, str]) -> None:
+    try:
+        memory.parent.mkdir(parents=True, exist_ok=True)
+        write_text(memory, json.dumps(hashes, indent=1))
+    except OSError:
+        # It saves time, and no more.
+        return

@@ -28,6 +28,13 @@ LATEST_FILE = "latest_checkpointed_iteration.txt"
 """Where Megatron's own readers look for the newest iteration; here it is written and never followed."""
 RELEASE = "release"
 """Megatron's name for the folder, and the pointer, of weights that no run of its own has trained."""
+_LLAMA_3_1_ROPE = {
+    "rope_type": "llama3",
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
 BEST_METRIC = "eval/rewards/accuracies"
 
 _TABLES = ("model", "precision", "inputs", "training", "layout", "config", "versions", "metrics", "monitors")
@@ -67,8 +74,20 @@ class Checkpoint:
 
 def model_facts(description: ModelDescription) -> dict[str, Any]:
     """Facts of a model that a checkpoint keeps, as JSON values."""
-    shape = {**description.transformer, **description.gpt}
+    shape = {**description.transformer, **description.gpt, **_rope_facts(description.rope)}
     return as_json({"family": description.family, "vocab_size": description.vocab_size, **shape})
+
+
+def _rope_facts(rope: Mapping[str, Any]) -> dict[str, Any]:
+    """The rotary embedding as checkpoints of every version have it, and whole where that does not tell all."""
+    kind, factor = rope["rope_type"], rope.get("factor")
+    facts = {
+        "rope_scaling": kind == "llama3",
+        "rope_scaling_factor": factor if kind == "llama3" else 8.0,
+        "seq_len_interpolation_factor": factor if kind == "linear" else None,
+    }
+    is_of_llama_3_1 = {**rope, **_LLAMA_3_1_ROPE} == rope
+    return facts if kind in ("default", "linear") or is_of_llama_3_1 else {**facts, "rope_parameters": rope}
 
 
 def as_json(facts: Mapping[str, Any]) -> dict[str, Any]:

@@ -36,6 +36,7 @@ from simpo_megatron.checkpoint.tensor_index import read_index, refuse_other_name
 from simpo_megatron.checkpoint.torch_files import read_torch_file
 from simpo_megatron.errors import CheckpointError, listed
 from simpo_megatron.mcore import cpu_patches, device
+from simpo_megatron.mcore.experts import weights_of
 from simpo_megatron.mcore.fp8_weights import awaited_values, quantise_masters, whole_masters
 from simpo_megatron.mcore.lora import ADAPTER_SUFFIX
 from simpo_megatron.mcore.model import PreferenceGPTModel
@@ -160,15 +161,17 @@ def read_weights(model: list[PreferenceGPTModel], groups: ParallelGroups, folder
     for name, chunk in _named_chunks(model):
         adapters[name] = {key: value for key, value in chunk.state_dict().items() if ADAPTER_SUFFIX in key}
         state[name] = {key: value for key, value in state[name].items() if key not in adapters[name]}
+        weights = dict(weights_of(chunk))
         for key in state[name]:
             # Rows that pad the vocabulary are not stored for every number of ranks.
-            awaited.get(chunk.get_parameter(key), chunk.get_parameter(key).detach()).zero_()
+            awaited.get(weights[key], weights[key].detach()).zero_()
     loaded = _load(state, index, folder)
     for name, chunk in _named_chunks(model):
         _load_chunk(chunk, {**adapters[name], **loaded[name]}, folder)
+        weights = dict(weights_of(chunk))
         for key, values in loaded[name].items():
-            if chunk.get_parameter(key) in awaited:
-                awaited[chunk.get_parameter(key)].copy_(values)
+            if weights[key] in awaited:
+                awaited[weights[key]].copy_(values)
 
 
 def _load(state: dict[str, Any], index: Metadata, folder: Path) -> dict[str, Any]:
@@ -250,7 +253,7 @@ def _named_chunks(model: list[PreferenceGPTModel]) -> list[tuple[str, Preference
 
 def _load_chunk(chunk: PreferenceGPTModel, state: Mapping[str, Any], folder: Path) -> None:
     missing, unexpected = chunk.load_state_dict(state, strict=False)
-    frozen = {name for name, parameter in chunk.named_parameters() if not parameter.requires_grad}
+    frozen = {name for name, values in weights_of(chunk) if not values.requires_grad}
     problems = [name for name in missing if name not in frozen and not name.endswith("_extra_state")] + unexpected
     if problems:
         raise CheckpointError(

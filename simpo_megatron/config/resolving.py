@@ -137,6 +137,8 @@ def _check_model(config: Config, model: Mapping[str, Any]) -> None:
         tp,
         f"a divisor or a multiple of the model's {groups} key/value groups",
     )
+    rows = (heads + 2 * groups) * model.get("kv_channels", tp)
+    require(groups >= tp or rows % tp == 0, tp_key, tp, f"a divisor of the {rows} rows of query, key and value")
     require(experts > 0 or width % tp == 0, tp_key, tp, f"a divisor of the model's MLP width, {width}")
     require(layers % pp == 0, "pipeline_model_parallel_size", pp, f"a divisor of the model's {layers} layers")
     require(

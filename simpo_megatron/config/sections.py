@@ -42,8 +42,8 @@ class ModelConfig:
 
     model: str | None = option(
         None,
-        "Hugging Face folder, checkpoint, folder of a run, or demo. A Hugging Face folder has "
-        "config.json, *.safetensors, the tokenizer and its chat template; of a run's folder the newest "
+        "Hugging Face folder, OWNER/NAME[@REVISION] on its hub, checkpoint, folder of a run, or demo. A Hugging Face "
+        "folder has config.json, *.safetensors, the tokenizer and its chat template; of a run's folder the newest "
         "checkpoint is taken; demo is a tiny model made on the spot.",
         everyday=True,
         metavar="DIR",
@@ -60,8 +60,9 @@ class ModelConfig:
     attention_dropout: float = option(0.0, "Dropout on attention weights. Off for the same reason.")
     moe_aux_loss_coeff: float | None = option(
         None,
-        "Weight of the load-balancing loss of an MoE; router_aux_loss_coef of its config.json when not "
-        "given, 0 for none.",
+        "Weight of the load-balancing loss of each MoE layer, megatron-core's: over all layers it is several times as "
+        "strong as transformers' router_aux_loss_coef of the same number, and the run says how many. When not given, "
+        "what transformers' trainers do: that of config.json where it sets output_router_logits, else 0.",
     )
 
     def __post_init__(self) -> None:

@@ -25,12 +25,12 @@ from simpo_megatron.convert.mapping import (
     REPLICATED,
     Piece,
     Rule,
+    TensorRank,
     WeightLayout,
     hf_tensors,
-    in_every_layer,
-    layer_rules,
     layers_of,
     pieces_by_rule,
+    rules_of_layers,
     shapes_by_rule,
 )
 from simpo_megatron.mcore.families import ModelDescription
@@ -57,10 +57,11 @@ def export_adapter(
 
     Collectives and Raises: as `export_hf`.
     """
-    rules = {rule.parameter: rule for rule in _adapter_rules(description, settings)}
+    rules = {(rule.parameter, layer): rule for rule, layer in _adapter_rules(description, settings)}
+    tp = TensorRank(groups.tp.rank(), groups.tp.size())
     owned: dict[str, list[Piece]] = {}
     for chunk in model_chunks:
-        for piece in _pieces(chunk, rules, description, groups.tp.size()):
+        for piece in _pieces(chunk, rules, description, tp):
             owned.setdefault(piece.hf_name, []).append(piece)
     shapes = adapter_tensors(description, settings)
     specs = {name: TensorSpec(shape, dtype) for name, shape in shapes.items()}
@@ -76,7 +77,7 @@ def export_adapter(
 
 def adapter_tensors(description: ModelDescription, settings: LoRAConfig) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor that PEFT has for these adapters, in the order of the forward."""
-    return shapes_by_rule(in_every_layer(_adapter_rules(description, settings), description), description)
+    return shapes_by_rule(_adapter_rules(description, settings), description)
 
 
 def trained_share(description: ModelDescription, settings: LoRAConfig) -> str:
@@ -84,18 +85,17 @@ def trained_share(description: ModelDescription, settings: LoRAConfig) -> str:
     total = sum(map(math.prod, hf_tensors(description).values()))
     if settings.lora_rank is None:
         return f"all {total:,} parameters"
-    per_layer = sum(math.prod(rule.shape) for rule in _adapter_rules(description, settings))
-    trained = per_layer * description.transformer["num_layers"]
+    trained = sum(math.prod(rule.shape) for rule, _ in _adapter_rules(description, settings))
     total += trained
     what = f"adapters of rank {settings.lora_rank} on {', '.join(settings.lora_targets)}"
     return f"{trained:,} of {total:,} parameters ({trained / total:.2%}): {what}"
 
 
-def _adapter_rules(description: ModelDescription, settings: LoRAConfig) -> Iterator[Rule]:
-    """Rules of A and B of each target in a layer, from the rule of its weight."""
+def _adapter_rules(description: ModelDescription, settings: LoRAConfig) -> Iterator[tuple[Rule, int]]:
+    """(rule, layer counted from zero) of A and B of each target, from the rule of its weight."""
     rank = settings.lora_rank
     assert rank is not None, "a run without adapters has no rules for them"
-    for rule in layer_rules(description):
+    for rule, layer in rules_of_layers(description):
         layer_name = rule.parameter.removesuffix(".weight")
         if layer_name.rpartition(".")[2] not in settings.lora_targets:
             continue
@@ -105,10 +105,10 @@ def _adapter_rules(description: ModelDescription, settings: LoRAConfig) -> Itera
         names_of_A = tuple(dict.fromkeys(f"{module}.lora_A.weight" for module in modules))
         is_cut = rule.layout is COLUMNS
         copies = WeightLayout(1 if is_cut else None, partial(_copies, len(names_of_A)))
-        yield Rule(f"{layer_name}{ADAPTER_SUFFIX}.lora_A", names_of_A, copies, (rank, num_inputs))
+        yield Rule(f"{layer_name}{ADAPTER_SUFFIX}.lora_A", names_of_A, copies, (rank, num_inputs)), layer
         names_of_B = tuple(f"{module}.lora_B.weight" for module in modules)
         rows = REPLICATED if is_cut else rule.layout
-        yield Rule(f"{layer_name}{ADAPTER_SUFFIX}.lora_B", names_of_B, rows, (num_outputs, rank))
+        yield Rule(f"{layer_name}{ADAPTER_SUFFIX}.lora_B", names_of_B, rows, (num_outputs, rank)), layer
 
 
 def _copies(number: int, parameter: Tensor, description: ModelDescription) -> tuple[Tensor, ...]:
@@ -116,12 +116,13 @@ def _copies(number: int, parameter: Tensor, description: ModelDescription) -> tu
 
 
 def _pieces(
-    chunk: torch.nn.Module, rules: Mapping[str, Rule], description: ModelDescription, tp_size: int
+    chunk: torch.nn.Module, rules: Mapping[tuple[str, int], Rule], description: ModelDescription, tp: TensorRank
 ) -> Iterator[Piece]:
-    for layer in layers_of(chunk):
-        for name, parameter in layer.named_parameters():
-            if name in rules:
-                yield from pieces_by_rule(parameter.detach(), rules[name], layer.layer_number - 1, description, tp_size)
+    for module in layers_of(chunk):
+        layer = module.layer_number - 1
+        for name, parameter in module.named_parameters():
+            if (name, layer) in rules:
+                yield from pieces_by_rule(parameter.detach(), rules[name, layer], layer, description, tp)
 
 
 def _join(staging: Path, files: Files) -> None:

@@ -22,7 +22,14 @@ from simpo_megatron.convert.folder import (
     new_output,
     refuse_existing_export,
 )
-from simpo_megatron.convert.mapping import Piece, hf_tensors, pieces, stage_tensors
+from simpo_megatron.convert.mapping import (
+    Piece,
+    TensorRank,
+    dtype_in_folder,
+    hf_tensors,
+    pieces,
+    stage_tensors,
+)
 from simpo_megatron.errors import CheckpointError, NumericsError, SimPOError
 from simpo_megatron.mcore.families import ModelDescription
 from simpo_megatron.parallel import ParallelGroups
@@ -75,10 +82,14 @@ def export_hf(
         NumericsError: on every rank that takes part, when a weight is not finite.
     """
     owned: dict[str, list[Piece]] = {}
+    tp = TensorRank(groups.tp.rank(), groups.tp.size())
     for chunk in model_chunks:
-        for name, found in _pieces_by_name(chunk, description, groups.tp.size(), in_place_of).items():
+        for name, found in _pieces_by_name(chunk, description, tp, in_place_of).items():
             owned.setdefault(name, found)
-    specs = {name: TensorSpec(shape, dtype) for name, shape in hf_tensors(description).items()}
+    specs = {
+        name: TensorSpec(shape, dtype_in_folder(name, description, dtype))
+        for name, shape in hf_tensors(description).items()
+    }
     stage_names = set().union(*(_stage_names(chunk, description) for chunk in model_chunks))
 
     def complete(staging: Path, files: Files) -> None:
@@ -156,11 +167,11 @@ _FAILED = "export: failed, nothing was written"
 
 
 def _pieces_by_name(
-    chunk: torch.nn.Module, description: ModelDescription, tp_size: int, in_place_of: Mapping[Tensor, Tensor] | None
+    chunk: torch.nn.Module, description: ModelDescription, tp: TensorRank, in_place_of: Mapping[Tensor, Tensor] | None
 ) -> dict[str, list[Piece]]:
     """The pieces that `chunk` adds to an export from this rank; a tied head adds none."""
     by_name: dict[str, list[Piece]] = {}
-    for piece in pieces(chunk, description, tp_size=tp_size, in_place_of=in_place_of):
+    for piece in pieces(chunk, description, tp=tp, in_place_of=in_place_of):
         by_name.setdefault(piece.hf_name, []).append(piece)
     if not _has_embedding(chunk, description):
         by_name.pop(_EMBEDDING, None)
@@ -236,7 +247,9 @@ def gather_tensor(
         if piece.added is not None:
             part = part.float() + piece.added()
         part = part.to(dtype).contiguous()
-        if piece.layout.cut is not None and tp_group.size() > 1:
+        if piece.rows_of_ranks:
+            part = _gather_uneven(part, [num_rows for _, num_rows in piece.rows_of_ranks], tp_group)
+        elif piece.layout.cut is not None and tp_group.size() > 1:
             slices = [torch.empty_like(part) for _ in range(tp_group.size())] if is_first else []
             dist.gather(part, slices or None, dst=dist.get_global_rank(tp_group, 0), group=tp_group)
             if is_first:
@@ -247,6 +260,21 @@ def gather_tensor(
     if not is_first:
         return None
     return (torch.cat(parts) if len(parts) > 1 else parts[0]).cpu()
+
+
+def _gather_uneven(part: Tensor, num_rows: list[int], tp_group: dist.ProcessGroup) -> Tensor:
+    """On the group's first rank the rows of all ranks, rank by rank, on the CPU; on the others what they had.
+
+    Collectives: one gather over tp of as many rows from each rank as the one with the most has.
+    """
+    padded = part.new_zeros(max(num_rows), *part.shape[1:])
+    padded[: len(part)] = part
+    is_first = tp_group.rank() == 0
+    slices = [torch.empty_like(padded) for _ in num_rows] if is_first else None
+    dist.gather(padded, slices, dst=dist.get_global_rank(tp_group, 0), group=tp_group)
+    if slices is None:
+        return part
+    return torch.cat([rows[:number].cpu() for rows, number in zip(slices, num_rows, strict=True)])
 
 
 def _write_or_drain(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 
 from simpo_megatron.convert.files import DTYPE_NAMES, StoredTensor, open_safetensors, require_finite, stored_tensors
-from simpo_megatron.convert.mapping import Piece, hf_tensors, pieces
+from simpo_megatron.convert.mapping import Piece, TensorRank, hf_tensors, pieces
 from simpo_megatron.errors import CheckpointError, listed
 from simpo_megatron.mcore.families import ModelDescription
 from simpo_megatron.mcore.fp8_weights import awaited_values
@@ -42,7 +43,7 @@ def load_hf_weights(
     awaited = awaited_values(model_chunks)
     wanted: dict[Path, list[Piece]] = {}
     for chunk in model_chunks:
-        for piece in pieces(chunk, description, tp_size=tp_size, in_place_of=awaited):
+        for piece in pieces(chunk, description, tp=TensorRank(tp_rank, tp_size), in_place_of=awaited):
             wanted.setdefault(stored[piece.hf_name].file, []).append(piece)
     for path, pieces_of_file in wanted.items():
         for batch in _batches(pieces_of_file, tp_size):
@@ -88,7 +89,9 @@ def fill(piece: Piece, stored: Any, tp_rank: int, description: ModelDescription)
         width = piece.hf_shape[1]
         piece.view.copy_(stored[:, tp_rank * width : (tp_rank + 1) * width].view(piece.view.shape))
         return
-    if piece.layout.cut == 0:
+    if piece.rows_of_ranks:
+        start, length = piece.rows_of_ranks[tp_rank]
+    elif piece.layout.cut == 0:
         start += tp_rank * length
     if piece.layout.is_vocabulary:
         num_rows = min(max(description.vocab_size - start, 0), length)
@@ -116,7 +119,11 @@ def _refuse_unexpected(stored: dict[str, StoredTensor], description: ModelDescri
 
 
 def _may_be_ignored(name: str, description: ModelDescription) -> bool:
-    """True for what adds nothing: rotary frequencies of old files, a head that is the embedding again."""
+    """True for what adds nothing: rotary frequencies of old files, a head that is the embedding again, and layers past
+    the last one, which predict further tokens and which transformers leaves out as well."""
+    past_the_last = re.match(r"model\.layers\.(\d+)\.", name)
+    if past_the_last and int(past_the_last[1]) >= description.transformer["num_layers"]:
+        return bool(description.hf_config.get("num_nextn_predict_layers"))
     if name == "lm_head.weight":
         return description.gpt["share_embeddings_and_output_weights"]
     return name.endswith(".rotary_emb.inv_freq")

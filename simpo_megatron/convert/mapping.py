@@ -15,13 +15,25 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, cast
+from itertools import accumulate
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
+from simpo_megatron.mcore.experts import ROUTER_BIAS, weights_of
 from simpo_megatron.mcore.families import ModelDescription
 from simpo_megatron.mcore.lora import ADAPTER_SUFFIX, Adapter
+
+
+class TensorRank(NamedTuple):
+    """One of the tensor-parallel ranks, and how many they are."""
+
+    rank: int
+    size: int
+
+
+ALONE = TensorRank(0, 1)
 
 
 @dataclass(frozen=True)
@@ -55,19 +67,45 @@ def _query_key_value_of_each_group(parameter: Tensor, description: ModelDescript
     return grouped.split((num_queries, 1, 1), dim=1)
 
 
+class Run(NamedTuple):
+    """Consecutive rows of a parameter that are consecutive rows of a Hugging Face tensor; maybe none."""
+
+    start: int
+    """First row of the parameter."""
+    first_row: int
+    """First row of the tensor."""
+    num_rows: int
+
+
+def query_key_value_runs(description: ModelDescription, tp: TensorRank) -> tuple[Run, Run, Run]:
+    """The rows of query, key and value that a rank holds, where ranks are more than key/value groups.
+
+    megatron cuts the rows of linear_qkv evenly, in the midst of a group, and gathers a group's activations from the
+    ranks that share it. A rank's rows are of one group, and in it of query, key, value, or two or three of them.
+    """
+    arguments = description.transformer
+    num_groups, head_dim = arguments["num_query_groups"], arguments["kv_channels"]
+    query_rows = arguments["num_attention_heads"] // num_groups * head_dim
+    rows_of_group = query_rows + 2 * head_dim
+    rows_of_rank = num_groups * rows_of_group // tp.size
+    group, first = divmod(tp.rank * rows_of_rank, rows_of_group)
+    runs, before = [], 0
+    for num_rows in (query_rows, head_dim, head_dim):
+        start, stop = max(first, before), min(first + rows_of_rank, before + num_rows)
+        is_here = start < stop
+        runs.append(Run(start - first, group * num_rows + start - before, stop - start) if is_here else Run(0, 0, 0))
+        before += num_rows
+    return runs[0], runs[1], runs[2]
+
+
 VOCABULARY = WeightLayout(0, _whole, is_vocabulary=True)
+ROWS = WeightLayout(0, _whole)
 REPLICATED = WeightLayout(None, _whole)
 COLUMNS = WeightLayout(1, _whole)
 GATE_UP = WeightLayout(0, _halves)
 QKV = WeightLayout(0, _query_key_value_of_each_group)
 EXPERT = WeightLayout(None, _whole, is_expert=True)
 EXPERT_GATE_UP = WeightLayout(None, _halves, is_expert=True)
-
-_EXPERT_NAMES = {
-    "mixtral": ("block_sparse_moe.gate", "block_sparse_moe.experts.{}.", ("w1", "w3", "w2")),
-    "qwen3_moe": ("mlp.gate", "mlp.experts.{}.", ("gate_proj", "up_proj", "down_proj")),
-}
-"""Names in each MoE family: the router, an expert, and in it gate, up and down."""
 
 
 @dataclass(frozen=True)
@@ -98,8 +136,14 @@ class Piece:
     first_row: int
     """Where the whole view's rows start in the tensor; above zero in fused tensors only."""
     layout: WeightLayout
+    rows_of_ranks: tuple[tuple[int, int], ...] = ()
+    """(first row, number of rows) in the tensor of each tensor-parallel rank, where ranks hold different numbers."""
     added: Callable[[], Tensor] | None = None
     """fp32, of `hf_shape`: what an adapter adds to these elements; None without adapter."""
+
+
+_Row = tuple[str, tuple[str, ...], WeightLayout, tuple[int, ...], str | None]
+"""A Rule of a layer without what all names have in common."""
 
 
 def _model_rules(description: ModelDescription) -> tuple[Rule, ...]:
@@ -114,19 +158,15 @@ def _model_rules(description: ModelDescription) -> tuple[Rule, ...]:
     )
 
 
-def layer_rules(description: ModelDescription) -> tuple[Rule, ...]:
-    """The lines of the table that every transformer layer has."""
+def layer_rules(description: ModelDescription, layer: int) -> tuple[Rule, ...]:
+    """The lines of the table that the transformer layer number `layer`, counted from zero, has."""
     arguments = description.transformer
-    hidden, ffn, head_dim = (arguments[key] for key in ("hidden_size", "ffn_hidden_size", "kv_channels"))
+    hidden, head_dim = arguments["hidden_size"], arguments["kv_channels"]
     num_heads, num_groups = arguments["num_attention_heads"], arguments["num_query_groups"]
     qkv_rows, query_rows = (num_heads + 2 * num_groups) * head_dim, num_heads * head_dim
-    norm, has_post_norms = (hidden,), arguments.get("post_layernorms", False)
-    if description.family == "phi3":
-        qkv, gate_up = ("self_attn.qkv_proj",) * 3, ("mlp.gate_up_proj",) * 2
-    else:
-        qkv = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-        gate_up = ("mlp.gate_proj", "mlp.up_proj")
-    table = [
+    norm, has_post_norms, names = (hidden,), arguments.get("post_layernorms", False), description.names
+    qkv = names.query_key_value
+    table: list[_Row] = [
         (
             "input_layernorm.weight",
             ("input_layernorm",),
@@ -135,50 +175,29 @@ def layer_rules(description: ModelDescription) -> tuple[Rule, ...]:
             "self_attention.linear_qkv.layer_norm_weight",
         ),
         ("self_attention.linear_qkv.weight", qkv, QKV, (qkv_rows, hidden), None),
-        ("self_attention.linear_proj.weight", ("self_attn.o_proj",), COLUMNS, (hidden, query_rows), None),
-        (
-            "pre_mlp_layernorm.weight",
-            ("pre_feedforward_layernorm" if has_post_norms else "post_attention_layernorm",),
-            REPLICATED,
-            norm,
-            "mlp.linear_fc1.layer_norm_weight",
-        ),
+        ("self_attention.linear_proj.weight", (names.attention_output,), COLUMNS, (hidden, query_rows), None),
+        ("pre_mlp_layernorm.weight", (names.pre_mlp_norm,), REPLICATED, norm, "mlp.linear_fc1.layer_norm_weight"),
     ]
-    if "num_moe_experts" in arguments:
-        router, expert, (gate, up, down) = _EXPERT_NAMES[description.family]
-        width = arguments["moe_ffn_hidden_size"]
-        table += [
-            ("mlp.router.weight", (router,), REPLICATED, (arguments["num_moe_experts"], hidden), None),
-            ("mlp.experts.linear_fc1.weight", (expert + gate, expert + up), EXPERT_GATE_UP, (2 * width, hidden), None),
-            ("mlp.experts.linear_fc2.weight", (expert + down,), EXPERT, (hidden, width), None),
-        ]
-    else:
-        table += [
-            ("mlp.linear_fc1.weight", gate_up, GATE_UP, (2 * ffn, hidden), None),
-            ("mlp.linear_fc2.weight", ("mlp.down_proj",), COLUMNS, (hidden, ffn), None),
-        ]
     if arguments["add_bias_linear"] or arguments["add_qkv_bias"]:
         table.append(("self_attention.linear_qkv.bias", qkv, QKV, (qkv_rows,), None))
-    if arguments["add_bias_linear"]:
-        table += [
-            ("self_attention.linear_proj.bias", ("self_attn.o_proj",), REPLICATED, (hidden,), None),
-            ("mlp.linear_fc1.bias", gate_up, GATE_UP, (2 * ffn,), None),
-            ("mlp.linear_fc2.bias", ("mlp.down_proj",), REPLICATED, (hidden,), None),
-        ]
+    if arguments["add_bias_linear"] or arguments.get("attention_output_bias"):
+        table.append(("self_attention.linear_proj.bias", (names.attention_output,), REPLICATED, norm, None))
     if arguments["qk_layernorm"]:
         table += [
             ("self_attention.q_layernorm.weight", ("self_attn.q_norm",), REPLICATED, (head_dim,), None),
             ("self_attention.k_layernorm.weight", ("self_attn.k_norm",), REPLICATED, (head_dim,), None),
         ]
+    table += _expert_rows(description) if description.is_moe_layer(layer) else _mlp_rows(description)
     if has_post_norms:
+        after_attention, after_mlp = (names.post_attention_norm,), (names.post_mlp_norm,)
         table += [
-            ("self_attention.linear_proj.post_layernorm.weight", ("post_attention_layernorm",), REPLICATED, norm, None),
-            ("mlp.linear_fc2.post_layernorm.weight", ("post_feedforward_layernorm",), REPLICATED, norm, None),
+            ("self_attention.linear_proj.post_layernorm.weight", after_attention, REPLICATED, norm, None),
+            ("mlp.linear_fc2.post_layernorm.weight", after_mlp, REPLICATED, norm, None),
         ]
     return tuple(
         Rule(
             parameter,
-            tuple(f"model.layers.{{}}.{name}.{parameter.rpartition('.')[2]}" for name in names),
+            tuple(f"model.layers.{{}}.{name}{_suffix_in_hf(parameter)}" for name in names),
             layout,
             shape,
             te_name,
@@ -187,17 +206,72 @@ def layer_rules(description: ModelDescription) -> tuple[Rule, ...]:
     )
 
 
+def _suffix_in_hf(parameter: str) -> str:
+    """The end of a parameter's name that Hugging Face's has too; none where megatron's is a name of its own."""
+    last = parameter.rpartition(".")[2]
+    return f".{last}" if last in ("weight", "bias") else ""
+
+
+def _mlp_rows(description: ModelDescription) -> list[_Row]:
+    """The rows of a dense MLP."""
+    arguments, names = description.transformer, description.names
+    hidden, ffn = arguments["hidden_size"], arguments["ffn_hidden_size"]
+    gate_up, down = names.gate_up, (names.down,)
+    layout, rows = (GATE_UP, 2 * ffn) if arguments["gated_linear_unit"] else (ROWS, ffn)
+    table: list[_Row] = [
+        ("mlp.linear_fc1.weight", gate_up, layout, (rows, hidden), None),
+        ("mlp.linear_fc2.weight", down, COLUMNS, (hidden, ffn), None),
+    ]
+    if arguments["add_bias_linear"]:
+        table += [
+            ("mlp.linear_fc1.bias", gate_up, layout, (rows,), None),
+            ("mlp.linear_fc2.bias", down, REPLICATED, (hidden,), None),
+        ]
+    return table
+
+
+def _expert_rows(description: ModelDescription) -> list[_Row]:
+    """The rows of an MoE in the place of the MLP."""
+    arguments, names = description.transformer, description.names
+    hidden, width = arguments["hidden_size"], arguments["moe_ffn_hidden_size"]
+    gate, up, down = (names.expert + matrix for matrix in names.expert_matrices)
+    table: list[_Row] = [
+        ("mlp.router.weight", (names.router,), REPLICATED, (arguments["num_moe_experts"], hidden), None),
+        ("mlp.experts.linear_fc1.weight", (gate, up), EXPERT_GATE_UP, (2 * width, hidden), None),
+        ("mlp.experts.linear_fc2.weight", (down,), EXPERT, (hidden, width), None),
+    ]
+    if arguments.get("moe_router_enable_expert_bias"):
+        table.append((ROUTER_BIAS, (names.router_bias,), REPLICATED, (arguments["num_moe_experts"],), None))
+    shared_width = arguments.get("moe_shared_expert_intermediate_size")
+    if shared_width is not None:
+        gate, up, down = (names.shared_expert + matrix for matrix in names.expert_matrices)
+        table += [
+            ("mlp.shared_experts.linear_fc1.weight", (gate, up), GATE_UP, (2 * shared_width, hidden), None),
+            ("mlp.shared_experts.linear_fc2.weight", (down,), COLUMNS, (hidden, shared_width), None),
+        ]
+    if arguments.get("moe_shared_expert_gate"):
+        table.append(("mlp.shared_experts.gate_weight", (names.shared_expert_gate,), REPLICATED, (1, hidden), None))
+    return table
+
+
 def hf_tensors(description: ModelDescription) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor in this model's Hugging Face folder, in the order of the forward."""
     first, *last = _model_rules(description)
-    layers = in_every_layer(layer_rules(description), description)
-    return shapes_by_rule([(first, None), *layers, *((rule, None) for rule in last)], description)
+    return shapes_by_rule([(first, None), *rules_of_layers(description), *((rule, None) for rule in last)], description)
 
 
-def in_every_layer(rules: Iterable[Rule], description: ModelDescription) -> list[tuple[Rule, int]]:
+def dtype_in_folder(name: str, description: ModelDescription, asked: torch.dtype) -> torch.dtype:
+    """The dtype of the tensor `name` in a folder whose weights are of dtype `asked`: a router's bias stays in fp32."""
+    return torch.float32 if name.endswith(description.names.router_bias) else asked
+
+
+def rules_of_layers(description: ModelDescription) -> list[tuple[Rule, int]]:
     """(rule, layer counted from zero) for all layers of the model."""
-    rules = tuple(rules)
-    return [(rule, layer) for layer in range(description.transformer["num_layers"]) for rule in rules]
+    return [
+        (rule, layer)
+        for layer in range(description.transformer["num_layers"])
+        for rule in layer_rules(description, layer)
+    ]
 
 
 def shapes_by_rule(
@@ -222,7 +296,7 @@ def pieces(
     chunk: torch.nn.Module,
     description: ModelDescription,
     *,
-    tp_size: int,
+    tp: TensorRank,
     in_place_of: Mapping[Tensor, Tensor] | None = None,
 ) -> list[Piece]:
     """Every parameter of this rank's GPTModel `chunk`, as the parts of the Hugging Face tensors it holds.
@@ -233,28 +307,28 @@ def pieces(
     """
     adapters = {name: module for name, module in chunk.named_modules() if isinstance(module, Adapter)}
     found = []
-    for name, parameter in chunk.named_parameters():
+    for name, parameter in weights_of(chunk):
         if name.rpartition(".")[0] in adapters:
             continue
         values = (in_place_of or {}).get(parameter, parameter.detach())
-        own = pieces_of(chunk, name, values, description, tp_size=tp_size)
+        own = pieces_of(chunk, name, values, description, tp=tp)
         adapter = adapters.get(name.removesuffix(".weight") + ADAPTER_SUFFIX)
-        found += own if adapter is None else _with_adapter(own, adapter, description)
+        found += own if adapter is None else _with_adapter(own, adapter, description, tp)
     return found
 
 
 def pieces_of(
-    chunk: torch.nn.Module, name: str, values: Tensor, description: ModelDescription, *, tp_size: int
+    chunk: torch.nn.Module, name: str, values: Tensor, description: ModelDescription, *, tp: TensorRank
 ) -> list[Piece]:
     """The same of one parameter of `chunk`, whose `values` need not be those that the chunk holds."""
     rule, (layer, expert) = _place_of(chunk, name, description)
-    return pieces_by_rule(values, rule, layer, description, tp_size, expert)
+    return pieces_by_rule(values, rule, layer, description, tp, expert)
 
 
 def stage_tensors(chunk: torch.nn.Module, description: ModelDescription) -> set[str]:
     """Names of the Hugging Face tensors that the ranks of this `chunk`'s stage hold together."""
     found = set()
-    for name, _ in chunk.named_parameters():
+    for name, _ in weights_of(chunk):
         if ADAPTER_SUFFIX + "." not in name:
             rule, (layer, _) = _place_of(chunk, name, description)
             found |= {hf.format(layer, expert) for expert in _experts_of(rule, description) for hf in rule.hf_names}
@@ -278,17 +352,20 @@ def _place_of(
         if in_expert:
             expert = module.mlp.local_expert_indices[int(in_expert[1] or in_expert[3])]
             rest = f"mlp.experts.{in_expert[2]}"
-        place: tuple[int | None, int | None] = (module.layer_number - 1, expert)
-        rule = _by_parameter(layer_rules(description)).get(rest)
+        layer = module.layer_number - 1
+        place: tuple[int | None, int | None] = (layer, expert)
+        rule = _by_parameter(layer_rules(description, layer)).get(rest)
     else:
         place, rule = (None, None), _by_parameter(_model_rules(description)).get(name)
     assert rule is not None, f"no rule for megatron's parameter {name} of family {description.family}"
     return rule, place
 
 
-def _with_adapter(pieces_of_weight: list[Piece], adapter: Adapter, description: ModelDescription) -> list[Piece]:
+def _with_adapter(
+    pieces_of_weight: list[Piece], adapter: Adapter, description: ModelDescription, tp: TensorRank
+) -> list[Piece]:
     """The pieces, each with what its rows of B, laid out as the weight's, add to it."""
-    rows_of_B = pieces_of_weight[0].layout.views(adapter.lora_B.detach(), description)
+    rows_of_B = _views(adapter.lora_B.detach(), pieces_of_weight[0].layout, description, tp)
     return [
         replace(piece, added=partial(adapter.added_weight, rows))
         for piece, rows in zip(pieces_of_weight, rows_of_B, strict=True)
@@ -300,17 +377,42 @@ def pieces_by_rule(
     rule: Rule,
     layer: int | None,
     description: ModelDescription,
-    tp_size: int,
+    tp: TensorRank,
     expert: int | None = None,
 ) -> list[Piece]:
     """This rank's `parameter` of `rule` as parts of Hugging Face tensors."""
-    views = rule.layout.views(parameter, description)
+    views = _views(parameter, rule.layout, description, tp)
+    named = _named_shapes(rule, (layer, expert), views, parameter)
+    if _splits_groups(rule.layout, description, tp):
+        of_ranks = [query_key_value_runs(description, TensorRank(rank, tp.size)) for rank in range(tp.size)]
+        num_rows = [sum(runs[part].num_rows for runs in of_ranks) for part in range(3)]
+        starts = accumulate(num_rows[:-1], initial=0) if _is_fused(rule) else (0, 0, 0)
+        rows = [
+            tuple((start + runs[part].first_row, runs[part].num_rows) for runs in of_ranks)
+            for part, start in enumerate(starts)
+        ]
+        return [
+            Piece(name, view, shape, 0, rule.layout, rows_of_ranks)
+            for view, (name, shape), rows_of_ranks in zip(views, named, rows, strict=True)
+        ]
     found, first_row = [], 0
-    for view, (name, shape) in zip(views, _named_shapes(rule, (layer, expert), views, parameter), strict=True):
+    for view, (name, shape) in zip(views, named, strict=True):
         found.append(Piece(name, view, shape, first_row, rule.layout))
         if _is_fused(rule):
-            first_row += shape[0] * tp_size
+            first_row += shape[0] * tp.size
     return found
+
+
+def _splits_groups(layout: WeightLayout, description: ModelDescription, tp: TensorRank) -> bool:
+    return layout is QKV and tp.size > description.transformer["num_query_groups"]
+
+
+def _views(
+    parameter: Tensor, layout: WeightLayout, description: ModelDescription, tp: TensorRank
+) -> tuple[Tensor, ...]:
+    if not _splits_groups(layout, description, tp):
+        return layout.views(parameter, description)
+    return tuple(parameter.narrow(0, run.start, run.num_rows) for run in query_key_value_runs(description, tp))
 
 
 def _named_shapes(

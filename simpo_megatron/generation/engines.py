@@ -79,7 +79,7 @@ class TransformersEngine(Engine):
         from transformers import AutoModelForCausalLM, GenerationConfig
         from transformers.utils import logging
 
-        from simpo_megatron.checkpoint.fingerprint import model_fingerprint
+        from simpo_megatron.checkpoint.fingerprint import sampled_fingerprint
         from simpo_megatron.mcore import device
 
         logging.disable_progress_bar()
@@ -88,7 +88,7 @@ class TransformersEngine(Engine):
         if template is None:
             raise ConfigError(f"model: found no chat template in {folder}, expected one that renders prompts")
         self._template = template
-        self._fingerprint = model_fingerprint(folder)
+        self._fingerprint = sampled_fingerprint(folder)
         self._model = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, trust_remote_code=False, local_files_only=True
         ).eval()

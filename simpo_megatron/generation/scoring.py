@@ -44,7 +44,7 @@ class RewardModel(Scorer):
         from transformers import AutoModelForSequenceClassification
         from transformers.utils import logging
 
-        from simpo_megatron.checkpoint.fingerprint import model_fingerprint
+        from simpo_megatron.checkpoint.fingerprint import sampled_fingerprint
         from simpo_megatron.mcore import device
 
         logging.disable_progress_bar()
@@ -52,7 +52,7 @@ class RewardModel(Scorer):
         template = chat_template_of(self._tokenizer, PairOptions())
         if template is None:
             raise ConfigError(f"reward_model: found no chat template in {folder}, expected one that renders answers")
-        self._template, self._fingerprint = template, model_fingerprint(folder)
+        self._template, self._fingerprint = template, sampled_fingerprint(folder)
         self._model = AutoModelForSequenceClassification.from_pretrained(
             folder, trust_remote_code=False, local_files_only=True
         ).eval()

@@ -88,7 +88,8 @@ def fused_linear_log_probs(
     exchanges the selected rows, and the backward's collective returns to each rank the gradient of its own.
 
     Raises:
-        ConfigError: shapes or dtypes that do not fit together, or a cap that is no number above 0.
+        ConfigError: shapes or dtypes that do not fit together, a cap that is no number above 0, or a tensor of
+            which other ranks hold parts (a DTensor, a weight that FSDP has divided).
         DataError: a target outside the vocabulary, or rows unsorted or outside the sequence (on every rank).
     """
     _check_tensors(hidden_SBH, weight_vH, vocab, tp_group)
@@ -149,6 +150,14 @@ def _logit_dtype(asked: torch.dtype | None, dtype: torch.dtype) -> torch.dtype:
 
 
 def _check_tensors(hidden_SBH: Tensor, weight_vH: Tensor, vocab: VocabShard, tp_group: ProcessGroup | None) -> None:
+    for name, tensor in (("hidden_SBH", hidden_SBH), ("weight_vH", weight_vH)):
+        # Known by its name: the module of its class takes long to import, and is there where such a tensor is.
+        if type(tensor).__name__ == "DTensor" or (name == "weight_vH" and tensor.dim() == 1):
+            raise ConfigError(
+                f"{name}: found a part of what other ranks share ({type(tensor).__name__} {tuple(tensor.shape)}), "
+                "expected a whole tensor of this rank; under FSDP compute the loss inside the forward of the module "
+                "that holds the output layer, where its weight is gathered"
+            )
     if hidden_SBH.dim() != 3 or weight_vH.dim() != 2 or hidden_SBH.shape[2] != weight_vH.shape[1]:
         raise ConfigError(
             f"hidden_SBH, weight_vH: found shapes {tuple(hidden_SBH.shape)} and {tuple(weight_vH.shape)}, "

@@ -8,6 +8,7 @@ from __future__ import annotations
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from simpo_megatron.errors import ConfigError, DataError
 from simpo_megatron.loss.fused_linear import fused_linear_log_probs
 from simpo_megatron.loss.objective import PreferenceResult, preference_loss
 from simpo_megatron.loss.reduce import average_log_probs
@@ -41,9 +42,10 @@ def fused_linear_simpo(
     Collectives: those of `fused_linear_log_probs`.
 
     Raises:
-        ConfigError: shapes or dtypes that do not fit together.
-        DataError: a label outside the vocabulary.
+        ConfigError: shapes or dtypes that do not fit together, or a tensor that other ranks hold parts of.
+        DataError: a label outside the vocabulary, or a row without any.
     """
+    _check_labels(labels_RS, hidden_RSH, ignore_index)
     tokens = ResponseTokens.from_labels(labels_RS, ignore_index)
     vocab = vocab or VocabShard(start=0, size=weight_vH.shape[0])
     logp_N = fused_linear_log_probs(
@@ -51,3 +53,21 @@ def fused_linear_simpo(
     )
     avg_R, counts_R = average_log_probs(logp_N, tokens.sequence_N, 2 * tokens.num_pairs)
     return preference_loss(avg_R, counts_R, objective=objective or SimPOObjective())
+
+
+def _check_labels(labels_RS: Tensor, hidden_RSH: Tensor, ignore_index: int) -> None:
+    """Raises ConfigError unless there is one label for each position, DataError unless every row has a response."""
+    if labels_RS.shape != hidden_RSH.shape[:2]:
+        shape, expected = tuple(labels_RS.shape), tuple(hidden_RSH.shape[:2])
+        what_to_do = "give one label for each position, the token that is predicted there"
+        if shape == expected[::-1]:
+            what_to_do = "transpose the hidden states to [rows, sequence, hidden]"
+        elif shape == (expected[0], expected[1] - 1):
+            what_to_do = "labels[:, 1:] belong to hidden[:, :-1], so cut off the last position"
+        raise ConfigError(f"labels_RS: found shape {shape}, expected {expected} as of hidden_RSH; {what_to_do}")
+    empty_rows = (labels_RS == ignore_index).all(1).nonzero().flatten().tolist()
+    if empty_rows:
+        raise DataError(
+            f"labels_RS: found no response token in row {empty_rows[0]}, expected one at least; leave that pair out, "
+            "or cut its prompt shorter"
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from megatron.core.transformer import TransformerConfig
@@ -20,8 +21,22 @@ class ArchitectureConfig(TransformerConfig):
     embedding_multiplier: float = 1.0
     """Factor of the embedding's output, rounded to its dtype first."""
 
+    logits_scaling: float = 1.0
+    """Divisor of the output layer's logits."""
+
     post_layernorms: bool = False
     """Norms on what attention and MLP add to the residual, beside those on what they take from it."""
+
+    residual_multiplier: float = 1.0
+    """Factor of what attention and MLP add to the residual."""
+
+    attention_output_bias: bool = False
+    """A bias of attention's output matrix where add_bias_linear, which is for all matrices, is off."""
+
+    yarn_rotary_scaling_factor: float = math.e
+    yarn_mscale: float = 0.0
+    yarn_mscale_all_dim: float = 0.0
+    """What megatron's attention makes its factor of sine and cosine of, here 1; see `rotary.concentration`."""
 
     moe_aux_loss_scale: float = 1.0
     """Factor of a microbatch's load-balancing loss; set anew for every step."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -12,9 +12,51 @@ from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 
 from simpo_megatron.mcore.architecture import ArchitectureConfig
+from simpo_megatron.mcore.families import ModelDescription
 
 LOAD_BALANCING_LOSS = "load_balancing_loss"
 """The metric's name, which is megatron's."""
+
+
+ROUTER_BIAS = "mlp.router.expert_bias"
+"""The end of the name of a router's bias."""
+
+
+def weights_of(chunk: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """(name, values) of everything in `chunk` that a Hugging Face folder holds: parameters, and biases of routers.
+
+    A router's bias, by which the experts of a token are chosen and not weighed, is a buffer that nothing trains.
+    """
+    yield from chunk.named_parameters()
+    yield from ((name, buffer) for name, buffer in chunk.named_buffers() if name.endswith(ROUTER_BIAS))
+
+
+def num_moe_layers(description: ModelDescription) -> int:
+    """The number of layers that have experts."""
+    return sum(map(description.is_moe_layer, range(description.transformer["num_layers"])))
+
+
+def times_transformers(description: ModelDescription) -> float:
+    """The load-balancing loss here, over that of transformers with the same coefficient.
+
+    Here it is added up over the layers, and 1 in each of them where the experts are in balance; there it is one of the
+    tokens of all layers together, and counts every choice of a token. The factor is exact where layers route alike.
+
+    Source: transformers.models.mixtral.modeling_mixtral.load_balancing_loss_func.
+    """
+    return num_moe_layers(description) / description.transformer["moe_router_topk"]
+
+
+def load_balancing_coefficient(description: ModelDescription, asked: float | None) -> float:
+    """The weight of each layer's load-balancing loss: `asked`, or what the model gets in trainers of transformers.
+
+    These add the loss where config.json sets `output_router_logits`, and none where it does not.
+    """
+    if asked is not None:
+        return asked
+    if not description.hf_config.get("output_router_logits"):
+        return 0.0
+    return description.transformer["moe_aux_loss_coeff"] / times_transformers(description)
 
 
 class LoadBalancedRouter(TopKRouter):

@@ -12,6 +12,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 from torch import Tensor
 
 from simpo_megatron.config import config_from
+from simpo_megatron.mcore.experts import weights_of
 from simpo_megatron.mcore.families import ModelDescription, padded_vocab_size
 from simpo_megatron.mcore.model import PreferenceGPTModel, transformer_config
 from simpo_megatron.mcore.specs import block_spec
@@ -51,7 +52,7 @@ class MetaModel:
             )
         self._vocab_size = description.vocab_size
         self.state: dict[str, Any] = self.chunk.sharded_state_dict(metadata={"dp_cp_group": groups.dp_cp})
-        self.shapes = {name: tuple(parameter.shape) for name, parameter in self.chunk.named_parameters()}
+        self.shapes = {name: tuple(parameter.shape) for name, parameter in weights_of(self.chunk)}
         self.state = {name: self.state[name] for name in self.shapes}
 
     def parts(self, name: str, values: Tensor) -> list[StoredPart]:

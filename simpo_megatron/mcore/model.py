@@ -22,10 +22,12 @@ from simpo_megatron.loss import ResponseTokens, VocabShard, fused_linear_log_pro
 from simpo_megatron.mcore import device
 from simpo_megatron.mcore.architecture import ArchitectureConfig
 from simpo_megatron.mcore.embedding import MainGradEmbedding
+from simpo_megatron.mcore.experts import load_balancing_coefficient
 from simpo_megatron.mcore.families import ModelDescription, padded_vocab_size
 from simpo_megatron.mcore.layout import MicrobatchLayout
 from simpo_megatron.mcore.lora import add_adapters
 from simpo_megatron.mcore.precision import precision_options
+from simpo_megatron.mcore.rotary import concentration, scaled_frequencies
 from simpo_megatron.mcore.specs import block_spec
 from simpo_megatron.parallel import ParallelGroups
 
@@ -44,6 +46,8 @@ class LogProbHead(ColumnParallelLinear):
     def forward(self, input_: Tensor, weight: Tensor | None = None, *, labels: ResponseTokens | None = None) -> Tensor:
         """fp32 [N] log-probs of `labels` with gradients, or this rank's logits [S, B, v] where there are none."""
         cap = self.config.final_logit_softcapping
+        if self.config.logits_scaling != 1:
+            input_ = input_ / self.config.logits_scaling
         if labels is None:
             logits = super().forward(input_, weight)[0]
             return logits if cap is None else cap * torch.tanh(logits / cap)
@@ -67,7 +71,14 @@ class PreferenceGPTModel(GPTModel):
     their fp32 [N] log-probs, natural log.
     """
 
-    def __init__(self, *args: Any, true_vocab_size: int, logit_dtype: torch.dtype | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        true_vocab_size: int,
+        logit_dtype: torch.dtype | None = None,
+        inverse_frequencies: Tensor | None = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
         # GPTModel builds both ends itself and offers no way to name other classes.
         if self.pre_process:
@@ -78,6 +89,8 @@ class PreferenceGPTModel(GPTModel):
             self.output_layer.logit_dtype = logit_dtype
         # Frequencies are picked by position below, and not cut a second time under context parallelism.
         self.rotary_pos_emb.cp_group = None
+        if inverse_frequencies is not None:
+            self.rotary_pos_emb.inv_freq = inverse_frequencies.to(self.rotary_pos_emb.inv_freq.device)
 
     def _preprocess(self, input_ids: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any) -> tuple:
         """megatron's embedding, scaled, and rotary frequencies, put in the order of the pack's positions."""
@@ -109,8 +122,11 @@ def transformer_config(description: ModelDescription, config: Config) -> Archite
     sizes = config.parallel.sizes
     interleaved = sizes.virtual_pipeline is not None
     asks_for_shapes = sizes.pipeline > 1 and "num_moe_experts" in description.transformer
+    rotary = scaled_frequencies(description.hf_config, config.pairs.max_length)
+    attention_factor = 1.0 if rotary is None else rotary.attention_factor
     return ArchitectureConfig(
         **{**description.transformer, **_moe(description, config)},
+        **concentration(attention_factor),
         tensor_model_parallel_size=sizes.tensor,
         pipeline_model_parallel_size=sizes.pipeline,
         virtual_pipeline_model_parallel_size=sizes.virtual_pipeline,
@@ -140,7 +156,7 @@ def transformer_config(description: ModelDescription, config: Config) -> Archite
         use_cpu_initialization=not device.has_cuda(),
         perform_initialization=False,
         **precision_options(config.precision),
-        **_fusions(description, config),
+        **_fusions(description, config, attention_factor),
     )
 
 
@@ -148,9 +164,8 @@ def _moe(description: ModelDescription, config: Config) -> dict[str, Any]:
     """Arguments for the routing and the experts of an MoE; none for a dense model."""
     if "num_moe_experts" not in description.transformer:
         return {}
-    coefficient = config.model.moe_aux_loss_coeff
     return {
-        "moe_aux_loss_coeff": description.transformer["moe_aux_loss_coeff"] if coefficient is None else coefficient,
+        "moe_aux_loss_coeff": load_balancing_coefficient(description, config.model.moe_aux_loss_coeff),
         "moe_router_load_balancing_type": "aux_loss",
         "moe_router_dtype": "fp32" if config.precision.bf16 else None,
         # All experts of a rank in one kernel, which only Transformer Engine has.
@@ -158,17 +173,18 @@ def _moe(description: ModelDescription, config: Config) -> dict[str, Any]:
     }
 
 
-def _fusions(description: ModelDescription, config: Config) -> dict[str, bool]:
+def _fusions(description: ModelDescription, config: Config, attention_factor: float) -> dict[str, bool]:
     """Fused kernels where there is a GPU; on the CPU they would compile for seconds or are not there at all."""
     fused = device.has_cuda()
-    is_swiglu = description.transformer["activation_func"] is F.silu
+    is_swiglu = description.transformer["activation_func"] is F.silu and description.transformer["gated_linear_unit"]
     return {
         "bias_activation_fusion": fused and is_swiglu,
         # Through this door the layer's spec brings its own; experts multiply by their tokens' weights in between.
         "use_te_activation_func": not fused and is_swiglu and "num_moe_experts" not in description.transformer,
         "bias_dropout_fusion": fused,
         "masked_softmax_fusion": fused,
-        "apply_rope_fusion": fused and device.machine().has_transformer_engine,
+        # The fused kernel takes no factor of sine and cosine.
+        "apply_rope_fusion": fused and device.machine().has_transformer_engine and attention_factor == 1,
         "persist_layer_norm": False,
         # Frozen weights have no `main_grad` to add to.
         "gradient_accumulation_fusion": device.fuses_weight_gradients() and config.lora.lora_rank is None,
@@ -178,7 +194,7 @@ def _fusions(description: ModelDescription, config: Config) -> dict[str, bool]:
 def build_model(description: ModelDescription, config: Config, groups: ParallelGroups) -> list[PreferenceGPTModel]:
     """This rank's model chunks, one per virtual pipeline stage, with weights allocated and not yet set."""
     mcore_config = transformer_config(description, config)
-    machine = device.machine()
+    machine, rotary = device.machine(), scaled_frequencies(description.hf_config, config.pairs.max_length)
     num_chunks = groups.sizes.virtual_pipeline or 1
     chunks = []
     for stage in range(num_chunks):
@@ -197,6 +213,7 @@ def build_model(description: ModelDescription, config: Config, groups: ParallelG
             vp_stage=vp_stage,
             true_vocab_size=description.vocab_size,
             logit_dtype=None if config.precision.logit_dtype is None else torch.float32,
+            inverse_frequencies=None if rotary is None else rotary.inverse,
             **description.gpt,
         )
         _mark_divided_weights(chunk)

@@ -15,7 +15,7 @@ from megatron.core.tensor_parallel import RowParallelLinear
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
-from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
+from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules, get_transformer_layer_offset
 
 from simpo_megatron.mcore.architecture import ArchitectureConfig
 from simpo_megatron.mcore.attention import SegmentedAttention
@@ -37,10 +37,55 @@ def with_post_norm(linear: type[torch.nn.Module], norm: type) -> type[torch.nn.M
     return PostNormLinear
 
 
-def local_layer_spec(config: ArchitectureConfig) -> ModuleSpec:
-    """One transformer layer of megatron's own torch modules, for machines without Transformer Engine."""
+@functools.cache
+def with_bias(linear: type[torch.nn.Module]) -> type[torch.nn.Module]:
+    """megatron's row-parallel `linear` with a bias, whatever the layer says."""
+
+    class BiasedLinear(linear):  # type: ignore[misc,valid-type]
+        def __init__(self, *args: Any, bias: bool, **kwargs: Any) -> None:
+            super().__init__(*args, bias=True, **kwargs)
+
+    return BiasedLinear
+
+
+@functools.cache
+def with_multiplier(linear: type[torch.nn.Module]) -> type[torch.nn.Module]:
+    """megatron's row-parallel `linear` whose outputs and bias are multiplied by `residual_multiplier`."""
+
+    class MultipliedLinear(linear):  # type: ignore[misc,valid-type]
+        def __init__(self, *args: Any, config: ArchitectureConfig, **kwargs: Any) -> None:
+            super().__init__(*args, config=config, **kwargs)
+            self.residual_multiplier = config.residual_multiplier
+            self.register_forward_hook(lambda layer, _, outputs: tuple(map(layer.multiplied, outputs)))
+
+        def multiplied(self, output: torch.Tensor | None) -> torch.Tensor | None:
+            return None if output is None else output * self.residual_multiplier
+
+    return MultipliedLinear
+
+
+def add_to_residual(config: ArchitectureConfig, layer: TransformerLayerSubmodules, linear: Any, norm: type) -> None:
+    """Let attention and MLP of `layer` end as `config` says: with a bias, a norm or a multiplier, or plainly."""
+    attention = layer.self_attention.submodules
+    of_attention: Any = with_bias(linear) if config.attention_output_bias else linear
+    of_mlp = linear
+    if config.post_layernorms:
+        of_attention, of_mlp = with_post_norm(of_attention, norm), with_post_norm(of_mlp, norm)
+    if config.residual_multiplier != 1:
+        of_attention, of_mlp = with_multiplier(of_attention), with_multiplier(of_mlp)
+    if of_attention is not linear:
+        attention.linear_proj = of_attention
+    if of_mlp is not linear:
+        mlp_submodules(layer).linear_fc2 = of_mlp
+
+
+def local_layer_spec(config: ArchitectureConfig, *, num_experts: int | None = None) -> ModuleSpec:
+    """One transformer layer of megatron's own torch modules, for machines without Transformer Engine.
+
+    With `num_experts` it is an MoE.
+    """
     spec = get_gpt_layer_local_spec(
-        num_experts=config.num_moe_experts,
+        num_experts=num_experts,
         moe_grouped_gemm=config.moe_grouped_gemm,
         qk_layernorm=config.qk_layernorm,
         normalization=config.normalization,
@@ -53,15 +98,16 @@ def local_layer_spec(config: ArchitectureConfig) -> ModuleSpec:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
     if config.use_te_activation_func:
         mlp_submodules(layer).activation_func = SwiGLU
-    if config.num_moe_experts is not None:
+    if num_experts is not None:
         mlp_submodules(layer).router = LoadBalancedRouter
-    if config.post_layernorms:
-        attention.linear_proj = mlp_submodules(layer).linear_fc2 = with_post_norm(RowParallelLinear, RMSNorm)
+    add_to_residual(config, layer, RowParallelLinear, RMSNorm)
     return spec
 
 
-def transformer_engine_layer_spec(config: ArchitectureConfig, *, fuse_norms: bool = True) -> ModuleSpec:
-    """One transformer layer of Transformer Engine's modules, which FP8 needs.
+def transformer_engine_layer_spec(
+    config: ArchitectureConfig, *, num_experts: int | None = None, fuse_norms: bool = True
+) -> ModuleSpec:
+    """One transformer layer of Transformer Engine's modules, which FP8 needs; with `num_experts` it is an MoE.
 
     Without `fuse_norms` the norms before attention and MLP are layers of their own, as adapters need them: of a layer
     that fuses its norm, nobody else sees the normed input.
@@ -69,7 +115,7 @@ def transformer_engine_layer_spec(config: ArchitectureConfig, *, fuse_norms: boo
     from simpo_megatron.mcore.te_attention import TESegmentedAttention
 
     spec = get_gpt_layer_with_transformer_engine_spec(
-        num_experts=config.num_moe_experts,
+        num_experts=num_experts,
         moe_grouped_gemm=config.moe_grouped_gemm,
         qk_layernorm=config.qk_layernorm,
     )
@@ -80,12 +126,11 @@ def transformer_engine_layer_spec(config: ArchitectureConfig, *, fuse_norms: boo
     attention.core_attention = SegmentedAttention if is_capped else TESegmentedAttention
     if not fuse_norms:
         layer.input_layernorm, attention.linear_qkv = TENorm, TEColumnParallelLinear
-    if config.num_moe_experts is not None:
+    if num_experts is not None:
         mlp_submodules(layer).router = LoadBalancedRouter
     elif not fuse_norms:
         layer.pre_mlp_layernorm, mlp_submodules(layer).linear_fc1 = TENorm, TEColumnParallelLinear
-    if config.post_layernorms:
-        attention.linear_proj = mlp_submodules(layer).linear_fc2 = with_post_norm(TERowParallelLinear, TENorm)
+    add_to_residual(config, layer, TERowParallelLinear, TENorm)
     return spec
 
 
@@ -99,9 +144,15 @@ def block_spec(
     config: ArchitectureConfig, vp_stage: int | None, *, transformer_engine: bool, fuse_norms: bool = True
 ) -> TransformerBlockSubmodules:
     """The decoder of this rank's (virtual) pipeline stage: its layers and the norm that ends the last stage."""
-    num_layers = get_num_layers_to_build(config, vp_stage)
+    kind: Any = local_layer_spec
+    norm: type = RMSNorm
     if transformer_engine:
-        layer, norm = transformer_engine_layer_spec(config, fuse_norms=fuse_norms), TENorm
-    else:
-        layer, norm = local_layer_spec(config), RMSNorm
-    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=norm)
+        kind, norm = functools.partial(transformer_engine_layer_spec, fuse_norms=fuse_norms), TENorm
+    first = get_transformer_layer_offset(config, vp_stage)
+    pattern = config.moe_layer_freq if isinstance(config.moe_layer_freq, list) else [1] * config.num_layers
+    has_experts = pattern[first : first + get_num_layers_to_build(config, vp_stage)]
+    specs = {
+        kind_of_mlp: kind(config, num_experts=config.num_moe_experts if kind_of_mlp else None)
+        for kind_of_mlp in set(has_experts)
+    }
+    return TransformerBlockSubmodules(layer_specs=[specs[here] for here in has_experts], layer_norm=norm)

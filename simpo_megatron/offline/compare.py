@@ -99,7 +99,11 @@ def average_log_probs(
     Args:
         cast_to: what its weights are rounded to first; None leaves them as stored.
     """
-    model, logits_of = _transformers(weights.folder) if isinstance(weights, HfWeights) else _megatron(weights, groups)
+    if isinstance(weights, HfWeights):
+        model, logits_of = _transformers(weights.folder)
+    else:
+        longest = max(int(lengths[0] + max(lengths[1:])) for lengths in pairs.lengths)
+        model, logits_of = _megatron(weights, groups, longest)
     for parameter in model.parameters() if cast_to is not None else ():
         parameter.copy_(parameter.to(cast_to))
     averages = []
@@ -130,8 +134,9 @@ def _transformers(folder: Path) -> tuple[torch.nn.Module, LogitsOf]:
     return model, lambda tokens: model(tokens).logits
 
 
-def _megatron(weights: Weights, groups: ParallelGroups) -> tuple[torch.nn.Module, LogitsOf]:
-    config = config_from(model=str(weights.folder), data=("unused",), bf16=False)
+def _megatron(weights: Weights, groups: ParallelGroups, longest: int) -> tuple[torch.nn.Module, LogitsOf]:
+    lengths = {"max_length": longest, "max_prompt_length": longest - 1}
+    config = config_from(model=str(weights.folder), data=("unused",), bf16=False, **lengths)
     (chunk,) = model = build_model(weights.description, config, groups)
     fill_weights(model, weights.folder, weights.description, groups)
     chunk.eval()

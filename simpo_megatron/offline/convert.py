@@ -26,7 +26,7 @@ from simpo_megatron.convert.folder import (
     write_config,
 )
 from simpo_megatron.convert.load_weights import fill
-from simpo_megatron.convert.mapping import pieces_of
+from simpo_megatron.convert.mapping import ALONE, dtype_in_folder, pieces_of
 from simpo_megatron.errors import CheckpointError, ConfigError
 from simpo_megatron.logs import LOGGER
 from simpo_megatron.mcore.meta_model import MetaModel
@@ -97,7 +97,10 @@ def to_hf(
         CheckpointError: `out_folder` is something else, or cannot be written.
     """
     refuse_existing_export(out_folder, weights.folder)
-    specs = {name: replace(spec, dtype=dtype or spec.dtype) for name, spec in weights.specs.items()}
+    specs = {
+        name: replace(spec, dtype=dtype_in_folder(name, weights.description, dtype or spec.dtype))
+        for name, spec in weights.specs.items()
+    }
     write_hf(
         out_folder,
         specs,
@@ -162,7 +165,7 @@ def _card(weights: Weights, out_folder: Path, dtype: torch.dtype | None) -> str 
 
 def _pieces(weights: Weights, model: MetaModel, name: str, values: Tensor | None = None) -> list:
     values = torch.empty(model.shapes[name], device="meta") if values is None else values
-    return pieces_of(model.chunk, name, values, weights.description, tp_size=1)
+    return pieces_of(model.chunk, name, values, weights.description, tp=ALONE)
 
 
 def _common_dtype(weights: Weights, hf_names: set[str]) -> torch.dtype:

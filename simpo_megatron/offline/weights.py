@@ -17,9 +17,10 @@ from simpo_megatron.convert.export import gather_tensor
 from simpo_megatron.convert.files import DTYPE_NAMES, TensorSpec, open_safetensors
 from simpo_megatron.convert.folder import check_model_files
 from simpo_megatron.convert.load_weights import checked_tensors
-from simpo_megatron.convert.mapping import hf_tensors, pieces_of
+from simpo_megatron.convert.mapping import ALONE, hf_tensors, pieces_of
 from simpo_megatron.errors import CheckpointError
 from simpo_megatron.mcore.families import ModelDescription, describe_hf_model
+from simpo_megatron.mcore.hub import model_folder
 from simpo_megatron.mcore.meta_model import MetaModel
 from simpo_megatron.parallel import ParallelGroups
 
@@ -45,14 +46,16 @@ class Weights(Protocol):
 
 
 def open_weights(path: str | Path, groups: ParallelGroups) -> Weights:
-    """The model at `path`: a Hugging Face folder, a committed checkpoint, or a folder whose newest one counts.
+    """The model at `path`: a Hugging Face folder or its name on the hub, a committed checkpoint, or a folder whose
+    newest one counts.
 
     Raises:
         CheckpointError: it is none of them, damaged, or holds another model than its config.json describes.
         ConfigError: its family, or an option of it, is not supported.
     """
-    folder = manifest.resolve_checkpoint(Path(path))
-    return HfWeights(Path(path)) if folder is None else MegatronWeights(folder, groups)
+    path = model_folder(path)
+    folder = manifest.resolve_checkpoint(path)
+    return HfWeights(path) if folder is None else MegatronWeights(folder, groups)
 
 
 class HfWeights:
@@ -133,7 +136,7 @@ class MegatronWeights:
         self._verified[shard].result()
 
     def _pieces(self, parameter: str, values: Tensor) -> list:
-        return pieces_of(self._model.chunk, parameter, values, self.description, tp_size=1)
+        return pieces_of(self._model.chunk, parameter, values, self.description, tp=ALONE)
 
     def _values(self, parameter: str) -> Tensor:
         """The whole parameter; the last one stays, for it may be several Hugging Face tensors."""

@@ -98,8 +98,7 @@ def fp8_bytes(load: Workload, stage: int) -> float:
     num_layers = shape.num_layers // sizes.pipeline
     num_layers -= kept.get("num_layers_at_start_in_bf16", 0) * (stage == 0)
     num_layers -= kept.get("num_layers_at_end_in_bf16", 0) * (stage == sizes.pipeline - 1)
-    divided = shape.attention_matrices if shape.num_moe_experts else shape.layer_matrices
-    matrices = divided / sizes.tensor + shape.expert_matrices / sizes.expert
+    matrices = shape.divided_matrices / sizes.tensor + shape.expert_matrices / sizes.expert
     return (2.0 - load.itemsize * precision.fp8_param_gather) * max(num_layers, 0) * matrices
 
 
@@ -126,8 +125,7 @@ def layer_activation_bytes(load: Workload) -> dict[str, float]:
             "attention": _attention_bytes(load),
             "attention out": query + (0.5 * query if is_fp8 else 0),
             "mlp in": product * load.hidden_bytes * needs["linear_fc1"],
-            "mlp": ((2 if _fuses_activation(load) else 4) + product * needs["linear_fc2"]) * mlp
-            + _routing_bytes(load, product),
+            "mlp": (_kept_of_activation(load) + product * needs["linear_fc2"]) * mlp + _routing_bytes(load, product),
             "adapters": low,
         }
     # Rotation keeps its cosines and sines, an activation that is not fused each factor, an expert that times its
@@ -138,7 +136,7 @@ def layer_activation_bytes(load: Workload) -> dict[str, float]:
         "attention": _attention_bytes(load),
         "attention out": query * needs["linear_proj"],
         "mlp in": load.hidden_bytes * needs["linear_fc1"],
-        "mlp": ((2 if _fuses_activation(load) else 4) + needs["linear_fc2"] + bool(shape.num_moe_experts)) * mlp
+        "mlp": (_kept_of_activation(load) + needs["linear_fc2"] + bool(shape.num_moe_experts)) * mlp
         + _routing_bytes(load, 1.0),
         "adapters": low,
     }
@@ -147,6 +145,13 @@ def layer_activation_bytes(load: Workload) -> dict[str, float]:
 def _fuses_activation(load: Workload) -> bool:
     """True if the MLP keeps the input of its gated activation alone; the CPU's experts do not."""
     return load.shape.fuses_activation and (load.engine == "transformer_engine" or not load.shape.num_moe_experts)
+
+
+def _kept_of_activation(load: Workload) -> int:
+    """What the MLP keeps of its activation, the input of its last product apart, in units of its width."""
+    if not load.shape.gated_linear_unit:
+        return 2
+    return 2 if _fuses_activation(load) else 4
 
 
 def _routing_bytes(load: Workload, product: float) -> float:
@@ -194,9 +199,9 @@ def _keys_per_token(load: Workload) -> float:
 
 
 def _query_key_bytes(load: Workload) -> tuple[float, float]:
-    """The bytes of [S, A / tp, D] and of [S, G / tp, D]."""
-    per_width = load.tokens / load.sizes.tensor * load.itemsize
-    return per_width * load.shape.query_size, per_width * load.shape.key_size
+    """The bytes of [S, A / tp, D] and of [S, G / tp, D], one group at least."""
+    per_width, tp = load.tokens * load.itemsize, load.sizes.tensor
+    return per_width * load.shape.query_size / tp, per_width * load.shape.key_size_of_rank(tp)
 
 
 def kept_layer_bytes(load: Workload) -> float:

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from simpo_megatron.config import PRESETS
-from simpo_megatron.errors import ConfigError
+from simpo_megatron.errors import CheckpointError, ConfigError
 from simpo_megatron.mcore.families import ModelDescription, describe_hf_config, describe_hf_model
 from simpo_megatron.mcore.hf_files import read_hf_json
+from simpo_megatron.mcore.hub import model_folder
 
 
 def _published(model_type: str, *sizes: int, **more: Any) -> dict[str, Any]:
@@ -47,12 +48,19 @@ PUBLISHED = {
         "qwen3_moe", 94, 4096, 12288, 64, 4, 151936, 40960, moe_intermediate_size=1536, **_128_EXPERTS
     ),
     "alignment-handbook/zephyr-7b-sft-full": _published(*_MISTRAL_7B, sliding_window=4096),
+    "google/gemma-7b-it": _published("gemma", 28, 3072, 24576, 16, 16, 256000, 8192, hidden_act="gelu_pytorch_tanh"),
+    "zai-org/GLM-4-9B-0414": _published("glm4", 40, 4096, 13696, 32, 2, 151552, 32768),
+    "HuggingFaceTB/SmolLM3-3B": _published("smollm3", 36, 2048, 11008, 16, 4, 128256, 65536),
+    "ByteDance-Seed/Seed-OSS-36B-Instruct": _published("seed_oss", 64, 5120, 27648, 80, 8, 155136, 524288),
+    "baidu/ERNIE-4.5-0.3B-PT": _published("ernie4_5", 18, 1024, 3072, 16, 2, 103424, 131072),
+    "ibm-granite/granite-3.3-8b-instruct": _published("granite", 40, 4096, 12800, 32, 8, 49159, 131072),
 }
-"""The sizes in the config.json of models that the shipped configurations are for, and of MoE models."""
+"""The sizes in the config.json of models that the shipped configurations are for, and of other families."""
 
 
 def find_model(name: str) -> ModelDescription:
-    """The architecture of `name`: a Hugging Face folder, a config.json, a published model or a preset.
+    """The architecture of `name`: a Hugging Face folder, a config.json, a published model, a preset or a name on the
+    hub.
 
     Raises:
         ConfigError: none of these, or a family that cannot be trained.
@@ -70,6 +78,10 @@ def find_model(name: str) -> ModelDescription:
         short = published.lower().rpartition("/")[2]
         if short == wanted or short.startswith((wanted + "-instruct", wanted + "-it")):
             return describe_hf_config(config, published)
-    raise ConfigError(
-        f"model: found {name!r}, expected a Hugging Face folder, a config.json or one of {', '.join(PUBLISHED)}"
-    )
+    try:
+        return describe_hf_model(model_folder(name, ("config.json",)))
+    except CheckpointError as error:
+        raise ConfigError(
+            f"model: found {name!r}, expected a Hugging Face folder, a config.json, a name on the hub or one of "
+            f"{', '.join(PUBLISHED)} ({error})"
+        ) from None

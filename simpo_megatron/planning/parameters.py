@@ -15,11 +15,13 @@ def layer_parameters(shape: ModelShape, tensor_ranks: int) -> int:
     Source: megatron.core SelfAttention (linear_qkv [(A + 2G) D / tp, H], linear_proj), MLP (linear_fc1 [2F / tp, H],
     linear_fc2) or Router [E, H], two RMSNorms (four with post-norms) and, with qk_layernorm, two of the head size.
     """
-    matrices = (shape.attention_matrices if shape.num_moe_experts else shape.layer_matrices) // tensor_ranks
+    matrices = shape.divided_matrices // tensor_ranks
     qkv_out = (shape.query_size + 2 * shape.key_size) // tensor_ranks
     biases = qkv_out if shape.add_bias_linear or shape.add_qkv_bias else 0
     if shape.add_bias_linear:
-        biases += 2 * shape.ffn_hidden_size // tensor_ranks + 2 * shape.hidden_size
+        biases += (shape.mlp_matrices - 1) * shape.ffn_hidden_size // tensor_ranks + 2 * shape.hidden_size
+    if shape.attention_output_bias:
+        biases += shape.hidden_size
     norms = (4 if shape.post_layernorms else 2) * shape.hidden_size
     norms += 2 * shape.kv_channels if shape.qk_layernorm else 0
     return matrices + shape.router + biases + norms
@@ -54,7 +56,7 @@ def adapter_parameters(load: Workload) -> int:
     sides = {
         "linear_qkv": shape.hidden_size + (shape.query_size + 2 * shape.key_size) // tp,
         "linear_proj": shape.query_size // tp + shape.hidden_size,
-        "linear_fc1": shape.hidden_size + 2 * shape.ffn_hidden_size // tp,
+        "linear_fc1": shape.hidden_size + (shape.mlp_matrices - 1) * shape.ffn_hidden_size // tp,
         "linear_fc2": shape.ffn_hidden_size // tp + shape.hidden_size,
     }
     return shape.num_layers // load.sizes.pipeline * lora.lora_rank * sum(sides[name] for name in lora.lora_targets)

@@ -24,11 +24,14 @@ class ModelShape:
     vocab_size: int
     add_bias_linear: bool = False
     add_qkv_bias: bool = False
+    attention_output_bias: bool = False
     qk_layernorm: bool = False
     post_layernorms: bool = False
     """Norms on what attention and MLP add to the residual, too."""
     attn_logit_softcapping: float | None = None
     """Attention scores are capped, and so written out."""
+    gated_linear_unit: bool = True
+    """The MLP has a third matrix, whose outputs multiply those of the first."""
     fuses_activation: bool = True
     """On a GPU: megatron has a fused kernel of SwiGLU and of no other gated unit."""
     tied: bool = False
@@ -36,6 +39,12 @@ class ModelShape:
     """Experts of an MoE layer; 0 for a dense MLP."""
     moe_router_topk: int = 1
     """Experts that a token meets."""
+    moe_ffn_hidden_size: int = 0
+    """Width of one of them."""
+    shared_expert_size: int = 0
+    """Width of the experts that every token passes; ranks divide them as they do a dense MLP.
+
+    A dense layer among those of an MoE is counted as if it had experts, which takes more."""
 
     @classmethod
     def of(cls, description: ModelDescription) -> ModelShape:
@@ -49,17 +58,24 @@ class ModelShape:
             "add_bias_linear",
             "add_qkv_bias",
             "qk_layernorm",
+            "gated_linear_unit",
         )
         num_chosen = description.transformer.get("moe_router_topk", 1)
+        num_experts = description.transformer.get("num_moe_experts", 0)
+        shared = description.transformer.get("moe_shared_expert_intermediate_size", 0)
         width = description.transformer.get("moe_ffn_hidden_size", description.transformer["ffn_hidden_size"])
         return cls(
             **{key: description.transformer[key] for key in keys},
-            ffn_hidden_size=num_chosen * width,
-            num_moe_experts=description.transformer.get("num_moe_experts", 0),
+            ffn_hidden_size=num_chosen * width + shared,
+            moe_ffn_hidden_size=width if num_experts else 0,
+            shared_expert_size=shared,
+            num_moe_experts=num_experts,
             moe_router_topk=num_chosen,
+            attention_output_bias=description.transformer.get("attention_output_bias", False),
             post_layernorms=description.transformer.get("post_layernorms", False),
             attn_logit_softcapping=description.transformer.get("attn_logit_softcapping"),
-            fuses_activation=description.transformer["activation_func"] is F.silu,
+            fuses_activation=description.transformer["activation_func"] is F.silu
+            and description.transformer["gated_linear_unit"],
             vocab_size=description.vocab_size,
             tied=description.gpt["share_embeddings_and_output_weights"],
         )
@@ -73,6 +89,15 @@ class ModelShape:
         """Width of all keys; the values' is the same."""
         return self.num_query_groups * self.kv_channels
 
+    def key_size_of_rank(self, tensor_ranks: int) -> float:
+        """Width of the keys of one tensor-parallel rank; ranks that share a key/value group have a copy of it each."""
+        return max(self.key_size / tensor_ranks, self.kv_channels)
+
+    @property
+    def mlp_matrices(self) -> int:
+        """Matrices of an MLP or an expert: up and down, and the gate's."""
+        return 3 if self.gated_linear_unit else 2
+
     @property
     def attention_matrices(self) -> int:
         """Weights of a layer's query, key, value and output matrices, over all tensor-parallel ranks."""
@@ -81,12 +106,19 @@ class ModelShape:
     @property
     def layer_matrices(self) -> int:
         """Weights of a layer's matrices that one token meets, an MoE's router apart."""
-        return self.attention_matrices + 3 * self.hidden_size * self.ffn_hidden_size
+        return self.attention_matrices + self.mlp_matrices * self.hidden_size * self.ffn_hidden_size
 
     @property
     def expert_matrices(self) -> int:
         """Weights of all experts of a layer."""
-        return self.num_moe_experts * 3 * self.hidden_size * self.ffn_hidden_size // self.moe_router_topk
+        return self.num_moe_experts * self.mlp_matrices * self.hidden_size * self.moe_ffn_hidden_size
+
+    @property
+    def divided_matrices(self) -> int:
+        """Weights of a layer's matrices that tensor-parallel ranks divide: all but those of experts."""
+        if not self.num_moe_experts:
+            return self.layer_matrices
+        return self.attention_matrices + self.mlp_matrices * self.hidden_size * self.shared_expert_size
 
     @property
     def router(self) -> int:
@@ -96,8 +128,7 @@ class ModelShape:
     @property
     def num_parameters(self) -> int:
         """Weights of the whole model, norms and biases apart (below a thousandth)."""
-        mlp = self.expert_matrices + self.router or 3 * self.hidden_size * self.ffn_hidden_size
-        return self.num_layers * (self.attention_matrices + mlp) + self._tables
+        return self.num_layers * (self.divided_matrices + self.expert_matrices + self.router) + self._tables
 
     @property
     def num_active_parameters(self) -> int:

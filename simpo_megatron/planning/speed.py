@@ -166,7 +166,7 @@ def _recompute(load: Workload, matrices: float, attention: float, exchanged: tup
         return matrices * forward + attention / 3 + sum(exchanged) / 2
     seconds = attention / 3 + context / 2 if "core_attn" in load.recomputed else 0.0
     if "mlp" in load.recomputed:
-        mlp = 3 * load.shape.hidden_size * load.shape.ffn_hidden_size / load.shape.layer_matrices
+        mlp = load.shape.mlp_matrices * load.shape.hidden_size * load.shape.ffn_hidden_size / load.shape.layer_matrices
         seconds += mlp * matrices * forward + (expert / 2 if load.shape.num_moe_experts else tensor / 4)
     return seconds
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from simpo_megatron.config import Config, config_from, options_in_force, to_yaml
+from simpo_megatron.mcore.hub import hub_name
 from simpo_megatron.mcore.precision import dtype_name, parameter_dtype
 from simpo_megatron.reporting.rendering import render
 from simpo_megatron.reporting.run_report import Curves, Point, before_and_after, headline_of, read_curves
@@ -23,8 +23,6 @@ _RESULTS = (
     ("rewards/margins", "rewards/margins", "Reward margin"),
     ("loss", "loss", "Loss"),
 )
-# The folder that huggingface_hub keeps a model of the hub in.
-_HUB_FOLDER = re.compile(r"models--([\w.-]+?)--([\w.-]+)")
 
 
 def model_card(config: Config, out_folder: str | Path, curves: Curves | None, dtype: torch.dtype) -> str:
@@ -35,7 +33,7 @@ def model_card(config: Config, out_folder: str | Path, curves: Curves | None, dt
         dtype: of the exported weights.
     """
     objective, name = config.objective, Path(out_folder).name
-    base_model = _hub_id(config.model.model or "")
+    base_model = hub_name(config.model.model or "")
     results = [] if curves is None else _eval_results(curves)
     data = ModelCardData(
         base_model=base_model,
@@ -90,12 +88,6 @@ def merged_model_card(name: str, parts: Sequence[tuple[float, str]]) -> str:
 
 def _card(template: str, data: ModelCardData, **values: object) -> str:
     return str(ModelCard(render(template, front_matter=data.to_yaml(), **values)))
-
-
-def _hub_id(model: str) -> str | None:
-    """The name on the hub of a model in huggingface_hub's cache; None of any other folder, which only its owner has."""
-    found = next((match for part in Path(model).parts if (match := _HUB_FOLDER.fullmatch(part))), None)
-    return f"{found[1]}/{found[2]}" if found else None
 
 
 def _hub_datasets(config: Config) -> list[str]:

@@ -36,12 +36,17 @@ class _Row(NamedTuple):
     format: str
     meaning: str
 
-    def ends(self, points: Sequence[Point]) -> tuple[str, str] | None:
-        """(before, after); None of a metric that was taken once or never."""
-        if len(points) < 2:
+    def ends(self, metrics: Mapping[str, Sequence[Point]]) -> tuple[str, str] | None:
+        """(before, after); None of a metric that was never taken, or at the first evaluation alone."""
+        points, start = metrics.get(self.metric, []), _first_iteration(metrics)
+        if not points or points[-1][0] == start:
             return None
-        return self.format.format(points[0][1]), self.format.format(points[-1][1])
+        before = self.format.format(points[0][1]) if points[0][0] == start else _NOT_THERE
+        return before, self.format.format(points[-1][1])
 
+
+_NOT_THERE = "n/a"
+"""Stands for the accuracy before training under an objective whose reference is the model itself until then."""
 
 _VALIDATION_ROWS = (
     _Row("rewards/accuracies", "accuracy", "{:.1%}", "share of pairs whose chosen response has the higher reward"),
@@ -248,21 +253,42 @@ def _page(curves: Curves, config: Config, report: Report) -> str:
 
 def headline_of(curves: Curves) -> str:
     """One sentence on how the validation pairs fared, or the training batches where nothing else tells."""
-    accuracy, margin = (curves.validation.get(name, []) for name in ("rewards/accuracies", "rewards/margins"))
-    if len(accuracy) < 2 or len(margin) < 2:
-        why = "Validation pairs were evaluated only once" if accuracy else "No validation pairs were evaluated"
+    accuracy, margin = (row.ends(curves.validation) for row in _VALIDATION_ROWS[:2])
+    if accuracy is None or margin is None:
+        evaluated = "rewards/margins" in curves.validation
+        why = "Validation pairs were evaluated only once" if evaluated else "No validation pairs were evaluated"
         return f"{why}{_of_training(curves)}."
     # The first set that has a name is the one that is told of.
     count, error, of_set = "", "", "".join(f" {name}" for name in list(curves.named)[:1])
     if "num_pairs" in curves.validation:
-        num_pairs, share = curves.validation["num_pairs"][-1][1], accuracy[-1][1]
+        num_pairs, share = curves.validation["num_pairs"][-1][1], curves.validation["rewards/accuracies"][-1][1]
         count = f"{num_pairs:,.0f} "
         if 0 <= share <= 1 and num_pairs > 0:
-            error = f" (standard error {math.sqrt(share * (1 - share) / num_pairs):.1%})"
-    return (
-        f"On {count}validation pairs{of_set}, accuracy went from {accuracy[0][1]:.1%} to {accuracy[-1][1]:.1%}{error} "
-        f"and the reward margin from {margin[0][1]:+.3f} to {margin[-1][1]:+.3f}."
-    )
+            error = f" (standard error {standard_error(share, num_pairs):.1%})"
+    told = f"accuracy went from {accuracy[0]} to {accuracy[1]}{error} and the reward margin from {{}} to {{}}."
+    if accuracy[0] == _NOT_THERE:
+        told = (
+            f"accuracy is {accuracy[1]}{error}; before training, when the policy is the reference, it is n/a. The "
+            "reward margin went from {} to {}."
+        )
+    return f"On {count}validation pairs{of_set}, " + told.format(*margin)
+
+
+def standard_error(share: float, num_pairs: float) -> float:
+    """The standard error of a share of `num_pairs` pairs; of none and of all of them by Wilson's interval.
+
+    The plain one is 0 there, as if the next pair could not differ. Wilson's of one standard deviation is half as wide
+    as the shares that are compatible with what was found.
+
+    Source: E. B. Wilson, J. Am. Stat. Assoc. 22 (1927), 209.
+    """
+    plain = math.sqrt(share * (1 - share) / num_pairs)
+    return plain if 0 < share < 1 else 1 / (2 * (num_pairs + 1))
+
+
+def _first_iteration(metrics: Mapping[str, Sequence[Point]]) -> int:
+    """The iteration of the first evaluation, by the metric that was taken earliest."""
+    return min((points[0][0] for points in metrics.values() if points), default=0)
 
 
 def _of_training(curves: Curves) -> str:
@@ -279,7 +305,7 @@ def _of_training(curves: Curves) -> str:
 
 def before_and_after(metrics: Mapping[str, Sequence[Point]]) -> list[tuple[str, str, str, str]]:
     """(title, before, after, meaning) of each metric of validation pairs that was taken twice or more."""
-    found = [(row, row.ends(metrics.get(row.metric, []))) for row in _VALIDATION_ROWS]
+    found = [(row, row.ends(metrics)) for row in _VALIDATION_ROWS]
     return [(row.title, *ends, row.meaning) for row, ends in found if ends is not None]
 
 
@@ -287,10 +313,7 @@ def _named_sets(curves: Curves) -> list[tuple[str, list[tuple[str, str] | None]]
     """(set, its numbers before and after by the rows of `_NAMED_SET_ROWS`); nothing where one set says it all."""
     if len(curves.named) < 2:
         return []
-    return [
-        (name, [row.ends(metrics.get(row.metric, [])) for row in _NAMED_SET_ROWS])
-        for name, metrics in curves.named.items()
-    ]
+    return [(name, [row.ends(metrics) for row in _NAMED_SET_ROWS]) for name, metrics in curves.named.items()]
 
 
 def _facts(curves: Curves, config: Config) -> list[tuple[str, str]]:

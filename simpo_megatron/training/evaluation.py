@@ -15,7 +15,9 @@ from simpo_megatron.mcore import device
 from simpo_megatron.mcore.forward_step import AVERAGES
 from simpo_megatron.reporting.loggers import set_prefix
 from simpo_megatron.training.metrics import reduce_sums
-from simpo_megatron.training.step import Trainer, run_pass
+from simpo_megatron.training.step import Trainer, pairs_per_token, run_pass
+
+ACCURACY = "rewards/accuracies"
 
 
 @dataclass(frozen=True)
@@ -29,10 +31,14 @@ class Evaluation:
     validation pairs."""
 
 
-def evaluate(trainer: Trainer, datasets: Mapping[str, PreferenceDataset]) -> Evaluation:
+def evaluate(trainer: Trainer, datasets: Mapping[str, PreferenceDataset], *, is_untrained: bool = False) -> Evaluation:
     """The evaluation of the validation sets `datasets`.
 
     The metrics of the first set are `eval/...`; those of every set that has a name are `eval/NAME/...`.
+
+    Args:
+        is_untrained: no step was taken yet. An objective with a reference then compares a model with itself: all
+            rewards are equal but for rounding, and there is no accuracy among the metrics.
 
     Collectives: those of one forward pass for each global batch, one reduction of the sums for each set, and for the
     first one all-reduce of 8 bytes a pair over dp on the last pipeline stage and one broadcast over pp.
@@ -42,6 +48,8 @@ def evaluate(trainer: Trainer, datasets: Mapping[str, PreferenceDataset]) -> Eva
     for name, dataset in datasets.items():
         is_first = not metrics
         means, of_pairs = _pass_over(trainer, dataset)
+        if is_untrained and trainer.objective.needs_reference:
+            del means[ACCURACY]
         prefixes = {set_prefix(""), set_prefix(name)} if is_first else {set_prefix(name)}
         metrics |= {prefix + metric: value for prefix in sorted(prefixes) for metric, value in means.items()}
         if is_first:
@@ -57,8 +65,10 @@ def _pass_over(
     for chunk in trainer.chunks:
         chunk.eval()
     sums, of_pairs = [], []
+    # The SFT term is a mean over the chosen tokens of the whole set, however it is cut into batches.
+    ratio = pairs_per_token(dataset.counted)
     for plan in trainer.plan_evaluation(dataset):
-        computed = run_pass(trainer, dataset, plan, forward_only=True).sums
+        computed = run_pass(trainer, dataset, plan, forward_only=True, pairs_per_chosen_token=ratio).sums
         of_pairs += _of_microbatches(trainer, plan, computed)
         sums += computed
     return reduce_sums(sums, len(dataset), trainer.groups) | {"num_pairs": len(dataset)}, of_pairs

@@ -11,6 +11,7 @@ from simpo_megatron.convert import trained_share
 from simpo_megatron.data import padding_share
 from simpo_megatron.data.inspect import num_leaked, read_as, summary
 from simpo_megatron.mcore import device
+from simpo_megatron.mcore.experts import load_balancing_coefficient, times_transformers
 from simpo_megatron.reporting.loggers import RunLog
 from simpo_megatron.training.environment import prepare_environment
 from simpo_megatron.training.setup import Job
@@ -45,12 +46,28 @@ def describe_job(config: Config, job: Job) -> list[str]:
         f"pairs     {len(job.train_data):,} to train on, "
         + (", ".join(validation) or "none for validation to tell whether it learns"),
         *_describe_files(job),
+        *_load_balancing(config, job),
         f"ranks     {dist.get_world_size()} ({device.backend()}): tp {sizes.tensor} x pp {sizes.pipeline} x cp "
         f"{sizes.context} x dp {job.plan.layout.data_parallel_size}"
         + (f", experts over {sizes.expert}" if "num_moe_experts" in shape else "")
         + f"; {device.kernels()}",
         f"steps     {job.train_iters:,}, of {batch.global_batch_size} pairs each" + _padding(job),
     ]
+
+
+def _load_balancing(config: Config, job: Job) -> list[str]:
+    """The load-balancing loss of an MoE, on transformers' scale too; nothing of a dense model."""
+    description, asked = job.plan.description, config.model.moe_aux_loss_coeff
+    if "num_moe_experts" not in description.transformer:
+        return []
+    times, coefficient = times_transformers(description), load_balancing_coefficient(description, asked)
+    scale = f"a coefficient is {times:g} times as strong here as router_aux_loss_coef in transformers"
+    if asked is None and not coefficient:
+        return [
+            "WARNING   load balancing: none, as output_router_logits is not set in config.json, and as transformers' "
+            f"trainers have it; --moe-aux-loss-coeff X adds it ({scale})"
+        ]
+    return [f"balance   coefficient {coefficient:g} a layer, router_aux_loss_coef {coefficient * times:g}: {scale}"]
 
 
 def _padding(job: Job) -> str:

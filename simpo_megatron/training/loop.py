@@ -235,7 +235,7 @@ def _evaluate(job: Job, monitors: Monitors, log: RunLog, iteration: int, save: s
 
     The log-probs of each pair of the first set are kept in `save`, if there is such a folder.
     """
-    found = evaluate(job.trainer, job.valid_data)
+    found = evaluate(job.trainer, job.valid_data, is_untrained=iteration == 0)
     metrics = monitors.evaluation(iteration, found.metrics)
     if metrics:
         log.evaluation(iteration, metrics)

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from simpo_megatron.atomic import new_file
-from simpo_megatron.checkpoint.fingerprint import model_fingerprint
+from simpo_megatron.checkpoint.fingerprint import HASHES_FILE, model_fingerprint
 from simpo_megatron.checkpoint.initial_weights import fill_weights
 from simpo_megatron.config import Config
 from simpo_megatron.data import PreferenceDataset
@@ -55,7 +55,8 @@ def with_reference(config: Config, job: Job, *, has_initial_weights: bool) -> tu
     if not job.trainer.objective.needs_reference:
         return job, ()
     is_first = dist.get_rank() == 0
-    model = gather_or_raise(lambda: model_fingerprint(job.plan.sources.model) if is_first else "")[0]
+    memory = hashes_file(config)
+    model = gather_or_raise(lambda: model_fingerprint(job.plan.sources.model, memory) if is_first else "")[0]
     notes: list[str] = []
 
     def with_cached_logps(dataset: PreferenceDataset) -> PreferenceDataset:
@@ -118,6 +119,15 @@ def _with_progress(plans: Sequence[StepPlan], num_pairs: int) -> Iterator[StepPl
         done += sum(len(microbatch) for rank in plan for microbatch in rank)
 
 
+def hashes_file(config: Config) -> Path:
+    """Where the hashes of weight files are kept, beside what the cache has of the models."""
+    return _cache(config) / HASHES_FILE
+
+
+def _cache(config: Config) -> Path:
+    return cache_folder(config) / "reference"
+
+
 def _load_initial_weights(job: Job) -> None:
     fill_weights(job.model, job.plan.sources.model, job.plan.description, job.trainer.groups)
 
@@ -130,7 +140,7 @@ def _cache_path(config: Config, model: str, dataset: PreferenceDataset) -> Path:
         "precision": asdict(config.precision),
     }
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-    return cache_folder(config) / "reference" / f"{digest[:24]}.npy"
+    return _cache(config) / f"{digest[:24]}.npy"
 
 
 def _read(path: Path, num_pairs: int) -> np.ndarray | None:

@@ -9,7 +9,7 @@ import functools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from simpo_megatron.atomic import move_aside, write_text
 from simpo_megatron.checkpoint import manifest
-from simpo_megatron.checkpoint.fingerprint import model_fingerprint
+from simpo_megatron.checkpoint.fingerprint import is_of_this_form, model_fingerprint, sampled_fingerprint
 from simpo_megatron.checkpoint.manifest import Checkpoint, as_json, model_facts
 from simpo_megatron.checkpoint.run_lock import check_same_folder, lock
 from simpo_megatron.checkpoint.sharded_state import read_state
@@ -28,6 +28,7 @@ from simpo_megatron.data.tokenization import tokenizer_identity
 from simpo_megatron.errors import CheckpointError, listed
 from simpo_megatron.ranks import gather_or_raise, raise_on_all_ranks
 from simpo_megatron.reporting.loggers import METRICS_FILE
+from simpo_megatron.training.reference import hashes_file
 from simpo_megatron.training.setup import Job
 
 _NEVER_CHANGES = ("model", "precision")
@@ -141,7 +142,8 @@ def start_run(config: Config, job: Job, found: Found) -> Start:
     iteration = consumed_pairs = 0
     now = describe_run(config, job)
     if checkpoint is not None:
-        notes += _refuse_changes(checkpoint, now, override=config.run.override_on_resume)
+        saved = replace(checkpoint, facts=_with_present_fingerprints(checkpoint.facts, now, job))
+        notes += _refuse_changes(saved, now, override=config.run.override_on_resume)
         for name in ("consumed_pairs", "layout"):
             if name not in checkpoint.facts:
                 raise CheckpointError(f"resume: found {checkpoint.folder} without {name}, expected a run's checkpoint")
@@ -210,16 +212,41 @@ def _describe_adapters(config: Config, job: Job) -> dict[str, Any]:
     if lora.lora_rank is None:
         return {}
     own = {"lora_rank": lora.lora_rank, "lora_alpha": lora.lora_alpha, "lora_targets": lora.lora_targets}
-    return {**own, "base_model": _fingerprint(job.plan.sources.model)}
+    return {**own, "base_model": _fingerprint(job.plan.sources.model, hashes_file(config))}
 
 
 @functools.cache
-def _fingerprint(folder: Path) -> str:
+def _fingerprint(folder: Path, memory: Path) -> str:
     """The fingerprint of a model, which stays the same while the run lasts.
 
     Collectives: one object gather, world.
     """
-    return gather_or_raise(lambda: model_fingerprint(folder) if dist.get_rank() == 0 else "", wrap=CheckpointError)[0]
+    is_first = dist.get_rank() == 0
+    return gather_or_raise(lambda: model_fingerprint(folder, memory) if is_first else "", wrap=CheckpointError)[0]
+
+
+@functools.cache
+def _earlier_fingerprint(folder: Path) -> str:
+    """The same as an earlier version computed it.
+
+    Collectives: one object gather, world.
+    """
+    return gather_or_raise(lambda: sampled_fingerprint(folder) if dist.get_rank() == 0 else "", wrap=CheckpointError)[0]
+
+
+def _with_present_fingerprints(saved: Mapping[str, Any], now: Mapping[str, Any], job: Job) -> dict[str, Any]:
+    """The `saved` facts, with models by what they are known by `now` where an earlier version knew the same by less.
+
+    Collectives: one object gather, world, where there is such a model.
+    """
+    facts = dict(saved)
+    for section, key in (("model", "base_model"), ("inputs", "reference_model")):
+        before = saved.get(section, {}).get(key)
+        if before is None or is_of_this_form(before):
+            continue
+        if before == _earlier_fingerprint(job.plan.sources.model):
+            facts[section] = {**facts[section], key: now[section].get(key)}
+    return facts
 
 
 def _refuse_changes(checkpoint: Checkpoint, now: Mapping[str, Any], *, override: bool) -> list[str]:

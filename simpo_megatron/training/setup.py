@@ -32,6 +32,7 @@ from simpo_megatron.demo import demo_version, prepare_demo
 from simpo_megatron.errors import ConfigError, DataError
 from simpo_megatron.mcore import device
 from simpo_megatron.mcore.families import ModelDescription, describe_hf_model
+from simpo_megatron.mcore.hub import model_folder
 from simpo_megatron.mcore.lora import redraw_adapters
 from simpo_megatron.mcore.model import PreferenceGPTModel, build_model, wrap_in_ddp, zero_weights
 from simpo_megatron.mcore.optimizer import build_optimizer, forget_optimizer, gather_parameters
@@ -153,6 +154,7 @@ def locate_sources(config: Config) -> Sources:
     Raises:
         ConfigError: no model or no data was named.
         DataError: the embedded default cannot be written.
+        CheckpointError: the model is named as on the hub, and cannot be had from there.
     """
     model, train, valid = config.model.model, config.data.data, config.data.valid_data
     if model == DEMO or DEMO in train:
@@ -171,7 +173,8 @@ def locate_sources(config: Config) -> Sources:
         raise ConfigError("model: found none, expected a Hugging Face folder; add --model DIR")
     if not train:
         raise ConfigError("data: found none, expected preference files; add --data FILE")
-    folder = manifest.resolve_checkpoint(Path(model)) or Path(model)
+    path = model_folder(model)
+    folder = manifest.resolve_checkpoint(path) or path
     return Sources(model=folder, train=train, valid=parse_named_sources(valid))
 
 

@@ -126,9 +126,19 @@ def batch_options(config: Config, layout: Layout, pad_id: int) -> BatchOptions:
     )
 
 
-def run_pass(trainer: Trainer, dataset: PreferenceDataset, plan: StepPlan, *, forward_only: bool) -> Pass:
+def run_pass(
+    trainer: Trainer,
+    dataset: PreferenceDataset,
+    plan: StepPlan,
+    *,
+    forward_only: bool,
+    pairs_per_chosen_token: float | None = None,
+) -> Pass:
     """The metric sums of one step's pairs; unless `forward_only`, gradients are in the DDP buffers afterwards,
     reduced over every group and divided by the pairs of the step.
+
+    Args:
+        pairs_per_chosen_token: of the pairs over which the SFT term is a mean; None: of those of the step.
 
     Collectives: those of `run_microbatches` and `take_load_balancing_loss`.
 
@@ -137,10 +147,12 @@ def run_pass(trainer: Trainer, dataset: PreferenceDataset, plan: StepPlan, *, fo
     """
     of_ranks = [StepPairs.of(dataset, [index for microbatch in rank for index in microbatch]) for rank in plan]
     pairs = StepPairs(*map(np.concatenate, zip(*of_ranks, strict=True)))
-    num_pairs, num_chosen_tokens = len(pairs.lengths), int(pairs.counted[:, 0].sum())
+    num_pairs = len(pairs.lengths)
+    if pairs_per_chosen_token is None:
+        pairs_per_chosen_token = pairs_per_token(pairs.counted)
     forward_step = ForwardStep(
         objective=trainer.objective,
-        pairs_per_chosen_token=num_pairs / max(1, num_chosen_tokens),
+        pairs_per_chosen_token=pairs_per_chosen_token,
         keeps_averages=forward_only,
     )
     num_microbatches = sum(map(len, plan))
@@ -154,6 +166,11 @@ def run_pass(trainer: Trainer, dataset: PreferenceDataset, plan: StepPlan, *, fo
         num_tokens=int(pair_tokens(pairs.lengths, trainer.batch_options).sum()),
         load_balancing_loss=take_load_balancing_loss(trainer.chunks, num_microbatches=num_microbatches),
     )
+
+
+def pairs_per_token(counted: np.ndarray) -> float:
+    """The number of pairs divided by that of their chosen tokens, from a data set's [pairs, 2] `counted`."""
+    return len(counted) / max(1, int(counted[:, 0].sum()))
 
 
 def run_microbatches(

@@ -59,7 +59,9 @@ def logits_of(chunks: list, tokens: torch.Tensor, groups: parallel.ParallelGroup
 
 
 def run(model: Path, layout: str, options: dict, job: dict) -> None:
-    config = config_from(model=str(model), data=("unused",), bf16=False, **options)
+    # The longest sequence decides which frequencies a longrope model has.
+    lengths = {"max_length": 64, "max_prompt_length": 32}
+    config = config_from(model=str(model), data=("unused",), bf16=False, **lengths, **options)
     groups = parallel.initialize(config.parallel.sizes, backend="gloo", timeout_minutes=3)
     parallel.seed_everything(1)
     description = describe_hf_model(model)

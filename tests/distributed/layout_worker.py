@@ -1,6 +1,6 @@
 """Train the same pairs under several parallel layouts, one after the other, on the ranks this script is started on.
 
-`layout_worker.py FOLDER`: FOLDER/job.json holds the model folder, the pairs and the layouts; each layout leaves
+`layout_worker.py FOLDER...`: FOLDER/job.json of each holds the model folder, the pairs and the layouts; a layout leaves
 FOLDER/<name>.json (loss, gradient norm and margin of each step), FOLDER/<name>.samples<rank>.json (the greedy
 continuations of the job's prompts, if it has any, by the trained weights) and FOLDER/<name>/ (those weights, fp32).
 """
@@ -107,9 +107,9 @@ def refuse_a_step_that_is_not_finite(trainer: Trainer, dataset: ListDataset, bar
 
 
 if __name__ == "__main__":
-    target = Path(sys.argv[1])
-    the_job = json.loads((target / "job.json").read_text())
-    for layout_name, options in the_job["layouts"].items():
-        run(layout_name, config_from(**{**the_job["options"], **options}), the_job, target)
-        leave_groups()
+    for target in map(Path, sys.argv[1:]):
+        the_job = json.loads((target / "job.json").read_text())
+        for layout_name, options in the_job["layouts"].items():
+            run(layout_name, config_from(**{**the_job["options"], **options}), the_job, target)
+            leave_groups()
     torch.distributed.destroy_process_group()

@@ -28,6 +28,7 @@ from simpo_megatron.checkpoint import manifest  # noqa: E402
 from simpo_megatron.checkpoint.initial_weights import fill_weights  # noqa: E402
 from simpo_megatron.config import config_from  # noqa: E402
 from simpo_megatron.convert import load_hf_weights  # noqa: E402
+from simpo_megatron.mcore.experts import weights_of  # noqa: E402
 from simpo_megatron.mcore.families import describe_hf_model  # noqa: E402
 from simpo_megatron.mcore.model import build_model  # noqa: E402
 
@@ -45,8 +46,9 @@ def run(model: Path, layout: str, options: dict) -> None:
     release = Path(f"{model}.megatron") / "release"
     fill_weights(found, release, description, groups)
     for before, after in zip(expected, found, strict=True):
-        for name, parameter in before.named_parameters():
-            assert torch.equal(after.get_parameter(name), parameter), f"{model.name} {layout} {name}"
+        found_weights = dict(weights_of(after))
+        for name, values in weights_of(before):
+            assert torch.equal(found_weights[name], values), f"{model.name} {layout} {name}"
     read_as_megatron_does(megatrons, expected, release, description.vocab_size)
     write(expected, Path(f"{model}.{layout}"), release)
 

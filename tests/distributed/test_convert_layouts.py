@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM
 
 from simpo_megatron.convert.files import stored_tensors
 from simpo_megatron.data import PairOptions, build_preference_dataset
+from simpo_megatron.mcore.families import FAMILIES
 
 WORKER = Path(__file__).with_name("convert_worker.py")
 # Two ranks: what tp and pp leave over is data parallelism, of which one rank writes.
@@ -35,13 +36,15 @@ LAYOUTS = {
         "expert_model_parallel_size": 2,
     },
 }
-# (model, layout): experts in every way that divides them, and the rest as before.
-RUNS = [(name, layout) for name in DENSE for layout in ("tp1", "tp2", "pp2", "pp2_vpp2")]
+# (model, layout): experts in every way that divides them; what chunks of a stage divide, and a rank alone, is the same
+# in all families.
+RUNS = [(name, layout) for name in DENSE for layout in ("tp2", "pp2")]
+RUNS += [(name, layout) for name in ("llama32_tied", "gemma2", "smollm3") for layout in ("tp1", "pp2_vpp2")]
 RUNS += [(name, layout) for name in MIXTURES for layout in ("tp2", "pp2", "ep2", "tp2_sequence_parallel_ep2")]
 MODELS = DENSE | MIXTURES
 # What the trainer, too, is to give the log-probs of: with tensor parallelism, it divides the sequence of a mixture.
-SCORED = [(name, layout) for name in DENSE for layout in ("tp1", "tp2", "pp2")]
-SCORED += [(name, layout) for name in MIXTURES for layout in ("ep2", "tp2_sequence_parallel_ep2", "pp2")]
+SCORED = [(next(iter(family.tests)), "pp2") for family in FAMILIES.values()]
+SCORED += [(name, layout) for name, layout in RUNS if layout in ("tp1", "tp2_sequence_parallel_ep2")]
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ import pytest
 import torch
 from ranks import run_ranks
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, MixtralConfig
+from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, MixtralConfig, Qwen3Config
 from twin import TwinSettings, train, with_context
 
 from simpo_megatron.data import BatchOptions, plan_step
@@ -154,7 +154,8 @@ TINY = {
 EXPERT_LAYOUTS = tuple(name for name, options in LAYOUTS.items() if "expert_model_parallel_size" in options)
 # Name: (configuration, layouts). A tied model only adds the gradient that two stages share, and Gemma-2 its own norms,
 # caps and windows: the layouts that cut these differently will do. Mixtral's load-balancing loss is off: its value
-# depends on how pairs are cut into microbatches.
+# depends on how pairs are cut into microbatches. Of one key/value group four ranks hold parts that end within a head;
+# where ranks share a group, norms of query and key add up what each of them has for it.
 MODELS = {
     "untied": (LlamaConfig(**TINY, tie_word_embeddings=False), tuple(set(LAYOUTS) - {*EXPERT_LAYOUTS, *DEEP_LAYOUTS})),
     "tied": (
@@ -177,6 +178,14 @@ MODELS = {
             "cp4",
             "padded_rows_cp2_tp2",
         ),
+    ),
+    "one_group": (
+        LlamaConfig(**TINY | {"num_key_value_heads": 1}, attention_bias=True),
+        ("tp4", "tp4_sequence_parallel_full_recompute"),
+    ),
+    "two_groups": (
+        Qwen3Config(**TINY | {"num_key_value_heads": 2}, head_dim=6),
+        ("tp4", "tp4_sequence_parallel_full_recompute"),
     ),
     "mixtral": (
         MixtralConfig(**TINY, num_local_experts=4, num_experts_per_tok=2, router_aux_loss_coef=0.0),

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, MixtralConfig
 
 WORKER = Path(__file__).with_name("layout_worker.py")
 # One data-parallel rank, so that microbatches are the same; lengths that no layout pads, so that tokens are.
-UNDIVIDED, DIVIDED = {"pp": 2}, {"cp": 2, "ep": 2}
+UNDIVIDED, DIVIDED = ({**sizes, "moe_aux_loss_coeff": 0.5} for sizes in ({"pp": 2}, {"cp": 2, "ep": 2}))
 LAYOUTS = {
     "undivided": UNDIVIDED,
     "divided": DIVIDED,
@@ -29,7 +29,7 @@ def weights(tmp_path_factory):
     """Trained weights by layout."""
     folder = tmp_path_factory.mktemp("balance")
     torch.manual_seed(3)
-    config = MixtralConfig(**TINY, num_local_experts=4, num_experts_per_tok=2, router_aux_loss_coef=0.5)
+    config = MixtralConfig(**TINY, num_local_experts=4, num_experts_per_tok=2)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder / "model")
     random = np.random.default_rng(7)
     lengths = 4 * random.integers(1, 5, size=(16, 3))

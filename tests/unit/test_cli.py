@@ -40,7 +40,11 @@ def test_help_names_every_command_and_the_version_is_the_packages(capsys):
     assert text_of(capsys, "--version") == f"simpo {__version__}\n"
 
 
-NEAREST = {"trian": "; did you mean train?", "fp8_check": "; did you mean fp8-check?", "x": "merge, report, fp8-check"}
+NEAREST = {
+    "trian": "; did you mean train?",
+    "fp8_check": "; did you mean fp8-check?",
+    "x": "merge, families, report, fp8-check",
+}
 
 
 @pytest.mark.parametrize("asked", NEAREST)

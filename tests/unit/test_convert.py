@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from qwen2_twin import HEAD_DIM, HIDDEN, LAYERS, VOCAB, random_weights, stand_in, twin_parameters, write_folder
+from qwen2_twin import CONFIG, HEAD_DIM, HIDDEN, LAYERS, VOCAB, random_weights, stand_in, twin_parameters, write_folder
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -20,8 +20,9 @@ from simpo_megatron.convert import load_hf_weights, refuse_existing_export
 from simpo_megatron.convert import load_weights as loading
 from simpo_megatron.convert.files import TensorSpec, write_safetensors
 from simpo_megatron.convert.folder import MARKER_FILE, mark, new_output, origin_of
+from simpo_megatron.convert.mapping import TensorRank, layer_rules, pieces_by_rule
 from simpo_megatron.errors import CheckpointError, NumericsError
-from simpo_megatron.mcore.families import ModelDescription, padded_vocab_size
+from simpo_megatron.mcore.families import ModelDescription, describe_hf_config, padded_vocab_size
 
 
 class CountingFile:
@@ -70,6 +71,29 @@ def test_every_rank_gets_the_slices_the_twin_cuts_and_reads_no_other_byte(
         num_padded += padding
         assert sum(counts) == sum(p.nbytes for p in chunk.parameters()) - 2 * padding * HIDDEN * 4
     assert num_padded == padded_vocab_size(VOCAB, tp_size) - VOCAB
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["three tensors", "one tensor"])
+@pytest.mark.parametrize(("heads", "groups", "head_dim", "tp_size"), [(8, 1, 6, 4), (12, 3, 4, 12), (8, 2, 6, 8)])
+def test_ranks_that_share_a_group_hold_the_rows_that_megatron_cuts(heads, groups, head_dim, tp_size, fused) -> None:
+    """The whole weight, put together head by head and cut evenly, in the midst of a group."""
+    q, k, v = (torch.randn(number * head_dim, 3) for number in (heads, groups, groups))
+    parts = []
+    for group in range(groups):
+        own = heads // groups
+        parts += [q[group * own * head_dim : (group + 1) * own * head_dim]]
+        parts += [x[group * head_dim : (group + 1) * head_dim] for x in (k, v)]
+    slices = torch.cat(parts).chunk(tp_size)
+    config = {**CONFIG, "model_type": "phi3" if fused else "llama", "num_attention_heads": heads, "head_dim": head_dim}
+    description = describe_hf_config({**config, "num_key_value_heads": groups, "pad_token_id": 0}, "config.json")
+    rule = next(rule for rule in layer_rules(description, 0) if rule.parameter == "self_attention.linear_qkv.weight")
+    stored = dict(zip(rule.hf_names, (torch.cat((q, k, v)),) * 3 if fused else (q, k, v)))
+    for rank, expected in enumerate(slices):
+        found = torch.full_like(expected, float("nan"))
+        for piece in pieces_by_rule(found, rule, 0, description, TensorRank(rank, tp_size)):
+            name = piece.hf_name.replace("layers.0.", "layers.{}.")
+            loading.fill(piece, stored[name], rank, description)
+        assert torch.equal(found, expected), rank
 
 
 @pytest.mark.parametrize("grouped", [False, True], ids=["an expert a module", "transformer engine's grouped experts"])

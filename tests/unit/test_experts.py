@@ -34,7 +34,6 @@ def models(tmp_path_factory):
         max_position_embeddings=64,
         num_local_experts=EXPERTS,
         num_experts_per_tok=CHOSEN,
-        router_aux_loss_coef=COEFFICIENT,
     )
     twin = AutoModelForCausalLM.from_config(config, experts_implementation="eager")
     with torch.no_grad():
@@ -44,7 +43,7 @@ def models(tmp_path_factory):
     with parallel.alone() as groups:
         parallel.seed_everything(0)
         description = describe_hf_model(folder)
-        options = config_from(model=str(folder), data=("none",), bf16=False)
+        options = config_from(model=str(folder), data=("none",), bf16=False, moe_aux_loss_coeff=COEFFICIENT)
         (model,) = build_model(description, options, groups)
         load_hf_weights([model], folder, description, tp_rank=0, tp_size=1)
         yield model.double(), twin.double()
@@ -89,6 +88,25 @@ def test_routers_are_pulled_to_balance_by_the_mean_over_microbatches(models):
     ):
         gradient = megatrons.grad[: len(transformers)] / num_pairs
         assert float((gradient - transformers.grad).norm() / transformers.grad.norm()) <= 1e-5
+
+
+@pytest.mark.parametrize("asks", [True, False])
+def test_when_nothing_is_said_the_loss_weighs_what_it_weighs_in_transformers(models, asks):
+    from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+    from simpo_megatron.mcore.experts import load_balancing_coefficient, times_transformers
+    from simpo_megatron.mcore.families import describe_hf_config
+
+    _, twin = models
+    description = describe_hf_config({**twin.config.to_dict(), "output_router_logits": asks}, "config.json")
+    # Theirs is of the tokens of all layers together, so that layers which differ may even each other out.
+    (first, *_) = twin(torch.randint(131, (3, 11)), output_router_logits=True).router_logits
+    logits = (first,) * LAYERS
+    theirs = load_balancing_loss_func(logits, EXPERTS, CHOSEN) * twin.config.router_aux_loss_coef
+    ours = load_balancing_coefficient(description, None) * sum(map(balance, logits))
+    assert float(ours) == pytest.approx(float(theirs) if asks else 0.0, rel=1e-6)
+    assert load_balancing_coefficient(description, 0.3) == 0.3
+    assert times_transformers(description) == LAYERS / CHOSEN
 
 
 def test_a_run_is_started_on_as_few_ranks_as_its_sizes_divide():

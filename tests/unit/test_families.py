@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from simpo_megatron.errors import CheckpointError, ConfigError
-from simpo_megatron.mcore.families import describe_hf_model, padded_vocab_size
+from simpo_megatron.mcore.families import FAMILIES, describe_hf_model, padded_vocab_size
 from simpo_megatron.mcore.hf_files import MAX_JSON_BYTES
+from simpo_megatron.mcore.rotary import concentration, scaled_frequencies
 
 LLAMA = {
     "model_type": "llama",
@@ -42,14 +46,51 @@ def describe(folder: Path, **changes):
 def test_rope_reads_alike_from_either_major_version_of_transformers(tmp_path: Path) -> None:
     four = describe(tmp_path, rope_theta=500000.0, rope_scaling=LLAMA3_SCALING)
     five = describe(tmp_path, rope_parameters={**LLAMA3_SCALING, "rope_theta": 500000.0})
-    assert four.gpt == five.gpt
+    assert four.gpt == five.gpt and four.rope == five.rope
     assert four.gpt["rotary_base"] == 500000.0
-    assert four.gpt["rope_scaling"] is True and four.gpt["rope_scaling_factor"] == 8.0
+    found = [scaled_frequencies(each.hf_config, 4096).inverse for each in (four, five)]
+    assert torch.equal(*found)
 
 
-def test_linear_rope_becomes_an_interpolation_factor(tmp_path: Path) -> None:
-    gpt = describe(tmp_path, rope_theta=1e4, rope_scaling={"type": "linear", "factor": 4.0}).gpt
-    assert gpt["seq_len_interpolation_factor"] == 4.0 and gpt["rope_scaling"] is False
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+
+
+def test_a_model_cards_block_beside_rope_parameters_counts_as_transformers_reads_it(tmp_path: Path) -> None:
+    plain = {"rope_type": "default", "rope_theta": 1e4}
+    description = describe(tmp_path, rope_parameters=plain, rope_scaling=YARN)
+    found = scaled_frequencies(description.hf_config, 4096)
+    assert description.rope["rope_type"] == "yarn" and description.rope["rope_theta"] == 1e4
+    # The fastest elements turn as before, the slowest a fourth as fast; arXiv 2309.00071, section 3.2 and 3.4.
+    before = 1 / 1e4 ** (torch.arange(0, 128, 2) / 128)
+    assert torch.allclose(found.inverse[[0, -1]], before[[0, -1]] / torch.tensor([1.0, 4.0]))
+    assert found.attention_factor == pytest.approx(0.1 * math.log(4) + 1)
+
+
+def test_linear_rope_turns_all_elements_by_a_part(tmp_path: Path) -> None:
+    scaled = describe(tmp_path, rope_theta=1e4, rope_scaling={"type": "linear", "factor": 4.0}).hf_config
+    assert torch.allclose(scaled_frequencies(scaled, 99).inverse * 4, 1 / 1e4 ** (torch.arange(0, 128, 2) / 128))
+
+
+@pytest.mark.parametrize(("max_length", "factor"), [(4096, 1.5), (4097, 3.0)])
+def test_longrope_takes_the_frequencies_of_the_longest_sequence_of_a_run(tmp_path: Path, max_length, factor) -> None:
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.5] * 64, "long_factor": [3.0] * 64}
+    found = describe(tmp_path, model_type="phi3", rope_parameters=rope, original_max_position_embeddings=4096)
+    inverse = scaled_frequencies(found.hf_config, max_length).inverse
+    assert torch.allclose(inverse * factor, 1 / 1e4 ** (torch.arange(0, 128, 2) / 128))
+
+
+@pytest.mark.parametrize("factor", [1.0, 0.7, 1.1386, 2.5])
+def test_megatron_multiplies_sine_and_cosine_by_the_factor(factor: float) -> None:
+    from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import (
+        _yarn_get_concentration_factor_from_config as found,
+    )
+
+    assert found(SimpleNamespace(**concentration(factor))) == pytest.approx(factor, rel=1e-15)
+
+
+@pytest.mark.parametrize(("family", "base"), [("mixtral", 1e6), ("smollm3", 2e6), ("ernie4_5", 5e5), ("llama", 1e4)])
+def test_what_config_json_leaves_out_has_the_default_of_its_family(tmp_path: Path, family: str, base: float) -> None:
+    assert describe(tmp_path, model_type=family).gpt["rotary_base"] == base
 
 
 def test_a_llama_without_optional_keys_has_their_defaults(tmp_path: Path) -> None:
@@ -73,6 +114,10 @@ def test_a_llama_without_optional_keys_has_their_defaults(tmp_path: Path) -> Non
             {"add_qkv_bias": True},
         ),
         ({"attention_bias": True, "mlp_bias": True}, {"add_bias_linear": True}),
+        (
+            {"attention_bias": True},
+            {"add_bias_linear": False, "add_qkv_bias": True, "attention_output_bias": True},
+        ),
         (
             # What its config.json leaves out has transformers' defaults, not those of other families.
             {"model_type": "gemma2", "hidden_act": "absent", "attn_logit_softcapping": None},
@@ -136,39 +181,39 @@ def test_each_family_says_what_it_adds(tmp_path: Path, changes: dict, expected: 
         ({"model_type": "gemma2", "hidden_activation": "gelu"}, "hidden_activation: found 'gelu'"),
         ({"model_type": "gemma2", "attention_bias": True}, "attention_bias: found True"),
         ({"model_type": "gemma2", "use_bidirectional_attention": True}, "use_bidirectional_attention"),
-        ({"model_type": "gemma2", "final_logit_softcapping": -1}, "final_logit_softcapping: found -1"),
-        ({"model_type": "qwen2_moe"}, "experts that every token passes"),
-        ({"model_type": "mixtral"}, "num_local_experts: found None"),
+        ({"model_type": "gemma2", "final_logit_softcapping": -1.0}, "final_logit_softcapping: found -1.0"),
+        ({"model_type": "cohere"}, "'cohere'"),
+        ({"is_causal": False}, "is_causal: found False"),
         ({"model_type": "mixtral", "router_jitter_noise": 0.1}, "router_jitter_noise"),
         ({"model_type": "mixtral", "num_local_experts": 2, "num_experts_per_tok": 3}, "num_experts_per_tok: found 3"),
-        ({"model_type": "qwen3_moe", "decoder_sparse_step": 2}, "dense layers among MoE layers"),
-        ({"model_type": "qwen3_moe", "mlp_only_layers": [0]}, "dense layers among MoE layers"),
-        ({"model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2}, "width of an expert: found None"),
+        ({"model_type": "qwen3_moe", "decoder_sparse_step": 40}, "without a layer of experts"),
+        ({"model_type": "qwen3_moe", "moe_intermediate_size": 0}, "width of an expert: found 0"),
         ({"model_type": "unheard_of", "auto_map": {"AutoConfig": "code.Config"}}, "'unheard_of'"),
         ({"model_type": "absent"}, "model_type: found None"),
         ({"hidden_act": "gelu"}, "hidden_act: found 'gelu'"),
         ({"quantization_config": {"quant_method": "awq"}}, "quantization_config"),
-        ({"model_type": "mistral", "sliding_window": "4096"}, "sliding_window: found '4096'"),
+        ({"model_type": "mistral", "sliding_window": "4096"}, "'sliding_window' expected"),
         ({"model_type": "mistral", "layer_types": ["full_attention"] * 32}, "layer_types"),
         ({"layer_types": ["sliding_attention"] * 32}, "layer_types"),
         ({"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 0}, "sliding_window: found 0"),
         ({"model_type": "qwen3", "layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
         ({"model_type": "qwen3", "layer_types": ["chunked_attention"] * 32}, "layer_types"),
         ({"model_type": "qwen3", "layer_types": ["sliding_attention"] * 32}, "sliding_window: found None"),
-        ({"model_type": "qwen3", "attention_bias": True}, "attention_bias"),
-        ({"attention_bias": True}, "mlp_bias False"),
+        ({"mlp_bias": True}, "attention_bias False"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor: found 0.5"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "'yarn'"),
-        ({"rope_scaling": {"type": "dynamic", "factor": 4.0}}, "'dynamic'"),
-        ({"rope_parameters": {"rope_type": "longrope"}}, "'longrope'"),
-        ({"rope_scaling": {**LLAMA3_SCALING, "original_max_position_embeddings": 4096}}, "4096"),
-        ({"rope_scaling": {**LLAMA3_SCALING, "high_freq_factor": 2.0}}, "high_freq_factor"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 4.0}}, "'dynamic', whose frequencies change"),
+        ({"rope_parameters": {"rope_type": "longrope"}}, "short_factor"),
+        ({"rope_parameters": {"rope_type": "proportional", "factor": 2.0}}, "'proportional'"),
+        (
+            {"rope_parameters": {"rope_type": "longrope", "short_factor": [1.0] * 2, "long_factor": [1.0] * 2}},
+            "expected those of longrope",
+        ),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor"),
         ({"rope_scaling": {**LLAMA3_SCALING, "factor": "8"}}, "factor: found '8'"),
         ({"num_key_value_heads": 5}, "num_key_value_heads 5"),
-        ({"hidden_size": -1}, "hidden_size: found -1"),
-        ({"num_hidden_layers": True}, "num_hidden_layers: found True"),
-        ({"intermediate_size": "absent"}, "intermediate_size: found None"),
-        ({"rms_norm_eps": "absent"}, "rms_norm_eps: found None"),
+        ({"num_hidden_layers": True}, "'num_hidden_layers' expected int"),
+        ({"intermediate_size": -1}, "intermediate_size: found -1"),
+        ({"rms_norm_eps": 2.0}, "rms_norm_eps: found 2.0"),
     ],
 )
 def test_what_cannot_be_computed_alike_is_refused_by_name(tmp_path: Path, changes: dict, named: str) -> None:
@@ -216,3 +261,9 @@ def test_a_missing_or_enormous_config_is_refused_unread(tmp_path: Path) -> None:
 )
 def test_the_vocabulary_is_padded_as_megatron_pads_it(vocab_size: int, ranks: int, expected: int) -> None:
     assert padded_vocab_size(vocab_size, ranks) == expected
+
+
+def test_every_family_has_models_that_prove_it() -> None:
+    names = [name for family in FAMILIES.values() for name in family.tests]
+    assert len(names) == len(set(names))
+    assert all(family.tests and family.examples for family in FAMILIES.values())

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import distribute_tensor
 
 from simpo_megatron.errors import ConfigError, DataError
 from simpo_megatron.loss import (
@@ -360,6 +363,40 @@ def test_one_call_on_padded_rows_equals_the_parts():
     want = torch.autograd.grad(expected.loss, (hidden, weight))
     assert relative(result.loss.detach(), expected.loss.detach()) <= 1e-14
     assert all(relative(g, w) <= 1e-13 for g, w in zip(got, want))
+
+
+@pytest.mark.parametrize(
+    ("labels", "hidden", "said"),
+    [
+        ((4, 9), (4, 10), r"found shape \(4, 9\), expected \(4, 10\).*labels\[:, 1:\] belong to hidden\[:, :-1\]"),
+        ((2, 10), (4, 10), "expected .* one label for each position"),
+        ((4, 10), (10, 4), "transpose the hidden states"),
+    ],
+)
+def test_labels_of_another_shape_than_the_hidden_states_are_refused(labels, hidden, said):
+    with pytest.raises(ConfigError, match=said):
+        fused_linear_simpo(torch.randn(*hidden, H), torch.randn(V, H), torch.ones(labels, dtype=torch.long))
+
+
+def test_a_row_without_a_response_is_refused_by_its_number():
+    labels = torch.ones(4, 6, dtype=torch.long)
+    labels[2] = -100
+    with pytest.raises(DataError, match="no response token in row 2"):
+        fused_linear_simpo(torch.randn(4, 6, H), torch.randn(V, H), labels)
+
+
+@pytest.fixture
+def mesh():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+def test_what_fsdp_has_divided_is_refused_in_one_sentence(mesh):
+    hidden, weight, _ = make()
+    for found in (distribute_tensor(weight, mesh), weight.flatten()):
+        with pytest.raises(ConfigError, match="found a part of what other ranks share .* inside the forward"):
+            fused_linear_log_probs(hidden, found, TOKENS, vocab=VOCAB, tp_group=None)
 
 
 def test_labels_need_two_rows_a_pair():

@@ -49,6 +49,23 @@ def test_the_headline_says_how_far_an_accuracy_of_so_few_pairs_can_be_trusted(tm
     )
 
 
+@pytest.mark.parametrize(("accuracy", "said"), [(1.0, "100.0%"), (0.0, "0.0%")])
+def test_none_and_all_of_the_pairs_have_a_standard_error_too(tmp_path, accuracy, said):
+    lines = [evaluation(i, a, 0.0) | {"eval/num_pairs": 24} for i, a in ((0, 0.5), (3, accuracy))]
+    headline = write_report(write_run(tmp_path / "run", lines)).headline
+    assert f"to {said} (standard error 2.0%)" in headline, "half of Wilson's interval of one standard deviation: 1/50"
+
+
+def test_a_policy_that_is_its_own_reference_has_no_accuracy(tmp_path):
+    first = evaluation(0, 0.0, 0.0)
+    del first["eval/rewards/accuracies"]
+    report = write_report(write_run(tmp_path / "run", [first, step(1), evaluation(1, 1.0, 0.5)]))
+    assert "accuracy is 100.0%; before training, when the policy is the reference, it is n/a" in report.headline
+    assert "0.0% to" not in report.headline and "from +0.000 to +0.500" in report.headline
+    page = report.page.read_text()
+    assert re.search(r"<tr><td>accuracy</td><td[^>]*>n/a</td><td[^>]*>100.0%</td>", page)
+
+
 def test_without_a_second_evaluation_the_headline_is_of_the_training_batches(tmp_path):
     steps = [step(i, **{"loss": 2.0 - i / 20, "rewards/accuracies": i / 20}) for i in range(1, 21)]
     told = "; on training batches, the loss went from 1.9250 to 1.0250 and accuracy from 7.5% to 97.5%."

@@ -1,0 +1,131 @@
+"""Model families, a file each: config.json as megatron-core's arguments; what it computes differently is refused."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from simpo_megatron.errors import ConfigError
+from simpo_megatron.mcore.family import Family, WeightNames, count, refuse, shared_options
+from simpo_megatron.mcore.hf_config import check_counts, configuration, rope_parameters
+from simpo_megatron.mcore.hf_files import read_hf_json
+from simpo_megatron.mcore.rotary import check_rope
+
+__all__ = [
+    "FAMILIES",
+    "ModelDescription",
+    "describe_hf_config",
+    "describe_hf_model",
+    "padded_vocab_size",
+]
+
+FAMILIES: Mapping[str, Family] = {
+    family.model_type: family
+    for module in pkgutil.iter_modules(__path__)
+    for family in importlib.import_module(f"{__name__}.{module.name}").FAMILIES
+}
+"""Every family by the `model_type` of its config.json."""
+
+_REFUSALS = {
+    "quantization_config": (
+        lambda quantization: not quantization,
+        "quantized weights cannot be trained; give the original ones",
+    ),
+    "is_causal": (
+        lambda is_causal: is_causal in (None, True),
+        "a model that looks ahead cannot be trained to predict the next token",
+    ),
+}
+"""Keys that are refused in any family."""
+
+
+@dataclass(frozen=True)
+class ModelDescription:
+    """A model's architecture; the choices of a run (dtype, parallelism, recompute) are not in here."""
+
+    family: str
+    """`model_type` of config.json."""
+    transformer: dict[str, Any]
+    """Keyword arguments of our TransformerConfig."""
+    gpt: dict[str, Any]
+    """Keyword arguments of megatron's GPTModel, vocabulary apart."""
+    vocab_size: int
+    """Token ids of the model, before the padding that tensor parallelism needs."""
+    hf_config: dict[str, Any]
+    """config.json as read."""
+    rope: dict[str, Any]
+    """The rotary embedding, by transformers' names: rope_type, rope_theta, partial_rotary_factor, ..."""
+
+    def is_moe_layer(self, layer: int) -> bool:
+        """True where the layer, counted from zero, has experts in the place of an MLP."""
+        pattern = self.transformer.get("moe_layer_freq")
+        return "num_moe_experts" in self.transformer and (pattern is None or bool(pattern[layer]))
+
+    @property
+    def names(self) -> WeightNames:
+        """Names of the weights in a folder."""
+        return FAMILIES[self.family].names
+
+
+def describe_hf_model(folder: str | Path) -> ModelDescription:
+    """The architecture that `folder`/config.json describes, as written by transformers 4 or 5.
+
+    Raises:
+        CheckpointError: the folder or its config.json is missing or unreadable.
+        ConfigError: the family, or an option of it, is not one that megatron-core computes like transformers.
+    """
+    return describe_hf_config(read_hf_json(folder, "config.json"), str(Path(folder) / "config.json"))
+
+
+def describe_hf_config(config: dict[str, Any], where: str) -> ModelDescription:
+    """The architecture that `config`, the object in a config.json, describes; `where` begins a refusal.
+
+    Raises:
+        ConfigError: the family, or an option of it, is not one that megatron-core computes like transformers.
+    """
+    try:
+        return _described(config, where)
+    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
+        raise ConfigError(
+            f"{where}: found values that no model has ({type(error).__name__}: {error}), expected them as transformers "
+            "writes them"
+        ) from None
+
+
+def _described(config: dict[str, Any], where: str) -> ModelDescription:
+    family = FAMILIES.get(str(config.get("model_type")))
+    if family is None:
+        raise ConfigError(
+            f"{where}: model_type: found {config.get('model_type')!r}, expected one of {', '.join(sorted(FAMILIES))}"
+        )
+    try:
+        check_counts(config)
+        normalised = configuration(config)
+        refuse(normalised, _REFUSALS)
+        transformer = {**shared_options(normalised), **family.options(normalised)}
+        rope = rope_parameters(normalised)
+        fraction = rope.get("partial_rotary_factor") or 1.0
+        if fraction != 1 and not family.turns_in_part:
+            raise ConfigError(f"partial_rotary_factor: found {fraction}, expected 1 for {family.model_type}")
+        check_rope(config, rope, int(transformer["kv_channels"] * fraction))
+        gpt = {
+            "position_embedding_type": "rope",
+            "rotary_percent": float(fraction),
+            "rotary_base": rope["rope_theta"],
+            "share_embeddings_and_output_weights": bool(normalised.tie_word_embeddings),
+            "max_sequence_length": count(normalised, "max_position_embeddings"),
+        }
+        vocab_size = count(normalised, "vocab_size")
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
+    return ModelDescription(family.model_type, transformer, gpt, vocab_size, config, rope)
+
+
+def padded_vocab_size(vocab_size: int, tensor_model_parallel_size: int, divisor: int = 128) -> int:
+    """The smallest multiple of `divisor` * tensor ranks that holds `vocab_size` rows, as Megatron pads."""
+    multiple = divisor * tensor_model_parallel_size
+    return -(-vocab_size // multiple) * multiple
