@@ -15,6 +15,7 @@ import torch
 from simpo_megatron.config import Machine
 from simpo_megatron.errors import ConfigError
 from simpo_megatron.loss.products import has_wide_products
+from simpo_megatron.mcore.varlen_kernels import attention_name
 
 
 def has_cuda() -> bool:
@@ -99,6 +100,8 @@ def has_transformer_engine() -> bool:
 def kernels() -> str:
     """The implementations of layers and Adam that are installed, and whether gradient accumulation is fused."""
     layers = "Transformer Engine" if has_cuda() and has_transformer_engine() else "torch"
+    if has_cuda() and layers == "torch":
+        layers += f", attention: {attention_name()}"
     optimizer = {"transformer_engine": "Transformer Engine", "apex": "apex"}.get(
         adam().__module__.split(".")[0], "torch"
     )

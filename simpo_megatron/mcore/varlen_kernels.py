@@ -119,10 +119,25 @@ def prepare_torch() -> None:
     """Set torch's own switches of attention on a GPU, once a process.
 
     cuDNN leaves scaled_dot_product_attention: it makes a plan for each new pair of lengths, and here all are new.
-    FlashAttention 3 takes FlashAttention 2's place on Hopper where its package is installed and torch can swap it in:
-    from 2.11 on, for 2.10 keeps the longest lengths from it (pytorch #173681).
+    FlashAttention 3 takes FlashAttention 2's place where it can.
     """
     torch.backends.cuda.enable_cudnn_sdp(False)
-    is_installed = find_spec("flash_attn_interface") is not None
-    if is_installed and "window_size" in _torchs_own()[1] and torch.cuda.get_device_capability()[0] == _HOPPER:
+    if _has_flash_attention_3():
         importlib.import_module("torch.nn.attention").activate_flash_attention_impl("FA3")
+
+
+def attention_name() -> str:
+    """The attention of a GPU without Transformer Engine, in half precision and without a soft cap."""
+    if _torchs_own()[0] is None:
+        return "torch, a call a segment (from torch 2.10 on one a layer)"
+    return f"FlashAttention {3 if _has_flash_attention_3() else 2}"
+
+
+def _has_flash_attention_3() -> bool:
+    """True on Hopper with its package, and a torch that swaps it in and, from 2.11 on, hands it the longest lengths.
+
+    Source: pytorch #173681.
+    """
+    if find_spec("flash_attn_interface") is None or "window_size" not in _torchs_own()[1]:
+        return False
+    return torch.cuda.get_device_capability()[0] == _HOPPER

@@ -272,6 +272,7 @@ def test_without_the_module_there_is_no_kernel(monkeypatch):
     monkeypatch.setattr(varlen_kernels, "find_spec", lambda name: None)
     query, key, _ = inputs(5, 1, (6, 2))
     assert varlen_kernel(query, key, Scores()) is None
+    assert varlen_kernels.attention_name().startswith("torch, a call a segment")
 
 
 def test_what_flash_attention_lacks_is_left_to_torchs_other_kernels():
@@ -350,6 +351,7 @@ def test_flash_attention_3_takes_over_on_hopper_where_it_is_installed_and_cudnn_
         varlen_kernels.prepare_torch()
         varlen_kernels.prepare_torch()
         assert not torch.backends.cuda.cudnn_sdp_enabled()
+        assert varlen_kernels.attention_name() == f"FlashAttention {3 if expected else 2}"
         assert activated == expected
     finally:
         torch.backends.cuda.enable_cudnn_sdp(before)

@@ -32,9 +32,10 @@ class TransformerEnginesAdam:
 
 def test_what_computes_is_told_by_what_is_installed(gpu, monkeypatch):
     optimizer = importlib.import_module("megatron.core.optimizer")
-    assert device.kernels() == "layers: torch, Adam: torch, grad accumulation fusion: on"
+    of_torch = "layers: torch, attention: FlashAttention 2, Adam: torch, grad accumulation fusion:"
+    assert device.kernels() == f"{of_torch} on"
     monkeypatch.setattr(device, "has_wide_products", lambda: False)
-    assert device.kernels() == "layers: torch, Adam: torch, grad accumulation fusion: off"
+    assert device.kernels() == f"{of_torch} off"
     monkeypatch.setattr(device, "has_transformer_engine", lambda: True)
     monkeypatch.setattr(optimizer, "Adam", TransformerEnginesAdam)
     engines = "layers: Transformer Engine, Adam: Transformer Engine, grad accumulation fusion:"
