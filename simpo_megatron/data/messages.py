@@ -168,6 +168,8 @@ def _call(call: object, name: str) -> dict:
     function = call.get("function", call) if isinstance(call, dict) else None
     if not isinstance(call, dict) or not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise BadRecord(f"bad_calls:{name}", f"{name} holds a call without the name of a function")
+    if any(isinstance(call.get(key), (dict, list)) for key in _CALL_KEYS if key != "function"):
+        raise BadRecord(f"bad_calls:{name}", f"{name} holds a call with an id or a type that is no text")
     arguments = function.get("arguments")
     if isinstance(arguments, str):
         try:
