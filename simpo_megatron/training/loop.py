@@ -12,7 +12,7 @@ import torch.distributed as dist
 from simpo_megatron import faults, parallel
 from simpo_megatron.checkpoint import manifest
 from simpo_megatron.config import Config
-from simpo_megatron.errors import NumericsError, StoppedByMonitor, StoppedBySignal
+from simpo_megatron.errors import NumericsError, SimPOError, StoppedByMonitor, StoppedBySignal
 from simpo_megatron.ranks import sync_status
 from simpo_megatron.reporting.loggers import RunLog, Sink, open_run_log
 from simpo_megatron.reporting.validation_pairs import keep_validation_pairs
@@ -240,5 +240,9 @@ def _evaluate(job: Job, monitors: Monitors, log: RunLog, iteration: int, save: s
     if metrics:
         log.evaluation(iteration, metrics)
     if found.averages is not None and save is not None and dist.get_rank() == 0:
-        keep_validation_pairs(Path(save), iteration, found.averages, next(iter(job.valid_data.values())))
+        try:
+            keep_validation_pairs(Path(save), iteration, found.averages, next(iter(job.valid_data.values())))
+        except SimPOError as error:
+            # A page of the run misses them, and the run itself does not.
+            log.say(f"WARNING   {error}; the run goes on without")
     return metrics
