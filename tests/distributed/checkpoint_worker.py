@@ -85,6 +85,8 @@ class Run:
     """[text, seconds]: the whole job is killed so long after a rank has printed the text."""
     grace_seconds: float = 5.0
     """How long ranks have to end by themselves once one has failed; torchrun gives 30."""
+    vanish: list | None = None
+    """[rank, n]: that rank removes the run's folder at the start of its nth step."""
     by_command: bool = False
     """Through the command line, which prints errors and turns them into exit codes."""
     folders: list | None = None
@@ -221,6 +223,8 @@ def fork_rank(rank: int, run: Run, folder: Path) -> int:
             injections.fill_disk(run.full_disk[1])
         if run.signals and run.signals[0] == rank:
             injections.signal_at_step(*run.signals[1:])
+        if run.vanish and run.vanish[0] == rank:
+            injections.remove_at_step(run.vanish[1], Path(run.options["save"]))
         if run.file_limit and run.file_limit[0] == rank:
             resource.setrlimit(resource.RLIMIT_FSIZE, (run.file_limit[1], run.file_limit[1]))
         if run.memory_limit and run.memory_limit[0] == rank:

@@ -10,6 +10,7 @@ import os
 import pickle
 import re
 import resource
+import shutil
 import signal
 import sys
 import time
@@ -171,6 +172,19 @@ def signal_at_step(nth: int, names: list[str]) -> None:
         return train_step(*arguments)
 
     loop.train_step = signalled
+
+
+def remove_at_step(nth: int, folder: Path) -> None:
+    train_step, count = loop.train_step, 0
+
+    def removed(*arguments):
+        nonlocal count
+        count += 1
+        if count == nth:
+            shutil.rmtree(folder)
+        return train_step(*arguments)
+
+    loop.train_step = removed
 
 
 def limit_memory(num_bytes: int) -> None:

@@ -38,6 +38,7 @@ RUNS = [
     {"name": "goes_on", "options": TP2 | BACKGROUND | GOES_ON, "full_disk": [1, SHARD_OF_2]},
     {"name": "small_files", "options": TP2 | GOES_ON | {"train_iters": 2}, "full_disk": [0, r"tmp-\w+/config\.json"]},
     {"name": "index", "options": TP2 | GOES_ON, "full_disk": [0, r"iter_0000002\.tmp-\w+/\.metadata"]},
+    {"name": "gone", "options": TP2 | GOES_ON | {"train_iters": 3, "export_hf": "EXPORT_gone"}, "vanish": [0, 2]},
     {"name": "last", "options": TP2 | GOES_ON | {"train_iters": 3, "export_hf": "EXPORT"}, "file_limit": [1, 20_000]},
 ]
 
@@ -152,6 +153,15 @@ def test_the_last_checkpoint_must_be_written(folder):
     assert "no checkpoint of step 2" in outcome(folder, "small_files", [4, 4])
     assert "no checkpoint of step 3" in outcome(folder, "last", [4, 4])
     assert (folder / "export" / "model.safetensors").is_file()
+
+
+def test_a_folder_that_vanishes_costs_its_checkpoints_and_report_and_the_model_is_exported(folder):
+    result = json.loads((folder / "gone.json").read_text())
+    assert result["codes"] == [4, 4], result["output"][-2000:]
+    assert "no checkpoint of step 2" in result["output"] and "the run goes on (1 not saved so far)" in result["output"]
+    assert "WARNING   no report was written" in result["output"]
+    assert "CheckpointError: no checkpoint of step 3" in result["output"]
+    assert (folder / "export_gone" / "model.safetensors").is_file() and not (folder / "gone").exists()
 
 
 def test_what_one_rank_alone_cannot_write_ends_the_run_although_told_to_go_on(folder):
