@@ -42,9 +42,9 @@ class ModelConfig:
 
     model: str | None = option(
         None,
-        "Hugging Face folder, OWNER/NAME[@REVISION] on its hub, checkpoint, folder of a run, or demo. A Hugging Face "
-        "folder has config.json, *.safetensors, the tokenizer and its chat template; of a run's folder the newest "
-        "checkpoint is taken; demo is a tiny model made on the spot.",
+        "Folder or hub name of a model, checkpoint, folder of a run, or demo. A Hugging Face folder has "
+        "config.json, *.safetensors, the tokenizer and its chat template; OWNER/NAME@REVISION is one of the hub's; of "
+        "a run's folder the newest checkpoint is taken; demo is a tiny model made on the spot.",
         everyday=True,
         metavar="DIR",
     )

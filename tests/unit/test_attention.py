@@ -255,13 +255,13 @@ def saved_gradients(twin, folder) -> dict[str, torch.Tensor]:
 @torch.no_grad()
 def by_hf_names(model, gradients, description) -> dict[str, torch.Tensor]:
     """The gradients under the names and in the order of transformers' parameters."""
-    from simpo_megatron.convert.mapping import pieces
+    from simpo_megatron.convert.mapping import ALONE, pieces
 
     weights = [parameter.clone() for parameter in model.parameters()]
     for parameter, gradient in zip(model.parameters(), gradients, strict=True):
         parameter.copy_(gradient)
     found = {}
-    for piece in pieces(model, description, tp_size=1):
+    for piece in pieces(model, description, tp=ALONE):
         rows = piece.view.reshape(piece.hf_shape)[: 131 if piece.layout.is_vocabulary else None].clone()
         found[piece.hf_name] = torch.cat((found[piece.hf_name], rows)) if piece.hf_name in found else rows
     for parameter, weight in zip(model.parameters(), weights, strict=True):
