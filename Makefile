@@ -27,7 +27,7 @@ export OMP_NUM_THREADS TOKENIZERS_PARALLELISM PIP_DISABLE_PIP_VERSION_CHECK SIMP
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-sweep demo-smollm2 test-fast test test-newest test-nemo test-gpu-cpu test-slurm lint format clean
+.PHONY: help demo demo-sweep demo-smollm2 test-fast test test-newest test-nemo test-gpu-cpu test-gpu test-slurm lint format clean
 
 help:
 	@echo "make demo          train a tiny model on bundled preference pairs, on two ranks, or one GPU (ARGS='--beta 2.5 --resume none ...')"
@@ -38,10 +38,11 @@ help:
 	@echo "make test-newest   run a selection on the newest megatron-core, given Python 3.12 (NEWEST_PYTHON=PATH; PYTEST_ALL=1: all)"
 	@echo "make test-nemo     run what needs NeMo and NeMo-Run, each in an environment of its own"
 	@echo "make test-gpu-cpu  run what can be run of the GPU path without a GPU: Triton's interpreter and compiler, the meta device"
+	@echo "make test-gpu      check the GPU path on one GPU, in eight minutes (WHEELS=FOLDER: no network; ARGS='--only C1 --rehearse')"
 	@echo "make test-slurm    run what needs Slurm, on one of this machine's own (root, and Debian's packages, which it installs)"
 	@echo "make lint          check the style and the types"
 	@echo "make format        format, and mend what ruff can mend"
-	@echo "make clean         remove .venv, .venv-newest, .venv-nemo, .venv-nemo-run, .venv-gpu and runs"
+	@echo "make clean         remove .venv, .venv-newest, .venv-nemo, .venv-nemo-run, .venv-gpu, .venv-gpu-check and runs"
 
 # A rank has a GPU of its own, where there are any.
 DEMO_RANKS ?= $(if $(filter 1,$(shell nvidia-smi -L 2>/dev/null | grep -c '^GPU')),1,2)
@@ -168,6 +169,18 @@ test-slurm: $(VENV)/.ready-test
 	  echo "== NOT TESTED on Slurm, which cannot be installed here (slurmctld slurmd slurm-client munge)"
 	@SIMPO_SLURM=1 timeout 1200 $(BIN)/python -m pytest $(SLOWEST) tests/slurm $(PYTEST)
 
+# One GPU and perhaps no network: WHEELS is a folder of wheels with what $(PYTHON) lacks (megatron-core, and what it is
+# compared with), each installed as it is.
+WHEELS ?=
+
+test-gpu: $(if $(WHEELS),.venv-gpu-check/.ready,$(VENV)/.ready)
+	@PYTHONPATH="$$PWD$${PYTHONPATH:+:$$PYTHONPATH}" $(<D)/bin/python -m simpo_megatron gpu-check $(ARGS)
+
+.venv-gpu-check/.ready: $(wildcard $(WHEELS)/*.whl)
+	@$(PYTHON) -m venv --system-site-packages $(@D)
+	@$(@D)/bin/pip install -qq --no-compile --no-index --no-deps $(WHEELS)/*.whl
+	@touch $@
+
 lint: $(VENV)/.ready-test
 	@echo "== style and types"
 	@$(BIN)/ruff check .
@@ -179,7 +192,7 @@ format: $(VENV)/.ready-test
 	@$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(NEWEST) .venv-nemo .venv-nemo-run .venv-gpu runs build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) $(NEWEST) .venv-nemo .venv-nemo-run .venv-gpu .venv-gpu-check runs build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 
 # A CUDA torch that is there stays as it is, with everything it came with. Elsewhere the versions are those of
 # constraints.txt, which are proven on Python 3.11 and 3.12; Python 3.10 gets the ranges of setup.py.

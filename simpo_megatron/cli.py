@@ -28,6 +28,7 @@ COMMANDS = {
     "families": "list the models that can be trained, and compare them with transformers",
     "report": "draw the curves of a run and write its page, or compare several",
     "fp8-check": "measure what FP8 does to log-probs and margins",
+    "gpu-check": "check the GPU path on one GPU: exactness, speed, memory",
 }
 _ASKS_FOR_HELP = ("-h", "--help", "--help-all")
 

@@ -68,6 +68,7 @@ MAY_IMPORT = {
     },
     "generation": {"errors", "atomic", "data", "mcore", "checkpoint"},
     "offline": {"errors", "logs", "data", "parallel", "config", "mcore", "convert", "checkpoint", "reporting"},
+    "gpu_check": {"errors", "loss", "data", "parallel", "demo", "config", "mcore", "planning"},
     "commands": {
         "errors",
         "logs",
@@ -83,6 +84,7 @@ MAY_IMPORT = {
         "sweep",
         "generation",
         "offline",
+        "gpu_check",
     },
     "cli": {"errors", "logs", "stop_signals"},
     "__main__": {"cli"},

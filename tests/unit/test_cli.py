@@ -43,7 +43,7 @@ def test_help_names_every_command_and_the_version_is_the_packages(capsys):
 NEAREST = {
     "trian": "; did you mean train?",
     "fp8_check": "; did you mean fp8-check?",
-    "x": "merge, families, report, fp8-check",
+    "x": "families, report, fp8-check, gpu-check",
 }
 
 

@@ -1,0 +1,139 @@
+"""A model of 1B parameters for a dozen steps: speed, memory beside the plan, and what the GPU does meanwhile."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from simpo_megatron.demo import prepare_demo
+from simpo_megatron.gpu_check.user_runs import last_line, records, train
+from simpo_megatron.gpu_check.verdict import CheckSetting, Verdict
+
+MFU_BUDGET, BUSY_BUDGET, RESERVED_BUDGET = 0.45, 0.95, 1.15
+_NUM_STEPS, _PROFILED = 12, (8, 10)
+
+
+def measure_steps(setting: CheckSetting) -> Verdict:
+    """At least 45 % of the GPU's peak, no allocation retries, and little reserved beside what is used."""
+    folder = setting.folder / "large"
+    done = train(setting, folder, *model_options(setting))
+    if done.returncode:
+        return Verdict.of(False, f"exit code {done.returncode}: {last_line(done)}", "0")
+    steps = [record for record in records(folder) if "grad_norm" in record]
+    # The first steps compile and warm up; profiled ones are slower.
+    steady = [step for step in steps if 3 < step["iteration"] <= _PROFILED[0]] or steps
+    found: dict[str, Any] = {
+        key: median(step[key] for step in steady)
+        for key in ("tokens_per_second", "tflops_per_gpu", "mfu", "data_seconds", "forward_backward_seconds")
+        if key in steady[0]
+    }
+    last = steps[-1]
+    found |= {key: last[key] for key in ("peak_memory_gib", "reserved_memory_gib") if key in last}
+    retries = sum(step.get("allocation_retries", 0) for step in steps)
+    value = f"{found['tokens_per_second']:,.0f} tokens/s, {found['tflops_per_gpu']:.4g} TFLOP/s"
+    if setting.rehearse:
+        return Verdict.of(True, value, "not judged", **found)
+    reserved = found["reserved_memory_gib"] / found["peak_memory_gib"]
+    share = f"{found['mfu']:.0%} MFU, " if "mfu" in found else ""
+    holds = found.get("mfu", 1.0) >= MFU_BUDGET and reserved <= RESERVED_BUDGET and retries == 0
+    return Verdict.of(
+        holds,
+        f"{share}{value}, {found['peak_memory_gib']:.1f} GiB, {reserved:.2f} of it reserved, {retries} retries",
+        f"{MFU_BUDGET:.0%} MFU, {RESERVED_BUDGET} reserved, no retries",
+        **found,
+    )
+
+
+def measure_occupation(setting: CheckSetting) -> Verdict:
+    """The GPU works for 95 % of two steps, by the trace that `measure_steps` left."""
+    traces = list((setting.folder / "large" / "profile").glob("*.pt.trace.json"))
+    if not traces:
+        return Verdict.skip("no trace: the check of a model of 1B parameters has not run here")
+    events = json.loads(traces[0].read_text(encoding="utf-8"))["traceEvents"]
+    kernels = [e for e in events if e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
+    steps = [e for e in events if e.get("cat") == "user_annotation" and e["name"].startswith("step ")]
+    if setting.rehearse or not kernels:
+        return Verdict.of(setting.rehearse and bool(steps), f"{len(steps)} steps, {len(kernels)} kernels", "not judged")
+    busy = _covered([(k["ts"], k["ts"] + k["dur"]) for k in kernels]) / sum(step["dur"] for step in steps)
+    by_name: Counter[str] = Counter()
+    for kernel in kernels:
+        by_name[kernel["name"][:80]] += kernel["dur"]
+    top = {name: microseconds / 1e3 for name, microseconds in by_name.most_common(8)}
+    launches = len(kernels) / len(steps)
+    return Verdict.of(
+        busy >= BUSY_BUDGET,
+        f"{busy:.0%} busy, {launches:,.0f} launches a step",
+        f"{BUSY_BUDGET:.0%}",
+        top_kernels_ms=top,
+    )
+
+
+def _covered(spans: list[tuple[float, float]]) -> float:
+    """The length of the union of spans."""
+    total, end = 0.0, float("-inf")
+    for start, stop in sorted(spans):
+        total += max(0.0, stop - max(start, end))
+        end = max(end, stop)
+    return total
+
+
+def model_options(setting: CheckSetting) -> list[str]:
+    """Options of a run of the large model on long pairs; both are written where they are not yet."""
+    model, pairs = _write_model(setting), _write_pairs(setting)
+    num_tokens = setting.size(8192, 1024)
+    options = ["--model", str(model), "--data", str(pairs), "--global-batch-size", str(setting.size(64, 8))]
+    options += ["--tokens-per-microbatch", str(num_tokens), "--max-length", str(setting.size(2048, 512))]
+    options += ["--max-prompt-length", str(setting.size(1024, 256)), "--log-interval", "1", "--lr", "1e-6"]
+    options += ["--train-iters", str(setting.size(_NUM_STEPS, 3)), "--profile", "--use-pytorch-profiler"]
+    first, last = _PROFILED if not setting.rehearse else (1, 2)
+    return [*options, "--profile-step-start", str(first), "--profile-step-end", str(last)]
+
+
+def _write_model(setting: CheckSetting) -> Path:
+    """A random Llama of 1.2 billion parameters, beside the demo's tokenizer; the demo's own in a rehearsal."""
+    demo = prepare_demo(setting.folder / "cache" / "demo")
+    if setting.rehearse:
+        return demo.model_dir
+    import torch
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    folder = setting.folder / "llama_1b"
+    if folder.is_dir():
+        return folder
+    config = LlamaConfig(
+        vocab_size=128_256,
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_hidden_layers=16,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        max_position_embeddings=8192,
+        tie_word_embeddings=False,
+    )
+    torch.manual_seed(0)
+    with torch.device("cuda"):
+        model = LlamaForCausalLM(config).bfloat16()
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(demo.model_dir).save_pretrained(folder)
+    return folder
+
+
+def _write_pairs(setting: CheckSetting) -> Path:
+    """Long pairs, made of the demo's texts one after the other."""
+    texts = prepare_demo(setting.folder / "cache" / "demo").train_file.read_text(encoding="utf-8").splitlines()
+    words = " ".join(
+        message["content"] for line in texts for part in json.loads(line).values() for message in part
+    ).split()
+    path, count = setting.folder / "long_pairs.jsonl", setting.size(768, 24)
+    with path.open("w", encoding="utf-8") as file:
+        for number in range(count):
+            parts = []
+            for which, length in enumerate((150, 300, 260)):
+                length = setting.size(length + number % 100, 20 + number % 7)
+                start = (number * 97 + which * 31) % (len(words) - 400)
+                parts.append(" ".join(words[start : start + length]))
+            file.write(json.dumps(dict(zip(("prompt", "chosen", "rejected"), parts))) + "\n")
+    return path

@@ -1,0 +1,41 @@
+"""Runs of `simpo train` by checks: started as a user starts them, their records read as a user reads them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from simpo_megatron.gpu_check.verdict import CheckSetting
+
+
+def train(
+    setting: CheckSetting, folder: Path, *options: str, fault: str | None = None
+) -> subprocess.CompletedProcess[str]:
+    """`simpo train OPTIONS --save FOLDER` in a process of its own, on this check's device."""
+    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+    environment |= {"CUDA_VISIBLE_DEVICES": ""} if setting.rehearse else {}
+    environment |= {} if fault is None else {"SIMPO_FAULT": fault}
+    cache = ["--data-cache", str(setting.folder / "cache")]
+    return subprocess.run(  # noqa: S603 - our own command
+        [sys.executable, "-m", "simpo_megatron", "train", *options, *cache, "--save", str(folder)],
+        cwd=setting.folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+
+
+def records(folder: Path) -> list[dict[str, Any]]:
+    """The records of a run's metrics.jsonl, none of one that wrote none."""
+    file = folder / "metrics.jsonl"
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
+
+
+def last_line(done: subprocess.CompletedProcess[str]) -> str:
+    """The last line that a command printed, of its errors if there are any."""
+    lines = (done.stderr.strip() or done.stdout.strip()).splitlines()
+    return lines[-1][:300] if lines else ""

@@ -1,0 +1,139 @@
+"""The checks of the GPU path, rehearsed on the CPU at tiny size, and what becomes of one that hangs or dies."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+from odd_checks import dies, hangs, passes, raises
+
+from simpo_megatron.commands import gpu_check
+from simpo_megatron.gpu_check import whole_runs
+from simpo_megatron.gpu_check.listing import CHECKS
+from simpo_megatron.gpu_check.runner import run_checks
+from simpo_megatron.gpu_check.verdict import Check, CheckSetting
+
+# These start six runs of the trainer between them. How E2 and E3 judge is tested below, and that runs start by F1.
+LEFT_OUT = ["E1", "E2", "E3"]
+
+
+def rehearse(folder: Path, names: list[str]) -> list[dict]:
+    """The results of the checks `names`, as the command writes them."""
+    out = folder / "results.jsonl"
+    command = [sys.executable, "-m", "simpo_megatron", "gpu-check", "--rehearse", "--minutes", "30", "--out", str(out)]
+    done = subprocess.run([*command, "--only", *names], capture_output=True, text=True, timeout=1800)
+    results = [json.loads(line) for line in out.read_text().splitlines()]
+    assert done.returncode == 0, [result for result in results if result["result"] == "FAIL"] or done.stderr[-3000:]
+    assert f"{len(names)} checks, 0 failed" in done.stdout.splitlines()[-1]
+    return results
+
+
+def test_checks_pass_at_tiny_size_and_have_a_line_each(tmp_path):
+    names = [check.name for check in CHECKS if check.name not in LEFT_OUT]
+    results = rehearse(tmp_path, names)
+    assert [result["check"] for result in results] == names
+    assert {result["check"] for result in results if result["result"] == "SKIP"} == {"K1"}, "which is for GPUs alone"
+    for result in results:
+        assert result["value"] and result["seconds"] < 300
+    assert len(results[names.index("C1")]["details"]["errors"]) == 12
+
+
+def processes_of(folder: Path) -> list[str]:
+    """The command lines of the processes that name `folder`."""
+    found = []
+    for file in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):
+            found.append(file.read_text(errors="replace"))
+    return [text for text in found if str(folder) in text]
+
+
+def run(folder: Path, *functions, seconds: float = 600) -> tuple[int, list[dict], list[str]]:
+    """(how many failed, the results, the lines) of checks that do these."""
+    checks = [Check(f"T{number}", "a test", 20, function) for number, function in enumerate(functions)]
+    said: list[str] = []
+    with (folder / "results.jsonl").open("w") as out:
+        setting = CheckSetting(folder=folder)
+        num_failed = run_checks(checks, setting, out, seconds, said.append)
+    return num_failed, [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()], said
+
+
+def test_a_check_that_hangs_dies_or_raises_fails_alone(tmp_path, monkeypatch):
+    num_failed, results, said = run(tmp_path, passes, raises, dies, passes, hangs, passes)
+    assert [result["result"] for result in results] == ["PASS", "FAIL", "FAIL", "PASS", "FAIL", "PASS"]
+    assert num_failed == 3 and len(said) == 6
+    assert results[1]["value"] == "ValueError: a sentence" and "exit code 3" in results[2]["value"]
+    assert results[4]["value"] == "no verdict after 20 s" and 20 <= results[4]["seconds"] < 60
+    assert len({results[place]["value"] for place in (0, 3, 5)}) == 3, "each failure but one cost a process"
+    assert processes_of(tmp_path) == [], "what a check started ends with it"
+
+
+def test_results_so_far_stay_and_nothing_runs_on_when_the_command_is_killed(tmp_path):
+    script = (
+        "import sys; from pathlib import Path; import odd_checks\n"
+        "from simpo_megatron.gpu_check.runner import run_checks\n"
+        "from simpo_megatron.gpu_check.verdict import Check, CheckSetting\n"
+        "if __name__ == '__main__':\n"
+        "    folder = Path(sys.argv[1])\n"
+        "    checks = [Check(str(n), '', 200, f) for n, f in enumerate((odd_checks.passes, odd_checks.hangs))]\n"
+        "    run_checks(checks, CheckSetting(folder=folder), (folder / 'out').open('w'), 600, print)\n"
+    )
+    (tmp_path / "script.py").write_text(script)
+    path = os.pathsep.join([str(Path(__file__).parent), os.environ["PYTHONPATH"]])
+    running = subprocess.Popen(
+        [sys.executable, str(tmp_path / "script.py"), str(tmp_path)], env=os.environ | {"PYTHONPATH": path}
+    )
+    deadline = time.monotonic() + 120
+    while not any("time.sleep" in text for text in processes_of(tmp_path)) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    running.kill()
+    running.wait()
+    while processes_of(tmp_path) and time.monotonic() < deadline + 20:
+        time.sleep(0.2)
+    assert processes_of(tmp_path) == []
+    (line,) = (tmp_path / "out").read_text().splitlines()
+    assert json.loads(line)["result"] == "PASS"
+
+
+def test_checks_that_the_time_does_not_reach_are_skipped_by_name(tmp_path):
+    num_failed, results, _ = run(tmp_path, passes, passes, seconds=3)
+    assert num_failed == 0
+    assert [(r["check"], r["result"], r["value"]) for r in results] == [
+        ("T0", "SKIP", "out of time"),
+        ("T1", "SKIP", "out of time"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "gpu-check: found no GPU, expected one; --rehearse"),
+        (["--only", "Z9"], "only: found 'Z9', expected names of A1"),
+    ],
+)
+def test_without_a_gpu_and_for_an_unknown_name_it_is_one_line(arguments, said, capsys, tmp_path):
+    assert gpu_check.main([*arguments, "--out", str(tmp_path / "out.jsonl")]) == 2
+    assert said in capsys.readouterr().err and not (tmp_path / "out.jsonl").exists()
+
+
+@pytest.mark.parametrize(("codes", "result"), [([5, 75], "PASS"), ([0, 75], "FAIL"), ([5, 1], "FAIL")])
+def test_other_exit_codes_than_the_documented_ones_fail(codes, result, monkeypatch, tmp_path):
+    left = iter(codes)
+    ended = lambda *_, **__: subprocess.CompletedProcess([], next(left), "", "")  # noqa: E731
+    monkeypatch.setattr(whole_runs, "train", ended)
+    assert whole_runs.check_ends(CheckSetting(folder=tmp_path, rehearse=True)).result == result
+
+
+@pytest.mark.parametrize(("resumed", "result"), [(0.5, "PASS"), (0.5000001, "FAIL")])
+def test_a_resume_that_is_off_by_a_bit_fails(resumed, result, monkeypatch, tmp_path):
+    codes, ends = iter([0, 75, 0]), {"straight": 0.5, "resumed": resumed}
+    ended = lambda *_, **__: subprocess.CompletedProcess([], next(codes), "", "")  # noqa: E731
+    monkeypatch.setattr(whole_runs, "train", ended)
+    record = lambda folder: [{"iteration": 6, "loss": ends[folder.name], "grad_norm": 1.0, "rewards/margins": 0.0}]  # noqa: E731
+    monkeypatch.setattr(whole_runs, "records", record)
+    assert whole_runs.check_resume(CheckSetting(folder=tmp_path, rehearse=True)).result == result
