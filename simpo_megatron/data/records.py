@@ -264,7 +264,8 @@ def _with_context(
     name, tools = columns.take("tools")
     found = to_tools(tools)
     context += [name] if found else []
-    _refuse_bad_characters([turns or [], list(found or [])])
+    if context:
+        _refuse_bad_characters([turns or [], list(found or [])])
     return replace(record, prompt=record.prompt if turns is None else tuple(turns), tools=found), context
 
 
