@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from counting import NO_KERNEL
+from counting import NO_KERNEL, norms_of_a_gpu
 from torch import Tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -153,10 +153,10 @@ def play(folder: Path, case: dict) -> dict:
         batch = batch_of(case["pairs"], BatchOptions(**case["batch"]))
         with Asked() as transfer:
             microbatch = to_microbatch(batch, META, cp_group=groups.cp)
-        with Asked() as forward:
+        with norms_of_a_gpu(), Asked() as forward:
             PLANTS[case.get("plant")](microbatch.tokens_BS)
             output = run(chunk, microbatch, config, is_last=groups.is_last_stage, is_first=groups.is_first_stage)
-        with Asked() as backward:
+        with norms_of_a_gpu(), Asked() as backward:
             output.backward(torch.empty_like(output))
         return {
             "transfers": transfer.copies,
