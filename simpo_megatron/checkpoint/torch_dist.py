@@ -214,7 +214,7 @@ class CheckpointReader:
         """Fill the values of `part` from the checkpoint; rows that only padded the vocabulary may stay as they are.
 
         Raises:
-            CheckpointError: a part of it is stored nowhere.
+            CheckpointError: a part of it is stored nowhere, or is no tensor.
         """
         stored = self.tensor(part)
         num_rows = min(part.values.shape[0], stored.size[0] - part.offset[0])
@@ -225,8 +225,11 @@ class CheckpointReader:
             raise CheckpointError(f"{self.folder}: {part.key}: found a part of it in no file, expected all of it")
         for item in items:
             self._check(self.reader.storage_data[item.storage_index].relative_path)
-        with cpu_patches.reading_by(self._index, read_torch_file):
-            self.reader.read_data(LoadPlan(items), _Into(wanted)).wait()
+        try:
+            with cpu_patches.reading_by(self._index, read_torch_file):
+                self.reader.read_data(LoadPlan(items), _Into(wanted)).wait()
+        except Exception as error:  # what torch's reader and planner make of a file that is not as its index says
+            raise CheckpointError(f"{self.folder}: {part.key}: cannot be read ({error}), expected a tensor") from None
 
 
 class _Into(DefaultLoadPlanner):

@@ -19,7 +19,7 @@ from simpo_megatron.demo import prepare_demo
 from simpo_megatron.errors import CheckpointError, NumericsError
 from simpo_megatron.mcore import cpu_patches
 from simpo_megatron.parallel import alone
-from tools import merge_checkpoints, verify_checkpoint
+from tools import convert_hf, merge_checkpoints, verify_checkpoint
 
 cpu_patches.install()
 
@@ -256,4 +256,23 @@ def test_a_checkpoint_of_weights_that_are_no_numbers_is_not_exported(models, tmp
         model = build_model(description, config_from(model="unused", data=("unused",)), groups)
         with pytest.raises(NumericsError, match=f"{checkpoint.folder}: decoder.final_layernorm.weight: found 1 of"):
             fill_weights(model, checkpoint.folder, description, groups)
+    assert not (tmp_path / "hf").exists()
+
+
+def test_a_shard_that_would_call_something_is_refused_in_one_line_and_calls_nothing(
+    models, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    release, rebuild = tmp_path / "megatron" / "release", b"ctorch._utils\n_rebuild_tensor_v2\n"
+    with alone() as groups:
+        to_mcore(open_weights(models / "a", groups), tmp_path / "megatron", groups)
+    (release / "COMMIT.json").unlink()
+    for shard in release.glob("*.distcp"):
+        content = shard.read_bytes()
+        call = b"cos\nmkdir\n"
+        shard.write_bytes(content.replace(rebuild, call.ljust(len(rebuild) - 1, b"N") + b"0"))
+    manifest.commit_weights_only(tmp_path / "megatron", {}, {})
+    assert convert_hf.main(["mcore-to-hf", str(tmp_path / "megatron"), str(tmp_path / "hf")]) == 4
+    told = capsys.readouterr().err.strip().splitlines()
+    assert len(told) == 1 and "cannot be read (it refers to os.mkdir), expected a tensor" in told[0]
     assert not (tmp_path / "hf").exists()
