@@ -28,18 +28,8 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 def parse_arguments(argv: Sequence[str], prog: str) -> argparse.Namespace:
     """The command line."""
     parser = CommandParser(prog, __doc__)
-    parser.add_argument(
-        "--model", required=True, metavar="DIR", help="Hugging Face folder; with --url the model's name"
-    )
     parser.add_argument("--prompts", required=True, type=Path, metavar="FILE", help="JSON Lines or a JSON list")
-    parser.add_argument(
-        "--out", required=True, type=Path, metavar="DIR", help="folder of answers.jsonl, generation.json"
-    )
-    parser.add_argument("--url", metavar="URL", help="a server that speaks OpenAI's protocol, as http://host:8000/v1")
-    parser.add_argument("--at-once", type=int, default=16, metavar="N", help="requests at a time to it, default 16")
-    parser.add_argument(
-        "--dtype", choices=DTYPES, default="auto", help="of the folder's model; auto is as it is stored"
-    )
+    add_engine_options(parser)
     parser.add_argument("--max-new-tokens", type=int, default=1024, metavar="N", help="of an answer, default 1024")
     parser.add_argument("--temperature", type=float, default=0.0, metavar="X", help="default 0, which is greedy")
     parser.add_argument(
@@ -54,6 +44,15 @@ def parse_arguments(argv: Sequence[str], prog: str) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def add_engine_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say what answers, and where to."""
+    parser.add_argument("--model", required=True, metavar="DIR", help="Hugging Face folder, or with --url a name")
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder for answers and settings")
+    parser.add_argument("--url", metavar="URL", help="a server that speaks OpenAI's protocol, as http://host:8000/v1")
+    parser.add_argument("--at-once", type=int, default=16, metavar="N", help="requests at a time to it, default 16")
+    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="of a folder's model; auto is the stored one")
+
+
 def main(argv: Sequence[str], prog: str = "simpo generate") -> int:
     """The exit code: 0 when every prompt is answered, else that of the error, which is printed."""
     arguments = parse_arguments(argv, prog)
@@ -65,14 +64,18 @@ def main(argv: Sequence[str], prog: str = "simpo generate") -> int:
             seed=arguments.seed,
             num_samples=arguments.samples,
         )
-        for line in answer_prompts(_engine(arguments), arguments.prompts, arguments.out, decoding):
+        for line in answer_prompts(engine_of(arguments), arguments.prompts, arguments.out, decoding):
             print(line, flush=True)
     except SimPOError as error:
         return report_error(error)
     return 0
 
 
-def _engine(arguments: argparse.Namespace) -> Engine:
+def engine_of(arguments: argparse.Namespace) -> Engine:
+    """The engine that `add_engine_options` asked for.
+
+    Raises: ConfigError when the folder is no model's.
+    """
     if arguments.url is not None:
         return ServerEngine(ChatServer(arguments.url, arguments.model), max(1, arguments.at_once))
     folder = Path(arguments.model)

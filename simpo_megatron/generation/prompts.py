@@ -37,7 +37,7 @@ def read_prompts(path: Path) -> list[PromptItem]:
     Raises: DataError naming the row, for one without a prompt, or an id that another row has.
     """
     items: dict[str, PromptItem] = {}
-    for number, row in enumerate(_rows(path), 1):
+    for number, row in enumerate(read_rows(path), 1):
         where = f"{path}:{number}"
         if not isinstance(row, dict):
             raise DataError(f"{where}: found {type(row).__name__}, expected an object with a prompt")
@@ -50,7 +50,11 @@ def read_prompts(path: Path) -> list[PromptItem]:
     return list(items.values())
 
 
-def _rows(path: Path) -> list[Any]:
+def read_rows(path: Path) -> list[Any]:
+    """The rows of a JSON Lines file, or of a JSON file that holds a list.
+
+    Raises: DataError when it cannot be read.
+    """
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

@@ -43,7 +43,8 @@ class Standing:
     @property
     def is_level(self) -> bool:
         """True when nothing says that the best is better."""
-        return self.behind <= self.chance
+        # Both are multiples of one pair's share, rounded.
+        return self.behind <= self.chance + 1e-9
 
 
 def standings(gaps_KSP: np.ndarray, *, seed: int = 0, num_resamples: int = NUM_RESAMPLES) -> list[Standing]:

@@ -135,3 +135,23 @@ def test_a_sweep_that_was_stopped_goes_on_in_the_trial_that_was_broken(inputs, t
     assert f"{best} is the best of 3" in printed
     run_sweep(sweep)
     assert "trial     " not in capfd.readouterr().out, "nothing is left to do"
+
+
+def test_halving_trains_the_better_part_longer_and_every_seed_at_the_end(inputs, tmp_path):
+    """One rank: three settings of four steps, then the better two of eight with both seeds."""
+    from simpo_megatron.sweep.driver import run_sweep
+    from simpo_megatron.sweep.request import read_sweep
+
+    options = [*inputs, "--fp32", "--train-iters", str(2 * NUM_STEPS), "--save", str(tmp_path)]
+    run_sweep(read_sweep(options, ["lr=1e-7,1e38,1e-2", "seed=1,2"], halving=2, keep=1))
+    rungs = {name: sorted(path.name for path in (tmp_path / name).glob("lr=*")) for name in ("rung-0", "rung-1")}
+    assert rungs["rung-0"] == ["lr=0.01,seed=1", "lr=1e+38,seed=1", "lr=1e-07,seed=1"]
+    assert rungs["rung-1"] == ["lr=0.01,seed=1", "lr=0.01,seed=2", "lr=1e-07,seed=1", "lr=1e-07,seed=2"]
+    lengths = [max(line["iteration"] for line in records(tmp_path / rung / "lr=0.01,seed=1")) for rung in rungs]
+    assert lengths == [NUM_STEPS, 2 * NUM_STEPS]
+    schedule = [line["learning_rate"] for line in records(tmp_path / "rung-0" / "lr=0.01,seed=1") if "loss" in line]
+    whole = [line["learning_rate"] for line in records(tmp_path / "rung-1" / "lr=0.01,seed=1") if "loss" in line]
+    assert schedule[-1] < schedule[1] / 2 < whole[len(schedule) - 1], "a whole schedule of its own"
+    found = json.loads((tmp_path / "sweep.json").read_text())
+    assert {row["name"]: len(row["accuracies"]) for row in found["settings"]} == {"lr=0.01": 2, "lr=1e-07": 2}
+    assert len({path.parent for path in tmp_path.glob("rung-*/*/iter_*")}) == 2, "the best setting's seeds"

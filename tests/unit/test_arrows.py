@@ -67,6 +67,7 @@ MAY_IMPORT = {
         "training",
     },
     "generation": {"errors", "atomic", "data", "mcore", "checkpoint"},
+    "evaluation": {"errors", "atomic", "generation"},
     "offline": {"errors", "logs", "data", "parallel", "config", "mcore", "convert", "checkpoint", "reporting"},
     "gpu_check": {"errors", "loss", "data", "parallel", "demo", "config", "mcore", "planning"},
     "commands": {
@@ -83,6 +84,7 @@ MAY_IMPORT = {
         "training",
         "sweep",
         "generation",
+        "evaluation",
         "offline",
         "gpu_check",
     },
