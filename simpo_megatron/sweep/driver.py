@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from simpo_megatron.atomic import remove_folder
 from simpo_megatron.checkpoint import manifest
+from simpo_megatron.config import num_train_iters
 from simpo_megatron.data import load_tokenizer
 from simpo_megatron.errors import ConfigError, NumericsError, StoppedByMonitor, StoppedBySignal
 from simpo_megatron.ranks import gather_or_raise, raise_on_all_ranks
@@ -27,7 +28,7 @@ from simpo_megatron.sweep.rounds import Round, next_round
 from simpo_megatron.training.consistency import check_same
 from simpo_megatron.training.loop import run_in
 from simpo_megatron.training.session import LONG_SECONDS, Session, open_session
-from simpo_megatron.training.setup import load_data, num_train_iters, plan_run
+from simpo_megatron.training.setup import load_data, plan_run
 
 _POLL_SECONDS = 5.0
 
@@ -62,7 +63,7 @@ class _Driver:
     def __init__(self, sweep: Sweep, session: Session) -> None:
         self._sweep, self._session = sweep, session
         self._is_first = dist.get_rank() == 0
-        self._journal = raise_on_all_ranks(lambda: Journal(sweep.folder) if self._is_first else None)
+        self._journal = raise_on_all_ranks(lambda: Journal(sweep.folder, sweep.settings) if self._is_first else None)
         self._claim: Claim | None = None
         self._full_steps = self._count_steps()
 

@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from simpo_megatron.config import Config
+from simpo_megatron.config import Config, num_train_iters
 from simpo_megatron.data import PreferenceDataset, build_preference_dataset, load_tokenizer, split
 from simpo_megatron.errors import ConfigError
 from simpo_megatron.mcore.families import describe_hf_model
@@ -15,7 +15,7 @@ from simpo_megatron.planning.layouts import PlanRequest, plan_one
 from simpo_megatron.planning.shapes import Pack
 from simpo_megatron.sweep.points import Point
 from simpo_megatron.sweep.request import Sweep
-from simpo_megatron.training.setup import Sources, locate_sources, num_train_iters
+from simpo_megatron.training.setup import Sources, locate_sources
 
 _MOST_SHOWN = 40
 

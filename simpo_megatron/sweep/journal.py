@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,7 +13,7 @@ from filelock import BaseFileLock
 
 from simpo_megatron.atomic import lock, write_text
 from simpo_megatron.config.options import option_table
-from simpo_megatron.errors import ConfigError
+from simpo_megatron.errors import ConfigError, listed
 from simpo_megatron.sweep.points import Point
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 JOURNAL_FILE = "journal.log"
 OUTCOME_FILE = "trial.json"
-_STUDY, _CLAIMS, _RUNG, _POINT = "sweep", ".claims", "rung", "point"
+_STUDY, _CLAIMS, _RUNG, _POINT, _SETTINGS = "sweep", ".claims", "rung", "point", "settings"
 _WAIT_SECONDS = 120.0
 
 Status = Literal["done", "diverged", "stopped by monitor"]
@@ -54,10 +54,13 @@ class Journal:
     A trial that a process which is gone has left running is taken up again by the next one: its folder has its
     checkpoints.
 
-    Raises: ConfigError when Optuna is not installed, or the folder cannot be written.
+    Args:
+        settings: what its trials have in common, as JSON values; a sweep goes on only under those that it began with.
+
+    Raises: ConfigError when Optuna is not installed, the folder cannot be written, or was begun with other settings.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
         optuna = _optuna()
         self._folder = folder
         try:
@@ -70,8 +73,24 @@ class Journal:
                     direction="maximize",
                     load_if_exists=True,
                 )
+                before = self._study.user_attrs.get(_SETTINGS, {})
+                self._refuse_changes(before, json.loads(json.dumps(settings)))
+                self._study.set_user_attr(_SETTINGS, {**before, **settings})
         except OSError as error:
             raise ConfigError(f"save: found {folder}, which cannot be written ({error.strerror})") from None
+
+    def _refuse_changes(self, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+        # What was an axis before, or is one now, differs from trial to trial.
+        changed = [
+            f"{name} {before[name]!r} before, {now[name]!r} now"
+            for name in sorted(before.keys() & now.keys())
+            if before[name] != now[name]
+        ]
+        if changed:
+            raise ConfigError(
+                f"save: found {self._folder}, a sweep begun with other settings ({listed(changed, 8, '; ')}), expected "
+                "the same, for its trials are compared; go on with those or name another folder"
+            )
 
     def outcomes(self) -> dict[Point, Outcome]:
         """The trials that have ended, by their points."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +15,8 @@ from simpo_megatron.sweep.points import SEED, Point, check_axes, grid, parse_axe
 from simpo_megatron.sweep.rounds import Choose, Round, halving, num_rungs, rung_steps, staged, whole_grid
 
 Order = Literal["grid", "staged"]
+_SECTIONS_OF_RESULTS = ("objective", "model", "lora", "data", "pairs", "batch", "optimizer", "precision")
+_OF_NO_RESULT = ("data_cache", "export_hf", "export_dtype", "export_adapter")
 # A sweep is many runs; what one of them would export can be made of any checkpoint afterwards.
 _OF_NO_TRIAL: Mapping[str, Any] = {"export_hf": None, "export_adapter": None, "resume": "latest"}
 
@@ -44,6 +46,20 @@ class Sweep:
     def num_rungs(self) -> int:
         settings = grid({name: values for name, values in self.axes.items() if name != SEED})
         return 1 if self.halving is None else num_rungs(len(settings), self.halving)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The options that all trials have in common and results depend on; where trials differ in length, axes too."""
+        every = asdict(self.base)
+        common = {
+            name: value
+            for section in _SECTIONS_OF_RESULTS
+            for name, value in every[section].items()
+            if name not in self.axes and name not in _OF_NO_RESULT
+        }
+        if SEED not in self.axes:
+            common[SEED] = self.base.run.seed
+        return common if self.halving is None else {**common, "halving": self.halving, "sweep": self.axes}
 
     def rounds(self, choose: Choose) -> Iterator[Round]:
         """The rounds of trials; later ones depend on what `choose` says of earlier ones."""

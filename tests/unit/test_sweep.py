@@ -126,7 +126,7 @@ def test_halving_keeps_a_part_and_trains_it_longer():
 def test_a_journal_hands_out_each_trial_once_and_takes_up_what_was_left(tmp_path):
     pytest.importorskip("optuna", reason="the extra [sweep] is not installed")
     points = grid(parse_axes(["lr=5e-7,1e-6", "loss_type=sigmoid,hinge", "seed=1,2"]))
-    first, second = Journal(tmp_path), Journal(tmp_path)
+    first, second = Journal(tmp_path, {"beta": 2.0}), Journal(tmp_path, {"beta": 2.0})
     one, other = first.take(points), second.take(points)
     assert (one.point, other.point) == (points[0], points[1]), "two processes share"
     first.tell(one, Outcome("done", accuracy=0.75))
@@ -134,7 +134,7 @@ def test_a_journal_hands_out_each_trial_once_and_takes_up_what_was_left(tmp_path
     third = first.take(points)
     assert third.point == points[2]
     third.held.release()  # As when its process is killed.
-    again = Journal(tmp_path)
+    again = Journal(tmp_path, {})
     taken = again.take(points)
     assert (taken.point, taken.number) == (points[2], third.number)
     assert again.outcomes() == {
@@ -145,7 +145,7 @@ def test_a_journal_hands_out_each_trial_once_and_takes_up_what_was_left(tmp_path
     # A wider grid of the same sweep, also where an axis gets values beyond the old ones.
     wider = grid(parse_axes(["lr=1e-7,5e-7,1e-6,1e-5", "loss_type=sigmoid,hinge", "seed=1,2,9"]))
     left = []
-    while (claim := Journal(tmp_path).take(wider)) is not None:
+    while (claim := Journal(tmp_path, {}).take(wider)) is not None:
         again.tell(claim, Outcome("done", accuracy=0.5))
         left.append(claim.point)
     assert set(left) == set(wider) - {points[0], points[1], points[2]}
@@ -157,6 +157,17 @@ def test_a_journal_hands_out_each_trial_once_and_takes_up_what_was_left(tmp_path
     states = [trial.state for trial in study.trials]
     assert states.count(optuna.trial.TrialState.COMPLETE) == len(wider) - 2
     assert states.count(optuna.trial.TrialState.RUNNING) == 1
+
+
+def test_trials_of_other_settings_are_not_mixed(tmp_path):
+    pytest.importorskip("optuna", reason="the extra [sweep] is not installed")
+    first = read_sweep([*BASE, "--train-iters", "9"], ["lr=1e-6,1e-7"])
+    assert {"beta", "train_iters", "model", "max_length"} <= first.settings.keys() and "lr" not in first.settings
+    Journal(tmp_path, first.settings)
+    # The layout is not among them, and a new axis takes its option out.
+    Journal(tmp_path, read_sweep([*BASE, "--train-iters", "9", "--tp", "2"], ["lr=1e-8", "beta=1,2"]).settings)
+    with pytest.raises(ConfigError, match="other settings .train_iters 9 before, 8 now., expected the same"):
+        Journal(tmp_path, read_sweep([*BASE, "--train-iters", "8"], ["lr=1e-6,1e-7"]).settings)
 
 
 def test_a_trial_file_that_is_damaged_is_named(tmp_path):
