@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import groupby
@@ -192,13 +192,16 @@ class _Driver:
         points = dict.fromkeys(point for one in counted for point in one.points)
         found = self._compared(list(points), ended)
         if self._sweep.keep is not None:
-            self._remove_checkpoints(ended, {run.folder for row in found.rows[: self._sweep.keep] for run in row.runs})
+            # A setting some of whose seeds are still to come may yet be the best.
+            judged = {row.name for row in found.rows[self._sweep.keep :]} | found.failed.keys()
+            kept = {point.folder for point in points if point.setting.name not in judged}
+            self._remove_checkpoints(self._sweep.folder / one.folder for one in ended if one.folder not in kept)
         write_results(self._sweep.folder, found, self._sweep.axes)
         return found
 
-    def _remove_checkpoints(self, ended: dict[Point, Outcome], kept: set[Path]) -> None:
-        for folder in (self._sweep.folder / point.folder for point in ended):
-            for checkpoint in manifest.committed(folder) if folder not in kept else []:
+    def _remove_checkpoints(self, folders: Iterable[Path]) -> None:
+        for folder in folders:
+            for checkpoint in manifest.committed(folder):
                 # Another process of the sweep may be removing it too.
                 with suppress(OSError):
                     remove_folder(checkpoint)
