@@ -27,7 +27,7 @@ export OMP_NUM_THREADS TOKENIZERS_PARALLELISM PIP_DISABLE_PIP_VERSION_CHECK SIMP
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-sweep demo-smollm2 test-fast test test-newest test-nemo test-gpu-cpu test-gpu test-slurm lint format clean
+.PHONY: help demo demo-sweep demo-smollm2 test-fast test test-newest test-nemo test-gpu-cpu test-gpu test-slurm lint format clean docs
 
 help:
 	@echo "make demo          train a tiny model on bundled preference pairs, on two ranks, or one GPU (ARGS='--beta 2.5 --resume none ...')"
@@ -40,9 +40,10 @@ help:
 	@echo "make test-gpu-cpu  run what can be run of the GPU path without a GPU: Triton's interpreter and compiler, the meta device"
 	@echo "make test-gpu      check the GPU path on one GPU, in eight minutes (WHEELS=FOLDER: no network; ARGS='--only C1 --rehearse')"
 	@echo "make test-slurm    run what needs Slurm, on one of this machine's own (root, and Debian's packages, which it installs)"
+	@echo "make docs          build the documentation as a site, build/site; a broken link or a missing docstring fails"
 	@echo "make lint          check the style and the types"
 	@echo "make format        format, and mend what ruff can mend"
-	@echo "make clean         remove .venv, .venv-newest, .venv-nemo, .venv-nemo-run, .venv-gpu, .venv-gpu-check and runs"
+	@echo "make clean         remove every .venv, build and runs"
 
 # A rank has a GPU of its own, where there are any.
 DEMO_RANKS ?= $(if $(filter 1,$(shell nvidia-smi -L 2>/dev/null | grep -c '^GPU')),1,2)
@@ -126,7 +127,7 @@ test-nemo: $(VENV)/.ready-test
 
 # A package index that is out of reach is no fault of the extra's; anything else that pip refuses is. NeMo-Run's executor
 # looks for torchrun on the PATH.
-.venv-nemo/.ready-test .venv-nemo-run/.ready-test: constraints.txt setup.py pyproject.toml
+.venv-nemo/.ready-test .venv-nemo-run/.ready-test .venv-docs/.ready-test: constraints.txt setup.py pyproject.toml
 	@rm -rf $(@D)
 	@echo "== environment for the extra $(EXTRA): $(@D) (once; as long as the download takes)"
 	@$(BIN)/python -m venv --without-pip $(@D)
@@ -181,6 +182,15 @@ test-gpu: $(if $(WHEELS),.venv-gpu-check/.ready,$(VENV)/.ready)
 	@$(@D)/bin/pip install -qq --no-compile --no-index --no-deps $(WHEELS)/*.whl
 	@touch $@
 
+docs: $(VENV)/.ready-test
+	@$(MAKE) --no-print-directory .venv-docs/.ready-test EXTRA=docs
+	@echo "== documentation: build/site/index.html"
+	@if [ -s .venv-docs/missing ]; then \
+	  echo "== NOT BUILT, for mkdocs cannot be installed here:"; grep -Em 1 '$(OUT_OF_REACH)' .venv-docs/missing; \
+	else \
+	  NO_MKDOCS_2_WARNING=1 .venv-docs/bin/python -m mkdocs build --quiet; \
+	fi
+
 lint: $(VENV)/.ready-test
 	@echo "== style and types"
 	@$(BIN)/ruff check .
@@ -192,7 +202,8 @@ format: $(VENV)/.ready-test
 	@$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(NEWEST) .venv-nemo .venv-nemo-run .venv-gpu .venv-gpu-check runs build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) $(NEWEST) .venv-nemo .venv-nemo-run .venv-docs .venv-gpu .venv-gpu-check runs build *.egg-info \
+	  .pytest_cache .ruff_cache .mypy_cache .hypothesis
 
 # A CUDA torch that is there stays as it is, with everything it came with. Elsewhere the versions are those of
 # constraints.txt, which are proven on Python 3.11 and 3.12; Python 3.10 gets the ranges of setup.py.
