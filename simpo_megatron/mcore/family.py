@@ -1,4 +1,4 @@
-"""What the file of a model family consists of, and the options of megatron-core that families have in common."""
+"""The parts of a model family's file, and the options of megatron-core that families have in common."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def gelu_tanh(gate: Tensor) -> Tensor:
 
 
 def squared_relu(inputs: Tensor) -> Tensor:
-    """What transformers calls `relu2`."""
+    """The square of a ReLU, which transformers calls `relu2`."""
     return F.relu(inputs).square()
 
 
@@ -217,7 +217,7 @@ def experts(config: PretrainedConfig, num_experts: int, width: Any) -> dict[str,
 
 
 def dense_layers(config: PretrainedConfig, is_moe: Callable[[int], bool]) -> dict[str, Any]:
-    """Which layers, counted from zero, are an MoE where not all are.
+    """The layers, counted from zero, that are an MoE where not all are.
 
     Raises:
         ConfigError: none is.

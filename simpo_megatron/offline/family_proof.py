@@ -25,7 +25,7 @@ _LENGTH = 38
 
 @dataclass(frozen=True)
 class Proof:
-    """What was found of one model."""
+    """The findings of one model."""
 
     model: str
     largest_difference: float
@@ -36,7 +36,7 @@ class Proof:
 
 
 def prove(family: Family, groups: ParallelGroups) -> Iterator[Proof]:
-    """What is found of each of the family's models, on this process alone, in fp32."""
+    """The findings of each of the family's models, on this process alone, in fp32."""
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
 

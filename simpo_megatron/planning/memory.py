@@ -148,7 +148,7 @@ def _fuses_activation(load: Workload) -> bool:
 
 
 def _kept_of_activation(load: Workload) -> int:
-    """What the MLP keeps of its activation, the input of its last product apart, in units of its width."""
+    """The tensors that the MLP keeps of its activation, the input of its last product apart, in units of its width."""
     if not load.shape.gated_linear_unit:
         return 2
     return 2 if _fuses_activation(load) else 4

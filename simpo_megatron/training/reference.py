@@ -120,7 +120,7 @@ def _with_progress(plans: Sequence[StepPlan], num_pairs: int) -> Iterator[StepPl
 
 
 def hashes_file(config: Config) -> Path:
-    """Where the hashes of weight files are kept, beside what the cache has of the models."""
+    """The file that keeps the hashes of weight files, beside what the cache has of the models."""
     return _cache(config) / HASHES_FILE
 
 

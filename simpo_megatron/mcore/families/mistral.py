@@ -1,4 +1,4 @@
-"""Mistral 7B, Nemo and Small, dense, and the mixtures of Mixtral."""
+"""Mistral 7B, Nemo and Small, dense, and the MoE models of Mixtral."""
 
 from __future__ import annotations
 

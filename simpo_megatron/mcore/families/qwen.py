@@ -1,4 +1,4 @@
-"""Qwen2, Qwen2.5 and Qwen3, dense and as mixtures."""
+"""Qwen2, Qwen2.5 and Qwen3, dense and as MoE."""
 
 from __future__ import annotations
 
