@@ -1,5 +1,5 @@
 # A CPU image that trains the demo: docker build -t simpo . && docker run --rm simpo
-# On GPUs start from nvcr.io/nvidia/pytorch, which brings torch, Transformer Engine and apex; see docs/start/install.md.
+# On GPUs start from NGC's PyTorch image, which brings torch, Transformer Engine and apex; see docs/start/install.md.
 FROM python:3.12-slim
 WORKDIR /opt/simpo_megatron
 COPY . .
