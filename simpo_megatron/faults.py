@@ -28,6 +28,7 @@ from simpo_megatron.errors import ConfigError
 if TYPE_CHECKING:
     from torch import Tensor
 
+VARIABLE = "SIMPO_FAULT"
 POINTS = ("data", "forward", "backward", "update", "step", "save")
 ACTIONS = ("raise", "nan", "hang", "exit", "kill", "stop", "sigterm")
 _COMPUTES = ("forward", "backward")
@@ -62,7 +63,7 @@ def arm() -> None:
         ConfigError: it names no such fault.
     """
     global _fault
-    text = os.environ.get("SIMPO_FAULT")
+    text = os.environ.get(VARIABLE)
     _fault = None if text is None else _parse(text)
 
 

@@ -127,7 +127,7 @@ def _disagreement(checksum: int) -> ParallelError:
     others = [rank for rank, value in enumerate(every) if value != most]
     return ParallelError(
         f"ranks: found different plans for this step, the pairs or microbatches of {listed(others, _MAX_SHOWN)} are "
-        f"not those of the other ranks (of {len(every)}); start again from the last checkpoint, and report it"
+        f"not those of the other ranks (of {len(every)}); start again and report it"
     )
 
 

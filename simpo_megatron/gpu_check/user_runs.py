@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from simpo_megatron import faults
 from simpo_megatron.gpu_check.verdict import CheckSetting
 
 
@@ -18,7 +19,7 @@ def train(
     """`simpo train OPTIONS --save FOLDER` in a process of its own, on this check's device."""
     environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
     environment |= {"CUDA_VISIBLE_DEVICES": ""} if setting.rehearse else {}
-    environment |= {} if fault is None else {"SIMPO_FAULT": fault}
+    environment |= {} if fault is None else {faults.VARIABLE: fault}
     cache = ["--data-cache", str(setting.folder / "cache")]
     return subprocess.run(  # noqa: S603 - our own command
         [sys.executable, "-m", "simpo_megatron", "train", *options, *cache, "--save", str(folder)],

@@ -150,7 +150,7 @@ def _not_finite(weights: Mapping[str, Tensor]) -> NumericsError | None:
     if not bad:
         return None
     return NumericsError(
-        f"weights: found {len(bad)} that are not finite, {bad[0]} first; the last checkpoint has finite ones"
+        f"weights: found {len(bad)} that are not finite, {bad[0]} first, expected finite ones; nothing was saved"
     )
 
 
@@ -171,7 +171,7 @@ def _differing(kind: str, group: ProcessGroup, weights: Mapping[str, Tensor]) ->
     ranks = [dist.get_global_rank(group, member) for member in range(group.size())]
     return ParallelError(
         f"weights: found {kind} replicas of {len(differing)} that differ, {names[first]} first; its checksum is "
-        f"{_ranks_by_value([f'{value % 2**64:016x}' for value in every], ranks)}; start again from the last checkpoint"
+        f"{_ranks_by_value([f'{value % 2**64:016x}' for value in every], ranks)}; start again from a sound one"
     )
 
 

@@ -101,7 +101,7 @@ def test_a_trial_that_diverges_is_recorded_and_the_sweep_goes_on(swept):
     sweep, _ = swept
     for seed in (1, 2):
         ended = json.loads((sweep / f"lr=1e+38,seed={seed}" / "trial.json").read_text())
-        assert ended["status"] == "diverged" and "expected a finite number" in ended["why"]
+        assert ended["status"] == "diverged" and "finite" in ended["why"]
     found = json.loads((sweep / "sweep.json").read_text())
     assert found["best"] == "lr=0.01" and list(found["failed"]) == ["lr=1e+38"]
     assert len(found["settings"][0]["accuracies"]) == 2

@@ -69,7 +69,7 @@ MAY_IMPORT = {
     "generation": {"errors", "atomic", "data", "mcore", "checkpoint"},
     "evaluation": {"errors", "atomic", "generation"},
     "offline": {"errors", "logs", "data", "parallel", "config", "mcore", "convert", "checkpoint", "reporting"},
-    "gpu_check": {"errors", "loss", "data", "parallel", "demo", "config", "mcore", "planning"},
+    "gpu_check": {"errors", "faults", "loss", "data", "parallel", "demo", "config", "mcore", "planning"},
     "commands": {
         "errors",
         "logs",
