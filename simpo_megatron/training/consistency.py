@@ -191,7 +191,9 @@ def _ranks_by_value(values: Sequence[str], ranks: Sequence[int] | None = None) -
         holders.setdefault(value, []).append(rank)
     parts = []
     for value, where in sorted(holders.items(), key=lambda entry: (len(entry[1]), -entry[1][0])):
-        parts.append(f"{value[:60]} on rank{'s' if len(where) > 1 else ''} {listed(where, _MAX_SHOWN)}")
+        # Of a path the end tells more than the middle.
+        shown = value if len(value) <= 60 else f"{value[:20]}...{value[-37:]}"
+        parts.append(f"{shown} on rank{'s' if len(where) > 1 else ''} {listed(where, _MAX_SHOWN)}")
     return listed(parts, _MAX_SHOWN)
 
 
