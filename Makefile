@@ -74,7 +74,7 @@ test-fast: $(VENV)/.ready-test
 
 test: $(VENV)/.ready-test
 	@echo "== tests"
-	@$(BIN)/python -m pytest $(AT_ONCE) $(SLOWEST) $(PYTEST)
+	@$(BIN)/python -m pytest $(AT_ONCE) $(SLOWEST) --ignore tests/gpu_cpu $(PYTEST)
 
 # What a new megatron-core may break first: names of its options, layer specs, attention, routing, what it allocates, a
 # run and its resume; and Megatron-LM's own training, which only comes with it.

@@ -100,8 +100,10 @@ def test_one_process_starts_the_missing_rank_and_says_so_in_one_line(run):
 def test_a_run_that_works_warns_of_nothing(run):
     done, *_ = run
     noise = [line for line in done.stderr.splitlines() if "warn" in line.lower() or "error" in line.lower()]
-    # Python says this of megatron-core's own lines, once, when it compiles them.
-    assert [line for line in noise if "SyntaxWarning: invalid escape sequence" not in line] == []
+    # Python says the first of megatron-core's own lines, once, when it compiles them; the profiler of a CUDA torch says
+    # the second where there is no driver.
+    known = ("SyntaxWarning: invalid escape sequence", "gpuGetDeviceCount failed")
+    assert [line for line in noise if not any(words in line for words in known)] == []
 
 
 def test_every_step_and_evaluation_is_in_the_metrics_file_under_its_documented_keys(run):
