@@ -168,7 +168,7 @@ test-slurm: $(VENV)/.ready-test
 	  { apt-get update && DEBIAN_FRONTEND=noninteractive timeout 300 \
 	    apt-get install -y --no-install-recommends slurmctld slurmd slurm-client munge; } >/dev/null 2>&1; } || \
 	  echo "== NOT TESTED on Slurm, which cannot be installed here (slurmctld slurmd slurm-client munge)"
-	@SIMPO_SLURM=1 timeout 1200 $(BIN)/python -m pytest $(SLOWEST) tests/slurm $(PYTEST)
+	@SIMPO_SLURM=1 timeout 600 $(BIN)/python -m pytest $(SLOWEST) tests/slurm $(PYTEST)
 
 # One GPU and perhaps no network: WHEELS is a folder of wheels with what $(PYTHON) lacks (megatron-core, and what it is
 # compared with), each installed as it is.
