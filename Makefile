@@ -86,13 +86,14 @@ NEWEST_TESTS := tests/unit/test_device.py tests/unit/test_precision.py tests/uni
   tests/distributed/test_planned_memory.py::test_weights_gradients_and_optimizer_are_what_megatron_allocates \
   tests/end_to_end/test_pretrain.py
 
+# All but gpu_cpu, which is in the selection: Triton's interpreter is chosen when Triton is imported, as other tests do.
 test-newest:
 	@python="$(NEWEST_PYTHON)"; \
 	if "$$python" -c '' 2>/dev/null; then \
 	  $(MAKE) --no-print-directory $(NEWEST)/.ready-test NEWEST_PYTHON="$$python" && \
 	  echo "== tests on megatron-core" \
 	    "$$($(NEWEST)/bin/python -c 'from importlib.metadata import version; print(version("megatron-core"))')" && \
-	  $(NEWEST)/bin/python -m pytest $(AT_ONCE) $(SLOWEST) $(if $(PYTEST_ALL),,$(NEWEST_TESTS)) $(PYTEST); \
+	  $(NEWEST)/bin/python -m pytest $(AT_ONCE) $(SLOWEST) $(if $(PYTEST_ALL),--ignore tests/gpu_cpu,$(NEWEST_TESTS)) $(PYTEST); \
 	else \
 	  echo "== NOT TESTED on the newest megatron-core: no Python of 3.12 or later runs here; NEWEST_PYTHON=PATH names one"; \
 	fi
