@@ -46,7 +46,7 @@ from simpo_megatron.mcore import cpu_patches
 from simpo_megatron.mcore.meta_model import MetaModel, StoredPart
 
 COMMON_FILE = "common.pt"
-"""What megatron-core calls the file of all that is no tensor."""
+"""The name that megatron-core gives the file of all that is no tensor."""
 
 _SHARD_BYTES = 512 << 20
 """Size at which a file ends, for whoever reads verifies one while it reads the one before."""

@@ -20,7 +20,7 @@ from simpo_megatron.mcore.hf_files import own_file, read_hf_json, without_code
 _LOGGER = logging.getLogger(__name__)
 
 MARKER_FILE = "simpo_megatron.json"
-"""What tells an export from a folder of the user's."""
+"""The mark that tells an export from a folder of the user's."""
 
 _ORIGIN = "origin"
 # As checkpoint.manifest calls it, which stands above this room.

@@ -119,7 +119,7 @@ class Rule:
     whose rows are the views' in turn."""
     layout: WeightLayout
     shape: tuple[int, ...]
-    """Of the whole parameter, vocabulary unpadded."""
+    """The shape of the whole parameter, vocabulary unpadded."""
     te_parameter: str | None = None
     """Name in the Transformer Engine specification, where it differs."""
 

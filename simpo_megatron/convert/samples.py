@@ -14,7 +14,7 @@ _WEIGHTS = (".safetensors", ".distcp")
 _WHOLE_FILES = ("config.json", INDEX_FILE, "COMMIT.json")
 _SAMPLE_BYTES = 1024
 _MAX_SAMPLES = 12_288
-"""Of all files together, so that an MoE of ten thousand experts takes seconds as well."""
+"""The most reads of all files together, so that an MoE of ten thousand experts takes seconds as well."""
 _MAX_HEADER_BYTES = 100 << 20
 
 

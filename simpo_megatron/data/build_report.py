@@ -22,7 +22,7 @@ class BuildReport:
     extra_texts: Counter = field(default_factory=Counter)
     """Those of them that hold words."""
     forms: Counter = field(default_factory=Counter)
-    """What records were read as."""
+    """The forms that records were read as."""
 
     def __post_init__(self) -> None:
         for name in ("dropped", "notes", "extra_keys", "extra_texts", "forms"):

@@ -22,7 +22,7 @@ ROLES = {
     "system": "system", "developer": "system",
     "tool": "tool", "function": "tool", "ipython": "tool", "observation": "tool", "tool_response": "tool",
 }  # fmt: skip
-"""What each role is called here, by its name in lower case; a role that is not here is refused."""
+"""The name of each role here, by its name in lower case; a role that is not here is refused."""
 
 # LLaMA-Factory's and GLM's name for a turn whose text is the call itself, in JSON.
 _CALL_ROLES = ("function_call", "tool_call")

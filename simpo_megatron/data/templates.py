@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 BUNDLED = Path(__file__).parent / "chat_templates"
 PINNED_DATE = date(2024, 7, 26)
-"""What a template that reads the clock is told; Llama 3.1's own template falls back to this day."""
+"""The day that a template which reads the clock is told; Llama 3.1's own template falls back to this day."""
 
 # Of one rendering: a conversation of megabytes takes a second and a few times its size.
 _CPU_SECONDS = 10.0

@@ -26,9 +26,9 @@ class Benchmark(ABC):
 
     name: ClassVar[str]
     questions_from: ClassVar[str]
-    """Where its questions come from, with their licence."""
+    """The source of its questions, with their licence."""
     counts: ClassVar[tuple[int, ...]]
-    """How many questions its versions have."""
+    """The number of questions, of each version."""
     max_new_tokens: ClassVar[int]
     temperatures: ClassVar[Mapping[str, float]] = {}
     """By category; all others are answered greedily."""

@@ -27,7 +27,7 @@ class Decoding:
     max_new_tokens: int = 1024
     temperature: float = 0.0
     temperatures: Mapping[str, float] = field(default_factory=dict)
-    """Of prompts by their category."""
+    """Temperatures of prompts, by their category."""
     seed: int = 42
     num_samples: int = 1
     """Answers for each prompt."""

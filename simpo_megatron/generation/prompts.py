@@ -23,7 +23,7 @@ class PromptItem:
     messages: tuple[Message, ...]
     """The conversation up to the first turn that is to be answered, that turn the last."""
     later_turns: tuple[str, ...] = ()
-    """What the user says after each answer."""
+    """The user's turns, one after each answer."""
     category: str | None = None
 
 

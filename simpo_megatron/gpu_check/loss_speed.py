@@ -28,7 +28,7 @@ _BETA, _GAMMA = 2.0, 1.0
 _SHAPES = {"70B tp8": (8192, 16_032), "8B tp1": (4096, 128_256), "1B tp1": (2048, 128_256)}
 _TINY = {"tiny": (16, 300)}
 _Loss = Callable[[Tensor, Tensor], Tensor]
-"""Of hidden states [R, S, H] and the head, with the labels that it was made for."""
+"""A loss of hidden states [R, S, H] and the head, with the labels that it was made for."""
 
 
 def measure_loss(setting: CheckSetting) -> Verdict:

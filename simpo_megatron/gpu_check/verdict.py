@@ -36,9 +36,9 @@ class Verdict:
 
     result: Result
     value: str
-    """What was found, in a few words."""
+    """The finding, in a few words."""
     budget: str = ""
-    """What was expected."""
+    """The expectation, in a few words."""
     details: dict[str, Any] = field(default_factory=dict)
     """Numbers by name, as JSON takes them."""
 

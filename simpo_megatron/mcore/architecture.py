@@ -36,7 +36,7 @@ class ArchitectureConfig(TransformerConfig):
     yarn_rotary_scaling_factor: float = math.e
     yarn_mscale: float = 0.0
     yarn_mscale_all_dim: float = 0.0
-    """What megatron's attention makes its factor of sine and cosine of, here 1; see `rotary.concentration`."""
+    """The source of megatron's factor of sine and cosine, here 1; see `rotary.concentration`."""
 
     moe_aux_loss_scale: float = 1.0
     """Factor of a microbatch's load-balancing loss; set anew for every step."""

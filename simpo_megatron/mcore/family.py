@@ -31,7 +31,7 @@ TINY_MODEL: Mapping[str, Any] = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-"""What config.json of every model that proves a family has, where the family does not say otherwise."""
+"""The config.json of every model that proves a family, where the family does not say otherwise."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,17 +44,17 @@ class WeightNames:
     query_key_value: tuple[str, str, str] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
     attention_output: str = "self_attn.o_proj"
     post_attention_norm: str = "post_attention_layernorm"
-    """Of the norm on what attention adds to the residual, where there is one."""
+    """The norm on what attention adds to the residual, where there is one."""
     pre_mlp_norm: str = "post_attention_layernorm"
     post_mlp_norm: str = "post_feedforward_layernorm"
     gate_up: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
-    """Of an MLP without gate the second alone."""
+    """Gate and up; an MLP without gate has the second alone."""
     down: str = "mlp.down_proj"
     router: str = "mlp.gate"
     router_bias: str = "mlp.gate.e_score_correction_bias"
     """Whole, nothing is put behind it."""
     expert: str = "mlp.experts.{}."
-    """What stands before the names of an expert's matrices, `{}` its number."""
+    """The part before the names of an expert's matrices, `{}` its number."""
     expert_matrices: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
     shared_expert: str = "mlp.shared_expert."
     """The same of the expert that every token passes."""

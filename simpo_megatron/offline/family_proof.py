@@ -29,7 +29,7 @@ class Proof:
 
     model: str
     largest_difference: float
-    """Of two fp32 logits of megatron-core and transformers, whose standard deviation is about one."""
+    """Between fp32 logits of megatron-core and transformers, whose standard deviation is about one."""
     num_tensors: int
     num_equal: int
     """Tensors that came back bit for bit when the loaded model was exported."""

@@ -99,19 +99,19 @@ class Assumptions:
     """Shares of the data-sheet figures that are reached. Assumed from experience, measured by nobody here."""
 
     usable_memory: float = 0.94
-    """Of a GPU's memory; the rest is the allocator's fragmentation."""
+    """The usable share of a GPU's memory; the rest is the allocator's fragmentation."""
     bf16: float = 0.65
-    """Of the bf16 rate, in matrix products."""
+    """The share of the bf16 rate, in matrix products."""
     fp8: float = 0.45
-    """Of the FP8 rate, casts included."""
+    """The share of the FP8 rate, casts included."""
     attention: float = 0.45
-    """Of the bf16 rate, in variable-length attention."""
+    """The share of the bf16 rate, in variable-length attention."""
     links: float = 0.7
-    """Of NVLink's and the network's rates, in collectives."""
+    """The share of NVLink's and the network's rates, in collectives."""
     elementwise: float = 0.7
-    """Of the memory's rate, in norms, SwiGLU, rotation and the optimizer."""
+    """The share of the memory's rate, in norms, SwiGLU, rotation and the optimizer."""
     padding: float = 0.01
-    """Of a pipeline's packs, which are padded to the longest of their step: what real pairs showed."""
+    """The padding of a pipeline's packs, to the longest of their step, as real pairs showed it."""
     shape_exchange_seconds: float = 1e-4
     """Where stages ask for the shape of each message, and the host waits for the answer and for the device."""
     speed_error: float = 0.03

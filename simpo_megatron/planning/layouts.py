@@ -38,7 +38,7 @@ class Candidate:
     config: Config
     load: Workload
     memory: tuple[StageMemory, ...]
-    """Of a rank of each pipeline stage."""
+    """The memory of a rank of each pipeline stage."""
     time: StepTime
     tokens_per_microbatch: float
     """Mean tokens of a microbatch: a step's tokens, dealt evenly."""
@@ -73,7 +73,7 @@ class Refusal:
     name: str
     reason: str
     too_many_bytes: float = 0.0
-    """What the fullest rank needs, where that is the reason."""
+    """The bytes that the fullest rank needs, where that is the reason."""
 
 
 @dataclass(frozen=True, kw_only=True)

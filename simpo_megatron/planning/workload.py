@@ -25,7 +25,7 @@ class Workload:
     pack: Pack
     data_parallel_size: int
     num_microbatches: int
-    """Of one data-parallel rank and step."""
+    """The microbatches of one data-parallel rank and step."""
     engine: Engine = "transformer_engine"
 
     @property

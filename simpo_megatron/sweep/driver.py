@@ -40,7 +40,7 @@ class _Turn:
     kind: Literal["run", "wait", "end"]
     point: Point | None = None
     train_iters: int | None = None
-    """Of a trial that is shorter than its configuration says."""
+    """The steps of a trial that is shorter than its configuration says."""
 
 
 def run_sweep(sweep: Sweep) -> None:

@@ -23,7 +23,7 @@ class Point:
     values: tuple[tuple[str, Any], ...]
     """(option, value), in the order of the axes."""
     rung: int | None = None
-    """Of successive halving, from 0; None where every trial is a whole run."""
+    """The rung of successive halving, from 0; None where every trial is a whole run."""
 
     @property
     def name(self) -> str:

@@ -24,10 +24,10 @@ from simpo_megatron.parallel import RENDEZVOUS, check_environment
 from simpo_megatron.stop_signals import STOP_SIGNALS
 
 MEETING_SECONDS = 120.0
-"""How long the ranks that are there wait for the others."""
+"""Seconds that the ranks that are there wait for the others."""
 
 _SPEAKING_SECONDS = 10.0
-"""How long a rank that failed looks for the others, before it speaks for itself alone."""
+"""Seconds that a rank that failed looks for the others, before it speaks for itself alone."""
 _OUTLIVES_SECONDS = 10.0
 _POLL_SECONDS = 0.3
 _FAILED, _NUM_ARRIVED, _NUM_PRESENT = "failed", "num_arrived", "num_present"

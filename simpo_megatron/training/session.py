@@ -34,7 +34,7 @@ class Session:
     """The groups of this rank and what the runs on them share."""
 
     plan: RunPlan
-    """Of the configuration that the session was opened with."""
+    """The plan of the configuration that the session was opened with."""
     groups: parallel.ParallelGroups
     watchdog: Watchdog
     signals: StopSignals

@@ -96,7 +96,7 @@ class WarmPieces:
     model: list[PreferenceGPTModel]
     chunks: list[DistributedDataParallel]
     buffers: Sequence[Mapping[str, Tensor]]
-    """Of each chunk, as they were when it was built."""
+    """The buffers of each chunk, as they were when it was built."""
 
 
 def plan_run(config: Config, world_size: int) -> RunPlan:
