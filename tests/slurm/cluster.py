@@ -76,6 +76,11 @@ class Cluster:
         return self
 
     def __exit__(self, *_: object) -> None:
+        # A daemon that ends leaves the steps of its jobs running.
+        with suppress(AssertionError, subprocess.SubprocessError):
+            self.run("scancel", "--full", "--signal", "KILL", "--user", str(os.geteuid()))
+            self.run("scancel", "--user", str(os.geteuid()))
+            self.wait(lambda: not self.run("squeue", "-h").strip(), 20)
         for file in (*self.folder.glob("slurmd-*.pid"), self.folder / "slurmctld.pid", self.folder / "munge" / "pid"):
             with suppress(OSError, ValueError):
                 os.kill(int(file.read_text()), signal.SIGTERM)
