@@ -1,6 +1,6 @@
 """The objectives that SimPO is compared with, on the same pairs, model and trainer.
 
-Only what learns from pairs: KTO learns from single responses labelled good or bad, which are other data.
+KTO is not among them: it learns from single responses labelled good or bad, not from pairs.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from simpo_megatron.option_field import option
 class CPOObjective(PreferenceObjective):
     """CPO (arXiv 2401.08417, eq. 3 and 5): DPO without its reference, and the likelihood of the chosen.
 
-    `-logsigmoid(beta * (log pi(w) - log pi(l)))`, log-probabilities of whole responses, plus `sft_weight` times
-    the negative log-likelihood of the chosen, averaged over tokens as the authors' code does.
+    The loss is `-logsigmoid(beta * (log pi(w) - log pi(l)))` with log-probabilities of whole responses. Added to it
+    is `sft_weight` times the chosen's negative log-likelihood, averaged over tokens as in the authors' code.
     """
 
     title = "CPO"
@@ -142,6 +142,6 @@ def _log_sigmoid(chosen_reward_P: Tensor, rejected_reward_P: Tensor) -> Comparis
 
 
 def _log_odds(avg_P: Tensor) -> Tensor:
-    """log(p / (1 - p)) for p = exp(average), p one rounding below 1 at most: a certain response has no odds."""
+    """log(p / (1 - p)) for p = exp(average); p is clamped just below 1, where the odds would be infinite."""
     avg_P = avg_P.clamp(max=-torch.finfo(avg_P.dtype).eps)
     return avg_P - torch.log(-torch.expm1(avg_P))

@@ -6,13 +6,13 @@ from dataclasses import dataclass
 
 # Starts and strides of blocks: whole tiles of cuBLAS, and rows whose first byte is aligned for its fastest kernels.
 COLUMN_MULTIPLE = 256
-# Each block but the only one costs a read and a write of the rows' gradient in fp32.
+# With more than one block, each costs a read and a write of the rows' gradient in fp32.
 _MAX_BLOCKS_OF_A_SLICE = 8
 
 
 @dataclass(frozen=True)
 class BlockPlan:
-    """Blocks `[start, stop)` of the slice, and how many of them, the first ones, keep their logits."""
+    """Blocks `[start, stop)` of the slice, and the number of leading blocks that keep their logits."""
 
     blocks: tuple[tuple[int, int], ...]
     num_kept: int

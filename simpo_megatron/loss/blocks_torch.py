@@ -44,7 +44,7 @@ class _Layout:
 
     token_n: int64, the tokens whose target this rank holds, in the order of their targets.
     column_n: int64, ascending, the column of each of those targets in this rank's slice.
-    num_kept: blocks, the first ones, whose exponentials are kept for the backward.
+    num_kept: the number of leading blocks whose exponentials are kept for the backward.
     width: columns of this rank's slice that are real token ids.
     """
 
@@ -73,7 +73,7 @@ class _Layout:
         starts = [min(i * block_width, width) for i in range(num_blocks + 1)]
         cuts = torch.searchsorted(column_N, torch.tensor(starts)).tolist()
         if call.device_targets_N is not targets_N:
-            # The device sorts for itself: what it is sent from pageable memory is waited for.
+            # Sorted on the device: a copy from pageable memory would make the host wait.
             column_N, order_N = (call.device_targets_N - call.vocab_start).sort(stable=True)
         own = slice(cuts[0], cuts[-1])
         blocks = tuple(
@@ -97,10 +97,10 @@ class _Head:
 class _FusedLinearLogProbs(torch.autograd.Function):
     """Three GEMMs per vocabulary block that is kept, four per block that is not.
 
-    A block's logits z become e = exp(z - shift) in place, with the running maximum of the row as shift; the
-    softmax of the row is then e * exp(shift - lse), once lse is known. The backward never builds it: the
-    factor goes to the [N, H] side of both GEMMs, and the one at the target is a row of W or of the hidden
-    states, so kept blocks are only ever read. Under a soft cap what is kept is e times the cap's slope there.
+    A block's logits z become e = exp(z - shift) in place; shift is the running maximum of the row. Once lse is
+    known, the softmax of the row is e * exp(shift - lse). The backward never builds it: the factor is applied
+    to the [N, H] side of both GEMMs. The target's part is a row of W or of the hidden states. So kept blocks
+    are only read. Under a soft cap, e times the slope of the cap is kept instead.
     """
 
     @staticmethod
@@ -213,7 +213,7 @@ class _BlockWork:
         return torch.sub(logits_Nb, shift_N[:, None], out=out_Nb).exp_()
 
     def rows_buffer(self) -> Tensor:
-        """Returns scratch of the shape and dtype of the rows, one for whoever asks last."""
+        """Returns scratch of the shape and dtype of the rows; each call hands out the same tensor."""
         if self._rows is None:
             self._rows = torch.empty_like(self.rows_NH)
         return self._rows
@@ -257,7 +257,7 @@ class _HiddenGrad:
 class _WeightGrad:
     """Collects the weight gradient, block by block, in a new tensor or on top of Megatron's `main_grad`.
 
-    Many tokens may have one target: index_put_ adds them up in one order always, which index_add_ on a GPU does not.
+    Many tokens may have one target: index_put_ adds them in a fixed order, index_add_ on a GPU does not.
     """
 
     def __init__(self, work: _BlockWork, grad_N: Tensor, slope_N: Tensor | None, main_grad_vH: Tensor | None) -> None:

@@ -1,8 +1,8 @@
 """The head's log-probabilities on a GPU: three products of cuBLAS and two passes of Triton over the logits.
 
-Forward: logits = rows @ W^T, over the whole slice or few blocks of a multiple of 256 columns; one read of them gives
-the log-sum-exp and the target's logit. Backward: one read and one write turn them into their gradient, from which the
-products of the two gradients are taken. No copy in fp32, no gather and no scatter of rows of the weight.
+Forward: logits = rows @ W^T, over the whole slice or a few blocks of a multiple of 256 columns. One read of them gives
+the log-sum-exp and the target's logit. Backward: one read and one write turn the logits into their gradient, which the
+two gradient GEMMs take. There is no copy in fp32, and no gather or scatter of rows of the weight.
 
 Shapes: S sequence, B batch, H hidden, v this rank's vocabulary slice, b one block of it, N response tokens.
 """
@@ -102,7 +102,7 @@ class _Work:
             logits_Nb = kept[index] if index < len(kept) else self._reused(block, self.dtype)
             if index >= len(kept):
                 self._multiply(block, logits_Nb)
-            # An operator may not get one tensor as an input and to write to.
+            # A torch operator may not take the same tensor as input and as output.
             source_Nb = None if index >= len(kept) and self.dtype == out_Nb.dtype else logits_Nb
             slopes(source_Nb, out_Nb, self.targets_N, self.call.vocab_start + block[0], lse_N, grad_N, self.cap)
             yield block, out_Nb

@@ -1,19 +1,19 @@
 """Log-probabilities of response tokens straight from hidden states: the logits never exist as a whole.
 
-Rows that predict no response token are dropped before the first GEMM. The rest meet the vocabulary block by
-block; a block's exponentials are kept for the backward while a byte budget lasts and computed again past it.
+Rows that predict no response token are dropped before the first GEMM. The others go through the vocabulary block by
+block. A block's exponentials are kept for the backward while they fit a byte budget, and recomputed beyond it.
 
-The other form there is finishes the gradient inside the forward, a pair at a time: within a pair the slope of
-every token is known up to one scalar, and the scalar is known when the pair's tokens are done. It needs three
-GEMMs at any budget, too, but a second weight gradient to scale the pair's by its scalar, a collective per pair
-under tensor parallelism, and an objective that it cannot be separated from. Measured, forward and backward on
-one thread, fp32, hidden 1024, half of the positions prompt or padding, least of three runs:
+An alternative finishes the gradient inside the forward, a pair at a time: within a pair the slope of every
+token is known up to one scalar, which is known when the pair's tokens are done. It needs three GEMMs at any
+budget. But it also needs a second weight gradient to apply the scalar, a collective per pair under tensor
+parallelism, and the objective inside the kernel. Measured, forward and backward on one thread, fp32, hidden
+1024, half of the positions prompt or padding, least of three runs:
 
     vocabulary, rows of positions     this form           at 64 MiB          pair at a time
     32,000, 2,080 of 4,096            4.8 s, 285 MiB      6.1 s, 90 MiB      5.0 s, 174 MiB
     128,256, 496 of 1,024             5.2 s, 264 MiB      6.4 s, 73 MiB      5.8 s, 579 MiB
 
-so this one is kept. Memory is the peak above inputs and gradients.
+so this module does not use it. Memory is the peak above inputs and gradients.
 
 Shapes: S sequence (this rank's part under sequence parallelism), B batch, H hidden, v this rank's vocabulary
 slice, b one block of it, N response tokens, n those of them whose target lies in the block.
@@ -39,9 +39,9 @@ from simpo_megatron.loss.tokens import ResponseTokens, VocabShard, check_targets
 
 Backend = Literal["torch", "triton"]
 
-# The bf16 logits of 8,192 response rows of a 70B model's microbatch at tp 8, 263 MB, and room to work in.
+# Holds the bf16 logits of 8,192 response rows of a 70B model's microbatch at tp 8 (263 MB), and workspace.
 DEFAULT_LOGITS_BUDGET_BYTES = 320 * 2**20
-# On a GPU blocks are few, and the one in work counts: twice those logits, or those of 4,096 rows of a whole vocabulary.
+# On a GPU there are few blocks and the current one counts: twice those logits, or 4,096 rows of a whole vocabulary.
 DEFAULT_GPU_LOGITS_BUDGET_BYTES = 2**31
 
 
@@ -67,21 +67,22 @@ def fused_linear_log_probs(
             [R, S, H] serves as well.
         weight_vH: the output layer's slice (own or tied embedding), in the dtype of `hidden_SBH`. Frozen: no
             weight gradient is computed.
-        tokens: which rows predict which tokens, the same on every rank; best on the CPU, with a copy on
-            the device (`ResponseTokens.with_copy`): then nothing waits and nothing is copied here.
+        tokens: which rows predict which tokens, the same on every rank. Best on the CPU with a copy on the
+            device (`ResponseTokens.with_copy`): then this call neither waits nor copies.
         vocab: which token ids the weight's rows are; padding rows take no part and get a zero gradient.
         tp_group: the ranks that share the vocabulary; None for a whole vocabulary without process group.
         sequence_parallel: whether `hidden_SBH` is a part of the sequence.
         logit_softcap: each logit becomes cap * tanh(logit / cap) before the softmax; None: it stays as it is.
         logits_budget_bytes: the most bytes of logits to hold, between forward and backward and while
-            computing; None: `DEFAULT_LOGITS_BUDGET_BYTES`, on a GPU `DEFAULT_GPU_LOGITS_BUDGET_BYTES`. What does
-            not fit is computed again in the backward, for one GEMM more.
+            computing; None: `DEFAULT_LOGITS_BUDGET_BYTES`, on a GPU `DEFAULT_GPU_LOGITS_BUDGET_BYTES`. Logits
+            beyond it are recomputed in the backward, at the cost of one GEMM.
         logit_dtype: the dtype of the logits that the log-sum-exp and the target's logit are read from; None: that
-            of `hidden_SBH`. fp32 beside bf16 takes the rounding of the logits out of the log-probs. Triton's backend
-            keeps them so as well: in bf16 beside an exact log-sum-exp, a likely token's probability could exceed 1.
+            of `hidden_SBH`. With bf16 hidden states, fp32 keeps the rounding of logits out of the log-probs. The
+            Triton backend also stores them in fp32 then: beside an exact log-sum-exp, bf16 logits could give a
+            likely token a probability above 1.
         accumulate_into_main_grad: add the weight gradient to `weight_vH.main_grad` where there is one, as
             Megatron's linear layers do under gradient accumulation fusion, and set `grad_added_to_main_grad`.
-        backend: who computes it; None: Triton for fp32 and bf16 on a GPU, where it is installed, else torch.
+        backend: "triton" or "torch"; None: Triton for fp32 and bf16 on a GPU where it is installed, else torch.
 
     Collectives: forward one all-gather of [2, N] fp32 over `tp_group`; backward one all-reduce of [N, H] in
     the hidden dtype, when the hidden states need a gradient. With `sequence_parallel` the forward also
@@ -119,7 +120,7 @@ def fused_linear_log_probs(
 
 
 def _backend_for(hidden_SBH: Tensor) -> Backend:
-    """Triton's where its kernels are compiled for: meta tensors stand for those of a GPU."""
+    """Triton where its kernels can be compiled (meta tensors count as a GPU's), else torch."""
     is_on_gpu = hidden_SBH.device.type in ("cuda", "meta")
     has_kernels = hidden_SBH.dtype in (torch.float32, torch.bfloat16) and _has_triton()
     return "triton" if is_on_gpu and has_kernels else "torch"
@@ -151,7 +152,7 @@ def _logit_dtype(asked: torch.dtype | None, dtype: torch.dtype) -> torch.dtype:
 
 def _check_tensors(hidden_SBH: Tensor, weight_vH: Tensor, vocab: VocabShard, tp_group: ProcessGroup | None) -> None:
     for name, tensor in (("hidden_SBH", hidden_SBH), ("weight_vH", weight_vH)):
-        # Known by its name: the module of its class takes long to import, and is there where such a tensor is.
+        # Compared by name: the module that defines DTensor takes long to import.
         if type(tensor).__name__ == "DTensor" or (name == "weight_vH" and tensor.dim() == 1):
             raise ConfigError(
                 f"{name}: found a part of what other ranks share ({type(tensor).__name__} {tuple(tensor.shape)}), "

@@ -1,4 +1,4 @@
-"""The whole loss in one call, for training loops of one's own.
+"""The whole loss in one call, for your own training loop.
 
 Shapes: R rows (two per pair), S sequence, H hidden, v this rank's vocabulary slice.
 """

@@ -21,15 +21,15 @@ def merge_shards(lse_N: Tensor, target_N: Tensor, tp_group: ProcessGroup | None)
 
     Args:
         lse_N: log-sum-exp over this rank's slice; -inf where the slice has nothing.
-        target_N: the target's logit on the rank that holds it, -inf on the others: a target nobody holds then
-            ends as -inf instead of a plausible number.
+        target_N: the target's logit on the rank that holds it, -inf on the others. So a target that no rank
+            holds gives -inf, not a plausible number.
         tp_group: the ranks that share the vocabulary; None or one rank needs no merging.
 
     Collectives: one all-gather of [2, N] over `tp_group`.
     """
     if tp_group is None or tp_group.size() == 1:
         return lse_N, target_N
-    # stack() makes it contiguous, and must: gloo reads strided tensors wrongly, without a word.
+    # stack() also makes it contiguous: gloo silently reads strided tensors wrongly.
     local_2N = torch.stack((lse_N, target_N))
     all_T2N = local_2N.new_empty(tp_group.size(), *local_2N.shape)
     dist.all_gather_into_tensor(all_T2N.flatten(0, 1), local_2N, group=tp_group)

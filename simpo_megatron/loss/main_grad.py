@@ -7,10 +7,10 @@ from torch import Tensor
 
 
 def gradient_already_added(weight: Tensor) -> Tensor | None:
-    """Returns what autograd is to see once the gradient of `weight` is in `weight.main_grad`; marks it as added.
+    """Returns the placeholder that autograd gets once the gradient is in `weight.main_grad`, and marks it as added.
 
-    DDP's hooks want a gradient to be there. They read it only where `zero_out_wgrad` says that other uses of the
-    weight (a tied embedding) may be added to it, so elsewhere nobody fills it.
+    DDP's hooks expect some gradient. They read it only where `zero_out_wgrad` is set, because other uses of the
+    weight (a tied embedding) add to it; elsewhere it is left uninitialised.
     """
     if not hasattr(weight, "grad_added_to_main_grad"):
         return None

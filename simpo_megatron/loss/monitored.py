@@ -1,4 +1,4 @@
-"""Sums by which a run is watched for what SimPO, which has no reference to hold on to, can run into.
+"""Sums for the training monitors: signs of drift that SimPO, having no reference model, would not notice.
 
 Shapes: P pairs, R responses (R = 2P).
 """
@@ -54,7 +54,7 @@ def length_correlation(sums: Mapping[str, float], num_responses: int) -> float |
     """
     length, length_squared, log_prob, log_prob_squared, product = (sums[name] / num_responses for name in MONITORED[1:])
     variances = (length_squared - length**2) * (log_prob_squared - log_prob**2)
-    # What is left of equal numbers by rounding is no variance; a NaN is not above anything.
+    # Equal numbers can leave a rounding error as their variance; a NaN fails the comparison.
     if not variances > 1e-20 * length_squared * log_prob_squared:
         return None
     return (product - length * log_prob) / math.sqrt(variances)

@@ -1,4 +1,4 @@
-"""The one form of every objective: average log-probabilities of pairs in, the loss and what is logged of it out.
+"""The interface of every objective: average log-probabilities of pairs in, the loss and its metrics out.
 
 Shapes: P pairs, R responses (R = 2P, chosen and rejected in turn).
 """
@@ -19,7 +19,7 @@ SftNormalization = Literal["token", "sequence"]
 
 @dataclass(frozen=True)
 class Responses:
-    """The chosen, or the rejected, responses of P pairs, as an objective sees them.
+    """The chosen, or the rejected, responses of P pairs: the input of an objective.
 
     avg_P: fp32, average log-probability log pi(y|x) / |y|, nats per token.
     count_P: |y|, tokens, in the dtype of `avg_P`.
@@ -58,7 +58,7 @@ class Comparison:
 
 @dataclass(frozen=True, kw_only=True)
 class PreferenceObjective(ABC):
-    """A published objective: a subclass holds its constants and compares pairs by it.
+    """A published objective: a subclass holds its constants and compares pairs with them.
 
     Raises ConfigError for a constant outside its range.
     """
@@ -70,7 +70,7 @@ class PreferenceObjective(ABC):
     needs_reference: ClassVar[bool] = False
     """True where it needs log-probabilities under the model that training started from."""
 
-    # A subclass that weighs the log-likelihood of chosen responses makes options of these, or other constants.
+    # A subclass that adds the log-likelihood of chosen responses overrides these, as options or as constants.
     sft_weight = 0.0
     sft_normalization = "token"
 
@@ -136,8 +136,8 @@ def preference_loss(
         objective: the objective and its constants.
         reference_avg_R: what `avg_R` was under the reference model, for an objective that needs one.
         pairs_per_chosen_token: pairs divided by chosen tokens, both of the global batch. With it the sft term
-            with `token` normalisation, summed over microbatches and divided by the global pairs, is the mean
-            over the global batch's chosen tokens however the batch was cut. None: these pairs are the batch.
+            with `token` normalisation is the mean over the global batch's chosen tokens, however the batch is
+            split into microbatches. None: these pairs are the batch.
 
     Collectives: none.
 
@@ -166,7 +166,7 @@ def preference_loss(
         sums["sft_loss"] = sft_P.detach().sum()
 
     sums |= {
-        # A tensor of its own: megatron's schedules divide the returned loss in place.
+        # A new tensor: megatron's schedules divide the returned loss in place.
         "loss": loss_P.detach().sum(),
         "rewards/chosen": compared.chosen_reward_P.detach().sum(),
         "rewards/rejected": compared.rejected_reward_P.detach().sum(),

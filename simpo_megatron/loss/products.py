@@ -1,4 +1,4 @@
-"""Matrix products whose sums leave the tensor cores in fp32, by whatever the torch at hand has for it."""
+"""Matrix products of bf16 inputs with fp32 outputs, in whichever form the installed torch offers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 @functools.cache
 def has_wide_products() -> bool:
-    """Returns whether torch's products of bf16 matrices can be written in fp32 on a GPU, from 2.10 or so on."""
+    """Returns whether torch can write a product of bf16 matrices in fp32 on a GPU (2.10 and newer do)."""
     empty = torch.empty(1, 1, dtype=torch.bfloat16, device="meta")
     wide = empty.float()
     try:

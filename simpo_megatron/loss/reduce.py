@@ -18,10 +18,9 @@ def average_log_probs(
 ) -> tuple[Tensor, Tensor]:
     """Returns the average log-probability of each response and its length.
 
-    A response without tokens has average 0 and passes no gradient on: its count is clamped to one before the
-    division, since a 0/0 masked afterwards would still turn the gradient into NaN. Sums are taken in float64,
-    so that 8,192 tokens cost no more accuracy than one, and in one order on every device (index_put; index_add has
-    none on a GPU).
+    A response without tokens has average 0 and passes no gradient on. Its count is clamped to one before the
+    division: a 0/0 masked afterwards would still turn the gradient into NaN. Sums are in float64, so that 8,192
+    tokens are as accurate as one. Their order is fixed on every device (index_put; index_add on a GPU has none).
 
     Args:
         logp_N: fp32, natural log, nats.
@@ -47,7 +46,7 @@ def average_log_probs(
 
 
 class _SumOverRanks(torch.autograd.Function):
-    """The sum over a group's ranks, each of which goes on to compute the same from it."""
+    """The sum over a group whose ranks all compute the same loss from it."""
 
     @staticmethod
     def forward(ctx: Any, own: Tensor, group: ProcessGroup) -> Tensor:

@@ -1,8 +1,8 @@
 """The two passes over logits that are no matrix product, as Triton kernels behind operators of torch.
 
-Importable only where Triton is installed. As operators they have shapes without being run (the meta device) and names
-in a profile. The width of a block is a constant of the kernel: a head has one or two, so it is compiled once or twice,
-and interpreters of every Triton can run the loop over it.
+Importable only where Triton is installed. As operators they have shapes on the meta device and names in a profile.
+The width of a block is a constant of the kernel. A head has one or two widths, so the kernel is compiled once or
+twice, and every version of Triton's interpreter can run the loop over it.
 
 Shapes: N response tokens, b columns of a block.
 """
@@ -20,7 +20,7 @@ _NUM_WARPS = 8
 
 @triton.jit
 def _capped(logits, CAP: tl.constexpr):
-    """cap * tanh(logit / cap), by an exponential that overflows to the right limits."""
+    """cap * tanh(logit / cap), written with an exponential whose overflow gives the right limit."""
     return CAP * (1.0 - 2.0 / (1.0 + tl.exp(2.0 * logits / CAP)))
 
 

@@ -1,4 +1,4 @@
-"""Logits held within a bound by a hyperbolic tangent, as Gemma-2 has them."""
+"""Logits capped by a hyperbolic tangent, as in Gemma-2."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class SoftCap:
             raise ConfigError(f"logit_softcap: found {self.cap!r}, expected a number above 0, or None for no cap")
 
     def apply_(self, logits: Tensor) -> Tensor:
-        """The logits capped, in place; exact enough in fp32, so give no less."""
+        """The capped logits, in place; the logits must be fp32 at least."""
         return logits.div_(self.cap).tanh_().mul_(self.cap)
 
     def slope(self, capped: Tensor) -> Tensor:

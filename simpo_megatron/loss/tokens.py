@@ -1,4 +1,4 @@
-"""The two values that say what the loss reads: which tokens count, and which part of the vocabulary is here.
+"""The two inputs of the loss besides tensors: which tokens count, and which vocabulary slice this rank holds.
 
 Shapes: S sequence, B batch, R rows of a batch (two per pair), P pairs, H hidden, N response tokens.
 """
@@ -41,9 +41,8 @@ class VocabShard:
 class ResponseTokens:
     """The response tokens of a microbatch, each with its hidden row; the same on every tensor-parallel rank.
 
-    On the CPU, as a data loader hands them out, their checks cost no device synchronisation, and with a copy on the
-    device nothing is copied by whoever reads them. Tensors that already lie on a GPU work too: each call then waits
-    for them once.
+    A data loader hands them out on the CPU, where checking them costs no device synchronisation. With a copy on
+    the device, the loss copies nothing. Tensors that lie on a GPU work too: each call then waits for them once.
 
     rows_N: int64, ascending, may repeat (a shared prompt's last row predicts the first token of both
         responses): flat indices into the first two dimensions of the hidden states of the whole sequence,
