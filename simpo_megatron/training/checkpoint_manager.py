@@ -1,4 +1,4 @@
-"""The checkpoints of a run, one after the other, each committed once every rank has written its share."""
+"""The checkpoints of a run, saved one at a time; each is committed once every rank has written its share."""
 
 from __future__ import annotations
 
@@ -44,10 +44,10 @@ class _Draft:
 
 
 class Saver:
-    """Saves a run; at most one checkpoint is under way while training goes on.
+    """Saves a run; at most one checkpoint is written in the background while training goes on.
 
-    Use as a context manager: at its end what is under way is committed, or, after an error that the other ranks may
-    not have heard of, dropped. What it does is in the same order on every rank.
+    Use as a context manager. At its end, a checkpoint in the background is committed; after an error that other
+    ranks may not know of, it is dropped. Every rank does the same in the same order.
     """
 
     def __init__(self, config: Config, job: Job, log: RunLog, watchdog: Watchdog) -> None:
@@ -66,13 +66,13 @@ class Saver:
         monitors: Mapping[str, Any],
         in_background: bool,
     ) -> None:
-        """Save the run as it stands after `iteration` steps; older checkpoints may be gone once that is committed.
+        """Save the run after `iteration` steps; once committed, older checkpoints may be deleted.
 
-        What is under way is finished first.
+        A checkpoint in the background is finished first.
 
         Args:
-            metrics: the latest numbers, those of validation under `eval/`; by them the best checkpoint is kept.
-            monitors: what the monitors are to remember, JSON values.
+            metrics: the latest metrics, those of validation under `eval/`; they decide which checkpoint is best.
+            monitors: the state of the monitors, JSON values.
             in_background: return as soon as training may go on; `poll` and `finish` commit.
 
         Collectives: megatron's for saving, and five object gathers, world.
@@ -96,16 +96,15 @@ class Saver:
             self.finish()
 
     def poll(self) -> None:
-        """Commit what is under way if every rank has written its share; called after each step.
+        """Commit the checkpoint in the background if every rank has written its share; called after each step.
 
-        Collectives: while something is under way, one all-reduce of 32 bytes, world; those of `finish` once it is
-        written.
+        Collectives: while there is one, one all-reduce of 32 bytes, world; those of `finish` once it is written.
         """
         if self._draft is not None and not sync_status(None, int(self._draft.writing.is_under_way())):
             self.finish()
 
     def finish(self) -> None:
-        """Wait for what is under way, if anything is, and commit it.
+        """Wait for the checkpoint in the background, if there is one, and commit it.
 
         Collectives: megatron's for saving, and three object gathers, world.
 
@@ -129,7 +128,7 @@ class Saver:
         return {"failed_saves": self._num_failed} if self._goes_on else {}
 
     def require_last(self) -> None:
-        """Return if the last checkpoint of a run that goes on without them could be written.
+        """Return if the last checkpoint could be written, in a run that goes on when one cannot.
 
         Raises:
             CheckpointError: it could not, on every rank alike.
@@ -154,7 +153,7 @@ class Saver:
         self.finish()
 
     def _drop(self, draft: _Draft) -> None:
-        """Leave nothing of `draft`; a writer ends by itself, and what it still leaves the next start removes."""
+        """Delete `draft`. Its writer ends by itself; the next start removes what that still leaves."""
         self._log.say(f"WARNING   dropped the checkpoint of step {draft.iteration}, which was not written yet")
         if dist.get_rank() == 0:
             shutil.rmtree(draft.folder, ignore_errors=True)
@@ -190,7 +189,7 @@ class Saver:
 
     @contextmanager
     def _survived(self, iteration: int, num_bytes: int | None = None) -> Iterator[None]:
-        """A failure to save, told and counted where the run is to go on without the checkpoint."""
+        """Report and count a failed save, where the run goes on without the checkpoint."""
         try:
             yield
             self._failure = None
@@ -205,7 +204,7 @@ class Saver:
 
 
 def _free(save: Path) -> str:
-    """The room in the folder `save`, which may be gone."""
+    """The free bytes in the folder `save`, which may be gone."""
     try:
         return f"{shutil.disk_usage(save).free / 2**30:.2f} GiB free"
     except OSError as error:
@@ -236,9 +235,9 @@ def _whole_or_removed(folder: Path) -> Iterator[None]:
 
 
 def _add_small_files(save: Path, folder: Path, job: Job) -> None:
-    """The metrics so far, and what makes a model of the weights: configuration, tokenizer, chat template."""
+    """The metrics so far, and the model's other files: configuration, tokenizer, chat template."""
     metrics = b""
-    # Where they cannot be read a later page misses them, and no step does.
+    # If metrics cannot be read, only a later report misses them.
     with suppress(OSError):
         metrics = (save / METRICS_FILE).read_bytes()
     if metrics:

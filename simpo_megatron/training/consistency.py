@@ -1,4 +1,4 @@
-"""Checks that ranks are in the same run, and that its replicas have bit for bit the same weights."""
+"""Checks that all ranks run the same job, and that replicas hold bit-identical weights."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ _MAX_SHOWN = 6
 
 
 def startup_facts(config: Config) -> dict[str, Any]:
-    """Facts that every rank of a run is started with: each option, the seed too, and the versions of the code."""
+    """Facts that every rank is started with: each option, the seed, and the versions of the code."""
     versions = {name: version(name) for name in ("torch", "megatron-core")}
     return {**config.flat(), "simpo_megatron": _code_hash(), **versions}
 
 
 def job_facts(job: Job) -> dict[str, Any]:
-    """Facts that every rank must have found alike: the pairs, the model's shape, the number of steps."""
+    """Facts that must be equal on every rank: the pairs, the model's shape, the number of steps."""
     validation = {f"validation {name}": dataset.fingerprint for name, dataset in job.valid_data.items()}
     description = job.plan.description
     return {
@@ -60,7 +60,7 @@ def check_same(facts: Mapping[str, Any]) -> None:
         ParallelError: on every rank alike, with each fact that differs and the ranks on which it does.
     """
     every = gather_or_raise(lambda: {name: _text(value) for name, value in facts.items()})
-    # More ranks share the right value than a wrong one.
+    # The value that most ranks share is taken as the right one.
     problems = [
         f"{name} is {_ranks_by_value([stated.get(name, 'not there') for stated in every])}"
         for name in sorted(set().union(*every))
@@ -74,14 +74,14 @@ def check_same(facts: Mapping[str, Any]) -> None:
 
 
 def _text(value: object) -> str:
-    """A function, such as an activation, by its name: its address differs from process to process."""
+    """The text of a fact; a function, such as an activation, by its name, as its address differs by process."""
     return str(getattr(value, "__qualname__", value))
 
 
 def check_same_model(folder: Path) -> None:
-    """Return if the files of the model in `folder` are the same on every rank, as far as samples tell.
+    """Return if samples of the model's files in `folder` are the same on every rank.
 
-    Every rank reads slices of its own, so that ranks which see different models would train parts of each.
+    Each rank reads its own slices: ranks that see different models would train a mixture of them.
 
     Collectives: two object gathers, world; when files differ, one more.
 
@@ -109,11 +109,11 @@ def check_same_model(folder: Path) -> None:
 def check_replicas(chunks: Sequence[DistributedDataParallel], groups: ParallelGroups) -> None:
     """Return if every weight is finite and equals its replicas on other ranks, bit for bit.
 
-    Data-parallel (and context-parallel) ranks hold copies of every weight, tensor-parallel ones of those that are not
-    divided; an MoE's experts have groups of their own. Copies are compared by the sum of their bits, which
-    differences that cancel out exactly would escape.
+    Data-parallel and context-parallel ranks hold replicas of every weight; tensor-parallel ranks of the weights that
+    are not sharded. The experts of an MoE have their own groups. Replicas are compared by the sum of their bits;
+    differences that cancel out exactly are missed.
 
-    The copy of a tied embedding on the last pipeline stage is not compared with that on the first.
+    A tied embedding on the last pipeline stage is not compared with the one on the first.
 
     Collectives: one all-reduce of 16 bytes a weight over dp and cp, or over expert_dp, one over tp, and those of
     `sync_status`; under `overlap_param_gather` one all-gather of the weights before.
@@ -143,7 +143,7 @@ def _named_weights(chunk: DistributedDataParallel) -> Iterable[tuple[str, Tensor
 
 
 def _not_finite(weights: Mapping[str, Tensor]) -> NumericsError | None:
-    # Much faster than isfinite() of every value, and a NaN is the smallest and the largest of what it is among.
+    # Much faster than isfinite() of every value: aminmax returns NaN if any value is NaN.
     extremes = [torch.stack(torch.aminmax(plain(weight))) for weight in weights.values()]
     are_finite = torch.stack([pair.isfinite().all() for pair in extremes]).tolist()
     bad = [name for name, is_finite in zip(weights, are_finite, strict=True) if not is_finite]
@@ -155,7 +155,7 @@ def _not_finite(weights: Mapping[str, Tensor]) -> NumericsError | None:
 
 
 def _differing(kind: str, group: ProcessGroup, weights: Mapping[str, Tensor]) -> ParallelError | None:
-    """The error of replicas in `group` that differ, the same on each of its ranks."""
+    """The error for replicas in `group` that differ, the same on each of its ranks."""
     if group.size() == 1 or not weights:
         return None
     names = list(weights)
@@ -176,7 +176,7 @@ def _differing(kind: str, group: ProcessGroup, weights: Mapping[str, Tensor]) ->
 
 
 def _sum_of_bits(weight: Tensor) -> Tensor:
-    """The bits of a flat tensor, in integers of 8 bytes where its length allows, added up modulo 2**64."""
+    """The sum modulo 2**64 of a flat tensor's bits, read as 8-byte integers where its length allows."""
     size = weight.element_size()
     if weight.numel() * size % 8:
         return weight.view(_INTEGERS[size]).sum(dtype=torch.int64)
@@ -191,7 +191,7 @@ def _ranks_by_value(values: Sequence[str], ranks: Sequence[int] | None = None) -
         holders.setdefault(value, []).append(rank)
     parts = []
     for value, where in sorted(holders.items(), key=lambda entry: (len(entry[1]), -entry[1][0])):
-        # Of a path the end tells more than the middle.
+        # The end of a path tells more than its middle.
         shown = value if len(value) <= 60 else f"{value[:20]}...{value[-37:]}"
         parts.append(f"{shown} on rank{'s' if len(where) > 1 else ''} {listed(where, _MAX_SHOWN)}")
     return listed(parts, _MAX_SHOWN)

@@ -13,9 +13,9 @@ from simpo_megatron.config import Config
 from simpo_megatron.errors import ConfigError
 from simpo_megatron.mcore import device
 
-# Either name is heard by torch from 2.9 on, the second one by all.
+# torch 2.9 and newer read either name, older versions only the second.
 _ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
-# Multiprocessors that Transformer Engine's norms leave to communication; NVIDIA's own recipes for Hopper use as many.
+# Multiprocessors that Transformer Engine's norms leave free for communication, as in NVIDIA's recipes for Hopper.
 _MARGIN = "16"
 # Of each variable, the value that makes it deterministic and all that do.
 # Source: megatron.training.determinism of megatron-core 0.19, NVIDIA's documentation of cuBLAS.
@@ -30,7 +30,7 @@ _set_here: dict[str, str] = {}
 
 
 def prepare_environment(config: Config) -> dict[str, str]:
-    """Sets what is not set, before CUDA starts, and returns all that this process has set; nothing without a GPU.
+    """Sets the variables that are not set, before CUDA starts, and returns all it set; without a GPU, none.
 
     Raises:
         ConfigError: --deterministic, and a variable that is set to something else than it needs.
@@ -53,13 +53,13 @@ def prepare_environment(config: Config) -> dict[str, str]:
 def _wanted(config: Config, architecture: tuple[int, int]) -> dict[str, str]:
     parallel = config.parallel
     has_unified_name = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 9)
-    # Packs differ in length, and freed blocks of one length would not serve the next.
+    # Packs differ in length: without it, freed blocks of one length could not be reused for another.
     wanted = {_ALLOCATOR[0 if has_unified_name else 1]: "expandable_segments:True"}
     # cuDNN would build a plan for every new length.
     wanted["TORCH_CUDNN_SDPA_DEPRIORITIZED"] = "1"
     overlaps_layers = parallel.tensor_model_parallel_size > 1 or parallel.context_parallel_size > 1
     if overlaps_layers and architecture < (10, 0):
-        # megatron-core starts a collective and then the product that is to run beside it, and relies on that order.
+        # megatron-core launches a collective before the GEMM that should overlap it, and relies on that order.
         wanted["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
     overlaps = overlaps_layers or parallel.overlap_grad_reduce or parallel.overlap_param_gather
     if overlaps and importlib.util.find_spec("transformer_engine") is not None:
@@ -79,7 +79,7 @@ def _refuse_what_is_not_deterministic() -> None:
 
 @contextmanager
 def deterministic(config: Config) -> Iterator[None]:
-    """While the context lasts, torch takes deterministic algorithms, and raises where it has none, if the run asks."""
+    """If the run asks for it, torch uses deterministic algorithms inside the context and raises where it has none."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     if config.run.deterministic:
         torch.use_deterministic_algorithms(True)

@@ -38,7 +38,7 @@ def evaluate(trainer: Trainer, datasets: Mapping[str, PreferenceDataset], *, is_
 
     Args:
         is_untrained: no step was taken yet. An objective with a reference then compares a model with itself: all
-            rewards are equal but for rounding, and there is no accuracy among the metrics.
+            rewards are equal up to rounding, so the metrics have no accuracy.
 
     Collectives: those of one forward pass for each global batch, one reduction of the sums for each set, and for the
     first one all-reduce of 8 bytes a pair over dp on the last pipeline stage and one broadcast over pp.
@@ -65,7 +65,7 @@ def _pass_over(
     for chunk in trainer.chunks:
         chunk.eval()
     sums, of_pairs = [], []
-    # The SFT term is a mean over the chosen tokens of the whole set, however it is cut into batches.
+    # The SFT term is a mean over the chosen tokens of the whole set, however it is split into batches.
     ratio = pairs_per_token(dataset.counted)
     for plan in trainer.plan_evaluation(dataset):
         computed = run_pass(trainer, dataset, plan, forward_only=True, pairs_per_chosen_token=ratio).sums

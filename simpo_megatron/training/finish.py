@@ -1,4 +1,4 @@
-"""The end of a run: the model, the adapters, the report, in the order of what they are worth."""
+"""The end of a run: writes the model, then the adapters, then the report; the most valuable first."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def _curves(config: Config, log: RunLog) -> Curves | None:
 
 
 def _report(config: Config, log: RunLog) -> None:
-    """Write the report, which is worth a warning where it cannot be: what was trained is saved and exported."""
+    """Write the report; if that fails, warn only, since the model is already saved and exported."""
     if config.run.save is None or dist.get_rank() != 0:
         return
     try:

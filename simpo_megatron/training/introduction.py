@@ -1,4 +1,4 @@
-"""The lines that a run starts with: what it will do, on what, from where, and what looks doubtful."""
+"""The first lines of a run: model, data, layout, steps, and warnings."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from simpo_megatron.training.setup import Job
 
 
 def introduce(config: Config, job: Job, notes: Sequence[str], log: RunLog) -> None:
-    """Say what will run, on what, from where, and what looks doubtful."""
+    """Print the first lines of a run, warnings last."""
     log.say(to_text(config) if config.run.verbose else f"options   {changed_options(config)}")
     for warning in lint(config):
         log.say(f"WARNING {warning}")
@@ -56,7 +56,7 @@ def describe_job(config: Config, job: Job) -> list[str]:
 
 
 def _load_balancing(config: Config, job: Job) -> list[str]:
-    """The load-balancing loss of an MoE, on transformers' scale too; nothing of a dense model."""
+    """A line on an MoE's load-balancing loss, on transformers' scale too; none for a dense model."""
     description, asked = job.plan.description, config.model.moe_aux_loss_coeff
     if "num_moe_experts" not in description.transformer:
         return []
@@ -71,7 +71,7 @@ def _load_balancing(config: Config, job: Job) -> list[str]:
 
 
 def _padding(job: Job) -> str:
-    """The cost of one length for all packs, where there is one."""
+    """A line on the padding that one length for all packs costs, where there is one."""
     batch, layout = job.trainer.batch_options, job.plan.layout
     if not (batch.one_shape_per_step or batch.fixed_pack_length):
         return ""

@@ -45,10 +45,10 @@ def launch(
 ) -> int:
     """The exit code of one process of the job `program argv`: 0 done, else the error's own (errors.py), 1 unexpected.
 
-    Every rank reads the same configuration and finds the same mistake in it before any collective; rank 0 says it.
+    Every rank reads the same configuration and finds the same mistake in it before any collective; rank 0 prints it.
 
     Args:
-        read: from `argv` the configuration, which says how many ranks the job needs, and the job of one rank.
+        read: returns, from `argv`, the configuration (which tells how many ranks to start) and one rank's job.
         program: a script, or -m, a module and its first arguments, as torchrun takes them to start further ranks.
     """
     try:
@@ -57,7 +57,7 @@ def launch(
         num_ranks = config.parallel.sizes.min_world_size
         starts_ranks = _world_size() == 1 and num_ranks > 1
         if not starts_ranks:
-            # Before CUDA starts. Ranks would take what this process sets for the user's.
+            # Before CUDA starts. Not in a launcher: its ranks would take these values for the user's.
             prepare_environment(config)
         ignore_known_warnings(has_cuda=device.has_cuda())
         if starts_ranks:
@@ -67,7 +67,7 @@ def launch(
             return _start_local_ranks(num_ranks, [*program, *argv])
         work()
     except SimPOError as error:
-        # Peers that stop because of another rank's error, or share rank 0's, stay quiet about it.
+        # A rank that stops because of another's error, or shares rank 0's, prints nothing.
         if error.speaker == _rank():
             report_error(error, rank=_rank())
             if isinstance(error, StoppedBySignal) and has_agent() and _QUIET_AGENT not in os.environ:
@@ -99,7 +99,7 @@ def _read_training(argv: Sequence[str]) -> tuple[Config, Callable[[], None]]:
 
 
 def _read(argv: Sequence[str]) -> tuple[Config, list[str]]:
-    """The configuration, and for the reader what became of the keys of a NeMo file, if it is one."""
+    """The configuration, and a summary of how a NeMo file's keys were read, if it is one."""
     if not names_nemo_config(argv):
         return load_config(argv), []
     config, report = load_nemo_command(argv)
@@ -115,9 +115,9 @@ def _world_size() -> int:
 
 
 def _say_after_torchrun(stopped: StoppedBySignal) -> None:
-    """Say once more how to go on, after what torchrun prints of ranks that end with another code than 0.
+    """Repeat how to continue, below torchrun's report on ranks that ended with a code other than 0.
 
-    A shell does it that waits for torchrun's end, half a minute at most.
+    A detached shell prints it once torchrun has ended, after half a minute at most.
     """
     waits = 'for _ in $(seq 300); do kill -0 "$0" 2>/dev/null || break; sleep 0.1; done; printf "%s\\n" "$1" >&2'
     line = status_line(stopped.kind, stopped, _rank())
@@ -125,7 +125,7 @@ def _say_after_torchrun(stopped: StoppedBySignal) -> None:
 
 
 def _tell_torchrun(error: Exception) -> None:
-    """Put the line where torchrun looks for what its report calls the root cause."""
+    """Write the line to the file from which torchrun's report takes its root cause."""
     file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if file:
         line = visible(f"{type(error).__name__}: {error}")
@@ -148,7 +148,7 @@ def _start_local_ranks(num_ranks: int, command: Sequence[str]) -> int:
         os.environ.pop(name, None)
     os.environ[_QUIET_AGENT] = "1"
     try:
-        # torchrun would kill its ranks 30 s after a signal. In a thread it takes none, and this one hands them on.
+        # torchrun kills its ranks 30 s after a signal. In a thread it gets none; this process forwards them instead.
         with ThreadPoolExecutor(1) as pool, _signals_handed_on() as handed_on:
             pool.submit(torchrun, ["--standalone", *arguments]).result()
     except ChildFailedError as failure:
@@ -161,9 +161,9 @@ def _exit_code_of_the_ranks(failure: ChildFailedError, handed_on: set[int]) -> i
     in_order = sorted(failure.failures.values(), key=lambda one: one.timestamp)
     codes = [one.exitcode for one in in_order]
     if -codes[0] in handed_on:
-        # A rank that python was just starting, where a signal ends it.
+        # A signal killed a rank while its interpreter was starting.
         return report_error(StoppedBySignal(_before_the_run(-codes[0])), rank=0)
-    # torchrun tells the other ranks to terminate once one has failed; that says nothing of the cause.
+    # torchrun terminates the other ranks once one has failed; their codes say nothing about the cause.
     code = next((code for code in codes if code != -signal.SIGTERM), codes[0])
     return code if code >= 0 else 128 - code
 
@@ -174,9 +174,9 @@ def _before_the_run(number: int) -> str:
 
 @contextmanager
 def _signals_handed_on() -> Iterator[set[int]]:
-    """While the context lasts, signals that ask this process to stop are sent to its ranks; without any it ends.
+    """While the context lasts, stop signals are forwarded to the ranks; with no rank yet, this process ends.
 
-    Yields the numbers of those that were.
+    Yields the list of signals forwarded so far.
     """
     import psutil
 
@@ -191,11 +191,11 @@ def _signals_handed_on() -> Iterator[set[int]]:
             with suppress(psutil.NoSuchProcess):
                 rank.send_signal(number)
         if not ranks:
-            # Not an exception: the thread in which torchrun works would be waited for.
+            # Not an exception: Python would then wait for the thread in which torchrun runs.
             os._exit(report_error(StoppedBySignal(_before_the_run(number)), rank=0))
 
     def is_news(record: logging.LogRecord) -> bool:
-        # Of ranks that were told to stop the last word is their own.
+        # Ranks that were told to stop print the last line themselves.
         return not handed_on and "running on a child thread" not in str(record.msg)
 
     elastic = [logging.getLogger(f"torch.distributed.elastic.multiprocessing.{name}") for name in _ELASTIC_LOGGERS]

@@ -34,18 +34,18 @@ class LogWindow:
         self.restart_clock()
 
     def add(self, computed: Pass) -> None:
-        """Count a step in."""
+        """Add a step."""
         self._passes.append(computed)
 
     def restart_clock(self) -> None:
-        """Count nothing of what was done since the last step, such as an evaluation."""
+        """Exclude the time since the last step, such as an evaluation's."""
         self._started = time.perf_counter()
         self._times.clear()
 
     def close(self) -> dict[str, float]:
-        """Means, speed and cost of the window's steps, which is empty afterwards.
+        """Means, speed and cost of the window's steps; empties the window.
 
-        Seconds of phases and memory are those of this rank. `slowest_rank` is there when one is `BEHIND_LIMIT` behind.
+        Seconds of phases and memory are those of this rank. `slowest_rank` is set when a rank is `BEHIND_LIMIT` behind.
 
         Collectives: those of `reduce_sums` and `gather_paces`.
         """

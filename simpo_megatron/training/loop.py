@@ -42,22 +42,22 @@ from simpo_megatron.training.setup import Job, RunPlan
 from simpo_megatron.training.step import Step, train_step
 from simpo_megatron.training.watchdog import Watchdog
 
-# What was left out before a resume counts, so it is kept with what the monitors remember.
+# Pairs skipped before a resume count too, so they are kept with the monitors' state.
 _SKIPPED = "num_skipped_steps"
 
 Stopped = StoppedBySignal | StoppedByMonitor
 
 
 def train(config: Config, sinks: Sequence[Sink] = ()) -> RunResult:
-    """The result of the run of `config`; `sinks` get its records beside those that `config` asks for.
+    """Trains by `config` and returns the result; `sinks` get the records too, beside the loggers of `config`.
 
     Runs on the ranks that torchrun started. A plain process or a notebook is the only rank, and may train again.
 
     Raises:
-        SimPOError: whatever the user can mend; what the configuration alone tells, before any collective.
+        SimPOError: a mistake that the user can mend; one in the configuration alone, before any collective.
         PeerFailedError: another rank failed.
         StoppedBySignal: on every rank alike, after a whole step and a checkpoint, when a rank was told to stop.
-        StoppedByMonitor: on every rank alike, after a whole step, when a monitor that `stop_on` names found something.
+        StoppedByMonitor: on every rank alike, after a whole step, when a monitor in `stop_on` raised an alarm.
             Both carry the run's `result`.
     """
     with open_session(config) as session:
@@ -72,10 +72,9 @@ def train(config: Config, sinks: Sequence[Sink] = ()) -> RunResult:
 def run_in(
     session: Session, config: Config, plan: RunPlan, sinks: Sequence[Sink] = ()
 ) -> tuple[Stopped | None, dict[int, dict[str, float]]]:
-    """The reason the run of `config` was left before its end, if it was, and its evaluations by iteration.
+    """Runs `config` in a session; returns why it ended early, if it did, and its evaluations by iteration.
 
-    Runs of one session, which have model, pairs and layout in common, may follow each other; each is the run it would
-    be alone.
+    Runs of one session share model, pairs and layout. Each gives bit for bit what it would give alone.
 
     Raises:
         SimPOError, PeerFailedError: as `train`. After a NumericsError the session's next run can be taken.
@@ -126,9 +125,9 @@ def _run_steps(
     saver: Saver,
     profiler: Profiler,
 ) -> tuple[Stopped | None, dict[int, dict[str, float]]]:
-    """The reason to leave before the end, if there is one, and the evaluations by iteration.
+    """Runs the steps; returns why they ended early, if they did, and the evaluations by iteration.
 
-    Every rank is told the same, after the same step.
+    The reason is the same on every rank, after the same step.
     """
     trainer, run = job.trainer, config.run
     evaluations: dict[int, dict[str, float]] = {}
@@ -152,7 +151,7 @@ def _run_steps(
         window.add(computed)
         is_last, stop = iteration == job.train_iters, due.signal_in(noted)
         saves = run.save is not None and (is_last or stop or due.at(iteration, noted))
-        # What a window has summed is in no checkpoint, so a window ends where a run may have to start again.
+        # A checkpoint does not hold a window's sums, so a window ends at every checkpoint.
         if saves or is_last or _is_due(iteration, run.log_interval):
             metrics = window.close() | {"grad_norm": grad_norm, "learning_rate": learning_rate}
             metrics |= saver.metrics()
@@ -179,7 +178,7 @@ def _run_steps(
         else:
             saver.poll()
         if saves or is_last:
-            # A signal that came while a checkpoint was written needs no other one.
+            # A signal that came while this checkpoint was written needs no second one.
             stop = stop or sync_status(None, signals.noted())
             due.restart_clock()
         if stop:
@@ -198,7 +197,7 @@ class _DataProgress:
 
 
 def _finite_step(config: Config, job: Job, log: RunLog, taken: _DataProgress, noted: Callable[[], int]) -> Step:
-    """The next step whose losses and gradient are finite; the pairs of one that is not are passed over.
+    """The next step whose losses and gradient are finite; the pairs of other steps are skipped.
 
     Raises:
         NumericsError: on every rank alike, when that has happened more than `skip_nonfinite_steps` times in this run.
@@ -231,9 +230,9 @@ def _is_due(iteration: int, interval: int | None) -> bool:
 
 
 def _evaluate(job: Job, monitors: Monitors, log: RunLog, iteration: int, save: str | None) -> dict[str, float]:
-    """The metrics of the validation pairs by the names they are logged under; none without such pairs.
+    """The validation metrics under the names they are logged by; none without validation pairs.
 
-    The log-probs of each pair of the first set are kept in `save`, if there is such a folder.
+    The log-probs of each pair of the first set are written to the folder `save`, if there is one.
     """
     found = evaluate(job.trainer, job.valid_data, is_untrained=iteration == 0)
     metrics = monitors.evaluation(iteration, found.metrics)
@@ -243,6 +242,6 @@ def _evaluate(job: Job, monitors: Monitors, log: RunLog, iteration: int, save: s
         try:
             keep_validation_pairs(Path(save), iteration, found.averages, next(iter(job.valid_data.values())))
         except SimPOError as error:
-            # A page of the run misses them, and the run itself does not.
+            # Only the report misses them.
             log.say(f"WARNING   {error}; the run goes on without")
     return metrics

@@ -1,7 +1,7 @@
-"""The meeting of ranks: a store outside of them, in which each says that it is there, or why it will not come.
+"""The rendezvous of ranks: each reports to a store outside the ranks that it has arrived, or why it failed.
 
-torchrun's agent keeps such a store. Without an agent a child of rank 0 keeps it, and outlives rank 0 by some seconds,
-so that the others can still find out what became of it. A process that no launcher started is alone.
+torchrun's agent keeps such a store. Without an agent, a child process of rank 0 keeps it. The child outlives rank 0 by
+some seconds, so that the others can still learn why rank 0 ended. A process that no launcher started is the only rank.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _MAX_NAMED = 8
 PARENT = os.getppid()
 """Whoever started this process; it may be gone before a run begins."""
 
-# Each run of this process, as of its peers, has keys of its own.
+# Each run of a process has its own keys in the store, the same on all ranks.
 _num_runs = 0
 _is_kept_here = False
 
@@ -53,9 +53,9 @@ def has_agent() -> bool:
 
 @contextmanager
 def errors_told() -> Iterator[None]:
-    """An error in the context, in which ranks have not met, is told to those that wait for this one.
+    """Reports an error raised in the context, before the ranks have met, to the ranks that wait for this one.
 
-    Its `speaker` is this rank, or the first that told the same: a mistake that all ranks find is printed once.
+    Its `speaker` is the first rank that reported the same text: a mistake that all ranks find is printed once.
     """
     try:
         yield
@@ -80,7 +80,7 @@ def _tell(error: Exception) -> None:
     if isinstance(error, SimPOError):
         error.speaker = int(first)
     if isinstance(error, StoppedBySignal):
-        # Told by a launcher that ends all ranks because one has failed: that is no job to start again.
+        # The signal of a launcher that ends all ranks because one failed: not a job to start again.
         error.exit_code = cause["exit_code"]
 
 
@@ -96,25 +96,25 @@ class Meeting:
     """Where ranks leave word for each other, beside all collectives; for the main thread."""
 
     def another_connection(self) -> dist.Store:
-        """A connection for another thread: none may wait for what another asks."""
+        """A second connection, for another thread, so that neither waits for the other's requests."""
         if not is_launched():
             return self.store
         return _of_run(_connection(MEETING_SECONDS), self.number)
 
     def leave(self) -> None:
-        """Say that this rank needs the store no more."""
+        """Report that this rank no longer needs the store."""
         if is_launched():
             with suppress(dist.DistError):
                 self.store.add(_NUM_PRESENT, -1)
 
 
 def meet() -> Meeting:
-    """The ranks of this run, once all are there.
+    """The ranks of this run, once all have arrived.
 
     Raises:
         ConfigError: the environment is incomplete, or rank 0 cannot listen at its port.
-        PeerFailedError: a rank failed before it came; it has said why.
-        ParallelError: ranks are missing after two minutes; they are named, by one of those that came.
+        PeerFailedError: a rank failed before it arrived; it has printed why.
+        ParallelError: ranks are missing after two minutes; one of those that arrived names them.
     """
     global _num_runs
     if not is_launched():
@@ -146,7 +146,7 @@ def meet() -> Meeting:
 def _peer_failed(said: dict, rank: int) -> PeerFailedError:
     error = PeerFailedError(f"stopped because rank {said['rank']} failed before all ranks had met: {said['says']}")
     error.exit_code = said["exit_code"]
-    # The rank that failed has said it; a log of rank 0 alone should tell as well.
+    # The failed rank has printed it; rank 0 repeats it for those who keep only rank 0's log.
     error.speaker, error.kind = (0 if rank == 0 else None), "STOPPED"
     return error
 
@@ -202,7 +202,7 @@ def _connection(seconds: float) -> dist.Store:
         _is_kept_here = True
     deadline = time.monotonic() + seconds
     while True:
-        # torch would say once a second, in several lines, that nobody listens yet, and hear no signal meanwhile.
+        # torch would print several lines a second until the store listens, and would not handle signals meanwhile.
         try:
             socket.create_connection((host, port), 2.0).close()
             break
@@ -241,11 +241,11 @@ def _serve(port: int, world: int, answers: int, lives: int) -> None:
         signal.signal(number, signal.SIG_IGN)
     nowhere = os.open(os.devnull, os.O_RDWR)
     for descriptor in (0, 1, 2):
-        # Whoever reads rank 0's output sees its end when rank 0 ends.
+        # Close the inherited output, so that readers of rank 0's output see its end when rank 0 ends.
         os.dup2(nowhere, descriptor)
     deadline = time.monotonic() + _OUTLIVES_SECONDS
     while True:
-        # The store of a run that ended just now lives some seconds longer than it.
+        # The store of a run that has just ended stays for some seconds.
         try:
             store = dist.TCPStore("localhost", port, is_master=True, wait_for_workers=False)
             break

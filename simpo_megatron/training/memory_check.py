@@ -1,4 +1,4 @@
-"""The memory probe: the largest packs of a run, forward and backward, before its first step and without any effect."""
+"""The memory probe: runs the largest packs forward and backward before the first step, and restores all state."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ _MAX_SHOWN = 8
 
 
 def probe_memory(config: Config, job: Job, start: Start) -> list[str]:
-    """A line on the most memory that the steps after `start` will take; none where the probe is off.
+    """A line on the peak memory of the steps after `start`; none where the probe is off.
 
-    The step that holds the largest pack is computed as it will be, cut to the microbatches that a pipeline holds at
-    once. Afterwards weights, moments, schedule and random states are what they were, and gradients are cleared. What
-    Adam will hold after its first update is counted in.
+    The step with the largest pack is computed as in training, with only as many microbatches as a pipeline holds at
+    once. Afterwards weights, moments, schedule and random states are as before, and gradients are cleared. The
+    memory that Adam allocates in its first update is added.
 
     Collectives: those of one forward and backward pass, and one all-reduce of 8 bytes, world.
 
     Raises:
-        ConfigError: the memory of this rank does not suffice; other ranks may wait for it in vain.
+        ConfigError: this rank ran out of memory. It alone raises: other ranks may still be in a collective.
     """
     if not config.monitors.probe_memory:
         return []
@@ -67,7 +67,7 @@ def _rehearse(trainer: Trainer, dataset: PreferenceDataset, plan: StepPlan) -> N
 
 
 def _cut_to_what_is_held(trainer: Trainer, plan: StepPlan) -> StepPlan:
-    """The heaviest microbatches of each rank, as many as its schedule holds activations of at once."""
+    """The heaviest microbatches of each rank: as many as its schedule holds activations for at once."""
     sizes = trainer.groups.sizes
     num_held = sizes.pipeline * (2 if (sizes.virtual_pipeline or 1) > 1 else 1)
     return tuple(microbatches[:num_held] for microbatches in plan)

@@ -1,6 +1,6 @@
 """Metrics of a step from the sums of its microbatches: added first, divided once, over the global batch.
 
-Names are those that TRL logs, so that curves of both lie over each other. Units: log-probs in nats per token,
+Names are those that TRL logs, so that curves of both can be compared. Units: log-probs in nats per token,
 rewards in beta times that, lengths in tokens, accuracies as shares.
 """
 
@@ -39,12 +39,12 @@ def reduce_sums(sums: Sequence[dict[str, Tensor]], num_pairs: int, groups: Paral
         sums: one dict per microbatch of this rank; only the last pipeline stage has any.
         num_pairs: pairs in the sums of all data-parallel ranks together.
 
-    `sft_loss` is among them only when some rank summed it, and `rewards/length_correlation` in place of the sums it
-    comes from, unless all lengths or all rewards are the same.
+    `sft_loss` is present only when some rank summed it. `rewards/length_correlation` replaces its sums, unless all
+    lengths or all rewards are the same.
 
     Collectives: one all-reduce of 136 bytes over dp on the last stage, then one broadcast over pp.
     """
-    # In float64, because a sum of token counts passes the integers that float32 holds; the last entry counts
+    # In float64: a sum of token counts exceeds the integers that float32 holds exactly. The last entry counts
     # the microbatches that had an sft term.
     total = torch.zeros(len(SUMMED) + 1, dtype=torch.float64, device=device.current_device())
     if groups.is_last_stage:
@@ -77,18 +77,18 @@ def throughput(*, num_pairs: int, num_tokens: int, seconds: float) -> dict[str, 
 
 
 def utilization(flops_per_second: float, peak: float | None) -> dict[str, float]:
-    """The useful operations that a rank gets done, recomputation apart, and their share of what its GPU can do.
+    """Useful FLOP/s of a rank, without recomputation, and MFU, their share of the GPU's peak.
 
     Args:
         flops_per_second: of one rank.
-        peak: those of its GPU by the data sheet; where that is not known, there is no share.
+        peak: FLOP/s of its GPU by the data sheet; None: unknown, and no MFU is returned.
     """
     share = {} if peak is None else {"mfu": flops_per_second / peak}
     return {"tflops_per_gpu": flops_per_second / 1e12, **share}
 
 
 def memory_use() -> dict[str, float]:
-    """Memory of this rank at its peak; of a GPU also what torch reserved, and its retries after freeing that."""
+    """Peak memory of this rank; on a GPU also the bytes that torch reserved, and its allocation retries."""
     use = {"peak_memory_gib": peak_memory_bytes() / 2**30}
     if device.has_cuda():
         use["reserved_memory_gib"] = torch.cuda.max_memory_reserved() / 2**30

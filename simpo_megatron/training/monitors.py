@@ -1,7 +1,7 @@
-"""Monitors: what a run without a reference model can run into, told from its numbers while it runs.
+"""Monitors: warn, from a run's metrics, of the failures that training without a reference model can lead to.
 
-They judge log lines and evaluations, never single microbatches, and change nothing in training. What they remember is
-kept in checkpoints, so that a resumed run warns as the uninterrupted one does.
+They read log lines and evaluations, not single microbatches, and never change training. Their state is kept in
+checkpoints, so that a resumed run warns as the uninterrupted one does.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ def spike_limit(losses: Sequence[float], num_deviations: float) -> float:
     """The loss that lies `num_deviations` robust standard deviations above the median of `losses`.
 
     A deviation is 1.4826 times the median distance from the median, which for a normal distribution is the standard
-    deviation, and at least 0.01, the loss of a saturated pair, or a hundredth of the median if that is more: losses
-    that hardly vary, or that are nearly 0, do not make a spike of nothing.
+    deviation. It is at least 0.01 (the loss of a saturated pair) and at least a hundredth of the median, so that
+    losses which hardly vary, or are nearly 0, give no false alarm.
     """
     middle = median(losses)
     deviation = _MEDIAN_DISTANCE_TO_DEVIATION * median(abs(loss - middle) for loss in losses)
@@ -69,10 +69,10 @@ class Monitors:
     """The monitors of a run, on every rank alike.
 
     Args:
-        start: where the run starts, with what `remembered()` said when that was saved.
+        start: where the run starts, with the saved result of `remembered()`.
 
     Raises:
-        ConfigError: the run is to stop by validation pairs and has none.
+        ConfigError: `stop_on` names a monitor of validation pairs, and there are none.
     """
 
     def __init__(self, config: Config, job: Job, start: Start) -> None:
@@ -102,18 +102,18 @@ class Monitors:
         return not _BY_VALIDATION.isdisjoint(self._settings.stop_on)
 
     def step(self, iteration: int, metrics: Mapping[str, float], consumed_pairs: int) -> dict[str, Any]:
-        """`metrics` of the log line after `iteration`, with the `pair_ids` of its steps where the loss is a spike."""
+        """`metrics` of the log line after `iteration`; if its loss is a spike, with the `pair_ids` of its steps."""
         record: dict[str, Any] = dict(metrics)
         settings = self._settings
         losses = self._lines["loss"]
         if settings.max_loss_spike is not None and self._is_long_enough(losses):
             limit = spike_limit(losses, settings.max_loss_spike)
-            # A loss that is not a number is not below anything.
+            # A NaN loss fails this comparison too.
             if not metrics["loss"] <= limit:
                 record["pair_ids"] = self._pairs_until(consumed_pairs)
                 places = self._job.train_data.places(record["pair_ids"], _MAX_SHOWN)
                 text = _spike_text(metrics["loss"], limit, losses, places)
-                # The loss is of the model that this line's first step began with.
+                # The first loss of the window is of the model before its first step.
                 self._alarms.append(Alarm("loss_spike", text, iteration, self._logged_steps - 1))
         for name, values in self._lines.items():
             if math.isfinite(metrics.get(name, math.nan)):
@@ -161,7 +161,7 @@ class Monitors:
         )
         share, limit = fmean(map(repetition, samples)), self._settings.max_repetition
         if self._start is not None:
-            # What a model does before training is none of training's doing; base models repeat themselves much.
+            # Only a rise since step 0 is training's effect; base models repeat themselves a lot.
             at_start = self._start.setdefault("repetition", share if iteration == 0 else 0.0)
             limit = limit and max(limit, at_start)
         worst = self._job.tokenizer.decode(max(samples, key=repetition))[:_MAX_TEXT]
@@ -179,7 +179,7 @@ class Monitors:
         return {**lines, "told": sorted(self._told), "start": self._start}
 
     def judge(self, iteration: int, log: RunLog) -> StoppedByMonitor | None:
-        """Say what was found, and why the run is to end before this step is saved, if `stop_on` says so.
+        """Print new alarms; returns why the run must end before this step is saved, if `stop_on` asks for it.
 
         Collectives: one all-reduce of 32 bytes, world, where `stop_on` names any; every rank ends with the first.
         """
@@ -216,7 +216,7 @@ class Monitors:
         self._tell_once(iteration, monitor, is_beyond(values, limit), told)
 
     def _tell_once(self, iteration: int, monitor: str, is_beyond_limit: bool, text: str) -> None:
-        """An alarm when the limit is crossed; the next one only after a way back."""
+        """An alarm when the limit is crossed; the next one only after the value has returned below it."""
         if is_beyond_limit and monitor not in self._told:
             self._alarms.append(Alarm(monitor, text, iteration, iteration - 1))
             self._told.add(monitor)

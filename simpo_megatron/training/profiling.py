@@ -1,4 +1,4 @@
-"""Profiles of the steps and ranks that `--profile` names, and a GPU's memory history, as Megatron-LM takes them."""
+"""Profiles of the steps and ranks that `--profile` selects, and a GPU's memory history, as in Megatron-LM."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ _MAX_ALLOCATIONS = 100_000
 
 
 class Profiler:
-    """The profile of a run on this rank; nothing on a rank, or at a step, that is not to be profiled.
+    """The profile of a run on this rank; does nothing on ranks and steps that are not selected.
 
-    Use as a context manager around the steps, and `step` around each: a run that fails or stops in between keeps what
+    Use as a context manager around the steps, and `step` around each. A run that fails or stops in between keeps what
     was recorded.
 
     Source: Megatron-LM's training loop (megatron/training/training.py), which profiles the steps after
@@ -28,12 +28,12 @@ class Profiler:
     """
 
     def __init__(self, config: Config, first_step: int) -> None:
-        """`first_step` is the one that the run takes first, counted from 1; a resumed run takes it later."""
+        """`first_step` is the run's first step, counted from 1; larger after a resume."""
         options, rank = config.profiling, dist.get_rank()
         self._options = options
         self._is_profiled = options.profile and rank in options.profile_ranks
         self._first = max(first_step, options.profile_step_start + 1)
-        # PyTorch's profiler costs its own start-up in the first step that it sees, which is thrown away.
+        # PyTorch's profiler starts up during its first step, so that step is discarded.
         self._num_warmup = int(options.use_pytorch_profiler and self._first > first_step)
         self._keeps_history = options.record_memory_history and rank == dist.get_world_size() - 1
         self._traces, self._history = _folders(config)

@@ -1,7 +1,7 @@
 """Log-probabilities of every pair by the model that training starts from, computed once and kept.
 
-An objective that compares with a reference needs two numbers a pair of it, so they are computed with the weights that
-are loaded anyway, and no second model is ever in memory.
+An objective with a reference needs two numbers of it per pair. They are computed with the weights that are loaded
+anyway, so no second model is ever in memory.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ _SECONDS_BETWEEN_LINES = 30.0
 
 
 def with_reference(config: Config, job: Job, *, has_initial_weights: bool) -> tuple[Job, tuple[str, ...]]:
-    """(`job`, whose pairs know their reference log-probs where the objective needs them, what was done for it).
+    """(`job`, with reference log-probs in its pairs if the objective needs them; a line on what was computed or read).
 
-    They are read from the cache beside the tokenised data, and computed, and put there, where they are not in it.
+    Log-probs are read from the cache beside the tokenised data. Missing ones are computed and stored there.
 
     Args:
         has_initial_weights: whether the model holds them; they are loaded otherwise, if anything is to be computed.
@@ -109,7 +109,7 @@ def reference_log_probs(trainer: Trainer, dataset: PreferenceDataset) -> np.ndar
 
 
 def _with_progress(plans: Sequence[StepPlan], num_pairs: int) -> Iterator[StepPlan]:
-    """The plans, with a line from time to time, for a large model takes minutes over them."""
+    """The plans, with a progress line from time to time: a large model takes minutes."""
     done, last = 0, time.monotonic()
     for plan in plans:
         if dist.get_rank() == 0 and time.monotonic() - last > _SECONDS_BETWEEN_LINES:
@@ -120,7 +120,7 @@ def _with_progress(plans: Sequence[StepPlan], num_pairs: int) -> Iterator[StepPl
 
 
 def hashes_file(config: Config) -> Path:
-    """The file that keeps the hashes of weight files, beside what the cache has of the models."""
+    """The file that keeps the hashes of weight files, in the cache folder."""
     return _cache(config) / HASHES_FILE
 
 
@@ -162,9 +162,9 @@ def _read(path: Path, num_pairs: int) -> np.ndarray | None:
 
 
 def _broadcast(found: np.ndarray | None, num_pairs: int) -> np.ndarray | None:
-    """The averages that rank 0 has found, on every rank: float32 [num_pairs, 2], or None.
+    """Rank 0's averages, on every rank: float32 [num_pairs, 2], or None.
 
-    Collectives: one all-reduce of 32 bytes and, where it has found any, one broadcast, world.
+    Collectives: one all-reduce of 32 bytes and, unless None, one broadcast, world.
     """
     if not sync_status(None, int(found is not None)):
         return None

@@ -1,7 +1,7 @@
 """The repetition probe: greedy continuations of a few validation prompts, and how far they repeat themselves.
 
-Every token is one forward pass over the whole rows through megatron's schedule, as an evaluation is: slow for much text
-and exact under every layout, which is what a few dozen tokens ask for.
+Every token is one forward pass over whole rows through megatron's schedule, as in an evaluation. That is slow, but
+exact under every layout and good enough for a few dozen tokens.
 """
 
 from __future__ import annotations
@@ -109,10 +109,10 @@ class _NextToken(MicrobatchStep):
 
 
 def _next_ids(trainer: Trainer, rows: Sequence[Sequence[int]], vocab_size: int) -> list[int]:
-    # Of one width, which pipeline stages know without asking.
+    # All of one width, so that pipeline stages need no shape exchange.
     width = round_up(max(map(len, rows)), trainer.batch_options.sequence_multiple)
     microbatches = [_one_row(ids, width, trainer.batch_options.pad_id) for ids in rows]
-    # Interleaved pipelines take microbatches in rounds; the last row fills what is missing.
+    # Interleaved pipelines take whole rounds of microbatches; copies of the last row fill the last round.
     microbatches += [microbatches[-1]] * (-len(rows) % trainer.layout.microbatch_multiple)
     next_token = _NextToken(trainer.groups.tp, vocab_size)
     found = run_schedule(trainer, microbatches, next_token, forward_only=True)

@@ -1,6 +1,6 @@
-"""Resuming a run: what a checkpoint says of its run, and which one a run may continue from.
+"""Resuming a run: the facts that a checkpoint records of its run, and which checkpoint a run may continue from.
 
-Ranks act together: what one finds wrong, all raise.
+An error on one rank is raised on all.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _MAX_SHOWN = 12
 
 @dataclass(frozen=True)
 class Found:
-    """The checkpoint a run is to continue from, if any, and what is worth saying about the search."""
+    """The checkpoint to continue from, if any, and notes on the search."""
 
     checkpoint: Checkpoint | None = None
     notes: tuple[str, ...] = ()
@@ -46,7 +46,7 @@ class Found:
 
 @dataclass(frozen=True)
 class Start:
-    """The progress of a run when it starts to step."""
+    """The progress of a run at its first step."""
 
     iteration: int = 0
     consumed_pairs: int = 0
@@ -57,7 +57,7 @@ class Start:
 
 @contextmanager
 def held_run_folder(config: Config) -> Iterator[None]:
-    """The run's folder is there, seen by every rank and this run's alone, as long as the context lasts.
+    """While the context lasts, the run's folder exists, is the same for every rank, and is locked by this run.
 
     Collectives: two object gathers, world.
 
@@ -109,7 +109,7 @@ def find_checkpoint(config: Config) -> Found:
 
 
 def how_to_continue(config: Config) -> str:
-    """The newest checkpoint of the run, and what continues from it, in words; for a run that was stopped."""
+    """A line for a stopped run: its newest checkpoint and the command that continues from it."""
     if config.run.save is None:
         return "nothing is kept: no --save"
     committed = manifest.committed(Path(config.run.save))
@@ -119,16 +119,15 @@ def how_to_continue(config: Config) -> str:
 
 
 def continuing(config: Config) -> str:
-    """The command that continues the run, in words."""
+    """A sentence with the command that continues the run."""
     again = "" if config.run.resume in ("latest", "required") else " with --resume latest"
     return f"the same command{again} continues from there"
 
 
 def start_run(config: Config, job: Job, found: Found) -> Start:
-    """The progress at which `job` starts: none, or that of the found checkpoint, whose state it then holds.
+    """The progress at which `job` starts; loads the state of the found checkpoint, if there is one.
 
-    The run's folder is left with this run's history alone: later checkpoints, and the metrics of another run, are
-    renamed.
+    Later checkpoints and the metrics of another run are renamed, so that the folder holds this run's history only.
 
     Collectives: megatron's for loading, and one object gather, world.
 
@@ -163,7 +162,7 @@ def start_run(config: Config, job: Job, found: Found) -> Start:
 
 
 def _tidy(save: Path, checkpoint: Checkpoint | None) -> list[str]:
-    """Notes on what was renamed, so that the run's folder continues `checkpoint`, or starts anew."""
+    """Renames what does not belong to the history of `checkpoint`, or everything for a new run; returns notes on it."""
     moved = manifest.move_aside_newer(save, checkpoint.iteration if checkpoint else 0)
     metrics = save / METRICS_FILE
     if checkpoint is not None:
@@ -176,7 +175,7 @@ def _tidy(save: Path, checkpoint: Checkpoint | None) -> list[str]:
 
 
 def describe_run(config: Config, job: Job) -> dict[str, Any]:
-    """Facts of a run as JSON values: those that a resume compares, the layout, and all options."""
+    """The facts of a run as JSON values: those that a resume compares, the layout, and all options."""
     description, options = job.plan.description, config.flat()
     identity = json.dumps(tokenizer_identity(job.tokenizer, config.pairs), sort_keys=True)
     training = ("hidden_dropout", "attention_dropout", "lora_dropout", "global_batch_size", "seed")
@@ -204,7 +203,7 @@ def describe_run(config: Config, job: Job) -> dict[str, Any]:
 
 
 def _describe_adapters(config: Config, job: Job) -> dict[str, Any]:
-    """Facts that a checkpoint of adapters, which holds them alone, can be continued with.
+    """The facts that a checkpoint of adapters, which holds no other weights, needs to be continued.
 
     Collectives: one object gather, world, the first time.
     """
@@ -217,7 +216,7 @@ def _describe_adapters(config: Config, job: Job) -> dict[str, Any]:
 
 @functools.cache
 def _fingerprint(folder: Path, memory: Path) -> str:
-    """The fingerprint of a model, which stays the same while the run lasts.
+    """The fingerprint of a model's files, computed once per run.
 
     Collectives: one object gather, world.
     """
@@ -235,7 +234,7 @@ def _earlier_fingerprint(folder: Path) -> str:
 
 
 def _with_present_fingerprints(saved: Mapping[str, Any], now: Mapping[str, Any], job: Job) -> dict[str, Any]:
-    """The `saved` facts, with models by what they are known by `now` where an earlier version knew the same by less.
+    """The `saved` facts, with fingerprints of an earlier version's form replaced by the present ones if they match.
 
     Collectives: one object gather, world, where there is such a model.
     """
@@ -250,10 +249,10 @@ def _with_present_fingerprints(saved: Mapping[str, Any], now: Mapping[str, Any],
 
 
 def _refuse_changes(checkpoint: Checkpoint, now: Mapping[str, Any], *, override: bool) -> list[str]:
-    """The changes since `checkpoint` that `override` lets pass, as notes.
+    """The changes since `checkpoint` that `override` allows, as notes.
 
     Raises:
-        CheckpointError: what must not change did; each field is named with both values.
+        CheckpointError: a field that must not change did; each is named with both values.
     """
     fixed = _changes(checkpoint.facts, now, _NEVER_CHANGES)
     told = _changes(checkpoint.facts, now, _CHANGES_IF_TOLD)

@@ -1,4 +1,4 @@
-"""When a run saves, if its user does not say it."""
+"""The steps at which a run saves, if `save_interval` is not given."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from simpo_megatron.stop_signals import StopSignals
 class SaveSchedule:
     """The steps after which a checkpoint is due: every `interval`th or, when that is None, six in a run of `num_steps`.
 
-    Where those are more than half an hour apart, one is also due after half an hour by rank 0's clock.
+    If those are more than half an hour apart, one is also due after half an hour by rank 0's clock.
     """
 
     _SECONDS = 1800.0
@@ -29,7 +29,7 @@ class SaveSchedule:
         self._saved_at = self._clock()
 
     def asked_with(self, signals: StopSignals) -> Callable[[], int]:
-        """A function for the end of a step: the signal that this rank has noted, or that a checkpoint is due, or 0."""
+        """A function called at the end of a step: returns this rank's signal, or that a save is due, or 0."""
 
         def note() -> int:
             late = self._by_clock and dist.get_rank() == 0 and self._clock() - self._saved_at > self._SECONDS
@@ -38,7 +38,7 @@ class SaveSchedule:
         return note
 
     def signal_in(self, noted: int) -> int:
-        """The signal in what some rank has told, 0 for none."""
+        """The signal in the value that the ranks agreed on, 0 for none."""
         return max(0, noted - self._DUE)
 
     def at(self, iteration: int, noted: int) -> bool:

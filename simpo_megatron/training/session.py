@@ -1,4 +1,4 @@
-"""The ranks of one command, joined once: where one run takes place, or several of one layout after each other."""
+"""A session: the ranks of one command, joined once, for one run or several of one layout in turn."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from simpo_megatron.training.resume import how_to_continue
 from simpo_megatron.training.setup import Job, RunPlan, WarmPieces, build_job, plan_run, warm_pieces
 from simpo_megatron.training.watchdog import Watchdog
 
-# Everything a rank does alone, such as tokenising for the others, must fit into a wait of the others.
+# The others wait this long for what one rank does alone, such as tokenising.
 _GROUP_TIMEOUT_MINUTES = 60.0
 LONG_SECONDS = 60 * _GROUP_TIMEOUT_MINUTES
 """Longest time of a phase in which one rank may work for the others."""
@@ -31,7 +31,7 @@ LONG_SECONDS = 60 * _GROUP_TIMEOUT_MINUTES
 
 @dataclass
 class Session:
-    """The groups of this rank and what the runs on them share."""
+    """The process groups of this rank, and the state that its runs share."""
 
     plan: RunPlan
     """The plan of the configuration that the session was opened with."""
@@ -41,27 +41,27 @@ class Session:
     _warm: WarmPieces | None = None
 
     def build_job(self, config: Config, plan: RunPlan, *, load_weights: bool) -> Job:
-        """The pieces of the run of `config`, as `setup.build_job`; model and pairs are those of the run before."""
+        """The pieces of the run of `config`, as `setup.build_job`, with the model and pairs of the previous run."""
         job = build_job(config, plan, self.groups, load_weights=load_weights, warm=self._warm)
-        # Of weights in FP8 the fp32 masters are taken once, and a delayed scale remembers: such a model is built anew.
+        # FP8 weights give their fp32 masters once, and delayed scales keep a history: such a model is built anew.
         is_kept = config.precision.fp8_recipe != "delayed" and not config.precision.fp8_param_gather
         if self._warm is None and is_kept:
             self._warm = warm_pieces(job)
         return job
 
     def close(self) -> None:
-        """Let go of what a next run would have taken over."""
+        """Free what a next run would have reused."""
         self._warm = None
 
 
 @contextmanager
 def open_session(config: Config) -> Iterator[Session]:
-    """The session of the ranks that were started, their number right for `config`; a plain process is the only rank.
+    """A session of the ranks that were started, if their number fits `config`; a plain process is the only rank.
 
     Collectives: those of `parallel.initialize`, and one object gather, world.
 
     Raises:
-        SimPOError: whatever the user can mend; what the configuration alone tells, before any collective.
+        SimPOError: a mistake that the user can mend; one in the configuration alone, before any collective.
         PeerFailedError: another rank failed.
     """
     run = config.run
@@ -71,7 +71,7 @@ def open_session(config: Config) -> Iterator[Session]:
         cpu_patches.install()
         try:
             with StopSignals() as signals, _met_ranks(config, signals) as (plan, watchdog):
-                # Before the groups are made: ranks that divide themselves differently would wait for each other there.
+                # Before the groups are made: ranks with different layouts would wait for each other there.
                 check_same(startup_facts(config))
                 groups = parallel.initialize(
                     config.parallel.sizes, backend=device.backend(), timeout_minutes=_GROUP_TIMEOUT_MINUTES
@@ -82,7 +82,7 @@ def open_session(config: Config) -> Iterator[Session]:
                 finally:
                     session.close()
         except BaseException:
-            # Peers may still wait for this rank; a process that is alone is left ready to train again.
+            # Peers may still wait for this rank, so its groups stay; a process that is alone may train again.
             if dist.is_initialized() and dist.get_world_size() == 1:
                 parallel.shut_down()
             raise
@@ -91,7 +91,7 @@ def open_session(config: Config) -> Iterator[Session]:
 
 @contextmanager
 def _met_ranks(config: Config, signals: StopSignals) -> Iterator[tuple[RunPlan, Watchdog]]:
-    """The plan of `config`, and the watchdog over the ranks that were started, all of which are there."""
+    """The plan of `config`, and the watchdog of the ranks, once all have arrived."""
     signals.describe_end = lambda: f"stopped between steps; {how_to_continue(config)}"
     with errors_told():
         faults.arm()

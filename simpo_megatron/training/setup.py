@@ -100,7 +100,7 @@ class WarmPieces:
 
 
 def plan_run(config: Config, world_size: int) -> RunPlan:
-    """The plan of `config` on `world_size` ranks; every rank works it out alone and finds the same mistakes.
+    """The plan of `config` on `world_size` ranks; every rank computes it alone and finds the same mistakes.
 
     Raises:
         ConfigError: ranks, model, machine and options do not fit together, or a package that logs is not installed.
@@ -149,12 +149,12 @@ def _check_files(sources: Sources) -> None:
 
 
 def locate_sources(config: Config) -> Sources:
-    """The files of the run; the embedded default is made first where it is asked for, by any rank that finds it absent.
+    """The files of the run. A rank that finds the embedded demo asked for and missing writes it first.
 
     Raises:
         ConfigError: no model or no data was named.
-        DataError: the embedded default cannot be written.
-        CheckpointError: the model is named as on the hub, and cannot be had from there.
+        DataError: the embedded demo cannot be written.
+        CheckpointError: the model is a hub id that cannot be downloaded.
     """
     model, train, valid = config.model.model, config.data.data, config.data.valid_data
     if model == DEMO or DEMO in train:
@@ -190,9 +190,9 @@ def cache_folder(config: Config) -> Path:
 def load_data(
     config: Config, sources: Sources, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[PreferenceDataset, dict[str, PreferenceDataset]]:
-    """(training pairs, validation pairs by the name of their set), tokenised where that was not done before.
+    """(training pairs, validation pairs by the name of their set), tokenised unless the cache has them.
 
-    Rank 0 tokenises first, then the first rank of each node that does not see what rank 0 wrote.
+    Rank 0 tokenises first, then the first rank of each node that does not see rank 0's cache.
 
     Collectives: those of `build_on_first_ranks` for each set of files.
     """
@@ -220,13 +220,13 @@ def build_job(
     load_weights: bool = True,
     warm: WarmPieces | None = None,
 ) -> Job:
-    """The pieces of the run on this rank, nothing trained yet; weights are the model's, or zero for a resume to fill.
+    """The pieces of the run on this rank, before training; weights are the model's, or zeros that a resume fills.
 
-    Beside adapters they are always the model's: a checkpoint holds the adapters alone.
+    With adapters, weights are always the model's: a checkpoint holds only the adapters.
 
     Args:
-        warm: of a run before, whose model and pairs this one takes over. Nothing that was learned is left in them, and
-            moments, schedule and objective are new: the run is the one that it would be without.
+        warm: pieces of a previous run, whose model and pairs this run reuses. Weights are loaded again; moments,
+            schedule and objective are new. So the run is bit-identical to one without `warm`.
 
     Raises:
         ConfigError, DataError, CheckpointError: on every rank alike, before the first step.
@@ -271,7 +271,7 @@ def build_job(
 
 
 def warm_pieces(job: Job) -> WarmPieces:
-    """The pieces of `job`, which was just built, that a next run may take over."""
+    """The pieces of `job` that a next run may reuse."""
     return WarmPieces(
         tokenizer=job.tokenizer,
         train_data=job.train_data,
@@ -283,9 +283,9 @@ def warm_pieces(job: Job) -> WarmPieces:
 
 
 def _forget_run(warm: WarmPieces, config: Config) -> None:
-    """Leave nothing of the run before in the model but weights that a loader fills; adapters are drawn anew.
+    """Reset the previous run's state in the model, except weights that a loader fills; re-initialise adapters.
 
-    Collectives: those of `gather_parameters`: what a run that was stopped has begun to gather comes to its end.
+    Collectives: those of `gather_parameters`, which finishes a gather that a stopped run has started.
     """
     gather_parameters(warm.chunks)
     forget_optimizer(warm.chunks)
@@ -310,7 +310,7 @@ def build_trainer(
     """The trainer of this rank's `model`: megatron's DDP around it, optimizer and schedule of `train_iters` steps.
 
     Args:
-        chunks: the model under DDP already, where it is.
+        chunks: the model, if it is already under DDP.
     """
     chunks = wrap_in_ddp(model, config) if chunks is None else chunks
     optimizer, scheduler = build_optimizer(chunks, config, train_iters)
@@ -326,5 +326,5 @@ def build_trainer(
 
 
 def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Any id of the vocabulary will do: padding is seen by no response token and counted nowhere."""
+    """An id for padding. Any id will do: no response token attends to padding, and no metric counts it."""
     return next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)

@@ -45,7 +45,7 @@ _MAX_PAIRS_SHOWN = 32
 
 @dataclass(frozen=True, kw_only=True)
 class Trainer:
-    """The pieces that a step works on, on this rank."""
+    """The model, optimizer and schedule of a step, on this rank."""
 
     groups: ParallelGroups
     chunks: list[DistributedDataParallel]
@@ -66,7 +66,7 @@ class Trainer:
         return plan_step(dataset.lengths, consumed_pairs, self.batch_options, **self._divided_by())
 
     def plan_heaviest(self, dataset: PreferenceDataset, consumed_pairs: int, num_steps: int) -> tuple[int, StepPlan]:
-        """(its number from 0, its plan) of the one of the next `num_steps` steps with the largest microbatch."""
+        """(number from 0, plan) of the step with the largest microbatch among the next `num_steps`."""
         return heaviest_step(
             dataset.lengths, consumed_pairs, self.batch_options, num_steps=num_steps, **self._divided_by()
         )
@@ -134,11 +134,13 @@ def run_pass(
     forward_only: bool,
     pairs_per_chosen_token: float | None = None,
 ) -> Pass:
-    """The metric sums of one step's pairs; unless `forward_only`, gradients are in the DDP buffers afterwards,
-    reduced over every group and divided by the pairs of the step.
+    """The metric sums of one step's pairs.
+
+    Unless `forward_only`, the DDP buffers then hold the gradients, reduced over every group and divided by the
+    pairs of the step.
 
     Args:
-        pairs_per_chosen_token: of the pairs over which the SFT term is a mean; None: of those of the step.
+        pairs_per_chosen_token: for the pairs over which the SFT term is a mean; None: the pairs of the step.
 
     Collectives: those of `run_microbatches` and `take_load_balancing_loss`.
 
@@ -187,7 +189,7 @@ def run_microbatches(
     shape = step_shape(dataset.lengths, plan, trainer.batch_options)
     with trainer.times.phase(DATA):
         microbatches, problem = _read(trainer, dataset, plan[trainer.groups.dp.rank()], shape)
-    # Ranks that planned apart would leave pairs out without a word, or wait for each other.
+    # Ranks with different plans would silently skip pairs, or wait for each other.
     sync_status(problem, checksum=zlib.crc32(repr(plan).encode()))
     with trainer.times.phase(FORWARD_BACKWARD):
         return run_schedule(trainer, microbatches, forward_step, forward_only=forward_only)
@@ -198,8 +200,8 @@ def run_schedule(
 ) -> list[Any]:
     """The results that `forward_step` kept of each of `microbatches`; none before the last pipeline stage.
 
-    Under pipeline parallelism all of them have one shape, except with an MoE: stages receive into buffers of it and ask
-    nobody.
+    Under pipeline parallelism all of them have one shape, except with an MoE. So stages know the shapes they receive
+    and exchange none.
 
     Collectives: those of megatron's schedule.
     """
@@ -213,14 +215,14 @@ def run_schedule(
             return forward_step(*arguments)
 
     forward_backward = get_forward_backward_func()
-    # megatron's forward_only runs no backward, yet keeps all that one would need.
+    # megatron's forward_only runs no backward, but keeps everything that one would need.
     with torch.set_grad_enabled(not forward_only):
         return forward_backward(
             forward_step_func=timed,
             data_iterator=[iter(microbatches) for _ in trainer.chunks],
             model=trainer.chunks,
             num_microbatches=len(microbatches),
-            # megatron divides the length over the context-parallel ranks, and here it is divided already.
+            # megatron divides the length by the context-parallel size; here it is already divided.
             seq_length=width * trainer.groups.cp.size(),
             micro_batch_size=num_rows,
             forward_only=forward_only,
@@ -243,7 +245,7 @@ def train_step(trainer: Trainer, dataset: PreferenceDataset, plan: StepPlan, not
     """One optimizer step.
 
     Args:
-        noted: asked once, when gradients are there; the largest answer of any rank is in what is returned.
+        noted: called once, after the backward; the returned step holds the largest result of any rank.
 
     Collectives: those of `run_pass`, of `sync_status`, and of `update`.
 
@@ -256,7 +258,7 @@ def train_step(trainer: Trainer, dataset: PreferenceDataset, plan: StepPlan, not
         chunk.train()
     zero_gradients(trainer.chunks, trainer.optimizer)
     computed = run_pass(trainer, dataset, plan, forward_only=False)
-    # A loss can be infinite and its gradient finite, so the norm alone does not tell.
+    # A loss can be infinite while its gradient is finite, so checking the norm is not enough.
     largest = sync_status(_not_finite(computed.sums, plan[trainer.groups.dp.rank()], dataset), noted())
     try:
         with trainer.times.phase(OPTIMIZER):
@@ -291,7 +293,7 @@ def _read(
     microbatch_indices: Sequence[Sequence[int]],
     shape: Shape | None,
 ) -> tuple[list[Microbatch], SimPOError | None]:
-    """(microbatches, None), or what kept this rank from reading them."""
+    """(microbatches, None), or (no microbatches, the error of reading them)."""
     try:
         return _materialise(trainer, dataset, microbatch_indices, shape), None
     except SimPOError as error:

@@ -1,4 +1,4 @@
-"""Seconds of a step's phases on this rank, by the clock of its device, and who is slow among the ranks."""
+"""Seconds of a step's phases on this rank, by the clock of its device, and the slowest rank."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ class StepTimes:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Times what is inside, under `name`; the host does not wait for the device."""
+        """Times the context under `name`, without making the host wait for the device."""
         with record_function(name):
             start = _now()
             yield
             self._spans.append((name, start, _now()))
 
     def seconds(self) -> dict[str, float]:
-        """Seconds of each phase together; those that did not occur are 0."""
+        """Seconds of each phase; 0 for a phase that did not occur."""
         if self._spans and device.has_cuda():
             torch.cuda.synchronize()
         total: dict[str, float] = defaultdict(float)
@@ -93,10 +93,10 @@ def gather_paces(seconds: float, flops: float, groups: ParallelGroups) -> list[P
 
 
 def slowest_rank(paces: list[Pace]) -> tuple[int, float] | None:
-    """(rank, share of time it takes more than the median of its likes) of the slowest; None when all are as fast.
+    """(rank, excess of its time over the median of its peers, as a share) of the slowest; None when all are as fast.
 
-    Its likes are the ranks of the same pipeline stage in other copies of the model. Ranks of one copy wait for each
-    other within a layer, so which of them is slow cannot be told: the first with the longest time is named.
+    Its peers are the ranks of the same pipeline stage in other replicas of the model. Ranks of one replica wait for
+    each other within a layer, so the slow one among them is unknown: the first with the longest time is named.
     """
     found: tuple[int, float] | None = None
     for rank, pace in enumerate(paces):

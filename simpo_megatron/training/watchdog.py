@@ -1,6 +1,6 @@
-"""The watchdog: a rank that fails, or does not come, is named, and the run ends instead of waiting for it.
+"""The watchdog: names a rank that fails or does not arrive, and ends the run instead of waiting for it.
 
-Ranks talk through the store of their rendezvous, beside all collectives, and so also while a collective hangs.
+Ranks talk through the store of their rendezvous, outside all collectives, so also while a collective hangs.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from simpo_megatron.training.meeting import PARENT, Meeting, has_agent, is_launc
 _PACKAGE = Path(__file__).parents[1]
 _ALARM, _TOLD = "alarm", "told"
 _POLL_SECONDS = 1.0
-# Within this time every rank that lives has heard an alarm, and answered or left.
+# Within this time every living rank has seen an alarm, and has answered or ended.
 _ANSWER_SECONDS = 4.0
 # A store that has not answered for so many polls is gone, or frozen with its machine.
 _MAX_UNANSWERED = 10
@@ -47,13 +47,13 @@ _MAX_NAMED = 8
 class Watchdog:
     """While the context lasts, the end of one rank ends all ranks, and one line says which rank it was and why.
 
-    `enter_phase` names the phase that starts and how long it may last. When one lasts longer, or a connection is lost,
-    every rank is asked where it is; one of them says which did not arrive or does not answer, and all end with the exit
-    code of a ParallelError. When a rank raises an error alone, the others learn its words and end within seconds,
-    whatever they wait for. So they do when a signal stops one, and, a rank of each node saying so, when the ranks'
-    store, or torchrun's agent, is gone.
+    `enter_phase` names the phase that starts and its time limit. When the limit passes, or a connection is lost, every
+    rank is asked where it is. One of them prints which rank did not arrive or does not answer, and all end with the
+    exit code of a ParallelError. When a rank raises an error alone, the others read its text and end within seconds,
+    whatever they wait for. The same happens when a signal stops a rank. When the store or torchrun's agent is gone,
+    all ranks end, and one rank of each node prints it.
 
-    A process that no launcher started is alone, and nobody waits for it: a phase that lasts longer is told, no more.
+    A process that no launcher started is the only rank: a phase beyond its limit is printed, and the run goes on.
 
     Costs: one message to the store for each phase, and, from a thread, one a second.
     """
@@ -87,7 +87,7 @@ class Watchdog:
         self._meeting.leave()
 
     def _tell(self, error: Exception, trace: TracebackType | None) -> None:
-        """Tell the other ranks of an error of this one, which they may share."""
+        """Report an error of this rank to the others, which may have the same."""
         if isinstance(error, StoppedBySignal):
             alarm = self._raise_alarm(self._store, "stopped", str(error), error)
             error.speaker, error.exit_code = alarm["rank"], alarm["exit_code"]
@@ -101,7 +101,7 @@ class Watchdog:
         if alarm["kind"] == "failed":
             self._leaving.set()
             raise self._peer_error(alarm) from error
-        # The threads ask or answer, and end the process.
+        # The threads poll the store, answer an alarm, and end the process.
         self._threads[-1].join()
 
     def enter_phase(self, name: str, *, timeout: float) -> None:
@@ -126,7 +126,7 @@ class Watchdog:
             self._num_unanswered = 0
 
     def _guard(self) -> None:
-        """End this process when the store does not answer, or torchrun's agent, which would end it, is gone."""
+        """End this process when the store does not answer, or torchrun's agent is gone, which would have ended it."""
         while not self._leaving.wait(_POLL_SECONDS):
             self._num_unanswered += 1
             if has_agent() and os.getppid() != PARENT:
@@ -138,7 +138,7 @@ class Watchdog:
                 )
             else:
                 continue
-            # A rank that is leaving finds the store gone before the others do.
+            # The rank that is ending may find the store gone before the others do.
             if not self._leaving.wait(2 * _POLL_SECONDS):
                 if os.environ.get("LOCAL_RANK", "0") == "0":
                     report_error(ParallelError(f"stopped in {self._where} because {why}"), rank=self._rank)
@@ -154,7 +154,7 @@ class Watchdog:
         self._started = time.monotonic()
 
     def _raise_alarm(self, store: dist.Store, kind: str, says: str, error: Exception | None = None) -> dict[str, Any]:
-        """The first alarm of any rank, this one's if there was none."""
+        """Raise this rank's alarm unless another rank has raised one; returns the first."""
         alarm = {
             "kind": kind,
             "rank": self._rank,
@@ -169,9 +169,9 @@ class Watchdog:
             return alarm
 
     def _heed(self, alarm: dict[str, Any]) -> None:
-        """End this process, once what is to be said about the alarm was said."""
+        """Print the alarm, if this rank is the one to do it, and end this process."""
         if alarm["kind"] == "stopped":
-            # Where Python is at work this unwinds it, and a draft is left by nobody.
+            # If the main thread runs Python code, this unwinds it and removes its drafts.
             _thread.interrupt_main(signal.SIGTERM)
             if self._leaving.wait(2 * _ANSWER_SECONDS):
                 return
@@ -188,16 +188,16 @@ class Watchdog:
 
     def _tell_who_is_missing(self, alarm: dict[str, Any]) -> None:
         self._answer()
-        # The rank that raised the alarm tells; where it does not live to, another does.
+        # The rank that raised the alarm prints it; if that rank has ended, another one does.
         time.sleep(_ANSWER_SECONDS if alarm["rank"] == self._rank else _ANSWER_SECONDS + _POLL_SECONDS)
         self._num_unanswered = 0
         if int(self._thread_store.compare_set(_TOLD, "", str(self._rank))) == self._rank:
             report_error(ParallelError(f"{alarm['says']}: {self._verdict()}"), rank=self._rank)
-            # Whoever ends first may take the others with it, and its word should be the first.
+            # The first rank to end may make the launcher end the others, so the one that prints goes first.
             time.sleep(_POLL_SECONDS)
 
     def _leave_stopped(self, stopped: StoppedBySignal) -> int:
-        """The exit code of a rank that a signal stopped and that waits for others, which were told."""
+        """The exit code of a rank that a signal stopped while it waited for others; they have been told."""
         alarm = self._raise_alarm(self._thread_store, "stopped", str(stopped), stopped)
         if alarm["rank"] == self._rank:
             report_error(stopped, rank=self._rank)
@@ -258,13 +258,13 @@ def verdict(answers: dict[int, dict[str, Any]], silent: dict[int, str]) -> str:
 
 
 def _timeout(where: str, limit_seconds: float) -> str:
-    """The text on a phase that lasts too long; the limit of a step is an option."""
+    """The message on a phase beyond its limit; for a step, it names the option that sets the limit."""
     option = " (distributed_timeout_seconds_after_init)" if where.startswith("step ") else ""
     return f"timeout: {where} exceeded {limit_seconds:g} s{option}"
 
 
 def _is_lost_connection(error: Exception) -> bool:
-    """True when `error` comes from a peer's end, and not from this rank's own mistake."""
+    """True when `error` is a peer's lost connection, and not this rank's own mistake."""
     is_told = isinstance(error, RuntimeError) and any(sign in str(error) for sign in _LOST)
     if isinstance(error, dist.DistError) or is_told:
         return True
@@ -298,7 +298,7 @@ def _is_own(frame: FrameType) -> bool:
 
 
 def _waits(frame: FrameType | None) -> bool:
-    """True when a main thread at `frame` waits for other ranks: in a collective, or for one that was begun before."""
+    """True when the main thread, at `frame`, waits for other ranks in a collective or for an earlier one."""
     if frame is None:
         return False
     line = linecache.getline(frame.f_code.co_filename, frame.f_lineno)
