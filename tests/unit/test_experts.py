@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, MixtralConfig
 
 from simpo_megatron import parallel
@@ -107,6 +110,50 @@ def test_when_nothing_is_said_the_loss_weighs_what_it_weighs_in_transformers(mod
     assert float(ours) == pytest.approx(float(theirs) if asks else 0.0, rel=1e-6)
     assert load_balancing_coefficient(description, 0.3) == 0.3
     assert times_transformers(description) == LAYERS / CHOSEN
+
+
+class Names(TorchDispatchMode):
+    """Keeps the names of torch's operations while the context lasts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: set[str] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.found.add(func._schema.name.removeprefix("aten::"))
+        return func(*args, **(kwargs or {}))
+
+
+def torchs_list(which: int) -> set[str]:
+    """Operations that torch makes deterministic when asked (1), or raises at on a GPU (2), by its documentation."""
+    parts = (torch.use_deterministic_algorithms.__doc__ or "").split("normally-nondeterministic operations will")
+    return set(re.findall(r":func:`torch\.(?:Tensor\.)?(\w+)`", parts[which]))
+
+
+# Adding or writing in an order that a GPU's threads choose; the backward pass of `index` and `index_select` among them.
+UNORDERED = {"embedding_dense_backward", "index_add", "index_put", "put", "scatter", "scatter_add", "scatter_reduce"}
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_asked_for_determinism_an_moe_layer_computes_by_torchs_deterministic_operations_alone(models, deterministic):
+    """The names are those of a GPU, whose dispatcher and router are the same lines of megatron's."""
+    layer = models[0].decoder.layers[0].mlp
+    hidden = torch.randn(7, 3, 32, dtype=torch.float64, requires_grad=True)
+    torch.use_deterministic_algorithms(deterministic)
+    try:
+        with Names() as names:
+            layer(hidden)[0].sum().backward()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    found = {name.rstrip("_") for name in names.found}
+    becomes_deterministic = {name.rstrip("_") for name in torchs_list(1)}
+    assert found & UNORDERED <= becomes_deterministic and "index_add" in found & UNORDERED
+    # cumsum raises for floating point alone.
+    raises = {name.rstrip("_") for name in torchs_list(2)} - becomes_deterministic
+    assert {"histc", "bincount", "cumsum"} <= raises and not found & raises
+    # megatron adds its tokens up by the operation that its deterministic form replaces.
+    assert ("scatter_add" in found) is not deterministic
+    assert not (layer.config.moe_permute_fusion or layer.config.moe_router_fusion), "kernels that torch knows not of"
 
 
 def test_a_run_is_started_on_as_few_ranks_as_its_sizes_divide():
