@@ -1,6 +1,6 @@
 """SimPO (arXiv 2405.14734) for Megatron-Core: the loss, the data and the trainer.
 
-Names are imported when they are first asked for: the loss needs torch alone, and the version nothing.
+Names are imported at their first use: the loss needs only torch, and the version needs nothing.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Files and folders that appear whole or not at all, and locks that end with their process.
 
-What is being written has the name `NAME.tmp-<32 hex digits>` beside its target; one rename gives it its name, after
-its bytes are on the disk.
+A draft is written as `NAME.tmp-<32 hex digits>` beside its target. Once its bytes are on the disk, one rename gives it
+its name.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from filelock import BaseFileLock, FileLock, Timeout
 
 LOCK_FILE = ".lock"
 _DRAFT = re.compile(r"(.+)\.tmp-[0-9a-f]{32}")
-# A draft gets its lock within this time; one without that is older was left by a process that is gone.
+# A draft is locked within this time; an older one without a lock was left by a process that has ended.
 _LOCKED_WITHIN_SECONDS = 60.0
 
 
 def sync(path: Path) -> None:
-    """Return once what `path`, a file or a folder, holds is on the disk."""
+    """Return once the content of `path`, a file or a folder, is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -37,7 +37,7 @@ def lock(path: Path, *, wait_seconds: float = 0.0) -> BaseFileLock:
     """The lock file `path`, held until it is released or the process ends; a link is not followed.
 
     Raises:
-        BlockingIOError: another process holds it, and does so for `wait_seconds`.
+        BlockingIOError: another process still holds it after `wait_seconds`.
         OSError: the file cannot be made.
     """
     held = FileLock(path, thread_local=False)
@@ -49,21 +49,21 @@ def lock(path: Path, *, wait_seconds: float = 0.0) -> BaseFileLock:
 
 
 def draft_name(path: Path) -> Path:
-    """A new name beside `path` for what is to become it."""
+    """A new name beside `path` for its draft."""
     return path.with_name(f"{path.name}.tmp-{uuid.uuid4().hex}")
 
 
 def draft_of(path: Path) -> str | None:
-    """The name of what the draft at `path` was to become; None when `path` is no draft."""
+    """The target name of the draft at `path`; None when `path` is no draft."""
     found = _DRAFT.fullmatch(path.name)
     return found[1] if found else None
 
 
 @contextmanager
 def new_file(path: Path) -> Iterator[Path]:
-    """A path to write a file at, which becomes `path` at the end, in place of any other; after an error it is gone.
+    """Yields a draft path; at the end the draft replaces the file `path`, after an error it is deleted.
 
-    A reader, also after a crash, sees the old file or the new one.
+    A reader sees the old file or the new one, also after a crash.
     """
     draft = draft_name(path)
     try:
@@ -83,14 +83,14 @@ def write_text(path: Path, text: str) -> None:
 
 @contextmanager
 def new_folder(path: Path, *, first_wins: bool = False) -> Iterator[Path]:
-    """An empty folder to fill, which becomes `path` at the end; after an error it is gone.
+    """Yields an empty draft folder; at the end it becomes `path`, after an error it is deleted.
 
-    What killed processes have left of the same folder is removed. A process that is being stopped in the middle leaves
-    such a draft and nothing under `path`.
+    Drafts that killed processes left of the same folder are removed. A process that is killed in between leaves a draft
+    and nothing under `path`.
 
     Args:
-        first_wins: several processes make the same folder at once, and the first that is done stays. Otherwise a second
-            process is refused, and what is at `path` is replaced.
+        first_wins: several processes may make the same folder at once, and the first to finish wins. Otherwise a
+            second process is refused, and an existing `path` is replaced.
 
     Raises:
         BlockingIOError: another process is making the folder.
@@ -99,7 +99,7 @@ def new_folder(path: Path, *, first_wins: bool = False) -> Iterator[Path]:
     draft = draft_name(path)
     draft.mkdir(parents=True)
     try:
-        # Only who looks for abandoned drafts may hold it, for a moment.
+        # Only a process that looks for abandoned drafts may hold it, for a moment.
         held = lock(draft / LOCK_FILE, wait_seconds=10.0)
         try:
             if _remove_abandoned(path, apart_from=draft) and not first_wins:
@@ -113,7 +113,7 @@ def new_folder(path: Path, *, first_wins: bool = False) -> Iterator[Path]:
 
 
 def rename(draft: Path, path: Path) -> None:
-    """Give the folder `draft`, whose files are on the disk, the free name `path`, and return once that is on the disk.
+    """Rename the folder `draft`, whose files are on the disk, to the free name `path`; return once that is on the disk.
 
     Raises:
         OSError: the name is taken.
@@ -123,7 +123,7 @@ def rename(draft: Path, path: Path) -> None:
 
 
 def remove_folder(path: Path) -> None:
-    """Make the folder `path` disappear in one rename, then remove it; after a kill, what is left of it is a draft."""
+    """Rename the folder `path` to a draft's name, then delete it; after a kill, only a draft is left."""
     doomed = draft_name(path)
     os.rename(path, doomed)
     shutil.rmtree(doomed, ignore_errors=True)
@@ -140,7 +140,7 @@ def _publish(draft: Path, path: Path, *, replaces: bool) -> None:
     for entry in draft.rglob("*"):
         if not entry.is_symlink():
             sync(entry)
-    # Last, for without its lock the draft is taken for a killed process's before long.
+    # Last: without its lock, the draft would soon be taken for one of a killed process.
     (draft / LOCK_FILE).unlink()
     sync(draft)
     if path.exists() and not replaces:
@@ -157,7 +157,7 @@ def _publish(draft: Path, path: Path, *, replaces: bool) -> None:
 
 
 def _remove_abandoned(path: Path, *, apart_from: Path) -> list[Path]:
-    """The drafts of `path` that a living process writes; those that killed ones have left are removed."""
+    """The drafts of `path` that living processes write; removes those that killed ones have left."""
     living = []
     for draft in path.parent.glob(f"{_literal(path.name)}.tmp-*"):
         if draft == apart_from or draft_of(draft) != path.name or draft.is_symlink() or not draft.is_dir():

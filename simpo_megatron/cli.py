@@ -1,4 +1,4 @@
-"""The command `simpo`: finds the command that was asked for and loads that one alone."""
+"""The command `simpo`: imports and runs only the subcommand that was asked for."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ _ASKS_FOR_HELP = ("-h", "--help", "--help-all")
 
 
 def run(argv: Sequence[str] | None = None, script: str | None = None) -> NoReturn:
-    """Ends this process with the exit code of `main`, whichever signals come and whoever stops reading its output."""
+    """Ends this process with the exit code of `main`; handles stop signals and a closed stdout."""
     argv = sys.argv[1:] if argv is None else argv
     outlive_readers()
     try:
-        # From here on, for torch and megatron take longer to import than some signals leave time.
+        # From here on: importing torch and megatron takes longer than some launchers wait after a signal.
         with StopSignals() if argv[:1] in (["train"], ["sweep"]) else nullcontext():
             code = main(argv, script)
     except StoppedBySignal as stopped:
@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None, script: str | None = None) -> int:
     """The exit code of `simpo argv`, sys.argv's arguments when None; 2 for a command that does not exist.
 
     Args:
-        script: the file that stands for the command, where it is started by one.
+        script: the file that was started in place of the command, if any.
     """
     command, *arguments = (sys.argv[1:] if argv is None else argv) or ["--help"]
     if command in _ASKS_FOR_HELP:

@@ -10,8 +10,8 @@ import re
 import sys
 from collections.abc import Iterable
 
-# What moves a cursor, colours, hides or turns around text: C0 and C1, the bidirectional marks, other line ends, the
-# byte order mark, tags, and lone surrogates, which no terminal's encoding has.
+# Characters that move a cursor, colour, hide or reverse text: C0 and C1, bidirectional marks, other line ends, the byte
+# order mark, tags, and lone surrogates, which no terminal can encode.
 _UNSEEN = re.compile(
     "[\x00-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ud800-\udfff\U000e0000-\U000e007f]"
 )
@@ -20,7 +20,7 @@ _END_CHARACTERS = 140
 
 
 class SimPOError(Exception):
-    """Base of every error that is the user's to fix; its `exit_code` is the exit code of the process."""
+    """Base of every error that the user can fix; its `exit_code` is the exit code of the process."""
 
     exit_code = 1
     kind = "ERROR"
@@ -42,7 +42,7 @@ class DataError(SimPOError):
 
 
 class CheckpointError(SimPOError):
-    """A checkpoint or a Hugging Face folder that is missing, incomplete or not what it claims to be."""
+    """A checkpoint or Hugging Face folder that is missing, incomplete or damaged."""
 
     exit_code = 4
 
@@ -66,7 +66,7 @@ class PeerFailedError(ParallelError):
 
 
 class StoppedByMonitor(SimPOError):
-    """A monitor that `stop_on` names found what it watches for; what it found was not saved."""
+    """A monitor in `stop_on` raised an alarm; the step that caused it was not saved."""
 
     exit_code = 7
     kind = "STOPPED"
@@ -87,7 +87,7 @@ class StoppedBySignal(SimPOError):
 
 
 def visible(text: object, *, keep: str = "") -> str:
-    """Returns `text` with every character that a terminal would obey or hide written as its escape, `\\x1b` for one.
+    """Returns `text` with every control or invisible character written as its escape, such as `\\x1b`.
 
     Args:
         keep: characters that stay, such as the newlines of a text of many lines.
@@ -102,7 +102,7 @@ def visible(text: object, *, keep: str = "") -> str:
 def status_line(kind: str, text: object, rank: int | None = None) -> str:
     """Returns `KIND simpo_megatron rank N: text` (without `rank`, `KIND simpo_megatron: text`), one line.
 
-    Of a longer one than 500 characters the beginning stays, and the end, which says what to do.
+    Beyond 500 characters the middle is cut: the beginning and the end, which says what to do, stay.
     """
     line = visible(f"{kind} simpo_megatron{'' if rank is None else f' rank {rank}'}: {text}")
     if len(line) <= _MOST_CHARACTERS:
@@ -111,7 +111,7 @@ def status_line(kind: str, text: object, rank: int | None = None) -> str:
 
 
 def report_error(error: BaseException, *, rank: int | None = None, kind: str | None = None) -> int:
-    """Prints the line that a process ends with to stderr; returns its exit code.
+    """Prints the final line of a process to stderr; returns its exit code.
 
     Args:
         rank: this rank in a run of many; None in a command of one process.
@@ -136,7 +136,7 @@ def require_positive(section: object, *keys: str) -> None:
 
 
 def listed(things: Iterable[object], most: int, separator: str = ", ") -> str:
-    """The first `most` of the things in one line, and how many more there are: `3, 5, 8 and 21 more`."""
+    """The first `most` items in one line, and the number of the others: `3, 5, 8 and 21 more`."""
     every = [str(thing) for thing in things]
     more = f" and {len(every) - most} more" if len(every) > most else ""
     return separator.join(every[:most]) + more

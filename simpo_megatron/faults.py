@@ -1,18 +1,18 @@
-"""Faults on demand, so that tests can prove what happens when something goes wrong.
+"""Fault injection: tests use it to prove what a run does when something goes wrong.
 
-`SIMPO_FAULT=point:rank:action` makes the rank do the action at its first arrival at the point, `point@n` at its nth:
+`SIMPO_FAULT=point:rank:action` makes the rank do the action when it first reaches the point, `point@n` the nth time:
 `SIMPO_FAULT=step@3:1:sigterm` sends rank 1 a SIGTERM when its third step starts.
 
-Points: `data` (the pairs of a pass are about to be read, by the rank that reads for its tensor-parallel group),
-`forward` (a microbatch has gone through this rank's stage), `backward` (the gradient of what went through comes back),
-`update` (the optimizer is about to change the weights), `step` (a training step starts), `save` (this rank is about to
-write its share of a checkpoint).
+Points: `data` (before the pairs of a pass are read, on the rank that reads for its tensor-parallel group), `forward`
+(a microbatch has gone through this rank's stage), `backward` (its gradient has come back), `update` (before the
+optimizer changes the weights), `step` (a training step starts), `save` (before this rank writes its share of a
+checkpoint).
 
-Actions: `raise` an error, `nan` (what is computed there is not a number; `forward` and `backward` only), `hang` for
-ever, `exit` at once with exit code 0, `kill` (SIGKILL, as when memory runs out), `stop` (SIGSTOP: the process is there
-and does nothing), `sigterm` (the rank sends itself a SIGTERM and goes on).
+Actions: `raise` an error, `nan` (the value becomes NaN; `forward` and `backward` only), `hang` for ever, `exit` at once
+with exit code 0, `kill` (SIGKILL, as the kernel does when memory runs out), `stop` (SIGSTOP: the process exists but
+does nothing), `sigterm` (the rank sends itself a SIGTERM and goes on).
 
-Without the variable, which is read once, when a run starts, nothing here does anything.
+The variable is read once, when a run starts. Without it this module does nothing.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class _Fault:
 
 
 class InjectedError(RuntimeError):
-    """The error of the action `raise`: one that nobody foresaw."""
+    """The error of the action `raise`: stands for an unexpected error."""
 
 
 _fault: _Fault | None = None
@@ -68,18 +68,18 @@ def arm() -> None:
 
 
 def at(point: str) -> None:
-    """Arrive at a point where nothing is computed."""
+    """Pass a point where nothing is computed."""
     if _fault is not None:
         _arrive(_fault, point)
 
 
 def at_value(point: str, value: Tensor) -> Tensor:
-    """`value`, or not a number when the fault of this rank says so."""
+    """`value`, or NaN when this rank's fault asks for it."""
     return value * float("nan") if _fault is not None and _arrive(_fault, point) else value
 
 
 def at_gradient(point: str, value: Tensor) -> Tensor:
-    """`value`; the fault of this rank arrives at the point when its gradient is there."""
+    """`value`; its gradient's hook passes the point in the backward."""
     if _fault is not None and value.requires_grad:
         value.register_hook(lambda gradient: at_value(point, gradient))
     return value
@@ -101,7 +101,7 @@ def _parse(text: str) -> _Fault:
 
 
 def _arrive(fault: _Fault, point: str) -> bool:
-    """True when the value computed here is to be no number; other actions of this rank's fault are done here."""
+    """True when the value must become NaN; does the other actions of this rank's fault."""
     if point != fault.point or int(os.environ.get("RANK", 0)) != fault.rank:
         return False
     fault.num_arrivals += 1

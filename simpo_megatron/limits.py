@@ -1,4 +1,4 @@
-"""Bounds for programs that come with other people's files: the chat templates of models, interpolations of YAML."""
+"""Time and memory limits for foreign programs: the chat templates of models, interpolations of YAML."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from types import FrameType
 
 _STATM = Path("/proc/self/statm")
-# An exception may be raised where Python drops it, in a destructor for one; then the next signal counts.
+# Python may drop an exception that is raised in a destructor; then the next signal raises it again.
 _REPEAT_SECONDS = 0.5
 
 _is_limited = False
@@ -23,16 +23,16 @@ class LimitError(Exception):
 
 @contextmanager
 def limited(*, cpu_seconds: float, num_bytes: int) -> Iterator[None]:
-    """Ends what runs in the context past `cpu_seconds` of this process, or past `num_bytes` of new memory.
+    """Interrupts the context after `cpu_seconds` of this process, or after `num_bytes` of new memory.
 
-    Inside another such context it starts that one's time anew and costs a microsecond: a loop over many small programs
-    is put into one of its own.
+    Inside another such context it restarts that one's time, at the cost of a microsecond. So a loop over many small
+    programs has one context around it.
 
-    Both limits are the kernel's: they hold inside one long operation of Python's as well. A stopped or starved process
-    spends nothing. Outside the main thread, which alone gets signals, nothing is limited, nor memory without Linux.
+    The kernel enforces both limits, also inside one long operation of Python's. Only CPU time counts, not waiting.
+    Only the main thread gets signals: in other threads nothing is limited. Memory is limited only on Linux.
 
     Raises:
-        LimitError: the time is over.
+        LimitError: the time has passed.
         MemoryError: the memory is used up.
     """
     global _is_limited
@@ -61,7 +61,7 @@ def _raise(number: int, frame: FrameType | None) -> None:
 
 
 def _limit_data(num_bytes: int) -> tuple[int, int] | None:
-    """The limits of this process's own memory as they were, before `num_bytes` more than now became the soft one."""
+    """Sets the soft limit of this process's memory to `num_bytes` more than now; returns the limits before."""
     try:
         num_pages = int(_STATM.read_bytes().split()[5])
     except OSError:

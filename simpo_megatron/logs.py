@@ -1,4 +1,4 @@
-"""Messages of this package through `logging`, and warnings of other packages that no user can act on."""
+"""The package's messages through `logging`, and a filter for other packages' warnings that no user can act on."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def logged(level: str = "info", *, rank: int | None = None, folder: str | Path |
     if folder is not None:
         handlers.append(_rank_file(Path(folder), rank or 0))
     before = LOGGER.level, LOGGER.propagate
-    # Whoever configured the root logger as well would print every line twice.
+    # A configured root logger would print every line a second time.
     LOGGER.setLevel(level.upper())
     LOGGER.propagate = False
     for handler in handlers:
@@ -48,16 +48,16 @@ def logged(level: str = "info", *, rank: int | None = None, folder: str | Path |
 
 
 def ignore_known_warnings(*, has_cuda: bool) -> None:
-    """Filters warnings of other packages that are no user's to act on; for the process of a command."""
+    """Filters warnings of other packages that no user can act on; for the process of a command."""
     # Deprecations inside megatron and torch's checkpoints.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(megatron|torch\.distributed)\.")
     if not has_cuda:
-        # megatron-core warns of each package for GPUs that is not installed; on a CPU none is missed.
+        # megatron-core warns about each GPU package that is not installed; on a CPU none is needed.
         warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.")
 
 
 def outlive_readers() -> None:
-    """Lets the process go on when whoever read its output is gone: what it prints from then on goes nowhere."""
+    """Lets the process go on when its output is closed; later prints are discarded."""
     sys.stdout, sys.stderr = _Unbroken(sys.stdout), _Unbroken(sys.stderr)
 
 
@@ -91,7 +91,7 @@ class _Unbroken:
 
     def _give_up(self, error: OSError) -> None:
         if error.errno in self._GONE:
-            # What python still holds of the text is written when the process ends, and must find a place then.
+            # Python flushes its buffer when the process ends, so the descriptor must stay open.
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self._stream.fileno())
             os.close(nowhere)
@@ -107,7 +107,7 @@ class _Lines(logging.Formatter):
 
 
 class _Stderr(logging.StreamHandler[TextIO]):
-    """The stream that sys.stderr is when a message comes: a progress bar replaces it while it is shown."""
+    """The current sys.stderr at each message: a progress bar replaces it while it is shown."""
 
     def __init__(self) -> None:
         logging.Handler.__init__(self)

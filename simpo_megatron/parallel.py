@@ -1,4 +1,4 @@
-"""Process groups as values: the one module that reads megatron's global parallel_state."""
+"""Process groups as values; the only module that reads megatron's global parallel_state."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class ParallelSizes:
 
     @property
     def model(self) -> int:
-        """Ranks that hold one copy of the model, experts apart, and one microbatch together."""
+        """Ranks that together hold one replica of the model, without experts, and one microbatch."""
         return self.tensor * self.pipeline * self.context
 
     @property
@@ -74,19 +74,19 @@ class ParallelGroups:
 
 
 def join(backend: str, timeout_minutes: float, store: dist.Store | None = None) -> None:
-    """Join the ranks that were started together, unless this process has.
+    """Join the ranks that were started together, unless this process has already joined.
 
     `RANK`, `WORLD_SIZE`, `MASTER_ADDR` and `MASTER_PORT` come from torchrun. A process without any of them, such as a
-    notebook, is the only rank. NCCL is told the rank's GPU, so that it makes each group's communicator with the group,
-    where all ranks are at the same place, and not at its first use.
+    notebook, is the only rank. NCCL gets the rank's GPU, so that each group's communicator is made with the group,
+    while all ranks are at the same place, and not at its first use.
 
     Args:
-        store: where the ranks have met; at MASTER_ADDR:MASTER_PORT when None.
+        store: the store of the rendezvous; None: the one at MASTER_ADDR:MASTER_PORT.
 
     Collectives: the rendezvous, world.
 
     Raises:
-        ConfigError: some of these are there and others are not.
+        ConfigError: some of these variables are set and others are not.
     """
     if dist.is_initialized():
         return
@@ -105,15 +105,15 @@ def join(backend: str, timeout_minutes: float, store: dist.Store | None = None) 
         dist.init_process_group(backend, timeout=timeout, device_id=device)
         return
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    # Of communicators that are made at their first use, when a peer may still be at what takes long.
+    # For communicators that are made at their first use, while a peer may still do something long.
     store.set_timeout(timeout)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout, device_id=device)
 
 
 def check_environment() -> None:
-    """Return if the variables by which ranks meet are there.
+    """Return if the environment variables of the rendezvous are set.
 
-    Raises: ConfigError, when some are not.
+    Raises: ConfigError: some are not.
     """
     missing = [name for name in RENDEZVOUS if name not in os.environ]
     if missing:
@@ -138,8 +138,8 @@ def initialize(sizes: ParallelSizes, *, backend: str, timeout_minutes: float = 3
             context_parallel_size=sizes.context,
             expert_model_parallel_size=sizes.expert,
             expert_tensor_parallel_size=1,
-            # Nobody here asks for them. Beside eager NCCL communicators each would cost one more split of the world on
-            # the ranks that are no members of it, and none on its members.
+            # This package does not use them. With eager NCCL communicators each would cost one more split of the
+            # world, on the ranks that are not its members.
             create_gloo_process_groups=False,
             distributed_timeout_minutes=max(1, round(timeout_minutes)),
         )
@@ -156,7 +156,7 @@ def initialize(sizes: ParallelSizes, *, backend: str, timeout_minutes: float = 3
 
 
 def data_parallel_rank() -> int:
-    """The share of a step's pairs that this rank takes, where somebody else has set up megatron's groups."""
+    """The data-parallel rank, which selects this rank's pairs, where other code has set up megatron's groups."""
     from megatron.core import parallel_state
 
     return parallel_state.get_data_parallel_rank()
@@ -164,7 +164,7 @@ def data_parallel_rank() -> int:
 
 @contextmanager
 def alone() -> Iterator[ParallelGroups]:
-    """The groups of a process that works by itself on the CPU, for megatron's layers ask for some."""
+    """Groups of size one for a single process on the CPU; megatron's layers require groups."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         yield initialize(ParallelSizes(), backend="gloo")

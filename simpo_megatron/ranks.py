@@ -1,4 +1,4 @@
-"""Agreement of ranks: what one finds wrong is raised on all, so that no rank waits for a peer that has failed."""
+"""Agreement of ranks: an error on one rank is raised on all, so that no rank waits for a peer that has failed."""
 
 from __future__ import annotations
 
@@ -54,13 +54,13 @@ def gather_or_raise(
 
     Args:
         groups: the ranks that take part, those of the last group the slowest to change; the world when none is given.
-        wrap: the class for errors that are none of this package's, such as those of a disk.
+        wrap: the class that wraps other errors, such as those of a disk.
 
     Collectives: one object gather over each group, or world.
 
     Raises:
         SimPOError: on every rank alike, that of the first rank that has one.
-        Exception: on the rank where it happened, when it is no error of this package and `wrap` is not given.
+        Exception: an error of another class, on the rank where it happened, when `wrap` is not given.
         ParallelError: on the other ranks then; the process ends with the exit code of an unexpected error.
     """
     result: Result | None = None
@@ -89,8 +89,8 @@ def gather_or_raise(
 def sync_status(error: SimPOError | None, value: int = 0, *, checksum: int = 0) -> int:
     """The largest `value` of any rank, when no rank has an error.
 
-    The cheap way for every step: called by every rank where one may fail alone, before a collective in which its peers
-    would wait for it.
+    Cheap enough for every step. Every rank calls it after work that may fail on one rank, before a collective in which
+    its peers would wait for that rank.
 
     Args:
         checksum: of what must be the same on every rank, at most 62 bits.
@@ -111,7 +111,7 @@ def sync_status(error: SimPOError | None, value: int = 0, *, checksum: int = 0) 
     if not failed:
         raise _disagreement(checksum)
     errors: list[SimPOError | None] = _gather(error, ())
-    # A rank that heard of a failure from a peer of its group has nothing of its own to say.
+    # A rank that learned of a failure from a peer of its group has no error of its own.
     told = sorted((isinstance(heard, ParallelError), rank) for rank, heard in enumerate(errors) if heard is not None)
     rank = told[0][1]
     first = errors[rank]
@@ -132,7 +132,7 @@ def _disagreement(checksum: int) -> ParallelError:
 
 
 def _gather(value: Any, groups: tuple[ProcessGroup, ...]) -> list[Any]:
-    """`value` of each rank of `groups`, or of the world; the package's one place for objects between ranks."""
+    """`value` of each rank of `groups`, or of the world; the only function that sends objects between ranks."""
     gathered = [value]
     for group in groups or (None,):
         parts: list[Any] = [None] * dist.get_world_size(group)

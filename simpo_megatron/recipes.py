@@ -1,4 +1,4 @@
-"""A run as a NeMo-Run recipe, for whatever executor NeMo-Run has: local, Slurm, Kubernetes, clouds."""
+"""A run as a NeMo-Run recipe, for any of its executors: local, Slurm, Kubernetes, clouds."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def simpo_recipe(**options: Any) -> nemo_run.Partial:
     `options` are those of the command line by name, such as `preset="llama3-instruct", model=DIR, tp=8`. An executor
     must start as many ranks as the layout needs, with torchrun.
 
-    Raises: ConfigError for what is wrong with the options, and when nemo-run cannot be imported.
+    Raises: ConfigError: a mistake in the options, or nemo-run cannot be imported.
     """
     run = _nemo_run()
     return run.Partial(train, config=_changeable(config_from(**options), run))

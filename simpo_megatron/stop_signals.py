@@ -1,6 +1,6 @@
-"""Signals that ask a run to stop: before and after its steps at once, while it steps after a whole one.
+"""Stop signals: during training the run stops after a whole step, before and after training at once.
 
-Needs neither torch nor megatron, so that a signal is understood while they are imported.
+Imports neither torch nor megatron, so that signals are handled while they are imported.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ current: StopSignals | None = None
 
 
 class StopSignals:
-    """While the context lasts, the first of STOP_SIGNALS asks the run to stop and does not end the process by itself.
+    """While the context lasts, the first of STOP_SIGNALS asks the run to stop instead of ending the process.
 
-    At first it raises StoppedBySignal in the main thread; where that thread waits in a library that Python cannot
-    interrupt, `on_stuck` is called after five seconds, from a thread. From `note_from_now_on` to `raise_from_now_on` it
-    is noted instead. A later signal ends the process at once, in a collective too: SIGINT in any case, another only ten
-    seconds after the first.
+    At first it raises StoppedBySignal in the main thread. If that thread waits in a library that Python cannot
+    interrupt, `on_stuck` is called after five seconds, from another thread. Between `note_from_now_on` and
+    `raise_from_now_on` the signal is only noted. A later signal ends the process at once, also inside a collective:
+    SIGINT always, another one only if it comes ten seconds after the first.
 
-    Handlers that were there before are back when the context ends; within another such context, which is a command's
-    whose process ends next, signals are ignored from there on. Python allows handlers in the main thread only.
+    When the context ends, earlier handlers are restored. Inside another such context, that of a command whose process
+    is about to end, signals are ignored instead. Python allows handlers in the main thread only.
     """
 
     def __init__(self) -> None:
@@ -59,12 +59,12 @@ class StopSignals:
         global current
         self._outer, current = current, self
         if self._outer is not None and self._outer._noted:
-            # It was raised inside an import that swallowed it.
+            # The exception was raised inside an import that swallowed it.
             raise self._stopped(self._outer._noted)
         self._heard, writes = socket.socketpair()
         writes.setblocking(False)
         self._writes = writes
-        # nohup means what it says.
+        # nohup: SIGHUP stays ignored.
         asked = [n for n in STOP_SIGNALS if not (n == signal.SIGHUP and signal.getsignal(n) == signal.SIG_IGN)]
         self._previous = {number: signal.signal(number, self._handle) for number in asked}
         self._previous_descriptor = signal.set_wakeup_fd(writes.fileno(), warn_on_full_buffer=False)
@@ -86,7 +86,7 @@ class StopSignals:
         self._writes.close()
 
     def note_from_now_on(self) -> None:
-        """Note a signal from here on; the run asks after each step."""
+        """Only note a signal from here on; the run asks for it after each step."""
         self._mode = "note"
 
     def raise_from_now_on(self) -> None:
@@ -96,7 +96,7 @@ class StopSignals:
             raise self._stopped(self._noted)
 
     def ignore_from_now_on(self) -> None:
-        """Ignore signals from here on, for the run is leaving."""
+        """Ignore signals from here on: the run is ending."""
         self._mode = "ignore"
 
     def noted(self) -> int:
@@ -112,7 +112,7 @@ class StopSignals:
             raise self._stopped(number)
 
     def _listen(self) -> None:
-        """Python runs a handler only between two of its own instructions; a byte for each signal comes at once."""
+        """Wait for signals on a socket, which gets a byte at once; Python delays handlers to its next instruction."""
         with self._heard:
             while byte := self._heard.recv(1):
                 if byte[0] in STOP_SIGNALS:
@@ -138,7 +138,7 @@ class StopSignals:
 
 
 def ignore_from_now_on() -> None:
-    """Ignore STOP_SIGNALS in a process that is about to end, whose exit code says what became of it."""
+    """Ignore STOP_SIGNALS in a process that is about to end, so that its exit code stands."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
@@ -146,6 +146,6 @@ def ignore_from_now_on() -> None:
 def _write(kind: str, text: str) -> None:
     # Not print: another thread may be writing the same buffer.
     line = status_line(kind, text, int(os.environ.get("RANK", 0)))
-    # A terminal that is gone has taken the reader along.
+    # The terminal is closed: nobody reads this.
     with suppress(OSError):
         os.write(2, (line + "\n").encode())

@@ -1,4 +1,4 @@
-"""The embedded default: bundled preference pairs and a tiny random model, ready in seconds, offline."""
+"""The embedded demo: bundled preference pairs and a tiny random model, ready in seconds, offline."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ MAX_LENGTH = 512
 
 @dataclass(frozen=True)
 class DemoAssets:
-    """Paths of what a demonstration trains on."""
+    """Paths of the demo's model and pairs."""
 
     model_dir: Path
     train_file: Path
@@ -34,16 +34,16 @@ class DemoAssets:
 
 
 def demo_version() -> str:
-    """Hex digits that change with what `prepare_demo` makes, for folders that outlive a version of this package."""
+    """Hex digits that change with the files `prepare_demo` writes: folders may outlive a version of this package."""
     digest = hashlib.sha256(Path(__file__).read_bytes())
     digest.update((Path(__file__).parent / "pairs.jsonl").read_bytes())
     return digest.hexdigest()[:12]
 
 
 def prepare_demo(folder: str | Path) -> DemoAssets:
-    """The bundled preference pairs, and the demonstration's model, made in `folder` unless it is there.
+    """The bundled preference pairs, and the demo's model, written to `folder` unless it is there.
 
-    Safe to call from several processes at once: each makes the same model aside, one rename makes it appear.
+    Safe to call from several processes at once: each writes the same model to a draft, and one rename wins.
     """
     bundled = Path(__file__).parent
     assets = DemoAssets(Path(folder) / "tiny-llama", bundled / "pairs.jsonl", bundled / "validation_pairs.jsonl")
@@ -108,7 +108,7 @@ def _write_model(folder: Path) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = LlamaForCausalLM(config)
-    # Not model.save_pretrained: where a process group exists it writes on rank 0 alone, and any rank may be the first.
+    # Not model.save_pretrained: with a process group it writes on rank 0 only, and any rank may be the first.
     model.config.architectures, model.config.dtype = [type(model).__name__], str(model.dtype).removeprefix("torch.")
     model.config.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)

@@ -1,4 +1,4 @@
-"""Our options among Megatron-LM's arguments, as `--simpo-...`; whatever it has a word for keeps that word."""
+"""Our options as `--simpo-...` arguments of Megatron-LM; where it has an argument of its own, that one counts."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def add_simpo_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     group.add_argument("--simpo-data-cache", metavar="DIR", default="runs/cache", help="Folder for tokenized pairs.")
     for section in (SimPOObjective, PairOptions):
         _add_fields(group, section)
-    # What fits --seq-length, unless it is said.
+    # Derived from --seq-length, unless given.
     parser.set_defaults(simpo_max_prompt_length=None)
     parser.set_defaults(dataloader_type="external", calculate_per_token_loss=True, eval_iters=0, eval_interval=1000)
     return parser
@@ -43,7 +43,7 @@ def _add_fields(group: argparse._ArgumentGroup, section: type) -> None:
         elif typing.get_origin(kind) is typing.Literal:
             how = {"choices": typing.get_args(kind)}
         else:
-            # Of a type or none, argparse is told the type.
+            # For an optional type, argparse gets the type itself.
             how = {"type": next((part for part in typing.get_args(kind) if part is not type(None)), kind)}
         group.add_argument(flag, default=entry.default, help=entry.metadata["help"].replace("%", "%%"), **how)
 
@@ -75,10 +75,10 @@ def true_vocab_size(args: argparse.Namespace) -> int:
 
 
 def check_pipeline(config: TransformerConfig) -> None:
-    """Refuses what megatron's pipeline schedules cannot do with microbatches of several lengths.
+    """Refuses settings with which megatron's pipeline schedules cannot run microbatches of several lengths.
 
-    Stages then ask each other for shapes, in an order that these settings turn into a circle of waits, or into shapes
-    that the wrong message meets.
+    Stages then exchange shapes. These settings change the order of the exchange, so that ranks wait for each other in
+    a circle, or a shape is paired with the wrong message.
 
     Raises: ConfigError for batched messages under interleaving, or the flush of warm-up messages.
     """
@@ -99,14 +99,14 @@ def _given(args: argparse.Namespace, section: type) -> dict[str, typing.Any]:
 
 
 def _own_fields(section: type) -> list[Field]:
-    """The fields that are options and that Megatron-LM has no word for."""
+    """The option fields for which Megatron-LM has no argument."""
     return [entry for entry in fields(section) if entry.init and entry.name != "max_length"]
 
 
 def batch_options(args: argparse.Namespace) -> BatchOptions:
     """Microbatches of `--micro-batch-size` pairs, each one row in which a pair's prompt stands once.
 
-    Raises: ConfigError when pairs do not divide into such microbatches, or a size is not 1 that has to be.
+    Raises: ConfigError when pairs do not divide into such microbatches, or a size that must be 1 is not.
     """
     for size in ("context_parallel_size", "expert_model_parallel_size"):
         if getattr(args, size) != 1:

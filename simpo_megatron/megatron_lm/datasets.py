@@ -1,4 +1,4 @@
-"""Endless microbatches of pairs where Megatron-LM expects datasets; each step's pairs are those of our own trainer."""
+"""Endless iterators over microbatches in place of Megatron-LM's datasets; each step has our trainer's pairs."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ def train_valid_test_datasets_provider(
 ) -> tuple[Iterator[Sample], Iterator[Sample] | None, None]:
     """Endless iterators over training pairs from the first one not yet consumed, over validation pairs, and None.
 
-    Every rank reads for itself (`is_distributed`), and each virtual pipeline stage has iterators of its own. Tokenised
-    once on each node. Collectives: those of `build_on_first_ranks` for each set of files.
+    Every rank reads for itself (`is_distributed`), and each virtual pipeline stage has its own iterators. Files are
+    tokenised once on each node. Collectives: those of `build_on_first_ranks` for each set of files.
 
-    Raises: ConfigError, DataError: what is wrong with arguments or files, on every rank.
+    Raises: ConfigError, DataError: a mistake in arguments or files, on every rank alike.
     """
     from megatron.training import get_args
 

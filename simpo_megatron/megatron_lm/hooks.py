@@ -30,9 +30,9 @@ def model_provider(
     config: TransformerConfig | None = None,
     pg_collection: Any = None,
 ) -> PreferenceGPTModel:
-    """Megatron-LM's GPT model of its arguments, whose last stage yields log-probs and never the logits.
+    """Megatron-LM's GPT model of its arguments; its last stage returns log-probs, never logits.
 
-    `config` is made here, whatever is given, for our layers read more of it than Megatron-LM's do.
+    `config` is always built here, because our layers read more of its fields than Megatron-LM's do.
     """
     from megatron.training import get_args
     from megatron.training.arguments import core_transformer_config_from_args

@@ -1,4 +1,4 @@
-"""Megatron-LM's `pretrain()` with SimPO's hooks, in whichever form the installed version has it."""
+"""Megatron-LM's `pretrain()` with SimPO's hooks, for every supported version of its signature."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ def pretrain() -> None:
 def pretrain_arguments(pretrain_function: Callable) -> dict[str, Any]:
     """Arguments for Megatron-LM's `pretrain_function`.
 
-    Up to 0.17 it reads the command line itself; since 0.18 it wants to be told what the command line says. The order
-    of its parameters changed with 0.19, their names never.
+    Up to 0.17 it parses the command line itself; since 0.18 it takes the parsed arguments. The order of its parameters
+    changed with 0.19, their names did not.
     """
     hooks = {
         "train_valid_test_dataset_provider": train_valid_test_datasets_provider,

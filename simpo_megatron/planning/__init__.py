@@ -1,1 +1,1 @@
-"""Before GPUs are rented: which layouts fit, what they need and how fast they should be."""
+"""The planner: which layouts fit on which GPUs, the memory they need and their expected speed."""

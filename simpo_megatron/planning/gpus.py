@@ -1,4 +1,4 @@
-"""Figures that a plan assumes of the machines: data sheets, and the share of them that real kernels reach."""
+"""Hardware figures of a plan: data sheets, and the share of them that real kernels reach."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ _PEAK_TFLOPS = {
 
 
 def peak_bf16_flops(device_name: str) -> float | None:
-    """The dense bf16 rate of the GPU that the driver calls so; None of an unknown one, or a part of one (MIG)."""
+    """The dense bf16 FLOP/s of a GPU by its driver's name; None for an unknown one or a MIG slice."""
     known = [name for name in _PEAK_TFLOPS if re.search(rf"\b{name}\b", device_name)]
     if not known or "MIG" in device_name:
         return None
@@ -96,7 +96,7 @@ def peak_bf16_flops(device_name: str) -> float | None:
 
 @dataclass(frozen=True, kw_only=True)
 class Assumptions:
-    """Shares of the data-sheet figures that are reached. Assumed from experience, measured by nobody here."""
+    """Shares of the data-sheet figures that kernels reach. Assumed, not measured by this project."""
 
     usable_memory: float = 0.94
     """The usable share of a GPU's memory; the rest is the allocator's fragmentation."""

@@ -1,4 +1,4 @@
-"""Every way to lay a model out on a number of GPUs: what fits, how fast it should be, and why the rest does not."""
+"""Every layout of a model on a number of GPUs: those that fit, with their speed, and why the others do not."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class Candidate:
 
     @property
     def utilization(self) -> float:
-        """Model flops utilization: useful operations over the bf16 rate of all GPUs."""
+        """MFU (model FLOPs utilization): useful operations over the bf16 rate of all GPUs."""
         flops = useful_flops(self.load, self.tokens_per_microbatch) * self.load.data_parallel_size
         return flops / self.time.total / (self.num_gpus * self.gpu.bf16_flops)
 
@@ -78,7 +78,7 @@ class Refusal:
 
 @dataclass(frozen=True, kw_only=True)
 class Survey:
-    """Everything that was looked at: what fits, fastest first, and what does not."""
+    """All layouts that were examined: those that fit, fastest first, and the others."""
 
     job: PlanRequest
     candidates: tuple[Candidate, ...]
@@ -86,7 +86,7 @@ class Survey:
 
     @property
     def recommended(self) -> Candidate:
-        """The layout with the most whole GiB left among those as fast as the fastest, within the estimate's error."""
+        """The layout with the most free GiB among those as fast as the fastest, within the estimate's error."""
         limit = self.candidates[0].time.total * (1 + ASSUMED.speed_error)
         equals = [candidate for candidate in self.candidates if candidate.time.total <= limit]
         return min(equals, key=lambda candidate: (round(candidate.fullest.total / GIB), candidate.time.total))
@@ -109,7 +109,7 @@ def survey(job: PlanRequest) -> Survey:
 def fewest_gpus(job: PlanRequest, most: int = 512) -> Survey | None:
     """The survey of the smallest number of GPUs on which a layout of `job` fits; None if `most` are too few.
 
-    A node's numbers of GPUs are tried as far as they divide it, then whole nodes.
+    Tries the divisors of a node's number of GPUs, then whole nodes.
     """
     per_node = job.gpu.per_node
     for num_gpus in (*_divisors(per_node), *range(2 * per_node, most + 1, per_node)):
@@ -120,7 +120,7 @@ def fewest_gpus(job: PlanRequest, most: int = 512) -> Survey | None:
 
 
 def plan_one(job: PlanRequest) -> Candidate:
-    """The layout that the configuration itself states, as it is.
+    """The layout that the configuration states, unchanged.
 
     Raises:
         ConfigError: it cannot be run, or does not fit the GPUs' memory.

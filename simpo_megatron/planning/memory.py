@@ -1,9 +1,9 @@
 """Bytes on one rank of a run, by part, as a pure function of shape, layout, precision, recomputation and pack.
 
-Each term names what it counts and where that is allocated. e is the bytes of a weight or activation outside FP8
-(2 in bf16, 4 in fp32), S the tokens of a pack, N its response tokens, H the hidden size, F the MLP width, A, G and D
-attention heads, key/value groups and head size, v a rank's slice of the padded vocabulary, tp the tensor ranks; s is
-tp under sequence parallelism and else 1. One more rank of context parallelism takes its share off S.
+Each term names what it counts and where it is allocated. Symbols: e is the bytes of a weight or activation outside
+FP8 (2 in bf16, 4 in fp32), S the tokens of a pack, N its response tokens, H the hidden size, F the MLP width. A, G and
+D are attention heads, key/value groups and head size; v is a rank's slice of the padded vocabulary. tp is the
+tensor-parallel size; s is tp under sequence parallelism, else 1. Under context parallelism S is a rank's share.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ class StageMemory:
 def stage_memory(load: Workload, stage: int) -> StageMemory:
     """The parts of a rank of pipeline stage `stage` (from 0).
 
-    On top of what the layers keep, the peak is the larger of two moments: the loss at work, or, what it kept given
-    back, the backward of the layer before it. What the latter needs beyond the former is counted with activations.
+    On top of what the layers keep, the peak is the larger of two moments: while the loss is computed, or, after its
+    buffers are freed, in the backward of the last layer. The excess of the second is counted with activations.
     """
     parameters = stage_parameters(load.shape, load.sizes, stage) + adapter_parameters(load)
     loss = sum(head_bytes(load)) if stage == load.sizes.pipeline - 1 else 0.0
@@ -85,8 +85,8 @@ def optimizer_bytes(load: Workload, stage: int) -> float:
 def fp8_bytes(load: Workload, stage: int) -> float:
     """The bytes that the FP8 matrices of a stage's layers add to weights in bf16, per rank.
 
-    Two versions of each, as it is and transposed, of a byte a value, are kept over the microbatches: beside the bf16
-    matrix, or, under fp8_param_gather, in its place. Layers that a recipe leaves in bf16 have none.
+    Each is kept twice over the microbatches, plain and transposed, at one byte a value. Both are kept beside the bf16
+    matrix or, under fp8_param_gather, instead of it. Layers that a recipe leaves in bf16 have none.
 
     Source: transformer_engine.pytorch Linear's weight workspace, rowwise and columnwise, and with primary weights in
     FP8 the weight itself (`_data`, `_transpose`; of blocks `_rowwise_data`, `_columnwise_data`).
@@ -148,7 +148,7 @@ def _fuses_activation(load: Workload) -> bool:
 
 
 def _kept_of_activation(load: Workload) -> int:
-    """The tensors that the MLP keeps of its activation, the input of its last product apart, in units of its width."""
+    """The number of tensors of the MLP's width that its activation keeps, without the input of its last product."""
     if not load.shape.gated_linear_unit:
         return 2
     return 2 if _fuses_activation(load) else 4
@@ -157,7 +157,7 @@ def _kept_of_activation(load: Workload) -> int:
 def _routing_bytes(load: Workload, product: float) -> float:
     """The bytes that an MoE keeps beyond a dense MLP: each expert's inputs, and three fp32 scores a token and expert.
 
-    As many tokens reach a rank as leave it: experts are taken to be chosen equally often.
+    Assumes that experts are chosen equally often, so that as many tokens reach a rank as leave it.
 
     Source: megatron.core TopKRouter (logits, probabilities, those of the auxiliary loss), MoEAlltoAllTokenDispatcher.
     """
@@ -171,8 +171,8 @@ def _routing_bytes(load: Workload, product: float) -> float:
 def _attention_bytes(load: Workload) -> float:
     """The bytes that the core attention keeps: queries, the gathered keys and values of all segments, and its own sums.
 
-    A prompt's keys are gathered once more for the rejected response. With capped scores torch's operations keep
-    scores and weights in fp32, and keys and values for each head.
+    A prompt's keys are gathered a second time for the rejected response. With soft-capped scores, torch's operations
+    keep scores and weights in fp32, and keys and values for each head.
     """
     shape, e, tp, pack = load.shape, load.itemsize, load.sizes.tensor, load.pack
     query, key = _query_key_bytes(load)
@@ -260,11 +260,11 @@ def activation_bytes(load: Workload, stage: int) -> float:
 
 
 def backward_work_bytes(load: Workload) -> float:
-    """Peak of one layer's backward beyond what was kept, what it computes again included.
+    """Peak of one layer's backward beyond what was kept, with the activations it recomputes.
 
-    Gradients travel along the residual stream and through the MLP's widest activations, a weight gradient beside
+    Counted are gradients of the residual stream and of the MLP's widest activations, and a weight gradient beside
     them (weight gradients are not fused into `main_grad`). A layer, or a unit of layers, that is recomputed as a whole
-    is there in full first; a recomputed core attention is needed only when the layer's MLP has given back what it kept.
+    is held in full first. A recomputed core attention is held only after the layer's MLP has freed its activations.
     """
     shape, e, tp = load.shape, load.itemsize, load.sizes.tensor
     parts, recompute = layer_activation_bytes(load), load.config.recompute
@@ -288,10 +288,10 @@ def backward_work_bytes(load: Workload) -> float:
 
 
 def head_bytes(load: Workload) -> tuple[float, float]:
-    """(what the final norm and the head keep of a pack, their peak beyond that).
+    """(bytes that the final norm and the head keep of a pack, their peak beyond that).
 
-    Rows travel to every tensor rank and back under sequence parallelism; then the gradient of all positions is there,
-    and an empty stand-in for the weight gradient that was added to `main_grad`.
+    Under sequence parallelism rows go to every tensor-parallel rank and back. Then there are the gradient of all
+    positions, and a placeholder for the weight gradient that was added to `main_grad`.
     """
     shape, is_frozen = load.shape, load.config.lora.lora_rank is not None
     rows = load.head_rows * shape.hidden_size * load.itemsize

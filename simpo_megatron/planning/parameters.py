@@ -28,7 +28,7 @@ def layer_parameters(shape: ModelShape, tensor_ranks: int) -> int:
 
 
 def expert_parameters(shape: ModelShape, sizes: ParallelSizes) -> int:
-    """Parameters of a stage's experts on a rank: each whole, divided over the expert-parallel ranks by number."""
+    """Parameters of a stage's experts on a rank: whole experts, spread over the expert-parallel ranks."""
     return shape.num_layers // sizes.pipeline * shape.expert_matrices // sizes.expert
 
 

@@ -1,4 +1,4 @@
-"""The subject of a plan: the shape of a model, and how full a pack is."""
+"""The inputs of a plan: the shape of a model, and how full a pack is."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from simpo_megatron.mcore.families import ModelDescription
 
 @dataclass(frozen=True, kw_only=True)
 class ModelShape:
-    """The sizes of a decoder that memory and time follow from, under megatron's names."""
+    """The sizes of a decoder that determine memory and time, under megatron's names."""
 
     num_layers: int
     hidden_size: int
@@ -115,7 +115,7 @@ class ModelShape:
 
     @property
     def divided_matrices(self) -> int:
-        """Weights of a layer's matrices that tensor-parallel ranks divide: all but those of experts."""
+        """Weights of a layer's matrices that are sharded over tensor-parallel ranks: all but those of experts."""
         if not self.num_moe_experts:
             return self.layer_matrices
         return self.attention_matrices + self.mlp_matrices * self.hidden_size * self.shared_expert_size

@@ -1,8 +1,8 @@
 """Seconds of a training step by part, from operations and bytes over assumed rates.
 
-Tensor- and context-parallel collectives are not overlapped with compute, data-parallel ones are as far as the options
-say; the slowest pipeline stage sets the pace. The loss is that of a GPU: its products, and two passes over the logits.
-Operations count a multiplication and an addition as two.
+Tensor- and context-parallel collectives are not overlapped with compute; data-parallel ones are where the options say
+so. The slowest pipeline stage sets the pace. The loss is counted as on a GPU: its products, and two passes over the
+logits. A multiplication and an addition count as two operations.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from simpo_megatron.planning.parameters import optimizer_parameters, trained_par
 from simpo_megatron.planning.shapes import ModelShape
 from simpo_megatron.planning.workload import Workload
 
-# Operations for each weight and token: three products, or two of a frozen weight, which gets no gradient.
+# Operations for each weight and token: three products; two for a frozen weight, which gets no gradient.
 _PRODUCTS, _PRODUCTS_OF_FROZEN = 6, 4
 
 
@@ -61,7 +61,7 @@ def step_time(load: Workload, tokens: float, gpu: Gpu, assumed: Assumptions = AS
 
 
 def useful_flops(load: Workload, tokens: float) -> float:
-    """Operations of one data-parallel rank's step that training needs, recomputation apart, over its whole model."""
+    """Useful operations of one data-parallel rank's step, without recomputation, over its whole model."""
     pack, share = load.pack, tokens / load.pack.tokens * load.num_microbatches
     of_pack = _flops(
         load.shape, _products(load), tokens=pack.tokens, attended=pack.attended, response_rows=pack.response_rows
@@ -72,7 +72,7 @@ def useful_flops(load: Workload, tokens: float) -> float:
 def pairs_flops(
     shape: ModelShape, lengths: np.ndarray, counted: np.ndarray, *, prefix_sharing: bool, freezes_weights: bool
 ) -> float:
-    """Operations that training on pairs of `lengths` needs, recomputation apart, over the whole model.
+    """Useful operations of training on pairs of `lengths`, without recomputation, over the whole model.
 
     Args:
         lengths: int [num_pairs, 3], the tokens of prompt, chosen and rejected.
@@ -126,7 +126,7 @@ def _forward_backward(load: Workload, share: float, gpu: Gpu, assumed: Assumptio
     context_parallel = 2 * keys * layers / (nvlink if ranks <= gpu.per_node else network)
     num_chunks = sizes.virtual_pipeline or 1
     num_messages = 2 * num_chunks if sizes.pipeline > 1 else 0
-    # Plain 1F1B waits for its messages; interleaving sends more of them and hides, it is assumed, half.
+    # Plain 1F1B waits for its messages; interleaving sends more of them and is assumed to hide half.
     messages = num_messages * load.hidden_bytes * share / network * (0.5 if num_chunks > 1 else 1.0)
     messages += num_messages * assumed.shape_exchange_seconds if load.asks_for_shapes else 0.0
     return {

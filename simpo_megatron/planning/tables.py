@@ -1,4 +1,4 @@
-"""A survey as people read it, and the chosen layout as the trainer and the cluster take it."""
+"""A survey as text tables, and the chosen layout as YAML and launch commands."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def _cost(candidate: Candidate, hours: float) -> str:
 
 
 def refusals_table(refusals: Iterable[Refusal]) -> Table:
-    """The layouts that cannot be run: those of one reason together, and of those that need too much the least."""
+    """The layouts that cannot be run, grouped by reason; of those that need too much memory, the smallest."""
     table = Table(title="layouts that cannot be run", title_justify="left")
     table.add_column("layouts", ratio=1)
     table.add_column("reason", ratio=3)
@@ -146,7 +146,7 @@ def assumptions() -> list[str]:
 def run_yaml(candidate: Candidate, heading: str) -> str:
     """The trainer's YAML: `heading` as comments, then every option that is not its default.
 
-    The model's folder and the preference files stay for the command line; options that a preset sets are repeated.
+    The model's folder and the preference files are left to the command line; options that a preset sets are repeated.
     """
     comments = "".join(f"# {line}\n" for line in heading.splitlines())
     defaults = asdict(Config())
@@ -160,9 +160,9 @@ def run_yaml(candidate: Candidate, heading: str) -> str:
 
 
 def launch_commands(candidate: Candidate, config_file: str, model: str) -> dict[str, str]:
-    """The commands that start the run, by where they are to be typed.
+    """The commands that start the run, by the place to type them.
 
-    A `model` that is a name and no folder becomes MODEL_DIR, as PAIRS and HOST for the reader to fill in.
+    A `model` that is a name and no folder becomes MODEL_DIR; MODEL_DIR, PAIRS and HOST are for the reader to fill in.
     """
     per_node = min(candidate.gpu.per_node, candidate.num_gpus)
     num_nodes = -(-candidate.num_gpus // per_node)

@@ -1,4 +1,4 @@
-"""The quantities that a rank's memory and a step's time depend on."""
+"""The workload of a rank: the quantities that determine its memory and the time of a step."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Engine = Literal["transformer_engine", "torch"]
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
-    """The quantities that a rank's memory depends on, its pipeline stage apart."""
+    """The quantities that determine a rank's memory, besides its pipeline stage."""
 
     shape: ModelShape
     config: Config
@@ -42,7 +42,7 @@ class Workload:
 
     @property
     def asks_for_shapes(self) -> bool:
-        """Pipeline stages ask each other for the shape of each message: where packs keep their own lengths."""
+        """True when pipeline stages exchange the shape of each message, because packs keep their own lengths."""
         return self.sizes.pipeline > 1 and self.shape.num_moe_experts > 0
 
     @property
@@ -71,7 +71,7 @@ class Workload:
 
     @property
     def head_blocks(self) -> BlockPlan:
-        """The blocks that the loss on a GPU cuts the rank's vocabulary into."""
+        """The blocks into which the loss on a GPU splits the rank's vocabulary."""
         return BlockPlan.of(
             round(self.head_rows),
             self.vocab_slice,
@@ -87,12 +87,12 @@ class Workload:
 
     @property
     def expert_copies(self) -> float:
-        """Ranks that hold the same experts: these are whole, and spread over all ranks of a stage."""
+        """Ranks that hold the same experts; experts are whole and spread over all ranks of a stage."""
         return self.dense_copies * self.sizes.tensor / self.sizes.expert
 
     @property
     def recomputed(self) -> tuple[str, ...]:
-        """Parts of a layer that are computed again one by one: core_attn, mlp; an MoE's mlp is megatron's moe."""
+        """Parts of a layer that are recomputed one by one: core_attn, mlp (called moe in megatron for an MoE)."""
         recompute, mlp = self.config.recompute, "moe" if self.shape.num_moe_experts else "mlp"
         if recompute.recompute_granularity != "selective":
             return ()
@@ -101,5 +101,5 @@ class Workload:
 
     @property
     def hidden_bytes(self) -> float:
-        """The bytes of [S, H], sharded over the tensor ranks under sequence parallelism: what stages hand on."""
+        """The bytes of [S, H], the message between stages; sharded over tp under sequence parallelism."""
         return self.tokens * self.shape.hidden_size * self.itemsize / self.sequence_ranks

@@ -81,7 +81,7 @@ def _text(value: object) -> str:
 def check_same_model(folder: Path) -> None:
     """Return if samples of the model's files in `folder` are the same on every rank.
 
-    Each rank reads its own slices: ranks that see different models would train a mixture of them.
+    Each rank reads its own slices: ranks that see different models would together train parts of each.
 
     Collectives: two object gathers, world; when files differ, one more.
 
