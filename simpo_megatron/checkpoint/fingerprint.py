@@ -1,4 +1,4 @@
-"""By what a model is known: a hash of every byte of its weights, computed once for a file as it is."""
+"""Fingerprints of models: a hash of every byte of the weights, computed once per file version."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ _NUM_THREADS = 8
 
 
 def model_fingerprint(folder: Path, memory: Path) -> str:
-    """Text that differs when config.json, or a byte of the weights in `folder`, differs; the folder's name is no part.
+    """Text that differs when config.json, or a byte of the weights in `folder`, differs. The folder's name is not used.
 
     Args:
-        memory: a JSON file that keeps the hash of each weight file beside size, inode and times of the file, all of
-            which any change of it changes one of; it is made where it is missing, and left out where it cannot be.
+        memory: a JSON file that caches the hash of each weight file under its size, inode and times, one of which
+            every change of the file changes. Created if missing; not used if it cannot be written.
     """
     known = _read(memory)
     files = _weight_files(folder)
-    # Before they are read: what changes a file meanwhile is found the next time.
+    # Taken before the read, so that a change during it is noticed the next time.
     states = [_state(path) for path in files]
     with ThreadPoolExecutor(_NUM_THREADS) as threads:
         read = threads.map(lambda path, state: known.get(state) or manifest.digest_file(path).sha256, files, states)
@@ -44,12 +44,12 @@ def model_fingerprint(folder: Path, memory: Path) -> str:
 
 
 def is_of_this_form(fingerprint: str) -> bool:
-    """True of a fingerprint by `model_fingerprint`, False of one that an earlier version kept."""
+    """True for a fingerprint by `model_fingerprint`, False for one of an earlier version."""
     return fingerprint.startswith(_VERSION)
 
 
 def sampled_fingerprint(folder: Path) -> str:
-    """Hex digits that training changes; of a large file, 256 pieces spread over it count, and an edit may be in none.
+    """Hex digits that training changes. Of a large file only 256 pieces are hashed, so a small edit may be missed.
 
     It takes a second where `model_fingerprint` takes minutes. Checkpoints of earlier versions have it.
     """
@@ -92,5 +92,5 @@ def _write(memory: Path, hashes: Mapping[str, str]) -> None:
         memory.parent.mkdir(parents=True, exist_ok=True)
         write_text(memory, json.dumps(hashes, indent=1))
     except OSError:
-        # It saves time, and no more.
+        # The cache only saves time.
         return

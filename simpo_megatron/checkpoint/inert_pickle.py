@@ -1,7 +1,7 @@
-"""Pickles of other people read as data alone: what a pickle would call or build becomes a record of the request.
+"""Foreign pickles read as data only: each call that a pickle asks for becomes a record of it, and nothing is called.
 
-The unpickler is Python's own in Python, whose memo no number in the file makes large. Names that a format has are made
-inert records of their arguments; every other name is refused. What leaves this module is plain values.
+The unpickler is Python's own in Python, whose memo a large number in the file cannot blow up. Names that a format uses
+become inert records of their arguments; every other name is refused. This module returns plain values.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Inert:
 
 
 class InertUnpickler(pickle._Unpickler):
-    """Makes an `Inert` of everything that `knows` (module, name), and refuses everything else by name."""
+    """Makes an `Inert` of each (module, name) for which `knows` is true, and refuses all others by name."""
 
     def __init__(self, file: Any, knows: Callable[[str, str], bool]) -> None:
         super().__init__(file)
@@ -55,7 +55,7 @@ class InertUnpickler(pickle._Unpickler):
 
 
 class Persistent:
-    """A place beside the pickle, as the pickle names it."""
+    """A persistent id: a reference of the pickle to data outside it."""
 
     __slots__ = ("pid",)
 
@@ -64,7 +64,7 @@ class Persistent:
 
 
 class PlainValues:
-    """Copies of what a pickle held, made of numbers, texts, lists and tables, as many as a checkpoint can have."""
+    """Copies a pickle's values into numbers, texts, lists and dicts; at most as many as a checkpoint can have."""
 
     def __init__(self, make: Callable[[Inert], Any] | None = None) -> None:
         """`make` gives the value of an inert record, or raises."""
@@ -98,7 +98,7 @@ def _key(key: Any) -> int | str:
 
 
 def size_of(value: Any) -> torch.Size:
-    """The shape that `value`, inert or a list of numbers, stands for.
+    """The shape in `value`, an inert record or a list of numbers.
 
     Raises:
         pickle.UnpicklingError: it is none.
@@ -111,7 +111,7 @@ def size_of(value: Any) -> torch.Size:
 
 
 def number(value: Any) -> int:
-    """`value`, a number that counts.
+    """`value`, which must be a non-negative whole number.
 
     Raises:
         pickle.UnpicklingError: it is none, or larger than any count.
@@ -122,5 +122,5 @@ def number(value: Any) -> int:
 
 
 def shown(value: Any) -> str:
-    """`value` in words."""
+    """`value` as text for a message."""
     return f"a {value.name or 'record'}" if isinstance(value, Inert) else f"a {type(value).__name__}"

@@ -1,8 +1,8 @@
 """The commit rule of checkpoint folders: whole and verified, or invisible. Files only; no tensors, no ranks.
 
-A checkpoint is drafted in `iter_0000010.tmp-<uuid>`, its files are hashed, COMMIT.json is written last with their
-sizes and hashes, and one rename gives the folder its name. A reader looks at nothing but folders of such names and
-trusts nothing but their COMMIT.json. A committed folder is never written to again.
+A checkpoint is drafted in `iter_0000010.tmp-<uuid>` and its files are hashed. COMMIT.json, with their sizes and hashes,
+is written last, and one rename gives the folder its name. A reader looks only at folders with such names, and trusts
+only their COMMIT.json. A committed folder is never written to again.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _CHUNK_BYTES = 4 << 20
 
 
 class NewerFormatError(CheckpointError):
-    """A checkpoint that is not damaged: a newer version wrote it."""
+    """A checkpoint in the format of a newer version; it is not damaged."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def model_facts(description: ModelDescription) -> dict[str, Any]:
 
 
 def _rope_facts(rope: Mapping[str, Any]) -> dict[str, Any]:
-    """The rotary embedding as checkpoints of every version have it, and whole where that does not tell all."""
+    """The rotary embedding in the keys that checkpoints of every version have, and in full if those are not enough."""
     kind, factor = rope["rope_type"], rope.get("factor")
     facts = {
         "rope_scaling": kind == "llama3",
@@ -104,7 +104,7 @@ def create_draft(save: Path, iteration: int) -> Path:
 
 
 def digest_file(path: Path) -> Digest:
-    """Size and hash of a file as it can be read now."""
+    """Size and hash of a file, read from the disk."""
     sha256, size = hashlib.sha256(), 0
     with path.open("rb", buffering=0) as file:
         while chunk := file.read(_CHUNK_BYTES):
@@ -119,7 +119,7 @@ def hash_text(text: str) -> str:
 
 
 def commit_draft(draft: Path, iteration: int, files: Mapping[str, Digest], facts: Mapping[str, Any]) -> Checkpoint:
-    """The checkpoint that `draft` becomes, in one rename, after everything in it is on the disk.
+    """Makes `draft` a checkpoint by one rename, after everything in it is on the disk; returns the checkpoint.
 
     Raises:
         CheckpointError: the draft's files are not those of `files`, or a checkpoint of this iteration exists.
@@ -135,10 +135,10 @@ def commit_draft(draft: Path, iteration: int, files: Mapping[str, Digest], facts
 
 
 def commit_weights_only(root: Path, facts: Mapping[str, Any], digests: Mapping[str, Digest]) -> Checkpoint:
-    """The checkpoint that the files in `root`/release become, and Megatron's pointer to it.
+    """Makes the files in `root`/release a checkpoint, and writes Megatron's pointer to it.
 
-    A run neither continues from it nor removes it: it has weights, but no history. Whoever calls gives `root` its
-    name afterwards, so that nothing is there before everything is.
+    A run neither continues from it nor removes it: it has weights, but no history. The caller renames `root` to its
+    final name afterwards, so that all of it appears at once.
 
     Args:
         digests: of the files that were hashed when they were written; the others are hashed now.
@@ -152,7 +152,7 @@ def commit_weights_only(root: Path, facts: Mapping[str, Any], digests: Mapping[s
 
 
 def resolve_checkpoint(path: Path) -> Path | None:
-    """The committed folder that `path` means: itself, or the newest in it; None when it is nothing of ours."""
+    """The committed folder at `path`: itself, or the newest in it; None when there is no checkpoint of ours."""
     if (path / RECORD_FILE).is_file():
         return path
     in_it = committed(path)
@@ -172,12 +172,12 @@ def _seal(folder: Path, checkpoint: Checkpoint) -> None:
 
 
 def write_latest(save: Path, iteration: int) -> None:
-    """Tell Megatron's own readers which checkpoint is the newest."""
+    """Write the pointer to the newest checkpoint that Megatron's own readers use."""
     write_text(save / LATEST_FILE, f"{iteration}\n")
 
 
 def stray_pointer(save: Path) -> str | None:
-    """The text of Megatron's pointer, where that is not the newest checkpoint; nothing here depends on it."""
+    """The text of Megatron's pointer, if it does not name the newest checkpoint; nothing else here reads it."""
     folders, path = committed(save), save / LATEST_FILE
     if not folders or not path.is_file():
         return None
@@ -186,7 +186,7 @@ def stray_pointer(save: Path) -> str | None:
 
 
 def read(folder: Path) -> Checkpoint:
-    """The checkpoint in `folder`: its record is whole, its files are exactly those listed and have their sizes.
+    """The checkpoint in `folder`, after a check: the record is complete, and files and sizes are those it lists.
 
     Raises:
         CheckpointError: naming the file that is not as it was committed.
@@ -245,7 +245,7 @@ def list_resumable(save: Path, resume: str) -> list[Path]:
 def first_valid(
     folders: Sequence[Path], resume: str, check: Callable[[Path], Checkpoint]
 ) -> tuple[Checkpoint | None, list[str]]:
-    """(the first checkpoint that passes `check`, what was wrong with those before it); None when there are no folders.
+    """(the first checkpoint that passes `check`, the errors of those before it); None when there are no folders.
 
     Raises:
         CheckpointError: an explicitly named step is damaged, or every checkpoint is; a newer version wrote one.
@@ -269,9 +269,9 @@ def first_valid(
 
 
 def move_aside_newer(save: Path, iteration: int) -> list[Path]:
-    """The new paths of the checkpoints later than `iteration`, renamed so that no reader takes them for this run's.
+    """Renames the checkpoints later than `iteration`, so that no reader takes them for this run's; returns the paths.
 
-    A run that continues from an earlier step, or anew, makes a history of its own.
+    A run that continues from an earlier step, or starts anew, makes its own history.
     """
     moved = [move_aside(folder) for folder in reversed(committed(save)) if iteration_of(folder) > iteration]
     if moved:
@@ -280,9 +280,9 @@ def move_aside_newer(save: Path, iteration: int) -> list[Path]:
 
 
 def delete_old(save: Path, num_newest: int) -> list[Path]:
-    """The checkpoints removed: all but the newest `num_newest` and the one with the best validation accuracy.
+    """Removes all checkpoints but the newest `num_newest` and the one with the best validation accuracy; returns them.
 
-    What is not a whole checkpoint of this format stays. A removed folder disappears in one rename.
+    Anything that is not a valid checkpoint of this format stays. A removed folder disappears in one rename.
     """
     ours = [checkpoint for folder in committed(save) if (checkpoint := _read_or_none(folder)) is not None]
     kept = {checkpoint.iteration for checkpoint in (*ours[-num_newest:], *_best(ours))}
@@ -293,7 +293,7 @@ def delete_old(save: Path, num_newest: int) -> list[Path]:
 
 
 def remove_drafts(save: Path) -> list[Path]:
-    """The drafts and half-removed folders of runs that were killed, removed."""
+    """Removes the drafts and half-removed folders that killed runs have left; returns them."""
     if not save.is_dir():
         return []
     drafts = [entry for entry in save.iterdir() if _is_draft(entry) and _is_real_folder(entry)]
@@ -301,7 +301,7 @@ def remove_drafts(save: Path) -> list[Path]:
         if draft_of(entry) is not None and entry.is_file():
             entry.unlink(missing_ok=True)
     for draft in drafts:
-        # A rank of the killed run may still be writing: what is left goes next time.
+        # A rank of the killed run may still be writing: the rest is removed the next time.
         shutil.rmtree(draft, ignore_errors=True)
     return drafts
 
@@ -398,7 +398,7 @@ def _digest(size: Any, sha256: Any) -> Digest:
 
 
 def _checked_facts(facts: Any) -> Mapping[str, Any]:
-    """`facts`, of which what this version reads has its type; those that are not there stay away."""
+    """`facts`, after checking the type of each that this version reads and that is there."""
     if not isinstance(facts, dict):
         raise ValueError("its facts are no table")
     for name in _TABLES:

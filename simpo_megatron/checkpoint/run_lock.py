@@ -28,12 +28,12 @@ class RunLock:
     held: BaseFileLock
 
     def release(self) -> None:
-        """Let the next run have the folder."""
+        """Release the folder for the next run."""
         self.held.release()
 
 
 def lock(save: Path) -> RunLock:
-    """The lock on the run's folder `save`, which is made.
+    """Creates the run's folder `save` and locks it.
 
     Raises:
         CheckpointError: another process holds it, or the folder cannot be written.
@@ -71,7 +71,7 @@ def check_same_folder(save: Path, nonce: str) -> None:
             "that all machines share"
         )
     try:
-        # Nameless: a rank that is killed here leaves nothing.
+        # A file without a name: a rank that is killed here leaves nothing.
         tempfile.TemporaryFile(dir=save).close()
     except OSError as error:
         raise CheckpointError(

@@ -1,9 +1,9 @@
-"""The tensors of a run as megatron-core's dist_checkpointing stores and finds them, whatever the layout.
+"""The tensors of a run in the form that megatron-core's dist_checkpointing stores and loads under any layout.
 
-Weights that are frozen, the model's own beside adapters, are not among them: the run reads them where it found them.
+Frozen weights, such as the model's beside adapters, are not stored: a resumed run reads them from the model's folder.
 
-Only tensors are stored: an object would be unpickled without a check when it is read. What Transformer Engine keeps
-as objects (FP8 scaling histories) starts anew on a resume.
+Only tensors are stored: megatron would unpickle an object without a check. State that Transformer Engine keeps as
+objects (FP8 scaling histories) starts anew on a resume.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ _RATES = ("max_lr", "min_lr", "start_wd", "end_wd")
 
 
 class FailedAloneError(CheckpointError):
-    """A failure that the other ranks may not have heard of: they may wait for this one, so the run cannot go on."""
+    """A failure on this rank that others may not know of: they may wait for it, so the run cannot go on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,15 +63,15 @@ class RunState:
 
     @property
     def model(self) -> list[PreferenceGPTModel]:
-        """The chunks without what DDP puts around them."""
+        """The chunks without their DDP wrappers."""
         return [chunk.module for chunk in self.chunks]
 
 
 def request_write(state: RunState, iteration: int, folder: Path) -> tuple[AsyncRequest, set[int]]:
-    """(What is left to do on this rank to write the run's tensors into the empty `folder`, the storages it reads).
+    """(a request to write this rank's share of the run's tensors into the empty `folder`, the storages it reads).
 
-    All ranks see `folder`, and each writes a share of what it holds. The storages, by address, are those of the state
-    itself in the host's memory: a step changes them.
+    All ranks must see `folder`. The storages, by address, are the state itself where that lies in the host's memory: a
+    step changes them.
 
     Collectives: megatron's, world.
 
@@ -88,7 +88,7 @@ def request_write(state: RunState, iteration: int, folder: Path) -> tuple[AsyncR
     sharded["rng"] = _sharded_rng()
     held = [tensor.data for tensor in _tensors(sharded)]
     storages = {data.untyped_storage().data_ptr() for data in held if data.device.type == "cpu"}
-    # From 0.17 on megatron-core would look for NVIDIA's resiliency package first.
+    # megatron-core 0.17 and newer would try NVIDIA's resiliency package first.
     takes_strategy = "async_strategy" in inspect.signature(dist_checkpointing.save).parameters
     options = {"async_strategy": "mcore"} if takes_strategy else {}
     with described(folder):
@@ -146,7 +146,7 @@ def read_state(state: RunState, iteration: int, folder: Path, *, same_layout: bo
 
 
 def read_weights(model: list[PreferenceGPTModel], groups: ParallelGroups, folder: Path) -> None:
-    """Fill the model alone from `folder`; adapters, which no run starts with, stay as they are.
+    """Fill only the model from `folder`; adapters stay as they are.
 
     Collectives: megatron's, world.
 
@@ -240,7 +240,7 @@ def _metadata(groups: ParallelGroups) -> dict[str, Any]:
 
 
 def _content() -> dict[str, Any]:
-    """The form of the distributed optimizer's state: whole tensors, which any layout can read."""
+    """The format of the distributed optimizer's state: whole tensors, which any layout can read."""
     return {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
 
 
@@ -262,7 +262,7 @@ def _load_chunk(chunk: PreferenceGPTModel, state: Mapping[str, Any], folder: Pat
 
 
 def _reason(error: BaseException) -> str:
-    """One line on what went wrong; torch gathers the failures of all ranks on the first, and only there."""
+    """One line on the failure; torch gathers those of all ranks, but only on rank 0."""
     if isinstance(error, CheckpointException):
         told = [f"rank {rank}: {failure}" for rank, (failure, _) in error.failures.items()]
         return "; ".join(told) or "rank 0 tells why"
@@ -284,7 +284,7 @@ def _settings(group: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _sharded_rng() -> dict[str, ShardedTensor]:
-    """This rank's random states; a state of another number of ranks has no use for them."""
+    """This rank's random states; they are loaded only under the same number of ranks."""
     rank, world = dist.get_rank(), dist.get_world_size()
     return {
         name: ShardedTensor.from_rank_offsets(f"rng.{name}", state, (0, rank, world))

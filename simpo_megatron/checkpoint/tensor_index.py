@@ -1,8 +1,8 @@
-"""The index of a checkpoint's tensors: read once, as data alone, and compared with what a model expects.
+"""The index of a checkpoint's tensors: read once, as data only, and compared with what a model expects.
 
-The file is a pickle, which torch would let call whatever it names. Here every name in it becomes an inert record of its
-arguments; torch's own objects are then built anew from values whose types were checked, and no reader of torch or
-megatron is given the file.
+The file is a pickle, and torch would call any function that it names. Here every name becomes an inert record of its
+arguments. torch's own objects are then rebuilt from values whose types were checked. No reader of torch or megatron
+gets the file.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from simpo_megatron.checkpoint.inert_pickle import Inert, InertUnpickler, PlainV
 from simpo_megatron.errors import CheckpointError, listed
 
 _INDEX_FILE = ".metadata"
-# How the names begin of what is stored beside a model's weights.
+# Prefixes of the keys that are not a model's weights.
 _NO_WEIGHTS = ("optimizer.", "rng.", "common_state")
 # An index names data classes of these modules, and the single names.
 _MODULES = {module.__name__: module for module in (metadata, planner)}
@@ -64,12 +64,12 @@ def _knows(module: str, name: str) -> bool:
     if (module, name) in _NAMES:
         return True
     meant = vars(_MODULES[module]).get(name) if module in _MODULES else None
-    # Not what the module itself has imported.
+    # Only classes that the module defines, not its imports.
     return isinstance(meant, type) and meant.__module__ == module
 
 
 def _metadata(root: Any, sizes: Mapping[str, int]) -> Metadata:
-    """torch's index of the checked values of `root`; plans of the writer, which no reader needs, are left out.
+    """torch's index, built from the checked values of `root`, without the writer's plans, which no reader needs.
 
     Args:
         sizes: of the checkpoint's files in bytes, by name.
@@ -77,7 +77,7 @@ def _metadata(root: Any, sizes: Mapping[str, int]) -> Metadata:
     fields = _state(root, "Metadata")
     storage = {_place(key): _stored(info, sizes) for key, info in _dict(fields.get("storage_data")).items()}
     described = _dict(fields.get("state_dict_metadata"))
-    # One list may stand for many in a pickle, and would be copied for each.
+    # A pickle may refer to one list many times, and each reference would copy it.
     if sum(map(_num_chunks, described.values())) > len(storage):
         raise pickle.UnpicklingError("it describes more parts of tensors than it stores")
     entries = {_text(name): _entry(entry) for name, entry in described.items()}

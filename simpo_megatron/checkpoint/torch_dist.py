@@ -1,7 +1,7 @@
 """megatron-core's distributed checkpoints, written and read one parameter at a time.
 
-megatron-core saves from, and loads into, tensors that are all in memory. torch's checkpoint library beneath it asks
-for each tensor when it comes to it; that is all that is made use of here.
+megatron-core needs all tensors in memory. torch's checkpoint library beneath it asks for one tensor at a time, so this
+module uses that library directly.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def write_parameters(
     """
     writer = _Writer(folder, sync_files=False)
     with _causes_raised():
-        # The form that every version of megatron-core reads; the newest writes another, which older ones do not read.
+        # The format that every version of megatron-core reads; the newest writes another, which older ones cannot read.
         with (folder / COMMON_FILE).open("wb") as file:
             torch.save({"checkpoint_version": 3.0, "iteration": 0}, file)
         dcp.save({}, storage_writer=writer, planner=_Planner(model, dtypes, compute))
@@ -79,7 +79,7 @@ def write_parameters(
 
 @contextmanager
 def _causes_raised() -> Iterator[None]:
-    """Raises the error of the disk, or of this package, that torch put its own over."""
+    """Raises the disk's error, or this package's, that torch has wrapped."""
     try:
         yield
     except (dcp.CheckpointException, RuntimeError) as error:
@@ -88,14 +88,14 @@ def _causes_raised() -> Iterator[None]:
         while cause is not None and not isinstance(cause, (OSError, SimPOError)):
             cause = cause.__context__
         if cause is None and isinstance(first, RuntimeError):
-            # So torch's zip writer says that a file took only a part of what it was given.
+            # The message of torch's zip writer when a file took only a part of its bytes.
             cause = OSError(errno.EIO, f"torch: {first}")
         raise cause or first from error
 
 
 @contextmanager
 def _without_crc32() -> Iterator[None]:
-    """Spares torch.save the checksum that torch.load never looks at; the file as a whole has a better one."""
+    """Turns off torch.save's CRC32, which torch.load never checks; COMMIT.json has a hash of the whole file."""
     before = torch.serialization.get_crc32_options()
     torch.serialization.set_crc32_options(False)
     try:
@@ -107,7 +107,7 @@ def _without_crc32() -> Iterator[None]:
 class _Writer(dcp.FileSystemWriter):
     """torch's writer, one tensor at a time and hashed beside the write; torch's own holds many and clones each.
 
-    It says nothing of the folder it wrote in, which has another name when it is done.
+    Its index does not name the folder, which is renamed afterwards.
     """
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
@@ -118,7 +118,7 @@ class _Writer(dcp.FileSystemWriter):
             with _without_crc32(), DirectFile(Path(self.path) / name, hashed=True) as file:
                 while left and file.size < _SHARD_BYTES:
                     item, start = left.popleft(), file.size
-                    # It writes, which is all that torch.save asks for.
+                    # torch.save only needs write().
                     torch.save(planner.resolve_data(item), cast(IO[bytes], file))
                     place = _StorageInfo(name, start, file.size - start)
                     results.append(WriteResult(item.index, place.length, place))
@@ -181,9 +181,9 @@ class CheckpointReader:
     """The tensors of a distributed checkpoint, whatever layout wrote them."""
 
     def __init__(self, folder: Path, check: Callable[[str], None]) -> None:
-        """`check` is asked for each file, by its name, before anything of it is read; it raises what is to be raised.
+        """`check` is called with each file's name before the file is read, and may raise.
 
-        Raises: CheckpointError, when the index of `folder` is more than an index.
+        Raises: CheckpointError: the index of `folder` holds more than an index.
         """
         metadata = self._index = read_index(folder)
         self.folder, self._check = folder, check

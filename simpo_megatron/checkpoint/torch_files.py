@@ -1,7 +1,7 @@
 """Files of torch.save read without unpickling: common.pt, and the tensors and objects in a checkpoint's shards.
 
-torch's own reader, `weights_only` too, calls functions that the file names with arguments from the file. Here the names
-are inert, tensors are made of the bytes beside the pickle, and everything is checked against the file's size first.
+torch's own reader, even with `weights_only`, calls functions that the file names, with arguments from the file. Here
+names are inert, tensors are made from the bytes beside the pickle, and sizes are checked against the file's first.
 
 Source: pytorch/pytorch, torch/serialization.py, `_save`: a zip archive of stored entries, data.pkl and data/KEY.
 """
@@ -47,7 +47,7 @@ _DTYPES = {
 
 
 def read_torch_file(file: str | PathLike[str] | IO[bytes], *_: Any, **__: Any) -> Any:
-    """The plain values and tensors, on the CPU, in `file`; takes and ignores what torch.load takes besides.
+    """The plain values and tensors in `file`, on the CPU; accepts and ignores torch.load's other arguments.
 
     Raises:
         pickle.UnpicklingError: it is no such archive, or holds anything else.
@@ -65,7 +65,7 @@ def read_torch_file(file: str | PathLike[str] | IO[bytes], *_: Any, **__: Any) -
 
 
 class _Seekable(io.RawIOBase):
-    """A view of `file` that tells and seeks as files do; the views that torch gives of a shard count from its start."""
+    """A view of `file` with the usual tell and seek; torch's views of a shard count from the file's start."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file

@@ -1,6 +1,6 @@
-"""A rank's share of a checkpoint on its way to the disk: at once, or in a thread while training goes on.
+"""Writes a rank's share of a checkpoint: at once, or in a thread while training goes on.
 
-A thread, not a fork: it has no copy of the rank's connections and locks, ends with the rank, and tells what it raises.
+A thread, not a fork: it copies no connections or locks, ends with the rank, and passes on its errors.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from simpo_megatron.ranks import gather_or_raise
 
 
 def begin_write(state: RunState, iteration: int, folder: Path, *, in_background: bool) -> Writing:
-    """The run's tensors as they are now, being written into the empty `folder`, which all ranks see.
+    """Starts writing the run's present tensors into the empty `folder`, which all ranks see.
 
     In the background, the host's memory holds a copy of this rank's shards until they are written.
 
@@ -44,7 +44,7 @@ def begin_write(state: RunState, iteration: int, folder: Path, *, in_background:
 
 
 class Writing:
-    """This rank's share of one checkpoint on its way to the disk."""
+    """The write of this rank's share of one checkpoint."""
 
     def __init__(self, request: AsyncRequest, arguments: list[Any], folder: Path, num_bytes: int) -> None:
         self.num_bytes = num_bytes
@@ -52,11 +52,11 @@ class Writing:
         self._request, self._arguments, self._folder = request, arguments, folder
         self._digests: dict[str, Digest] = {}
         self._problem: Exception | None = None
-        # Not a daemon: ended inside torch's writer, it would take the process with it.
+        # Not a daemon: if Python ended it inside torch's writer, the process would crash.
         self._thread = threading.Thread(target=self._write, name="checkpoint writer")
 
     def start(self, *, in_background: bool) -> None:
-        """Write; return before that is over when it is to happen in the background."""
+        """Start the write; in the background, return before it has finished."""
         if in_background:
             self._thread.start()
         else:
@@ -67,7 +67,7 @@ class Writing:
         return self._thread.is_alive()
 
     def finish(self) -> dict[str, Digest]:
-        """Digests of the shard files of all ranks, whose index is then written too; waits for this rank's.
+        """Waits for this rank's write, writes the index, and returns the digests of all ranks' shard files.
 
         Collectives: one object gather and megatron's, world.
 
@@ -100,7 +100,7 @@ class Writing:
 
 
 def _staged(request: AsyncRequest, live: set[int]) -> list[Any]:
-    """The arguments of what writes, with tensors in the host's memory, apart from the storages `live`."""
+    """The writer's arguments, with tensors copied to the host's memory, so that they share nothing with `live`."""
     arguments = list(request.async_fn_args)
     if request.preload_fn is not None:
         # The second, as megatron's own callers put it.

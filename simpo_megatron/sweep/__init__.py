@@ -1,1 +1,1 @@
-"""Many runs on one set of ranks, one for each setting, and which of them is better."""
+"""Sweeps: one run for each setting, on one set of ranks, and a ranking of the settings."""

@@ -1,4 +1,4 @@
-"""Settings side by side: which is the best, which are level with it, which are ruled out, and what chance explains."""
+"""Settings compared: the best one, those level with it, those ruled out, and how much chance explains."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ GAP_QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 @dataclass(frozen=True)
 class Row:
-    """One setting: its runs, one for each seed, and where it stands."""
+    """One setting: its runs, one for each seed, and its standing."""
 
     name: str
     options: Mapping[str, Any]
@@ -74,7 +74,7 @@ class Ranking:
 
     @property
     def level(self) -> list[Row]:
-        """The settings that nothing says the best is better than, itself apart."""
+        """The settings that the best is not shown to be better than, without itself."""
         return [row for row in self.rows[1:] if not row.ruled_out and row.standing.is_level]
 
     @property
@@ -109,7 +109,7 @@ def compare(
     options: Mapping[str, Mapping[str, Any]] | None = None,
     failed: Mapping[str, str] | None = None,
 ) -> Ranking:
-    """The comparison of `settings`, by name the runs of each, as many for one as for another.
+    """The comparison of `settings`: {name: runs}, the same number of runs for each.
 
     Raises: ConfigError when two runs were not evaluated on the same pairs.
     """

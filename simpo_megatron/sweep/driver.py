@@ -1,4 +1,4 @@
-"""The sweep itself: trials one after the other on one set of ranks, each an ordinary run, and what comes of them."""
+"""The sweep's driver: runs trials in turn on one set of ranks, each an ordinary run, and writes the results."""
 
 from __future__ import annotations
 
@@ -44,11 +44,11 @@ class _Turn:
 
 
 def run_sweep(sweep: Sweep) -> None:
-    """Run the trials of `sweep` that have not ended on the ranks that were started, and write what comes of them.
+    """Run the unfinished trials of `sweep` on the ranks that were started, and write the results.
 
     Raises:
-        SimPOError: whatever ends a run that is no trial's own end; the same command goes on from there.
-        StoppedBySignal: on every rank alike, after a whole step and a checkpoint of the trial under way.
+        SimPOError: an error that is not a trial's own result; the same command continues from there.
+        StoppedBySignal: on every rank alike, after a whole step and a checkpoint of the current trial.
     """
     with open_session(sweep.base) as session:
         check_same({"sweep": repr(sweep)})
@@ -68,7 +68,7 @@ class _Driver:
         self._full_steps = self._count_steps()
 
     def _count_steps(self) -> int:
-        """The optimizer steps of a whole trial, where shorter ones are to be trained; else 0, unused."""
+        """The optimizer steps of a whole trial, if the sweep has shorter ones; else 0, unused."""
         if self._sweep.halving is None:
             return 0
         config, sources = self._sweep.base, self._session.plan.sources
@@ -76,7 +76,7 @@ class _Driver:
         return num_train_iters(config, len(train_data))
 
     def run(self) -> StoppedBySignal | None:
-        """The stop by a signal, if one came; the trials' own ends are in the journal."""
+        """Runs all turns; returns the stop by a signal, if one came. The journal has the results of trials."""
         while True:
             self._session.watchdog.enter_phase("the choice of the next trial", timeout=LONG_SECONDS)
             turn = gather_or_raise(self._next_turn)[0]
@@ -134,7 +134,7 @@ class _Driver:
         return Outcome("done")
 
     def _note(self, outcome: Outcome) -> None:
-        """Tell the journal, and write what is known so far.
+        """Record the trial's result in the journal, and write the results so far.
 
         Collectives: one object gather, world.
         """
@@ -180,19 +180,19 @@ class _Driver:
         return compare(settings, options=options, failed=failed)
 
     def _write(self, ended: dict[Point, Outcome]) -> Ranking:
-        """The ranking of what is known so far, written as well; only checkpoints that are to be kept stay."""
+        """Writes and returns the ranking so far; deletes checkpoints that `keep` does not ask for."""
         begun: list[Round] = []
         for one in self._rounds(ended):
             if ended.keys() & set(one.points):
                 begun.append(one)
             if not ended.keys() >= set(one.points):
                 break
-        # Trials of different lengths are not compared; stages are all whole runs.
+        # Only whole runs are compared; the trials of a staged sweep are all whole.
         counted = begun[-1:] if self._sweep.halving else begun
         points = dict.fromkeys(point for one in counted for point in one.points)
         found = self._compared(list(points), ended)
         if self._sweep.keep is not None:
-            # A setting some of whose seeds are still to come may yet be the best.
+            # A setting with unfinished seeds may still become the best.
             judged = {row.name for row in found.rows[self._sweep.keep :]} | found.failed.keys()
             kept = {point.folder for point in points if point.setting.name not in judged}
             self._remove_checkpoints(self._sweep.folder / one.folder for one in ended if one.folder not in kept)
@@ -202,6 +202,6 @@ class _Driver:
     def _remove_checkpoints(self, folders: Iterable[Path]) -> None:
         for folder in folders:
             for checkpoint in manifest.committed(folder):
-                # Another process of the sweep may be removing it too.
+                # Another process of the sweep may be removing the same folder.
                 with suppress(OSError):
                     remove_folder(checkpoint)

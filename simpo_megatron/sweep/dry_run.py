@@ -1,4 +1,4 @@
-"""The trials of a sweep before any is run: how many, how long, how many tokens, and what the planner expects."""
+"""The trials of a sweep before any is run: their number, steps, tokens, and the planner's hours."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class _Cost:
 
 
 def dry_run(sweep: Sweep, *, num_gpus: int, gpu: str) -> Iterator[str]:
-    """The lines that tell what `sweep` would do; pairs are tokenised for it, nothing is trained.
+    """The lines that describe what `sweep` would do. Tokenises the pairs, trains nothing.
 
     Raises:
         ConfigError, DataError, CheckpointError: as its first trial would.
@@ -42,7 +42,7 @@ def dry_run(sweep: Sweep, *, num_gpus: int, gpu: str) -> Iterator[str]:
         dataset = _training_pairs(sweep.base, sources, sweep.base.data.data_cache or scratch)
         why = _why_not_planned(sweep.base, sources, dataset, num_gpus, gpu)
         full_steps, costs, shown = num_train_iters(sweep.base, len(dataset)), [], []
-        # As if those that come first were the best: how many trials a round has does not depend on which.
+        # The number of a round's trials does not depend on which won before, so the first are taken as the winners.
         for number, one in enumerate(sweep.rounds(_in_order)):
             depends = "" if number == 0 else " (which ones the round before decides)"
             shown.append(f"round {number + 1}: {len(one.points)} trials{depends}")

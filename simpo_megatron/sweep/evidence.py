@@ -1,4 +1,4 @@
-"""A finished run as evidence: its validation pairs before and after, and what rules it out whatever its accuracy."""
+"""A finished run as evidence: its validation pairs before and after, and the findings that rule it out."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from simpo_megatron.reporting.validation_pairs import VALIDATION_PAIRS_FILE, Val
 
 @dataclass(frozen=True)
 class Evidence:
-    """One run, by its validation pairs; log-probs are averages, nats per token."""
+    """One run's log-probs of its validation pairs: averages, nats per token."""
 
     folder: Path
     config: Config
@@ -56,7 +56,7 @@ class Evidence:
             found.append(f"chosen responses moved by {moved:+.2f} nats per token (max_displacement {limit:g})")
         limit, now = limits.max_length_correlation, self.length_correlation
         before = 0.0 if self.pairs.before is None else _correlation(self.pairs.lengths, self.pairs.before)
-        # What the model brought along is none of the run's doing.
+        # Only the change since step 0 is the run's effect.
         if limit is not None and abs(now) > max(limit, abs(before)):
             found.append(f"log-probs go with lengths, correlation {now:+.2f} (max_length_correlation {limit:g})")
         limit = limits.max_repetition

@@ -1,4 +1,4 @@
-"""The pictures of a comparison: accuracy over two options, and accuracy against what it cost the chosen responses."""
+"""The pictures of a comparison: accuracy over two options, and accuracy against the chosen responses' displacement."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _COLORS = {"best": "#1f5582", "level with the best": "#5b93c5", "behind": "#b3bc
 def draw_heat_map(
     at: Mapping[tuple[int, int], Row], down: str, down_labels: Sequence[str], across: str, across_labels: Sequence[str]
 ) -> Figure:
-    """Accuracy by two options; the best and what is level with it are framed, what is ruled out is crossed out."""
+    """Accuracy by two options; the best and those level with it are framed, those ruled out are crossed out."""
     from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
 
@@ -29,7 +29,7 @@ def draw_heat_map(
     figure = Figure(figsize=size, layout="constrained")
     axis = figure.subplots()
     low, high = np.nanmin(shares), np.nanmax(shares)
-    # Settings that hardly differ look alike: the scale spans two points of accuracy at least.
+    # The colour scale spans at least two points of accuracy, so that tiny differences look tiny.
     middle, reach = (low + high) / 2, max(high - low, 0.02) / 2
     axis.imshow(shares, cmap="Blues", vmin=middle - 1.6 * reach, vmax=middle + 1.6 * reach, aspect="auto")
     for (i, j), row in at.items():

@@ -1,4 +1,4 @@
-"""The record of a sweep: an Optuna study in a file that several processes may share, and who works on which trial."""
+"""The journal of a sweep: an Optuna study in a file that several processes may share, and claims on trials."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Claim:
-    """A trial that is this process's until it is told or the process ends."""
+    """A trial that belongs to this process until its result is recorded or the process ends."""
 
     point: Point
     number: int
@@ -51,11 +51,10 @@ class Claim:
 class Journal:
     """The trials of the sweep in `folder`, begun and ended; only rank 0 has it.
 
-    A trial that a process which is gone has left running is taken up again by the next one: its folder has its
-    checkpoints.
+    If a process ends during a trial, the next process continues it from the checkpoints in its folder.
 
     Args:
-        settings: what its trials have in common, as JSON values; a sweep goes on only under those that it began with.
+        settings: the options that all trials share, as JSON values; a sweep continues only under the same ones.
 
     Raises: ConfigError when Optuna is not installed, the folder cannot be written, or was begun with other settings.
     """
@@ -80,7 +79,7 @@ class Journal:
             raise ConfigError(f"save: found {folder}, which cannot be written ({error.strerror})") from None
 
     def _refuse_changes(self, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-        # What was an axis before, or is one now, differs from trial to trial.
+        # An option that was an axis before, or is one now, differs between trials.
         changed = [
             f"{name} {before[name]!r} before, {now[name]!r} now"
             for name in sorted(before.keys() & now.keys())
@@ -100,9 +99,9 @@ class Journal:
         return {point: read_outcome(self._folder / point.folder) for point in ended}
 
     def take(self, points: Sequence[Point]) -> Claim | None:
-        """The first of `points` that has not ended and that no living process works on, now this process's.
+        """Claims the first of `points` that has not ended and that no living process works on.
 
-        Optuna is handed the point and asked for it, so that its own tools see an ordinary study.
+        The point is enqueued in Optuna and asked for, so that Optuna's own tools see an ordinary study.
         """
         from optuna.trial import TrialState
 
@@ -117,7 +116,7 @@ class Journal:
         return None
 
     def tell(self, claim: Claim, outcome: Outcome) -> None:
-        """Note how the trial ended; its claim ends with it."""
+        """Record how the trial ended, and release its claim."""
         from optuna.trial import TrialState
 
         run_folder = self._folder / claim.point.folder
@@ -143,7 +142,7 @@ class Journal:
             trial = self._study.ask(known)
             if trial.user_attrs[_POINT] == [list(map(list, point.values)), point.rung]:
                 return trial.number
-            # A process that was killed between the two calls has left one that nobody asks for now.
+            # A process that was killed between the two calls left an enqueued trial that nobody asked for.
             self._study.tell(trial, state=TrialState.PRUNED)
 
     def _claim(self, point: Point) -> BaseFileLock | None:

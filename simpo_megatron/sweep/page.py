@@ -1,4 +1,4 @@
-"""The results of a comparison: a page with heat maps, the same as JSON, lines for the terminal, the best setting."""
+"""The results of a comparison: an HTML page, JSON, lines for the terminal, and the best setting as YAML."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ COMPARISON_FILE = "comparison.html"
 
 @dataclass(frozen=True)
 class Picture:
-    """A drawing, and what it says for those who cannot see it."""
+    """A picture and its alternative text."""
 
     png: str
     """Base64."""
@@ -47,7 +47,7 @@ def write_results(folder: Path, found: Ranking, axes: Axes) -> None:
 
 
 def page(found: Ranking, *, title: str, axes: Axes) -> str:
-    """The HTML page of a comparison, which needs nothing beside it."""
+    """The HTML page of a comparison, self-contained."""
     varied = [name for name, values in axes.items() if len(values) > 1 and name != SEED]
     return render(
         "sweep.html",
@@ -67,7 +67,7 @@ def page(found: Ranking, *, title: str, axes: Axes) -> str:
 
 
 def lines(found: Ranking) -> list[str]:
-    """The comparison for the terminal, a table and what is to be known beside it."""
+    """The comparison for the terminal: a table and notes."""
     table: list[tuple[str, ...]] = [("setting", "accuracy", "behind", "by chance", "gap", "chosen moved", "verdict")]
     for row in found.rows:
         shown = cells(row)
@@ -80,7 +80,7 @@ def lines(found: Ranking) -> list[str]:
 
 
 def cells(row: Row) -> dict[str, str]:
-    """The numbers of a setting as they are read."""
+    """The numbers of a setting as text."""
     accuracy, gap = row.standing.accuracy, row.standing.gap
     seeds = ", ".join(f"{share:.1%}" for share in row.accuracies) if len(row.runs) > 1 else ""
     return {
@@ -145,7 +145,7 @@ def _finite(value: Any) -> Any:
 
 
 def _gap_lines(found: Ranking) -> list[str]:
-    """The meaning of beta and gamma on these pairs: where the gaps start from."""
+    """Lines on what beta and gamma mean on these pairs, from the quantiles of the initial gaps."""
     if found.initial_gaps_P is None:
         return []
     at = np.quantile(found.initial_gaps_P, GAP_QUANTILES)
@@ -166,7 +166,7 @@ def _heat_map(found: Ranking, down: str, across: str) -> Picture:
         for name in (down, across)
     }
     at: dict[tuple[int, int], Row] = {}
-    # Of settings that differ elsewhere the best is shown: rows come in that order.
+    # Where other options differ too, the best setting is shown: rows are sorted.
     for row in found.rows:
         if down in row.options and across in row.options:
             place = (values[down].index(row.options[down]), values[across].index(row.options[across]))
@@ -202,7 +202,7 @@ def _best_yaml(folder: Path, config: Config) -> str:
 
 
 def compared_page(found: Ranking, folder: Path) -> Path:
-    """The path of the page on runs that were no sweep, written into `folder`."""
+    """Writes the page on runs outside a sweep into `folder`; returns its path."""
     path = folder / COMPARISON_FILE
     write_text(path, page(found, title="Ranking of runs", axes={}))
     return path

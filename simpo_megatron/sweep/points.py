@@ -18,7 +18,7 @@ SEED, OBJECTIVE = "seed", "objective"
 
 @dataclass(frozen=True)
 class Point:
-    """One trial of a sweep: the options that are its own."""
+    """One trial of a sweep: its own options."""
 
     values: tuple[tuple[str, Any], ...]
     """(option, value), in the order of the axes."""
@@ -37,7 +37,7 @@ class Point:
 
     @property
     def setting(self) -> Point:
-        """The point without its seed: what is compared with others."""
+        """The point without its seed: the setting that is compared with others."""
         return replace(self, values=tuple(pair for pair in self.values if pair[0] != SEED))
 
     @property
@@ -93,7 +93,7 @@ def check_axes(axes: Axes) -> None:
 def grid(axes: Axes) -> list[Point]:
     """Every combination of the axes' values, the last axis varying fastest.
 
-    An objective takes the axes that it has options for, and what others leave alike is one point.
+    An objective takes only the axes that it has options for; combinations that then agree are one point.
     """
     names = list(axes)
     points = [_point(dict(zip(names, chosen, strict=True))) for chosen in itertools.product(*axes.values())]

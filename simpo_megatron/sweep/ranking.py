@@ -1,4 +1,4 @@
-"""The ranking of settings: accuracy and gap of the same validation pairs, and what chance alone would explain.
+"""The ranking of settings: accuracy and gap of the same validation pairs, and the differences that chance explains.
 
 Rewards, margins and losses are never compared: they are beta times the gap, shifted by gamma. Accuracy (the share of
 pairs whose chosen response has the higher average log-prob) and the gap itself, in nats per token, mean the same for
@@ -42,17 +42,17 @@ class Standing:
 
     @property
     def is_level(self) -> bool:
-        """True when nothing says that the best is better."""
+        """True when the best is not shown to be better."""
         # Both are multiples of one pair's share, rounded.
         return self.behind <= self.chance + 1e-9
 
 
 def standings(gaps_KSP: np.ndarray, *, seed: int = 0, num_resamples: int = NUM_RESAMPLES) -> list[Standing]:
-    """The standing of each of K settings; the one with the highest accuracy is the best, behind nobody.
+    """The standing of each of K settings; the one with the highest accuracy is the best.
 
-    A bootstrap that draws pairs anew, the same ones for every setting, and seeds where there are several. A setting
-    is level with the best unless it is further behind than it would be in 95 of 100 resamples with any setting ahead
-    of it by chance: so the truly best one is among the level ones 95 times of 100, however many there are.
+    A bootstrap resamples pairs, the same ones for every setting, and seeds if there are several. A setting is level
+    with the best unless it trails by more than chance alone would let any setting lead it in 95 of 100 resamples.
+    So the truly best setting is among the level ones 95 times of 100, whatever the number of settings.
 
     Args:
         gaps_KSP: average log-prob of chosen less that of rejected, nats per token, of the same pairs in one order.

@@ -1,4 +1,4 @@
-"""A sweep as it is asked for: the options of its trials, the values to try, and in which order."""
+"""The request of a sweep: the options of its trials, the values to try, and their order."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from simpo_megatron.sweep.rounds import Choose, Round, halving, num_rungs, rung_
 Order = Literal["grid", "staged"]
 _SECTIONS_OF_RESULTS = ("objective", "model", "lora", "data", "pairs", "batch", "optimizer", "precision")
 _OF_NO_RESULT = ("data_cache", "export_hf", "export_dtype", "export_adapter")
-# A sweep is many runs; what one of them would export can be made of any checkpoint afterwards.
+# Trials export nothing: an export can be made from any checkpoint later.
 _OF_NO_TRIAL: Mapping[str, Any] = {"export_hf": None, "export_adapter": None, "resume": "latest"}
 
 
@@ -49,7 +49,7 @@ class Sweep:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The options that all trials have in common and results depend on; where trials differ in length, axes too."""
+        """The options that all trials share and results depend on; if trials differ in length, the axes too."""
         every = asdict(self.base)
         common = {
             name: value
@@ -62,7 +62,7 @@ class Sweep:
         return common if self.halving is None else {**common, "halving": self.halving, "sweep": self.axes}
 
     def rounds(self, choose: Choose) -> Iterator[Round]:
-        """The rounds of trials; later ones depend on what `choose` says of earlier ones."""
+        """The rounds of trials; later ones depend on the ranking of earlier ones by `choose`."""
         if self.halving is not None:
             return halving(self.axes, self.halving, choose)
         if self.order == "staged":
@@ -104,7 +104,7 @@ def read_sweep(
 ) -> Sweep:
     """The sweep of the trainer's options `argv`, which may name a file with a mapping `sweep`, and of `axes` above it.
 
-    Raises: ConfigError for whatever one of its trials would be refused for, before the first of them.
+    Raises: ConfigError: any of its trials would be refused; raised before the first one runs.
     """
     of_file: Axes = {}
     base = load_config(list(argv), axes=of_file, **_OF_NO_TRIAL)

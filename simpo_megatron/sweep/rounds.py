@@ -25,7 +25,7 @@ class Round:
 def next_round(rounds: Iterator[Round], ended: Set[Point]) -> Round | None:
     """The first round that has not ended; None after the last one.
 
-    Rounds are worked out from the start each time, from results alone, so that every process finds the same.
+    Rounds are computed anew each time, from results alone, so that every process finds the same.
     """
     return next((one for one in rounds if not ended >= set(one.points)), None)
 
@@ -36,10 +36,10 @@ def whole_grid(axes: Axes) -> Iterator[Round]:
 
 
 def staged(axes: Axes, base: Mapping[str, Any], choose: Choose) -> Iterator[Round]:
-    """A round for each axis, in their order: its values, the axes before it at their best, those after at their base.
+    """One round per axis, in order: its values, with earlier axes at their best and later ones at their base.
 
-    The base of an axis is the configuration's value where that is among its values, else the first of them. Every
-    trial is run with each seed.
+    The base of an axis is the configuration's value if the axis has it, else its first value. Every trial is run with
+    each seed.
 
     Source: the advice of SimPO's authors to tune one option after the other, the learning rate first.
     """
@@ -56,10 +56,10 @@ def staged(axes: Axes, base: Mapping[str, Any], choose: Choose) -> Iterator[Roun
 
 
 def halving(axes: Axes, factor: int, choose: Choose) -> Iterator[Round]:
-    """Rounds of which each keeps the best `factor`-th of the one before, trained `factor` times as long.
+    """Rounds of successive halving: each keeps the best 1/`factor` of the last one and trains `factor` times as long.
 
-    Every trial begins with the initial weights and has a schedule of its own, whole length: a cut one would favour
-    high learning rates. With several seeds all rounds but the last take the first of them.
+    Every trial starts from the initial weights with its own complete schedule: a truncated one would favour high
+    learning rates. With several seeds, all rounds but the last use only the first seed.
     """
     seeds, without = axes.get(SEED, ()), {name: values for name, values in axes.items() if name != SEED}
     settings = grid(without)
@@ -84,5 +84,5 @@ def num_rungs(num_settings: int, factor: int) -> int:
 
 
 def rung_steps(train_iters: int, rung: int, last: int, factor: int) -> int:
-    """Optimizer steps of a trial of `rung`: all of them in the last one, a `factor`-th for each one before it."""
+    """Optimizer steps of a trial of `rung`: all of them in the last one, 1/`factor` of the next in each earlier one."""
     return max(1, train_iters // factor ** (last - rung))
