@@ -1,1 +1,1 @@
-"""SimPO on real megatron-core: the model, its layout, the step's forward function."""
+"""SimPO on megatron-core: the model, its layout, and the forward step."""

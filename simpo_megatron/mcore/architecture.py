@@ -1,4 +1,4 @@
-"""Options of some model families that megatron-core's TransformerConfig lacks."""
+"""Architecture options of some model families that megatron-core's TransformerConfig lacks."""
 
 from __future__ import annotations
 

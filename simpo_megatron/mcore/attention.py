@@ -21,9 +21,9 @@ from simpo_megatron.mcore.varlen_kernels import Kernel, Scores, prepare_torch, v
 
 
 class SegmentedAttention(torch.nn.Module):
-    """Core attention without Transformer Engine: one call of a variable-length kernel, or one of torch's a segment.
+    """Core attention without Transformer Engine: one call of a variable-length kernel, or one torch call per segment.
 
-    Takes the place of megatron's DotProductAttention in a layer spec: same constructor, same call.
+    Replaces megatron's DotProductAttention in a layer spec: same constructor, same call.
 
     Source: exact bottom-right causal attention over gathered keys, as variable-length kernels define it.
     """
@@ -42,7 +42,7 @@ class SegmentedAttention(torch.nn.Module):
         is_windowed = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)
         self.scores = Scores(
             scale=softmax_scale,
-            # megatron counts the keys to the left of a query; with its own they are one more.
+            # megatron's window counts the keys to the left of a query; here its own key is included.
             window=config.window_size[0] + 1 if is_windowed else None,
             softcap=config.attn_logit_softcapping,
         )
@@ -62,8 +62,8 @@ class SegmentedAttention(torch.nn.Module):
     ) -> Tensor:
         """[S, B, A*D] in the dtype of the query, this rank's heads.
 
-        Without a layout, or with one of padded rows, every row is causal by itself: padding stands on the right, where
-        no real token sees it.
+        Without a layout, or with one of padded rows, every row is causal by itself: padding is on the right, where no
+        real token attends to it.
         """
         length, num_rows = query_SBAD.shape[:2]
         layout = packed_seq_params or MicrobatchLayout.of_padded_rows(length, num_rows).on(query_SBAD.device)
@@ -78,7 +78,7 @@ class SegmentedAttention(torch.nn.Module):
 def _attend_at_once(
     kernel: Kernel, query_SBAD: Tensor, key_TBGD: Tensor, value_TBGD: Tensor, layout: MicrobatchLayout
 ) -> Tensor:
-    """[S, B, A*D] by one call for all segments of all sequences, which stand one behind the other in it."""
+    """[S, B, A*D] by one call for all segments of all sequences, concatenated."""
     assert layout.lengths is not None, "of_pack and of_padded_rows make layouts"
     lengths, (length, num_rows) = layout.lengths, query_SBAD.shape[:2]
     out_QAD = kernel(
@@ -94,7 +94,7 @@ def _attend_at_once(
 def _attend_by_segment(
     scores: Scores, query_SBAD: Tensor, key_TBGD: Tensor, value_TBGD: Tensor, layout: MicrobatchLayout
 ) -> Tensor:
-    """[S, B, A*D] by a call a segment, with no mask over the pack."""
+    """[S, B, A*D] by one call per segment, with no mask over the pack."""
     segments = layout.segments or (Segment(0, len(query_SBAD), 0, 0),)
     num_keys = [s.num_keys for s in segments]
     parts = zip(
@@ -119,8 +119,8 @@ def _attend(scores: Scores, query_LBAD: Tensor, key_TBGD: Tensor, value_TBGD: Te
         return _capped_attention(query, key, value, mask_LT, scores, scores.softcap)
     num_heads, num_groups = query.size(1), key.size(1)
     if num_heads != num_groups and query.device.type != "cpu":
-        # A GPU's memory-efficient kernel takes no grouped heads, and FlashAttention no mask and no fp32: without either
-        # the scores would be written out.
+        # On a GPU the memory-efficient kernel takes no grouped heads, and FlashAttention no mask and no fp32. Without
+        # either kernel torch would write out all scores.
         key, value = (x.repeat_interleave(num_heads // num_groups, dim=1) for x in (key, value))
     return F.scaled_dot_product_attention(
         query,
@@ -142,7 +142,7 @@ def _capped_attention(
     scores: Scores,
     cap: float,
 ) -> Tensor:
-    """[B, A, L, D], with scores held within `cap`, which no kernel of torch does; scores in fp32 at least.
+    """[B, A, L, D], with scores soft-capped at `cap`, which no torch kernel supports; scores in fp32 at least.
 
     Source: transformers.models.gemma2.modeling_gemma2.eager_attention_forward.
     """

@@ -1,4 +1,4 @@
-"""One step's pairs on every rank that needs them, read by one rank of a tensor-parallel group."""
+"""Reading a step's pairs on one rank of a tensor-parallel group, and sending them to the others."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ def read_pairs(
 ) -> list[TokenizedPair]:
     """The pairs `indices` of `dataset`, in that order, the same on every tensor-parallel rank.
 
-    Only the group's first rank touches the token file; the others know every length from the index and receive the
-    ids alone, those of context as their complement.
+    Only the group's first rank reads the token file. The others know every length from the index and receive only the
+    ids; those of a response that do not count in the loss are sent as their bitwise complement.
 
     Collectives: one broadcast of 8 bytes a token over tp.
 
     Raises:
-        DataError: on the group's first rank alone, it could not read. The others then have zeros for ids, and callers
-            make ranks agree before they use them.
+        DataError: on the group's first rank only, which could not read. The others then have zeros for ids; callers
+            must make ranks agree before they use them.
     """
     lengths = np.asarray(dataset.lengths)[list(indices)].astype(np.int64)
     ids = torch.zeros(int(lengths.sum()), dtype=torch.int64)
@@ -91,7 +91,7 @@ class Microbatch:
 
     @property
     def response_tokens(self) -> ResponseTokens:
-        """The labels, of a microbatch that has some."""
+        """The labels of a microbatch that has some."""
         assert self.labels is not None, "a microbatch without labels has no log-probs"
         return self.labels
 
@@ -104,10 +104,10 @@ def to_microbatch(
 ) -> Microbatch:
     """`batch` on `device`, its segments as the layout that attention reads, its response tokens as labels.
 
-    All that its layers and its loss look up is made here and taken to the device by one copy, which nobody waits for.
+    All index tensors of layers and loss are made here and go to the device in one asynchronous copy.
 
-    `reference_avg`, [num_pairs, 2] of the dataset that `batch` comes from, is what an objective with a reference needs.
-    Of the ranks of `cp_group` each gets its share of the tokens.
+    `reference_avg`, [num_pairs, 2] for the whole dataset, is for objectives with a reference. Each rank of `cp_group`
+    gets its share of the tokens.
     """
     labels = ResponseTokens(batch.rows_N, batch.targets_N, batch.sequence_N, num_pairs=batch.num_pairs)
     tokens_BS, position_ids_BS = batch.tokens_BS, batch.position_ids_BS

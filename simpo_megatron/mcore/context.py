@@ -16,9 +16,9 @@ from torch.distributed import ProcessGroup
 
 @dataclass(frozen=True)
 class ContextShare:
-    """This rank's rows: of 2 * cp equal pieces an early and a late one, which cost the same under a causal mask.
+    """This rank's rows: an early and a late one of 2 * cp equal pieces, which makes causal attention cost the same.
 
-    It is the division that Transformer Engine's context parallelism expects, of one long row or of several.
+    Transformer Engine's context parallelism expects this division, for one long row or several.
     """
 
     group: ProcessGroup
@@ -42,10 +42,10 @@ class ContextShare:
     def gather(self, own_s: Tensor) -> Tensor:
         """The rows of all ranks, [S, ...], those of one rank after the other, from this rank's [s, ...].
 
-        Whoever reads them picks their keys by `places`, which costs no pass to put them in order before.
+        Readers index them through `places`, which saves a pass that would sort them.
 
-        Collectives: one all-gather over cp; in the backward one reduce-scatter, which sums what the ranks' queries
-        have to say to a key.
+        Collectives: one all-gather over cp; in the backward one reduce-scatter, which sums the gradients of a key over
+        the ranks' queries.
         """
         return _Gather.apply(own_s, self.group)
 

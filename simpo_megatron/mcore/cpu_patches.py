@@ -1,8 +1,8 @@
 """All changes to modules of megatron-core and torch; `PATCHES` lists each, and no other module makes any.
 
-Most let unmodified megatron-core run without CUDA. On a GPU, `install` changes at most what megatron-core asks of an
-absent Transformer Engine or apex, or leaves uncompiled without it, and how torch's Adam is restored. Each patch is as
-narrow as the place it serves.
+Most let unmodified megatron-core run without CUDA. On a GPU, `install` only replaces functions of a Transformer Engine
+or apex that is not installed, compiles what megatron-core leaves uncompiled without it, and mends how torch's Adam is
+restored. Each patch is as narrow as the place it serves.
 """
 
 from __future__ import annotations
@@ -158,8 +158,7 @@ _FACTORIES = ("tensor", "zeros", "ones", "empty", "full")
 @functools.cache
 def install() -> None:
     """Make megatron-core run on this machine. Call it before building anything with megatron."""
-    # torch's own switch, read at its first tensor: large ones on the CPU lie in huge pages, whose first use costs the
-    # system a fifth as much.
+    # torch's own switch, read at its first tensor: large CPU tensors use huge pages, whose page faults cost a fifth.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     if device.has_cuda():
         _compile_for_any_length()
@@ -193,7 +192,7 @@ def _replace(owner: Any, **replacements: Any) -> None:
 
 
 class _NullStream:
-    """A CUDA stream or event on a machine that runs everything in order: each method is a no-op."""
+    """A CUDA stream or event on a machine without CUDA, which runs everything in order: each method is a no-op."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass
@@ -203,9 +202,9 @@ class _NullStream:
 
 
 def _compile_for_any_length() -> None:
-    """Let megatron's fused functions compile once, for all lengths: as it is, for the first one and then for others.
+    """Let megatron's fused functions compile once for all lengths, instead of for the first one and again for others.
 
-    It is what torch.compile(dynamic=True) sets for its own function.
+    Sets what torch.compile(dynamic=True) sets for its own function.
     """
     importlib.import_module("torch._dynamo").config.assume_static_by_default = False
 
@@ -345,7 +344,7 @@ def _restore_adam_step_of_the_distributed_optimizer() -> None:
 
 
 def _add_weight_gradients_by_torch() -> None:
-    """Let megatron's linear layers add weight gradients by torch's product in the place of apex's kernel."""
+    """Let megatron's linear layers add weight gradients by torch's product instead of apex's kernel."""
 
     def add(rows: torch.Tensor, gradient: torch.Tensor, main_grad: torch.Tensor) -> None:
         add_product(main_grad, gradient.t(), rows)
@@ -358,10 +357,10 @@ def _add_weight_gradients_by_torch() -> None:
 
 
 def write_checkpoints_in_threads() -> None:
-    """Let megatron's checkpoint writer work in threads of this process, as its 0.17 does by itself.
+    """Let megatron's checkpoint writer work in threads of this process, as megatron-core 0.17 does by itself.
 
-    A fork takes a copy of every connection and lock of the rank along, which lives on where the rank is killed. The
-    spawned process only carries the report, of which none of an earlier save is left here.
+    A fork would copy every connection and lock of the rank, and would outlive a killed rank. `_results_queue` is the
+    pool that an earlier save may have left.
     """
     _replace(
         importlib.import_module("megatron.core.dist_checkpointing.strategies.filesystem_async"),
@@ -371,7 +370,7 @@ def write_checkpoints_in_threads() -> None:
 
 
 def drop_warning_of_incomplete_folder() -> None:
-    """Drop what megatron's logger says of a checkpoint folder with any file in it."""
+    """Drop the warning that megatron logs about a checkpoint folder that is not empty."""
     importlib.import_module("megatron.core.dist_checkpointing.serialization").logger.addFilter(_is_news)
 
 
@@ -397,7 +396,7 @@ def _is_news(record: logging.LogRecord) -> bool:
 
 
 def keep_compiled_helpers() -> None:
-    """Let Megatron-LM's training start from megatron-core's wheel, where its data helpers are compiled already."""
+    """Let Megatron-LM's training start from megatron-core's wheel, whose data helpers are already compiled."""
     utils = importlib.import_module("megatron.core.datasets.utils")
     if not Path(str(utils.__file__)).with_name("Makefile").exists():
         _replace(utils, compile_helpers=lambda: None)

@@ -1,6 +1,6 @@
 """Questions about the device of this rank: whether there is CUDA, how much memory, which kernels are installed.
 
-The one module that asks whether CUDA is there; `cpu_patches` makes megatron-core run where it is not.
+The only module that asks whether CUDA is there; `cpu_patches` lets megatron-core run without it.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def memory_bytes() -> int:
 
 
 def gpu_architecture() -> tuple[int, int] | None:
-    """The compute capability of the first GPU, as its driver tells it before CUDA has started; None without a GPU."""
+    """The compute capability of the first GPU, read from its driver without starting CUDA; None without a GPU."""
     if torch.version.cuda is None or os.environ.get("CUDA_VISIBLE_DEVICES") == "":
         return None
     try:
@@ -58,7 +58,7 @@ def gpu_architecture() -> tuple[int, int] | None:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """True when `error` says that memory did not suffice, of the GPU or, where the system refuses any, of the CPU."""
+    """True when `error` is an out-of-memory error of the GPU or of the CPU."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     return any(sign in str(error) for sign in ("DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED"))
@@ -74,7 +74,7 @@ def machine() -> Machine:
 
 
 def own_gpu() -> int:
-    """The number of this rank's GPU, also before it is the current one: asked of no number, torch answers for GPU 0.
+    """The number of this rank's GPU, also before it is the current one; torch's default would be GPU 0.
 
     Raises:
         ConfigError: this machine has fewer GPUs than ranks.
@@ -98,7 +98,7 @@ def has_transformer_engine() -> bool:
 
 
 def kernels() -> str:
-    """The implementations of layers and Adam that are installed, and whether gradient accumulation is fused."""
+    """A line on the installed implementations of layers and Adam, and on gradient accumulation fusion."""
     layers = "Transformer Engine" if has_cuda() and has_transformer_engine() else "torch"
     if has_cuda() and layers == "torch":
         layers += f", attention: {attention_name()}"

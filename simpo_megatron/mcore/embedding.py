@@ -1,4 +1,4 @@
-"""megatron's embedding of token ids, with a gradient of the rows that a microbatch looked up and of no others."""
+"""megatron's embedding of token ids, with a gradient only for the rows that a microbatch looked up."""
 
 from __future__ import annotations
 
@@ -12,11 +12,10 @@ from simpo_megatron.loss.main_grad import gradient_already_added
 
 
 class MainGradEmbedding(VocabParallelEmbedding):
-    """Adds the gradient of each token to its row of `weight.main_grad`, in the dtype of that.
+    """Adds the gradient of each token to its row of `weight.main_grad`, in the dtype of `main_grad`.
 
-    megatron's own makes a gradient of this rank's whole slice of the vocabulary for every microbatch, all but some
-    thousand rows of it zeros, in the dtype of the weight, which DDP then adds to all of `main_grad`. Without a
-    `main_grad` it is megatron's.
+    megatron's own embedding makes, for every microbatch, a gradient of this rank's whole vocabulary slice in the dtype
+    of the weight, nearly all of it zeros, and DDP adds it to `main_grad`. Without a `main_grad` megatron's is used.
     """
 
     def forward(self, input_: Tensor) -> Tensor:
@@ -27,10 +26,9 @@ class MainGradEmbedding(VocabParallelEmbedding):
 
 
 class _LookUp(torch.autograd.Function):
-    """megatron's forward as it is; in the backward each token's gradient goes to its row.
+    """megatron's forward, unchanged; in the backward each token's gradient goes to its row.
 
-    Many tokens may have one id. A GPU adds them up in whatever order they come, or, under torch's deterministic
-    algorithms, one by one.
+    Many tokens may have one id. A GPU adds them in any order, or, under torch's deterministic algorithms, one by one.
 
     Collectives: those of megatron, a reduction over tp in the forward, which under sequence parallelism is a
     reduce-scatter and in the backward an all-gather.
@@ -49,8 +47,8 @@ class _LookUp(torch.autograd.Function):
         weight_vH = embedding.weight
         if embedding.reduce_scatter_embeddings:
             grad = gather_from_sequence_parallel_region(grad, group=embedding.tp_group).transpose(0, 1)
-        # Tokens of other ranks add zero to rows that are there. All of them to one would be a queue: of 8 ranks' tokens
-        # 7 in 8 would wait for one another.
+        # Tokens of other ranks add zero, each to a different row. Added to one row, the atomic adds of 7 in 8 tokens
+        # would queue at tp 8.
         is_elsewhere_BS = (ids_BS < embedding.vocab_start_index) | (ids_BS >= embedding.vocab_end_index)
         row_BS = (ids_BS - embedding.vocab_start_index) % len(weight_vH)
         grad_BSH = grad.masked_fill(is_elsewhere_BS[..., None], 0).to(weight_vH.main_grad.dtype)

@@ -25,7 +25,7 @@ ROUTER_BIAS = "mlp.router.expert_bias"
 def weights_of(chunk: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
     """(name, values) of everything in `chunk` that a Hugging Face folder holds: parameters, and biases of routers.
 
-    A router's bias, by which the experts of a token are chosen and not weighed, is a buffer that nothing trains.
+    A router's bias, which takes part in choosing experts but not in weighing them, is a buffer that is not trained.
     """
     yield from chunk.named_parameters()
     yield from ((name, buffer) for name, buffer in chunk.named_buffers() if name.endswith(ROUTER_BIAS))
@@ -37,10 +37,10 @@ def num_moe_layers(description: ModelDescription) -> int:
 
 
 def times_transformers(description: ModelDescription) -> float:
-    """The load-balancing loss here, over that of transformers with the same coefficient.
+    """The ratio of our load-balancing loss to transformers' with the same coefficient.
 
-    Here it is added up over the layers, and 1 in each of them where the experts are in balance; there it is one of the
-    tokens of all layers together, and counts every choice of a token. The factor is exact where layers route alike.
+    Ours is summed over layers and is 1 in each layer when experts are balanced. transformers' is one loss over the
+    tokens of all layers, which counts every choice of a token. The ratio is exact when all layers route alike.
 
     Source: transformers.models.mixtral.modeling_mixtral.load_balancing_loss_func.
     """
@@ -48,9 +48,9 @@ def times_transformers(description: ModelDescription) -> float:
 
 
 def load_balancing_coefficient(description: ModelDescription, asked: float | None) -> float:
-    """The weight of each layer's load-balancing loss: `asked`, or what the model gets in trainers of transformers.
+    """The weight of each layer's load-balancing loss: `asked`, or the one that trainers on transformers use.
 
-    These add the loss where config.json sets `output_router_logits`, and none where it does not.
+    They add the loss if config.json sets `output_router_logits`, else none.
     """
     if asked is not None:
         return asked
@@ -62,7 +62,7 @@ def load_balancing_coefficient(description: ModelDescription, asked: float | Non
 class LoadBalancedRouter(TopKRouter):
     """megatron's top-k router, its auxiliary loss weighted and logged by us.
 
-    Gradients are divided by the pairs of the global batch in the end, where megatron expects its tokens; and its log
+    The trainer divides gradients by the pairs of the global batch, where megatron expects tokens. And megatron's log
     averages over data-parallel ranks by an operation that gloo does not have.
     """
 
@@ -102,7 +102,7 @@ def take_load_balancing_loss(chunks: Sequence[torch.nn.Module], *, num_microbatc
     logged = [router.logged_loss for router in routers if router.logged_loss is not None]
     if not logged:
         return None
-    # Tensor-parallel ranks each hold their tokens' part of a layer's loss, pipeline stages their layers.
+    # Each tensor-parallel rank holds its tokens' part of a layer's loss, each pipeline stage its own layers.
     sums = torch.stack(logged).double().sum()[None]
     for router in routers:
         router.logged_loss = None

@@ -25,10 +25,9 @@ LossFunction = Callable[[Tensor], tuple[Tensor, Tensor, Any]]
 
 
 class MicrobatchStep(ABC):
-    """`forward_step(data_iterator, model)` of one pass: model output, and what `loss` makes of that output.
+    """`forward_step(data_iterator, model)` of one pass: the model's output, and the function `loss` for it.
 
-    Schedules call it once a microbatch and model chunk; each chunk has an iterator of its own over the same
-    microbatches.
+    Schedules call it once per microbatch and model chunk. Each chunk has its own iterator over the same microbatches.
     """
 
     def __call__(self, data_iterator: Iterator[Microbatch], model: torch.nn.Module) -> tuple[Tensor, LossFunction]:
@@ -48,7 +47,7 @@ class MicrobatchStep(ABC):
 
     @abstractmethod
     def loss(self, log_probs_N: Tensor, microbatch: Microbatch) -> tuple[Tensor, Tensor, Any]:
-        """(sum of the loss over pairs, pairs, what to keep), as schedules take them with `calculate_per_token_loss`."""
+        """(sum of the loss over pairs, pairs, results to keep), as schedules want with `calculate_per_token_loss`."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +63,7 @@ class ForwardStep(MicrobatchStep):
     def loss(self, log_probs_N: Tensor, microbatch: Microbatch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """(sum of the loss over pairs, pairs, metric sums).
 
-        The sums are tensors of their own: schedules scale the returned loss in place.
+        The sums are new tensors: schedules scale the returned loss in place.
         """
         avg_R, counts_R = _averages(log_probs_N, microbatch)
         result = preference_loss(
@@ -98,9 +97,9 @@ def _averages(log_probs_N: Tensor, microbatch: Microbatch) -> tuple[Tensor, Tens
 
 
 def _num_pairs(log_probs_N: Tensor, microbatch: Microbatch) -> Tensor:
-    """The pairs of the microbatch, once over the context-parallel ranks that share them: megatron adds them up."""
+    """The pairs of the microbatch, counted once among its context-parallel ranks, because megatron sums them."""
     context = microbatch.layout.context
     counts_here = context is None or context.group.rank() == 0
     num_pairs = microbatch.response_tokens.num_pairs if counts_here else 0
-    # Filled in by the device: a number that is copied there would be waited for.
+    # Filled on the device: copying a number there would make the host wait.
     return torch.full((), num_pairs, dtype=torch.int, device=log_probs_N.device)

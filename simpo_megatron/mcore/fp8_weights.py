@@ -1,9 +1,8 @@
-"""Weights that are kept in FP8: what fills them and what is stored of them are their masters' values, never their own.
+"""Weights kept in FP8: loaders and checkpoints use the values of their fp32 masters, never the FP8 values.
 
-Such a weight is a Transformer Engine tensor of one byte a value and a scale. The values it was made from wait in the
-host's memory until megatron's distributed optimizer takes its fp32 masters from them (`get_high_precision_init_val`):
-there a loader writes. From then on the masters are the weights, and FP8 is made of them, by megatron itself, after
-every update.
+Such a weight is a Transformer Engine tensor of one byte a value and a scale. Until the optimizer is built, the values
+it was made from stay in the host's memory; a loader writes there. Then megatron's distributed optimizer takes its fp32
+masters from them (`get_high_precision_init_val`). From then on megatron quantises the masters after every update.
 """
 
 from __future__ import annotations
@@ -20,14 +19,14 @@ from torch import Tensor
 
 
 def plain(weight: Tensor) -> Tensor:
-    """The weight as a tensor of its dtype, without gradient: itself, or what its FP8 values stand for."""
+    """The weight as a tensor of its dtype, without gradient: itself, or its dequantised FP8 values."""
     return dequantize_fp8_tensor(weight.detach()) if is_float8tensor(weight) else weight.detach()
 
 
 def awaited_values(chunks: Iterable[torch.nn.Module]) -> dict[Tensor, Tensor]:
-    """By FP8 weight the tensor to fill in its place, of its shape and dtype, in the host's memory.
+    """{FP8 weight: tensor to fill instead}, of its shape and dtype, in the host's memory.
 
-    Only before the optimizer is built, which takes these values as its masters and forgets them.
+    Only before the optimizer is built, which takes these values as its masters and frees them.
     """
     return {
         weight: weight.get_high_precision_init_val()  # type: ignore[attr-defined]  # of Transformer Engine's tensors
@@ -36,7 +35,7 @@ def awaited_values(chunks: Iterable[torch.nn.Module]) -> dict[Tensor, Tensor]:
 
 
 def quantise_masters(chunks: Sequence[DistributedDataParallel], optimizer: MegatronOptimizer) -> None:
-    """Make every FP8 weight what its masters are in FP8, as an update does; nothing where there is none.
+    """Quantise the masters into every FP8 weight, as an update does; does nothing without FP8 weights.
 
     Collectives: Transformer Engine's maximum of each weight and an all-gather of all weights, over dp.
     """
@@ -49,19 +48,19 @@ def quantise_masters(chunks: Sequence[DistributedDataParallel], optimizer: Megat
 
 
 def gather(chunk: DistributedDataParallel) -> None:
-    """Bring every weight up to date now, for a reader that is no forward pass, from what its rank has of it.
+    """Gather the updated shards of every weight now, for a reader other than a forward pass.
 
     Collectives: one all-gather of the weights over dp.
     """
     chunk.start_param_sync(force_sync=True)
     weights = _kept_in_fp8([chunk])
     if weights and chunk.ddp_config.overlap_param_gather:
-        # megatron makes the transposed copies anew only after a gathering that a forward pass has waited for.
+        # megatron renews the transposed copies only after a gather that a forward pass has waited for.
         post_all_gather_processing(weights)
 
 
 def whole_masters(optimizer: MegatronOptimizer) -> dict[Tensor, Tensor]:
-    """By FP8 weight its masters, put together and rounded to its dtype, in the host's memory.
+    """{FP8 weight: its masters}, gathered and rounded to its dtype, in the host's memory.
 
     Collectives: for each FP8 weight one all-reduce of its size over dp.
     """

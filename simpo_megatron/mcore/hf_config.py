@@ -28,10 +28,10 @@ MOST = {
 
 
 def check_counts(hf_config: Mapping[str, Any]) -> None:
-    """Return if transformers can be given a config.json that names no larger counts than a model has.
+    """Return if no count in a config.json is larger than a model can have, so that transformers can be given it.
 
     Raises:
-        ConfigError: it does.
+        ConfigError: one is larger.
     """
     for key, most in MOST.items():
         found = hf_config.get(key)
@@ -40,17 +40,17 @@ def check_counts(hf_config: Mapping[str, Any]) -> None:
 
 
 def configuration(hf_config: Mapping[str, Any]) -> PretrainedConfig:
-    """The object that transformers makes of a config.json whose family it knows; no code of the folder is run.
+    """transformers' configuration object of a config.json whose family it knows; no code of the folder is run.
 
     Raises:
-        ConfigError: transformers does not take it.
+        ConfigError: transformers refuses it.
     """
     return _configuration(json.dumps(hf_config, sort_keys=True))
 
 
 @functools.lru_cache(maxsize=8)
 def _configuration(text: str) -> PretrainedConfig:
-    """The same of a file's text; what transformers has to say of it is said once."""
+    """The same for a file's text; cached, so that transformers' warnings about it come once."""
     from transformers import CONFIG_MAPPING, __version__
 
     content = json.loads(text)
@@ -68,7 +68,7 @@ def _configuration(text: str) -> PretrainedConfig:
 
 
 def _in_names_of_4(content: dict[str, Any]) -> dict[str, Any]:
-    """`content` with the rotary embedding under the names that transformers 4 reads; what is there already stays."""
+    """`content` with the rotary embedding under transformers 4's names; existing values stay."""
     rope = content.pop("rope_parameters", None)
     if not rope:
         return content

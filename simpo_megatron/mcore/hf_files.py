@@ -1,4 +1,4 @@
-"""Files of a Hugging Face folder: which are its own, though they may be links, and the objects in its JSON files."""
+"""Files of a Hugging Face folder: its own files, links resolved, and the objects in its JSON files."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ _CODE_KEYS = ("auto_map", "custom_pipelines")
 
 
 def own_file(folder: str | Path, name: str | Path) -> Path:
-    """The file `name` of `folder`, links followed.
+    """The file `name` of `folder`, with links resolved.
 
-    Links may lead to files of the folder itself, or of the blobs beside the snapshots of Hugging Face's cache. What
-    else they lead to is not part of the model, and would be published with it.
+    A link may lead to a file of the folder itself, or to a blob of Hugging Face's cache. Any other file is not part of
+    the model, and an export would publish it.
 
     Raises:
-        CheckpointError: it leads elsewhere.
+        CheckpointError: the link leads elsewhere.
     """
     path, here = Path(folder) / name, Path(folder).resolve()
     try:

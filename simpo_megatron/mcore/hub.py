@@ -1,4 +1,4 @@
-"""Models by their names on the Hugging Face hub, through the download cache that transformers uses too."""
+"""Models by their Hugging Face hub id, through transformers' download cache."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ _FILES_OF_A_MODEL = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "
 
 
 def model_folder(name: str | Path, files: Sequence[str] = _FILES_OF_A_MODEL) -> Path:
-    """`name` as a path or, where no such file is and it is OWNER/NAME or OWNER/NAME@REVISION, the model's snapshot.
+    """The path `name` or, if it does not exist and is OWNER/NAME or OWNER/NAME@REVISION, the model's snapshot.
 
-    The snapshot is a folder of the download cache (HF_HOME, HF_HUB_CACHE), filled first as far as files are missing;
-    with HF_HUB_OFFLINE=1 nothing is asked for over the network. A relative path whose first folder exists is no name.
+    The snapshot is a folder of the download cache (HF_HOME, HF_HUB_CACHE); missing files are downloaded first. With
+    HF_HUB_OFFLINE=1 the network is not used. A relative path whose first folder exists is not taken for a hub id.
 
     Args:
         files: patterns of the files that are needed.
 
     Raises:
-        CheckpointError: it is a name, and the hub or the cache has no such model.
+        CheckpointError: it is a hub id, and the hub or the cache has no such model.
     """
     path, found = Path(name), _NAME.fullmatch(str(name))
     if found is None or path.exists() or path.parent.exists():
@@ -31,7 +31,7 @@ def model_folder(name: str | Path, files: Sequence[str] = _FILES_OF_A_MODEL) -> 
     from huggingface_hub import snapshot_download
 
     try:
-        # Its errors are of several libraries, some of them internal.
+        # huggingface_hub raises errors of several libraries, some of them internal.
         snapshot = snapshot_download(found["repository"], revision=found["revision"], allow_patterns=list(files))
     except Exception as error:
         reason = str(error).strip().partition("\n")[0]
@@ -43,7 +43,7 @@ def model_folder(name: str | Path, files: Sequence[str] = _FILES_OF_A_MODEL) -> 
 
 
 def hub_name(model: str) -> str | None:
-    """OWNER/NAME of a model in the hub's cache, named so or by its folder there; None of anybody's own folder."""
+    """OWNER/NAME of a model in the hub's cache, given by its id or its folder there; None for any other folder."""
     in_cache = next((found for part in Path(model).parts if (found := _CACHED.fullmatch(part))), None)
     if in_cache is not None:
         return f"{in_cache[1]}/{in_cache[2]}"

@@ -1,7 +1,7 @@
 """The segments and positions of a microbatch, as attention and megatron's layers read them.
 
 Shapes: S rows of the whole microbatch, B sequences side by side, T keys of all segments, L queries of a segment, G
-key/value groups, D head size. Tensors are made on the CPU; `on`, or whoever takes `tensors`, brings them to a device.
+key/value groups, D head size. Tensors are made on the CPU; `on` copies them to a device, or a caller does by `tensors`.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from simpo_megatron.mcore.transfer import copied_together
 
 
 class Segment(NamedTuple):
-    """Queries `[start, end)` see, causally from the bottom right, the keys of the prefix and then their own.
+    """Queries `[start, end)` attend to the keys of the prefix and then their own, causally from the bottom right.
 
-    Of a segment that is divided over context-parallel ranks, the queries are those from `first_query` on alone.
+    For a segment that is divided over context-parallel ranks, this rank's queries start at `first_query`.
     """
 
     start: int
@@ -153,10 +153,10 @@ class MicrobatchLayout(PackedSeqParams):
     def mask(self, segment: Segment, window: int | None, device: torch.device) -> Tensor | None:
         """bool [L, T], True where a query sees a key; None for a segment that is plainly causal.
 
-        With a `window` a query sees that many keys at most, its own the last of them. Keys lie in the order of their
-        positions, so a window counts tokens of the sequence, prompt and response, wherever the pack holds them.
+        With a `window` a query attends to that many keys at most, the last being its own. Keys are ordered by position,
+        so a window counts tokens of the sequence, prompt and response, wherever the pack holds them.
 
-        Kept for the microbatch: every layer of this rank asks for the same ones.
+        Cached for the microbatch: every layer of this rank asks for the same masks.
         """
         num_before = segment.num_keys - segment.num_queries
         if window is not None and window >= segment.num_keys:
@@ -174,7 +174,7 @@ class MicrobatchLayout(PackedSeqParams):
     def segment_keys(self, key_SBGD: Tensor, value_SBGD: Tensor) -> tuple[Tensor, Tensor]:
         """(keys, values) of the segments, one after the other, [T, B, G, D], from those of this rank's rows.
 
-        One gather for all segments: a slice each would cost the backward a zeroed pack per slice.
+        One gather for all segments: with a slice for each, the backward would zero a whole pack per slice.
 
         Collectives: under context parallelism one all-gather over cp, and one reduce-scatter in the backward.
         """

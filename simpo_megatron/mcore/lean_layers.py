@@ -1,6 +1,6 @@
-"""RMSNorm and SwiGLU, which keep for their backward what they were given, not what they made.
+"""RMSNorm and SwiGLU that save only their inputs for the backward, and recompute the rest.
 
-On the CPU they are made of torch's operations. On a GPU torch has a kernel for the norm, and megatron one for SwiGLU.
+On the CPU they use torch's operations; on a GPU, torch's kernel for the norm and megatron's for SwiGLU.
 Shapes: H hidden size, F the MLP's width on this tensor-parallel rank, `...` any before.
 """
 
@@ -19,8 +19,8 @@ from simpo_megatron.mcore.architecture import ArchitectureConfig
 class RMSNorm(torch.nn.RMSNorm):
     """RMSNorm under megatron's constructor, its weight marked for the sequence-parallel gradient all-reduce.
 
-    megatron's stock torch norm refuses sequence parallelism because it lacks the mark that finalize_model_grads reads;
-    it also refuses weights that are zero where they change nothing, which stay as they are in the file here.
+    megatron's own torch norm refuses sequence parallelism, because it lacks the mark that finalize_model_grads reads.
+    It also refuses zero-centred weights (1 + weight), which are kept here as they are in the file.
 
     Source: arXiv 1910.07467.
     """
@@ -65,7 +65,7 @@ class _NormedRows(torch.autograd.Function):
 
 
 class _WidenedRows(torch.autograd.Function):
-    """torch's kernel of a GPU, which takes a weight in the dtype of the rows alone, for a wider weight."""
+    """torch's GPU kernel, which takes a weight only in the dtype of the rows, for a wider weight."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight_H: Tensor, eps: float) -> Tensor:
@@ -89,7 +89,7 @@ class _WidenedRows(torch.autograd.Function):
 
 
 class SwiGLU(MegatronModule):
-    """The gated activation of an MLP, where megatron would take Transformer Engine's: [..., 2F] to [..., F].
+    """The gated activation of an MLP, in place of Transformer Engine's in megatron: [..., 2F] to [..., F].
 
     Source: arXiv 2002.05202.
     """

@@ -5,8 +5,8 @@ layer, A is divided with the layer's inputs and B is replicated. What crosses ra
 never an activation of the model's width. linear_qkv and linear_fc1 share one A among query, key and value (gate and
 up) because megatron joins them in one layer; their B has the rows of the layer's weight, in its order.
 
-An adapter adds to its layer's output in a forward hook, so that the layer itself stays megatron's or Transformer
-Engine's own, with its parameters' names. It is a sibling of the layer, which knows nothing of it.
+An adapter adds to its layer's output in a forward hook. So the layer stays megatron's or Transformer Engine's own, with
+unchanged parameter names. The adapter is a sibling module of the layer.
 
 Shapes: S sequence (this rank's part under sequence parallelism), B batch, I and O this rank's inputs and outputs of
 the layer, r rank.
@@ -73,7 +73,7 @@ class Adapter(torch.nn.Module):
         if self.divided == "lora_B":
             divided, replicated = replicated, divided
         set_tensor_model_parallel_attributes(divided, True, self._divided_dimension, 1)
-        # Under sequence parallelism each rank sees its own tokens only: finalize_model_grads sums over tp by this mark.
+        # Under sequence parallelism a rank sees only its own tokens; finalize_model_grads sums marked ones over tp.
         replicated.sequence_parallel = sequence_parallel  # type: ignore[attr-defined]  # megatron's own mark
 
     @torch.no_grad()
@@ -111,7 +111,7 @@ class Adapter(torch.nn.Module):
 
     @torch.no_grad()
     def added_weight(self, rows_of_B: Tensor) -> Tensor:
-        """fp32 [rows, I]: what is added to the rows of the layer's weight that `rows_of_B` [..., r] belong to."""
+        """fp32 [rows, I]: scale * B A for the rows of the layer's weight that `rows_of_B` [..., r] belong to."""
         return self.scale * (rows_of_B.reshape(-1, self.lora_A.shape[0]).float() @ self.lora_A.float())
 
     def sharded_state_dict(
@@ -198,9 +198,10 @@ def generator_of(seed: int, layer_number: int, target: str) -> torch.Generator:
 
 
 def add_adapters(chunk: GPTModel, settings: LoRAConfig, *, tp_group: ProcessGroup, seed: int) -> None:
-    """Freeze every parameter of `chunk` and give the chosen layers adapters, which alone are trained.
+    """Freeze every parameter of `chunk` and give the chosen layers adapters; only these are trained.
 
-    An adapter computes from what enters its layer: a layer that fuses its norm gets the norm's input, not its own.
+    An adapter reads the input of its layer. The input of a layer that fuses its norm would be the norm's, so such
+    layers are not fused.
     """
     chunk.requires_grad_(False)
     for layer in chunk.decoder.layers:

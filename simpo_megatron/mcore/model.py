@@ -33,11 +33,10 @@ from simpo_megatron.parallel import ParallelGroups
 
 
 class LogProbHead(ColumnParallelLinear):
-    """megatron's output layer, returning log-probs of the response tokens where it used to return logits.
+    """megatron's output layer, returning log-probs of the response tokens instead of logits.
 
-    It is the layer itself, and not a function beside it, that computes the loss: DistributedDataParallel waits for
-    gathered parameters in hooks on the layer's forward, and a head that bypassed them would read stale weights under
-    `overlap_param_gather`.
+    The layer itself computes them, not a function beside it: DistributedDataParallel waits for gathered parameters in
+    hooks on the layer's forward. Without these hooks the head would read stale weights under `overlap_param_gather`.
     """
 
     true_vocab_size: int
@@ -65,9 +64,9 @@ class LogProbHead(ColumnParallelLinear):
 
 
 class PreferenceGPTModel(GPTModel):
-    """GPTModel over one microbatch of pairs, whose `labels` are the response tokens it is to predict.
+    """GPTModel over one microbatch of pairs, whose `labels` are the response tokens to predict.
 
-    As in megatron, `forward` without labels yields logits. With `labels=ResponseTokens(...)` the last stage yields
+    As in megatron, `forward` without labels returns logits. With `labels=ResponseTokens(...)` the last stage returns
     their fp32 [N] log-probs, natural log.
     """
 
@@ -80,7 +79,7 @@ class PreferenceGPTModel(GPTModel):
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        # GPTModel builds both ends itself and offers no way to name other classes.
+        # GPTModel builds the embedding and the output layer itself and takes no other classes for them.
         if self.pre_process:
             self.embedding.word_embeddings.__class__ = MainGradEmbedding
         if self.post_process:
@@ -99,7 +98,7 @@ class PreferenceGPTModel(GPTModel):
         if hidden is not None and multiplier != 1:
             hidden = hidden * torch.tensor(multiplier, dtype=hidden.dtype)
         if hidden is not None and torch.is_grad_enabled():
-            # After a frozen embedding, too: recomputation finds gradients only from an input that wants one.
+            # Also after a frozen embedding: activation recomputation needs an input that requires a gradient.
             hidden.requires_grad_()
         layout = kwargs.get("packed_seq_params")
         if isinstance(layout, MicrobatchLayout) and layout.position_ids_S is not None:
@@ -149,8 +148,8 @@ def transformer_config(description: ModelDescription, config: Config) -> Archite
         # With two stages, interleaving over megatron's default batched p2p gives silently wrong gradients.
         overlap_p2p_comm=interleaved,
         batch_p2p_comm=not interleaved,
-        # The device would be drained after every message, for a bug of versions of torch before those we run on. The
-        # schedule waits for each message by itself, which orders what follows after it.
+        # Synchronises the device after every message, for a bug in versions of torch older than ours. The schedule
+        # waits for each message anyway.
         batch_p2p_sync=asks_for_shapes,
         deterministic_mode=config.run.deterministic,
         use_cpu_initialization=not device.has_cuda(),
@@ -179,11 +178,11 @@ def _fusions(description: ModelDescription, config: Config, attention_factor: fl
     is_swiglu = description.transformer["activation_func"] is F.silu and description.transformer["gated_linear_unit"]
     return {
         "bias_activation_fusion": fused and is_swiglu,
-        # Through this door the layer's spec brings its own; experts multiply by their tokens' weights in between.
+        # With this option the layer's spec brings its own activation; experts multiply by token weights in between.
         "use_te_activation_func": not fused and is_swiglu and "num_moe_experts" not in description.transformer,
         "bias_dropout_fusion": fused,
         "masked_softmax_fusion": fused,
-        # The fused kernel takes no factor of sine and cosine.
+        # The fused kernel takes no factor on sine and cosine.
         "apply_rope_fusion": fused and device.machine().has_transformer_engine and attention_factor == 1,
         "persist_layer_norm": False,
         # Frozen weights have no `main_grad` to add to.
@@ -225,20 +224,20 @@ def build_model(description: ModelDescription, config: Config, groups: ParallelG
 
 
 def zero_weights(chunks: list[PreferenceGPTModel]) -> None:
-    """Zero what a checkpoint will fill: written under fewer tensor ranks, it lacks the rows that pad the vocabulary."""
+    """Zero the weights before a checkpoint fills them: at a smaller tp, it lacks rows that pad the vocabulary."""
     with torch.no_grad():
         for chunk in chunks:
             for parameter in chunk.parameters():
-                # FP8 weights come from the checkpoint whole, and no vocabulary is among them.
+                # A checkpoint fills FP8 weights completely: none of them has a vocabulary dimension.
                 if not is_float8tensor(parameter):
                     parameter.zero_()
 
 
 def _mark_divided_weights(chunk: PreferenceGPTModel) -> None:
-    """Tell each weight that tensor-parallel ranks hold different parts of it.
+    """Mark each weight whose shards are on different tensor-parallel ranks.
 
-    Up to megatron-core 0.16 that happens only while a weight is initialised, which we skip. An unmarked weight counts
-    as a copy: the gradient norm, and clipping with it, would then miss the parts of all ranks but the first.
+    Up to megatron-core 0.16 only the initialisation of weights, which we skip, sets the mark. An unmarked weight counts
+    as a replica: the gradient norm, and clipping, would ignore the shards of all ranks but the first.
     """
     divided_dimension = {ColumnParallelLinear: 0, VocabParallelEmbedding: 0, RowParallelLinear: 1}
     for module in chunk.modules():
@@ -249,10 +248,10 @@ def _mark_divided_weights(chunk: PreferenceGPTModel) -> None:
 
 
 def _mark_experts(chunk: PreferenceGPTModel) -> None:
-    """Tell DDP and optimizer that experts are copied over other ranks than dense weights.
+    """Mark experts for DDP and optimizer: their replicas are on other ranks than those of dense weights.
 
-    megatron marks them under expert parallelism only, and so forgets that of experts that are not divided at all every
-    tensor-parallel rank has a copy, and in it the gradient of its own tokens.
+    megatron marks them only under expert parallelism. But without it, too, every tensor-parallel rank has a replica of
+    each expert, with the gradient of its own tokens only.
     """
     for name, parameter in chunk.named_parameters():
         if ".mlp.experts." in name:

@@ -1,4 +1,4 @@
-"""megatron's optimizer and learning-rate schedule from our configuration, and one guarded update."""
+"""megatron's optimizer and learning-rate schedule from our configuration, and one checked update."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def build_optimizer(
 ) -> tuple[MegatronOptimizer, OptimizerParamScheduler]:
     """megatron's Adam over the chunks (plain or distributed) and its schedule, which counts optimizer steps.
 
-    Side effect: megatron's schedules learn how to scale the loss and finish the gradients of these chunks.
+    Side effect: sets how megatron's schedules scale the loss and finish the gradients of these chunks.
 
     Collectives: those of `quantise_masters`.
     """
@@ -85,7 +85,7 @@ def _teach_schedules(chunks: list[DistributedDataParallel], optimizer: MegatronO
 
 
 def forget_optimizer(chunks: Sequence[DistributedDataParallel]) -> None:
-    """Take from the chunks what ties them to the optimizer that was built over them, so that its memory can go."""
+    """Remove the chunks' references to the optimizer that was built over them, so that its memory is freed."""
     chunks[0].module.config.grad_scale_func = None
     for chunk in chunks:
         for parameter in chunk.parameters():
@@ -128,7 +128,7 @@ def update(optimizer: MegatronOptimizer, scheduler: OptimizerParamScheduler) -> 
 
 
 def reserve_moments(optimizer: MegatronOptimizer) -> list[Tensor]:
-    """Memory for the moments that Adam allocates only in its first update; dropping the list frees it."""
+    """Allocates the memory of the moments that Adam allocates in its first update; dropping the list frees it."""
     return [
         torch.empty(2 * parameter.numel(), dtype=torch.float32, device=parameter.device)
         for single in optimizer.chained_optimizers
@@ -139,7 +139,7 @@ def reserve_moments(optimizer: MegatronOptimizer) -> list[Tensor]:
 
 
 def gather_parameters(chunks: Sequence[DistributedDataParallel]) -> None:
-    """Bring every parameter up to date for a reader that is no forward pass, such as an export.
+    """Gather the updated shards of every parameter, for a reader other than a forward pass, such as an export.
 
     Under `overlap_param_gather` the ranks' updated parts are gathered only when the next forward pass needs them.
 

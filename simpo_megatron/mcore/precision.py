@@ -16,7 +16,7 @@ from simpo_megatron.config import Config, PrecisionConfig
 # Hopper's two 8-bit formats: hybrid is e4m3 forward and e5m2 for gradients; block scaling has range enough for e4m3.
 _FP8_FORMAT = {"delayed": "hybrid", "tensorwise": "hybrid", "blockwise": "e4m3", "mxfp8": "e4m3"}
 _FP8_DETAILS: dict[str, dict[str, Any]] = {
-    # Transformer Engine's own history; megatron-core's default of one step follows every outlier.
+    # Transformer Engine's default history; megatron-core's default of one step would follow every outlier.
     "delayed": {"fp8_amax_history_len": 1024, "fp8_amax_compute_algo": "max"},
     # The first and last layer are the most sensitive; NVIDIA's recipes keep them in bf16, which delayed scaling cannot.
     "tensorwise": {
@@ -52,7 +52,7 @@ def export_dtype(config: Config) -> torch.dtype:
 
 
 def rounding(stored: Iterable[torch.dtype], written: torch.dtype) -> str | None:
-    """A sentence on weights of dtypes `stored` that lose digits when written as `written`; None where none do."""
+    """A sentence on weights of dtypes `stored` that lose digits when written as `written`; None if none do."""
     lost = sorted({dtype_name(dtype) for dtype in stored if torch.promote_types(dtype, written) != written})
     return f"{' and '.join(lost)} weights are rounded to {dtype_name(written)}" if lost else None
 

@@ -1,4 +1,4 @@
-"""Rotary embeddings of long contexts: the frequencies that transformers' own functions compute."""
+"""Rotary embeddings of long contexts: frequencies computed by transformers' own functions."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _REFUSED = {
 
 @dataclass(frozen=True)
 class RotaryFrequencies:
-    """The numbers that take the place of megatron's own in its rotary embedding."""
+    """The numbers that replace megatron's in its rotary embedding."""
 
     inverse: Tensor
     """fp32 [rotary size / 2], radians per position, on the CPU."""
@@ -31,7 +31,7 @@ class RotaryFrequencies:
 
 
 def scaled_frequencies(hf_config: Mapping[str, Any], max_length: int) -> RotaryFrequencies | None:
-    """The frequencies of a model that scales them; None of one that does not, whose megatron has the right ones.
+    """The frequencies of a model that scales them; None for other models, where megatron's are right.
 
     Args:
         max_length: tokens of the longest sequence. A longrope model has two sets of frequencies and takes, for a whole
@@ -50,10 +50,10 @@ def scaled_frequencies(hf_config: Mapping[str, Any], max_length: int) -> RotaryF
 
 
 def check_rope(hf_config: Mapping[str, Any], rope: Mapping[str, Any], rotary_size: int) -> None:
-    """Return if the rotary embedding `rope` can be computed for heads of which `rotary_size` elements turn.
+    """Return if the rotary embedding `rope` is supported for heads with `rotary_size` rotated elements.
 
     Raises:
-        ConfigError: its type is another one, or its numbers are not of that type.
+        ConfigError: its type is unknown, or its numbers do not fit the type.
     """
     kind = rope["rope_type"]
     if kind not in ("default", *SCALED):
@@ -63,7 +63,7 @@ def check_rope(hf_config: Mapping[str, Any], rope: Mapping[str, Any], rotary_siz
     theta, factor = rope.get("rope_theta"), rope.get("factor")
     if not _is_at_least(1, theta):
         raise ConfigError(f"rope_theta: found {theta!r}, expected a number of at least 1")
-    # A yarn or a longrope may say it by two lengths instead.
+    # yarn and longrope may give the factor by two lengths instead.
     by_lengths = factor is None and kind in ("yarn", "longrope")
     if kind != "default" and not by_lengths and not _is_at_least(1, factor):
         raise ConfigError(f"rope factor: found {factor!r}, expected a number of at least 1")
@@ -85,9 +85,9 @@ def check_rope(hf_config: Mapping[str, Any], rope: Mapping[str, Any], rotary_siz
 
 
 def concentration(attention_factor: float) -> dict[str, Any]:
-    """Options of megatron's TransformerConfig by which attention multiplies sine and cosine by `attention_factor`.
+    """Options of megatron's TransformerConfig that make attention multiply sine and cosine by `attention_factor`.
 
-    megatron takes the factor apart as YaRN does: (0.1 mscale log(scale) + 1) / (0.1 mscale_all_dim log(scale) + 1).
+    megatron computes the factor as in YaRN: (0.1 mscale log(scale) + 1) / (0.1 mscale_all_dim log(scale) + 1).
 
     Source: megatron.core.models.common.embeddings.yarn_rotary_pos_embedding._yarn_get_concentration_factor_from_config.
     """

@@ -1,4 +1,4 @@
-"""Layer specifications: megatron's own layers, with the attention and norms that this machine and a pack need."""
+"""Layer specifications: megatron's own layers, with attention and norms for packs on this machine."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from simpo_megatron.mcore.lean_layers import RMSNorm, SwiGLU
 
 @functools.cache
 def with_post_norm(linear: type[torch.nn.Module], norm: type) -> type[torch.nn.Module]:
-    """megatron's row-parallel `linear` with a `norm` on its output: what a layer adds to the residual, normalised."""
+    """megatron's row-parallel `linear` with a `norm` on its output, before it is added to the residual."""
 
     class PostNormLinear(linear):  # type: ignore[misc,valid-type]  # mypy knows no class that is an argument
         def __init__(self, *args: Any, config: ArchitectureConfig, **kwargs: Any) -> None:
@@ -39,7 +39,7 @@ def with_post_norm(linear: type[torch.nn.Module], norm: type) -> type[torch.nn.M
 
 @functools.cache
 def with_bias(linear: type[torch.nn.Module]) -> type[torch.nn.Module]:
-    """megatron's row-parallel `linear` with a bias, whatever the layer says."""
+    """megatron's row-parallel `linear`, always with a bias."""
 
     class BiasedLinear(linear):  # type: ignore[misc,valid-type]
         def __init__(self, *args: Any, bias: bool, **kwargs: Any) -> None:
@@ -65,7 +65,7 @@ def with_multiplier(linear: type[torch.nn.Module]) -> type[torch.nn.Module]:
 
 
 def add_to_residual(config: ArchitectureConfig, layer: TransformerLayerSubmodules, linear: Any, norm: type) -> None:
-    """Let attention and MLP of `layer` end as `config` says: with a bias, a norm or a multiplier, or plainly."""
+    """Add to the ends of `layer`'s attention and MLP what `config` asks for: a bias, a norm or a multiplier."""
     attention = layer.self_attention.submodules
     of_attention: Any = with_bias(linear) if config.attention_output_bias else linear
     of_mlp = linear
@@ -109,8 +109,8 @@ def transformer_engine_layer_spec(
 ) -> ModuleSpec:
     """One transformer layer of Transformer Engine's modules, which FP8 needs; with `num_experts` it is an MoE.
 
-    Without `fuse_norms` the norms before attention and MLP are layers of their own, as adapters need them: of a layer
-    that fuses its norm, nobody else sees the normed input.
+    Without `fuse_norms` the norms before attention and MLP are separate layers. Adapters need that: a layer that fuses
+    its norm does not expose the normed input.
     """
     from simpo_megatron.mcore.te_attention import TESegmentedAttention
 
@@ -135,7 +135,7 @@ def transformer_engine_layer_spec(
 
 
 def mlp_submodules(layer: TransformerLayerSubmodules) -> MLPSubmodules:
-    """The parts of the layer's MLP, which the newest megatron-core no longer keeps in a ModuleSpec."""
+    """The submodules of the layer's MLP; the newest megatron-core no longer keeps them in a ModuleSpec."""
     mlp = layer.mlp
     return mlp.submodules if isinstance(mlp, ModuleSpec) else mlp.keywords["submodules"]
 

@@ -13,20 +13,20 @@ from torch.distributed import ProcessGroup
 from simpo_megatron.data.batching import round_up
 from simpo_megatron.mcore.layout import MicrobatchLayout
 
-# Steps of a length bound: for each new one Transformer Engine picks a backend again.
+# Length bounds are rounded up to this step: Transformer Engine selects a backend anew for each new bound.
 _BOUND_MULTIPLE = 256
 
 
 class TESegmentedAttention(TEDotProductAttention):
     """megatron's TEDotProductAttention, one call for all segments of a pack.
 
-    The keys of a segment, its prefix and its own, are gathered so that they lie one behind the other; queries are
-    fewer than keys where there is a prefix, and causal from the bottom right, which Transformer Engine calls
-    `padding_causal_bottom_right` and megatron's mask types have no name for. A layer's sliding window, which megatron
-    hands to the constructor, is counted from the bottom right as well: in tokens of the sequence.
+    The keys of a segment, first its prefix's, then its own, are gathered into contiguous rows. With a prefix there are
+    fewer queries than keys, and the mask is causal from the bottom right. Transformer Engine calls that
+    `padding_causal_bottom_right`; megatron's mask types have no name for it. A layer's sliding window, which megatron
+    passes to the constructor, counts from the bottom right as well: in tokens of the sequence.
 
-    Under context parallelism padded rows take Transformer Engine's own, which passes keys round the ranks. It knows no
-    prefix: for a pack, keys and values are gathered from the ranks, and each computes the queries of its rows.
+    Under context parallelism, padded rows use Transformer Engine's own form, which passes keys around the ranks. That
+    form has no prefix. So for a pack, each rank gathers all keys and values and computes the queries of its rows.
     """
 
     def __init__(self, *, attention_type: str, **options: Any) -> None:
@@ -53,7 +53,7 @@ class TESegmentedAttention(TEDotProductAttention):
         assert layout.lengths is not None, "a pack has lengths"
         lengths = layout.lengths
         key_TBGD, value_TBGD = layout.segment_keys(key_SBGD, value_SBGD)
-        # Past megatron's own forward, which knows no bottom-right mask, to Transformer Engine's.
+        # Calls Transformer Engine's forward directly: megatron's has no bottom-right mask.
         out = super(TEDotProductAttention, self).forward(
             query_SBAD[:, 0],
             key_TBGD[:, 0],
@@ -69,7 +69,7 @@ class TESegmentedAttention(TEDotProductAttention):
         return out.reshape(query_SBAD.size(0), 1, -1)
 
     def _divide_over(self, cp_group: ProcessGroup | None) -> None:
-        """Let Transformer Engine pass keys round `cp_group` or, with None, compute with those it is given."""
+        """Let Transformer Engine pass keys around `cp_group` or, with None, use only the keys it is given."""
         ranks = None if cp_group is None else dist.get_process_group_ranks(cp_group)
         stream = None if cp_group is None else TEDotProductAttention.cp_stream
         self.set_context_parallel_group(cp_group, ranks, stream, "p2p")

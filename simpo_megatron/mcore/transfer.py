@@ -7,15 +7,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-# Bytes: where a tensor may begin in the buffer, for any dtype and the widest loads of a kernel.
+# Bytes: the alignment of a tensor in the buffer, for any dtype and the widest loads of a kernel.
 _ALIGNMENT = 16
 
 
 def copied_together(tensors: Sequence[Tensor | None], device: torch.device) -> list[Tensor | None]:
-    """Tensors of the CPU on `device`: views of one buffer, which one copy takes there; None stays None.
+    """CPU tensors on `device`: views of one buffer, which goes there in one copy; None stays None.
 
-    Nothing waits for the copy: to a GPU it is made from pinned memory, which torch gives to nobody else before it is
-    done. They share a version counter, so none may be changed in place where autograd has kept another.
+    The copy to a GPU is asynchronous, from pinned memory that torch reuses only after the copy has finished. The views
+    share a version counter: none may be changed in place while autograd has saved another.
     """
     starts, end = [], 0
     for tensor in tensors:

@@ -1,6 +1,6 @@
 """Variable-length attention on a GPU without Transformer Engine: FlashAttention, one call for all segments of a layer.
 
-Shapes: Q queries and K keys of all segments, one behind the other; A attention heads, G key/value groups, D head size.
+Shapes: Q queries and K keys of all segments, concatenated; A attention heads, G key/value groups, D head size.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-# FlashAttention 2 as torch holds it: its products are of half precision, in vectors of 16 bytes.
+# torch's FlashAttention 2 multiplies in half precision, in vectors of 16 bytes.
 _DTYPES = (torch.float16, torch.bfloat16)
 _MAX_HEAD_SIZE, _HEAD_SIZE_MULTIPLE = 256, 8
 _AMPERE, _HOPPER = 8, 9
 
 
 class Scores(NamedTuple):
-    """A layer's rule for the weights of the keys that a query sees."""
+    """A layer's scale, soft cap and window of attention scores."""
 
     scale: float | None = None
     """Factor of the products of queries and keys; None: one over the root of the head size."""
@@ -41,9 +41,9 @@ Each segment is causal from the bottom right: its last query sees all its keys.
 
 
 def varlen_kernel(query: Tensor, key: Tensor, scores: Scores) -> Kernel | None:
-    """The kernel for a layer with these scores, by the device, dtype, heads and head size of its last dimensions.
+    """The kernel for a layer with these scores, chosen by device, dtype, heads and head size.
 
-    None where no installed one computes it: on the CPU, in fp32, with dropout, or before torch 2.10.
+    None where no installed kernel supports it: on the CPU, in fp32, with dropout, or before torch 2.10.
     """
     if scores.dropout or not _has_flash_attention(query):
         return None
@@ -71,9 +71,9 @@ def _torchs_own() -> tuple[Callable[..., Any] | None, Mapping[str, Any]]:
 
 @functools.cache
 def _torch_kernel(scores: Scores, *, is_grouped: bool) -> Kernel | None:
-    """torch's varlen_attn, whose options changed from one version to the next.
+    """torch's varlen_attn, called with the options of the installed version.
 
-    torch 2.10 has `is_causal`; 2.11 a window, whose (-1, 0) is causal; 2.12 wants to be told of grouped heads.
+    torch 2.10 has `is_causal`; 2.11 a window, whose (-1, 0) is causal; 2.12 an option for grouped heads.
     """
     varlen_attn, known = _torchs_own()
     if varlen_attn is None:
@@ -97,7 +97,7 @@ def _torch_kernel(scores: Scores, *, is_grouped: bool) -> Kernel | None:
 
 @functools.cache
 def _flash_attn_kernel(scores: Scores) -> Kernel | None:
-    """The function of the package flash-attn, which has had a soft cap since 2.6; torch's own has none."""
+    """The function of the package flash-attn, which has a soft cap since 2.6; torch's own has none."""
     try:
         attend = importlib.import_module("flash_attn").flash_attn_varlen_func
     except (ImportError, OSError):  # not installed, or built for another torch
@@ -116,10 +116,10 @@ def _flash_attn_kernel(scores: Scores) -> Kernel | None:
 
 @functools.cache
 def prepare_torch() -> None:
-    """Set torch's own switches of attention on a GPU, once a process.
+    """Set torch's global attention options on a GPU, once per process.
 
-    cuDNN leaves scaled_dot_product_attention: it makes a plan for each new pair of lengths, and here all are new.
-    FlashAttention 3 takes FlashAttention 2's place where it can.
+    Turns cuDNN off in scaled_dot_product_attention: it builds a plan for each new pair of lengths, and here all are
+    new. Replaces FlashAttention 2 by FlashAttention 3 where possible.
     """
     torch.backends.cuda.enable_cudnn_sdp(False)
     if _has_flash_attention_3():
