@@ -8,7 +8,7 @@ from pathlib import Path
 from simpo_megatron.errors import ConfigError
 
 _PACKAGE = Path(__file__).parents[1]
-# A wheel holds them in the package; a checkout, and what is installed from it to be edited, beside it.
+# A wheel has them inside the package; a checkout or an editable install has them beside it.
 _FOLDERS = (_PACKAGE / "configs", _PACKAGE.parent / "configs")
 
 
@@ -19,11 +19,11 @@ def bundled_configs() -> dict[str, Path]:
 
 
 def find_config_file(name: str) -> Path:
-    """The YAML file that `name` means: a path, or the name of a configuration that comes with the package.
+    """The YAML file `name`: a path, or the name of a configuration that comes with the package.
 
-    A path that exists wins, and what looks like a path is one.
+    An existing path wins; a name that looks like a path is always taken as one.
 
-    Raises: ConfigError for a name that no configuration has.
+    Raises: ConfigError: no configuration has this name.
     """
     path = Path(name)
     if path.exists() or path.suffix or path.parent != Path():

@@ -15,7 +15,7 @@ def require_writable_name(section: object, *keys: str) -> None:
         found = getattr(section, key)
         if found is None:
             continue
-        # A quotation cut short: the name itself may be what makes a log unreadable.
+        # Quoted and cut short: the name itself may make a log unreadable.
         shown = found if len(found) <= 60 else found[:60] + "..."
         require(0 < len(found) <= _MAX_PATH_LENGTH, key, shown, f"1 to {_MAX_PATH_LENGTH} characters")
         require(found.isprintable(), key, shown, "no line breaks or control characters")

@@ -64,7 +64,7 @@ def short_help() -> str:
     """Returns the help of the everyday options, a line each, in one screen."""
     lines = [f"usage: {_USAGE}", "", _ABOUT, "", _line("--config FILE", "YAML file of options.")]
     everyday = [option for option in option_table().values() if option.everyday]
-    # Beside --config, of which it takes the place.
+    # Shown beside --config, which it replaces.
     everyday.sort(key=lambda option: option.name != "preset")
     lines += map(_short_line, everyday)
     lines.append(_line("--help-all", f"Show all {len(option_table())} options, in full, and the presets' settings."))
@@ -95,14 +95,14 @@ def _flags(option: Option) -> list[str]:
 
 
 def _argument(option: Option) -> dict[str, typing.Any]:
-    """Returns argparse's arguments; values stay text, because they are parsed as those of YAML are."""
+    """Returns argparse's arguments; values stay text, because they are parsed like those of YAML."""
     argument: dict[str, typing.Any] = {"help": (option.help + _default(option)).replace("%", "%%")}
     if option.name == "fp32":
         return argument | {"action": "store_true"}
     if option.kind is bool:
         return argument | {"action": argparse.BooleanOptionalAction}
     argument["metavar"] = "|".join(option.choices) or option.metavar or _choices_or_kind(option)
-    # Given twice, a list is both: argparse alone would forget the first.
+    # A list given twice is joined; argparse's default would drop the first.
     return argument | {"nargs": "+", "action": "extend"} if option.is_list else argument
 
 

@@ -1,4 +1,4 @@
-"""Warnings about settings that run but that the published experience speaks against."""
+"""Warnings about settings that work but that published experience advises against."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from simpo_megatron.loss import SimPOObjective
 
 
 def lint(config: Config) -> list[str]:
-    """One line per setting without effect, and per doubtful one: what was found, what was published.
+    """One line per setting without effect, and per doubtful setting: the value found and the published advice.
 
-    The demo is a toy on purpose, whose settings are not to be doubted.
+    The demo's settings are for a toy and are not checked.
 
     Source: the tuning advice of the reference implementation (princeton-nlp/SimPO), and its users' reports on
     batch size and repetition.
@@ -56,7 +56,7 @@ def _simpo_warnings(objective: SimPOObjective) -> list[str]:
 
 
 def idle_options(config: Config) -> dict[str, str]:
-    """The options that nothing in this run looks at, and why."""
+    """The options that this run does not use, and why."""
     batch, run, monitors = config.batch, config.run, config.monitors
     has_validation = config.data.valid_data or config.data.valid_fraction or DEMO in config.data.data
     groups = (

@@ -27,7 +27,7 @@ ALIASES = {
     "fp8": "fp8_recipe",
     "recompute": "recompute_granularity",
 }
-# Two ways to say one thing: whoever names one of a group, in the same file or command, names no other of it.
+# Options that set the same thing: one file or command may name only one of a group.
 EXCLUSIVE = (
     ("gamma_beta_ratio", "gamma"),
     ("bf16", "fp32"),
@@ -35,7 +35,7 @@ EXCLUSIVE = (
     ("valid_data", "valid_fraction"),
     ("chat_template_args", "chat_template_kwargs"),
 )
-# What trainers of Hugging Face call it.
+# The name in Hugging Face's trainers.
 _ELSEWHERE = {
     "adam_epsilon": "adam_eps",
     "dataset": "data",
@@ -131,9 +131,9 @@ _SECOND_NAMES = {
 
 
 def as_path(text: str) -> str:
-    """A path as the file system knows it: `~` and `..` resolved, which shells do for some of them only.
+    """`path` with `~` and `..` resolved; shells do that only for some arguments, and YAML never.
 
-    A validation set's `NAME=` stays in front of its file.
+    The `NAME=` before a validation file is kept.
     """
     name, path = "", text
     if named := re.match(r"([\w.-]+=)(?=~|\.\.)", text):
@@ -183,7 +183,7 @@ def _options(section: str, section_type: type) -> list[Option]:
 
 
 def _objective_options() -> list[Option]:
-    """The objective and the options of all of them; what several share is one option with several defaults."""
+    """The option `objective` and the options of all objectives; one that several share has a default for each."""
     first = next(iter(OBJECTIVES))
     which = Option(
         name="objective",
@@ -244,7 +244,7 @@ def nearest(name: str, valid: Iterable[str]) -> str:
 
 
 def _plain(name: str) -> str:
-    """A flag as the key it is."""
+    """The key of a flag."""
     return name.removeprefix("--").replace("-", "_")
 
 

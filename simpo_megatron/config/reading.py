@@ -35,7 +35,7 @@ _DEFAULT_OBJECTIVE = next(iter(OBJECTIVES))
 
 @dataclass(frozen=True)
 class Setting:
-    """A value somebody asked for, and where."""
+    """A value that was set, and where it was set."""
 
     value: typing.Any
     where: str
@@ -50,13 +50,13 @@ Axes = dict[str, tuple[typing.Any, ...]]
 
 
 def load_config(argv: Sequence[str] | None = None, *, axes: Axes | None = None, **options: typing.Any) -> Config:
-    """The configuration asked for, its own checks passed: by a command line, or by `options` in python.
+    """The checked configuration of a command line, or of `options` given in python.
 
     Without a model, a preset or a file it is the preset `demo`. `--help` and `--help-all` print and exit with 0.
 
     Args:
-        argv: a command line; sys.argv's arguments where neither it nor options are given.
-        axes: gets the values to try that stand under `sweep` in the file; such a file is refused without.
+        argv: a command line; sys.argv's arguments when neither it nor options are given.
+        axes: filled with the values to try under `sweep` in the file; None: a file with `sweep` is refused.
         options: values under the options' names or aliases, above `argv`: `load_config(preset="demo", lr=1e-3)`;
             `config` names a file, as `--config` does.
 
@@ -100,10 +100,10 @@ def config_of(layer: Layer) -> Config:
 def read_yaml(path: str | Path, axes: Axes | None = None) -> Layer:
     """The settings of a YAML file, which is one flat mapping from option names to values.
 
-    Only `sweep` holds a mapping, from options to the values to try, which `axes` gets; without it that is refused.
+    Only `sweep` may hold a mapping, from options to the values to try, which goes to `axes`, or is refused without it.
 
-    Only the syntax tree is read: no tag is obeyed, nothing is constructed or imported, and an alias costs
-    nothing, because no value nests.
+    Only the syntax tree is read: tags have no effect and nothing is constructed or imported. Aliases cannot multiply,
+    because values do not nest.
 
     Raises: ConfigError for anything else: duplicate or unknown keys, tags, nesting, wrong types, tabs.
     """
@@ -201,19 +201,19 @@ def _preset_layer(asked: Layer) -> Layer:
         raise ConfigError(f"{asked['preset'].where}: preset: found {cut(name)!r}{nearest(name, PRESETS)}")
     options = PRESETS[name].options
     if "objective" in asked and asked["objective"].value != options.get("objective", _DEFAULT_OBJECTIVE):
-        # The constants of one objective say nothing of another's.
+        # The constants of one objective mean nothing for another.
         options = {key: value for key, value in options.items() if option_table()[key].section != "objective"}
     return {option: Setting(value, f"preset {name}") for option, value in options.items()}
 
 
 def _merge(lower: Layer, upper: Layer) -> Layer:
-    """`upper` over `lower`; naming one of an exclusive group takes away what `lower` said by another."""
+    """`upper` over `lower`; an option in `upper` removes the other options of its exclusive group from `lower`."""
     displaced = {name for group in EXCLUSIVE if any(name in upper for name in group) for name in group}
     return {name: setting for name, setting in lower.items() if name not in displaced} | upper
 
 
 def _build(layer: Layer) -> Config:
-    """The sections from their defaults and `layer`; a section's refusal gets the place of its value."""
+    """The sections from their defaults and `layer`; a section's error gets the place where its value was set."""
     sections = {}
     for section, section_type in typing.get_type_hints(Config).items():
         own = {name: setting for name, setting in layer.items() if option_table()[name].section == section}
@@ -243,7 +243,7 @@ def _objective_type(settings: Layer) -> type:
 
 
 def _field_values(settings: Layer) -> dict[str, typing.Any]:
-    """The values set for one section's fields; second ways of saying become the first."""
+    """The values set for one section's fields; alternative options are converted to the main one."""
     values = {name: setting.value for name, setting in settings.items()}
     if "fp32" in values:
         values["bf16"] = not values.pop("fp32")
@@ -258,7 +258,7 @@ def _field_values(settings: Layer) -> dict[str, typing.Any]:
 
 
 def _with_origin(message: str, settings: Layer) -> str:
-    """`message` begun with where the first option it names was set, or the only one that can be to blame."""
+    """`message` after the place where the first option it names was set, or the only option that can have caused it."""
     named = [name for name in re.findall(r"[a-z_0-9]+", message) if name in settings]
     to_blame = named[:1] or (list(settings) if len(settings) == 1 else [])
     return "".join(f"{settings[name].where}: " for name in to_blame) + message

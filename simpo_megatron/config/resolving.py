@@ -1,4 +1,4 @@
-"""Checks before any process group exists: that the layout fits the ranks, the model and the machine."""
+"""Checks of the layout against ranks, model and machine, before any process group exists."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from simpo_megatron.config.sections import Config
 from simpo_megatron.data import BatchOptions, check_global_batch_size
 from simpo_megatron.errors import ConfigError, DataError, require
 
-# Rows and columns of Transformer Engine's matrix products come in multiples of this.
+# Transformer Engine's FP8 matrix products need rows and columns in multiples of this.
 FP8_MULTIPLE = {"delayed": 16, "tensorwise": 16, "mxfp8": 32, "blockwise": 128}
-# Padded rows' widths under Transformer Engine, where cuDNN makes a plan for each new one.
+# Widths of padded rows under Transformer Engine are rounded up to this: cuDNN builds a plan for each new width.
 PLANNED_WIDTH_MULTIPLE = 128
 _FP8_COMPUTE_CAPABILITY = {"delayed": (8, 9), "tensorwise": (8, 9), "blockwise": (9, 0), "mxfp8": (10, 0)}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """The facts that a rank finds on its machine."""
+    """The facts of a rank's machine."""
 
     has_cuda: bool = False
     has_transformer_engine: bool = False
@@ -71,7 +71,7 @@ def resolve(config: Config, *, world_size: int, model: Mapping[str, Any], machin
         data_parallel_size=data_parallel_size,
         microbatch_multiple=_microbatch_multiple(config),
         sequence_multiple=multiple,
-        # Padding is routed like any token, and would count in an MoE's load-balancing loss.
+        # An MoE routes padding like any token, so it would count in the load-balancing loss.
         one_shape_per_step=sizes.pipeline > 1 and not model.get("num_moe_experts"),
     )
     _check_batches(config, layout)
@@ -215,7 +215,7 @@ def _check_batches(config: Config, layout: Layout) -> None:
         dp_size=layout.data_parallel_size,
         microbatch_multiple=layout.microbatch_multiple,
     )
-    # Checks that a full pack keeps to the multiple.
+    # A full pack must be a multiple, too.
     BatchOptions(**asdict(config.batch), sequence_multiple=layout.sequence_multiple)
 
 

@@ -160,7 +160,7 @@ class PrecisionConfig:
 
     def __post_init__(self) -> None:
         require(self.fp8_recipe is None or self.bf16, "fp8_recipe", self.fp8_recipe, "bf16 and not fp32 beside it")
-        # Delayed scaling would round the weights that are loaded by a scale of 1, before it has seen any.
+        # Delayed scaling would round the loaded weights with a scale of 1, before its history has any value.
         require(
             not self.fp8_param_gather or self.fp8_recipe in ("tensorwise", "blockwise"),
             "fp8_param_gather",

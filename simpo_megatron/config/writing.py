@@ -1,4 +1,4 @@
-"""A configuration as people and later runs read it: YAML that loads again, and lines for the terminal."""
+"""A configuration written out: as YAML that loads again, and as lines for the terminal."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def to_yaml(config: Config) -> str:
 def options_in_force(options: Mapping[str, Any]) -> dict[str, Any]:
     """The value of every option as `config_from` takes it, also when JSON made lists of tuples.
 
-    Those options are left out that an alternative took the place of.
+    Options that an alternative replaces are left out.
     """
     replaced = {
         "epochs" if options.get("train_iters") else "train_iters",
@@ -90,7 +90,7 @@ def _readable(value: Any) -> str:
 
 
 def _sections_in_force(config: Config) -> dict[str, dict[str, Any]]:
-    """{section: {option: value}}, lists for tuples, without options that an alternative took the place of."""
+    """{section: {option: value}}, lists for tuples, without options that an alternative replaces."""
     kept = options_in_force(config.flat())
     return {
         section: {

@@ -1,4 +1,4 @@
-"""The syntax tree of a YAML file, whose size, depth and growth by aliases are bounded before anything is made of it."""
+"""The syntax tree of a YAML file, after limits on its size, its depth and its growth by aliases."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ _MAX_NODES = 50_000
 def read_yaml_tree(path: Path) -> tuple[str, yaml.Node | None]:
     """(the text of a YAML file, the root of its tree); None for a file without content.
 
-    No tag is obeyed and nothing is constructed.
+    Tags have no effect, and nothing is constructed.
 
-    Raises: ConfigError naming file and line: unreadable, larger than a configuration is, not YAML, or a bomb.
+    Raises: ConfigError naming file and line: unreadable, too large for a configuration, not YAML, or a bomb.
     """
     try:
         with path.open("rb") as file:
@@ -48,7 +48,7 @@ def _extent(node: yaml.Node, known: dict[int, tuple[int, int]]) -> tuple[int, in
     """(depth, number of nodes) below and with `node`, an aliased one counted wherever it stands."""
     if id(node) in known:
         return known[id(node)]
-    # What leads back to itself is as deep as can be.
+    # An alias to one of its own parents is infinitely deep.
     known[id(node)] = _MAX_DEPTH + 1, 1
     children = []
     if isinstance(node, yaml.MappingNode):

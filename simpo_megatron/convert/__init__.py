@@ -1,4 +1,4 @@
-"""Hugging Face folders in and out of megatron-core, without a conversion step and without pickles."""
+"""Weights of Hugging Face folders in and out of megatron-core's model, without a separate conversion."""
 
 from simpo_megatron.convert.adapter import export_adapter, trained_share
 from simpo_megatron.convert.export import export_hf

@@ -18,18 +18,18 @@ _CHOSEN_BY_RULE = ("default", "tool_use")
 
 
 def complete_templates(source: Path, target: Path, *, flat: bool, trained: str | None) -> None:
-    """Write into `target` the templates that a copy of the files of `source` alone would not leave there.
+    """Write the templates of `source` into `target` that copying its files does not bring there.
 
     Args:
-        flat: `target` holds no subfolders, so that named templates stand in tokenizer_config.json, in a list.
-        trained: the template that takes the place of the one that transformers would choose; None: none does.
+        flat: `target` has no subfolders, so named templates go into a list in tokenizer_config.json.
+        trained: the template that replaces the one transformers would choose; None: none.
     """
     templates, in_list = _read(source)
     wanted = dict(templates)
     if trained is not None:
         wanted |= {name: trained for name in _CHOSEN_BY_RULE if name == "default" or name in templates}
     is_named = len(wanted) > 1
-    # A name is a file's, and the folder may be anybody's.
+    # The name becomes a file name, and the folder is not trusted.
     if any(Path(name).name != name for name in wanted):
         return
     if wanted != templates or (is_named and flat != in_list):
@@ -37,7 +37,7 @@ def complete_templates(source: Path, target: Path, *, flat: bool, trained: str |
 
 
 def _read(folder: Path) -> tuple[dict[str, str], bool]:
-    """(templates by name, whether a list holds them); as in transformers, files go before tokenizer_config.json."""
+    """(templates by name, whether a list holds them); as in transformers, files win over tokenizer_config.json."""
     found = {path.stem: path.read_text(encoding="utf-8") for path in sorted((folder / NAMED_FOLDER).glob("*.jinja"))}
     if (folder / TEMPLATE_FILE).is_file():
         found["default"] = (folder / TEMPLATE_FILE).read_text(encoding="utf-8")

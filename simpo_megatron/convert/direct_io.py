@@ -1,4 +1,4 @@
-"""Files of weights, written past the memory in which the system keeps what it reads and writes."""
+"""Files of weights, written directly to the disk, past the system's page cache."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ _BUFFER_BYTES = 16 << 20
 
 
 class DirectFile:
-    """A new file that goes straight to the disk, and is there, hashed if that was asked for, when its context ends.
+    """A new file written directly to the disk; when its context ends it is there, and hashed if that was asked for.
 
-    Weights are written once and read much later. In the system's memory they would push out what is needed, and
-    copying them there costs more than the disk does. Disk and hash work in threads, each on a buffer that was filled;
-    where a file system has no direct writes, these are ordinary ones.
+    Weights are written once and read much later. In the page cache they would evict data that is needed, and the copy
+    costs more than the disk. Writing and hashing run in threads, each on a full buffer. Where a file system has no
+    direct writes, ordinary ones are used.
     """
 
     def __init__(self, path: Path, *, hashed: bool = False) -> None:
@@ -28,7 +28,7 @@ class DirectFile:
         self._sha256 = hashlib.sha256() if hashed else None
         self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
         self._is_direct = self._becomes_direct()
-        # A direct write starts from a page of memory, at which a mapping begins.
+        # A direct write must start at a page of memory, which a mapping does.
         self._filling, self._leaving = (memoryview(mmap.mmap(-1, _BUFFER_BYTES)) for _ in range(2))
         self._num_filled = 0
         self._work: list[Future[None]] = []
@@ -41,10 +41,10 @@ class DirectFile:
         return self._sha256.hexdigest()
 
     def write(self, data: bytes | bytearray | memoryview) -> int:
-        """Bytes of `data` that were taken: all.
+        """Writes `data`; returns the number of its bytes.
 
         Raises:
-            OSError: of an earlier write. The end of the context raises it again, for whoever calls may hide it.
+            OSError: an earlier write failed. The end of the context raises it again, in case the caller hides it.
         """
         left = whole = memoryview(data).cast("B")
         while left:
@@ -58,13 +58,13 @@ class DirectFile:
         return len(whole)
 
     def flush(self) -> None:
-        """Return at once: the end of the context flushes, and torch asks for it after each tensor."""
+        """Does nothing: torch calls it after each tensor, and the end of the context flushes."""
 
     def _hand_over(self) -> None:
-        """Have the filled buffer written and hashed, once the one before is."""
+        """Start writing and hashing the full buffer, once the previous one is done."""
         self._join()
         filled = self._filling[: self._num_filled]
-        # Direct writes are of whole blocks; what pads the last is cut off at the end.
+        # Direct writes take whole blocks; the padding of the last one is cut off at the end.
         blocks = self._filling[: self._num_filled + -self._num_filled % _BLOCK_BYTES]
         self._work = [self._threads.submit(self._write_blocks, blocks)]
         if self._sha256 is not None:
@@ -83,7 +83,7 @@ class DirectFile:
             except OSError as error:
                 if error.errno != errno.EINVAL or not self._is_direct:
                     raise
-                # Only now does this file system say that it cannot.
+                # Some file systems refuse direct writes only here.
                 self._is_direct = False
                 fcntl.fcntl(self._descriptor, fcntl.F_SETFL, 0)
 

@@ -1,4 +1,4 @@
-"""Experts of expert-parallel ranks, brought to the rank that writes their stage's files."""
+"""Sends experts of expert-parallel ranks to the rank that writes their stage's files."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from simpo_megatron.ranks import gather_or_raise
 
 @dataclass(frozen=True)
 class ExpertExchange:
-    """The owner of each expert's tensors in one expert-parallel group; the group's first rank is to have them."""
+    """The owner of each expert's tensors in one expert-parallel group; the group's first rank receives them."""
 
     owners: Mapping[str, int]
     """Rank in the group by Hugging Face name."""
@@ -32,7 +32,7 @@ class ExpertExchange:
         return cls({name: rank for rank, names in enumerate(names_of_ranks) for name in names}, group)
 
     def proceeds(self, says: bool) -> bool:
-        """The word of the group's first rank on whether the export goes on.
+        """True when the group's first rank continues the export.
 
         Collectives: one object gather over the group.
         """

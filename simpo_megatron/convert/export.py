@@ -1,4 +1,4 @@
-"""Weights from megatron's GPTModel into a Hugging Face folder, every pipeline stage writing its own files."""
+"""Exports the weights of megatron's GPTModel as a Hugging Face folder; every pipeline stage writes its own files."""
 
 from __future__ import annotations
 
@@ -66,14 +66,13 @@ def export_hf(
 ) -> None:
     """Write the model as a Hugging Face folder that appears under `out_folder` only when it is whole.
 
-    Adapters are merged into what is written, each weight's sum taken in fp32; the model stays as it is.
-    Every pipeline stage writes its own files, one tensor in memory at a time. Configuration, tokenizer and
-    chat template come from `source_folder`; `chat_template` replaces the latter, `model_card` becomes README.md;
-    `in_place_of` names the tensors to write for some parameters, those kept in FP8. An earlier export of the same
-    `origin` is replaced, any other set aside. Called on every rank; those that hold a copy of another rank's weights
-    return at once.
+    Adapters are merged into the written weights, in fp32; the model stays as it is. Every pipeline stage writes its own
+    files, one tensor in memory at a time. Configuration, tokenizer and chat template come from `source_folder`;
+    `chat_template` replaces the latter, and `model_card` becomes README.md. `in_place_of` maps parameters, those kept
+    in FP8, to the tensors to write for them. An earlier export of the same `origin` is replaced, any other one is
+    renamed. Called on every rank; ranks that hold replicas of other ranks' weights return at once.
 
-    Collectives: one gather over tp for every tensor that is cut, one send over ep for every expert that another rank
+    Collectives: one gather over tp for every sharded tensor, one send over ep for every expert that another rank
     holds; a few small objects over tp, pp and ep.
 
     Raises:
@@ -124,8 +123,8 @@ def export_tensors(
 
     Args:
         specs: all tensors of the folder, the same on every rank; each is owned by one pipeline stage.
-        complete: what rank 0 does to the staged folder of weight files before it is published.
-        stage_names: what the ranks of this stage own together, where experts are among it; None: `owned` is all.
+        complete: called on rank 0 with the staged folder of weight files, before it is published.
+        stage_names: the names of all tensors of this stage, if other ranks own experts of it; None: `owned` is all.
         origin: as `export_hf`.
 
     Collectives and Raises: as `export_hf`.
@@ -205,7 +204,7 @@ class _Source:
         """
         own = self.owned.get(name)
         if self.exchange is None or name not in self.exchange.owners:
-            # Where other ranks lend an expert, this one has nothing to do with it.
+            # Only the owner of an expert and the rank that writes take part.
             return None if own is None else gather_tensor(own, self.description, spec.dtype, tp_group=self.tp_group)
         expert = None if own is None else own[0].view.reshape(spec.shape).to(spec.dtype).contiguous()
         brought = self.exchange.bring(name, expert, spec.shape, spec.dtype)
@@ -215,7 +214,7 @@ class _Source:
 def _plan_shards(
     specs: dict[str, TensorSpec], own_names: list[str], max_shard_bytes: int, *, groups: ParallelGroups
 ) -> list[_Shard]:
-    """The files of the whole export, the same on every rank: each stage's tensors, cut at `max_shard_bytes`.
+    """The files of the whole export, the same on every rank: each stage's tensors, split at `max_shard_bytes`.
 
     Collectives: one exchange of names over pp.
     """
@@ -238,7 +237,7 @@ def gather_tensor(
 ) -> Tensor | None:
     """The whole Hugging Face tensor on the CPU of the group's first rank; None on the others.
 
-    Collectives: one gather over tp for every piece that is cut.
+    Collectives: one gather over tp for every sharded piece.
     """
     parts = []
     is_first = tp_group.rank() == 0
@@ -263,9 +262,9 @@ def gather_tensor(
 
 
 def _gather_uneven(part: Tensor, num_rows: list[int], tp_group: dist.ProcessGroup) -> Tensor:
-    """On the group's first rank the rows of all ranks, rank by rank, on the CPU; on the others what they had.
+    """On the group's first rank the rows of all ranks in order, on the CPU; on the others their own rows.
 
-    Collectives: one gather over tp of as many rows from each rank as the one with the most has.
+    Collectives: one gather over tp, padded to the rows of the rank that has most.
     """
     padded = part.new_zeros(max(num_rows), *part.shape[1:])
     padded[: len(part)] = part
@@ -284,7 +283,7 @@ def _write_or_drain(
     groups: ParallelGroups,
     failure: SimPOError | None,
 ) -> SimPOError | None:
-    """The reason that writing failed, now or before. A rank that cannot write still gathers: its peers wait there."""
+    """The error of writing, now or before, if any. A rank that cannot write still gathers: its peers wait there."""
     if groups.tp.rank() == 0 and failure is None:
         try:
             # On this rank every tensor is there.
@@ -299,7 +298,7 @@ def _write_or_drain(
 
 
 def _begin(out_folder: Path, stack: ExitStack, origin: str | None) -> Path:
-    """The folder to write into, which appears as `out_folder` when `stack` is closed without an error."""
+    """The draft folder to write into; it becomes `out_folder` when `stack` is closed without an error."""
     refuse_existing_export(out_folder)
     return stack.enter_context(new_output(out_folder, origin))
 

@@ -1,4 +1,4 @@
-"""Safetensors files of a Hugging Face folder: which there are, what they hold, how to stream one out."""
+"""Safetensors files of a Hugging Face folder: listing them, reading their headers, writing one as a stream."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _MAX_NAME = 200
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """A tensor that is to be written, as the header describes it."""
+    """The header entry of a tensor to write."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -66,7 +66,7 @@ def stored_tensors(folder: str | Path) -> dict[str, StoredTensor]:
 
 
 def open_safetensors(path: Path) -> safe_open:
-    """`path` opened for reading slices; nothing but the header is read yet.
+    """`path` opened for reading slices; only the header is read yet.
 
     Raises:
         CheckpointError: the file is missing or not whole.
@@ -78,7 +78,7 @@ def open_safetensors(path: Path) -> safe_open:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model's `folder`, each its own.
+    """The safetensors files of a model's `folder`; links that lead outside are refused.
 
     Raises:
         CheckpointError: there is none, or one is missing or outside the folder.
@@ -137,7 +137,7 @@ def write_safetensors(path: Path, specs: Mapping[str, TensorSpec], tensors: Iter
     The safetensors library writes whole files from memory only; a shard of 5 GB would be held twice.
 
     Raises:
-        NumericsError: a tensor holds what is no number, or is none once cast to its dtype.
+        NumericsError: a tensor holds a value that is not finite, or becomes so when cast to its dtype.
 
     Source: https://github.com/huggingface/safetensors, "Format".
     """

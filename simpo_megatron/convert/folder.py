@@ -1,4 +1,4 @@
-"""The folder around exported weights: its files, what stands beside them, and how it appears only when whole."""
+"""The folder of an export: its weight files, the other files of a model, and its atomic publication."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MARKER_FILE = "simpo_megatron.json"
 """The mark that tells an export from a folder of the user's."""
 
 _ORIGIN = "origin"
-# As checkpoint.manifest calls it, which stands above this room.
+# The same name as in checkpoint.manifest, which this room may not import.
 _RECORD_FILE = "COMMIT.json"
 
 MAX_SHARD_BYTES = 5 * 10**9
@@ -51,14 +51,14 @@ _MAY_NAME_CODE = ("tokenizer_config.json", "generation_config.json")
 
 
 def refuse_existing_export(out_folder: str | Path, *sources: str | Path) -> None:
-    """Return if an export will not refuse its folder; for a caller that wants to know beforehand.
+    """Return if an export can use `out_folder`; for a check before the work.
 
     Args:
         sources: folders of the models that the export is made of.
 
     Raises:
-        CheckpointError: `out_folder` is that of a source or around it; or exists, and is neither empty nor an earlier
-            export, which a new one replaces or sets aside.
+        CheckpointError: `out_folder` is a source or contains one; or it exists and is neither empty nor an earlier
+            export, which a new one replaces or renames.
     """
     path = Path(out_folder)
     for source in sources:
@@ -77,10 +77,10 @@ def refuse_existing_export(out_folder: str | Path, *sources: str | Path) -> None
 
 @contextmanager
 def new_output(out_folder: Path, origin: str | None = None) -> Iterator[Path]:
-    """A folder to fill, which becomes `out_folder` at the end, in place of what is there; after an error it is gone.
+    """Yields a draft folder, which replaces `out_folder` at the end; after an error it is deleted.
 
-    An export there that is not known to be of the same `origin` is set aside under another name, and not removed. What
-    a killed process has left of the same output is removed.
+    An export there that is not known to have the same `origin` is renamed, not deleted. Drafts that killed processes
+    left of the same output are deleted.
 
     Raises:
         CheckpointError: another process is writing the same output, or the place cannot be written.
@@ -91,7 +91,7 @@ def new_output(out_folder: Path, origin: str | None = None) -> Iterator[Path]:
         with atomic.new_folder(out_folder) as draft:
             yield draft
             if own is not None:
-                # A hash, for a folder's name may say more than whoever gets the export is to know.
+                # A hash: the name of a folder may be private, and the export is published.
                 write_json(draft / MARKER_FILE, {**read_hf_json(draft, MARKER_FILE), _ORIGIN: own})
             if is_anothers:
                 aside = atomic.move_aside(out_folder)
@@ -105,7 +105,7 @@ def new_output(out_folder: Path, origin: str | None = None) -> Iterator[Path]:
 
 
 def origin_of(folder: str | Path) -> str:
-    """The origin of what is made of `folder`: a run's folder, the same for each of its checkpoints, or a model's."""
+    """The origin of an export of `folder`: the run's folder for any of its checkpoints, or the model's folder."""
     path = Path(folder).resolve()
     return str(path.parent if (path / _RECORD_FILE).is_file() else path)
 
@@ -119,7 +119,7 @@ def _origin(folder: Path) -> object:
 
 
 def divide(specs: Mapping[str, TensorSpec], max_shard_bytes: int) -> list[dict[str, TensorSpec]]:
-    """`specs` in their order, cut into parts of at most `max_shard_bytes`, or of a single tensor."""
+    """`specs` in their order, split into parts of at most `max_shard_bytes`, or of a single tensor."""
     parts: list[dict[str, TensorSpec]] = []
     num_bytes = max_shard_bytes
     for name, spec in specs.items():
@@ -157,7 +157,7 @@ def complete_folder(
 
 
 def mark(staging: Path, model_card: str | None = None) -> None:
-    """Write the model card, and the marker by which a later export knows what it may replace."""
+    """Write the model card, and the marker that tells a later export that it may replace this one."""
     if model_card is not None:
         (staging / "README.md").write_text(model_card, encoding="utf-8")
     write_json(staging / MARKER_FILE, {"exported_by": "simpo_megatron", "version": __version__})
@@ -166,17 +166,17 @@ def mark(staging: Path, model_card: str | None = None) -> None:
 def copy_model_files(
     source_folder: Path, target: Path, *, flat: bool = False, chat_template: str | None = None
 ) -> None:
-    """Copy what belongs to a model beside its weights and config.json: tokenizer, chat templates, licence.
+    """Copy a model's files besides weights and config.json: tokenizer, chat templates, licence.
 
-    Code that comes with a model is not copied, nor what names it.
+    A model's code is not copied, nor the keys that name it.
 
     Args:
-        flat: make no subfolders, as a checkpoint does, whose manifest knows files alone: named templates then stand in
-            tokenizer_config.json, from where an export takes them into files again.
-        chat_template: the one that was trained with, in place of the tokenizer's own; None: its own.
+        flat: make no subfolders, for checkpoints, whose manifest lists only files. Named templates then go into
+            tokenizer_config.json; an export writes them as files again.
+        chat_template: the template of the training, which replaces the tokenizer's own; None: its own.
 
     Raises:
-        CheckpointError: a file is a link to what is no part of the model.
+        CheckpointError: a file is a link to something outside the model.
     """
     for path, own in _files_to_copy(source_folder):
         if flat and path.parent != source_folder:
@@ -192,16 +192,16 @@ def copy_model_files(
 
 
 def check_model_files(source_folder: Path) -> None:
-    """Return if all that is copied with a model is its own; for a caller that wants to know beforehand.
+    """Return if no file to copy is a link to something outside the model; for a check before the work.
 
     Raises:
-        CheckpointError: a file is a link to what is no part of the model.
+        CheckpointError: one is.
     """
     _files_to_copy(source_folder)
 
 
 def _files_to_copy(folder: Path) -> list[tuple[Path, Path]]:
-    """(The file, itself once links are followed) of all that is copied with a model."""
+    """(file, its target with links resolved) of each file that is copied with a model."""
     found = [path for pattern in _COPIED_FILES for path in sorted(folder.glob(pattern)) if path.is_file()]
     return [(path, own_file(folder, path.relative_to(folder))) for path in found]
 

@@ -1,4 +1,4 @@
-"""Weights from a Hugging Face folder into megatron's GPTModel, each rank reading its own slices."""
+"""Loads the weights of a Hugging Face folder into megatron's GPTModel; each rank reads its own slices."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def load_hf_weights(
 ) -> None:
     """Fill this rank's parameters in place from the safetensors of `folder`, reading only what they need.
 
-    Stored values are cast to each parameter's dtype. Padded vocabulary rows become zero. What is kept in FP8 is not
-    touched itself: the values that become its masters are filled (`mcore.fp8_weights`).
+    Stored values are cast to each parameter's dtype. Padded vocabulary rows become zero. For a weight kept in FP8, the
+    values that become its fp32 masters are filled instead (`mcore.fp8_weights`).
 
     Raises:
         CheckpointError: a tensor is missing, extra or misshapen (ten are named), or a file unreadable.
@@ -56,7 +56,7 @@ def load_hf_weights(
 def checked_tensors(
     folder: str | Path, description: ModelDescription, *, tp_rank: int = 0, tp_size: int = 1
 ) -> dict[str, StoredTensor]:
-    """The place of each tensor of the model in `folder`; of a second, tied head each rank compares its share.
+    """The place of each tensor of the model in `folder`; if a tied head is stored too, each rank compares its shard.
 
     Raises:
         CheckpointError: as `load_hf_weights`.

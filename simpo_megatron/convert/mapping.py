@@ -1,9 +1,9 @@
-"""The one table of names and layouts between Hugging Face folders and megatron-core's parameters.
+"""The table of names and layouts between Hugging Face folders and megatron-core's parameters.
 
-A megatron parameter is one or more Hugging Face tensors, joined in a few known ways and cut over
+A megatron parameter is one or more Hugging Face tensors, joined in one of a few ways and sharded over
 tensor-parallel ranks. Each way is a function from a parameter to *views* of it, one per Hugging Face tensor,
-whose elements lie in that tensor's own order: loading copies a slice of the file into the view, exporting
-copies the view out. Both directions, all families and any number of ranks share these functions.
+whose elements lie in that tensor's own order. Loading copies a slice of the file into the view; exporting copies
+the view out. Both directions, all families and any number of ranks share these functions.
 
 Shapes: R query heads per key/value group, D head size; g groups and f feed-forward rows of this rank.
 """
@@ -80,8 +80,8 @@ class Run(NamedTuple):
 def query_key_value_runs(description: ModelDescription, tp: TensorRank) -> tuple[Run, Run, Run]:
     """The rows of query, key and value that a rank holds, where ranks are more than key/value groups.
 
-    megatron cuts the rows of linear_qkv evenly, in the midst of a group, and gathers a group's activations from the
-    ranks that share it. A rank's rows are of one group, and in it of query, key, value, or two or three of them.
+    megatron splits the rows of linear_qkv evenly, also inside a group, and gathers a group's activations from the
+    ranks that share it. A rank's rows belong to one group: to its query, key, value, or two or three of these.
     """
     arguments = description.transformer
     num_groups, head_dim = arguments["num_query_groups"], arguments["kv_channels"]
@@ -159,7 +159,7 @@ def _model_rules(description: ModelDescription) -> tuple[Rule, ...]:
 
 
 def layer_rules(description: ModelDescription, layer: int) -> tuple[Rule, ...]:
-    """The lines of the table that the transformer layer number `layer`, counted from zero, has."""
+    """The rules of the transformer layer number `layer`, counted from zero."""
     arguments = description.transformer
     hidden, head_dim = arguments["hidden_size"], arguments["kv_channels"]
     num_heads, num_groups = arguments["num_attention_heads"], arguments["num_query_groups"]
@@ -207,7 +207,7 @@ def layer_rules(description: ModelDescription, layer: int) -> tuple[Rule, ...]:
 
 
 def _suffix_in_hf(parameter: str) -> str:
-    """The end of a parameter's name that Hugging Face's has too; none where megatron's is a name of its own."""
+    """The suffix that a parameter shares with its Hugging Face name, such as weight; empty where megatron's name differs."""
     last = parameter.rpartition(".")[2]
     return f".{last}" if last in ("weight", "bias") else ""
 
@@ -302,8 +302,8 @@ def pieces(
     """Every parameter of this rank's GPTModel `chunk`, as the parts of the Hugging Face tensors it holds.
 
     `in_place_of` names the tensors that stand for some parameters, those kept in FP8.
-    The head of a last pipeline stage, when tied, counts as the embedding, like the embedding itself. An adapter is no
-    piece of its own: it comes with the pieces it adds to.
+    A tied head on a last pipeline stage counts as the embedding. An adapter is not a piece: it comes with the pieces
+    that it adds to.
     """
     adapters = {name: module for name, module in chunk.named_modules() if isinstance(module, Adapter)}
     found = []

@@ -1,4 +1,4 @@
-"""Digests of a model's files by samples: enough to tell two models apart without reading either."""
+"""Digests of samples of a model's files, which tell models apart without reading them whole."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ _MAX_HEADER_BYTES = 100 << 20
 def sampled_digests(folder: Path) -> dict[str, str]:
     """16 hex digits for each file of the model in `folder`, by its name.
 
-    They cover the sizes of weight files, their headers, and start, end and a place between of every tensor, or, in
-    files with thousands of them, of many; of files that are no safetensors, pieces at even distances. Training moves
-    every tensor, so that two models differ in them.
+    They cover sizes and headers of weight files, and the start, the end and one place between of every tensor (of many
+    tensors in files with thousands). Of files that are not safetensors they cover evenly spaced pieces. Training
+    changes every tensor, so two models differ in them.
 
     Raises: OSError, when a file cannot be read.
     """
@@ -57,7 +57,7 @@ def _samples(descriptor: int, path: Path, size: int, max_samples: int) -> Iterat
     step = max(1, -(-3 * len(spans) // max_samples))
     for name, start, end in spans[::step]:
         last = max(start, end - _SAMPLE_BYTES)
-        # The same place on every rank, and another one in every tensor.
+        # The same place on every rank, but a different one in every tensor.
         between = start + int(hashlib.sha256(name.encode()).hexdigest()[:12], 16) % (last - start + 1)
         for place in dict.fromkeys((start, between, last)):
             yield place, min(_SAMPLE_BYTES, end - place)
