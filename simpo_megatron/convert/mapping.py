@@ -207,7 +207,7 @@ def layer_rules(description: ModelDescription, layer: int) -> tuple[Rule, ...]:
 
 
 def _suffix_in_hf(parameter: str) -> str:
-    """The suffix that a parameter shares with its Hugging Face name, such as weight; empty where megatron's name differs."""
+    """The suffix .weight or .bias, shared with the Hugging Face name; empty where megatron's name differs."""
     last = parameter.rpartition(".")[2]
     return f".{last}" if last in ("weight", "bias") else ""
 
