@@ -106,12 +106,22 @@ $(NEWEST)/.ready-test: constraints.txt setup.py pyproject.toml
 
 # NeMo and NeMo-Run exclude each other. Each environment sees the tests' one behind its own packages, and so holds only
 # what the extra adds or wants in another version; never another torch.
-NEMO_TESTS := tests/end_to_end/test_nemo_hydra.py
+NEMO_TESTS := tests/end_to_end/test_nemo_hydra.py tests/unit/test_nemo_fields.py
 NEMO_RUN_TESTS := tests/end_to_end/test_nemo_run.py
 # What pip says when it reaches no package index.
 OUT_OF_REACH := No matching distribution|[Cc]onnection|[Tt]imed? ?out|name resolution
 
+# Megatron-Bridge and megatron-core of the day, for Python 3.11 and the newest: their source is read, never installed.
+BRIDGE := build/bridge
+BRIDGE_PYTHONS := 3.11 3.12
+
 test-nemo: $(VENV)/.ready-test
+	@rm -rf $(BRIDGE); \
+	for version in $(BRIDGE_PYTHONS); do \
+	  $(BIN)/pip download -qq --no-deps --only-binary=:all: --python-version $$version --dest $(BRIDGE)/$$version \
+	    megatron-bridge megatron-core 2>/dev/null || \
+	    { rm -rf $(BRIDGE)/$$version; echo "== NOT COMPARED with the Megatron-Bridge of Python $$version, which cannot be fetched"; }; \
+	done
 	@failed=; \
 	for extra in nemo nemo-run; do \
 	  case $$extra in nemo) tests="$(NEMO_TESTS)";; *) tests="$(NEMO_RUN_TESTS)";; esac; \
@@ -121,7 +131,7 @@ test-nemo: $(VENV)/.ready-test
 	    continue; \
 	  fi; \
 	  echo "== tests under the extra $$extra"; \
-	  PATH="$$PWD/.venv-$$extra/bin:$$PATH" .venv-$$extra/bin/python -m pytest -rs --disable-warnings $$tests $(PYTEST) || \
+	  PATH="$$PWD/.venv-$$extra/bin:$$PATH" SIMPO_BRIDGE_WHEELS="$(BRIDGE)" .venv-$$extra/bin/python -m pytest -rs --disable-warnings $$tests $(PYTEST) || \
 	    failed="$$failed $$extra"; \
 	done; \
 	test -z "$$failed"

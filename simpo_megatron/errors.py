@@ -27,6 +27,8 @@ class SimPOError(Exception):
     """First word of the line that reports it."""
     speaker: int | None = 0
     """The rank that reports it; None when that was done. What all ranks raise alike is rank 0's to say."""
+    details: tuple[str, ...] = ()
+    """Further lines below the one of the message, where there is more than one thing to mend."""
 
 
 class ConfigError(SimPOError):
@@ -118,7 +120,8 @@ def report_error(error: BaseException, *, rank: int | None = None, kind: str | N
         kind: first word of the line; the error's own when None.
     """
     ours = error if isinstance(error, SimPOError) else SimPOError(f"unexpected {type(error).__name__}: {error}")
-    print(status_line(kind or ours.kind, ours, rank), file=sys.stderr, flush=True)
+    lines = [status_line(kind or ours.kind, ours, rank), *map(visible, ours.details)]
+    print(*lines, sep="\n", file=sys.stderr, flush=True)
     return ours.exit_code
 
 

@@ -282,8 +282,11 @@ def move_aside_newer(save: Path, iteration: int) -> list[Path]:
 def delete_old(save: Path, num_newest: int) -> list[Path]:
     """Removes all checkpoints but the newest `num_newest` and the one with the best validation accuracy; returns them.
 
-    Anything that is not a valid checkpoint of this format stays. A removed folder disappears in one rename.
+    Anything that is not a valid checkpoint of this format stays, and with -1 every checkpoint does. A removed folder
+    disappears in one rename.
     """
+    if num_newest == -1:
+        return []
     ours = [checkpoint for folder in committed(save) if (checkpoint := _read_or_none(folder)) is not None]
     kept = {checkpoint.iteration for checkpoint in (*ours[-num_newest:], *_best(ours))}
     removed = [checkpoint.folder for checkpoint in ours if checkpoint.iteration not in kept]

@@ -3,7 +3,14 @@
 from simpo_megatron.config.lint import lint
 from simpo_megatron.config.presets import PRESETS
 from simpo_megatron.config.reading import config_from, load_config, read_yaml
-from simpo_megatron.config.resolving import Layout, Machine, num_train_iters, resolve
+from simpo_megatron.config.resolving import (
+    Layout,
+    Machine,
+    num_train_iters,
+    resolve,
+    schedule_steps,
+    steps_between_evaluations,
+)
 from simpo_megatron.config.sections import DEMO, Config, PrecisionConfig
 from simpo_megatron.config.writing import changed_options, options_in_force, to_text, to_yaml
 
@@ -22,6 +29,8 @@ __all__ = [
     "options_in_force",
     "read_yaml",
     "resolve",
+    "schedule_steps",
+    "steps_between_evaluations",
     "to_text",
     "to_yaml",
 ]

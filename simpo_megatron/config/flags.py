@@ -13,10 +13,15 @@ from simpo_megatron.config.sections import Config
 from simpo_megatron.errors import ConfigError
 
 _USAGE = """simpo train [--config FILE | --preset NAME] [--KEY VALUE ...]
-       simpo train --nemo-config FILE [KEY=VALUE ...]
+       simpo train --nemo-config FILE [KEY=VALUE ...] [--explain-config] [--KEY VALUE ...]
        torchrun --nproc-per-node N examples/pretrain_simpo.py [the same]"""
 _ABOUT = """SimPO on Megatron-Core. Each flag is also a key of the YAML file of --config (--lr is lr).
 The command line wins over the file, the file over the preset."""
+_NEMO_HELP = (
+    "File of NeMo-RL or Megatron-Bridge, and changes to it as KEY=VALUE in its own spelling. Those of NeMo-Aligner "
+    "with NeMo 1 and of NeMo 2, whose development has ended, are read too; their tables are frozen."
+)
+_OF_NO_OPTION = ("config", "nemo_config", "explain_config", "help", "help_all")
 _SHOWN_OF_A_PRESET = ("lr", "beta", "gamma_beta_ratio", "global_batch_size", "max_length")
 _WIDTH = 100
 _FLAG_WIDTH = 28
@@ -49,6 +54,10 @@ def make_parser() -> FlagParser:
         add_help=False,
     )
     parser.add_argument("--config", metavar="FILE", help="YAML file of options.")
+    parser.add_argument("--nemo-config", metavar="FILE", nargs="+", help=_NEMO_HELP)
+    parser.add_argument(
+        "--explain-config", action="store_true", help="Say what becomes of each key of the NeMo file, and exit."
+    )
     parser.add_argument("-h", "--help", action="store_true", help="Show the everyday options and exit.")
     parser.add_argument("--help-all", action="store_true", help="Show this and exit.")
     groups: dict[str, argparse._ArgumentGroup] = {}
@@ -132,4 +141,4 @@ def _preset_help() -> str:
 
 def flag_names() -> Sequence[str]:
     """Returns every flag that the command line takes."""
-    return [flag_of(name) for name in (*option_table(), *ALIASES, "config", "help", "help_all")]
+    return [flag_of(name) for name in (*option_table(), *ALIASES, *_OF_NO_OPTION)]

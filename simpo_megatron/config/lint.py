@@ -66,6 +66,7 @@ def idle_options(config: Config) -> dict[str, str]:
         (batch.packing, "packing is on", ("micro_batch_size",)),
         (not batch.packing, "packing is off", ("tokens_per_microbatch",)),
         (config.optimizer.lr_decay_style == "constant", "lr_decay_style is constant", ("min_lr",)),
+        (config.optimizer.lr_warmup_iters is not None, "lr_warmup_iters is given", ("lr_warmup_fraction",)),
         (
             config.recompute.recompute_granularity != "selective",
             "recompute_granularity is not selective",
@@ -78,7 +79,7 @@ def idle_options(config: Config) -> dict[str, str]:
         (
             not has_validation,
             "no validation pairs are there",
-            ("eval_interval", "max_displacement", "repetition_prompts"),
+            ("eval_interval", "eval_epochs", "max_displacement", "repetition_prompts"),
         ),
     )
     return {name: why for holds, why, names in groups if holds for name in names}

@@ -31,10 +31,14 @@ ALIASES = {
 EXCLUSIVE = (
     ("gamma_beta_ratio", "gamma"),
     ("bf16", "fp32"),
-    ("epochs", "train_iters"),
+    ("lr_warmup_fraction", "lr_warmup_iters"),
     ("valid_data", "valid_fraction"),
+    ("eval_interval", "eval_epochs"),
     ("chat_template_args", "chat_template_kwargs"),
 )
+ALTERNATIVES = (*EXCLUSIVE, ("epochs", "train_iters"))
+"""Groups of which an option in a higher layer removes the others from a lower one; one layer may have both limits."""
+
 # The name in Hugging Face's trainers.
 _ELSEWHERE = {
     "adam_epsilon": "adam_eps",
@@ -136,6 +140,8 @@ def as_path(text: str) -> str:
     The `NAME=` before a validation file is kept.
     """
     name, path = "", text
+    if "{{" in text or "{%" in text:  # a template, and no path to one
+        return text
     if named := re.match(r"([\w.-]+=)(?=~|\.\.)", text):
         name, path = named[1], text[named.end() :]
     path = os.path.expanduser(path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import re
 import sys
@@ -15,7 +16,7 @@ import yaml
 from simpo_megatron.config.bundled import find_config_file
 from simpo_megatron.config.flags import flag_names, flag_of, make_parser, short_help
 from simpo_megatron.config.options import (
-    EXCLUSIVE,
+    ALTERNATIVES,
     Option,
     cut,
     find_option,
@@ -30,6 +31,7 @@ from simpo_megatron.config.yaml_tree import PLAIN_TAG, read_yaml_tree
 from simpo_megatron.errors import ConfigError, require
 
 _COMMAND_LINE = "command line"
+_SECTIONS_OF_NEMO = ("dpo", "policy", "checkpointing", "trainer", "exp_manager", "train", "scheduler")
 _DEFAULT_OBJECTIVE = next(iter(OBJECTIVES))
 
 
@@ -122,6 +124,10 @@ def read_yaml(path: str | Path, axes: Axes | None = None) -> Layer:
                 )
             axes |= _yaml_axes(value, path, where)
             continue
+        if isinstance(value, yaml.MappingNode) and key.value in _SECTIONS_OF_NEMO:
+            raise ConfigError(
+                f"{where}: {key.value}: found a section, expected options of a run; --nemo-config reads NeMo files"
+            )
         option = find_option(key.value, where)
         if option.name in layer:
             raise ConfigError(f"{where}: {key.value}: found twice, first in {layer[option.name].where}")
@@ -169,18 +175,41 @@ def _yaml_scalar(node: yaml.Node, option: Option, where: str) -> typing.Any:
 
 
 def _read_command_line(argv: list[str]) -> tuple[Layer, str | None]:
+    layer, given = _parse_flags(argv)
+    if hasattr(given, "nemo_config"):
+        raise ConfigError(
+            f"{_COMMAND_LINE}: found --nemo-config, expected a file of --config; simpo train reads NeMo's"
+        )
+    return layer, getattr(given, "config", None)
+
+
+def read_nemo_command_line(argv: list[str]) -> tuple[Layer, str, list[str], bool]:
+    """(settings of the flags, the NeMo file, what follows it, whether only an explanation is asked for).
+
+    Raises: ConfigError for a flag that is wrong, and for a file of ours beside the one of NeMo.
+    """
+    layer, given = _parse_flags(argv, takes_words=True)
+    if hasattr(given, "config"):
+        raise ConfigError(f"{_COMMAND_LINE}: found both --config and --nemo-config, expected one of them")
+    file, *words = given.nemo_config
+    return layer, file, [*words, *given.words], hasattr(given, "explain_config")
+
+
+def _parse_flags(argv: list[str], *, takes_words: bool = False) -> tuple[Layer, argparse.Namespace]:
+    """The settings of the options' flags, and all that was given; its `words` are key=value before or after flags."""
     parser = make_parser()
     given, unknown = parser.parse_known_args(argv)
     if hasattr(given, "help") or hasattr(given, "help_all"):
         print(parser.format_help() if hasattr(given, "help_all") else short_help())
         sys.exit(0)
-    if unknown:
-        flag = unknown[0].split("=")[0]
+    given.words = [word for word in unknown if takes_words and not word.startswith("--")]
+    if len(unknown) > len(given.words):
+        flag = next(word for word in unknown if word not in given.words).split("=")[0]
         raise ConfigError(f"{_COMMAND_LINE}: found unknown argument {flag[:60]!r}{nearest(flag, flag_names())}")
     layer: Layer = {}
     for name, value in vars(given).items():
         option = option_table().get(name)
-        if option is None:  # --config itself
+        if option is None:  # --config itself, and its likes
             continue
         where = f"{_COMMAND_LINE}: {flag_of(name)}"
         if option.is_list:
@@ -189,7 +218,7 @@ def _read_command_line(argv: list[str]) -> tuple[Layer, str | None]:
             value = option.parse(value, where)
         layer[name] = Setting(value, where)
     refuse_both({name: setting.where for name, setting in layer.items()})
-    return layer, getattr(given, "config", None)
+    return layer, given
 
 
 def _preset_layer(asked: Layer) -> Layer:
@@ -207,8 +236,8 @@ def _preset_layer(asked: Layer) -> Layer:
 
 
 def _merge(lower: Layer, upper: Layer) -> Layer:
-    """`upper` over `lower`; an option in `upper` removes the other options of its exclusive group from `lower`."""
-    displaced = {name for group in EXCLUSIVE if any(name in upper for name in group) for name in group}
+    """`upper` over `lower`; an option in `upper` removes the other options of its group from `lower`."""
+    displaced = {name for group in ALTERNATIVES if any(name in upper for name in group) for name in group}
     return {name: setting for name, setting in lower.items() if name not in displaced} | upper
 
 

@@ -79,20 +79,54 @@ def resolve(config: Config, *, world_size: int, model: Mapping[str, Any], machin
 
 
 def num_train_iters(config: Config, num_pairs: int) -> int:
-    """Optimizer steps of the run: `train_iters`, or as many whole global batches as `epochs` passes hold.
+    """Optimizer steps of the run: `train_iters`, or as many whole global batches as `epochs` passes hold, the fewer.
 
     Raises:
+        ConfigError: the warm-up is no shorter than warm-up and decay together.
         DataError: the pairs do not fill one global batch.
     """
-    if config.optimizer.train_iters is not None:
-        return config.optimizer.train_iters
-    num_steps = config.optimizer.epochs * num_pairs // config.batch.global_batch_size
+    epochs, num_steps = config.optimizer.epochs, config.optimizer.train_iters
+    if epochs is not None:
+        of_epochs = epochs * num_pairs // config.batch.global_batch_size
+        num_steps = of_epochs if num_steps is None else min(num_steps, of_epochs)
+    assert num_steps is not None, "without train_iters there is one epoch"
     if num_steps == 0:
         raise DataError(
             f"global_batch_size: found {config.batch.global_batch_size}, expected at most the pairs of "
-            f"{config.optimizer.epochs} epoch(s) of {num_pairs}; lower it or raise epochs"
+            f"{epochs} epoch(s) of {num_pairs}; lower it or raise epochs"
         )
+    schedule_steps(config, num_steps)
     return num_steps
+
+
+def steps_between_evaluations(config: Config, num_pairs: int) -> int | None:
+    """Steps from one evaluation to the next; None when there are none in between.
+
+    A part of an epoch is whole steps of the global batches that an epoch fills, as Lightning counts it.
+    """
+    run = config.run
+    if run.eval_epochs is None:
+        return run.eval_interval
+    return max(1, int(run.eval_epochs * (num_pairs // config.batch.global_batch_size)))
+
+
+def schedule_steps(config: Config, train_iters: int) -> tuple[int, int]:
+    """(steps of the warm-up, steps of warm-up and decay together) in a run of `train_iters` steps.
+
+    Raises:
+        ConfigError: nothing is left for the decay.
+    """
+    settings = config.optimizer
+    decay = settings.lr_decay_iters or train_iters
+    if settings.lr_warmup_iters is None:
+        return min(math.ceil(settings.lr_warmup_fraction * decay), decay - 1), decay
+    require(
+        settings.lr_warmup_iters < decay,
+        "lr_warmup_iters",
+        settings.lr_warmup_iters,
+        f"fewer than the {decay} steps of warm-up and decay together; lower it, or set lr_decay_iters",
+    )
+    return settings.lr_warmup_iters, decay
 
 
 def _check_inputs_are_named(config: Config) -> None:

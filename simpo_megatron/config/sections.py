@@ -250,7 +250,14 @@ class OptimizerConfig:
         everyday=True,
     )
     min_lr: float = option(0.0, "Learning rate at the end of the decay.")
-    lr_warmup_fraction: float = option(0.1, "Fraction of the steps over which the learning rate warms up from 0.")
+    lr_warmup_fraction: float = option(
+        0.1, "Fraction of lr_decay_iters over which the learning rate warms up from lr_warmup_init."
+    )
+    lr_warmup_iters: int | None = option(None, "Steps of the warm-up, instead of lr_warmup_fraction.")
+    lr_warmup_init: float = option(0.0, "Learning rate at which the warm-up begins.")
+    lr_decay_iters: int | None = option(
+        None, "Steps of warm-up and decay together, after which lr stays at min_lr; those of the run when not given."
+    )
     lr_decay_style: Literal["cosine", "linear", "constant"] = option(
         "cosine", "Decay of the learning rate from lr to min_lr after the warm-up."
     )
@@ -259,11 +266,22 @@ class OptimizerConfig:
     adam_beta2: float = option(0.999, "Decay of AdamW's running mean of the squared gradient.")
     adam_eps: float = option(1e-8, "Epsilon in AdamW's denominator.")
     clip_grad: float = option(1.0, "Maximum norm of the whole gradient; 0 disables clipping.")
-    epochs: int = option(1, "Passes over the training pairs.", everyday=True)
-    train_iters: int | None = option(None, "Optimizer steps, instead of epochs.", everyday=True)
+    epochs: int | None = option(
+        None, "Passes over the training pairs. 1 when neither these nor train_iters are given.", everyday=True
+    )
+    train_iters: int | None = option(
+        None,
+        "Optimizer steps. Beside epochs, the run ends at the earlier of both; a file's epochs give way to these on the "
+        "command line, and the other way round.",
+        everyday=True,
+    )
 
     def __post_init__(self) -> None:
-        require_positive(self, "lr", "adam_eps", "epochs", "train_iters")
+        if self.epochs is None and self.train_iters is None:
+            object.__setattr__(self, "epochs", 1)
+        require_positive(self, "lr", "adam_eps", "epochs", "train_iters", "lr_decay_iters")
+        require((self.lr_warmup_iters or 0) >= 0, "lr_warmup_iters", self.lr_warmup_iters, "a number not below 0")
+        require(0 <= self.lr_warmup_init <= self.lr, "lr_warmup_init", self.lr_warmup_init, f"from 0 to lr ({self.lr})")
         require(0 <= self.min_lr <= self.lr, "min_lr", self.min_lr, f"a number from 0 to lr ({self.lr})")
         for key in ("lr_warmup_fraction", "adam_beta1", "adam_beta2"):
             found = getattr(self, key)
@@ -308,7 +326,7 @@ class RunConfig:
         False, "Resume although objective, schedule, batch size, tokenizer or data changed since the checkpoint."
     )
     keep_checkpoints: int = option(
-        2, "Newest checkpoints to keep; the one with the best validation accuracy stays as well."
+        2, "Newest checkpoints to keep, -1 for all; the one with the best validation accuracy stays as well."
     )
     async_save: bool = option(
         False, "Write checkpoints while training continues; meanwhile host memory holds a copy of each rank's shard."
@@ -319,6 +337,7 @@ class RunConfig:
     eval_interval: int | None = option(
         None, "Steps between evaluations. Only before and after training when not given.", everyday=True
     )
+    eval_epochs: float | None = option(None, "Epochs between evaluations, such as 0.25, instead of eval_interval.")
     log_interval: int = option(1, "Steps between log lines.")
     skip_nonfinite_steps: int = option(
         0, "Most steps with a loss or gradient that is not finite to skip before the run stops; resumes count."
@@ -338,7 +357,9 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         require_writable_name(self, "save", "tensorboard_dir", "wandb_project")
-        require_positive(self, "save_interval", "eval_interval", "log_interval", "keep_checkpoints")
+        require_positive(self, "save_interval", "eval_interval", "eval_epochs", "log_interval")
+        kept = self.keep_checkpoints
+        require(kept > 0 or kept == -1, "keep_checkpoints", kept, "a number above 0, or -1 for all")
         require_positive(self, "distributed_timeout_seconds_after_init")
         require(self.skip_nonfinite_steps >= 0, "skip_nonfinite_steps", self.skip_nonfinite_steps, "0 or more")
         require(0 <= self.seed < 2**31, "seed", self.seed, "a whole number from 0 to 2147483647")

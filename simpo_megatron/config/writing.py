@@ -30,7 +30,9 @@ def options_in_force(options: Mapping[str, Any]) -> dict[str, Any]:
     Options that an alternative replaces are left out.
     """
     replaced = {
-        "epochs" if options.get("train_iters") else "train_iters",
+        *(name for name in ("epochs", "train_iters") if options.get(name) is None),
+        "lr_warmup_iters" if options.get("lr_warmup_iters") is None else "lr_warmup_fraction",
+        "eval_interval" if options.get("eval_epochs") else "eval_epochs",
         "valid_fraction" if options.get("valid_data") else "valid_data",
     }
     return {

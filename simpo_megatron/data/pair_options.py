@@ -55,7 +55,7 @@ class PairOptions:
         "",
         "Jinja file that replaces the tokenizer's chat template; none for plain concatenation, empty for the "
         "tokenizer's own. Also the name of one of the tokenizer's templates, or of one that comes with the "
-        "package: simpo-gemma2, simpo-mistral.",
+        "package: simpo-gemma2, simpo-mistral. Text with {{ or {% is the template itself.",
         metavar="FILE",
     )
     chat_template_args: tuple[str, ...] = option(

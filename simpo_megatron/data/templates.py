@@ -29,6 +29,8 @@ _CPU_SECONDS = 10.0
 _MOST_BYTES = 1 << 30
 _MOST_CHARACTERS = 16 << 20
 
+# What a template has, and a name or a path has not.
+_JINJA = re.compile(r"\{[{%]")
 _CLOCK = "strftime_now"
 _DIRECTIVES = "aAbBcdHIjmMpSUwWxXyYzZ"
 _BEGINNINGS = ([("user", "a")], [("system", "b"), ("user", "a")], [("user", "a"), ("assistant", "b"), ("user", "c")])
@@ -127,7 +129,8 @@ class ChatTemplate:
 def chat_template_of(tokenizer: PreTrainedTokenizerBase, options: PairOptions) -> ChatTemplate | None:
     """Returns what renders conversations, or None for plain concatenation.
 
-    `chat_template` is none, a name among the tokenizer's templates, one that comes with the package, or a file.
+    `chat_template` is none, a name among the tokenizer's templates, one that comes with the package, a file, or the
+    template itself.
 
     Raises: DataError when the template is not there, has no variable of a `chat_template_args`, or princeton
         mode has no template.
@@ -198,6 +201,8 @@ def _with_written_arguments(messages: Sequence[Message]) -> list[Message]:
 
 
 def _read(name: str) -> str:
+    if _JINJA.search(name):
+        return name
     path = bundled_templates().get(name, Path(name))
     try:
         return path.read_text(encoding="utf-8")

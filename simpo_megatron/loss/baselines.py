@@ -6,13 +6,14 @@ KTO is not among them: it learns from single responses labelled good or bad, not
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from simpo_megatron.errors import require
-from simpo_megatron.loss.objective import Comparison, PreferenceObjective, Responses
+from simpo_megatron.loss.objective import Comparison, PreferenceObjective, Responses, SftNormalization
 from simpo_megatron.option_field import option
 
 
@@ -116,7 +117,10 @@ class IPOObjective(PreferenceObjective):
 
 @dataclass(frozen=True, kw_only=True)
 class DPOObjective(PreferenceObjective):
-    """DPO (arXiv 2305.18290, eq. 7): `-logsigmoid` of the margin of rewards beta * log(pi(y) / pi_ref(y))."""
+    """DPO (arXiv 2305.18290, eq. 7): `-logsigmoid` of the margin of rewards beta * log(pi(y) / pi_ref(y)).
+
+    `sft_weight` times the negative log-likelihood of the chosen may be added, as RPO (arXiv 2404.19733) does.
+    """
 
     title = "DPO"
     paper = "arXiv 2305.18290"
@@ -125,15 +129,20 @@ class DPOObjective(PreferenceObjective):
     objective: str = field(default="dpo", init=False)
 
     beta: float = option(0.1, "Strength of the pull towards the reference, > 0. The paper uses 0.1 and 0.5.")
+    sft_weight: float = option(0.0, "Weight of the negative log-likelihood of the chosen responses, >= 0.")
+    sft_normalization: SftNormalization = option("token", "Mean of the SFT term: token, sequence or sum.")
 
     def compare(self, chosen: Responses, rejected: Responses) -> Comparison:
         return _log_sigmoid(self.beta * chosen.ratio_P, self.beta * rejected.ratio_P)
 
     def describe(self) -> str:
-        return f"beta {self.beta:g}"
+        return f"beta {self.beta:g}" + (f", sft_weight {self.sft_weight:g}" if self.sft_weight else "")
 
     def _check(self) -> None:
         require(self.beta > 0, "beta", self.beta, "a number > 0")
+        require(self.sft_weight >= 0, "sft_weight", self.sft_weight, "a number >= 0")
+        found, allowed = self.sft_normalization, get_args(SftNormalization)
+        require(found in allowed, "sft_normalization", found, " or ".join(allowed))
 
 
 def _log_sigmoid(chosen_reward_P: Tensor, rejected_reward_P: Tensor) -> Comparison:

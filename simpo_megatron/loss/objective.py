@@ -14,7 +14,7 @@ from torch import Tensor
 
 from simpo_megatron.errors import require
 
-SftNormalization = Literal["token", "sequence"]
+SftNormalization = Literal["token", "sequence", "sum"]
 
 
 @dataclass(frozen=True)
@@ -156,7 +156,7 @@ def preference_loss(
 
     sums = {}
     if objective.sft_weight > 0:
-        sft_P = -chosen.avg_P
+        sft_P = -chosen.sum_P if objective.sft_normalization == "sum" else -chosen.avg_P
         if objective.sft_normalization == "token":
             weight: float | Tensor | None = pairs_per_chosen_token
             if weight is None:

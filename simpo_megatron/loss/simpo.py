@@ -45,7 +45,7 @@ class SimPOObjective(PreferenceObjective):
     sft_normalization: SftNormalization = option(
         "token",
         "Mean of the SFT term: token is over all chosen tokens of the global batch, sequence is over responses of "
-        "their means.",
+        "their means, sum is over responses of their sums.",
     )
     alpha: float = option(
         0.0,

@@ -13,7 +13,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import Tensor
 
 from simpo_megatron import faults
-from simpo_megatron.config import Config
+from simpo_megatron.config import Config, schedule_steps
 from simpo_megatron.errors import NumericsError
 from simpo_megatron.mcore import device
 from simpo_megatron.mcore.fp8_weights import gather, quantise_masters
@@ -30,6 +30,7 @@ def build_optimizer(
     Collectives: those of `quantise_masters`.
     """
     settings, precision = config.optimizer, config.precision
+    warmup_steps, decay_steps = schedule_steps(config, train_iters)
     optimizer = get_megatron_optimizer(
         OptimizerConfig(
             optimizer="adam",
@@ -51,11 +52,11 @@ def build_optimizer(
     )
     scheduler = OptimizerParamScheduler(
         optimizer,
-        init_lr=0.0,
+        init_lr=settings.lr_warmup_init,
         max_lr=settings.lr,
         min_lr=settings.min_lr,
-        lr_warmup_steps=min(math.ceil(settings.lr_warmup_fraction * train_iters), train_iters - 1),
-        lr_decay_steps=train_iters,
+        lr_warmup_steps=warmup_steps,
+        lr_decay_steps=decay_steps,
         lr_decay_style=settings.lr_decay_style,
         start_wd=settings.weight_decay,
         end_wd=settings.weight_decay,

@@ -6,7 +6,7 @@ from typing import Any
 
 from simpo_megatron.errors import ConfigError
 from simpo_megatron.nemo.rules import Asked, Only, Rule, Translated
-from simpo_megatron.nemo.translations import READ_WITH_ANOTHER, ignored
+from simpo_megatron.nemo.translations import each, ignored
 
 _OPTIONS = ("lora_rank", "lora_alpha", "lora_dropout", "lora_targets")
 _NONE = (None, False, "none")
@@ -23,11 +23,12 @@ _LAYERS = {
 }
 
 
-def megatron_lora(switch: str, prefix: str) -> dict[str, Rule]:
+def megatron_lora(switch: str, prefix: str, example: str) -> dict[str, Rule]:
     """The keys of Megatron-Bridge's LoRA under `prefix`, which NeMo 2 and NeMo-RL share; `switch` asks for adapters.
 
-    It is true, or names the class.
+    It is true, or names the class, such as `example`.
     """
+    reads = tuple(prefix + name for name in ("dim", "alpha", "dropout", "dropout_position", "target_modules"))
 
     def adapters(value: Any, asked: Asked) -> dict[str, Any] | str:
         if value in _NONE:
@@ -44,9 +45,8 @@ def megatron_lora(switch: str, prefix: str) -> dict[str, Rule]:
         } | ({"lora_targets": targets} if targets else {})
 
     return {
-        switch: Translated(adapters, _OPTIONS),
+        switch: Translated(adapters, _OPTIONS, reads, example),
         f"{prefix}exclude_modules": Only((None, []), "name the layers that get adapters in target_modules"),
-        **ignored(READ_WITH_ANOTHER, prefix, "dim alpha dropout dropout_position target_modules"),
         **ignored(
             "an adapter starts as A drawn at random and B zero, in the dtype of the weights",
             prefix,
@@ -78,11 +78,11 @@ def nemo1_lora(prefix: str) -> dict[str, Rule]:
         }
 
     return {
-        f"{prefix}peft_scheme": Translated(adapters, _OPTIONS),
+        f"{prefix}peft_scheme": Translated(adapters, _OPTIONS, (f"{prefix}*",), "lora"),
         f"{prefix}restore_from_path": Only((None,), "adapters are not read from .nemo files"),
         f"{tuning}layer_selection": Only((None,), "every layer gets adapters"),
         f"{tuning}weight_tying": Only((False,), "layers do not share adapters"),
-        **ignored(READ_WITH_ANOTHER, prefix, "*"),
+        **each(prefix, "restore_from_ckpt.*", Only((None,), "adapters are not read from NeMo's checkpoints")),
     }
 
 

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import argparse
-import typing
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from simpo_megatron.config import Config
-from simpo_megatron.config.reading import config_of
+from simpo_megatron.config.reading import Layer, config_of, read_nemo_command_line
 from simpo_megatron.errors import ConfigError
+from simpo_megatron.nemo.applying import apply
 from simpo_megatron.nemo.bridge import BRIDGE
 from simpo_megatron.nemo.keys import place_of, read_flat
 from simpo_megatron.nemo.nemo1 import NEMO_1
 from simpo_megatron.nemo.nemo2 import NEMO_2
 from simpo_megatron.nemo.nemo_rl import NEMO_RL
-from simpo_megatron.nemo.rules import Dialect, TranslationReport, apply
+from simpo_megatron.nemo.rules import Dialect
+from simpo_megatron.nemo.translation_report import TranslationReport
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -39,8 +40,12 @@ def load_nemo_config(
     Raises: ConfigError naming file and key: of no dialect, unknown keys, values that cannot be had here, two keys
     that differ on one option; and when omegaconf is not installed.
     """
+    return _load(source, overrides, {})
+
+
+def _load(source: str | Path | DictConfig, overrides: Sequence[str], flags: Layer) -> tuple[Config, TranslationReport]:
     values, where = read_flat(source, overrides), place_of(source)
-    layer, report = apply(_dialect(values, where), values, where)
+    layer, report = apply(_dialect(values, where), values, where, flags)
     return config_of(layer), report
 
 
@@ -49,26 +54,25 @@ def names_nemo_config(argv: Sequence[str]) -> bool:
     return any(argument.split("=")[0] == _FLAG for argument in argv)
 
 
-def load_nemo_command(argv: Sequence[str]) -> tuple[Config, TranslationReport]:
-    """`load_nemo_config` of the command line `--nemo-config FILE key=value ...`.
+@dataclass(frozen=True)
+class NemoCommand:
+    """A command line with a NeMo file, read."""
 
-    Raises: ConfigError as it does, and for flags beside the file: settings are keys of the file's dialect.
+    config: Config
+    lines: list[str]
+    """What became of the file's keys, for the reader."""
+    only_explains: bool
+    """True when that is all it asks for."""
+
+
+def load_nemo_command(argv: Sequence[str]) -> NemoCommand:
+    """The command line `--nemo-config FILE key=value ... --flag value ...`; flags, those of `simpo train`, win.
+
+    Raises: ConfigError as `load_nemo_config` does, for a second file, and for flags that are wrong.
     """
-    parser = _Parser(add_help=False, allow_abbrev=False)
-    parser.add_argument(_FLAG, required=True)
-    parser.add_argument("overrides", nargs="*")
-    given, unknown = parser.parse_known_intermixed_args(list(argv))
-    if unknown:
-        raise ConfigError(
-            f"command line: found {unknown[0][:60]!r} beside {_FLAG}, expected key=value; every option of this program "
-            "is a key under simpo (model.simpo in NeMo 1), such as simpo.lr=5e-7"
-        )
-    return load_nemo_config(given.nemo_config, given.overrides)
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> typing.NoReturn:
-        raise ConfigError(f"command line: {message}")
+    flags, file, overrides, only_explains = read_nemo_command_line(list(argv))
+    config, report = _load(file, overrides, flags)
+    return NemoCommand(config, report.lines(every_key=only_explains), only_explains)
 
 
 def _dialect(values: Mapping[str, Any], where: str) -> Dialect:

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from simpo_megatron.nemo.rules import Asked, Ignored, Only, Rule, Translated
+from simpo_megatron.nemo.rules import Asked, Different, Differs, Obstacle, Only, Rule, Translated, With
 from simpo_megatron.nemo.translations import (
     OF_KERNELS,
     OF_ROUTERS,
     OF_SCHEDULE,
     OF_THE_MODEL,
-    READ_WITH_ANOTHER,
     each,
     ignored,
     taken,
-    warmup_of,
 )
 
 
@@ -27,7 +25,7 @@ def recompute(prefix: str, granularity: str = "recompute_granularity") -> dict[s
             asked_for = asked.simpo.get("recompute_granularity") or asked.get(prefix + granularity)
             return {option: value} if asked_for == "full" else "only full recomputation has it"
 
-        return Translated(detail, (option,))
+        return Translated(detail, (option,), (prefix + granularity,))
 
     return {
         prefix + granularity: "recompute_granularity",
@@ -36,30 +34,55 @@ def recompute(prefix: str, granularity: str = "recompute_granularity") -> dict[s
     }
 
 
-def fp8_format(prefix: str) -> Translated:
-    """Returns the rule of megatron-core's key `fp8`, a format (null for none) beside a recipe."""
+# Of each recipe, what is fixed here; `simpo_megatron.mcore.precision` hands it to megatron-core.
+_OF_A_RECIPE: dict[str, dict[str, Any]] = {
+    "delayed": {"fp8": "hybrid", "fp8_amax_history_len": 1024, "fp8_amax_compute_algo": "max"},
+    "tensorwise": {"fp8": "hybrid", "num_layers_at_start_in_bf16": 1, "num_layers_at_end_in_bf16": 1},
+    "blockwise": {"fp8": "e4m3"},
+    "mxfp8": {"fp8": "e4m3"},
+}
+_IN_BF16 = "first_last_layers_bf16"
 
-    def recipe(value: Any, asked: Asked) -> dict[str, Any] | str:
-        return {"fp8_recipe": asked.get(f"{prefix}fp8_recipe") or "delayed"} if value else "no FP8"
 
-    return Translated(recipe, ("fp8_recipe",))
+def fp8_format(prefix: str, switch: str = "fp8") -> Translated:
+    """The rule of megatron-core's key `fp8`, a format (null for none) beside a recipe; `switch` stands before it."""
+    details = {name for details in _OF_A_RECIPE.values() for name in details}
+    reads = tuple(prefix + name for name in ("fp8", "fp8_recipe", "fp8_param", "fp8_param_gather", _IN_BF16, *details))
+
+    def recipe(value: Any, asked: Asked) -> dict[str, Any] | Different | str:
+        if not value:
+            return "no FP8"
+        name = asked.get(f"{prefix}fp8_recipe") or "delayed"
+        gather = asked.get(f"{prefix}fp8_param_gather", f"{prefix}fp8_param") is True
+        settings = {"fp8_recipe": name} | ({"fp8_param_gather": True} if gather else {})
+        others = [
+            f"{detail} {asked.get(prefix + detail)} ({fixed} here)"
+            for detail, fixed in _OF_A_RECIPE.get(name, {}).items()
+            if asked.get(prefix + detail) not in (None, fixed)
+        ]
+        if asked.get(prefix + _IN_BF16) not in (None, name == "tensorwise"):
+            others.append(f"{_IN_BF16} {str(asked.get(prefix + _IN_BF16)).lower()}")
+        return Different(f"the recipe {name} has its own {', '.join(others)}", settings) if others else settings
+
+    return Translated(recipe, ("fp8_recipe",), reads, "hybrid" if switch == "fp8" else "true")
 
 
 def fp8(prefix: str) -> dict[str, Rule]:
-    """Returns the rules of the FP8 keys of megatron-core's configurations: a format and a recipe."""
+    """The rules of the FP8 keys of megatron-core's configurations: a format and a recipe."""
     return {
         f"{prefix}fp8": fp8_format(prefix),
-        f"{prefix}fp8_recipe": Ignored(READ_WITH_ANOTHER),
+        # What megatron-core's and Bridge's dataclasses write for models without FP8.
+        f"{prefix}fp8_param": With((False,)),
+        f"{prefix}fp8_param_gather": With((False,)),
+        f"{prefix}{_IN_BF16}": With((False,)),
         **ignored(
-            "a recipe brings its own format, history and layers in bf16",
+            "a recipe brings its own margin and interval",
             prefix,
-            """fp8_margin fp8_interval fp8_amax_history_len fp8_amax_compute_algo fp8_wgrad fp8_param fp8_params
-            fp8_param_gather fp8_dot_product_attention fp8_multi_head_attention first_last_layers_bf16
-            num_layers_at_start_in_bf16 num_layers_at_end_in_bf16 reuse_grad_buf_for_mxfp8_param_ag
-            fp8_quantizer_factory fp8_output_proj tp_only_amax_red""",
+            """fp8_margin fp8_interval fp8_wgrad fp8_params fp8_dot_product_attention fp8_multi_head_attention
+            reuse_grad_buf_for_mxfp8_param_ag fp8_quantizer_factory fp8_output_proj tp_only_amax_red""",
         ),
         f"{prefix}fp4": Only((None,), "there is no FP4 here"),
-        **ignored("there is no FP4 here", prefix, "fp4_recipe fp4_param fp4_quantizer_factory"),
+        **ignored("there is no FP4 here", prefix, "fp4_recipe fp4_param fp4_param_gather fp4_quantizer_factory"),
     }
 
 
@@ -82,12 +105,13 @@ def megatron_optimizer(prefix: str) -> dict[str, Rule]:
         **ignored(
             adam,
             prefix,
-            """sgd_momentum muon_* adaptive_muon_* lion_* soap_* decoupled_lr decoupled_min_lr log_num_zeros_in_grad
-            timers config_logger_dir barrier_with_L1_time apply_wd_to_qk_layernorm
-            overlap_param_gather_with_optimizer_step use_layer_wise_distributed_optimizer optimizer_cuda_graph""",
+            """sgd_momentum muon_* adaptive_muon_* lion_* soap_* log_num_zeros_in_grad timers config_logger_dir
+            barrier_with_L1_time overlap_param_gather_with_optimizer_step use_layer_wise_distributed_optimizer
+            optimizer_cuda_graph""",
         ),
-        f"{prefix}overlap_param_gather": Ignored("the key of the data-parallel section decides"),
-        f"{prefix}grad_norm_skip_threshold": Ignored("no step is skipped for a large gradient; clip_grad limits it"),
+        **each(prefix, "decoupled_lr decoupled_min_lr", Only((None,), "all layers have one learning rate here")),
+        f"{prefix}apply_wd_to_qk_layernorm": Only((False,), "weight decay is never on norms here"),
+        f"{prefix}grad_norm_skip_threshold": Differs("no step is skipped for a large gradient", (float("inf"),)),
         f"{prefix}optimizer_cpu_offload": Only((False,), "the optimizer's state stays on the GPU here"),
         **ignored(
             "the optimizer's state stays on the GPU here",
@@ -109,10 +133,14 @@ def megatron_ddp(prefix: str, optimizers: str) -> dict[str, Rule]:
         divided = asked.simpo.get("use_distributed_optimizer", asked.get(optimizers, own))
         return {"overlap_param_gather": value} if divided else "nothing to gather without the distributed optimizer"
 
+    readable = (optimizers, own)
+    of_optimizer = optimizers.replace("use_distributed_optimizer", "overlap_param_gather")
+
     return {
         f"{prefix}overlap_grad_reduce": "overlap_grad_reduce",
-        f"{prefix}overlap_param_gather": Translated(param_gather, ("overlap_param_gather",)),
-        own: Translated(distributed_optimizer, ("use_distributed_optimizer",)),
+        f"{prefix}overlap_param_gather": Translated(param_gather, ("overlap_param_gather",), (*readable, of_optimizer)),
+        of_optimizer: With((False,)),
+        own: Translated(distributed_optimizer, ("use_distributed_optimizer",), readable),
         **each(prefix, "use_megatron_fsdp use_custom_fsdp", Only((False,), "weights are not sharded by FSDP here")),
         **ignored(
             OF_KERNELS,
@@ -129,19 +157,43 @@ def megatron_ddp(prefix: str, optimizers: str) -> dict[str, Rule]:
     }
 
 
-def megatron_scheduler(prefix: str, *steps: str) -> dict[str, Rule]:
-    """The keys of Megatron's learning-rate schedule, for a run of as many steps as the first key of `steps` says."""
+def megatron_scheduler(prefix: str, optimizer: str) -> dict[str, Rule]:
+    """The keys of Megatron's schedule beside the optimizer under `optimizer`.
+
+    Source: Megatron-Bridge training/config.py (_calculate_scheduler_steps), megatron-core optimizer_param_scheduler.py.
+    """
+    fraction, longest = f"{prefix}lr_warmup_fraction", f"{prefix}max_steps"
+    start, end = f"{prefix}start_weight_decay", f"{prefix}end_weight_decay"
+
+    def warmup(value: Any, asked: Asked) -> dict[str, Any] | str:
+        return f"{fraction} decides" if asked.get(fraction) is not None else {"lr_warmup_iters": value}
+
+    def decay(value: Any, asked: Asked) -> dict[str, Any] | str:
+        return f"{longest} decides" if asked.get(longest) is not None else {"lr_decay_iters": value}
+
+    def begins(value: Any, asked: Asked) -> str:
+        held = asked.get(end, f"{optimizer}weight_decay")
+        if value != held:
+            raise Obstacle(f"found {value} and later {held}, expected the same", f"{start}={held}")
+        return "weight decay is constant here"
+
     return {
         f"{prefix}lr_decay_style": "lr_decay_style",
-        f"{prefix}lr_warmup_iters": _warmup_iters(prefix, *steps),
-        f"{prefix}lr_warmup_fraction": "lr_warmup_fraction",
+        f"{prefix}lr_warmup_iters": Translated(warmup, ("lr_warmup_iters",), (fraction,)),
+        fraction: "lr_warmup_fraction",
+        f"{prefix}lr_warmup_init": "lr_warmup_init",
+        f"{prefix}lr_decay_iters": Translated(decay, ("lr_decay_iters",), (longest,)),
+        longest: "lr_decay_iters",
         f"{prefix}weight_decay_incr_style": Only(("constant",), "weight decay is constant here"),
+        start: Translated(begins, (), (end, f"{optimizer}weight_decay")),
+        end: "weight_decay",
+        f"{optimizer}weight_decay": weight_decay_unless(end),
+        f"{prefix}no_weight_decay_cond_type": Only((None,), "weight decay is never on biases and norms here"),
         **ignored(
             OF_SCHEDULE,
             prefix,
-            """lr_warmup_init lr_decay_iters start_weight_decay end_weight_decay override_opt_param_scheduler
-            use_checkpoint_opt_param_scheduler lr_wsd_decay_style lr_wsd_decay_iters lr_warmup_steps
-            lr_decay_steps wd_incr_steps wsd_decay_steps no_weight_decay_cond_type""",
+            """override_opt_param_scheduler use_checkpoint_opt_param_scheduler lr_wsd_decay_style lr_wsd_decay_iters
+            lr_warmup_steps lr_decay_steps wd_incr_steps wsd_decay_steps""",
         ),
         **each(
             prefix,
@@ -151,27 +203,25 @@ def megatron_scheduler(prefix: str, *steps: str) -> dict[str, Rule]:
     }
 
 
-def _warmup_iters(prefix: str, *steps: str) -> Translated:
-    by_steps = warmup_of(*steps)
+def weight_decay_unless(scheduler: str) -> Translated:
+    """An optimizer's weight decay, over which that of the schedule is written in every step."""
 
-    def warmup(value: Any, asked: Asked) -> dict[str, Any] | str:
-        if asked.get(f"{prefix}lr_warmup_fraction") is not None:
-            return f"{prefix}lr_warmup_fraction decides"
-        return by_steps.function(value, asked)
+    def weight_decay(value: Any, asked: Asked) -> dict[str, Any] | str:
+        return {"weight_decay": value} if asked.get(scheduler) is None else f"{scheduler} decides"
 
-    return Translated(warmup, by_steps.options)
+    return Translated(weight_decay, ("weight_decay",), (scheduler,))
 
 
 def transformer(prefix: str) -> dict[str, Rule]:
     """The keys of megatron-core's TransformerConfig and of the GPT models built on it, layout and precision apart."""
     return {
-        **taken(prefix, "hidden_dropout attention_dropout recompute_modules"),
+        **taken(prefix, "hidden_dropout attention_dropout recompute_modules moe_aux_loss_coeff"),
         **recompute(prefix),
         **ignored(OF_THE_MODEL, prefix, _ARCHITECTURE),
         **ignored(OF_KERNELS, prefix, _KERNELS),
         f"{prefix}mtp_num_layers": Only((None, 0), "multi-token prediction is not trained here"),
         f"{prefix}cpu_offloading": Only((False,), "activations stay on the GPU here"),
-        f"{prefix}freeze_moe_router": Ignored(OF_ROUTERS),
+        f"{prefix}freeze_moe_router": Differs(OF_ROUTERS, (False,)),
     }
 
 
@@ -192,7 +242,8 @@ transformer_layer_spec.* scatter_embedding_sequence_parallel pre_process post_pr
 generation_config.* generation_config fp16_lm_cross_entropy fp32_residual_connection calculate_per_token_loss
 perform_initialization init_model_with_meta_device num_layers_in_first_pipeline_stage
 num_layers_in_last_pipeline_stage account_for_embedding_in_pipeline_split account_for_loss_in_pipeline_split
-pipeline_model_parallel_layout expert_tensor_parallel_size quant_recipe
+pipeline_model_parallel_layout expert_tensor_parallel_size quant_recipe enable_mhc_connections mhc_*
+gtp_remat_opt_in_modules gdp_*
 """
 
 _KERNELS = """
@@ -214,5 +265,6 @@ params_dtype.* pipeline_dtype pipeline_dtype.* grad_scale_func no_sync_func grad
 finalize_model_grads_func gradient_reduce_div_fusion _cpu_offloading_context flash_attention_version
 tensor_parallel_num_weight_shards expert_tensor_parallel_num_weight_shards gtp_weight_remat_size
 expert_gtp_weight_remat_size high_priority_a2a_comm_stream use_grouped_gemm_* delay_offload_until_cuda_graph
-delta_offload_bytes_across_pp_ranks activation_offload_fraction
+delta_offload_bytes_across_pp_ranks activation_offload_fraction dense_grouped_gemm batch_invariant_backend
+mla_down_proj_fusion
 """

@@ -10,9 +10,9 @@ from simpo_megatron.errors import ConfigError
 from simpo_megatron.nemo import translations as to
 from simpo_megatron.nemo.adapters import nemo1_lora
 from simpo_megatron.nemo.megatron_keys import recompute
-from simpo_megatron.nemo.rules import Asked, Dialect, Ignored, Only, Rule, Translated
+from simpo_megatron.nemo.rules import Asked, Dialect, Different, Ignored, Only, Rule, Translated, With
 
-_STEPS = ("trainer.dpo.max_steps", "trainer.max_steps")
+_STEPS = ("model.optim.sched.max_steps", "trainer.dpo.max_steps", "trainer.max_steps")
 _LENGTHS = ("model.encoder_seq_length", "model.data.seq_length")
 _OPTIMIZERS = {
     "adamw": False,
@@ -21,6 +21,19 @@ _OPTIMIZERS = {
     "distributed_fused_adam": True,
     "mcore_distributed_optim": True,
 }
+
+
+_FOLDERS = tuple(f"exp_manager.{name}" for name in ("explicit_log_dir", "exp_dir", "name")) + ("name",)
+_OF_FP8: tuple[str, ...] = (
+    "fp8_e4m3",
+    "fp8_hybrid",
+    "fp8_params",
+    "fp8_margin",
+    "fp8_interval",
+    "fp8_amax_history_len",
+)
+_OF_FP8 += ("fp8_amax_compute_algo", "reduce_amax")
+_IDLE = (0, 1, 1024, True, False, "most_recent", "max")
 
 
 def _folder(asked: Asked) -> str | None:
@@ -56,8 +69,13 @@ def _betas(value: Any, asked: Asked) -> dict[str, Any]:
     return {"adam_beta1": value[0], "adam_beta2": value[1]}
 
 
-def _fp8(value: Any, asked: Asked) -> dict[str, Any] | str:
-    return {"fp8_recipe": "delayed"} if value else "no FP8"
+def _fp8(value: Any, asked: Asked) -> dict[str, Any] | Different | str:
+    if not value:
+        return "no FP8"
+    settings = {"fp8_recipe": "delayed"}
+    if asked.get("model.fp8_e4m3"):
+        return Different("fp8_e4m3 there; the delayed recipe here is hybrid", settings)
+    return settings
 
 
 def _columns(value: Any, asked: Asked) -> dict[str, Any] | str:
@@ -66,12 +84,13 @@ def _columns(value: Any, asked: Asked) -> dict[str, Any] | str:
         return "data are given as a SimPO key"
     if value != "jsonl":
         raise ConfigError(f"found {value!r}, expected jsonl: other forms hold token ids, not pairs")
-    return {"chosen_column": "chosen_response", "rejected_column": "rejected_response"}
+    # Their prompts are in the model's format, which Aligner tokenises as they are: its docs/user-guide/dpo.rst.
+    return {"chosen_column": "chosen_response", "rejected_column": "rejected_response", "chat_template": "none"}
 
 
 def _validation_share(value: Any, asked: Asked) -> dict[str, Any] | str:
     """Megatron's `train,validation,test` weights; there is no test part here, its pairs are trained on."""
-    if any(key.startswith("model.data.data_prefix.") for key in asked.values):
+    if asked.has("model.data.data_prefix.*"):
         return "files for training and validation are given"
     weights = [float(part) for part in re.findall(r"[0-9.]+", str(value))]
     if len(weights) != 3 or not sum(weights):
@@ -80,11 +99,11 @@ def _validation_share(value: Any, asked: Asked) -> dict[str, Any] | str:
 
 
 _TRAINER: Mapping[str, Rule] = {
-    "trainer.precision": to.PRECISION,
+    "trainer.precision": Translated(to.number_format, ("bf16",), ("precision", "model.precision"), "bf16"),
     "trainer.max_steps": to.TRAIN_ITERS,
-    "trainer.max_epochs": to.epochs_unless(*_STEPS),
+    "trainer.max_epochs": to.EPOCHS,
     "trainer.dpo.max_steps": to.TRAIN_ITERS,
-    "trainer.dpo.max_epochs": to.epochs_unless(*_STEPS),
+    "trainer.dpo.max_epochs": to.EPOCHS,
     "trainer.gradient_clip_val": "clip_grad",
     "trainer.dpo.gradient_clip_val": "clip_grad",
     "trainer.log_every_n_steps": "log_interval",
@@ -106,16 +125,17 @@ _TRAINER: Mapping[str, Rule] = {
 }
 
 _EXPERIMENT: Mapping[str, Rule] = {
-    "exp_manager.explicit_log_dir": Translated(_save, ("save",)),
-    "exp_manager.exp_dir": Translated(_save, ("save",)),
+    **to.each("exp_manager.", "explicit_log_dir exp_dir", Translated(_save, ("save",), _FOLDERS, "DIR")),
     "exp_manager.resume_if_exists": to.resume_of("exp_manager.resume_ignore_no_checkpoint"),
     "exp_manager.resume_from_checkpoint": Only((None,), "a run continues from its own folder: exp_manager.exp_dir"),
-    "exp_manager.create_tensorboard_logger": Translated(_tensorboard, ("tensorboard_dir",)),
-    "exp_manager.create_wandb_logger": Translated(_wandb, ("wandb_project",)),
+    "exp_manager.create_tensorboard_logger": Translated(_tensorboard, ("tensorboard_dir",), _FOLDERS),
+    "exp_manager.create_wandb_logger": Translated(
+        _wandb, ("wandb_project",), ("exp_manager.wandb_logger_kwargs.*",), "true"
+    ),
     "exp_manager.checkpoint_callback_params.every_n_train_steps": "save_interval",
     "exp_manager.checkpoint_callback_params.async_save": "async_save",
     "exp_manager.checkpoint_callback_params.save_top_k": to.KEEP_CHECKPOINTS,
-    **to.ignored(to.READ_WITH_ANOTHER, "exp_manager.", "name wandb_logger_kwargs.* resume_ignore_no_checkpoint"),
+    "exp_manager.resume_ignore_no_checkpoint": With((True, False)),
     **to.ignored(
         to.OF_FILES, "exp_manager.", "checkpoint_callback_params.* create_checkpoint_callback resume_past_end"
     ),
@@ -140,18 +160,18 @@ _MODEL: Mapping[str, Rule] = {
     "model.sequence_parallel": to.sequence_parallel_of("model.tensor_model_parallel_size"),
     "model.encoder_seq_length": to.LENGTH,
     **recompute("model.", "activations_checkpoint_granularity"),
-    "model.fp8": Translated(_fp8, ("fp8_recipe",)),
-    **to.ignored(
-        "the delayed recipe, NeMo 1's only one, brings its own format and history",
-        "model.",
-        "fp8_e4m3 fp8_hybrid fp8_margin fp8_interval fp8_amax_history_len fp8_amax_compute_algo reduce_amax fp8_params",
-    ),
+    "model.fp8": Translated(_fp8, ("fp8_recipe",), tuple(f"model.{name}" for name in _OF_FP8), "true"),
+    **to.each("model.", "fp8_e4m3 fp8_hybrid fp8_params", With((False,))),
+    # What NeMo 1's own configurations say without FP8.
+    **to.each("model.", "fp8_margin fp8_interval fp8_amax_history_len fp8_amax_compute_algo reduce_amax", With(_IDLE)),
     "model.restore_from_path": to.checkpoint_elsewhere("a .nemo file"),
     "model.resume_from_checkpoint": Only((None,), "a run continues from its own folder: exp_manager.exp_dir"),
     **nemo1_lora("model.peft."),
-    "model.freeze_updates.enabled": Only((False,), "whole layers cannot be frozen here"),
-    "model.freeze_updates.*": Ignored(to.READ_WITH_ANOTHER),
-    **to.ignored(to.OF_DPO, "model.", "dpo.*"),
+    "model.freeze_updates.enabled": Only(
+        (False,), "whole layers cannot be frozen here", reads=("model.freeze_updates.*",)
+    ),
+    **to.preference_keys("model.dpo.", "ref_policy_kl_penalty"),
+    "model.dpo.log_prob_forward_micro_batch_size": Ignored(to.OF_THE_MACHINE),
     **to.ignored(
         to.OF_THE_MODEL,
         "model.",
@@ -161,8 +181,7 @@ _MODEL: Mapping[str, Rule] = {
         qkv_bias activation headscale transformer_block_type openai_gelu normalize_attention_scores
         position_embedding_type rotary_percentage rotary_base rotary_interleaved seq_len_interpolation_factor
         scale_positional_embedding share_embeddings_and_output_weights attention_type overwrite_base_config.*
-        mcore_gpt name num_moe_experts moe_* apply_query_key_layer_scaling window_size add_bias_linear target
-        precision""",
+        mcore_gpt name num_moe_experts moe_* apply_query_key_layer_scaling window_size add_bias_linear target""",
     ),
     **to.ignored(to.OF_THE_TOKENIZER, "model.", "tokenizer.*"),
     **to.ignored(
@@ -196,10 +215,12 @@ _OPTIMIZER: Mapping[str, Rule] = {
     "model.optim.overlap_grad_sync": "overlap_grad_reduce",
     "model.optim.overlap_param_sync": "overlap_param_gather",
     "model.optim.sched.name": to.SCHEDULE,
-    "model.optim.sched.warmup_steps": to.warmup_of(*_STEPS),
+    "model.optim.sched.warmup_steps": "lr_warmup_iters",
+    "model.optim.sched.max_steps": to.max_steps_unless("model.optim.sched.constant_steps"),
+    "model.optim.sched.constant_steps": to.constant_steps_of(*_STEPS),
     "model.optim.sched.warmup_ratio": "lr_warmup_fraction",
     "model.optim.sched.min_lr": "min_lr",
-    **to.ignored(to.OF_SCHEDULE, "model.optim.sched.", "constant_steps max_steps monitor reduce_on_plateau"),
+    **to.ignored(to.OF_SCHEDULE, "model.optim.sched.", "monitor reduce_on_plateau"),
     **to.ignored(
         to.OF_KERNELS,
         "model.optim.",
@@ -214,7 +235,7 @@ _DATA: Mapping[str, Rule] = {
     "model.data.data_prefix.train": "data",
     "model.data.data_prefix.validation": "valid_data",
     "model.data.data_prefix.test": Ignored("there is no test part here"),
-    "model.data.data_impl": Translated(_columns, ("chosen_column", "rejected_column")),
+    "model.data.data_impl": Translated(_columns, ("chosen_column", "rejected_column", "chat_template")),
     "model.data.splits_string": Translated(_validation_share, ("valid_fraction",)),
     "model.data.seq_length": to.LENGTH,
     **to.ignored(
@@ -239,8 +260,6 @@ NEMO_1 = Dialect(
         **_MODEL,
         **_OPTIMIZER,
         **_DATA,
-        "name": Ignored(to.READ_WITH_ANOTHER),
-        "precision": Ignored("a copy of trainer.precision"),
         "restore_from_path": to.checkpoint_elsewhere("a .nemo file"),
         "pretrained_checkpoint.restore_from_path": to.checkpoint_elsewhere("a .nemo file"),
         **to.ignored(to.OF_THE_MODEL, "pretrained_checkpoint.", "checkpoint_dir checkpoint_name hparams_file"),

@@ -7,9 +7,9 @@ from typing import Any
 from simpo_megatron.nemo import translations as to
 from simpo_megatron.nemo.adapters import megatron_lora
 from simpo_megatron.nemo.megatron_keys import fp8, megatron_ddp, megatron_optimizer, transformer
-from simpo_megatron.nemo.rules import Asked, Dialect, Ignored, Only, Rule, Translated
+from simpo_megatron.nemo.rules import Asked, Dialect, Differs, Ignored, Only, Rule, Translated, With
 
-_STEPS = ("trainer.max_steps",)
+_FOLDERS = ("log.explicit_log_dir", "log.log_dir", "log.name")
 
 
 def _save(value: Any, asked: Asked) -> dict[str, Any]:
@@ -25,12 +25,12 @@ def dataset_folder(validation: str) -> Translated:
         validation_files = {} if asked.get(validation) is False else {"valid_data": f"{value}/validation.jsonl"}
         return {"data": f"{value}/training.jsonl"} | validation_files
 
-    return Translated(files, ("data",))
+    return Translated(files, ("data",), (validation,))
 
 
 _TRAINER: dict[str, Rule] = {
     "trainer.max_steps": to.TRAIN_ITERS,
-    "trainer.max_epochs": to.epochs_unless(*_STEPS),
+    "trainer.max_epochs": to.EPOCHS,
     "trainer.log_every_n_steps": "log_interval",
     "trainer.val_check_interval": to.EVAL_INTERVAL,
     "trainer.accumulate_grad_batches": Only((1,), "the batch sizes decide how gradients accumulate"),
@@ -43,7 +43,9 @@ _TRAINER: dict[str, Rule] = {
         "trainer.",
         "callbacks logger enable_checkpointing use_distributed_sampler enable_progress_bar max_time benchmark",
     ),
-    "trainer.plugins.precision": to.PRECISION,
+    "trainer.plugins.precision": Translated(
+        to.number_format, ("bf16",), ("model.config.bf16", "model.config.fp16"), "bf16-mixed"
+    ),
     **fp8("trainer.plugins."),
     **to.ignored(
         to.OF_KERNELS,
@@ -60,7 +62,7 @@ _STRATEGY: dict[str, Rule] = {
         context_parallel_size expert_model_parallel_size""",
     ),
     "trainer.strategy.sequence_parallel": to.sequence_parallel_of("trainer.strategy.tensor_model_parallel_size"),
-    "trainer.strategy.ddp": Ignored("the optimizer's key decides how state is divided"),
+    "trainer.strategy.ddp": Ignored("how state is divided says the optimizer"),
     **megatron_ddp("trainer.strategy.ddp.", "optim.config.use_distributed_optimizer"),
     "trainer.strategy.fsdp": Only((None,), "weights are not sharded by FSDP here"),
     **to.ignored(
@@ -82,20 +84,29 @@ _STRATEGY: dict[str, Rule] = {
 _OPTIM: dict[str, Rule] = {
     **megatron_optimizer("optim.config."),
     "optim.lr_scheduler._target_": to.SCHEDULE,
-    "optim.lr_scheduler.warmup_steps": to.warmup_of(*_STEPS),
+    "optim.lr_scheduler.warmup_steps": "lr_warmup_iters",
+    "optim.lr_scheduler.max_steps": to.max_steps_unless("optim.lr_scheduler.constant_steps"),
+    "optim.lr_scheduler.constant_steps": to.constant_steps_of("optim.lr_scheduler.max_steps", "trainer.max_steps"),
     "optim.lr_scheduler.warmup_ratio": "lr_warmup_fraction",
     "optim.lr_scheduler.min_lr": "min_lr",
-    **to.ignored(to.OF_SCHEDULE, "optim.lr_scheduler.", "constant_steps max_steps interval frequency monitor"),
-    **to.ignored(to.OF_SCHEDULE, "optim.", "no_weight_decay_cond no_weight_decay_cond.* scale_lr_cond lr_mult"),
+    **to.ignored(to.OF_SCHEDULE, "optim.lr_scheduler.", "interval frequency monitor"),
+    "optim.lr_mult": Only((1, 1.0), "all layers have one learning rate here"),
+    **to.each("optim.", "scale_lr_cond scale_lr_cond.*", Only((None, False), "all layers have one learning rate here")),
+    **to.each(
+        "optim.",
+        "no_weight_decay_cond no_weight_decay_cond.*",
+        Differs("weight decay is on all weights but biases and norms here", (False,)),
+    ),
 }
 
 _DATA: dict[str, Rule] = {
-    "data.global_batch_size": "global_batch_size",
+    "data.global_batch_size": to.SEQUENCES_AS_PAIRS,
     "data.micro_batch_size": to.micro_batch_of("data.seq_length"),
     "data.rampup_batch_size": Only((None,), "the batch size is constant here"),
     "data.seq_length": to.LENGTH,
     "data.seed": "seed",
     "data.dataset_root": dataset_folder("data.do_validation"),
+    "data.do_validation": With((True, False)),
     "data.paths": to.data_elsewhere("tokenised text"),
     **to.ignored(
         to.OF_DATA,
@@ -103,16 +114,15 @@ _DATA: dict[str, Rule] = {
         """num_workers memmap_workers pin_memory persistent_workers split index_mapping_dir num_train_samples
         num_val_samples num_test_samples reset_position_ids reset_attention_mask eod_mask_loss
         init_consumed_samples init_global_step packed_sequence_specs packed_sequence_specs.* dataset_kwargs
-        dataset_kwargs.* dataset_cls force_redownload delete_raw do_validation do_test create_attention_mask
+        dataset_kwargs.* dataset_cls force_redownload delete_raw do_test create_attention_mask
         vocab_file merges_file""",
     ),
     **to.ignored(to.OF_THE_TOKENIZER, "data.", "tokenizer tokenizer.*"),
 }
 
 _RUN: dict[str, Rule] = {
-    "log.explicit_log_dir": Translated(_save, ("save",)),
-    "log.log_dir": Translated(_save, ("save",)),
-    "log.name": Ignored(to.READ_WITH_ANOTHER),
+    **to.each("log.", "explicit_log_dir log_dir", Translated(_save, ("save",), _FOLDERS, "DIR")),
+    "log.name": With(("default",)),
     "log.ckpt.every_n_train_steps": "save_interval",
     "log.ckpt.save_top_k": to.KEEP_CHECKPOINTS,
     "log.tensorboard.save_dir": "tensorboard_dir",
@@ -125,7 +135,7 @@ _RUN: dict[str, Rule] = {
         wandb.* extra_loggers log_local_rank_0_only log_global_rank_0_only""",
     ),
     "resume.resume_if_exists": to.resume_of("resume.resume_ignore_no_checkpoint"),
-    "resume.resume_ignore_no_checkpoint": Ignored(to.READ_WITH_ANOTHER),
+    "resume.resume_ignore_no_checkpoint": With((True, False)),
     **to.each(
         "resume.",
         "restore_config restore_config.path resume_from_directory resume_from_path",
@@ -144,9 +154,14 @@ NEMO_2 = Dialect(
         **_DATA,
         **_RUN,
         **transformer("model.config."),
-        **to.ignored("trainer.plugins decides", "model.config.", "bf16 fp16 fp8 fp8_* fp4 fp4_* seq_length"),
+        **to.each("model.config.", "bf16 fp16", With((False,))),
+        "model.config.fp8": Only((None, False), "give it as trainer.plugins.fp8"),
+        **to.ignored("of FP8 that trainer.plugins asks for", "model.config.", "fp8_*"),
+        "model.config.fp4": Only((None, False), "there is no FP4 here"),
+        **to.ignored("there is no FP4 here", "model.config.", "fp4_*"),
+        "model.config.seq_length": Ignored("the longest sequence that the model takes"),
         **to.ignored(to.OF_THE_MODEL, "model.", "config optim model_transform"),
-        **megatron_lora("peft._target_", "peft."),
+        **megatron_lora("peft._target_", "peft.", "nemo.collections.llm.peft.lora.LoRA"),
         "peft": Only((None,), "write the section of a LoRA"),
         **to.ignored(to.OF_THE_TOKENIZER, "", "tokenizer tokenizer.* model.tokenizer model.tokenizer.*"),
     },

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from simpo_megatron.data import PairOptions
 from simpo_megatron.errors import ConfigError
-from simpo_megatron.nemo.rules import Asked, Ignored, Only, Rule, Translated
+from simpo_megatron.nemo.rules import Asked, Different, Ignored, Obstacle, Only, Rule, Translated, With
 
 OF_THE_MODEL = "the architecture and its numbers are those of the model's own config.json"
 OF_THE_TOKENIZER = "the model's own tokenizer is used"
@@ -17,10 +16,8 @@ OF_FILES = "checkpoints have one form and one place here"
 OF_LOGS = "the run's folder holds metrics.jsonl and a report; TensorBoard and W&B are options"
 OF_EVALUATION = "every validation pair is evaluated, before, during and after training"
 OF_DATA = "tokenised pairs are kept in data_cache, in an order that only seed, epoch and position decide"
-OF_SCHEDULE = "the learning rate rises from 0 and decays until the last step; weight decay is constant"
-OF_DPO = "SimPO has no reference policy and always averages; its own settings are the SimPO keys"
+OF_SCHEDULE = "a part of schedules that are not here"
 OF_ROUTERS = "routers, where a model has them, are trained with the rest"
-READ_WITH_ANOTHER = "read together with the key it belongs to"
 
 _BF16 = ("bf16", "bf16-mixed", "bf16-true", "bfloat16")
 _FP32 = ("32", "32-true", "fp32", "float32")
@@ -60,37 +57,20 @@ def train_iters(value: Any, asked: Asked) -> dict[str, Any] | str:
 TRAIN_ITERS = Translated(train_iters, ("train_iters",))
 
 
-def epochs_unless(*steps: str) -> Translated:
-    """Passes over the data, when no key of `steps` limits the run; both together would end it at the earlier."""
+def epochs(value: Any, asked: Asked) -> dict[str, Any] | Different | str:
+    """Passes over the data; beside a limit of steps the run ends at the earlier, there as here.
 
-    def epochs(value: Any, asked: Asked) -> dict[str, Any] | str:
-        if _is_count(asked.get(*steps)):
-            return f"{steps[0]} decides how long the run is"
-        return {"epochs": value} if _is_count(value) else "no limit of epochs"
+    Source: NeMo-RL algorithms/dpo.py (total_train_iters), NeMo-Aligner algorithms/dpo.py (set_max_steps), Lightning.
+    """
+    if not _is_count(value):
+        return "no limit of epochs"
+    here = (
+        "what does not fill a global batch at the end of an epoch is left out there, and comes first in the next here"
+    )
+    return {"epochs": value} if value == 1 else Different(here, {"epochs": value})
 
-    return Translated(epochs, ("epochs",))
 
-
-def warmup_of(*steps: str) -> Translated:
-    """Warm-up steps as the share of all steps, which is what lr_warmup_fraction states."""
-
-    def warmup(value: Any, asked: Asked) -> dict[str, Any]:
-        if value == 0:
-            return {"lr_warmup_fraction": 0.0}
-        total = asked.simpo.get("train_iters") or (None if "epochs" in asked.simpo else asked.get(*steps))
-        if not _is_count(total):
-            raise ConfigError(
-                f"found {value} steps of a run whose number of steps is not stated, expected {steps[0]} above 0 "
-                "with it, or lr_warmup_fraction as a SimPO key"
-            )
-        if not _is_count(value) or value >= total:
-            raise ConfigError(f"found {value!r}, expected whole steps, fewer than the {total} of the run")
-        fraction = value / total
-        while math.ceil(fraction * total) > value:  # the product may round up past a whole number
-            fraction = math.nextafter(fraction, 0)
-        return {"lr_warmup_fraction": fraction}
-
-    return Translated(warmup, ("lr_warmup_fraction",))
+EPOCHS = Translated(epochs, ("epochs",))
 
 
 def _is_count(value: Any) -> bool:
@@ -111,14 +91,17 @@ LENGTH = Translated(sequence_length, ("max_length",))
 
 
 def micro_batch_of(*lengths: str) -> Translated:
-    """Pairs per microbatch, and packs of as many tokens as those pairs' sequences hold when padded."""
+    """Packs of as many tokens as the sequences of so many pairs hold when padded; without packing, so many pairs."""
 
-    def micro_batch(value: Any, asked: Asked) -> dict[str, Any]:
+    def micro_batch(value: Any, asked: Asked) -> dict[str, Any] | str:
+        if asked.simpo.get("packing") is False:
+            return {"micro_batch_size": value}
         length = asked.simpo.get("max_length") or asked.get(*lengths)
-        packs = {"tokens_per_microbatch": 2 * value * length} if _is_count(value) and _is_count(length) else {}
-        return {"micro_batch_size": value} | packs
+        if _is_count(value) and _is_count(length):
+            return {"tokens_per_microbatch": 2 * value * length}
+        return "packs hold as many pairs as fit into tokens_per_microbatch"
 
-    return Translated(micro_batch, ("micro_batch_size", "tokens_per_microbatch"))
+    return Translated(micro_batch, ("micro_batch_size", "tokens_per_microbatch"), lengths)
 
 
 def sequence_parallel_of(tensor_parallel: str) -> Translated:
@@ -128,7 +111,37 @@ def sequence_parallel_of(tensor_parallel: str) -> Translated:
         tp = asked.simpo.get("tensor_model_parallel_size") or asked.get(tensor_parallel) or 1
         return f"nothing to divide at {tensor_parallel} 1" if tp == 1 else {"sequence_parallel": value}
 
-    return Translated(sequence_parallel, ("sequence_parallel",))
+    return Translated(sequence_parallel, ("sequence_parallel",), (tensor_parallel,))
+
+
+def constant_steps_of(*steps: str) -> Translated:
+    """Steps at the end that stay at min_lr: warm-up and decay take those before, of a run of `steps`.
+
+    Source: NeMo core/optim/lr_scheduler.py (CosineAnnealing).
+    """
+
+    def constant_steps(value: Any, asked: Asked) -> dict[str, Any] | Different | str:
+        if value == 0:
+            return "the decay lasts until the end"
+        total = asked.get(*steps)
+        if not _is_count(total):
+            return Different(f"the last {value} steps stay at min_lr there; the decay lasts until the end here", {})
+        if total <= value:
+            raise Obstacle(f"found {value}, expected fewer than the {total} steps of {steps[0]}")
+        return {"lr_decay_iters": total - value}
+
+    return Translated(constant_steps, ("lr_decay_iters",), steps)
+
+
+def max_steps_unless(constant_steps: str) -> Translated:
+    """Steps of a schedule, when none of them are constant at its end."""
+
+    def max_steps(value: Any, asked: Asked) -> dict[str, Any] | str:
+        if asked.get(constant_steps):
+            return f"read together with {constant_steps}"
+        return {"lr_decay_iters": value} if _is_count(value) else "as many steps as the run has"
+
+    return Translated(max_steps, ("lr_decay_iters",), (constant_steps,))
 
 
 def checkpoint_elsewhere(what: str) -> Only:
@@ -142,22 +155,89 @@ def data_elsewhere(what: str) -> Only:
     return Only((None,), f"{what} is not preference data; give files of pairs as the SimPO key data", ("data",))
 
 
+def sequences_as_pairs(value: Any, asked: Asked) -> Different:
+    """A global batch of sequences, which becomes one of as many pairs."""
+    here = f"{value} sequences there, {value} pairs here, which are twice as many sequences"
+    return Different(here, {"global_batch_size": value})
+
+
+SEQUENCES_AS_PAIRS = Translated(sequences_as_pairs, ("global_batch_size",))
+
+
 def eval_interval(value: Any, asked: Asked) -> dict[str, Any] | str:
     """Lightning counts steps with a whole number and parts of an epoch with a fraction; 0 and -1 are never."""
     if isinstance(value, float):
-        return "a share of an epoch; an interval counts steps here"
+        return {"eval_epochs": value}
     return "evaluated before and after training only" if value in (0, -1) else {"eval_interval": value}
 
 
 EVAL_INTERVAL = Translated(eval_interval, ("eval_interval",))
 
 
-def keep_checkpoints(value: Any, asked: Asked) -> dict[str, Any] | str:
-    """The number of checkpoints that stay; -1 keeps all elsewhere, which there is no word for here."""
-    return "keep_checkpoints holds here" if value in (0, -1) else {"keep_checkpoints": value}
+def keep_checkpoints(value: Any, asked: Asked) -> dict[str, Any] | Different:
+    """The number of checkpoints that stay: the best there, the newest and the best one here; null and -1 keep all."""
+    if value in (None, -1):
+        return {"keep_checkpoints": -1}
+    if value == 0:
+        return Different("0 saves nothing there; without save nothing is saved here", {})
+    here = f"the {value} best by a metric there; the {value} newest here, and the one with the best validation accuracy"
+    return Different(here, {"keep_checkpoints": value})
 
 
-KEEP_CHECKPOINTS = Translated(keep_checkpoints, ("keep_checkpoints",))
+KEEP_CHECKPOINTS = Translated(keep_checkpoints, ("keep_checkpoints",), takes_null=True)
+
+
+def preference_keys(prefix: str, penalty: str) -> dict[str, Rule]:
+    """The keys of DPO's loss in NeMo-RL and Aligner, which speak of SimPO only where the objective is DPO.
+
+    Source: NeMo-RL algorithms/loss/loss_functions.py (DPOLossFn), NeMo-Aligner megatron_gpt_dpo_model.py (loss_func).
+    """
+    no_reference = "of DPO; SimPO has no reference policy. The SimPO key objective=dpo trains DPO with it"
+
+    def is_dpo(asked: Asked) -> bool:
+        return asked.simpo.get("objective") == "dpo"
+
+    def beta(value: Any, asked: Asked) -> dict[str, Any] | Different:
+        return {"beta": value} if is_dpo(asked) else Different(no_reference, {})
+
+    def sft_weight(value: Any, asked: Asked) -> dict[str, Any] | Different | str:
+        if value == 0:
+            return "no likelihood of the chosen"
+        if not is_dpo(asked):
+            return Different("of DPO's own likelihood term; the SimPO key sft_weight gives SimPO one", {})
+        averaged = asked.get(f"{prefix}sft_average_log_probs", f"{prefix}preference_average_log_probs")
+        return {"sft_weight": value, "sft_normalization": "sequence" if averaged else "sum"}
+
+    def required(agreeing: tuple[Any, ...], what: str) -> Translated:
+        def check(value: Any, asked: Asked) -> str:
+            if is_dpo(asked) and value not in agreeing:
+                shown = str(agreeing[0]).lower()
+                raise Obstacle(f"found {value}, expected {shown}: {what}", f"{key_of[what]}={shown}")
+            return "agrees with DPO here" if is_dpo(asked) else no_reference
+
+        return Translated(check, ())
+
+    of_sums, one_loss, not_scaled = (
+        "DPO takes sums of log-probabilities here",
+        "another loss is another objective here: ipo",
+        "DPO's own term has weight 1 here",
+    )
+    key_of = {
+        of_sums: f"{prefix}preference_average_log_probs",
+        one_loss: f"{prefix}preference_loss",
+        not_scaled: f"{prefix}preference_loss_weight",
+    }
+    return {
+        prefix + penalty: Translated(beta, ("beta",)),
+        f"{prefix}sft_loss_weight": Translated(
+            sft_weight, ("sft_weight",), (f"{prefix}sft_average_log_probs", f"{prefix}preference_average_log_probs")
+        ),
+        f"{prefix}sft_average_log_probs": With((True, False)),
+        key_of[of_sums]: required((False,), of_sums),
+        key_of[one_loss]: required(("dpo",), one_loss),
+        key_of[not_scaled]: required((1,), not_scaled),
+        f"{prefix}gt_reward_scale": Ignored("of RPO, and no key of DPO's loss"),
+    }
 
 
 def resume_of(ignore_no_checkpoint: str) -> Translated:
@@ -167,7 +247,7 @@ def resume_of(ignore_no_checkpoint: str) -> Translated:
         must_be_there = asked.get(ignore_no_checkpoint) is False
         return {"resume": ("required" if must_be_there else "latest") if value else "none"}
 
-    return Translated(resume, ("resume",))
+    return Translated(resume, ("resume",), (ignore_no_checkpoint,))
 
 
 def schedule(value: Any, asked: Asked) -> dict[str, Any]:

@@ -84,26 +84,31 @@ def launch(
 
 def _read_training(argv: Sequence[str]) -> tuple[Config, Callable[[], None]]:
     """The configuration of a training run, and the run."""
-    config, notes = _read(argv)
+    config, notes, only_explains = _read(argv)
+
+    def explain() -> None:
+        if _rank() == 0:
+            print(*map(visible, notes), sep="\n", flush=True)
 
     def work() -> None:
         # Only now, for megatron takes ten seconds to import: a mistake in the configuration is told before, and the
         # processes that tokenise, which import the script again, do without.
         from simpo_megatron.training.loop import train
 
-        if notes and _rank() == 0:
-            print(*map(visible, notes), sep="\n", flush=True)
+        if notes:
+            explain()
         train(config)
 
-    return config, work
+    # One rank explains as well as many, and needs no model.
+    return (Config(), explain) if only_explains else (config, work)
 
 
-def _read(argv: Sequence[str]) -> tuple[Config, list[str]]:
-    """The configuration, and a summary of how a NeMo file's keys were read, if it is one."""
+def _read(argv: Sequence[str]) -> tuple[Config, list[str], bool]:
+    """The configuration, how a NeMo file's keys were read, if it is one, and whether only that is asked for."""
     if not names_nemo_config(argv):
-        return load_config(argv), []
-    config, report = load_nemo_command(argv)
-    return config, report.lines()
+        return load_config(argv), [], False
+    command = load_nemo_command(argv)
+    return command.config, command.lines, command.only_explains
 
 
 def _rank() -> int:

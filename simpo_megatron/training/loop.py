@@ -159,7 +159,7 @@ def _run_steps(
         else:
             log.advance(iteration)
         evaluated: dict[str, float] = {}
-        if is_last or _is_due(iteration, run.eval_interval) or (saves and not stop and monitors.evaluate_before_saving):
+        if is_last or _is_due(iteration, job.eval_interval) or (saves and not stop and monitors.evaluate_before_saving):
             watchdog.enter_phase(f"the evaluation after step {iteration}", timeout=LONG_SECONDS)
             evaluated = evaluations[iteration] = _evaluate(job, monitors, log, iteration, run.save)
         found = monitors.judge(iteration, log)

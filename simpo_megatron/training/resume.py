@@ -24,6 +24,7 @@ from simpo_megatron.checkpoint.run_lock import check_same_folder, lock
 from simpo_megatron.checkpoint.sharded_state import read_state
 from simpo_megatron.checkpoint.verification import read_verified
 from simpo_megatron.config import Config
+from simpo_megatron.config.sections import OBJECTIVES, OptimizerConfig
 from simpo_megatron.data.tokenization import tokenizer_identity
 from simpo_megatron.errors import CheckpointError, listed
 from simpo_megatron.ranks import gather_or_raise, raise_on_all_ranks
@@ -141,7 +142,7 @@ def start_run(config: Config, job: Job, found: Found) -> Start:
     iteration = consumed_pairs = 0
     now = describe_run(config, job)
     if checkpoint is not None:
-        saved = replace(checkpoint, facts=_with_present_fingerprints(checkpoint.facts, now, job))
+        saved = replace(checkpoint, facts=_with_later_options(_with_present_fingerprints(checkpoint.facts, now, job)))
         notes += _refuse_changes(saved, now, override=config.run.override_on_resume)
         for name in ("consumed_pairs", "layout"):
             if name not in checkpoint.facts:
@@ -246,6 +247,15 @@ def _with_present_fingerprints(saved: Mapping[str, Any], now: Mapping[str, Any],
         if before == _earlier_fingerprint(job.plan.sources.model):
             facts[section] = {**facts[section], key: now[section].get(key)}
     return facts
+
+
+def _with_later_options(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """The `saved` facts, with options that the version which wrote them did not have at their defaults."""
+    training = saved.get("training", {})
+    kind = OBJECTIVES.get(training.get("objective"))
+    later = asdict(kind()) if kind else {}
+    later |= {key: value for key, value in asdict(OptimizerConfig()).items() if key.startswith("lr_")}
+    return {**saved, "training": as_json(later) | training}
 
 
 def _refuse_changes(checkpoint: Checkpoint, now: Mapping[str, Any], *, override: bool) -> list[str]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from simpo_megatron.checkpoint import manifest
 from simpo_megatron.checkpoint.initial_weights import fill_weights
-from simpo_megatron.config import DEMO, Config, Layout, num_train_iters, resolve
+from simpo_megatron.config import DEMO, Config, Layout, num_train_iters, resolve, steps_between_evaluations
 from simpo_megatron.convert import check_model_files, refuse_existing_export
 from simpo_megatron.data import (
     BatchOptions,
@@ -80,6 +80,8 @@ class Job:
     model: list[PreferenceGPTModel]
     trainer: Trainer
     train_iters: int
+    eval_interval: int | None
+    """Steps between evaluations."""
     chat_template: str | None = None
     """The text of the template that pairs were rendered with, where it is not the tokenizer's own."""
     reference_model: str | None = None
@@ -266,6 +268,7 @@ def build_job(
         model=model,
         trainer=trainer,
         train_iters=train_iters,
+        eval_interval=steps_between_evaluations(config, len(train_data)),
         chat_template=chosen_template(tokenizer, config.pairs),
     )
 

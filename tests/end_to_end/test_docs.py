@@ -140,7 +140,7 @@ def test_flags_of_every_command_exist():
             if words[0] == "simpo" and words[1] != "--version":
                 assert words[1] in COMMANDS, words
             if words[:2] == ["simpo", "train"]:
-                own = {"--config", "--help", "--help-all", "--nemo-config", "--preset"}
+                own = {"--config", "--explain-config", "--help", "--help-all", "--nemo-config", "--preset"}
                 for flag in (word for word in words if word.startswith("--") and word not in own):
                     find_option(flag.removeprefix("--").replace("-", "_"), block.page)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -12,7 +13,9 @@ import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone")
-SIMPO = "{preset: demo, beta: 2.5, log_interval: 1, export_hf: FOLDER/hf, data_cache: FOLDER/cache}"
+SIMPO = (
+    "{preset: demo, beta: 2.5, log_interval: 1, lr_warmup_init: 1e-4, export_hf: FOLDER/hf, data_cache: FOLDER/cache}"
+)
 FILES = {
     "NeMo 1 / Aligner": """
 trainer: {devices: 1, precision: 32, max_steps: 3}
@@ -21,7 +24,11 @@ model:
   global_batch_size: 8
   micro_batch_size: 2
   encoder_seq_length: 256
-  optim: {name: fused_adam, lr: 1e-3, betas: [0.9, 0.98], sched: {name: CosineAnnealing, warmup_steps: 1, min_lr: 0}}
+  optim:
+    name: fused_adam
+    lr: 1e-3
+    betas: [0.9, 0.98]
+    sched: {name: CosineAnnealing, warmup_steps: 1, max_steps: 6, min_lr: 0}
   simpo: SIMPO
 """,
     "NeMo 2": """
@@ -31,7 +38,10 @@ data: {global_batch_size: 8, micro_batch_size: 2, seq_length: 256, seed: 7}
 log: {log_dir: FOLDER, name: run}
 optim:
   config: {optimizer: adam, lr: 1e-3, adam_beta2: 0.98}
-  lr_scheduler: {_target_: nemo.lightning.pytorch.optim.lr_scheduler.CosineAnnealingScheduler, warmup_steps: 1}
+  lr_scheduler:
+    _target_: nemo.lightning.pytorch.optim.lr_scheduler.CosineAnnealingScheduler
+    warmup_steps: 1
+    max_steps: 6
 simpo: SIMPO
 """,
     "NeMo-RL": """
@@ -46,14 +56,14 @@ policy:
   megatron_cfg:
     enabled: true
     optimizer: {optimizer: adam, lr: 1e-3, adam_beta2: 0.98}
-    scheduler: {lr_decay_style: cosine, lr_warmup_iters: 1}
+    scheduler: {lr_decay_style: cosine, lr_warmup_iters: 1, lr_decay_iters: 6}
 simpo: SIMPO
 """,
     "Megatron-Bridge": """
 model: {tensor_model_parallel_size: 1, bf16: false, seq_length: 256}
 train: {train_iters: 3, global_batch_size: 8, micro_batch_size: 2}
 optimizer: {optimizer: adam, lr: 1e-3, adam_beta2: 0.98}
-scheduler: {lr_decay_style: cosine, lr_warmup_iters: 1}
+scheduler: {lr_decay_style: cosine, lr_warmup_iters: 1, lr_decay_iters: 6}
 checkpoint: {save: FOLDER/run}
 rng: {seed: 7}
 simpo: SIMPO
@@ -91,6 +101,9 @@ def losses(folder: Path) -> list[float]:
     records = map(json.loads, (folder / "run" / "metrics.jsonl").read_text().splitlines())
     steps = [record for record in records if "loss" in record]
     assert [record["iteration"] for record in steps] == [1, 2, 3]
+    # From lr_warmup_init up to lr in one step, and a fifth of a cosine down to 0.
+    rates = [1e-4, 1e-3, 1e-3 * (1 + math.cos(math.pi / 5)) / 2]
+    assert [record["learning_rate"] for record in steps] == pytest.approx(rates, rel=1e-12)
     return [record["loss"] for record in steps]
 
 

@@ -7,6 +7,7 @@ import pytest
 from data_tokenizers import qwen_like
 from transformers import PreTrainedTokenizerFast
 
+from simpo_megatron.config import config_from
 from simpo_megatron.convert.folder import copy_model_files
 from simpo_megatron.data import PairOptions, chosen_template, load_tokenizer
 
@@ -83,5 +84,7 @@ def test_the_template_of_a_run_is_its_text_wherever_it_came_from(tmp_path, templ
     assert chosen_template(tokenizer, PairOptions(chat_template=str(tmp_path / "own.jinja"))) == "{{ trained }}"
     assert chosen_template(tokenizer, PairOptions(chat_template="rag")) == "{{ documents }}"
     assert chosen_template(tokenizer, PairOptions(chat_template="simpo-mistral")).startswith("{")
+    inline = "{% for message in messages %}{{ message.content }}/../{% endfor %}"
+    assert chosen_template(tokenizer, config_from(chat_template=inline, model="m").pairs) == inline
     for name in ("", "none"):
         assert chosen_template(tokenizer, PairOptions(chat_template=name)) is None

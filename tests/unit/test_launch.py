@@ -68,7 +68,7 @@ MISTAKES = {
     "a model and no data": (["--model", "{model}"], {}, 2, r"data: .*--data FILE"),
     "no NeMo file": (["--nemo-config", "{tmp}/none.yaml"], {}, 2, r"none.yaml: cannot be read"),
     "unknown NeMo key": (["--nemo-config", "{tmp}/nemo.yaml", "model.optm.lr=1"], {}, 2, r"'model.optm.lr', expected"),
-    "a flag beside a NeMo file": (["--nemo-config", "{tmp}/nemo.yaml", "--lr", "1"], {}, 2, r"found '--lr' beside"),
+    "a flag beside a NeMo file": (["--nemo-config", "{tmp}/nemo.yaml", "--lrr", "1"], {}, 2, r"mean '--lr'"),
     "no such model": (["--model", "{tmp}/none", "--data", "{pairs}"], {}, 4, r"none/config.json: found no such file"),
     "a folder without a model": (["--model", "{tmp}/not_a_model", "--data", "{pairs}"], {}, 4, r"found no such file"),
     "another family": (["--model", "{tmp}/other_family", "--data", "{pairs}"], {}, 2, r"model_type: found 'mamba'"),

@@ -64,6 +64,8 @@ CASES = {
     "ipo, tau 0.5": (IPOObjective(tau=0.5), ipo),
     "dpo": (DPOObjective(), dpo),
     "dpo, beta 0.5": (DPOObjective(beta=0.5), dpo),
+    "dpo and likelihood": (DPOObjective(sft_weight=0.2), dpo),
+    "dpo and likelihood of responses": (DPOObjective(sft_weight=0.01, sft_normalization="sum"), dpo),
 }
 LENGTHS = [(3, 7), (1, 1), (30, 12)]
 
@@ -107,8 +109,10 @@ def test_loss_and_gradient_equal_the_published_formula(name, dtype):
     twins = zip(leaves[0::2], leaves[1::2], references, strict=True)
     expected = sum(formula(winner, loser, *reference, objective) for winner, loser, reference in twins)
     # Eq. 5 of CPO and eq. 6 of ORPO: the mean over the chosen tokens of the batch, at the scale of a sum over pairs.
-    likelihood = {CPOObjective: getattr(objective, "sft_weight", 0.0), ORPOObjective: 1.0}.get(type(objective), 0.0)
-    expected = expected - likelihood * len(pairs) * torch.cat(leaves[0::2]).mean()
+    likelihood = 1.0 if isinstance(objective, ORPOObjective) else objective.sft_weight
+    chosen = torch.cat(leaves[0::2])
+    of_sums = objective.sft_normalization == "sum"
+    expected = expected - likelihood * (chosen.sum() if of_sums else len(pairs) * chosen.mean())
     expected_grad = torch.cat(torch.autograd.grad(expected, leaves))
 
     result, grad = computed(objective, pairs, references, dtype)
@@ -165,6 +169,8 @@ def test_a_response_of_probability_one_leaves_orpo_finite():
     [
         (CPOObjective, {"beta": 0.0}),
         (CPOObjective, {"sft_weight": -1.0}),
+        (DPOObjective, {"sft_weight": -1.0}),
+        (DPOObjective, {"sft_normalization": "mean"}),
         (ORPOObjective, {"odds_ratio_weight": 0.0}),
         (IPOObjective, {"tau": 0.0}),
         (IPOObjective, {"tau": math.nan}),

@@ -40,8 +40,8 @@ def twin(logps, objective):
             total = total + wrong * torch.logaddexp(torch.zeros_like(z), z)
         if objective.sft_weight:
             nll = -chosen.sum()
-            by_token = objective.sft_normalization == "token"
-            scale = len(logps) / num_chosen_tokens if by_token else 1 / len(chosen)
+            scales = {"token": len(logps) / num_chosen_tokens, "sequence": 1 / len(chosen), "sum": 1}
+            scale = scales[objective.sft_normalization]
             total = total + objective.sft_weight * nll * scale
     return total
 
@@ -70,6 +70,7 @@ OBJECTIVES = {
     "smoothed": {"label_smoothing": 0.1},
     "sft by token": {"sft_weight": 0.7},
     "sft by sequence": {"sft_weight": 0.7, "sft_normalization": "sequence"},
+    "sft by sum": {"sft_weight": 0.01, "sft_normalization": "sum"},
     "alphapo": {"alpha": 0.25, "beta": 2.5},
     "alphapo, negative": {"alpha": -0.5},
     "all": {"label_smoothing": 0.05, "sft_weight": 0.1, "alpha": 0.1},

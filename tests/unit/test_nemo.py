@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import re
 import subprocess
 import sys
 import time
-from dataclasses import fields
-from fnmatch import fnmatchcase
 from pathlib import Path
 
 import pytest
@@ -19,10 +16,9 @@ from simpo_megatron.config import Config
 from simpo_megatron.config.lora_section import LORA_TARGETS
 from simpo_megatron.errors import ConfigError, status_line
 from simpo_megatron.nemo import load_nemo_config
-from simpo_megatron.nemo.bridge import BRIDGE
 from simpo_megatron.nemo.keys import read_flat
 from simpo_megatron.nemo.loading import DIALECTS
-from simpo_megatron.nemo.rules import Only, Translated
+from simpo_megatron.nemo.rules import Differs, Ignored, Only, Translated, With
 
 CONFIGS = Path(__file__).parent / "nemo_configs"
 DIALECT_OF = {
@@ -76,7 +72,7 @@ def test_every_key_is_reported_once(name):
     reported = [*report.taken, *report.translated, *report.ignored]
     assert sorted(reported) == sorted(read_flat(CONFIGS / name, []))
     assert all(report.taken.values()) and all(report.translated.values()) and all(report.ignored.values())
-    text = "\n".join(report.lines())
+    text = "\n".join(report.lines(every_key=True))
     assert all(key in text for key in reported)
 
 
@@ -86,18 +82,9 @@ def test_tables_speak_of_options_that_exist(dialect):
     for key, rule in dialect.table.items():
         named = {rule} if isinstance(rule, str) else set(getattr(rule, "options", ()))
         assert named <= options, key
-        assert isinstance(rule, str) or rule.__class__ in (Translated, Only) or rule.reason, key
-
-
-def test_every_setting_of_megatron_core_is_known_to_the_bridge_table():
-    from megatron.core.distributed import DistributedDataParallelConfig
-    from megatron.core.optimizer import OptimizerConfig
-    from megatron.core.transformer import TransformerConfig
-
-    sections = {"model.": TransformerConfig, "optimizer.": OptimizerConfig, "ddp.": DistributedDataParallelConfig}
-    names = [prefix + field.name for prefix, section in sections.items() for field in fields(section)]
-    assert len(names) > 200
-    assert [name for name in names if not any(fnmatchcase(name, key) for key in BRIDGE.table)] == []
+        if not isinstance(rule, str):
+            told = {Ignored: "reason", Differs: "here", Only: "instead", Translated: "function", With: "readers"}
+            assert getattr(rule, told[type(rule)]), key
 
 
 def test_overrides_win_and_may_be_new_keys():
@@ -165,14 +152,6 @@ def test_epochs_as_a_simpo_key_put_the_dialects_steps_away():
     assert report.ignored["trainer.dpo.max_steps"] == "model.simpo.* decides"
 
 
-@pytest.mark.parametrize("steps", [1, 3, 7, 28, 29, 57, 99, 199])
-def test_warmup_steps_survive_the_way_over_a_share(steps):
-    config, _ = load_nemo_config(
-        CONFIGS / "aligner_dpo.yaml", ["trainer.dpo.max_steps=200", f"model.optim.sched.warmup_steps={steps}"]
-    )
-    assert math.ceil(config.optimizer.lr_warmup_fraction * 200) == steps
-
-
 def test_a_child_file_replaces_a_section_marked_override(tmp_path):
     (tmp_path / "grandparent.yaml").write_text("policy: {model_name: a}\ndata: {dataset_name: x, num_workers: 3}\n")
     (tmp_path / "parent.yaml").write_text("defaults: grandparent.yaml\ndpo: {seed: 1, max_num_steps: 5}\n")
@@ -214,7 +193,6 @@ REFUSED = {
     "not an override": (["lr"], "command line: found 'lr', expected key=value"),
     "hydra's deletion": (["~model.fp8=1"], "command line: found '~model.fp8=1', expected key=value"),
     "broken override": (["model.optim.betas=[0.9"], "command line: found an override that is not YAML"),
-    "warm-up of unknown length": (["trainer.dpo.max_steps=-1"], "found 28 steps .* trainer.dpo.max_steps above 0"),
     "unknown schedule": (["model.optim.sched.name=Noam"], "sched.name: found 'Noam', expected CosineAnnealing or"),
     "another optimizer": (["model.optim.name=adafactor"], "optim.name: found 'adafactor', expected an AdamW"),
     "token ids": (["model.data.data_impl=mmap"], "data_impl: found 'mmap', expected jsonl"),

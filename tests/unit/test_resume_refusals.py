@@ -81,7 +81,7 @@ def describe(folder: Path, *, model=None, tokenizer=None, pairs=None, **options)
     config = config_from(model=str(folder), data=(str(folder / "pairs.jsonl"),), **{**OPTIONS, **options})
     tokenizer = tokenizer or llama_like()
     data = build_preference_dataset([str(folder / "pairs.jsonl")], tokenizer, PairOptions(), folder / "cache")
-    job = Job(Plan(describe_hf_model(folder)), tokenizer, data, config.optimizer.train_iters)
+    job = Job(Plan(describe_hf_model(folder)), tokenizer, data, config.optimizer.train_iters, None)
     return resume.describe_run(config, job)
 
 

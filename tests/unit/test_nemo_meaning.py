@@ -1,0 +1,294 @@
+"""What keys of NeMo's files mean there and here, what differs, and all that stands in the way at once."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from simpo_megatron.errors import ConfigError, report_error
+from simpo_megatron.nemo import load_nemo_command, load_nemo_config
+from simpo_megatron.nemo.applying import apply
+from simpo_megatron.nemo.loading import DIALECTS
+from simpo_megatron.nemo.nemo_rl import NEMO_RL
+from simpo_megatron.nemo.rules import Asked, Dialect, Ignored, Obstacle, Translated, With
+
+CONFIGS = Path(__file__).parent / "nemo_configs"
+MEGATRON = "policy.megatron_cfg."
+DPO = ("simpo.beta=null", "simpo.gamma_beta_ratio=null", "simpo.loss_type=null", "simpo.objective=dpo")
+PAIRS = [
+    pytest.param(dialect, key, rule, id=f"{dialect.name}: {key}")
+    for dialect in DIALECTS
+    for key, rule in dialect.table.items()
+    if isinstance(rule, With)
+]
+
+
+def load(name, *overrides):
+    return load_nemo_config(CONFIGS / name, overrides)
+
+
+def obstacles(name, *overrides):
+    """(messages, remedies) of a refusal."""
+    with pytest.raises(Obstacle) as refused:
+        load(name, *overrides)
+    details, remedies = list(refused.value.details), list(refused.value.remedies)
+    if not details:
+        assert str(refused.value).endswith(f"; add {' '.join(remedies)}")
+        return [str(refused.value)], remedies
+    start = details.index("to go on, add these behind the file's name:")
+    assert details[start + 1 :] == [f"  {line}" for line in remedies]
+    return [str(refused.value), *details[:start]], remedies
+
+
+def test_the_tables_have_pairs_of_keys():
+    assert len(PAIRS) > 40
+
+
+@pytest.mark.parametrize(("dialect", "key", "rule"), PAIRS)
+def test_half_of_a_pair_is_refused_in_every_dialect(dialect, key, rule):
+    key = key.replace("*", "part")
+    with pytest.raises(Obstacle) as refused:
+        apply(dialect, {key: "something"}, "file")
+    assert f"file: {key}: found something without {rule.readers[0]}" in str(refused.value)
+    assert f"{rule.readers[0]}={rule.example}" in refused.value.remedies
+
+
+@pytest.mark.parametrize(("dialect", "key", "rule"), PAIRS)
+def test_a_key_switched_off_by_the_one_that_reads_it_is_passed_over(dialect, key, rule):
+    key, reader = key.replace("*", "part"), rule.readers[0]
+    if reader.endswith("_target_"):
+        pytest.skip("a class is there or not")
+    _, report = apply(dialect, {key: "something", reader: None, f"{dialect.simpo}preset": "demo"}, "file")
+    assert report.ignored[key] == f"read together with {reader}"
+
+
+def test_a_key_that_is_read_and_would_be_ignored_is_no_table():
+    reads = Translated(lambda value, asked: "nothing", (), ("a.dim",))
+    with pytest.raises(AssertionError, match=r"a\.switch reads a\.dim, which is ignored"):
+        Dialect("name", (("a.",),), {"a.switch": reads, "a.dim": Ignored("anything")})
+    with pytest.raises(AssertionError, match=r"no rule reads \['a\.dim'\]"):
+        Dialect("name", (("a.",),), {"a.dim": With()})
+
+
+@pytest.mark.parametrize("dialect", DIALECTS, ids=lambda dialect: dialect.name)
+def test_rules_look_only_at_keys_they_declare(dialect):
+    for key, rule in dialect.table.items():
+        for value in (True, False, 1, 0.5, "lora", [0.9, 0.98]) if isinstance(rule, Translated) else ():
+            asked = Asked({key: value}, {"objective": "dpo"}, rule.reads)
+            with suppress(ConfigError, TypeError):
+                rule.function(value, asked)
+    with pytest.raises(AssertionError, match="reads b and does not say so"):
+        Asked({}, {}, ("a",)).get("b")
+
+
+def test_all_obstacles_are_told_at_once_and_their_remedies_go_into_the_command():
+    messages, remedies = obstacles("rl_base.yaml", f"{MEGATRON}optimizer.lrr=1", f"{MEGATRON}peft.dim=8")
+    assert remedies == [
+        "policy.dtensor_cfg.enabled=false",
+        "policy.megatron_cfg.enabled=true",
+        f"{MEGATRON}optimizer.lrr=null",
+        f"{MEGATRON}peft.enabled=true",
+        "simpo.data=FILE",
+        "simpo.valid_data=FILE",
+    ]
+    assert messages[0].endswith("(and 5 more, below)")
+    assert f"found unknown key '{MEGATRON}optimizer.lrr', expected one of NeMo-RL such as" in "".join(messages)
+    config, report = load("rl_base.yaml", f"{MEGATRON}optimizer.lrr=1", f"{MEGATRON}peft.dim=8", *remedies)
+    assert (config.lora.lora_rank, config.data.data) == (8, ("FILE",))
+    assert report.ignored[f"{MEGATRON}optimizer.lrr"] == "null, which asks for nothing"
+
+
+def test_details_are_printed_below_the_line_with_what_a_terminal_obeys_escaped(capsys):
+    error = ConfigError("first (and 1 more, below)")
+    error.details = ("  second: \x1b[2J", "  a=b")
+    assert report_error(error) == 2
+    assert capsys.readouterr().err.splitlines() == [
+        "ERROR simpo_megatron: first (and 1 more, below)",
+        "  second: \\x1b[2J",
+        "  a=b",
+    ]
+
+
+def test_a_bridge_file_laid_over_a_recipe_of_lora_trains_adapters_or_nothing():
+    messages, remedies = obstacles("bridge_container.yaml", "peft={dim: 8, alpha: 16}")
+    assert "peft.dim: found 8 without peft._target_" in messages[0] and "peft.alpha: found 16" in messages[1]
+    config, _ = load("bridge_container.yaml", "peft={dim: 8, alpha: 16}", *remedies)
+    assert (config.lora.lora_rank, config.lora.lora_alpha) == (8, 16.0)
+    assert "peft.dim: found 8 without" in obstacles("bridge_container.yaml", "peft={_target_: null, dim: 8}")[0][0]
+
+
+MEANINGS = {
+    "rl_megatron.yaml": [
+        ([], {"epochs": 1, "train_iters": 200}),
+        (["simpo.packing=false"], {"micro_batch_size": 2}),
+        (["dpo.max_num_epochs=3"], {"epochs": 3, "train_iters": 200}),
+        (["policy.tokenizer.chat_template=default"], {"chat_template": ""}),
+        (["policy.tokenizer.chat_template=null"], {"chat_template": "none"}),
+        (["policy.tokenizer.chat_template='{{ messages }}'"], {"chat_template": "{{ messages }}"}),
+        (["policy.tokenizer.chat_template=own.jinja"], {"chat_template": "own.jinja"}),
+        (
+            ["policy.tokenizer.chat_template_kwargs={enable_thinking: false, day: 1}"],
+            {"chat_template_args": ("enable_thinking=false", "day=1")},
+        ),
+        ([*DPO],
+         {"beta": 0.05, "sft_weight": 0.0}),
+        ([*DPO,
+          "dpo.sft_loss_weight=0.01"], {"beta": 0.05, "sft_weight": 0.01, "sft_normalization": "sum"}),
+        ([*DPO,
+          "dpo.sft_loss_weight=0.01", "dpo.sft_average_log_probs=true"],
+         {"sft_weight": 0.01, "sft_normalization": "sequence"}),
+        (["dpo.sft_loss_weight=0.01"], {"sft_weight": 0.0}),
+        (["checkpointing.keep_top_k=null"], {"keep_checkpoints": -1}),
+        ([f"{MEGATRON}scheduler.lr_decay_iters=32", f"{MEGATRON}scheduler.lr_warmup_iters=10", "dpo.max_num_steps=10"],
+         {"lr_decay_iters": 32, "lr_warmup_iters": 10, "train_iters": 10}),
+        ([f"{MEGATRON}scheduler.end_weight_decay=0.1"], {"weight_decay": 0.1}),
+        ([f"{MEGATRON}fp8_cfg.fp8_param=true"], {"fp8_recipe": "blockwise", "fp8_param_gather": True}),
+        ([f"{MEGATRON}fp8_cfg.fp8_param=false"], {"fp8_recipe": "blockwise", "fp8_param_gather": False}),
+        ([f"{MEGATRON}recompute_granularity=selective", f"{MEGATRON}recompute_modules=[mlp]"],
+         {"recompute_granularity": "selective", "recompute_modules": ("mlp",)}),
+        (["checkpointing.enabled=false"], {"save": None, "save_interval": None, "keep_checkpoints": 2}),
+    ],
+    "bridge_container.yaml": [
+        (["train.train_iters=null", "train.num_epochs=2"], {"epochs": 2, "train_iters": None}),
+        (["scheduler.max_steps=500"], {"lr_decay_iters": 500, "train_iters": 300}),
+        (["scheduler.lr_warmup_fraction=0.2", "scheduler.lr_warmup_iters=0"],
+         {"lr_warmup_fraction": 0.2, "lr_warmup_iters": None}),
+        # megatron-core writes the schedule's weight decay over the optimizer's.
+        (["scheduler.start_weight_decay=0.1", "scheduler.end_weight_decay=0.1"], {"weight_decay": 0.1}),
+        (["checkpoint.most_recent_k=-1"], {"keep_checkpoints": -1}),
+        (["mixed_precision.fp8_param_gather=true"], {"fp8_recipe": "blockwise", "fp8_param_gather": True}),
+        (["model.moe_aux_loss_coeff=0.001"], {"moe_aux_loss_coeff": 0.001}),
+    ],
+    "nemo2_finetune.yaml": [
+        (["trainer.val_check_interval=0.25"], {"eval_epochs": 0.25, "eval_interval": None}),
+        (["trainer.max_epochs=2"], {"epochs": 2, "train_iters": 1000}),
+        (["optim.lr_scheduler.constant_steps=100"], {"lr_decay_iters": 900, "lr_warmup_iters": 50}),
+        (["optim.lr_scheduler.max_steps=2000"], {"lr_decay_iters": 2000}),
+        (["trainer.plugins.fp8_param_gather=true"], {"fp8_recipe": "tensorwise", "fp8_param_gather": True}),
+    ],
+    "aligner_dpo.yaml": [
+        ([], {"chat_template": "none", "epochs": 3, "train_iters": 400}),
+        (["trainer.dpo.val_check_interval=0.1"], {"eval_epochs": 0.1, "eval_interval": None}),
+        (["model.optim.sched.constant_steps=50"], {"lr_decay_iters": 350}),
+        (["model.simpo.beta=null", "model.simpo.gamma=null", "model.simpo.objective=dpo",
+          "model.dpo.sft_loss_weight=1"], {"beta": 0.2, "sft_weight": 1.0, "sft_normalization": "sum"}),
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "expected"), [(name, *case) for name, cases in MEANINGS.items() for case in cases]
+)
+def test_a_key_means_what_it_means_there(name, overrides, expected):
+    found = load(name, *overrides)[0].flat()
+    assert {key: found[key] for key in expected} == expected
+
+
+REFUSED = {
+    "averages in DPO": (
+        "rl_megatron.yaml",
+        [*DPO,
+         "dpo.preference_average_log_probs=true"],
+        "dpo.preference_average_log_probs=false",
+    ),
+    "weight decay that grows": (
+        "bridge_container.yaml",
+        ["scheduler.start_weight_decay=0.0", "scheduler.end_weight_decay=0.1"],
+        "scheduler.start_weight_decay=0.1",
+    ),
+    "another model configuration": (
+        "rl_megatron.yaml", ["+policy.hf_config_overrides.rope_theta=1"], "policy.hf_config_overrides.rope_theta=null",
+    ),
+    "a prompt file": ("rl_megatron.yaml", ["data.train.prompt_file=a.txt"], "simpo.data=FILE"),
+    "an early end": ("bridge_container.yaml", ["train.exit_interval=10"], "train.exit_interval=null"),
+    "two learning rates": ("bridge_container.yaml", ["optimizer.decoupled_lr=1e-3"], "optimizer.decoupled_lr=null"),
+    "no model": ("rl_megatron.yaml", ["policy.model_name=null"], "simpo.model=DIR"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_would_mean_something_else_is_refused_with_what_to_paste(case):
+    name, overrides, remedy = REFUSED[case]
+    assert remedy in obstacles(name, *overrides)[1]
+
+
+def test_several_data_sets_in_one_file_are_refused():
+    with pytest.raises(Obstacle, match=r"data\.train: found .* one data set is read from such a file"):
+        apply(NEMO_RL, {"data.train": [{"data_path": "a"}, {"data_path": "b"}]}, "file")
+
+
+DIFFERENT = {
+    "rl_megatron.yaml": {
+        "dpo": "a file of DPO; SimPO is trained here",
+        "checkpointing.keep_top_k": "the 3 best by a metric there",
+        "policy.max_total_sequence_length": "more than 1024 tokens are not learned from there",
+    },
+    "bridge_container.yaml": {"train.global_batch_size": "64 sequences there, 64 pairs here"},
+    "nemo2_finetune.yaml": {"data.global_batch_size": "128 sequences there, 128 pairs here"},
+}
+
+
+@pytest.mark.parametrize("name", DIFFERENT)
+def test_what_is_not_the_same_is_always_shown(name):
+    _, report = load(name)
+    shown = "\n".join(report.lines())
+    for key, here in DIFFERENT[name].items():
+        assert f"  differs     {key}: " in shown and here in report.differs[key]
+
+
+def test_what_only_dpo_has_is_told_to_whoever_trains_simpo():
+    _, report = load("rl_megatron.yaml", "simpo.beta=null", "dpo.sft_loss_weight=0.1")
+    assert "objective=dpo trains DPO with it" in report.differs["dpo.reference_policy_kl_penalty"]
+    assert "the SimPO key sft_weight" in report.differs["dpo.sft_loss_weight"]
+
+
+def test_epochs_that_end_within_a_batch_are_told():
+    _, report = load("rl_megatron.yaml", "dpo.max_num_epochs=3")
+    assert "left out there" in report.differs["dpo.max_num_epochs"]
+
+
+def test_fp8_that_a_recipe_has_otherwise_is_told():
+    _, report = load("rl_megatron.yaml", f"{MEGATRON}fp8_cfg.fp8=hybrid", f"{MEGATRON}fp8_cfg.fp8_param=false")
+    assert "fp8 hybrid (e4m3 here)" in report.differs[f"{MEGATRON}fp8_cfg.enabled"]
+    _, report = load("nemo2_finetune.yaml", "trainer.plugins.first_last_layers_bf16=false")
+    assert "first_last_layers_bf16 false" in report.differs["trainer.plugins.fp8"]
+
+
+def test_ignored_keys_are_counted_and_named_when_asked_for():
+    _, report = load("bridge_container.yaml")
+    short, long = report.lines(), report.lines(every_key=True)
+    assert short[-1] == f"  ignored     {len(report.ignored)} keys; --explain-config names them and why"
+    text = "\n".join(long)
+    assert all(key in text for key in report.ignored)
+
+
+def test_the_command_takes_flags_beside_the_file():
+    command = load_nemo_command(
+        ["dpo.seed=3", "--nemo-config", str(CONFIGS / "rl_megatron.yaml"), "dpo.max_num_steps=9", "--resume", "none",
+         "--lr=1e-6", "--data", "a", "b"]
+    )  # fmt: skip
+    config = command.config
+    assert (config.run.seed, config.optimizer.train_iters, config.optimizer.lr) == (3, 9, 1e-6)
+    assert (config.run.resume, config.data.data, command.only_explains) == ("none", ("a", "b"), False)
+    assert f"  ignored     {MEGATRON}optimizer.lr" not in "\n".join(command.lines)
+    explained = load_nemo_command(["--nemo-config", str(CONFIGS / "rl_megatron.yaml"), "--explain-config"])
+    assert explained.only_explains and any("apply_rope_fusion" in line for line in explained.lines)
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (["--nemo-config"], "expected at least one argument"),
+        (["--nemo-config", "a.yaml", "--config", "b.yaml"], "found both --config and --nemo-config"),
+        (["--nemo-config", "a.yaml", "--lrr", "1"], "found unknown argument '--lrr'; did you mean '--lr'"),
+    ],
+)
+def test_mistakes_in_the_command(argv, expected):
+    with pytest.raises(ConfigError, match=expected):
+        load_nemo_command(argv)
+
+
+def test_an_obstacle_keeps_its_remedies():
+    assert Obstacle("message", "a=b", "c=d").remedies == ("a=b", "c=d")
