@@ -2,7 +2,13 @@
 
 import copy
 import json
+import os
 import random
+import re
+import shutil
+import socket
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 JUNK = (
@@ -10,6 +16,14 @@ JUNK = (
     "", " ", "x", "1", "None", "../x", "/etc/passwd", "a\x1b[2J\nb", "\ud800", "x" * 5000,
     [], {}, [None], [[]], [1, "a", None], {"a": 1}, {"": {}}, [0] * 2000, dict.fromkeys(map(str, range(500))),
 )  # fmt: skip
+
+
+_LITERALS = (
+    b"NaN", b"-Infinity", b"1e999", b"1e-400", b"-1", b"0x10", b"01", b"'a'", b"None", b"{", b"-" + b"9" * 30,
+    b"9" * 400, b"[" * 100_000, b'{"a":' * 100_000, b"[" + b"0," * 300_000 + b"0]", b'"' + b"x" * 2_000_000 + b'"',
+    b'"\\ud800"', b'"\xc3"', b'"\xed\xa0\x80"', b'"\x00"',
+)  # fmt: skip
+_SCALAR, _KEY = re.compile(rb'(?<=[:,\[] )(?:"[^"]*"|[-0-9.e]+|true|false|null)'), re.compile(rb'"[^"]+": ')
 
 
 def mutated_json(content: Any, numbers: random.Random) -> Any:
@@ -46,15 +60,32 @@ def mutated_bytes(content: bytes, numbers: random.Random) -> bytes:
         content[:at] + b"9" * 5000 + content[at:],
         content + content,
         content.decode("utf-8", "replace").encode("utf-16"),
+        content[:at] + "é".encode()[:1],
+        content[:at] + b"\xed\xa0\x80" + content[at:],
         b"\xef\xbb\xbf" + content,
         b"",
     ))  # fmt: skip
 
 
-def mutated_file(content: bytes, numbers: random.Random) -> bytes:
-    """Returns one mutation of a JSON file, of its values four times out of five."""
-    if numbers.randrange(5) == 0:
+def mutated_text(content: bytes, numbers: random.Random) -> bytes:
+    """Returns `content` with a literal that Python cannot write in place of a value, or with a key twice."""
+    is_key = numbers.randrange(3) == 0
+    places = list((_KEY if is_key else _SCALAR).finditer(content))
+    if not places:
         return mutated_bytes(content, numbers)
+    place, literal = numbers.choice(places), numbers.choice(_LITERALS)
+    if is_key:
+        return content[: place.start()] + place[0] + literal + b", " + content[place.start() :]
+    return content[: place.start()] + literal + content[place.end() :]
+
+
+def mutated_file(content: bytes, numbers: random.Random) -> bytes:
+    """Returns one mutation of a JSON file, of its values three times out of five."""
+    kind = numbers.randrange(5)
+    if kind == 0:
+        return mutated_bytes(content, numbers)
+    if kind == 1:
+        return mutated_text(content, numbers)
     return json.dumps(mutated_json(json.loads(content), numbers)).encode()
 
 
@@ -66,3 +97,39 @@ def _place(content: Any, numbers: random.Random) -> tuple[Any, Any]:
         key = numbers.choice(sorted(content)) if isinstance(content, dict) else numbers.randrange(min(len(content), 50))
         content = holder[key]
     return holder, key
+
+
+def odd_places(path: Path) -> dict[str, Callable[[], None]]:
+    """Returns what puts something else than a file at `path`, by its name; reading some of it would never end."""
+
+    def bind() -> None:
+        here = Path.cwd()
+        os.chdir(path.parent)  # a socket's path may have a hundred characters
+        try:
+            with socket.socket(socket.AF_UNIX) as listener:
+                listener.bind(path.name)
+        finally:
+            os.chdir(here)
+
+    def extend() -> None:
+        path.write_bytes(b"{")
+        os.truncate(path, 1 << 40)
+
+    return {
+        "a folder": path.mkdir,
+        "a pipe": lambda: os.mkfifo(path),
+        "a socket": bind,
+        "a link to itself": lambda: path.symlink_to(path.name),
+        "a link to nothing": lambda: path.symlink_to("nothing"),
+        "a link to a device": lambda: path.symlink_to("/dev/zero"),
+        "a terabyte": extend,
+        "nothing in it": lambda: path.write_bytes(b""),
+    }
+
+
+def removed(path: Path) -> None:
+    """Removes the file, folder or whatever is at `path`."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

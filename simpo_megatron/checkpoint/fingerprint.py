@@ -13,6 +13,8 @@ import numpy as np
 
 from simpo_megatron.atomic import write_text
 from simpo_megatron.checkpoint import manifest
+from simpo_megatron.limits import read_bounded
+from simpo_megatron.mcore.hf_files import MAX_JSON_BYTES
 
 HASHES_FILE = "hashes.json"
 _VERSION = "sha256:"
@@ -37,15 +39,15 @@ def model_fingerprint(folder: Path, memory: Path) -> str:
     found = dict(zip(states, hashes, strict=True))
     if not found.items() <= known.items():
         _write(memory, known | found)
-    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    digest = hashlib.sha256(read_bounded(folder / "config.json", MAX_JSON_BYTES))
     for path, sha256 in zip(files, hashes, strict=True):
         digest.update(f"{path.name} {sha256}".encode())
     return _VERSION + digest.hexdigest()
 
 
-def is_of_this_form(fingerprint: str) -> bool:
+def is_of_this_form(fingerprint: object) -> bool:
     """True for a fingerprint by `model_fingerprint`, False for one of an earlier version."""
-    return fingerprint.startswith(_VERSION)
+    return isinstance(fingerprint, str) and fingerprint.startswith(_VERSION)
 
 
 def sampled_fingerprint(folder: Path) -> str:
@@ -53,7 +55,7 @@ def sampled_fingerprint(folder: Path) -> str:
 
     It takes a second where `model_fingerprint` takes minutes. Checkpoints of earlier versions have it.
     """
-    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    digest = hashlib.sha256(read_bounded(folder / "config.json", MAX_JSON_BYTES))
     for path in _weight_files(folder):
         size = path.stat().st_size
         digest.update(f"{path.name} {size}".encode())
@@ -69,7 +71,8 @@ def sampled_fingerprint(folder: Path) -> str:
 
 def _weight_files(folder: Path) -> list[Path]:
     # The record of a checkpoint holds the hashes of its files.
-    return sorted([*folder.glob("*.safetensors"), *folder.glob(manifest.RECORD_FILE)])
+    found = [*folder.glob("*.safetensors"), *folder.glob(manifest.RECORD_FILE)]
+    return sorted(path for path in found if path.is_file())
 
 
 def _state(path: Path) -> str:
@@ -80,8 +83,8 @@ def _state(path: Path) -> str:
 
 def _read(memory: Path) -> dict[str, str]:
     try:
-        content: Any = json.loads(memory.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        content: Any = json.loads(read_bounded(memory, MAX_JSON_BYTES))
+    except (OSError, ValueError, RecursionError):
         return {}
     is_whole = isinstance(content, dict) and all(isinstance(value, str) for value in content.values())
     return content if is_whole else {}

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from simpo_megatron.atomic import draft_name, draft_of, move_aside, remove_folder, rename, sync, write_text
 from simpo_megatron.errors import CheckpointError, listed
+from simpo_megatron.limits import read_bounded
 
 if TYPE_CHECKING:
     from simpo_megatron.mcore.families import ModelDescription
@@ -181,7 +182,8 @@ def stray_pointer(save: Path) -> str | None:
     folders, path = committed(save), save / LATEST_FILE
     if not folders or not path.is_file():
         return None
-    said = path.read_bytes()[:_MAX_POINTER_BYTES].decode(errors="replace")
+    with path.open("rb") as file:
+        said = file.read(_MAX_POINTER_BYTES).decode(errors="replace")
     return None if said == f"{iteration_of(folders[-1])}\n" else said
 
 
@@ -367,11 +369,7 @@ def _hash_of(record: Mapping[str, Any]) -> str:
 def _read_record(folder: Path) -> Checkpoint:
     path = folder / RECORD_FILE
     try:
-        if path.stat().st_size > _MAX_RECORD_BYTES:
-            raise CheckpointError(
-                f"{path}: found more than {_MAX_RECORD_BYTES} bytes, expected the record of a checkpoint"
-            )
-        record = json.loads(path.read_bytes())
+        record = json.loads(read_bounded(path, _MAX_RECORD_BYTES))
         form = record["format"]
         if isinstance(form, int) and form > FORMAT:
             raise NewerFormatError(f"{path}: found format {form} of a newer version, expected {FORMAT}")

@@ -13,6 +13,7 @@ from filelock import BaseFileLock
 
 from simpo_megatron import atomic
 from simpo_megatron.errors import CheckpointError
+from simpo_megatron.limits import read_bounded
 
 # Beside the lock file, which some versions of filelock empty when another process asks for it.
 _HOLDER_FILE = ".holder"
@@ -81,6 +82,6 @@ def check_same_folder(save: Path, nonce: str) -> None:
 
 def _holder(save: Path) -> str:
     try:
-        return (save / _HOLDER_FILE).read_text(encoding="utf-8")[:_MAX_HOLDER]
+        return read_bounded(save / _HOLDER_FILE, _MAX_HOLDER).decode("utf-8", "replace")
     except OSError:
         return ""

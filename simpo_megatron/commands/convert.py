@@ -60,6 +60,6 @@ def convert(arguments: argparse.Namespace, groups: ParallelGroups) -> int:
         to_hf(weights, arguments.out, dtype=dtype)
     said = rounding({spec.dtype for spec in weights.specs.values()}, dtype) if dtype is not None else None
     if said is not None:
-        print(f"NOTE {said}; --dtype stored keeps every bit")
+        print(visible(f"NOTE {said}; --dtype stored keeps every bit"))
     print(visible(arguments.out))
     return 0

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from simpo_megatron.commands.generate import add_engine_options, engine_of
 from simpo_megatron.commands.parsing import CommandParser
-from simpo_megatron.errors import SimPOError, report_error, require
+from simpo_megatron.errors import SimPOError, report_error, require, visible
 from simpo_megatron.evaluation.benchmarks import BENCHMARKS, read_questions
 from simpo_megatron.generation.answering import ANSWERS_FILE, Decoding, answer_prompts
 from simpo_megatron.generation.lines import read_lines
@@ -40,7 +40,7 @@ def main(argv: Sequence[str], prog: str = "simpo evaluate") -> int:
     arguments = parse_arguments(argv, prog)
     try:
         for line in _evaluate(arguments):
-            print(line, flush=True)
+            print(visible(line), flush=True)
     except SimPOError as error:
         return report_error(error)
     return 0

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from simpo_megatron.commands.parsing import CommandParser
-from simpo_megatron.errors import ConfigError, SimPOError, report_error
+from simpo_megatron.errors import ConfigError, SimPOError, report_error, visible
 from simpo_megatron.generation.answering import Decoding, answer_prompts
 from simpo_megatron.generation.engines import Engine, ServerEngine, TransformersEngine
 from simpo_megatron.generation.server import ChatServer
@@ -65,7 +65,7 @@ def main(argv: Sequence[str], prog: str = "simpo generate") -> int:
             num_samples=arguments.samples,
         )
         for line in answer_prompts(engine_of(arguments), arguments.prompts, arguments.out, decoding):
-            print(line, flush=True)
+            print(visible(line), flush=True)
     except SimPOError as error:
         return report_error(error)
     return 0

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from simpo_megatron.commands.parsing import CommandParser
-from simpo_megatron.errors import SimPOError, report_error, require
+from simpo_megatron.errors import SimPOError, report_error, require, visible
 from simpo_megatron.generation.pairing import Pairing, make_pairs
 from simpo_megatron.generation.scoring import Judge, RewardModel, Scorer, ScoresOfFile
 from simpo_megatron.generation.server import ChatServer
@@ -47,7 +47,7 @@ def main(argv: Sequence[str], prog: str = "simpo pairs") -> int:
         require(gap >= 0, "min_score_gap", gap, "a number not below 0")
         pairing = Pairing(min_score_gap=gap, keeps_cut=arguments.keep_cut)
         for line in make_pairs(_scorer(arguments), arguments.answers, arguments.out, pairing):
-            print(line, flush=True)
+            print(visible(line), flush=True)
     except SimPOError as error:
         return report_error(error)
     return 0

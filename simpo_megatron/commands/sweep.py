@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 
 from simpo_megatron.commands.parsing import CommandParser
 from simpo_megatron.config import Config
-from simpo_megatron.errors import SimPOError, report_error
+from simpo_megatron.errors import SimPOError, report_error, visible
 from simpo_megatron.logs import ignore_known_warnings
 from simpo_megatron.mcore import device
 from simpo_megatron.planning.gpus import GPUS
@@ -76,7 +76,7 @@ def _dry_run(own: argparse.Namespace, of_the_trainer: Sequence[str]) -> int:
         from simpo_megatron.sweep.dry_run import dry_run
 
         num_gpus = own.gpus or sweep.base.parallel.sizes.min_world_size
-        print(*dry_run(sweep, num_gpus=num_gpus, gpu=own.gpu), sep="\n")
+        print(*map(visible, dry_run(sweep, num_gpus=num_gpus, gpu=own.gpu)), sep="\n")
     except SimPOError as error:
         return report_error(error)
     return 0

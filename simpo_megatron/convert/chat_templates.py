@@ -7,7 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from simpo_megatron.mcore.hf_files import read_hf_json
+from simpo_megatron.errors import CheckpointError
+from simpo_megatron.limits import read_bounded
+from simpo_megatron.mcore.hf_files import MAX_JSON_BYTES, read_hf_json
 
 CONFIG_FILE = "tokenizer_config.json"
 TEMPLATE_FILE = "chat_template.jinja"
@@ -37,10 +39,15 @@ def complete_templates(source: Path, target: Path, *, flat: bool, trained: str |
 
 
 def _read(folder: Path) -> tuple[dict[str, str], bool]:
-    """(templates by name, whether a list holds them); as in transformers, files win over tokenizer_config.json."""
-    found = {path.stem: path.read_text(encoding="utf-8") for path in sorted((folder / NAMED_FOLDER).glob("*.jinja"))}
+    """(templates by name, whether a list holds them); as in transformers, files win over tokenizer_config.json.
+
+    Raises:
+        CheckpointError: one of the files is not UTF-8 text.
+    """
+    named = sorted((folder / NAMED_FOLDER).glob("*.jinja"))
+    found = {path.stem: _text(path) for path in named if path.is_file()}
     if (folder / TEMPLATE_FILE).is_file():
-        found["default"] = (folder / TEMPLATE_FILE).read_text(encoding="utf-8")
+        found["default"] = _text(folder / TEMPLATE_FILE)
     if found or not (folder / CONFIG_FILE).is_file():
         return found, False
     known = read_hf_json(folder, CONFIG_FILE).get("chat_template")
@@ -48,6 +55,13 @@ def _read(folder: Path) -> tuple[dict[str, str], bool]:
         return {"default": known}, False
     items = known if isinstance(known, list) else []
     return {str(item["name"]): str(item["template"]) for item in items if _is_template(item)}, bool(items)
+
+
+def _text(path: Path) -> str:
+    try:
+        return read_bounded(path, MAX_JSON_BYTES).decode("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path}: cannot be read ({error}), expected a chat template in UTF-8") from None
 
 
 def _is_template(item: Any) -> bool:

@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from simpo_megatron import __version__, atomic
-from simpo_megatron.convert.chat_templates import complete_templates
+from simpo_megatron.convert.chat_templates import NAMED_FOLDER, complete_templates
 from simpo_megatron.convert.files import INDEX_FILE, SINGLE_FILE, TensorSpec
+from simpo_megatron.data.tokenizer_files import MOST_BYTES, TOKENIZER_FILES
 from simpo_megatron.errors import CheckpointError
+from simpo_megatron.limits import check_plain
 from simpo_megatron.mcore.hf_files import own_file, read_hf_json, without_code
 
 _LOGGER = logging.getLogger(__name__)
@@ -29,24 +31,8 @@ _RECORD_FILE = "COMMIT.json"
 MAX_SHARD_BYTES = 5 * 10**9
 """Size at which weights are divided over files, as transformers does."""
 
-_COPIED_FILES = (
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "*.model",
-    "*.tiktoken",
-    "tekken.json",
-    "chat_template.json",
-    "chat_template.jinja",
-    "additional_chat_templates/*.jinja",
-    "LICENSE*",
-    "NOTICE*",
-)
+_LICENCES = ("LICENSE*", "NOTICE*")
+_COPIED_FILES = ("generation_config.json", *TOKENIZER_FILES, *_LICENCES)
 _MAY_NAME_CODE = ("tokenizer_config.json", "generation_config.json")
 
 
@@ -176,7 +162,8 @@ def copy_model_files(
         chat_template: the template of the training, which replaces the tokenizer's own; None: its own.
 
     Raises:
-        CheckpointError: a file is a link to something outside the model.
+        CheckpointError: a file is a link to something outside the model, cannot be read, or is not JSON where it should
+            be.
     """
     for path, own in _files_to_copy(source_folder):
         if flat and path.parent != source_folder:
@@ -192,18 +179,35 @@ def copy_model_files(
 
 
 def check_model_files(source_folder: Path) -> None:
-    """Return if no file to copy is a link to something outside the model; for a check before the work.
+    """Return if `copy_model_files` can copy all files of a model; for a check before the work.
 
     Raises:
-        CheckpointError: one is.
+        CheckpointError: as `copy_model_files`.
     """
-    _files_to_copy(source_folder)
+    for path, _ in _files_to_copy(source_folder):
+        if path.name in _MAY_NAME_CODE:
+            read_hf_json(source_folder, path.name)
 
 
 def _files_to_copy(folder: Path) -> list[tuple[Path, Path]]:
-    """(file, its target with links resolved) of each file that is copied with a model."""
-    found = [path for pattern in _COPIED_FILES for path in sorted(folder.glob(pattern)) if path.is_file()]
-    return [(path, own_file(folder, path.relative_to(folder))) for path in found]
+    """(file, its target with links resolved) of each file that is copied with a model.
+
+    Raises:
+        CheckpointError: one is a link to something outside the model, or no file of a size to be read at once.
+    """
+    entries = sorted([*folder.glob("*"), *(folder / NAMED_FOLDER).glob("*")])
+    found = [path for path in entries if any(map(path.match, _COPIED_FILES))]
+    # A model may have a folder of licences.
+    found = [path for path in found if not (path.is_dir() and any(map(path.match, _LICENCES)))]
+    files = [(path, own_file(folder, path.relative_to(folder))) for path in found]
+    for path, own in files:
+        try:
+            check_plain(own, MOST_BYTES)
+        except OSError as error:
+            raise CheckpointError(
+                f"{path}: cannot be read ({error.strerror}), expected a file of the model; replace or remove it"
+            ) from None
+    return files
 
 
 def _with_dtype(hf_config: Mapping[str, Any], files: Mapping[str, Mapping[str, TensorSpec]]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from simpo_megatron.convert.files import INDEX_FILE
+from simpo_megatron.limits import read_bounded
 
 _WEIGHTS = (".safetensors", ".distcp")
 _WHOLE_FILES = ("config.json", INDEX_FILE, "COMMIT.json")
@@ -16,6 +17,7 @@ _SAMPLE_BYTES = 1024
 _MAX_SAMPLES = 12_288
 """The most reads of all files together, so that an MoE of ten thousand experts takes seconds as well."""
 _MAX_HEADER_BYTES = 100 << 20
+_MAX_WHOLE_BYTES = 64 << 20
 
 
 def sampled_digests(folder: Path) -> dict[str, str]:
@@ -25,11 +27,11 @@ def sampled_digests(folder: Path) -> dict[str, str]:
     tensors in files with thousands). Of files that are not safetensors they cover evenly spaced pieces. Training
     changes every tensor, so two models differ in them.
 
-    Raises: OSError, when a file cannot be read.
+    Raises: OSError, when a file cannot be read, or is larger than any of its kind.
     """
-    weights = sorted(path for path in folder.iterdir() if path.suffix in _WEIGHTS)
+    weights = sorted(path for path in folder.iterdir() if path.suffix in _WEIGHTS and path.is_file())
     small = [folder / name for name in _WHOLE_FILES if (folder / name).is_file()]
-    digests = {path.name: hashlib.sha256(path.read_bytes()).hexdigest()[:16] for path in small}
+    digests = {path.name: hashlib.sha256(read_bounded(path, _MAX_WHOLE_BYTES)).hexdigest()[:16] for path in small}
     for path in weights:
         digests[path.name] = _sampled_digest(path, max(48, _MAX_SAMPLES // len(weights)))
     return digests

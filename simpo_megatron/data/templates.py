@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from simpo_megatron.data.pair_options import PairOptions
 from simpo_megatron.data.records import BadRecord, Message
+from simpo_megatron.data.tokenizer_files import MOST_BYTES
 from simpo_megatron.errors import DataError
-from simpo_megatron.limits import LimitError, limited
+from simpo_megatron.limits import LimitError, limited, read_bounded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -205,7 +206,7 @@ def _read(name: str) -> str:
         return name
     path = bundled_templates().get(name, Path(name))
     try:
-        return path.read_text(encoding="utf-8")
+        return read_bounded(path, MOST_BYTES).decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"chat_template: found {name} ({error}), expected a readable Jinja file") from None
 

@@ -17,7 +17,8 @@ from simpo_megatron.data.pair_options import PairOptions
 from simpo_megatron.data.records import ENDLESS_TEMPLATE, BadRecord, PreferenceRecord
 from simpo_megatron.data.rendered_pairs import PairRenderer, RenderedPair
 from simpo_megatron.data.rendered_turns import TEMPLATE_MARK, Spans
-from simpo_megatron.data.templates import EndlessTemplateError, bounds_of_templates, chat_template_of
+from simpo_megatron.data.templates import EndlessTemplateError, bounds_of_templates, chat_template_of, special_texts
+from simpo_megatron.data.tokenizer_files import check_tokenizer_files
 from simpo_megatron.data.truncation import kept_tokens, princeton_kept_tokens
 from simpo_megatron.errors import ConfigError, DataError, SimPOError
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 
 _NO_PROBLEMS = (KeyboardInterrupt, SystemExit, GeneratorExit)
+_LONGEST_SPECIAL = 1000
 # Letters that seldom share a token with what follows.
 _BEFORE = "\n:0"
 
@@ -78,12 +80,14 @@ class EncodedPair:
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     """Returns the transformers tokenizer of a Hugging Face folder; code that comes with it is never run.
 
-    Raises: ConfigError when there is no such folder, or transformers can make no tokenizer of it.
+    Raises: ConfigError when there is no such folder, one of its files is none, or transformers can make no tokenizer
+        of it.
     """
     from transformers import AutoTokenizer
 
     if not Path(folder).is_dir():
         raise ConfigError(f"model: found no folder {str(folder)!r}, expected the Hugging Face folder of a model")
+    check_tokenizer_files(Path(folder))
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except BaseException as error:  # a panic of the tokenizers library is no Exception
@@ -98,13 +102,20 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
 class PairTokenizer:
     """Turns records into token ids by the rules of `options`, with a fast transformers tokenizer.
 
-    Raises: DataError when the tokenizer is not a fast one, or has no end token where one is needed.
+    Raises: DataError when the tokenizer is not a fast one, has no end token where one is needed, or a special token
+        that is a text.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, options: PairOptions) -> None:
         if not getattr(tokenizer, "is_fast", False):
             raise DataError(
                 f"tokenizer: found {type(tokenizer).__name__}, expected a fast tokenizer; it needs tokenizer.json"
+            )
+        longest = max(map(len, special_texts(tokenizer)), default=0)
+        if longest > _LONGEST_SPECIAL:
+            # Patterns are made of them, in seconds for each million of characters.
+            raise DataError(
+                f"tokenizer: found a special token of {longest} characters, expected at most {_LONGEST_SPECIAL}"
             )
         self._options = options
         self._renderer = PairRenderer(tokenizer, options)

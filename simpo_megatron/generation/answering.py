@@ -96,6 +96,12 @@ def summarize(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 def _answer(engine: Engine, left: Sequence[tuple[PromptItem, int]], decoding: Decoding, path: Path) -> None:
     """Append an answer to `path` for each of `left`; the first error ends the rest."""
     writing = threading.Lock()
+    if engine.num_at_once == 1:
+        # In the main thread, where a chat template's bounds are the kernel's.
+        with appending(path) as file:
+            for item, sample in left:
+                append(file, _converse(engine, item, sample, decoding))
+        return
     with appending(path) as file, ThreadPoolExecutor(engine.num_at_once) as pool:
 
         def work(item: PromptItem, sample: int) -> None:

@@ -77,21 +77,18 @@ class TransformersEngine(Engine):
 
     def __init__(self, folder: Path, *, dtype: str = "auto") -> None:
         from transformers import AutoModelForCausalLM, GenerationConfig
-        from transformers.utils import logging
 
         from simpo_megatron.checkpoint.fingerprint import sampled_fingerprint
         from simpo_megatron.mcore import device
+        from simpo_megatron.mcore.hf_files import load_transformers_model
 
-        logging.disable_progress_bar()
         self._tokenizer = load_tokenizer(folder)
         template = chat_template_of(self._tokenizer, PairOptions())
         if template is None:
             raise ConfigError(f"model: found no chat template in {folder}, expected one that renders prompts")
         self._template = template
         self._fingerprint = sampled_fingerprint(folder)
-        self._model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, trust_remote_code=False, local_files_only=True
-        ).eval()
+        self._model = load_transformers_model(AutoModelForCausalLM, folder, dtype=dtype)
         # Of the folder's own settings only the stop ids: its top_p or repetition_penalty would act without a word.
         self._stop_ids = stop_ids(self._model.generation_config.eos_token_id)
         pad = next((one for one in (self._tokenizer.pad_token_id, self._tokenizer.eos_token_id) if one is not None), 0)
@@ -143,10 +140,14 @@ class TransformersEngine(Engine):
 
 
 def stop_ids(configured: int | Sequence[int] | None) -> list[int]:
-    """The ids of a generation_config.json at which an answer ends."""
-    if configured is None:
-        return []
-    return [configured] if isinstance(configured, int) else list(configured)
+    """The ids of a generation_config.json at which an answer ends.
+
+    Raises: ConfigError when they are no ids.
+    """
+    ids = configured if isinstance(configured, Sequence) else [] if configured is None else [configured]
+    if not all(type(one) is int and one >= 0 for one in ids):
+        raise ConfigError(f"generation_config.json: eos_token_id: found {configured!r}, expected an id or several")
+    return list(ids)
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, rendered: str) -> list[int]:

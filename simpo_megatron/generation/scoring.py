@@ -42,20 +42,17 @@ class RewardModel(Scorer):
 
     def __init__(self, folder: Path) -> None:
         from transformers import AutoModelForSequenceClassification
-        from transformers.utils import logging
 
         from simpo_megatron.checkpoint.fingerprint import sampled_fingerprint
         from simpo_megatron.mcore import device
+        from simpo_megatron.mcore.hf_files import load_transformers_model
 
-        logging.disable_progress_bar()
         self._tokenizer = load_tokenizer(folder)
         template = chat_template_of(self._tokenizer, PairOptions())
         if template is None:
             raise ConfigError(f"reward_model: found no chat template in {folder}, expected one that renders answers")
         self._template, self._fingerprint = template, sampled_fingerprint(folder)
-        self._model = AutoModelForSequenceClassification.from_pretrained(
-            folder, trust_remote_code=False, local_files_only=True
-        ).eval()
+        self._model = load_transformers_model(AutoModelForSequenceClassification, folder)
         if self._model.config.num_labels != 1:
             raise ConfigError(
                 f"reward_model: found {self._model.config.num_labels} outputs in {folder}, expected one, the score"

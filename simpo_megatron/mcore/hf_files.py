@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from simpo_megatron.errors import CheckpointError
+from simpo_megatron.limits import read_bounded
 
 MAX_JSON_BYTES = 16 << 20
 """No JSON file of a model folder is parsed past this size; an index of a hundred thousand tensors has 10 MB."""
@@ -48,10 +49,7 @@ def read_hf_json(folder: str | Path, name: str) -> dict[str, Any]:
         raise CheckpointError(f"{path}: found no such file, expected a Hugging Face model folder with {name}")
     target = own_file(folder, name)
     try:
-        num_bytes = target.stat().st_size
-        if num_bytes > MAX_JSON_BYTES:
-            raise CheckpointError(f"{path}: found {num_bytes} bytes, expected at most {MAX_JSON_BYTES}")
-        content = json.loads(target.read_bytes())
+        content = json.loads(read_bounded(target, MAX_JSON_BYTES))
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror}), expected a JSON file") from None
     except (ValueError, RecursionError) as error:
@@ -59,6 +57,27 @@ def read_hf_json(folder: str | Path, name: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: found a JSON {type(content).__name__}, expected an object")
     return content
+
+
+def load_transformers_model(auto_class: Any, folder: str | Path, **options: Any) -> Any:
+    """The model in `folder` by a class of transformers such as AutoModelForCausalLM, in eval mode.
+
+    Its code is not run, and pickled weights are not read.
+
+    Raises:
+        CheckpointError: transformers can make no model of it.
+    """
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    safe = {"trust_remote_code": False, "local_files_only": True, "use_safetensors": True}
+    try:
+        return auto_class.from_pretrained(folder, **safe, **options).eval()
+    except Exception as error:  # Of a folder that is not sound it raises whatever it stumbles on.
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise CheckpointError(
+            f"model: found no model in {folder} ({reason}), expected one that transformers loads"
+        ) from error
 
 
 def without_code(value: Any) -> Any:

@@ -15,6 +15,7 @@ from simpo_megatron.config import config_from
 from simpo_megatron.convert.files import TensorSpec
 from simpo_megatron.data import PairOptions, PreferenceDataset, build_preference_dataset, load_tokenizer
 from simpo_megatron.mcore.families import ModelDescription
+from simpo_megatron.mcore.hf_files import load_transformers_model
 from simpo_megatron.mcore.model import build_model
 from simpo_megatron.offline.weights import HfWeights, Weights
 from simpo_megatron.parallel import ParallelGroups
@@ -125,12 +126,8 @@ def _average(logits_of: LogitsOf, prompt: Tensor, response: Tensor, description:
 
 def _transformers(folder: Path) -> tuple[torch.nn.Module, LogitsOf]:
     from transformers import AutoModelForCausalLM
-    from transformers.utils.logging import disable_progress_bar
 
-    disable_progress_bar()
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, trust_remote_code=False, local_files_only=True
-    ).eval()
+    model = load_transformers_model(AutoModelForCausalLM, folder, dtype=torch.float32)
     return model, lambda tokens: model(tokens).logits
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedCo
 from simpo_megatron.config import Config, to_yaml
 from simpo_megatron.data import METRIC_GROUPS
 from simpo_megatron.errors import ConfigError, visible
+from simpo_megatron.limits import check_plain
 
 METRICS_FILE = "metrics.jsonl"
 CONFIG_FILE = "config.yaml"
@@ -233,8 +235,14 @@ def _json_value(value: Any) -> Any:
 
 
 def _end_last_line(path: Path) -> None:
-    """A process that was killed may have left half a line; what comes next starts on a line of its own."""
-    if not path.exists() or path.stat().st_size == 0:
+    """A process that was killed may have left half a line; what comes next starts on a line of its own.
+
+    Raises: OSError when `path` is no file: to write into a pipe waits for whoever may read it.
+    """
+    if not path.exists():
+        return
+    check_plain(path, sys.maxsize)
+    if path.stat().st_size == 0:
         return
     with path.open("rb+") as file:
         file.seek(-1, 2)

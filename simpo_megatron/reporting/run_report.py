@@ -10,8 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from simpo_megatron.atomic import new_file, write_text
 from simpo_megatron.config import Config, load_config, to_yaml
 from simpo_megatron.errors import ConfigError
+from simpo_megatron.limits import read_bounded
 from simpo_megatron.reporting.loggers import CONFIG_FILE, METRICS_FILE, evaluation_metric
 from simpo_megatron.reporting.rendering import render
 
@@ -20,7 +22,7 @@ if TYPE_CHECKING:
 
 PICTURE_FILE = "loss.png"
 PAGE_FILE = "report.html"
-_MAX_LINE = 1 << 20
+_MAX_LINE, _MOST_BYTES = 1 << 20, 1 << 28
 _MOST_STEPS = 1 << 53
 _LARGEST = 1e100
 
@@ -100,7 +102,7 @@ class Report:
 def write_report(run_folder: str | Path) -> Report:
     """The report, after loss.png and report.html were written into `run_folder`.
 
-    Raises: ConfigError when the folder is not that of a run.
+    Raises: ConfigError when the folder is not that of a run, or cannot be written.
     """
     folder = Path(run_folder)
     curves = read_curves(folder / METRICS_FILE)
@@ -108,8 +110,12 @@ def write_report(run_folder: str | Path) -> Report:
         raise ConfigError(f"{folder}: found no {CONFIG_FILE}, expected the folder of a run")
     config = load_config(["--config", str(folder / CONFIG_FILE)])
     report = Report(folder / PAGE_FILE, folder / PICTURE_FILE, headline_of(curves), curves)
-    draw_curves(curves, config, report.picture)
-    report.page.write_text(_page(curves, config, report), encoding="utf-8")
+    try:
+        with new_file(report.picture) as draft:
+            draw_curves(curves, config, draft)
+        write_text(report.page, _page(curves, config, report))
+    except OSError as error:
+        raise ConfigError(f"{folder}: the report cannot be written ({error.strerror or error})") from None
     return report
 
 
@@ -119,9 +125,7 @@ def read_curves(path: Path) -> Curves:
     Raises: ConfigError when the file is missing or holds no record.
     """
     try:
-        with path.open(encoding="utf-8", errors="replace") as file:
-            # A line that is longer ends in the middle, and then is no record.
-            lines = list(iter(lambda: file.readline(_MAX_LINE), ""))
+        lines = read_bounded(path, _MOST_BYTES).decode("utf-8", "replace").split("\n")
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}), expected the metrics of a run") from None
     # By (set, metric), so that what an earlier version called otherwise continues in the same curve.
@@ -146,7 +150,7 @@ def read_curves(path: Path) -> Curves:
 def _record(line: str) -> dict[str, float]:
     """The numbers of one line; none of a line that a killed process left half-written."""
     try:
-        record = json.loads(line)
+        record = json.loads(line) if len(line) <= _MAX_LINE else None
     except (ValueError, RecursionError):
         return {}
     if not isinstance(record, dict) or type(record.get("iteration")) is not int:
@@ -192,7 +196,7 @@ def draw_curves(curves: Curves, config: Config, path: Path) -> None:
         axes[-1].set_ylim(0, 1.02)
         handles, labels = axes[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside upper right", ncols=3, frameon=False)
-        figure.savefig(path, dpi=150, metadata={"Software": None})
+        figure.savefig(path, format="png", dpi=150, metadata={"Software": None})
 
 
 def _draw_panel(axis: Axes, curves: Curves, metric: str, reference: float | None, meaning: str) -> None:

@@ -16,7 +16,7 @@ from simpo_megatron.atomic import remove_folder
 from simpo_megatron.checkpoint import manifest
 from simpo_megatron.config import num_train_iters
 from simpo_megatron.data import load_tokenizer
-from simpo_megatron.errors import ConfigError, NumericsError, StoppedByMonitor, StoppedBySignal
+from simpo_megatron.errors import ConfigError, NumericsError, StoppedByMonitor, StoppedBySignal, visible
 from simpo_megatron.ranks import gather_or_raise, raise_on_all_ranks
 from simpo_megatron.sweep.comparison import Ranking, compare
 from simpo_megatron.sweep.evidence import Evidence, read_evidence
@@ -98,14 +98,14 @@ class _Driver:
         ended = self._journal.outcomes()
         one = next_round(self._rounds(ended), set(ended))
         if one is None:
-            print(*lines(self._write(ended)), f"page      {self._sweep.folder / PAGE_FILE}", sep="\n", flush=True)
+            _say(*lines(self._write(ended)), f"page      {self._sweep.folder / PAGE_FILE}")
             return _Turn("end")
         self._claim = self._journal.take(one.points)
         if self._claim is None:
             return self._turn_without_trial(one, ended)
         point = self._claim.point
         num_ended = sum(known in ended for known in one.points)
-        print(f"trial     {num_ended + 1} of {len(one.points)}: {point.folder}", flush=True)
+        _say(f"trial     {num_ended + 1} of {len(one.points)}: {point.folder}")
         return _Turn("run", point, self._sweep.steps_of(point, self._full_steps))
 
     def _turn_without_trial(self, one: Round, ended: dict[Point, Outcome]) -> _Turn:
@@ -115,7 +115,7 @@ class _Driver:
                 "or add --array to each process to share the sweep"
             )
         if one.is_last:
-            print("trial     none is left to start; other processes are at work on the rest", flush=True)
+            _say("trial     none is left to start; other processes are at work on the rest")
             return _Turn("end")
         return _Turn("wait")
 
@@ -148,9 +148,9 @@ class _Driver:
         if outcome.status == "done":
             gaps_P = read_evidence(self._sweep.folder / point.folder).gaps_P
             outcome = Outcome("done", accuracy=float((gaps_P > 0).mean()))
-            print(f"trial     {point.folder}: accuracy {outcome.accuracy:.1%}", flush=True)
+            _say(f"trial     {point.folder}: accuracy {outcome.accuracy:.1%}")
         else:
-            print(f"WARNING   trial {point.folder} {outcome.status}: {outcome.why}", flush=True)
+            _say(f"WARNING   trial {point.folder} {outcome.status}: {outcome.why}")
         journal.tell(self._claim, outcome)
         self._claim = None
         self._write(journal.outcomes())
@@ -205,3 +205,7 @@ class _Driver:
                 # Another process of the sweep may be removing the same folder.
                 with suppress(OSError):
                     remove_folder(checkpoint)
+
+
+def _say(*told: str) -> None:
+    print(*map(visible, told), sep="\n", flush=True)

@@ -20,6 +20,7 @@ from simpo_megatron.checkpoint.writer import Writing, begin_write
 from simpo_megatron.config import Config
 from simpo_megatron.convert.folder import copy_model_files, write_config
 from simpo_megatron.errors import CheckpointError, NumericsError
+from simpo_megatron.limits import read_bounded
 from simpo_megatron.ranks import gather_or_raise, sync_status
 from simpo_megatron.reporting.loggers import METRICS_FILE, RunLog
 from simpo_megatron.training.resume import describe_run
@@ -27,6 +28,8 @@ from simpo_megatron.training.setup import Job
 from simpo_megatron.training.watchdog import Watchdog
 
 Result = TypeVar("Result")
+
+_MOST_METRICS = 1 << 28
 
 
 @dataclass(frozen=True)
@@ -239,7 +242,7 @@ def _add_small_files(save: Path, folder: Path, job: Job) -> None:
     metrics = b""
     # If metrics cannot be read, only a later report misses them.
     with suppress(OSError):
-        metrics = (save / METRICS_FILE).read_bytes()
+        metrics = read_bounded(save / METRICS_FILE, _MOST_METRICS)
     if metrics:
         (folder / METRICS_FILE).write_bytes(metrics)
     copy_model_files(job.plan.sources.model, folder, flat=True, chat_template=job.chat_template)

@@ -24,6 +24,7 @@ from simpo_megatron.training.finish import finish
 from simpo_megatron.training.introduction import introduce
 from simpo_megatron.training.log_window import LogWindow
 from simpo_megatron.training.memory_check import probe_memory
+from simpo_megatron.training.monitor_memory import NUM_SKIPPED
 from simpo_megatron.training.monitors import Monitors
 from simpo_megatron.training.profiling import Profiler, describe_profile
 from simpo_megatron.training.reference import with_reference
@@ -41,9 +42,6 @@ from simpo_megatron.training.session import LONG_SECONDS, Session, open_session
 from simpo_megatron.training.setup import Job, RunPlan
 from simpo_megatron.training.step import Step, train_step
 from simpo_megatron.training.watchdog import Watchdog
-
-# Pairs skipped before a resume count too, so they are kept with the monitors' state.
-_SKIPPED = "num_skipped_steps"
 
 Stopped = StoppedBySignal | StoppedByMonitor
 
@@ -139,7 +137,7 @@ def _run_steps(
     if start.iteration == 0:
         watchdog.enter_phase("the evaluation before step 1", timeout=LONG_SECONDS)
         evaluations[0] = _evaluate(job, monitors, log, 0, run.save)
-    taken = _DataProgress(start.consumed_pairs, start.monitors.get(_SKIPPED, 0))
+    taken = _DataProgress(start.consumed_pairs, start.monitors.get(NUM_SKIPPED, 0))
     for line in describe_profile(config, start.iteration + 1, job.train_iters):
         log.say(line)
     window = LogWindow(config, job)
@@ -172,7 +170,8 @@ def _run_steps(
                 iteration=iteration,
                 consumed_pairs=taken.pairs,
                 metrics=evaluated,
-                monitors=monitors.remembered() | {_SKIPPED: taken.num_skipped_steps},
+                # What was left out before a resume counts.
+                monitors=monitors.remembered() | {NUM_SKIPPED: taken.num_skipped_steps},
                 in_background=run.async_save and not (is_last or stop),
             )
         else:

@@ -23,6 +23,7 @@ from simpo_megatron.data.ngrams import repetition
 from simpo_megatron.errors import ConfigError, StoppedByMonitor
 from simpo_megatron.ranks import sync_status
 from simpo_megatron.reporting.loggers import EVALUATION_PREFIX, RunLog
+from simpo_megatron.training.monitor_memory import CHOSEN, LINES, PAIRS, REPETITION_AT_START, START, TOLD
 from simpo_megatron.training.repetition import first_prompts, greedy_samples
 from simpo_megatron.training.resume import Start
 from simpo_megatron.training.setup import Job
@@ -83,12 +84,9 @@ class Monitors:
                 f"stop_on: found {' '.join(self._settings.stop_on)}, expected validation pairs; add --valid-data "
                 "or --valid-fraction"
             )
-        self._lines = {
-            name: deque(remembered.get(name, ()), maxlen=self._settings.monitor_window)
-            for name in ("loss", "rewards/saturated", "rewards/length_correlation")
-        }
-        self._told: set[str] = set(remembered.get("told", ()))
-        self._start: dict[str, Any] | None = remembered.get("start")
+        self._lines = {name: deque(remembered.get(name, ()), maxlen=self._settings.monitor_window) for name in LINES}
+        self._told: set[str] = set(remembered.get(TOLD, ()))
+        self._start: dict[str, Any] | None = remembered.get(START)
         self._logged_steps, self._logged_pairs = start.iteration, start.consumed_pairs
         self._alarms: list[Alarm] = []
         self._prompts = None
@@ -136,10 +134,10 @@ class Monitors:
         """The change of the average log-prob of chosen responses since step 0, where that is known."""
         pairs = next(iter(self._job.valid_data.values())).fingerprint
         if iteration == 0 and math.isfinite(metrics[_CHOSEN]):
-            self._start = {"chosen": metrics[_CHOSEN], "pairs": pairs}
-        if self._start is None or self._start["pairs"] != pairs:
+            self._start = {CHOSEN: metrics[_CHOSEN], PAIRS: pairs}
+        if self._start is None or self._start[PAIRS] != pairs:
             return {}
-        moved, limit = metrics[_CHOSEN] - self._start["chosen"], self._settings.max_displacement
+        moved, limit = metrics[_CHOSEN] - self._start[CHOSEN], self._settings.max_displacement
         self._tell_once(
             iteration,
             "displacement",
@@ -162,7 +160,7 @@ class Monitors:
         share, limit = fmean(map(repetition, samples)), self._settings.max_repetition
         if self._start is not None:
             # Only a rise since step 0 is training's effect; base models repeat themselves a lot.
-            at_start = self._start.setdefault("repetition", share if iteration == 0 else 0.0)
+            at_start = self._start.setdefault(REPETITION_AT_START, share if iteration == 0 else 0.0)
             limit = limit and max(limit, at_start)
         worst = self._job.tokenizer.decode(max(samples, key=repetition))[:_MAX_TEXT]
         self._tell_once(
@@ -176,7 +174,7 @@ class Monitors:
     def remembered(self) -> dict[str, Any]:
         """The state that a checkpoint has to keep, as JSON values."""
         lines = {name: list(values) for name, values in self._lines.items()}
-        return {**lines, "told": sorted(self._told), "start": self._start}
+        return {**lines, TOLD: sorted(self._told), START: self._start}
 
     def judge(self, iteration: int, log: RunLog) -> StoppedByMonitor | None:
         """Print new alarms; returns why the run must end before this step is saved, if `stop_on` asks for it.

@@ -29,6 +29,7 @@ from simpo_megatron.data.tokenization import tokenizer_identity
 from simpo_megatron.errors import CheckpointError, listed
 from simpo_megatron.ranks import gather_or_raise, raise_on_all_ranks
 from simpo_megatron.reporting.loggers import METRICS_FILE
+from simpo_megatron.training.monitor_memory import check_remembered
 from simpo_megatron.training.reference import hashes_file
 from simpo_megatron.training.setup import Job
 
@@ -147,6 +148,7 @@ def start_run(config: Config, job: Job, found: Found) -> Start:
         for name in ("consumed_pairs", "layout"):
             if name not in checkpoint.facts:
                 raise CheckpointError(f"resume: found {checkpoint.folder} without {name}, expected a run's checkpoint")
+        check_remembered(checkpoint.facts.get("monitors", {}), checkpoint.folder)
         iteration, consumed_pairs = checkpoint.iteration, checkpoint.facts["consumed_pairs"]
         same_layout = checkpoint.facts["layout"] == now["layout"]
         read_state(job.trainer.state, iteration, checkpoint.folder, same_layout=same_layout)

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import yaml
-from kubernetes_fields import PYTORCHJOB, TRAINJOB, problems
+from kubernetes_schemas import problems, schemas
 from ranks import REPOSITORY, free_port
 
 from simpo_megatron.config import load_config
@@ -118,7 +118,7 @@ def test_an_agent_that_may_restart_its_ranks_does_not_once_they_were_told_to_sto
 
 def test_the_kubernetes_jobs_ask_for_the_ranks_their_configuration_needs_and_end_when_they_cannot_run():
     job = yaml.safe_load((LAUNCH / "pytorchjob.yaml").read_text())
-    assert problems(job, PYTORCHJOB) == []
+    check_schemas(job)
     spec = job["spec"]
     worker = spec["pytorchReplicaSpecs"]["Worker"]
     container = worker["template"]["spec"]["containers"][0]
@@ -130,10 +130,16 @@ def test_the_kubernetes_jobs_ask_for_the_ranks_their_configuration_needs_and_end
     check_command(container, worker["replicas"] * per_node)
 
     job = yaml.safe_load((LAUNCH / "trainjob.yaml").read_text())
-    assert problems(job, TRAINJOB) == []
+    check_schemas(job)
     trainer = job["spec"]["trainer"]
     assert trainer["resourcesPerNode"]["limits"]["nvidia.com/gpu"] == trainer["numProcPerNode"] == per_node
     check_command(trainer, trainer["numNodes"] * trainer["numProcPerNode"])
+
+
+def check_schemas(job):
+    of_versions = schemas(job["kind"])
+    assert len(of_versions) == 2
+    assert [problem for schema in of_versions.values() for problem in problems(job, schema)] == []
 
 
 def check_command(container, num_ranks):
@@ -143,9 +149,23 @@ def check_command(container, num_ranks):
     assert f"_{num_ranks}xh100.yaml" in container["args"][1]
 
 
-def test_a_field_that_a_server_would_drop_is_seen():
-    job = {"kind": "TrainJob", "spec": {"trainer": {"numNodes": "8", "nodes": 8}}}
-    assert problems(job, TRAINJOB) == [
-        ".spec.trainer.numNodes: '8' is no <class 'int'>",
+def test_what_a_server_would_drop_or_refuse_is_seen():
+    trainer = {"numNodes": "8", "nodes": 8, "resourcesPerNode": {"limits": {"memory": "much"}}}
+    job = {"apiVersion": "v1", "kind": "TrainJob", "spec": {"trainer": trainer}}
+    assert problems(job, schemas("TrainJob")["2.0.0"]) == [
+        ".apiVersion: 'v1' is none of ['trainer.kubeflow.org/v1alpha1']",
+        ".spec.runtimeRef: missing",
+        ".spec.trainer.numNodes: '8' is no integer",
         ".spec.trainer.nodes: unknown",
+        ".spec.trainer.resourcesPerNode.limits.memory: 'much' is no quantity",
+    ]
+    job = yaml.safe_load((LAUNCH / "pytorchjob.yaml").read_text())
+    worker = job["spec"]["pytorchReplicaSpecs"]["Worker"]
+    worker["template"]["spec"]["containers"][0]["resource"] = worker["template"]["spec"]["containers"][0].pop("name")
+    worker["replicas"] = True
+    where = ".spec.pytorchReplicaSpecs.Worker"
+    assert problems(job, schemas("PyTorchJob")["1.9.0"]) == [
+        f"{where}.replicas: True is no integer",
+        f"{where}.template.spec.containers[0].name: missing",
+        f"{where}.template.spec.containers[0].resource: unknown",
     ]

@@ -4,6 +4,7 @@ import json
 import resource
 import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from data_tokenizers import llama_like
@@ -59,6 +60,39 @@ def test_waiting_costs_nothing():
         time.sleep(0.2)
 
 
+def in_a_thread(work):
+    """Runs `work` in another thread, and returns its result or raises its error here."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(work).result()
+
+
+@pytest.mark.parametrize("time_of_one_within", [None, 0.1])
+def test_what_takes_too_long_in_another_thread_is_ended_and_what_comes_next_goes_on(time_of_one_within):
+    def work():
+        with pytest.raises(LimitError), limited(cpu_seconds=0.1 if time_of_one_within is None else 60, num_bytes=MIB):
+            if time_of_one_within is None:
+                turn()
+            with limited(cpu_seconds=time_of_one_within, num_bytes=MIB):
+                turn()
+        until = time.thread_time() + 0.3
+        while time.thread_time() < until:  # an error that was asked for late would be raised here
+            pass
+        return "done"
+
+    assert in_a_thread(work) == "done"
+
+
+def test_what_takes_too_much_memory_in_another_thread_is_ended():
+    def work():
+        with pytest.raises(MemoryError), limited(cpu_seconds=60, num_bytes=20 * MIB):
+            held = []
+            while len(held) < 4000:
+                held.append(bytearray(b"a" * MIB))
+                time.sleep(0.001)
+
+    in_a_thread(work)
+
+
 TEMPLATES = {
     "a loop": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
     "a loop in a macro": "{% macro f() %}{% for i in range(99999) %}{{ f() if i < 0 }}{% endfor %}{% endmacro %}"
@@ -91,6 +125,14 @@ def test_a_template_without_bounds_is_one_error_on_its_first_record(template, tm
     with pytest.raises(DataError, match=r"pairs\.jsonl:1: (endless_template|template_refused): ") as error:
         build(tmp_path, template, bad_record="skip", max_bad_fraction=0.9)
     assert len(status_line("ERROR", error.value)) <= 500
+
+
+@pytest.mark.parametrize("kind", ["a loop", "a doubled text"])
+def test_a_template_is_bounded_in_another_thread(kind, tmp_path, monkeypatch):
+    monkeypatch.setattr(templates, "_CPU_SECONDS", 0.3)
+    monkeypatch.setattr(templates, "_MOST_BYTES", 200 * MIB)
+    with pytest.raises(DataError, match="endless_template"):
+        in_a_thread(lambda: build(tmp_path, TEMPLATES[kind]))
 
 
 FAILURES = {

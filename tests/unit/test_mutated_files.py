@@ -8,16 +8,20 @@ import os
 import random
 import shutil
 import zlib
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from mutated_files import mutated_bytes, mutated_file, mutated_json
+from mutated_files import mutated_bytes, mutated_file, mutated_json, odd_places, removed
 from safetensors.torch import load_file, save_file
 from tiny_models import write_llama3
 
+from simpo_megatron.config import config_from
 from simpo_megatron.data import PairOptions, build_preference_dataset, load_tokenizer
 from simpo_megatron.errors import SimPOError, status_line
+from simpo_megatron.generation.engines import TransformersEngine
 from simpo_megatron.limits import LimitError, limited
 from simpo_megatron.mcore import cpu_patches
 from simpo_megatron.parallel import alone
@@ -25,13 +29,22 @@ from simpo_megatron.parallel import alone
 cpu_patches.install()
 
 from simpo_megatron.checkpoint import manifest  # noqa: E402
+from simpo_megatron.checkpoint.fingerprint import model_fingerprint  # noqa: E402
+from simpo_megatron.convert.folder import copy_model_files  # noqa: E402
+from simpo_megatron.convert.samples import sampled_digests  # noqa: E402
 from simpo_megatron.offline.convert import _card, to_mcore  # noqa: E402
 from simpo_megatron.offline.weights import HfWeights, MegatronWeights, open_weights  # noqa: E402
 from simpo_megatron.reporting import run_report  # noqa: E402
-from simpo_megatron.training.resume import _refuse_changes  # noqa: E402
+from simpo_megatron.reporting.loggers import JsonLines  # noqa: E402
+from simpo_megatron.training.monitor_memory import check_remembered  # noqa: E402
+from simpo_megatron.training.monitors import Monitors  # noqa: E402
+from simpo_megatron.training.resume import Start, _refuse_changes, _with_present_fingerprints  # noqa: E402
 
 NUM_MUTATIONS = int(os.environ.get("SIMPO_MUTATIONS", 25))
 SEED = int(os.environ.get("SIMPO_SEED", 1))
+
+
+TOKENS = {"bos_token": "<s>", "eos_token": {"content": "</s>", "lstrip": False}, "additional_special_tokens": ["<x>"]}
 
 
 def try_mutations(name, mutate, write, read):
@@ -60,7 +73,8 @@ def try_mutations(name, mutate, write, read):
 def model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
     torch.manual_seed(0)
-    write_llama3(folder)
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 2}
+    write_llama3(folder, hidden_size=64, intermediate_size=96, max_position_embeddings=256, **heads)
     return folder
 
 
@@ -86,10 +100,10 @@ def test_config_json(family, copied):
     try_mutations(family, lambda n: mutated_file(content, n), path.write_bytes, lambda: HfWeights(copied))
 
 
-@pytest.mark.parametrize("name", ["tokenizer_config.json", "tokenizer.json"])
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "tokenizer.json", "special_tokens_map.json"])
 def test_files_of_a_tokenizer(name, copied, tmp_path):
     path, pairs = copied / name, tmp_path / "pairs.jsonl"
-    content = path.read_bytes()
+    content = path.read_bytes() if path.exists() else json.dumps(TOKENS).encode()
     pairs.write_text(json.dumps({"prompt": "Which way?", "chosen": "North.", "rejected": "Down."}) + "\n")
 
     def read():
@@ -97,6 +111,18 @@ def test_files_of_a_tokenizer(name, copied, tmp_path):
         build_preference_dataset([str(pairs)], tokenizer, PairOptions(), tmp_path / "cache")
 
     try_mutations(name, lambda n: mutated_file(content, n), path.write_bytes, read)
+
+
+def test_the_generation_config(copied, tmp_path):
+    path, copy = copied / "generation_config.json", tmp_path / "copy"
+    content = path.read_bytes()
+    copy.mkdir()
+
+    def read():
+        TransformersEngine(copied)
+        copy_model_files(copied, copy)
+
+    try_mutations("generation_config", lambda n: mutated_file(content, n), path.write_bytes, read)
 
 
 def test_the_index_of_weights(copied):
@@ -142,20 +168,26 @@ def checkpoint(model, tmp_path_factory):
 
 
 FACTS = {
-    "consumed_pairs": 8, "epoch": 0.5, "layout": {"tensor": 1, "world": 1}, "inputs": {"data": "ab", "num_pairs": 8},
+    "model": {"family": "llama", "base_model": "sha256:ab"},
+    "consumed_pairs": 8, "epoch": 0.5, "layout": {"tensor": 1, "world": 1},
+    "inputs": {"data": "ab", "num_pairs": 8, "reference_model": "sha256:ab"},
     "precision": {"bf16": True}, "training": {"lr": 1e-6}, "versions": {"torch": "2"},
     "metrics": {"loss": 0.5, "eval/rewards/accuracies": 0.5},
     "config": {"lr": 1e-6, "beta": 2.0, "train_iters": 5, "data": ["a"], "model": "m", "bf16": True},
-    "monitors": {"loss": [0.5, 0.6], "told": ["loss_spike"], "start": {"loss": 1.0}, "num_skipped_steps": 0},
+    "monitors": {"loss": [0.5, 0.6], "told": ["loss_spike"], "num_skipped_steps": 0,
+                 "start": {"chosen": -1.0, "pairs": "ab", "repetition": 0.5}},
 }  # fmt: skip
 
 
-def test_the_record_of_a_checkpoint(checkpoint, tmp_path):
+def test_the_record_of_a_checkpoint(checkpoint, model, tmp_path):
     folder, groups = checkpoint
+    valid = SimpleNamespace(fingerprint="ab")
+    job = SimpleNamespace(plan=SimpleNamespace(sources=SimpleNamespace(model=model)), valid_data={"": valid})
+    config = config_from(model="m", max_displacement=0.5)
     path = folder / manifest.RECORD_FILE
     record = json.loads(path.read_bytes()) | {"facts": FACTS}
     del record["sha256"]
-    content, now = json.dumps(record).encode(), {name: {} for name in FACTS}
+    content = json.dumps(record).encode()
 
     def write(mutated):
         try:
@@ -167,12 +199,28 @@ def test_the_record_of_a_checkpoint(checkpoint, tmp_path):
             mutated = json.dumps({**found, "sha256": manifest._hash_of(found)}).encode()
         path.write_bytes(mutated)
 
-    def read():
+    def resume():
         found = manifest.read(folder)
-        _refuse_changes(found, now, override=True) if not found.facts else None
-        weights = MegatronWeights(folder, groups)
-        _card(weights, tmp_path, None)
+        saved = replace(found, facts=_with_present_fingerprints(found.facts, FACTS, job))
+        _refuse_changes(saved, FACTS, override=False)
+
+    def go_on_watching():
+        remembered = manifest.read(folder).facts.get("monitors", {})
+        check_remembered(remembered, folder)
+        watching = Monitors(config, job, Start(monitors=remembered))
+        watching.step(1, {"loss": 0.5, "rewards/saturated": 0.5}, 8)
+        watching.evaluation(1, {"eval/logps/chosen": -1.0})
+
+    def read():
         manifest.last_and_best(folder.parent)
+        refused = None
+        for reader in (resume, go_on_watching, lambda: _card(MegatronWeights(folder, groups), tmp_path, None)):
+            try:
+                reader()
+            except SimPOError as error:
+                refused = error
+        if refused is not None:
+            raise refused
 
     write(content)
     read()
@@ -206,3 +254,68 @@ def test_the_metrics_of_a_run(tmp_path, monkeypatch):
         return "".join(json.dumps(line) + "\n" for line in mutated).encode()
 
     try_mutations("metrics.jsonl", mutate, path.write_bytes, lambda: run_report.write_report(tmp_path))
+
+
+FILES_OF_A_MODEL = (
+    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
+    "LICENSE", "model.safetensors", "model.safetensors.index.json", "special_tokens_map.json",
+    "additional_chat_templates/a.jinja",
+)  # fmt: skip
+MAY_BE_A_FOLDER = "LICENSE"
+
+
+@pytest.mark.parametrize("name", FILES_OF_A_MODEL)
+def test_what_is_no_file_in_a_model(name, copied, tmp_path):
+    """It is named where it would be read, by the tokenizer, the converter or the comparison of ranks."""
+    path, pairs = copied / name, tmp_path / "pairs.jsonl"
+    pairs.write_text(json.dumps({"prompt": "Which way?", "chosen": "North.", "rejected": "Down."}) + "\n")
+    if "index" in name:
+        (copied / "model.safetensors").unlink()
+    path.parent.mkdir(exist_ok=True)
+    silent = []
+    for kind, put in odd_places(path).items():
+        removed(path)
+        put()
+        refused = []
+        for read in (
+            lambda: build_preference_dataset([str(pairs)], load_tokenizer(copied), PairOptions(), tmp_path / "cache"),
+            lambda: HfWeights(copied),
+            lambda: sampled_digests(copied),
+            lambda: model_fingerprint(copied, tmp_path / "memory.json"),
+        ):
+            try:
+                with limited(cpu_seconds=20, num_bytes=2 << 30):
+                    read()
+            except (SimPOError, OSError) as error:  # Callers of a fingerprint turn the latter into the former.
+                refused.append(str(error))
+                if name == "model.safetensors":
+                    break  # its bytes are hashed once its header is known to be one
+        if not any(name in text or "found no weights" in text for text in refused):
+            silent.append(kind)
+    assert silent == (["a folder", "nothing in it"] if name == MAY_BE_A_FOLDER else []), silent
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "config.yaml", "loss.png", "report.html"])
+def test_what_is_no_file_in_a_run(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(run_report, "draw_curves", lambda curves, config, path: path.write_bytes(b""))
+    whole = {
+        "metrics.jsonl": json.dumps({"iteration": 1, "loss": 1.0, "rewards/margins": 0.1, "rewards/accuracies": 0.5}),
+        "config.yaml": "model: m\ndata: [a]\n",
+    }
+    for kind, put in odd_places(tmp_path / name).items():
+        for other, text in whole.items():
+            removed(tmp_path / other)
+            (tmp_path / other).write_text(text)
+        removed(tmp_path / name)
+        put()
+        if name not in whole and kind != "a folder":
+            run_report.write_report(tmp_path)  # written in its place
+            continue
+        if name == "config.yaml" and kind == "nothing in it":
+            continue
+        with pytest.raises(SimPOError, match=f"{name}|report cannot be written"):
+            run_report.write_report(tmp_path)
+        if name == "metrics.jsonl" and kind not in ("a terabyte", "nothing in it", "a link to nothing"):
+            lines = JsonLines(tmp_path / name)
+            with pytest.raises(OSError):
+                lines.write({"iteration": 2})
