@@ -34,7 +34,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 
 from simpo_megatron.checkpoint.tensor_index import read_index, refuse_other_names, refuse_other_weights
 from simpo_megatron.checkpoint.torch_files import read_torch_file
-from simpo_megatron.errors import CheckpointError, listed
+from simpo_megatron.errors import CheckpointError, StoppedBySignal, listed
 from simpo_megatron.mcore import cpu_patches, device
 from simpo_megatron.mcore.experts import weights_of
 from simpo_megatron.mcore.fp8_weights import awaited_values, quantise_masters, whole_masters
@@ -110,6 +110,8 @@ def described(folder: Path) -> Iterator[None]:
         yield
     except CheckpointException as error:
         raise CheckpointError(f"{folder}: could not be written ({_reason(error)})") from error
+    except StoppedBySignal:
+        raise
     except Exception as error:
         raise FailedAloneError(f"{folder}: could not be written ({_reason(error)})") from error
 

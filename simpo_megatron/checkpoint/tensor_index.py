@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from simpo_megatron.checkpoint.inert_pickle import Inert, InertUnpickler, PlainValues, number, shown, size_of
-from simpo_megatron.errors import CheckpointError, listed
+from simpo_megatron.errors import CheckpointError, StoppedBySignal, listed
 
 _INDEX_FILE = ".metadata"
 # Prefixes of the keys that are not a model's weights.
@@ -56,6 +56,8 @@ def read_index(folder: Path) -> Metadata:
             root = InertUnpickler(file, _knows).load()
         sizes = {entry.name: entry.stat().st_size for entry in folder.iterdir() if entry.is_file()}
         return _metadata(root, sizes)
+    except StoppedBySignal:
+        raise
     except Exception as error:
         raise CheckpointError(f"{path}: not an index of tensors ({error})") from None
 

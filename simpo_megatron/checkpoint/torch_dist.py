@@ -41,7 +41,7 @@ from simpo_megatron.checkpoint import manifest
 from simpo_megatron.checkpoint.tensor_index import read_index
 from simpo_megatron.checkpoint.torch_files import read_torch_file
 from simpo_megatron.convert.direct_io import DirectFile
-from simpo_megatron.errors import CheckpointError, SimPOError
+from simpo_megatron.errors import CheckpointError, SimPOError, StoppedBySignal
 from simpo_megatron.mcore import cpu_patches
 from simpo_megatron.mcore.meta_model import MetaModel, StoredPart
 
@@ -228,6 +228,8 @@ class CheckpointReader:
         try:
             with cpu_patches.reading_by(self._index, read_torch_file):
                 self.reader.read_data(LoadPlan(items), _Into(wanted)).wait()
+        except StoppedBySignal:
+            raise
         except Exception as error:  # what torch's reader and planner make of a file that is not as its index says
             raise CheckpointError(f"{self.folder}: {part.key}: cannot be read ({error}), expected a tensor") from None
 

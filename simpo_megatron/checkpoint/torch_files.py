@@ -28,6 +28,7 @@ from simpo_megatron.checkpoint.inert_pickle import (
     shown,
     size_of,
 )
+from simpo_megatron.errors import StoppedBySignal
 
 _MAX_PICKLE_BYTES = 64 << 20
 _LOCAL_HEADER_BYTES = 30
@@ -58,7 +59,7 @@ def read_torch_file(file: str | PathLike[str] | IO[bytes], *_: Any, **__: Any) -
             return read_torch_file(opened)
     try:
         return _Archive(file).value()
-    except (pickle.UnpicklingError, OSError):
+    except (pickle.UnpicklingError, OSError, StoppedBySignal):
         raise
     except Exception as error:
         raise pickle.UnpicklingError(f"{type(error).__name__}: {error}") from None

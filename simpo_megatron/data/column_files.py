@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from simpo_megatron.data.forms import READ_COLUMNS
 from simpo_megatron.data.pair_options import PairOptions
 from simpo_megatron.data.parsing import Unreadable
-from simpo_megatron.errors import DataError
+from simpo_megatron.errors import DataError, StoppedBySignal
 
 if TYPE_CHECKING:
     import pyarrow
@@ -97,6 +97,8 @@ def _values(column: pyarrow.Array) -> list[Any]:
     """Returns the values of a column, `Unreadable` for each that has no form in Python."""
     try:
         return column.to_pylist()
+    except StoppedBySignal:
+        raise
     except Exception:  # Of a column's kind, or of one cell: text that is no text, a day beyond the calendar.
         return [_value(cell) for cell in column]
 
@@ -121,6 +123,8 @@ def _sound(column: pyarrow.Array) -> pyarrow.Array:
 def _value(cell: pyarrow.Scalar) -> Any:
     try:
         return cell.as_py()
+    except StoppedBySignal:
+        raise
     except Exception as error:
         return Unreadable(str(error).splitlines()[0] if str(error) else type(error).__name__)
 
@@ -135,6 +139,8 @@ def _words(column: pyarrow.Array) -> list[Any]:
 def _mapped_words(column: pyarrow.Array) -> list[Any]:
     try:
         return _words(_sound(column))
+    except StoppedBySignal:
+        raise
     except Exception:
         return [_NOT_READ] * len(column)
 
@@ -149,6 +155,8 @@ def _of_one_column(file: pyarrow.parquet.ParquetFile, name: str) -> Iterator[Any
     try:
         for batch in file.iter_batches(batch_size=_BATCH_ROWS, columns=[name]):
             yield from _words(batch.column(0))
+    except StoppedBySignal:
+        raise
     except Exception:
         yield from itertools.repeat(_NOT_READ)
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from simpo_megatron.data.pair_options import PairOptions
 from simpo_megatron.data.records import BadRecord, Message
 from simpo_megatron.data.tokenizer_files import MOST_BYTES
-from simpo_megatron.errors import DataError
+from simpo_megatron.errors import DataError, StoppedBySignal
 from simpo_megatron.limits import LimitError, limited, read_bounded
 
 if TYPE_CHECKING:
@@ -101,6 +101,8 @@ class ChatTemplate:
                 f"expected at most {_CPU_SECONDS:g} s, {_MOST_BYTES >> 20} MiB and {_MOST_CHARACTERS} characters for "
                 "one conversation; give another one"
             ) from None
+        except StoppedBySignal:
+            raise
         except Exception as error:  # A template is a program: it may divide by zero, recurse or raise without a word.
             if (written := _with_written_arguments(messages)) != list(messages):
                 return self.render(written, tools, add_generation_prompt=add_generation_prompt)

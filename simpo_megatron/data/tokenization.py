@@ -20,14 +20,14 @@ from simpo_megatron.data.rendered_turns import TEMPLATE_MARK, Spans
 from simpo_megatron.data.templates import EndlessTemplateError, bounds_of_templates, chat_template_of, special_texts
 from simpo_megatron.data.tokenizer_files import check_tokenizer_files
 from simpo_megatron.data.truncation import kept_tokens, princeton_kept_tokens
-from simpo_megatron.errors import ConfigError, DataError, SimPOError
+from simpo_megatron.errors import ConfigError, DataError, SimPOError, StoppedBySignal
 
 if TYPE_CHECKING:
     from tokenizers import Encoding, Tokenizer
     from transformers import PreTrainedTokenizerBase
 
 
-_NO_PROBLEMS = (KeyboardInterrupt, SystemExit, GeneratorExit)
+_NO_PROBLEMS = (StoppedBySignal, KeyboardInterrupt, SystemExit, GeneratorExit)
 _LONGEST_SPECIAL = 1000
 # Letters that seldom share a token with what follows.
 _BEFORE = "\n:0"

@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from simpo_megatron.errors import ConfigError
+from simpo_megatron.errors import ConfigError, StoppedBySignal
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -60,6 +60,8 @@ def _configuration(text: str) -> PretrainedConfig:
     try:
         return kind.from_dict(content)
     # Each class checks in its own way: by assertions, by exceptions of several kinds.
+    except StoppedBySignal:
+        raise
     except Exception as error:
         reason = " ".join(str(error).split())
         raise ConfigError(

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from simpo_megatron.errors import CheckpointError
+from simpo_megatron.errors import CheckpointError, StoppedBySignal
 from simpo_megatron.limits import read_bounded
 
 MAX_JSON_BYTES = 16 << 20
@@ -73,6 +73,8 @@ def load_transformers_model(auto_class: Any, folder: str | Path, **options: Any)
     safe = {"trust_remote_code": False, "local_files_only": True, "use_safetensors": True}
     try:
         return auto_class.from_pretrained(folder, **safe, **options).eval()
+    except StoppedBySignal:
+        raise
     except Exception as error:  # Of a folder that is not sound it raises whatever it stumbles on.
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from simpo_megatron.errors import CheckpointError
+from simpo_megatron.errors import CheckpointError, StoppedBySignal
 
 _NAME = re.compile(r"(?P<repository>[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95})(@(?P<revision>[\w./-]{1,200}))?")
 _CACHED = re.compile(r"models--([\w.-]+?)--([\w.-]+)")
@@ -33,6 +33,8 @@ def model_folder(name: str | Path, files: Sequence[str] = _FILES_OF_A_MODEL) -> 
     try:
         # huggingface_hub raises errors of several libraries, some of them internal.
         snapshot = snapshot_download(found["repository"], revision=found["revision"], allow_patterns=list(files))
+    except StoppedBySignal:
+        raise
     except Exception as error:
         reason = str(error).strip().partition("\n")[0]
         raise CheckpointError(

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from simpo_megatron.config.yaml_tree import read_yaml_tree
-from simpo_megatron.errors import ConfigError, listed
+from simpo_megatron.errors import ConfigError, StoppedBySignal, listed
 from simpo_megatron.limits import LimitError, limited
 
 if TYPE_CHECKING:
@@ -150,6 +150,8 @@ def _load(omegaconf: Any, path: Path) -> Any:
         config = omegaconf.OmegaConf.load(io.StringIO(text))
     except omegaconf.errors.OmegaConfBaseException:
         raise
+    except StoppedBySignal:
+        raise
     except Exception as error:  # yaml's own errors, and what its constructors raise on malformed scalars
         line = getattr(getattr(error, "problem_mark", None), "line", 0) + 1
         problem = getattr(error, "problem", None) or _first_line(error)
@@ -187,6 +189,8 @@ def _read_overrides(omegaconf: Any, overrides: Sequence[str]) -> Any:
             raise ConfigError(f"command line: found {override[:60]!r}, expected key=value after --nemo-config FILE")
     try:
         return omegaconf.OmegaConf.from_dotlist([override.lstrip("+") for override in overrides])
+    except StoppedBySignal:
+        raise
     except Exception as error:  # yaml's, for a value such as [a,
         raise ConfigError(
             f"command line: found an override that is not YAML ({_first_line(error)}), expected key=value"

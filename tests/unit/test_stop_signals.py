@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import signal
 import time
+from pathlib import Path
 
 import pytest
 
@@ -124,3 +126,42 @@ def test_in_a_command_signals_are_ignored_once_its_run_is_over():
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+# Where a stop is told to other ranks, or comes too late to matter, or signals are noted and not raised.
+MAY_CATCH_A_STOP = {
+    "gpu_check/",
+    "ranks.py",
+    "training/launch.py",
+    "training/finish.py",
+    "training/loop.py",
+    "training/watchdog.py",
+    "training/checkpoint_manager.py",
+    "checkpoint/writer.py",
+    "reporting/loggers.py",
+    "mcore/batch.py",
+    "data/workers.py",
+}
+
+
+def _swallows(handler: ast.ExceptHandler, earlier: list[ast.ExceptHandler]) -> bool:
+    caught = ast.unparse(handler.type) if handler.type is not None else "BaseException"
+    if caught not in ("Exception", "BaseException"):
+        return False
+    raises = any(isinstance(node, ast.Raise) and node.exc is None for node in ast.walk(handler))
+    return not raises and not any("StoppedBySignal" in ast.unparse(one.type) for one in earlier if one.type is not None)
+
+
+def test_no_handler_of_all_errors_takes_a_stop_for_a_fault_of_a_file():
+    package = Path(stop_signals.__file__).parent
+    found = []
+    for path in sorted(package.rglob("*.py")):
+        name = str(path.relative_to(package))
+        if name.startswith(tuple(MAY_CATCH_A_STOP)):
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Try):
+                for number, handler in enumerate(node.handlers):
+                    if _swallows(handler, node.handlers[:number]):
+                        found.append(f"{name}:{handler.lineno}")
+    assert found == []
