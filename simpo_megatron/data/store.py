@@ -1,4 +1,4 @@
-"""Tokenised pairs on disk, in megatron-core's IndexedDataset files, which ranks map instead of load.
+"""Tokenised pairs on disk, in megatron-core's IndexedDataset files, of which ranks read a pair at a time.
 
 A store is a folder: `pairs.bin` and `pairs.idx` (three sequences per document: prompt, chosen, rejected),
 `pairs.npy` (one row per pair: where it came from and what was cut) and `store.json` (fingerprints, counts and the
@@ -13,6 +13,8 @@ import json
 import logging
 import os
 import struct
+import weakref
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -62,17 +64,19 @@ PAIR_DTYPE = np.dtype(
         ("lost", np.int32, 3),
         ("score_gap", np.float32),
         ("counted", np.int32, 2),
+        ("crc32", np.uint32),
     ]
 )
 
 
 class PairStore:
-    """The tokenised pairs of one source, mapped from disk: `store[i]`, `len(store)`, lengths [num_pairs, 3].
+    """The tokenised pairs of one source, read from disk: `store[i]`, `len(store)`, lengths [num_pairs, 3].
 
     Args:
         verify: look at every byte; only once for each copy of the files, for it reads them whole.
 
-    Raises: DamagedStoreError when the files are not those that were built.
+    Raises: DamagedStoreError when the files are not those that were built; from `store[i]`, when the bytes of that pair
+        have changed since.
     """
 
     def __init__(self, folder: Path, *, verify: bool = True) -> None:
@@ -84,13 +88,17 @@ class PairStore:
             self.report = BuildReport(**sidecar["report"])
             lengths, pointers = _parse_index((folder / "pairs.idx").read_bytes())
             self.pairs = np.load(folder / "pairs.npy", mmap_mode="r")
-            self._tokens = np.memmap(folder / "pairs.bin", np.int32, mode="r")
+            # Not mapped: a page of a file that was cut short meanwhile would kill the process.
+            self._descriptor = os.open(folder / "pairs.bin", os.O_RDONLY)
+            weakref.finalize(self, os.close, self._descriptor)
+            num_bytes = os.fstat(self._descriptor).st_size
         except (OSError, ValueError, KeyError, TypeError, struct.error) as error:
             raise DamagedStoreError(folder, error) from None
         self.lengths = lengths.reshape(-1, 3)
         self._starts = pointers[::3] // 4
-        if len(self.lengths) != len(self.pairs) or len(self._tokens) != lengths.sum(dtype=np.int64):
+        if len(self.lengths) != len(self.pairs) or num_bytes != 4 * lengths.sum(dtype=np.int64):
             raise DamagedStoreError(folder, "its files have the sizes of different stores")
+        self._checksums = np.array(self.pairs["crc32"]) if "crc32" in self.pairs.dtype.names else None
 
     @property
     def name(self) -> str:
@@ -113,9 +121,18 @@ class PairStore:
         return len(self.lengths)
 
     def __getitem__(self, index: int) -> TokenizedPair:
-        ends = self._starts[index] + np.cumsum(self.lengths[index])
-        parts = np.split(self._tokens[self._starts[index] : ends[2]], ends[:2] - self._starts[index])
-        return TokenizedPair.from_marked(*(np.asarray(part) for part in parts))
+        ends = np.cumsum(self.lengths[index])
+        try:
+            content = os.pread(self._descriptor, 4 * int(ends[2]), 4 * int(self._starts[index]))
+        except OSError as error:
+            raise DamagedStoreError(self.folder, f"pair {index} cannot be read: {error.strerror}") from None
+        is_known = self._checksums is None or zlib.crc32(content) == self._checksums[index]
+        if len(content) != 4 * ends[2] or not is_known:
+            raise DamagedStoreError(self.folder, f"the bytes of pair {index} changed while the store was in use")
+        return TokenizedPair.from_marked(*np.split(np.frombuffer(content, np.int32), ends[:2]))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return partial(PairStore, verify=False), (self.folder,)
 
 
 def open_store(
@@ -278,7 +295,8 @@ def encode_chunk(raw: list[RawRecord], path: str, pair_tokenizer: PairTokenizer,
         parts += ids
         lengths.append([len(part) for part in ids])
         counted = [int((part >= 0).sum()) for part in ids[1:]]
-        rows.append((line, _prompt_key(record), encoded.lost, record.reading.score_gap, counted))
+        checksum = zlib.crc32(np.concatenate(ids).astype(np.int32, copy=False).tobytes())
+        rows.append((line, _prompt_key(record), encoded.lost, record.reading.score_gap, counted, checksum))
         report.notes.update(encoded.notes)
         for note in encoded.notes:
             report.first.setdefault(note, f"{path}:{line}: {note}: {FINDINGS.get(note, note)}")

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import pickle
 import shutil
 import time
 import tracemalloc
@@ -223,6 +224,29 @@ def test_the_seal_looks_at_every_block_of_a_large_file(tmp_path, monkeypatch):
         with pytest.raises(DataError, match="the bytes of pairs.bin have changed"):
             store_module.PairStore(folder)
         store_module.PairStore(folder, verify=False)
+
+
+@pytest.mark.parametrize("change", ["a bit turned", "cut short", "zeros"])
+def test_bytes_that_change_while_a_store_is_in_use_are_never_trained_on(change, tmp_path):
+    build(write_pairs(tmp_path / "pairs.jsonl", 10), tmp_path)
+    [folder] = folders(tmp_path)
+    store = store_module.PairStore(folder)
+    first = 4 * int(store.lengths[0].sum())
+    with (folder / "pairs.bin").open("r+b") as file:
+        if change == "a bit turned":
+            file.seek(first + 1)
+            byte = file.read(1)
+            file.seek(first + 1)
+            file.write(bytes([byte[0] ^ 1]))
+        elif change == "cut short":
+            file.truncate(first + 2)
+        else:
+            file.seek(first)
+            file.write(bytes(40))
+    for used in [store] if change == "cut short" else [store, pickle.loads(pickle.dumps(store))]:
+        assert len(used[0].prompt_ids) == store.lengths[0, 0]
+        with pytest.raises(DataError, match=f"{folder}: found a damaged token store .*the bytes of pair 1 changed"):
+            used[1]
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EACCES, errno.EROFS])
