@@ -38,12 +38,15 @@ def run(argv: Sequence[str] | None = None, script: str | None = None) -> NoRetur
     """Ends this process with the exit code of `main`; handles stop signals and a closed stdout."""
     argv = sys.argv[1:] if argv is None else argv
     outlive_readers()
+    trains = argv[:1] in (["train"], ["sweep"])
     try:
         # From here on: importing torch and megatron takes longer than some launchers wait after a signal.
-        with StopSignals() if argv[:1] in (["train"], ["sweep"]) else nullcontext():
+        with StopSignals() if argv[:1] != ["gpu-check"] else nullcontext() as signals:
+            if signals is not None and not trains:
+                signals.describe_end = lambda: "stopped before it was done; the same command starts or continues it"
             code = main(argv, script)
     except StoppedBySignal as stopped:
-        code = report_error(stopped, rank=int(os.environ.get("RANK", 0)))
+        code = report_error(stopped, rank=int(os.environ.get("RANK", 0)) if trains else None)
     ignore_from_now_on()
     sys.exit(code)
 

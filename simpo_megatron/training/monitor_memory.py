@@ -1,4 +1,4 @@
-"""What monitors remember in a checkpoint, and whether what one says can be that."""
+"""The memory of monitors in a checkpoint, and the check of what one says it is."""
 
 from __future__ import annotations
 

@@ -91,6 +91,8 @@ class Run:
     """Through the command line, which prints errors and turns them into exit codes."""
     folders: list | None = None
     """The working folder of each rank."""
+    signal_store: list | None = None
+    """[n, signal]: the process that keeps the ranks' store gets a signal at the start of rank 0's nth step."""
     signals: list | None = None
     """[rank, n, names]: that rank gets these signals, one after the other, at the start of its nth step of this run."""
 
@@ -223,6 +225,8 @@ def fork_rank(rank: int, run: Run, folder: Path) -> int:
             injections.fill_disk(run.full_disk[1])
         if run.signals and run.signals[0] == rank:
             injections.signal_at_step(*run.signals[1:])
+        if run.signal_store and rank == 0:
+            injections.signal_store_at_step(*run.signal_store)
         if run.vanish and run.vanish[0] == rank:
             injections.remove_at_step(run.vanish[1], Path(run.options["save"]))
         if run.file_limit and run.file_limit[0] == rank:

@@ -12,11 +12,13 @@ import re
 import resource
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import torch
 from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBucketGroup as BucketGroup
 
@@ -169,6 +171,22 @@ def signal_at_step(nth: int, names: list[str]) -> None:
         count += 1
         for name in names if count == nth else []:
             os.kill(os.getpid(), signal.Signals[name])
+        return train_step(*arguments)
+
+    loop.train_step = signalled
+
+
+def signal_store_at_step(nth: int, name: str) -> None:
+    """To the process of rank 0 in which the ranks' store lives; it is gone a while later, frozen or not."""
+    train_step, count = loop.train_step, 0
+
+    def signalled(*arguments):
+        nonlocal count
+        count += 1
+        if count == nth:
+            (store,) = psutil.Process().children()
+            store.send_signal(signal.Signals[name])
+            subprocess.Popen(["sh", "-c", f"sleep 40; kill -KILL {store.pid} 2>/dev/null"], start_new_session=True)
         return train_step(*arguments)
 
     loop.train_step = signalled

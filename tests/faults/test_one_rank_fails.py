@@ -99,6 +99,16 @@ RUNS = {
             r"stopped responding; likely killed \(out of"
         },
     ),
+    "the_store_of_the_ranks_is_frozen": (
+        {"signal_store": [2, "SIGSTOP"], "options": {"train_iters": 100_000}},
+        [6, 6],
+        {0: r"^ERROR simpo_megatron rank 0: stopped in step \d+ because the ranks' store at \S+ does not answer"},
+    ),
+    "the_store_of_the_ranks_is_killed": (
+        {"signal_store": [2, "SIGKILL"], "options": {"train_iters": 100_000}},
+        [6, 6],
+        {0: r"^ERROR simpo_megatron rank 0: stopped in step \d+ because the ranks' store at \S+ does not answer"},
+    ),
     "one_rank_has_no_data_before_they_meet": (
         {"by_command": True, "other_options": [1, {"data": ["/none.jsonl"]}]},
         [3, 3],

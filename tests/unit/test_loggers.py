@@ -265,7 +265,7 @@ def test_a_sink_that_fails_costs_a_warning_and_its_records(tmp_path):
     for iteration in (1, 2):
         sink.write({"iteration": iteration, "loss": 1.0})
     sink.close()
-    assert len(said) == 2 and "metrics.jsonl: could not be written ([Errno 21] Is a directory" in said[0]
+    assert len(said) == 2 and "metrics.jsonl: could not be written ([Errno 22] it is no file" in said[0]
     assert said[1].endswith("metrics.jsonl: 2 records were lost")
     (tmp_path / "metrics.jsonl").rmdir()
     sink = Steady(JsonLines(tmp_path / "metrics.jsonl"), said.append)
