@@ -6,7 +6,6 @@ import functools
 import os
 import shutil
 import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from multiprocessing.process import BaseProcess
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from extras import installed_alone
 from filelock import FileLock
 from ranks import REPOSITORY
 
@@ -87,7 +87,9 @@ def smollm2(tmp_path_factory) -> Path:
     folder = Path(os.environ.get("SIMPO_SMOLLM2") or shared / "smollm2")
     tool = REPOSITORY / "tools" / "prepare_smollm2.py"
     with FileLock(shared / "smollm2.lock"):
-        done = subprocess.run([sys.executable, str(tool), str(folder)], capture_output=True, text=True, timeout=600)
+        # As `make demo-smollm2` does, with the packages of this extra and no others.
+        python = installed_alone(own / "packages_of_gguf", "gguf")
+        done = subprocess.run([*python, str(tool), str(folder)], capture_output=True, text=True, timeout=600)
     if done.returncode:
         pytest.skip(done.stderr.strip().splitlines()[-1])
     return folder

@@ -1,0 +1,50 @@
+"""Each extra alone is enough for what it is for; none of them is needed for the rest.
+
+The extra gguf makes the model of test_smollm2 (conftest.py). `make test-nemo` and `make docs` install theirs alone.
+"""
+
+import subprocess
+
+import pytest
+from extras import installed_alone
+
+EVERY_MODULE = """
+import importlib, pkgutil, simpo_megatron
+for module in pkgutil.walk_packages(simpo_megatron.__path__, "simpo_megatron."):
+    if not module.name.endswith("__main__"):
+        try:
+            importlib.import_module(module.name)
+        except ModuleNotFoundError as error:
+            if error.name != "triton":  # comes with a torch for GPUs
+                raise
+"""
+A_SWEEP = """
+from pathlib import Path
+from simpo_megatron.cli import main
+raise SystemExit(main(["sweep", "--sweep", "lr=1e-3,2e-3", "--save", "swept", "--train-iters", "2", "--dry-run"]))
+"""
+ON_WEIGHTS_AND_BIASES = """
+from simpo_megatron.config import load_config
+from simpo_megatron.reporting.loggers import WeightsAndBiases
+sink = WeightsAndBiases("simpo", load_config(preset="demo"))
+sink.write({"iteration": 1, "loss": 1.0})
+sink.close()
+"""
+pytestmark = pytest.mark.processes
+
+USES = {"": EVERY_MODULE, "sweep": A_SWEEP, "wandb": ON_WEIGHTS_AND_BIASES}
+
+
+@pytest.mark.parametrize("extra", USES)
+def test_an_extra_alone_is_enough(extra, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    python = installed_alone(tmp_path / "packages", extra)
+    done = subprocess.run([*python, "-c", USES[extra]], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
+
+
+def test_what_is_not_required_is_not_there(tmp_path):
+    python = installed_alone(tmp_path / "packages")
+    for module in ("optuna", "gguf", "accelerate", "pytest", "trl", "peft"):
+        done = subprocess.run([*python, "-c", f"import {module}"], capture_output=True, text=True, timeout=60)
+        assert f"No module named '{module}'" in done.stderr
