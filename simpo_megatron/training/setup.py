@@ -112,8 +112,7 @@ def plan_run(config: Config, world_size: int) -> RunPlan:
     check_sinks(config)
     _check_starting_again(config)
     sources = locate_sources(config)
-    for folder in filter(None, (config.model.export_hf, config.lora.export_adapter)):
-        refuse_existing_export(folder, sources.model)
+    _check_exports(config, sources)
     _check_files(sources)
     check_model_files(sources.model)
     description = describe_hf_model(sources.model)
@@ -142,6 +141,22 @@ def _check_starting_again(config: Config) -> None:
             f"resume: found {config.run.resume} in a job that starts again after a stop, expected latest, or each "
             f"start would be from there; leave it out, {remedy}"
         )
+
+
+def _check_exports(config: Config, sources: Sources) -> None:
+    """Refuse exports that would replace the model, the run's own folder or each other."""
+    exports = {"export_hf": config.model.export_hf, "export_adapter": config.lora.export_adapter}
+    taken = [] if config.run.save is None else [Path(config.run.save).resolve()]
+    for key, folder in exports.items():
+        if folder is None:
+            continue
+        refuse_existing_export(folder, sources.model)
+        path = Path(folder).resolve()
+        if any(path in (other, *other.parents) for other in taken):
+            raise ConfigError(
+                f"{key}: found {folder}, where the run or another export is, expected a folder of its own; name one"
+            )
+        taken.append(path)
 
 
 def _check_files(sources: Sources) -> None:

@@ -72,6 +72,24 @@ MISTAKES = {
     "no such model": (["--model", "{tmp}/none", "--data", "{pairs}"], {}, 4, r"none/config.json: found no such file"),
     "a folder without a model": (["--model", "{tmp}/not_a_model", "--data", "{pairs}"], {}, 4, r"found no such file"),
     "another family": (["--model", "{tmp}/other_family", "--data", "{pairs}"], {}, 2, r"model_type: found 'mamba'"),
+    "an export in place of the run": (
+        ["--export-hf", "{tmp}/run"],
+        {},
+        2,
+        r"export_hf: found .*/run, where",
+    ),
+    "an export around the run": (
+        ["--save", "{tmp}/new/a", "--export-hf", "{tmp}/new"],
+        {},
+        2,
+        r"export_hf: found .*/new",
+    ),
+    "two exports in one folder": (
+        ["--lora-rank", "2", "--export-hf", "{tmp}/hf", "--export-adapter", "{tmp}/hf"],
+        {},
+        2,
+        r"export_adapter: found .*/hf, where the run or another export is",
+    ),
     "no such data": (["--model", "{model}", "--data", "{tmp}/none.jsonl"], {}, 3, r"none.jsonl: found no such file"),
     "no such held-out data": (["--valid-data", "{tmp}/none.jsonl"], {}, 3, r"none.jsonl: found no such file"),
     "no such held-out set": (
@@ -92,7 +110,8 @@ def test_a_mistake_gives_one_line_and_its_exit_code_before_any_rank_speaks(
         monkeypatch.setenv(name, value)
     argv = [argument.format(**files) for argument in arguments]
     if "--nemo-config" not in argv:
-        argv += ["--data-cache", str(tmp_path / "cache"), "--save", str(tmp_path / "run")]
+        argv += ["--data-cache", str(tmp_path / "cache")]
+        argv += [] if "--save" in argv else ["--save", str(tmp_path / "run")]
     assert launch.main(argv, SCRIPT) == exit_code
     printed = capfd.readouterr()
     (line,) = printed.err.strip().splitlines()
