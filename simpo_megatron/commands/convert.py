@@ -4,8 +4,8 @@ simpo convert hf-to-mcore Llama-3.1-8B checkpoints/llama    # writes checkpoints
 simpo convert mcore-to-hf runs/mine out                     # the newest checkpoint of a run
 simpo convert mcore-to-hf runs/mine/iter_0000100 out --dtype stored
 
-A checkpoint is written as it is stored, a Hugging Face folder in bfloat16, as models are served; --dtype says
-otherwise, and with `stored` the way there and back keeps every bit.
+A checkpoint keeps the stored dtypes; a Hugging Face folder is written in bfloat16, unless --dtype is given. With
+`--dtype stored` a round trip keeps every bit.
 Needs memory for three times the largest tensor (70B: 4.3 GiB measured), no GPU. The output appears when it is whole;
 after a kill, the same command starts again cleanly.
 """

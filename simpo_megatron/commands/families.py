@@ -3,9 +3,9 @@
 simpo families
 simpo families --prove qwen3 granite
 
---prove makes small random models of the families, one of each kind that the family's file names, and compares on this
-machine, in fp32, the logits of both libraries and every tensor of an export. Without names it takes all families.
-Exit code 0: all are the same (logits within 1e-4); 1: something differs.
+--prove builds small random models of the families, one for each configuration that the family's file lists. In fp32, on
+this machine, it compares the logits of both libraries and every tensor of an export. Without names it takes all
+families. Exit code 0: all are the same (logits within 1e-4); 1: something differs.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-"""Tells how far FP8 can be trusted: what it does to the log-probs and margins of a batch of pairs that bf16 judges too.
+"""Shows how FP8 changes the log-probs and margins of a batch of pairs, compared with bf16.
 
 simpo fp8-check --recipe tensorwise --pairs 64 --model DIR --data pairs.jsonl
 torchrun --nproc-per-node 8 -m simpo_megatron fp8-check --recipe blockwise --config FILE --model DIR --data pairs.jsonl
 
-Every option of the trainer may follow, and it takes the ranks and the memory of the training run that has them;
-gamma_beta_ratio says how large a margin is asked for. With a GPU the layers are Transformer Engine's. Without one FP8
-is EMULATED: what enters the layers' matrix products, weights and activations, is rounded to e4m3 in software with the
-recipe's scales, and multiplied in bf16. Emulation knows the rounding and nothing else of the hardware.
+Every option of the trainer may follow; ranks and memory are those of a training run with the same options.
+gamma_beta_ratio is the target margin. With a GPU the layers are Transformer Engine's. Without one FP8 is EMULATED:
+weights and activations of the layers' matrix products are rounded to e4m3 in software with the recipe's scales, and
+multiplied in bf16. Emulation covers the rounding, nothing else of the hardware.
 """
 
 from __future__ import annotations
@@ -191,7 +191,7 @@ def main(argv: Sequence[str], prog: str = "simpo fp8-check") -> int:
     own, of_the_trainer = parser.parse_known_args(argv)
     if own.pairs < 1:
         parser.error(f"argument --pairs: found {own.pairs}, expected a number above 0")
-    # Of what megatron says to its own developers, nothing is the user's to mend.
+    # megatron's messages to its own developers are nothing that a user can act on.
     warnings.simplefilter("ignore")
     try:
         check(load_config(of_the_trainer), own.recipe, own.pairs)

@@ -1,10 +1,10 @@
-"""Tells what a training run would make of preference files: what is used, dropped, cut, doubled and saved.
+"""Shows how a training run would read preference files: pairs used, dropped, cut and doubled, and tokens saved.
 
 simpo inspect --model DIR --data pairs.jsonl --preset llama3-instruct-v0.2 --show 3
 simpo inspect --model DIR --data a.jsonl b.parquet --valid-data c.jsonl --html report.html
 
-Every option of the trainer may follow, its presets and YAML files too: what they say of pairs (--max-length,
---template-mode, --chosen-column ...) is what the inspection holds for. Malformed records are counted and passed over.
+Every option of the trainer may follow, its presets and YAML files too; those that concern pairs (--max-length,
+--template-mode, --chosen-column ...) are applied. Malformed records are counted and skipped.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def _read(
 
 
 def _reading(config: Config) -> list[InspectedRow]:
-    """The settings of the inspection: files, tokenizer, and every option of pairs that decides over tokens."""
+    """The settings of the inspection: files, tokenizer, and every option that changes tokens."""
     findings = [InspectedRow("files", " ".join(config.data.data)), InspectedRow("tokenizer", str(config.model.model))]
     for option in fields(config.pairs):
         value = getattr(config.pairs, option.name)

@@ -1,11 +1,11 @@
-"""Averages models that differ in their weights alone, such as a SimPO and a DPO run from the same start.
+"""Averages models that differ only in their weights, such as a SimPO and a DPO run from the same start.
 
 simpo merge OUT runs/simpo/hf runs/dpo/hf
 simpo merge OUT runs/simpo runs/dpo --shares 0.7 0.3
 
-Each model is a Hugging Face folder, a Megatron checkpoint, or a run's folder, whose newest one counts. OUT becomes a
-Hugging Face folder, in the dtype of the first model, with its configuration and tokenizer. Models that differ in
-architecture, shapes or tokenizer are refused. Sums are fp32, one tensor at a time; the output appears when it is whole.
+Each model is a Hugging Face folder, a Megatron checkpoint, or a run's folder, whose newest checkpoint is used. OUT
+becomes a Hugging Face folder with the dtype, configuration and tokenizer of the first model. Models that differ in
+architecture, shapes or tokenizer are refused. Sums are fp32, one tensor at a time; OUT appears only when it is whole.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Plans a run before GPUs are rented: which layouts fit, what each needs, how fast it should be, how to start it.
+"""Plans a run before GPUs are rented: layouts that fit, their memory, expected speed, and commands to start them.
 
 simpo plan --model Llama-3.1-70B --gpus 64 --gpu h100-80gb --tokens-per-microbatch 8192 --fp8 tensorwise
 simpo plan --model DIR --gpus 8 --preset llama3-instruct-v0.2 --write runs/plan.yaml
@@ -91,7 +91,7 @@ def parse_arguments(argv: Sequence[str], prog: str) -> tuple[argparse.Namespace,
 
 
 def main(argv: Sequence[str], prog: str = "simpo plan") -> int:
-    """The exit code: 0 with a plan, 2 when nothing fits or the question cannot be answered."""
+    """The exit code: 0 with a plan, 2 when nothing fits or the options are wrong."""
     arguments, of_the_trainer = parse_arguments(argv, prog)
     console = Console(width=120, soft_wrap=False) if not sys.stdout.isatty() else Console()
     try:
@@ -155,7 +155,7 @@ def _job(arguments: argparse.Namespace, config: Config, pairs: _Pairs) -> PlanRe
         num_gpus=arguments.gpus,
         gpu=GPUS[arguments.gpu],
         pack=Pack.of(config.batch, prompt=prompt, response=response),
-        # Without packing a microbatch is as long as its pairs, and those of max_length come together.
+        # Without packing, the longest microbatch has pairs of max_length only.
         largest=None if config.batch.packing else Pack.of(config.batch, **pairs_of),
     )
 
@@ -186,7 +186,7 @@ def _what_would_fit(found: Survey) -> str:
 
 
 def _whole_config(arguments: argparse.Namespace, of_the_trainer: list[str]) -> str | None:
-    """The YAML file that says all there is to the plan already, if one does."""
+    """The YAML file that already holds the whole plan, if one does."""
     is_all = arguments.as_is and len(of_the_trainer) == 2 and of_the_trainer[0] == "--config"
     return of_the_trainer[1] if is_all else None
 
@@ -218,5 +218,5 @@ def _explain(
 
 
 def _say(text: str, console: Console) -> None:
-    """Print a text with no line broken, so that a command can be copied."""
+    """Print a text without wrapping lines, so that a command can be copied."""
     console.print(visible(text, keep="\n"), markup=False, highlight=False, soft_wrap=True)

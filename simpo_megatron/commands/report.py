@@ -3,9 +3,9 @@
 simpo report runs/mine
 simpo report runs/a runs/b runs/c
 
-RUN_DIR is the folder that --save named. The files of one run are RUN_DIR/report.html and RUN_DIR/loss.png. Several runs
-are compared by the validation pairs that they have in common, pair by pair, whatever their objectives; the page is
-comparison.html in the folder that holds them all.
+RUN_DIR is a run's --save folder. The files of one run are RUN_DIR/report.html and RUN_DIR/loss.png. Several runs are
+compared on the same validation pairs, pair by pair, whatever their objectives; the page is comparison.html in the
+folder that contains them all.
 """
 
 from __future__ import annotations

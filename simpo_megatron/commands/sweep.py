@@ -1,12 +1,12 @@
-"""Trains many settings on the same ranks, model and pairs, and tells which is better and which are level with it.
+"""Trains many settings on the same ranks, model and pairs, and ranks them: the best, and those level with it.
 
 simpo sweep --model DIR --data F --valid-data V --sweep lr=5e-7,1e-6 beta=2,2.5,10 --save runs/sweep
 simpo sweep --config FILE --halving 3 --keep 3            the values to try stand under `sweep:` in FILE
 torchrun --nproc-per-node 8 -m simpo_megatron sweep --tp 8 ...     ranks that torchrun starts
 
-Every option of the trainer may follow. Each trial is an ordinary run in a folder of its own below that of --save, bit
-for bit the run it would be alone. The same command goes on where it was stopped: finished trials are skipped, the
-broken one resumes from its checkpoint. The results are sweep.html, sweep.json and best.yaml in that folder.
+Every option of the trainer may follow. Each trial is an ordinary run in its own folder below --save, bit for bit the
+run it would be alone. The same command continues a stopped sweep: finished trials are skipped, the interrupted one
+resumes from its checkpoint. The results are sweep.html, sweep.json and best.yaml in that folder.
 """
 
 from __future__ import annotations
@@ -83,11 +83,11 @@ def _dry_run(own: argparse.Namespace, of_the_trainer: Sequence[str]) -> int:
 
 
 def _read(argv: Sequence[str]) -> tuple[Config, Callable[[], None]]:
-    """The configuration that all trials have in common, and the sweep."""
+    """The configuration that all trials share, and the sweep."""
     sweep = _sweep(*parse_arguments(argv, "simpo sweep"))
 
     def work() -> None:
-        # Only now, for megatron takes ten seconds to import.
+        # Imported only now: megatron takes ten seconds to import.
         from simpo_megatron.sweep.driver import run_sweep
 
         run_sweep(sweep)

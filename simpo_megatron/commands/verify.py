@@ -1,11 +1,11 @@
-"""Tells whether two models are the same, tensor by tensor: Hugging Face folders, Megatron checkpoints, or one of each.
+"""Compares two models tensor by tensor: Hugging Face folders, Megatron checkpoints, or one of each.
 
 simpo verify Llama-3.1-8B checkpoints/llama
 simpo verify runs/mine runs/mine/hf --pairs pairs.jsonl
 
-Prints the SHA-256 of every tensor on both sides, under its Hugging Face name, and with --pairs the average log-prob of
-each response on both sides: of a folder by transformers, of a checkpoint by megatron-core, both in fp32 on the CPU.
-A tensor that one side stores in fewer bits is compared after both are cast to these, and so are the log-probs.
+Prints the SHA-256 of every tensor on both sides, under its Hugging Face name. With --pairs also the average log-prob of
+each response: of a folder by transformers, of a checkpoint by megatron-core, both in fp32 on the CPU. If one side
+stores a tensor in fewer bits, both are cast to these before tensors and log-probs are compared.
 Exit code 0: every value is the same (and log-probs are within 1e-4); 1: something differs; 4: a side cannot be read.
 """
 
@@ -56,7 +56,7 @@ def verify(arguments: argparse.Namespace, groups: ParallelGroups) -> int:
     """0 when the sides are the same, 1 when not, after both tables were printed."""
     from simpo_megatron.offline.weights import open_weights
 
-    # Names and hashes stay whole where output goes to a file.
+    # In a file, names and hashes are not cut to the terminal's width.
     console = Console() if sys.stdout.isatty() else Console(width=160)
     sides = [open_weights(path, groups) for path in (arguments.first, arguments.second)]
     equal = print_tensors(sides, console)
