@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from simpo_megatron.errors import ConfigError
-from simpo_megatron.nemo.rules import Asked, Only, Rule, Translated
+from simpo_megatron.nemo.rules import Asked, Different, Only, Rule, Translated
 from simpo_megatron.nemo.translations import each, ignored
 
 _OPTIONS = ("lora_rank", "lora_alpha", "lora_dropout", "lora_targets")
@@ -30,7 +30,7 @@ def megatron_lora(switch: str, prefix: str, example: str) -> dict[str, Rule]:
     """
     reads = tuple(prefix + name for name in ("dim", "alpha", "dropout", "dropout_position", "target_modules"))
 
-    def adapters(value: Any, asked: Asked) -> dict[str, Any] | str:
+    def adapters(value: Any, asked: Asked) -> dict[str, Any] | Different | str:
         if value in _NONE:
             return "all weights are trained"
         _require_lora(value)
@@ -38,11 +38,14 @@ def megatron_lora(switch: str, prefix: str, example: str) -> dict[str, Rule]:
         if dropout and asked.get(f"{prefix}dropout_position") == "post":
             raise ConfigError(f"found {prefix}dropout {dropout} and position post, expected pre: before the adapter")
         targets = asked.get(f"{prefix}target_modules")
-        return {
+        settings = {
             "lora_rank": asked.get(f"{prefix}dim") or _BY_DEFAULT,
             "lora_alpha": asked.get(f"{prefix}alpha") or _BY_DEFAULT,
             "lora_dropout": dropout,
-        } | ({"lora_targets": targets} if targets else {})
+        }
+        if targets == []:  # peft/module_matcher.py of Megatron-Bridge
+            return Different("adapters of every linear layer there, of attention and MLP here", settings)
+        return settings | ({"lora_targets": targets} if targets else {})
 
     return {
         switch: Translated(adapters, _OPTIONS, reads, example),

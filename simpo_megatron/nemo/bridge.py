@@ -78,8 +78,8 @@ _MODEL: dict[str, Rule] = {
         (None, "main"), "write it behind the model's name: OWNER/NAME@REVISION", ("model",)
     ),
     "model.logit_dtype": Differs("logits have the model's dtype, or that of the SimPO key logit_dtype"),
-    **to.ignored(to.OF_THE_MODEL, "model.", "builder builder.* transformer transformer.* extra_checkpoint_metadata"),
-    **to.ignored(to.OF_THE_MODEL, "model.", "pre_wrap_hooks post_wrap_hooks _pg_collection"),
+    **to.of_the_model("model.", "builder builder.* transformer transformer.*"),
+    **to.ignored(_OTHER_PARTS, "model.", "extra_checkpoint_metadata pre_wrap_hooks post_wrap_hooks _pg_collection"),
     **fp8("model."),
     "model.fp8": _unless_mixed_precision(fp8_format("model.")),
     "model.bf16": _unless_mixed_precision("bf16"),
@@ -141,13 +141,15 @@ _CHECKPOINT: dict[str, Rule] = {
         _resume, ("resume",), ("checkpoint.save", "checkpoint.exit_on_missing_checkpoint"), "CHECKPOINT.SAVE"
     ),
     "checkpoint.exit_on_missing_checkpoint": With((False,)),
+    "checkpoint.finetune": Differs("a run that is continued goes on with its optimizer, from its step", (False,)),
+    **to.each("checkpoint.", "save_optim load_optim", Differs("checkpoints hold the optimizer's state", (True,))),
     "checkpoint.most_recent_k": "keep_checkpoints",
     "checkpoint.pretrained_checkpoint": to.checkpoint_elsewhere("a Megatron checkpoint"),
     "checkpoint.ckpt_step": Only((None,), "give the step as the SimPO key resume", ("resume",)),
     **to.ignored(
         to.OF_FILES,
         "checkpoint.",
-        """finetune save_optim save_rng load_optim load_rng load_main_params_from_ckpt
+        """save_rng load_rng load_main_params_from_ckpt
         non_persistent_* use_checkpoint_args use_mp_args_from_checkpoint_args
         use_tokenizer_model_from_checkpoint_args ckpt_* fully_parallel_save fully_parallel_load async_*
         use_persistent_ckpt_worker strict_fsdp_dtensor_load dist_ckpt_* distrib_optim_* save_tokenizer_assets
@@ -186,13 +188,14 @@ _DATASET: dict[str, Rule] = {
     **to.ignored(
         "there is no test part here", "dataset.", "hf_test_dataset hf_test_dataset.* test_source test_source.*"
     ),
+    "dataset.max_train_samples": Differs("all pairs of the files are trained on"),
     **to.each(
         "dataset.", "blend blend_per_split data_path blend.* blend_per_split.*", to.data_elsewhere("tokenised text")
     ),
     **to.ignored(
         to.OF_DATA,
         "dataset.",
-        """seed random_seed num_workers memmap_workers max_train_samples dataloader_type data_sharding pin_memory
+        """seed random_seed num_workers memmap_workers dataloader_type data_sharding pin_memory
         persistent_workers trust_remote_code do_test packed_sequence_specs
         packed_sequence_specs.* dataset_kwargs dataset_kwargs.* split split_matrix path_to_cache
         reset_position_ids reset_attention_mask eod_mask_loss create_attention_mask drop_last
@@ -238,6 +241,7 @@ BRIDGE = Dialect(
         **to.ignored("of a LoRA at work", "peft.", "_alias_matches _alias_to_pattern _pattern_to_alias"),
         "peft": Only((None,), "write the section of a LoRA"),
         **to.ignored(to.OF_THE_MACHINE, "", "dist dist.*"),
+        "tokenizer.tokenizer_model": Differs(to.OF_THE_TOKENIZER),
         **to.ignored(to.OF_THE_TOKENIZER, "", "tokenizer tokenizer.*"),
         **to.ignored(to.OF_KERNELS, "", "comm_overlap comm_overlap.*"),
         **to.ignored(

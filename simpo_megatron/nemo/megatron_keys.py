@@ -9,9 +9,9 @@ from simpo_megatron.nemo.translations import (
     OF_KERNELS,
     OF_ROUTERS,
     OF_SCHEDULE,
-    OF_THE_MODEL,
     each,
     ignored,
+    of_the_model,
     taken,
 )
 
@@ -217,7 +217,7 @@ def transformer(prefix: str) -> dict[str, Rule]:
     return {
         **taken(prefix, "hidden_dropout attention_dropout recompute_modules moe_aux_loss_coeff"),
         **recompute(prefix),
-        **ignored(OF_THE_MODEL, prefix, _ARCHITECTURE),
+        **of_the_model(prefix, _ARCHITECTURE),
         **ignored(OF_KERNELS, prefix, _KERNELS),
         f"{prefix}mtp_num_layers": Only((None, 0), "multi-token prediction is not trained here"),
         f"{prefix}cpu_offloading": Only((False,), "activations stay on the GPU here"),

@@ -172,8 +172,7 @@ _MODEL: Mapping[str, Rule] = {
     ),
     **to.preference_keys("model.dpo.", "ref_policy_kl_penalty"),
     "model.dpo.log_prob_forward_micro_batch_size": Ignored(to.OF_THE_MACHINE),
-    **to.ignored(
-        to.OF_THE_MODEL,
+    **to.of_the_model(
         "model.",
         """num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups kv_channels
         max_position_embeddings init_method_std use_scaled_init_method ffn_dropout normalization
@@ -264,4 +263,5 @@ NEMO_1 = Dialect(
         "pretrained_checkpoint.restore_from_path": to.checkpoint_elsewhere("a .nemo file"),
         **to.ignored(to.OF_THE_MODEL, "pretrained_checkpoint.", "checkpoint_dir checkpoint_name hparams_file"),
     },
+    remarks=to.unsaved("exp_manager.exp_dir", "exp_manager.explicit_log_dir"),
 )

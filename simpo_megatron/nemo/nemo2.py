@@ -165,4 +165,5 @@ NEMO_2 = Dialect(
         "peft": Only((None,), "write the section of a LoRA"),
         **to.ignored(to.OF_THE_TOKENIZER, "", "tokenizer tokenizer.* model.tokenizer model.tokenizer.*"),
     },
+    remarks=to.unsaved("log.log_dir", "log.explicit_log_dir"),
 )

@@ -249,11 +249,14 @@ _MEGATRON_CFG: dict[str, Rule] = {
     **megatron_ddp(f"{_MEGATRON}distributed_data_parallel_config.", f"{_MEGATRON}optimizer.use_distributed_optimizer"),
     f"{_MEGATRON}checkpoint.async_save": "async_save",
     **to.ignored(to.OF_FILES, _MEGATRON, "checkpoint.* force_reconvert_from_hf converter_type"),
-    **to.ignored(
-        to.OF_THE_MODEL,
+    **to.of_the_model(
         _MEGATRON,
-        """num_layers_in_first_pipeline_stage num_layers_in_last_pipeline_stage expert_tensor_parallel_size moe_*
-        mtp_* inference_* radio_force_cpe_eval_mode""",
+        "num_layers_in_first_pipeline_stage num_layers_in_last_pipeline_stage layernorm_epsilon mtp_*",
+    ),
+    **to.ignored(
+        "of experts or of generation; experts are as config.json has them, with the option moe_aux_loss_coeff",
+        _MEGATRON,
+        "expert_tensor_parallel_size moe_* inference_* radio_force_cpe_eval_mode",
     ),
     f"{_MEGATRON}model_overrides.*": Only((None,), "write it into the model's config.json"),
     **to.ignored(
@@ -262,7 +265,7 @@ _MEGATRON_CFG: dict[str, Rule] = {
         """env_vars env_vars.* empty_unused_memory_level pipeline_dtype apply_rope_fusion bias_activation_fusion
         gradient_accumulation_fusion attention_backend transformer_impl use_fused_*
         fused_linear_logprobs_chunk_size defer_fp32_logits cuda_graph_* fine_grained_activation_offloading
-        offload_modules use_gloo_process_groups hybridep_* clear_memory_caches_before_refit layernorm_epsilon""",
+        offload_modules use_gloo_process_groups hybridep_* clear_memory_caches_before_refit""",
     ),
 }
 

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from simpo_megatron.errors import listed
+
+_MOST_KEYS = 4
+
 
 @dataclass(frozen=True)
 class TranslationReport:
@@ -21,24 +25,25 @@ class TranslationReport:
     """What is not the same here as there, by a key of the file, or by what of it is spoken of."""
 
     def lines(self, *, every_key: bool = False) -> list[str]:
-        """A summary, a line for each taken or translated key and for what differs, and one for all ignored keys.
+        """A summary, a line for each taken or translated key and for each difference, and one for all ignored keys.
 
         Args:
-            every_key: name the ignored keys, in one line for each reason.
+            every_key: name all keys of a difference, and the ignored ones, in one line for each reason.
         """
         counts = f"{len(self.taken)} taken, {len(self.translated)} translated, {len(self.ignored)} ignored"
         lines = [f"{self.path}: {self.dialect} configuration, keys: {counts}"]
         lines += [f"  taken       {key} -> {setting}" for key, setting in self.taken.items()]
         lines += [f"  translated  {key} -> {settings}" for key, settings in self.translated.items()]
-        lines += [f"  differs     {key}: {here}" for key, here in self.differs.items()]
         plain = {key: reason for key, reason in self.ignored.items() if key not in self.differs}
         if every_key:
-            return lines + self._by_reason(plain)
+            return lines + _by_reason("differs", self.differs) + _by_reason("ignored", plain)
+        lines += _by_reason("differs", self.differs, _MOST_KEYS)
         return [*lines, f"  ignored     {len(plain)} keys; --explain-config names them and why"] if plain else lines
 
-    @staticmethod
-    def _by_reason(ignored: dict[str, str]) -> list[str]:
-        reasons: dict[str, list[str]] = {}
-        for key, reason in ignored.items():
-            reasons.setdefault(reason, []).append(key)
-        return [f"  ignored     {' '.join(keys)}: {reason}" for reason, keys in reasons.items()]
+
+def _by_reason(heading: str, reasons: dict[str, str], most: int = 10_000) -> list[str]:
+    """A line for each reason, with the first `most` of its keys."""
+    keys: dict[str, list[str]] = {}
+    for key, reason in reasons.items():
+        keys.setdefault(reason, []).append(key)
+    return [f"  {heading:11} {listed(named, most, ' ')}: {reason}" for reason, named in keys.items()]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from simpo_megatron.data import PairOptions
 from simpo_megatron.errors import ConfigError
-from simpo_megatron.nemo.rules import Asked, Different, Ignored, Obstacle, Only, Rule, Translated, With
+from simpo_megatron.nemo.rules import Asked, Different, Differs, Ignored, Obstacle, Only, Rule, Translated, With
 
-OF_THE_MODEL = "the architecture and its numbers are those of the model's own config.json"
+OF_THE_MODEL = "the architecture and its numbers are those of the model's own config.json, whatever the file says"
 OF_THE_TOKENIZER = "the model's own tokenizer is used"
 OF_THE_MACHINE = "ranks, processes and their groups come from torchrun and the layout"
 OF_KERNELS = "kernels and communication are chosen by what is installed"
@@ -32,6 +33,11 @@ def each(prefix: str, names: str, rule: Rule) -> dict[str, Rule]:
 def ignored(reason: str, prefix: str, names: str) -> dict[str, Rule]:
     """Those names under `prefix` as ignored keys."""
     return each(prefix, names, Ignored(reason))
+
+
+def of_the_model(prefix: str, names: str) -> dict[str, Rule]:
+    """Those names under `prefix` as keys of the architecture, which a file may change there and not here."""
+    return each(prefix, names, Differs(OF_THE_MODEL))
 
 
 def taken(prefix: str, names: str) -> dict[str, Rule]:
@@ -238,6 +244,17 @@ def preference_keys(prefix: str, penalty: str) -> dict[str, Rule]:
         key_of[not_scaled]: required((1,), not_scaled),
         f"{prefix}gt_reward_scale": Ignored("of RPO, and no key of DPO's loss"),
     }
+
+
+def unsaved(*folders: str) -> Callable[[Asked], dict[str, str]]:
+    """A remark on a run without one of the keys `folders`, which NeMo puts into a folder of its own choice."""
+
+    def remark(asked: Asked) -> dict[str, str]:
+        if asked.simpo.get("save") or asked.get(*folders):
+            return {}
+        return {folders[0]: "without it NeMo saves in nemo_experiments; here nothing is saved without save or this key"}
+
+    return remark
 
 
 def resume_of(ignore_no_checkpoint: str) -> Translated:

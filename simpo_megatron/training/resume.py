@@ -24,7 +24,8 @@ from simpo_megatron.checkpoint.run_lock import check_same_folder, lock
 from simpo_megatron.checkpoint.sharded_state import read_state
 from simpo_megatron.checkpoint.verification import read_verified
 from simpo_megatron.config import Config
-from simpo_megatron.config.sections import OBJECTIVES, OptimizerConfig
+from simpo_megatron.config.optimizer_section import OptimizerConfig
+from simpo_megatron.config.sections import OBJECTIVES
 from simpo_megatron.data.tokenization import tokenizer_identity
 from simpo_megatron.errors import CheckpointError, listed
 from simpo_megatron.ranks import gather_or_raise, raise_on_all_ranks

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from contextlib import suppress
 from pathlib import Path
 
@@ -226,6 +227,7 @@ DIFFERENT = {
         "policy.max_total_sequence_length": "more than 1024 tokens are not learned from there",
     },
     "bridge_container.yaml": {"train.global_batch_size": "64 sequences there, 64 pairs here"},
+    "aligner_dpo.yaml": {"model.num_layers": "those of the model's own config.json"},
     "nemo2_finetune.yaml": {"data.global_batch_size": "128 sequences there, 128 pairs here"},
 }
 
@@ -235,7 +237,7 @@ def test_what_is_not_the_same_is_always_shown(name):
     _, report = load(name)
     shown = "\n".join(report.lines())
     for key, here in DIFFERENT[name].items():
-        assert f"  differs     {key}: " in shown and here in report.differs[key]
+        assert re.search(rf"  differs     .*\b{key}\b.*: ", shown) and here in report.differs[key]
 
 
 def test_what_only_dpo_has_is_told_to_whoever_trains_simpo():
@@ -249,6 +251,35 @@ def test_epochs_that_end_within_a_batch_are_told():
     assert "left out there" in report.differs["dpo.max_num_epochs"]
 
 
+def test_keys_that_differ_alike_share_a_line():
+    keys = [f"model.{name}" for name in ("num_layers", "hidden_size", "ffn_hidden_size", "kv_channels", "vocab_size")]
+    _, report = load("bridge_container.yaml", *(f"{key}=2" for key in keys))
+    (line,) = (line for line in report.lines() if "config.json" in line)
+    assert "and " in line and len(line) < 300
+    (line,) = (line for line in report.lines(every_key=True) if "config.json" in line)
+    assert all(key in line for key in keys)
+
+
+def test_no_targets_of_adapters_are_all_linear_layers_there():
+    _, report = load("rl_megatron.yaml", f"{MEGATRON}peft={{enabled: true, dim: 8, alpha: 8, target_modules: []}}")
+    assert "adapters of every linear layer there" in report.differs[f"{MEGATRON}peft.enabled"]
+
+
+def test_a_run_that_nemo_saves_in_a_folder_of_its_own_is_told():
+    _, report = load("nemo2_finetune.yaml", "log.log_dir=null", "log.ckpt.every_n_train_steps=null")
+    assert "nemo_experiments" in report.differs["log.log_dir"]
+    _, report = load("nemo2_finetune.yaml", "log.log_dir=null", "simpo.save=runs")
+    assert "log.log_dir" not in report.differs
+
+
+def test_adapters_of_the_other_worker_are_no_training_of_all_weights():
+    asked = ["+policy.dtensor_cfg.lora_cfg.enabled=true", "+policy.dtensor_cfg.lora_cfg.dim=8"]
+    messages, remedies = obstacles("rl_megatron.yaml", *asked)
+    assert "policy.dtensor_cfg.lora_cfg.enabled: found true" in messages[0]
+    assert remedies == [f"{MEGATRON}peft.enabled=true", f"{MEGATRON}peft.dim=8"]
+    assert load("rl_megatron.yaml", *asked, *remedies)[0].lora.lora_rank == 8
+
+
 def test_fp8_that_a_recipe_has_otherwise_is_told():
     _, report = load("rl_megatron.yaml", f"{MEGATRON}fp8_cfg.fp8=hybrid", f"{MEGATRON}fp8_cfg.fp8_param=false")
     assert "fp8 hybrid (e4m3 here)" in report.differs[f"{MEGATRON}fp8_cfg.enabled"]
@@ -259,7 +290,8 @@ def test_fp8_that_a_recipe_has_otherwise_is_told():
 def test_ignored_keys_are_counted_and_named_when_asked_for():
     _, report = load("bridge_container.yaml")
     short, long = report.lines(), report.lines(every_key=True)
-    assert short[-1] == f"  ignored     {len(report.ignored)} keys; --explain-config names them and why"
+    plain = report.ignored.keys() - report.differs.keys()
+    assert short[-1] == f"  ignored     {len(plain)} keys; --explain-config names them and why"
     text = "\n".join(long)
     assert all(key in text for key in report.ignored)
 
