@@ -200,7 +200,7 @@ def _outcome(
         return {rule: value}
     if isinstance(rule, Only):
         return _only(rule, key, value, where, simpo)
-    return _translated(rule, value, asked, where, simpo)
+    return _translated(rule, key, asked, where, simpo)
 
 
 def _read_with(rule: With, key: str, asked: Asked, where: str) -> str:
@@ -233,9 +233,12 @@ def _only(rule: Only, key: str, value: Any, where: str, simpo: str) -> str:
     raise Obstacle(f"{where}: found {_text(value)}, expected {' or '.join(wanted) or 'null'}: {rule.instead}", remedy)
 
 
-def _translated(rule: Translated, value: Any, asked: Asked, where: str, simpo: str) -> dict[str, Any] | Different | str:
+def _translated(rule: Translated, key: str, asked: Asked, where: str, simpo: str) -> dict[str, Any] | Different | str:
+    value = asked.values[key]
     try:
         return rule.function(value, replace(asked, reads=rule.reads))
+    except (TypeError, ValueError, AttributeError):
+        raise Obstacle(f"{where}: found {cut(repr(value))}, expected a value of another kind", f"{key}=null") from None
     except ConfigError as error:
         remedies = getattr(error, "remedies", ())
         if not remedies:

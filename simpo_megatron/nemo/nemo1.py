@@ -10,7 +10,7 @@ from simpo_megatron.errors import ConfigError
 from simpo_megatron.nemo import translations as to
 from simpo_megatron.nemo.adapters import nemo1_lora
 from simpo_megatron.nemo.megatron_keys import recompute
-from simpo_megatron.nemo.rules import Asked, Dialect, Different, Ignored, Only, Rule, Translated, With
+from simpo_megatron.nemo.rules import Asked, Dialect, Different, Ignored, Obstacle, Only, Rule, Translated, With
 
 _STEPS = ("model.optim.sched.max_steps", "trainer.dpo.max_steps", "trainer.max_steps")
 _LENGTHS = ("model.encoder_seq_length", "model.data.seq_length")
@@ -47,14 +47,18 @@ def _save(value: Any, asked: Asked) -> dict[str, Any]:
     return {"save": _folder(asked)}
 
 
-def _tensorboard(value: Any, asked: Asked) -> dict[str, Any] | str:
+def _tensorboard(value: Any, asked: Asked) -> dict[str, Any] | Different | str:
     folder = asked.simpo.get("save") or _folder(asked)
-    return {"tensorboard_dir": folder} if value and folder else "no TensorBoard, or no folder for it"
+    if value and not folder:
+        return Different("there is no folder for it", {})
+    return {"tensorboard_dir": folder} if value else "no TensorBoard"
 
 
 def _wandb(value: Any, asked: Asked) -> dict[str, Any] | str:
     project = asked.get("exp_manager.wandb_logger_kwargs.project")
-    return {"wandb_project": project} if value and project else "no Weights & Biases, or no project for it"
+    if value and not project:
+        raise Obstacle("found true without a project, expected exp_manager.wandb_logger_kwargs.project")
+    return {"wandb_project": project} if value else "no Weights & Biases"
 
 
 def _optimizer(value: Any, asked: Asked) -> dict[str, Any]:

@@ -84,6 +84,19 @@ def test_rules_look_only_at_keys_they_declare(dialect):
         Asked({}, {}, ("a",)).get("b")
 
 
+@pytest.mark.parametrize("dialect", DIALECTS, ids=lambda dialect: dialect.name)
+def test_a_value_of_any_kind_is_taken_or_refused(dialect):
+    values = ("x", "", [], [1, "a"], [{"a": 1}], 1.5, -1, 10**30, float("nan"), True)
+    refused = 0
+    for key, rule in dialect.table.items():
+        for value in values if isinstance(rule, Translated | str) else ():
+            try:
+                apply(dialect, {key.replace("*", "part"): value, f"{dialect.simpo}preset": "demo"}, "file")
+            except ConfigError:
+                refused += 1
+    assert refused > 100
+
+
 def test_all_obstacles_are_told_at_once_and_their_remedies_go_into_the_command():
     messages, remedies = obstacles("rl_base.yaml", f"{MEGATRON}optimizer.lrr=1", f"{MEGATRON}peft.dim=8")
     assert remedies == [
