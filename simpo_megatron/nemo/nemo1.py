@@ -115,8 +115,8 @@ _TRAINER: Mapping[str, Rule] = {
     "trainer.dpo.val_check_interval": to.EVAL_INTERVAL,
     "trainer.dpo.save_interval": "save_interval",
     "trainer.accumulate_grad_batches": Only((1,), "the batch sizes decide how gradients accumulate"),
-    "trainer.dpo.limit_train_batches": Only((1.0,), "every pair of the data is trained on"),
-    "trainer.limit_train_batches": Only((1.0,), "every pair of the data is trained on"),
+    **to.every_batch("trainer.dpo.limit_train_batches"),
+    **to.every_batch("trainer.limit_train_batches"),
     **to.ignored(to.OF_THE_MACHINE, "trainer.", "devices num_nodes accelerator strategy"),
     **to.ignored(to.OF_EVALUATION, "trainer.", "limit_val_batches limit_test_batches dpo.limit_val_batches"),
     **to.ignored(
@@ -183,10 +183,11 @@ _MODEL: Mapping[str, Rule] = {
         layernorm_epsilon do_layer_norm_weight_decay make_vocab_size_divisible_by pre_process post_process bias
         qkv_bias activation headscale transformer_block_type openai_gelu normalize_attention_scores
         position_embedding_type rotary_percentage rotary_base rotary_interleaved seq_len_interpolation_factor
-        scale_positional_embedding share_embeddings_and_output_weights attention_type overwrite_base_config.*
-        mcore_gpt name num_moe_experts moe_* apply_query_key_layer_scaling window_size add_bias_linear target""",
+        scale_positional_embedding share_embeddings_and_output_weights attention_type num_moe_experts
+        moe_* apply_query_key_layer_scaling window_size add_bias_linear""",
     ),
     **to.ignored(to.OF_THE_TOKENIZER, "model.", "tokenizer.*"),
+    **to.ignored("NeMo's own names for a model", "model.", "mcore_gpt name target overwrite_base_config.*"),
     **to.ignored(
         to.OF_KERNELS,
         "model.",

@@ -34,7 +34,7 @@ _TRAINER: dict[str, Rule] = {
     "trainer.log_every_n_steps": "log_interval",
     "trainer.val_check_interval": to.EVAL_INTERVAL,
     "trainer.accumulate_grad_batches": Only((1,), "the batch sizes decide how gradients accumulate"),
-    "trainer.limit_train_batches": Only((1.0,), "every pair of the data is trained on"),
+    **to.every_batch("trainer.limit_train_batches"),
     "trainer.gradient_clip_val": "clip_grad",
     **to.ignored(to.OF_THE_MACHINE, "trainer.", "devices num_nodes accelerator"),
     **to.ignored(to.OF_EVALUATION, "trainer.", "limit_val_batches limit_test_batches num_sanity_val_steps"),

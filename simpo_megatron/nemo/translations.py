@@ -161,6 +161,17 @@ def data_elsewhere(what: str) -> Only:
     return Only((None,), f"{what} is not preference data; give files of pairs as the SimPO key data", ("data",))
 
 
+def every_batch(key: str) -> dict[str, Rule]:
+    """Lightning's limit of batches in an epoch under `key`: a share as a fraction, a number of batches otherwise."""
+
+    def check(value: Any, asked: Asked) -> str:
+        if isinstance(value, float) and value == 1:
+            return "every pair of the data is trained on"
+        raise Obstacle(f"found {value}, expected 1.0: every pair of the data is trained on", f"{key}=1.0")
+
+    return {key: Translated(check, ())}
+
+
 def sequences_as_pairs(value: Any, asked: Asked) -> Different:
     """A global batch of sequences, which becomes one of as many pairs."""
     here = f"{value} sequences there, {value} pairs here, which are twice as many sequences"

@@ -215,6 +215,9 @@ REFUSED = {
     "another model configuration": (
         "rl_megatron.yaml", ["+policy.hf_config_overrides.rope_theta=1"], "policy.hf_config_overrides.rope_theta=null",
     ),
+    "one batch an epoch": (
+        "aligner_dpo.yaml", ["trainer.dpo.limit_train_batches=1"], "trainer.dpo.limit_train_batches=1.0",
+    ),
     "a prompt file": ("rl_megatron.yaml", ["data.train.prompt_file=a.txt"], "simpo.data=FILE"),
     "an early end": ("bridge_container.yaml", ["train.exit_interval=10"], "train.exit_interval=null"),
     "two learning rates": ("bridge_container.yaml", ["optimizer.decoupled_lr=1e-3"], "optimizer.decoupled_lr=null"),
