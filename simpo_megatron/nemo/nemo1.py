@@ -10,6 +10,7 @@ from simpo_megatron.errors import ConfigError
 from simpo_megatron.nemo import translations as to
 from simpo_megatron.nemo.adapters import nemo1_lora
 from simpo_megatron.nemo.megatron_keys import recompute
+from simpo_megatron.nemo.preference_keys import preference_keys
 from simpo_megatron.nemo.rules import Asked, Dialect, Different, Ignored, Obstacle, Only, Rule, Translated, With
 
 _STEPS = ("model.optim.sched.max_steps", "trainer.dpo.max_steps", "trainer.max_steps")
@@ -174,7 +175,7 @@ _MODEL: Mapping[str, Rule] = {
     "model.freeze_updates.enabled": Only(
         (False,), "whole layers cannot be frozen here", reads=("model.freeze_updates.*",)
     ),
-    **to.preference_keys("model.dpo.", "ref_policy_kl_penalty"),
+    **preference_keys("model.dpo.", "ref_policy_kl_penalty"),
     "model.dpo.log_prob_forward_micro_batch_size": Ignored(to.OF_THE_MACHINE),
     **to.of_the_model(
         "model.",

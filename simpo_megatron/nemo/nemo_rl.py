@@ -9,6 +9,7 @@ from typing import Any
 from simpo_megatron.nemo import translations as to
 from simpo_megatron.nemo.adapters import megatron_lora
 from simpo_megatron.nemo.megatron_keys import fp8_format, megatron_ddp, megatron_optimizer, megatron_scheduler
+from simpo_megatron.nemo.preference_keys import preference_keys
 from simpo_megatron.nemo.rules import (
     Asked,
     Dialect,
@@ -161,7 +162,7 @@ def _of_what_it_trains(asked: Asked) -> dict[str, str]:
 
 _OF_ALGORITHMS: dict[str, Rule] = {
     **_run_length("dpo."),
-    **to.preference_keys("dpo.", "reference_policy_kl_penalty"),
+    **preference_keys("dpo.", "reference_policy_kl_penalty"),
     **_run_length("rm."),
     **_run_length("sft."),
     **to.ignored(

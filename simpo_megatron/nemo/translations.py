@@ -7,7 +7,7 @@ from typing import Any
 
 from simpo_megatron.data import PairOptions
 from simpo_megatron.errors import ConfigError
-from simpo_megatron.nemo.rules import Asked, Different, Differs, Ignored, Obstacle, Only, Rule, Translated, With
+from simpo_megatron.nemo.rules import Asked, Different, Differs, Ignored, Obstacle, Only, Rule, Translated
 
 OF_THE_MODEL = "the architecture and its numbers are those of the model's own config.json, whatever the file says"
 OF_THE_TOKENIZER = "the model's own tokenizer is used"
@@ -202,59 +202,6 @@ def keep_checkpoints(value: Any, asked: Asked) -> dict[str, Any] | Different:
 
 
 KEEP_CHECKPOINTS = Translated(keep_checkpoints, ("keep_checkpoints",), takes_null=True)
-
-
-def preference_keys(prefix: str, penalty: str) -> dict[str, Rule]:
-    """The keys of DPO's loss in NeMo-RL and Aligner, which speak of SimPO only where the objective is DPO.
-
-    Source: NeMo-RL algorithms/loss/loss_functions.py (DPOLossFn), NeMo-Aligner megatron_gpt_dpo_model.py (loss_func).
-    """
-    no_reference = "of DPO; SimPO has no reference policy. The SimPO key objective=dpo trains DPO with it"
-
-    def is_dpo(asked: Asked) -> bool:
-        return asked.simpo.get("objective") == "dpo"
-
-    def beta(value: Any, asked: Asked) -> dict[str, Any] | Different:
-        return {"beta": value} if is_dpo(asked) else Different(no_reference, {})
-
-    def sft_weight(value: Any, asked: Asked) -> dict[str, Any] | Different | str:
-        if value == 0:
-            return "no likelihood of the chosen"
-        if not is_dpo(asked):
-            return Different("of DPO's own likelihood term; the SimPO key sft_weight gives SimPO one", {})
-        averaged = asked.get(f"{prefix}sft_average_log_probs", f"{prefix}preference_average_log_probs")
-        return {"sft_weight": value, "sft_normalization": "sequence" if averaged else "sum"}
-
-    def required(agreeing: tuple[Any, ...], what: str) -> Translated:
-        def check(value: Any, asked: Asked) -> str:
-            if is_dpo(asked) and value not in agreeing:
-                shown = str(agreeing[0]).lower()
-                raise Obstacle(f"found {value}, expected {shown}: {what}", f"{key_of[what]}={shown}")
-            return "agrees with DPO here" if is_dpo(asked) else no_reference
-
-        return Translated(check, ())
-
-    of_sums, one_loss, not_scaled = (
-        "DPO takes sums of log-probabilities here",
-        "another loss is another objective here: ipo",
-        "DPO's own term has weight 1 here",
-    )
-    key_of = {
-        of_sums: f"{prefix}preference_average_log_probs",
-        one_loss: f"{prefix}preference_loss",
-        not_scaled: f"{prefix}preference_loss_weight",
-    }
-    return {
-        prefix + penalty: Translated(beta, ("beta",)),
-        f"{prefix}sft_loss_weight": Translated(
-            sft_weight, ("sft_weight",), (f"{prefix}sft_average_log_probs", f"{prefix}preference_average_log_probs")
-        ),
-        f"{prefix}sft_average_log_probs": With((True, False)),
-        key_of[of_sums]: required((False,), of_sums),
-        key_of[one_loss]: required(("dpo",), one_loss),
-        key_of[not_scaled]: required((1,), not_scaled),
-        f"{prefix}gt_reward_scale": Ignored("of RPO, and no key of DPO's loss"),
-    }
 
 
 def unsaved(*folders: str) -> Callable[[Asked], dict[str, str]]:
