@@ -242,8 +242,11 @@ def _merge(lower: Layer, upper: Layer) -> Layer:
 
 
 def _build(layer: Layer) -> Config:
-    """The sections from their defaults and `layer`; a section's error gets the place where its value was set."""
-    sections = {}
+    """The sections from their defaults and `layer`; a section's error gets the place where its value was set.
+
+    Raises: ConfigError of the first section that refuses its options, those of the others in its `details`.
+    """
+    sections, refused = {}, []
     for section, section_type in typing.get_type_hints(Config).items():
         own = {name: setting for name, setting in layer.items() if option_table()[name].section == section}
         if section == "objective":
@@ -251,7 +254,12 @@ def _build(layer: Layer) -> Config:
         try:
             sections[section] = section_type(**_field_values(own))
         except ConfigError as error:
-            raise ConfigError(_with_origin(str(error), own)) from None
+            refused.append(_with_origin(str(error), own))
+    if refused:
+        first, *others = refused
+        error = ConfigError(first + (f" (and {len(others)} more, below)" if others else ""))
+        error.details = tuple(f"  {other}" for other in others)
+        raise error from None
     return Config(**sections)
 
 

@@ -11,6 +11,13 @@ from simpo_megatron.config.options import ALIASES, EXCLUSIVE, option_table
 from simpo_megatron.errors import ConfigError
 
 
+def test_sections_that_refuse_their_options_are_all_told():
+    with pytest.raises(ConfigError) as refused:
+        config_from(lr=-1.0, model="m", tensor_model_parallel_size=0, keep_checkpoints=0)
+    assert str(refused.value).endswith("(and 2 more, below)")
+    assert "tensor_model_parallel_size: found 0" in "".join((str(refused.value), *refused.value.details))
+
+
 def test_defaults_are_the_papers_family():
     config = Config()
     assert (config.objective.beta, config.objective.gamma_beta_ratio, config.objective.gamma) == (
