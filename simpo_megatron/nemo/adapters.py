@@ -6,11 +6,15 @@ from typing import Any
 
 from simpo_megatron.errors import ConfigError
 from simpo_megatron.nemo.rules import Asked, Different, Only, Rule, Translated
-from simpo_megatron.nemo.translations import each, ignored
+from simpo_megatron.nemo.translations import each
 
 _OPTIONS = ("lora_rank", "lora_alpha", "lora_dropout", "lora_targets")
 _NONE = (None, False, "none")
 _BY_DEFAULT = 32
+# The first five are read. An adapter starts as A drawn at random and B zero, in the dtype of the weights, whatever the
+# others say; without the switch they are halves like the first.
+_OF_A_LORA = """dim alpha dropout dropout_position target_modules lora_A_init_method lora_B_init_method lora_dtype
+a2a_experimental sequence_parallel_input_regather normalize_moe_lora share_expert_adapters experts_shared_outer_loras"""
 # NeMo 1's names of layers.
 _LAYERS = {
     "attention_qkv": ("linear_qkv",),
@@ -28,7 +32,7 @@ def megatron_lora(switch: str, prefix: str, example: str) -> dict[str, Rule]:
 
     It is true, or names the class, such as `example`.
     """
-    reads = tuple(prefix + name for name in ("dim", "alpha", "dropout", "dropout_position", "target_modules"))
+    reads = tuple(prefix + name for name in _OF_A_LORA.split())
 
     def adapters(value: Any, asked: Asked) -> dict[str, Any] | Different | str:
         if value in _NONE:
@@ -50,12 +54,6 @@ def megatron_lora(switch: str, prefix: str, example: str) -> dict[str, Rule]:
     return {
         switch: Translated(adapters, _OPTIONS, reads, example),
         f"{prefix}exclude_modules": Only((None, []), "name the layers that get adapters in target_modules"),
-        **ignored(
-            "an adapter starts as A drawn at random and B zero, in the dtype of the weights",
-            prefix,
-            """lora_A_init_method lora_B_init_method lora_dtype a2a_experimental sequence_parallel_input_regather
-            normalize_moe_lora share_expert_adapters experts_shared_outer_loras""",
-        ),
     }
 
 

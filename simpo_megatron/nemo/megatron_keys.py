@@ -47,7 +47,8 @@ _IN_BF16 = "first_last_layers_bf16"
 def fp8_format(prefix: str, switch: str = "fp8") -> Translated:
     """The rule of megatron-core's key `fp8`, a format (null for none) beside a recipe; `switch` stands before it."""
     details = {name for details in _OF_A_RECIPE.values() for name in details}
-    reads = tuple(prefix + name for name in ("fp8", "fp8_recipe", "fp8_param", "fp8_param_gather", _IN_BF16, *details))
+    details |= {"fp8", "fp8_recipe", "fp8_param", "fp8_param_gather", _IN_BF16}
+    reads = tuple(prefix + name for name in sorted(details))
 
     def recipe(value: Any, asked: Asked) -> dict[str, Any] | Different | str:
         if not value:
