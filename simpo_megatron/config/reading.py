@@ -257,9 +257,9 @@ def _build(layer: Layer) -> Config:
             refused.append(_with_origin(str(error), own))
     if refused:
         first, *others = refused
-        error = ConfigError(first + (f" (and {len(others)} more, below)" if others else ""))
-        error.details = tuple(f"  {other}" for other in others)
-        raise error from None
+        told = ConfigError(first + (f" (and {len(others)} more, below)" if others else ""))
+        told.details = tuple(f"  {other}" for other in others)
+        raise told from None
     return Config(**sections)
 
 
