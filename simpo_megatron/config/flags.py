@@ -54,7 +54,7 @@ def make_parser() -> FlagParser:
         add_help=False,
     )
     parser.add_argument("--config", metavar="FILE", help="YAML file of options.")
-    parser.add_argument("--nemo-config", metavar="FILE", nargs="+", help=_NEMO_HELP)
+    parser.add_argument("--nemo-config", metavar=("FILE", "KEY=VALUE"), nargs="+", help=_NEMO_HELP)
     parser.add_argument(
         "--explain-config", action="store_true", help="Say what becomes of each key of the NeMo file, and exit."
     )

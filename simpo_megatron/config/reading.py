@@ -180,6 +180,8 @@ def _read_command_line(argv: list[str]) -> tuple[Layer, str | None]:
         raise ConfigError(
             f"{_COMMAND_LINE}: found --nemo-config, expected a file of --config; simpo train reads NeMo's"
         )
+    if hasattr(given, "explain_config"):
+        raise ConfigError(f"{_COMMAND_LINE}: found --explain-config, expected --nemo-config FILE with it")
     return layer, getattr(given, "config", None)
 
 

@@ -11,6 +11,18 @@ from simpo_megatron.config.options import ALIASES, EXCLUSIVE, option_table
 from simpo_megatron.errors import ConfigError
 
 
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (["--explain-config"], "found --explain-config, expected --nemo-config FILE with it"),
+        (["--nemo-config", "a.yaml"], "found --nemo-config, expected a file of --config"),
+    ],
+)
+def test_flags_of_nemo_files_stand_beside_one_and_in_simpo_train_alone(argv, expected):
+    with pytest.raises(ConfigError, match=expected):
+        load_config(argv)
+
+
 def test_sections_that_refuse_their_options_are_all_told():
     with pytest.raises(ConfigError) as refused:
         config_from(lr=-1.0, model="m", tensor_model_parallel_size=0, keep_checkpoints=0)
