@@ -88,7 +88,9 @@ def _columns(value: Any, asked: Asked) -> dict[str, Any] | str:
     if "data" in asked.simpo:
         return "data are given as a SimPO key"
     if value != "jsonl":
-        raise ConfigError(f"found {value!r}, expected jsonl: other forms hold token ids, not pairs")
+        raise Obstacle(
+            f"found {value!r}, expected jsonl: other forms hold token ids, not pairs", "model.simpo.data=FILE"
+        )
     # Their prompts are in the model's format, which Aligner tokenises as they are: its docs/user-guide/dpo.rst.
     return {"chosen_column": "chosen_response", "rejected_column": "rejected_response", "chat_template": "none"}
 

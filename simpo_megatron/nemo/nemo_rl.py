@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ _OF_DTENSOR = "of the DTensor worker, which does not run here"
 _DTENSOR_LORA = "policy.dtensor_cfg.lora_cfg."
 _TEMPLATE_ARGUMENTS = "policy.tokenizer.chat_template_kwargs."
 _OF_FILES = ("BinaryPreferenceDataset", "PreferenceDataset")
+_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _FILES = (".json", ".jsonl", ".parquet", ".gz")
 
 
@@ -39,7 +41,7 @@ def _files(option: str) -> Translated:
     def named(value: Any, asked: Asked) -> dict[str, Any]:
         if not isinstance(value, str):
             raise Obstacle(f"found {value!r}, expected a file, or a name on the hub")
-        if Path(value).suffix in _FILES or Path(value).exists():
+        if not _HUB_NAME.fullmatch(value) or Path(value).suffix in _FILES or Path(value).exists():
             return {option: value}
         split = asked.get(*splits)
         return {option: f"hub:{value}" + (f":{split}" if split else "")}
@@ -264,7 +266,7 @@ _MEGATRON_CFG: dict[str, Rule] = {
         to.OF_KERNELS,
         _MEGATRON,
         """env_vars env_vars.* empty_unused_memory_level pipeline_dtype apply_rope_fusion bias_activation_fusion
-        gradient_accumulation_fusion attention_backend transformer_impl use_fused_*
+        gradient_accumulation_fusion attention_backend transformer_impl use_fused_* use_linear_ce_* linear_ce_*
         fused_linear_logprobs_chunk_size defer_fp32_logits cuda_graph_* fine_grained_activation_offloading
         offload_modules use_gloo_process_groups hybridep_* clear_memory_caches_before_refit""",
     ),

@@ -162,6 +162,7 @@ MEANINGS = {
         ([f"{MEGATRON}fp8_cfg.fp8_param=false"], {"fp8_recipe": "blockwise", "fp8_param_gather": False}),
         ([f"{MEGATRON}recompute_granularity=selective", f"{MEGATRON}recompute_modules=[mlp]"],
          {"recompute_granularity": "selective", "recompute_modules": ("mlp",)}),
+        (["data.validation.data_path=/somewhere/pairs"], {"valid_data": ("/somewhere/pairs",)}),
         (["checkpointing.enabled=false"], {"save": None, "save_interval": None, "keep_checkpoints": 2}),
     ],
     "bridge_container.yaml": [
@@ -215,6 +216,7 @@ REFUSED = {
     "another model configuration": (
         "rl_megatron.yaml", ["+policy.hf_config_overrides.rope_theta=1"], "policy.hf_config_overrides.rope_theta=null",
     ),
+    "token ids": ("aligner_dpo.yaml", ["model.data.data_impl=mmap"], "model.simpo.data=FILE"),
     "one batch an epoch": (
         "aligner_dpo.yaml", ["trainer.dpo.limit_train_batches=1"], "trainer.dpo.limit_train_batches=1.0",
     ),
