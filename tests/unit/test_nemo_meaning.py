@@ -298,6 +298,13 @@ def test_adapters_of_the_other_worker_are_no_training_of_all_weights():
     assert load("rl_megatron.yaml", *asked, *remedies)[0].lora.lora_rank == 8
 
 
+def test_objects_that_megatron_bridge_writes_as_sections_are_known():
+    partial = "{_target_: torch.nn.init.normal_, _partial_: true, _args_: [], mean: 0.0, std: 0.02}"
+    names = ("init_method", "embedding_init_method", "output_layer_init_method")
+    _, report = load("bridge_container.yaml", *(f"model.{name}={partial}" for name in names))
+    assert all(f"model.{name}.std" in report.differs for name in names)
+
+
 def test_fp8_that_a_recipe_has_otherwise_is_told():
     _, report = load("rl_megatron.yaml", f"{MEGATRON}fp8_cfg.fp8=hybrid", f"{MEGATRON}fp8_cfg.fp8_param=false")
     assert "fp8 hybrid (e4m3 here)" in report.differs[f"{MEGATRON}fp8_cfg.enabled"]
