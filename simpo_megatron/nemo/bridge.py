@@ -17,7 +17,7 @@ from simpo_megatron.nemo.megatron_keys import (
 from simpo_megatron.nemo.nemo2 import dataset_folder
 from simpo_megatron.nemo.rules import Asked, Dialect, Different, Differs, Obstacle, Only, Rule, Translated, With
 
-_LENGTHS = ("model.seq_length", "dataset.seq_length", "dataset.sequence_length")
+_LENGTHS = ("dataset.seq_length", "dataset.sequence_length", "model.seq_length")
 _RECIPES = {
     "bf16_mixed": None,
     "bf16_with_fp8_delayed_scaling_mixed": "delayed",
@@ -55,6 +55,14 @@ def _unless_mixed_precision(rule: str | Translated) -> Translated:
     return Translated(of_the_model, options, reads)
 
 
+def _length_of_the_model(value: Any, asked: Asked) -> dict[str, Any] | Different | str:
+    of_the_data = asked.get(*_LENGTHS[:2])
+    if of_the_data is None:
+        return to.sequence_length(value, asked)
+    same = of_the_data == value
+    return "that of the data" if same else Different(f"sequences are as long as those of the data, {of_the_data}", {})
+
+
 def _resume(value: Any, asked: Asked) -> dict[str, Any]:
     save = asked.simpo.get("save") or asked.get("checkpoint.save")
     if value != save:
@@ -72,7 +80,7 @@ _MODEL: dict[str, Rule] = {
         context_parallel_size expert_model_parallel_size""",
     ),
     "model.sequence_parallel": to.sequence_parallel_of("model.tensor_model_parallel_size"),
-    "model.seq_length": to.LENGTH,
+    "model.seq_length": Translated(_length_of_the_model, ("max_length",), _LENGTHS[:2]),
     "model.hf_model_id": "model",
     "model.hf_model_revision": Only(
         (None, "main"), "write it behind the model's name: OWNER/NAME@REVISION", ("model",)

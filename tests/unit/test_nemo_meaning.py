@@ -172,6 +172,8 @@ MEANINGS = {
          {"lr_warmup_fraction": 0.2, "lr_warmup_iters": None}),
         # megatron-core writes the schedule's weight decay over the optimizer's.
         (["scheduler.start_weight_decay=0.1", "scheduler.end_weight_decay=0.1"], {"weight_decay": 0.1}),
+        (["model.seq_length=131072"], {"max_length": 2048, "tokens_per_microbatch": 4096}),
+        (["model.seq_length=131072", "dataset.seq_length=null"], {"max_length": 131072}),
         (["checkpoint.most_recent_k=-1"], {"keep_checkpoints": -1}),
         (["mixed_precision.fp8_param_gather=true"], {"fp8_recipe": "blockwise", "fp8_param_gather": True}),
         (["model.moe_aux_loss_coeff=0.001"], {"moe_aux_loss_coeff": 0.001}),
