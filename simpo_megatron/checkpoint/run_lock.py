@@ -54,8 +54,13 @@ def lock(save: Path) -> RunLock:
     nonce = f"process {os.getpid()} on {socket.gethostname()}, {uuid.uuid4().hex}"
     try:
         atomic.write_text(save / _HOLDER_FILE, nonce)
-    except BaseException:
+    except BaseException as error:
         held.release()
+        if isinstance(error, OSError):
+            raise CheckpointError(
+                f"save: found {save / _HOLDER_FILE}, which cannot be written ({error.strerror}), expected a folder of "
+                "yours; remove it"
+            ) from None
         raise
     return RunLock(nonce, held)
 
