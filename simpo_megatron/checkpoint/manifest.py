@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -22,6 +23,8 @@ from simpo_megatron.limits import read_bounded
 
 if TYPE_CHECKING:
     from simpo_megatron.mcore.families import ModelDescription
+
+_LOGGER = logging.getLogger(__name__)
 
 FORMAT = 1
 RECORD_FILE = "COMMIT.json"
@@ -173,8 +176,11 @@ def _seal(folder: Path, checkpoint: Checkpoint) -> None:
 
 
 def write_latest(save: Path, iteration: int) -> None:
-    """Write the pointer to the newest checkpoint that Megatron's own readers use."""
-    write_text(save / LATEST_FILE, f"{iteration}\n")
+    """Write the pointer to the newest checkpoint that Megatron's own readers use; where that fails, only warn."""
+    try:
+        write_text(save / LATEST_FILE, f"{iteration}\n")
+    except OSError as error:
+        _LOGGER.warning("%s: could not be written (%s); no run here reads it", save / LATEST_FILE, error.strerror)
 
 
 def stray_pointer(save: Path) -> str | None:

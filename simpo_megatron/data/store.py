@@ -37,7 +37,7 @@ from simpo_megatron.data.records import (
     to_record,
 )
 from simpo_megatron.data.sources import RawRecord, read_raw, source_identity
-from simpo_megatron.data.store_seal import DamagedStoreError, read_sealed, seal
+from simpo_megatron.data.store_seal import DamagedStoreError, damaged, read_sealed, seal
 from simpo_megatron.data.tokenization import PairTokenizer, TokenizedPair, tokenizer_identity, use_one_thread
 from simpo_megatron.data.workers import map_in_processes
 from simpo_megatron.errors import DataError
@@ -93,11 +93,11 @@ class PairStore:
             weakref.finalize(self, os.close, self._descriptor)
             num_bytes = os.fstat(self._descriptor).st_size
         except (OSError, ValueError, KeyError, TypeError, struct.error) as error:
-            raise DamagedStoreError(folder, error) from None
+            raise damaged(folder, error) from None
         self.lengths = lengths.reshape(-1, 3)
         self._starts = pointers[::3] // 4
         if len(self.lengths) != len(self.pairs) or num_bytes != 4 * lengths.sum(dtype=np.int64):
-            raise DamagedStoreError(folder, "its files have the sizes of different stores")
+            raise damaged(folder, "its files have the sizes of different stores")
         self._checksums = np.array(self.pairs["crc32"]) if "crc32" in self.pairs.dtype.names else None
 
     @property
@@ -125,10 +125,10 @@ class PairStore:
         try:
             content = os.pread(self._descriptor, 4 * int(ends[2]), 4 * int(self._starts[index]))
         except OSError as error:
-            raise DamagedStoreError(self.folder, f"pair {index} cannot be read: {error.strerror}") from None
+            raise damaged(self.folder, f"pair {index} cannot be read: {error.strerror}") from None
         is_known = self._checksums is None or zlib.crc32(content) == self._checksums[index]
         if len(content) != 4 * ends[2] or not is_known:
-            raise DamagedStoreError(self.folder, f"the bytes of pair {index} changed while the store was in use")
+            raise damaged(self.folder, f"the bytes of pair {index} changed while the store was in use")
         return TokenizedPair.from_marked(*np.split(np.frombuffer(content, np.int32), ends[:2]))
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -26,11 +26,13 @@ _MAX_THREADS = 8
 class DamagedStoreError(DataError):
     """A store whose files are not those that were built."""
 
-    def __init__(self, folder: Path, found: object) -> None:
-        super().__init__(
-            f"{folder}: found a damaged token store ({found}), expected it as it was built; delete the folder, and the "
-            "next run builds it anew"
-        )
+
+def damaged(folder: Path, found: object) -> DamagedStoreError:
+    """The error of the store in `folder`, in which `found` is wrong."""
+    return DamagedStoreError(
+        f"{folder}: found a damaged token store ({found}), expected it as it was built; delete the folder, and the "
+        "next run builds it anew"
+    )
 
 
 def seal(folder: Path, facts: dict[str, Any]) -> None:
@@ -56,7 +58,7 @@ def read_sealed(folder: Path, *, verify: bool) -> dict[str, Any]:
             if verify and _block_hashes(folder / name) != hashes:
                 raise ValueError(f"the bytes of {name} have changed")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise DamagedStoreError(folder, getattr(error, "strerror", None) or error) from None
+        raise damaged(folder, getattr(error, "strerror", None) or error) from None
     return record
 
 

@@ -17,6 +17,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 
+import psutil
 import torch.distributed as dist
 
 from simpo_megatron.errors import ConfigError, ParallelError, PeerFailedError, SimPOError, StoppedBySignal, listed
@@ -94,6 +95,17 @@ class Meeting:
     """Counts the runs of this process."""
     store: dist.Store
     """Where ranks leave word for each other, beside all collectives; for the main thread."""
+    first_of_node: int | None = None
+    """Process id of the first rank of this node, unless that is this rank."""
+
+    def speaks_for_node(self) -> bool:
+        """True on the first rank of a node, and on all others once that is not seen to live."""
+        if self.first_of_node is None:
+            return True
+        try:
+            return psutil.Process(self.first_of_node).status() == psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:
+            return True
 
     def another_connection(self) -> dist.Store:
         """A second connection, for another thread, so that neither waits for the other's requests."""
@@ -125,6 +137,7 @@ def meet() -> Meeting:
     try:
         store = _of_run(_connection(MEETING_SECONDS), _num_runs)
         store.set(f"arrived/{rank}", socket.gethostname())
+        store.set(f"process/{rank}", str(os.getpid()))
         store.add(_NUM_PRESENT, 1)
         store.add(_NUM_ARRIVED, 1)
         while store.add(_NUM_ARRIVED, 0) < world:
@@ -133,12 +146,14 @@ def meet() -> Meeting:
             if time.monotonic() > deadline:
                 raise _not_met(store, rank, world)
             time.sleep(_POLL_SECONDS)
+        local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        first_of_node = int(store.get(f"process/{rank - local_rank}")) if 0 < local_rank <= rank else None
     except dist.DistError as error:
         raise _unreachable(str(error).splitlines()[0]) from error
     except StoppedBySignal as stopped:
         _tell(stopped)
         raise
-    meeting = Meeting(rank, world, _num_runs, store)
+    meeting = Meeting(rank, world, _num_runs, store, first_of_node)
     _num_runs += 1
     return meeting
 

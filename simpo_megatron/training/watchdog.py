@@ -138,9 +138,10 @@ class Watchdog:
                 )
             else:
                 continue
+            speaks = self._meeting.speaks_for_node()
             # The rank that is ending may find the store gone before the others do.
             if not self._leaving.wait(2 * _POLL_SECONDS):
-                if os.environ.get("LOCAL_RANK", "0") == "0":
+                if speaks:
                     report_error(ParallelError(f"stopped in {self._where} because {why}"), rank=self._rank)
                 _leave(ParallelError.exit_code)
 

@@ -92,7 +92,8 @@ class Run:
     folders: list | None = None
     """The working folder of each rank."""
     signal_store: list | None = None
-    """[n, signal]: the process that keeps the ranks' store gets a signal at the start of rank 0's nth step."""
+    """[n, signal, rank 0 too]: the process that keeps the ranks' store gets a signal at the start of rank 0's nth step,
+    and so may rank 0."""
     signals: list | None = None
     """[rank, n, names]: that rank gets these signals, one after the other, at the start of its nth step of this run."""
 

@@ -176,8 +176,8 @@ def signal_at_step(nth: int, names: list[str]) -> None:
     loop.train_step = signalled
 
 
-def signal_store_at_step(nth: int, name: str) -> None:
-    """To the process of rank 0 in which the ranks' store lives; it is gone a while later, frozen or not."""
+def signal_store_at_step(nth: int, name: str, with_rank: bool = False) -> None:
+    """To the process of rank 0 that keeps the ranks' store, and to rank 0; the former is killed a while later."""
     train_step, count = loop.train_step, 0
 
     def signalled(*arguments):
@@ -187,6 +187,8 @@ def signal_store_at_step(nth: int, name: str) -> None:
             (store,) = psutil.Process().children()
             store.send_signal(signal.Signals[name])
             subprocess.Popen(["sh", "-c", f"sleep 40; kill -KILL {store.pid} 2>/dev/null"], start_new_session=True)
+            if with_rank:
+                os.kill(os.getpid(), signal.Signals[name])
         return train_step(*arguments)
 
     loop.train_step = signalled

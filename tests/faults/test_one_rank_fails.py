@@ -104,6 +104,11 @@ RUNS = {
         [6, 6],
         {0: r"^ERROR simpo_megatron rank 0: stopped in step \d+ because the ranks' store at \S+ does not answer"},
     ),
+    "the_first_rank_and_the_store_are_killed": (
+        {"signal_store": [2, "SIGKILL", True], "options": {"train_iters": 100_000}},
+        [KILLED, 6],
+        {1: r"^ERROR simpo_megatron rank 1: stopped in step \d+ because the ranks' store at \S+ does not answer"},
+    ),
     "the_store_of_the_ranks_is_killed": (
         {"signal_store": [2, "SIGKILL"], "options": {"train_iters": 100_000}},
         [6, 6],

@@ -1,7 +1,13 @@
 """The phrases that messages are made of."""
 
+import ast
+import importlib
+import pickle
+from pathlib import Path
+
 import pytest
 
+from simpo_megatron import errors
 from simpo_megatron.errors import (
     ConfigError,
     DataError,
@@ -75,3 +81,30 @@ def test_an_error_is_one_line_of_500_characters_that_ends_with_what_to_do(capsys
     assert line.count("\n") == 1 and len(line) == 501 and line.endswith(", expected y; do z\n")
     assert line.startswith("ERROR simpo_megatron rank 0: key: found x\\nx")
     assert status_line("ERROR", "short") == "ERROR simpo_megatron: short"
+
+
+PACKAGE = Path(errors.__file__).parent
+
+
+def error_classes():
+    """Returns each error of the package, from whichever module."""
+    modules = [
+        path
+        for path in PACKAGE.rglob("*.py")
+        if any(isinstance(node, ast.ClassDef) and node.bases for node in ast.parse(path.read_text()).body)
+        and "Error)" in path.read_text()
+    ]
+    names = [".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts) for path in sorted(modules)]
+    found = [value for name in names for value in vars(importlib.import_module(name)).values()]
+    return sorted({v for v in found if isinstance(v, type) and issubclass(v, errors.SimPOError)}, key=str)
+
+
+def test_every_error_reaches_another_rank_as_it_is_and_can_be_told_in_more_words():
+    """Ranks send each other their errors; who agrees on one raises it with the rank, `type(error)(text)`."""
+    kinds = error_classes()
+    assert len(kinds) > 12
+    for kind in kinds:
+        error = kind("what is wrong")
+        error.exit_code = 9
+        heard = pickle.loads(pickle.dumps(error))
+        assert (type(heard), str(heard), heard.exit_code, heard.speaker) == (kind, "what is wrong", 9, error.speaker)

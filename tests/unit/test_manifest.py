@@ -210,6 +210,14 @@ def test_the_pointer_of_megatron_is_a_hint_that_nothing_depends_on(tmp_path, poi
     assert path.read_text() == "6\n" and manifest.stray_pointer(tmp_path) is None
 
 
+def test_a_pointer_that_cannot_be_written_costs_a_warning(tmp_path, caplog):
+    (tmp_path / manifest.LATEST_FILE).mkdir(parents=True)
+    assert resumed(tmp_path) == (None, [])
+    checkpoint = save(tmp_path, 4)
+    assert resumed(tmp_path) == (checkpoint, [])
+    assert f"{manifest.LATEST_FILE}: could not be written (Is a directory)" in caplog.text
+
+
 @pytest.mark.parametrize(
     "name",
     ["iter_000000\uff15", "iter_0000005\n", "old-iter_0000005-bak", "iter_0000005.bak", "iter_5", "iter_0000005.tmp-x"],

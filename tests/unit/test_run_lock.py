@@ -7,6 +7,15 @@ from simpo_megatron.errors import CheckpointError
 
 
 @pytest.mark.parametrize("name", [".lock", ".holder"])
+def test_a_folder_in_place_of_a_file_of_the_lock_is_named(name, tmp_path):
+    (tmp_path / name).mkdir()
+    with pytest.raises(CheckpointError, match=f"save: found {tmp_path}.*, which cannot be written"):
+        lock(tmp_path)
+    (tmp_path / name).rmdir()
+    lock(tmp_path).release()
+
+
+@pytest.mark.parametrize("name", [".lock", ".holder"])
 def test_a_link_in_place_of_a_file_of_the_lock_changes_nothing_elsewhere(name, tmp_path):
     precious, save = tmp_path / "precious", tmp_path / "run"
     precious.write_text("kept")
