@@ -27,7 +27,7 @@ def own_file(folder: str | Path, name: str | Path) -> Path:
     path, here = Path(folder) / name, Path(folder).resolve()
     try:
         target = path.resolve()
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, ValueError) as error:  # the last: what no file can be called
         raise CheckpointError(f"{path}: found a link that leads nowhere ({error}), expected a file") from None
     is_blob = here.parent.name == "snapshots" and target.parent == here.parent.parent / "blobs"
     if here in target.parents or is_blob:
