@@ -57,8 +57,12 @@ def ignore_known_warnings(*, has_cuda: bool) -> None:
 
 
 def outlive_readers() -> None:
-    """Lets the process go on when its output is closed; later prints are discarded."""
-    sys.stdout, sys.stderr = _Unbroken(sys.stdout), _Unbroken(sys.stderr)
+    """Lets the process go on when its output is closed, now or later; prints are discarded then."""
+    sys.stdout, sys.stderr = (
+        # None: closed when the process began. What is opened next would get the number of the descriptor.
+        _Unbroken(open(os.devnull, "w", encoding="utf-8") if stream is None else stream)  # noqa: SIM115
+        for stream in (sys.stdout, sys.stderr)
+    )
 
 
 class _Unbroken:

@@ -20,6 +20,12 @@ _MAX_HEADER_BYTES = 100 << 20
 _MAX_WHOLE_BYTES = 64 << 20
 
 
+def files_of_model(folder: Path) -> tuple[list[Path], list[Path]]:
+    """(weight files, small files) that make the model in `folder`, tokenizer and licence apart."""
+    weights = sorted(path for path in folder.iterdir() if path.suffix in _WEIGHTS and path.is_file())
+    return weights, [folder / name for name in _WHOLE_FILES if (folder / name).is_file()]
+
+
 def sampled_digests(folder: Path) -> dict[str, str]:
     """16 hex digits for each file of the model in `folder`, by its name.
 
@@ -29,8 +35,7 @@ def sampled_digests(folder: Path) -> dict[str, str]:
 
     Raises: OSError, when a file cannot be read, or is larger than any of its kind.
     """
-    weights = sorted(path for path in folder.iterdir() if path.suffix in _WEIGHTS and path.is_file())
-    small = [folder / name for name in _WHOLE_FILES if (folder / name).is_file()]
+    weights, small = files_of_model(folder)
     digests = {path.name: hashlib.sha256(read_bounded(path, _MAX_WHOLE_BYTES)).hexdigest()[:16] for path in small}
     for path in weights:
         digests[path.name] = _sampled_digest(path, max(48, _MAX_SAMPLES // len(weights)))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import socket
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from torch.distributed import ProcessGroup
 
 import simpo_megatron
 from simpo_megatron.config import Config
-from simpo_megatron.convert.samples import sampled_digests
+from simpo_megatron.convert.samples import files_of_model, sampled_digests
 from simpo_megatron.errors import CheckpointError, NumericsError, ParallelError, listed
 from simpo_megatron.mcore.fp8_weights import plain
 from simpo_megatron.mcore.optimizer import gather_parameters
@@ -48,6 +49,7 @@ def job_facts(job: Job) -> dict[str, Any]:
         "vocab_size": description.vocab_size,
         **description.transformer,
         **description.gpt,
+        "rope_parameters": description.rope,
     }
 
 
@@ -104,6 +106,39 @@ def check_same_model(folder: Path) -> None:
         f"model: found different files under the same name: {listed(shown, _MAX_SHOWN, '; ')}; the folder is "
         f"{_ranks_by_value([where for where, _ in every])}; give every rank the same model"
     )
+
+
+@contextmanager
+def unchanged_model(folder: Path) -> Iterator[None]:
+    """While the context lasts, in which ranks read the model in `folder`, its files do not change.
+
+    Ranks that read a file before and after a change would together train parts of two models.
+
+    Collectives: two object gathers, world.
+
+    Raises:
+        CheckpointError: on every rank alike, with the files that did.
+    """
+    before = raise_on_all_ranks(lambda: _file_states(folder), wrap=CheckpointError)
+    yield
+
+    def compare() -> None:
+        after = _file_states(folder)
+        changed = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
+        if changed:
+            raise CheckpointError(
+                f"model: found {listed(changed, _MAX_SHOWN)} of {folder} changed while it was read, expected a whole "
+                "model; start again once it is"
+            )
+
+    raise_on_all_ranks(compare, wrap=CheckpointError)
+
+
+def _file_states(folder: Path) -> dict[str, tuple[int, int, int]]:
+    """Inode, size and time of change of each file of the model in `folder`, links followed, by its name."""
+    weights, small = files_of_model(folder)
+    found = {path.name: path.stat() for path in (*weights, *small)}
+    return {name: (stat.st_ino, stat.st_size, stat.st_mtime_ns) for name, stat in found.items()}
 
 
 def check_replicas(chunks: Sequence[DistributedDataParallel], groups: ParallelGroups) -> None:

@@ -18,7 +18,7 @@ from simpo_megatron.reporting.loggers import RunLog, Sink, open_run_log
 from simpo_megatron.reporting.validation_pairs import keep_validation_pairs
 from simpo_megatron.stop_signals import StopSignals
 from simpo_megatron.training.checkpoint_manager import Saver
-from simpo_megatron.training.consistency import check_replicas, check_same, check_same_model, job_facts
+from simpo_megatron.training.consistency import check_replicas, check_same, check_same_model, job_facts, unchanged_model
 from simpo_megatron.training.evaluation import evaluate
 from simpo_megatron.training.finish import finish
 from simpo_megatron.training.introduction import introduce
@@ -84,7 +84,8 @@ def run_in(
         found = find_checkpoint(config)
         if found.checkpoint is None or config.lora.lora_rank is not None:
             check_same_model(plan.sources.model)
-        job = session.build_job(config, plan, load_weights=found.checkpoint is None)
+        with unchanged_model(plan.sources.model):
+            job = session.build_job(config, plan, load_weights=found.checkpoint is None)
         job, reference_notes = with_reference(config, job, has_initial_weights=found.checkpoint is None)
         start = start_run(config, job, found)
         check_same(job_facts(job))

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 
 from simpo_megatron.config import Config
-from simpo_megatron.errors import NumericsError
-from simpo_megatron.training.consistency import _not_finite, _ranks_by_value, _sum_of_bits, _text, startup_facts
+from simpo_megatron.errors import CheckpointError, NumericsError
+from simpo_megatron.training.consistency import (
+    _not_finite,
+    _ranks_by_value,
+    _sum_of_bits,
+    _text,
+    startup_facts,
+    unchanged_model,
+)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -33,6 +42,16 @@ def test_a_weight_that_is_not_finite_is_named(value, index):
     weights["second"][index] = value
     error = _not_finite(weights)
     assert isinstance(error, NumericsError) and "weights: found 1 that are not finite, second first" in str(error)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "new.safetensors"])
+def test_a_model_that_changes_while_it_is_read_is_refused(name, world_of_one, tmp_path):
+    for file in ("model.safetensors", "config.json", "tokenizer.json"):
+        (tmp_path / file).write_text("before")
+    with unchanged_model(tmp_path):
+        (tmp_path / "tokenizer.json").write_text("its ids are compared with those of the pairs")
+    with pytest.raises(CheckpointError, match=f"model: found {name} of {tmp_path} changed"), unchanged_model(tmp_path):
+        os.utime(tmp_path / "config.json", ns=(1, 1)) if name == "config.json" else (tmp_path / name).write_text("!")
 
 
 def test_the_rarest_value_comes_first_with_its_ranks():

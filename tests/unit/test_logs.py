@@ -95,6 +95,18 @@ def test_a_reader_that_goes_away_and_a_full_disk_stop_nobody_who_prints():
     assert FullDisk.written == b"a line\nanother\n"
 
 
+@pytest.mark.processes
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
+def test_output_that_was_closed_from_the_start_stops_nobody(closed, tmp_path):
+    script = (
+        "import sys; from simpo_megatron.logs import outlive_readers; outlive_readers(); print('out'); "
+        "print('err', file=sys.stderr); open('done', 'w').write('in a file')"
+    )
+    command = ["bash", "-c", f'exec "$0" -c "$1" {closed}', sys.executable, script]
+    done = subprocess.run(command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(PACKAGE.parent)}, timeout=60)
+    assert done.returncode == 0 and (tmp_path / "done").read_text() == "in a file"
+
+
 class FullDisk(io.RawIOBase):
     has_room, written = False, b""
 
