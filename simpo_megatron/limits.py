@@ -24,12 +24,14 @@ _is_limited = False
 
 
 def check_plain(path: Path, most_bytes: int) -> None:
-    """Return if `path`, links followed, is a file of at most `most_bytes`.
+    """Return if `path`, links followed, is a file of at most `most_bytes` that this process may read.
 
     Raises:
         OSError: it is not there, or is larger, or is a folder, a pipe or a device, whose reading might never end.
     """
     _check(os.stat(path), path, most_bytes)
+    if not os.access(path, os.R_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
 
 
 def read_bounded(path: Path, most_bytes: int) -> bytes:

@@ -17,8 +17,7 @@ from simpo_megatron.commands.generate import add_engine_options, engine_of
 from simpo_megatron.commands.parsing import CommandParser
 from simpo_megatron.errors import SimPOError, report_error, require, visible
 from simpo_megatron.evaluation.benchmarks import BENCHMARKS, read_questions
-from simpo_megatron.generation.answering import ANSWERS_FILE, Decoding, answer_prompts
-from simpo_megatron.generation.lines import read_lines
+from simpo_megatron.generation.answering import Decoding, answer_prompts, read_answers
 from simpo_megatron.generation.prompts import read_prompts
 
 
@@ -57,7 +56,7 @@ def _evaluate(arguments: argparse.Namespace) -> Iterator[str]:
         seed=arguments.seed,
     )
     yield from answer_prompts(engine_of(arguments), arguments.questions, arguments.out, decoding)
-    answers = {row["id"]: row for row in read_lines(arguments.out / ANSWERS_FILE)}
+    answers = {row["id"]: row for row in read_answers(arguments.out)}
     path = benchmark.write(questions, [answers[item.id] for item in items], name, arguments.out)
     yield f"written   {path}, for the official scorer of {benchmark.name}"
     if len(questions) not in benchmark.counts:

@@ -12,7 +12,7 @@ from statistics import fmean
 from typing import Any
 
 from simpo_megatron.data.ngrams import repetition
-from simpo_megatron.errors import require
+from simpo_megatron.errors import DataError, require
 from simpo_megatron.generation.engines import Completion, Engine
 from simpo_megatron.generation.lines import append, appending, held_folder, keep_settings, read_lines, write_record
 from simpo_megatron.generation.prompts import PromptItem, read_prompts
@@ -69,17 +69,31 @@ def answer_prompts(engine: Engine, prompts: Path, folder: Path, decoding: Decodi
             "first_prompt": engine.rendered(items[0].messages),
         }
         keep_settings(folder / RECORD_FILE, settings)
-        known = {(row["id"], row["sample"]) for row in read_lines(folder / ANSWERS_FILE)}
+        known = {(row["id"], row["sample"]) for row in read_answers(folder, num_tokens=int)}
         asked = [(item, sample) for item in items for sample in range(decoding.num_samples)]
         left = [(item, sample) for item, sample in asked if (item.id, sample) not in known]
         if len(left) < len(asked):
             yield f"resume    {len(asked) - len(left):,} of {len(asked):,} answers are there already"
         _answer(engine, left, decoding, folder / ANSWERS_FILE)
-        summary = summarize(read_lines(folder / ANSWERS_FILE))
+        summary = summarize(read_answers(folder, num_tokens=int))
         write_record(folder / RECORD_FILE, {"settings": settings, "answers": summary})
     shares = f"{summary['cut']:.1%} cut, {summary['empty']:.1%} empty, {summary['repetition']:.1%} of 4-grams repeated"
     yield f"answers   {summary['num_answers']:,}, {summary['mean_tokens']:.0f} tokens on average; {shares}"
     yield f"written   {folder / ANSWERS_FILE}; {folder / RECORD_FILE} says how"
+
+
+def read_answers(folder: Path, **fields: type) -> list[dict[str, Any]]:
+    """The answers in `folder`, none where there are none yet, each with `fields` of these types beside what all need.
+
+    Raises: DataError for a line that is no answer.
+    """
+    path = folder / ANSWERS_FILE
+    rows = read_lines(path, id=str, sample=int, messages=list, answers=list, is_cut=bool, **fields)
+    for number, row in enumerate(rows, 1):
+        turns = [isinstance(turn, dict) and isinstance(turn.get("content"), str) for turn in row["messages"]]
+        if not row["answers"] or not all(isinstance(text, str) for text in row["answers"]) or not all(turns):
+            raise DataError(f"{path}:{number}: found no answer as text, expected one to each turn; remove the line")
+    return rows
 
 
 def summarize(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:

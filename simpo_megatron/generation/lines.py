@@ -10,24 +10,40 @@ from typing import IO, Any
 
 from simpo_megatron import atomic
 from simpo_megatron.errors import ConfigError, DataError
+from simpo_megatron.limits import read_bounded
+
+MOST_BYTES = 1 << 30
+"""Size of the largest file of prompts, answers or scores that is read."""
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
+def read_lines(path: Path, **fields: type) -> list[dict[str, Any]]:
     """The objects in a JSON Lines file, none where there is no file; half a last line of a killed process is left out.
 
-    Raises: DataError for any other line that is no object.
+    Args:
+        fields: names that each object has, and the types of their values.
+
+    Raises: DataError for any other line that is no such object, and when the file cannot be read.
     """
     if not path.exists():
         return []
-    whole, _, _ = path.read_text(encoding="utf-8").rpartition("\n")
+    try:
+        whole, _, _ = read_bounded(path, MOST_BYTES).decode("utf-8").rpartition("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read ({error}), expected a JSON Lines file") from None
     rows = []
     for number, line in enumerate(whole.split("\n") if whole else [], 1):
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             row = None
         if not isinstance(row, dict):
             raise DataError(f"{path}:{number}: found no JSON object, expected one in each line; remove the line")
+        wrong = [name for name, kind in fields.items() if type(row.get(name)) is not kind]
+        if wrong:
+            raise DataError(
+                f"{path}:{number}: {wrong[0]}: found {str(row.get(wrong[0]))[:80]!r}, expected a value of type "
+                f"{fields[wrong[0]].__name__}; remove the line"
+            )
         rows.append(row)
     return rows
 
@@ -77,7 +93,7 @@ def keep_settings(path: Path, settings: Mapping[str, Any]) -> None:
     """
     now = json.loads(json.dumps(settings))
     if path.exists():
-        before = json.loads(path.read_text(encoding="utf-8")).get("settings", {})
+        before = read_settings(path)
         changed = [
             f"{name} {before.get(name)!r} before, {now.get(name)!r} now"
             for name in sorted(before.keys() | now.keys())
@@ -90,6 +106,20 @@ def keep_settings(path: Path, settings: Mapping[str, Any]) -> None:
             )
         return
     write_record(path, {"settings": now})
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """The settings in the record `path`.
+
+    Raises: ConfigError when it is no such record.
+    """
+    try:
+        settings = json.loads(read_bounded(path, MOST_BYTES))["settings"]
+    except (OSError, ValueError, RecursionError, KeyError, TypeError):
+        settings = None
+    if not isinstance(settings, dict):
+        raise ConfigError(f"{path}: found no settings in it, expected the record of a folder; name another folder")
+    return settings
 
 
 def write_record(path: Path, record: Mapping[str, Any]) -> None:

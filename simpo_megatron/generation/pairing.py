@@ -13,12 +13,21 @@ from typing import Any
 
 from simpo_megatron.atomic import write_text
 from simpo_megatron.errors import DataError
-from simpo_megatron.generation.answering import ANSWERS_FILE
+from simpo_megatron.generation.answering import ANSWERS_FILE, read_answers
 from simpo_megatron.generation.answering import RECORD_FILE as ANSWERS_RECORD
-from simpo_megatron.generation.lines import append, appending, held_folder, keep_settings, read_lines, write_record
+from simpo_megatron.generation.lines import (
+    append,
+    appending,
+    held_folder,
+    keep_settings,
+    read_lines,
+    read_settings,
+    write_record,
+)
 from simpo_megatron.generation.scoring import Scorer
 
 PAIRS_FILE, SCORES_FILE, RECORD_FILE = "pairs.jsonl", "scores.jsonl", "pairs.json"
+_SCORE = {"id": str, "sample": int, "score": float}
 
 
 @dataclass(frozen=True)
@@ -41,18 +50,18 @@ def make_pairs(scorer: Scorer, answers: Path, folder: Path, pairing: Pairing) ->
         ConfigError: the folder was begun with another scorer or other answers, or is another process's.
         DataError: there are no answers, or one cannot be scored.
     """
-    rows = read_lines(answers / ANSWERS_FILE)
+    rows = read_answers(answers)
     if not rows:
         raise DataError(f"{answers}: found no {ANSWERS_FILE}, expected answers; make them with simpo generate")
     several = next((row["id"] for row in rows if len(row["answers"]) > 1), None)
     if several is not None:
         raise DataError(f"{several}: found answers to several turns, expected one; samples differ in the earlier ones")
     record = answers / ANSWERS_RECORD
-    provenance = json.loads(record.read_text(encoding="utf-8"))["settings"] if record.exists() else None
+    provenance = read_settings(record) if record.exists() else None
     with held_folder(folder):
         keep_settings(folder / RECORD_FILE, {"answers": provenance, **scorer.identity()})
         yield from _score(scorer, rows, folder / SCORES_FILE)
-        scores = {(row["id"], row["sample"]): row["score"] for row in read_lines(folder / SCORES_FILE)}
+        scores = {(row["id"], row["sample"]): row["score"] for row in read_lines(folder / SCORES_FILE, **_SCORE)}
         pairs, became = pair_up(rows, scores, pairing)
         write_text(folder / PAIRS_FILE, "".join(json.dumps(pair) + "\n" for pair in pairs))
         settings = {"answers": provenance, **scorer.identity()}
@@ -108,7 +117,7 @@ def _pair(
 
 def _score(scorer: Scorer, rows: Sequence[Mapping[str, Any]], path: Path) -> Iterator[str]:
     """Append the score of each answer that has none yet."""
-    known = {(row["id"], row["sample"]) for row in read_lines(path)}
+    known = {(row["id"], row["sample"]) for row in read_lines(path, **_SCORE)}
     left = [row for row in rows if (row["id"], row["sample"]) not in known]
     if len(left) < len(rows):
         yield f"resume    {len(rows) - len(left):,} of {len(rows):,} scores are there already"

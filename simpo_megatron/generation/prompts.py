@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from simpo_megatron.errors import DataError
+from simpo_megatron.generation.lines import MOST_BYTES
+from simpo_megatron.limits import read_bounded
 
 Message = Mapping[str, str]
 _IDS = ("id", "question_id", "uid", "prompt_id")
@@ -56,20 +58,21 @@ def read_rows(path: Path) -> list[Any]:
     Raises: DataError when it cannot be read.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_bounded(path, MOST_BYTES).decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read ({error}), expected a JSON or JSON Lines file of prompts") from None
     try:
         if text.lstrip().startswith("["):
             return json.loads(text)
-        return [json.loads(line) for line in text.splitlines() if line.strip()]
-    except ValueError as error:
+        # Not splitlines, which cuts at line ends that JSON allows in a text.
+        return [json.loads(line) for line in text.split("\n") if line.strip()]
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: found no JSON ({error}), expected an object in each line or one list") from None
 
 
 def _item(row: dict[str, Any], number: int, where: str) -> PromptItem:
     identity = str(next((row[key] for key in _IDS if row.get(key) is not None), number))
-    category = row.get("category")
+    category = row["category"] if isinstance(row.get("category"), str) else None
     turns = row.get("turns")
     if isinstance(turns, list) and turns and all(isinstance(turn, str) for turn in turns):
         return PromptItem(identity, _user(turns[0]), tuple(turns[1:]), category)

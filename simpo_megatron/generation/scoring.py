@@ -103,7 +103,8 @@ class ScoresOfFile(Scorer):
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._scores = {(row.get("id"), row.get("sample")): row.get("score") for row in read_lines(path)}
+        rows = read_lines(path, id=str, sample=int)
+        self._scores = {(row["id"], row["sample"]): row.get("score") for row in rows}
         if not self._scores:
             raise ConfigError(f"scores: found nothing in {path}, expected lines of id, sample and score")
 

@@ -67,7 +67,7 @@ MAY_IMPORT = {
         "reporting",
         "training",
     },
-    "generation": {"errors", "atomic", "data", "mcore", "checkpoint"},
+    "generation": {"errors", "atomic", "limits", "data", "mcore", "checkpoint"},
     "evaluation": {"errors", "atomic", "generation"},
     "offline": {"errors", "logs", "data", "parallel", "config", "mcore", "convert", "checkpoint", "reporting"},
     "gpu_check": {"errors", "faults", "loss", "data", "parallel", "demo", "config", "mcore", "planning"},

@@ -21,7 +21,11 @@ from tiny_models import write_llama3
 from simpo_megatron.config import config_from
 from simpo_megatron.data import PairOptions, build_preference_dataset, load_tokenizer
 from simpo_megatron.errors import SimPOError, status_line
+from simpo_megatron.generation.answering import Decoding
 from simpo_megatron.generation.engines import TransformersEngine
+from simpo_megatron.generation.pairing import Pairing, make_pairs
+from simpo_megatron.generation.prompts import read_prompts
+from simpo_megatron.generation.scoring import ScoresOfFile
 from simpo_megatron.limits import LimitError, limited
 from simpo_megatron.mcore import cpu_patches
 from simpo_megatron.mcore.families import describe_hf_model
@@ -271,6 +275,50 @@ FILES_OF_A_MODEL = (
 MAY_BE_A_FOLDER = "LICENSE"
 
 
+def of_lines(rows, numbers):
+    """JSON Lines of `rows`, one of them mutated."""
+    lines = [json.dumps(row).encode() for row in rows]
+    odd = numbers.randrange(len(rows))
+    lines[odd] = mutated_file(lines[odd], numbers)
+    return b"\n".join(lines) + b"\n"
+
+
+def test_prompts_answers_and_scores(tmp_path):
+    """Whoever makes pairs of another's answers reads these."""
+    turn = {"role": "user", "content": "Which way?"}
+    prompts = [{"id": f"p{n}", "messages": [turn], "category": "math"} for n in range(4)]
+    prompts.append({"question_id": 9, "turns": ["Which way?", "Why?"], "category": "math"})
+    answers = [
+        {"id": f"p{n // 2}", "sample": n % 2, "messages": [turn, {"role": "assistant", "content": f"North {n}."}],
+         "answers": [f"North {n}."], "is_cut": False, "num_tokens": 3}
+        for n in range(6)
+    ]  # fmt: skip
+    scores = [{"id": row["id"], "sample": row["sample"], "score": 0.5 * row["sample"]} for row in answers]
+    decoding = Decoding(temperatures={"math": 0.5})
+
+    def read_both():
+        for item in read_prompts(tmp_path / "prompts.jsonl"):
+            decoding.temperature_of(item)
+
+    def pair():
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        list(make_pairs(ScoresOfFile(tmp_path / "given.jsonl"), tmp_path, tmp_path / "out", Pairing()))
+
+    whole = {"prompts.jsonl": prompts, "answers.jsonl": answers, "given.jsonl": scores}
+    for name, rows in whole.items():
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    read_both()
+    pair()
+    for name, rows in whole.items():
+        path, read = tmp_path / name, read_both if name == "prompts.jsonl" else pair
+        content = path.read_bytes()
+        try_mutations(name, lambda n, rows=rows: of_lines(rows, n), path.write_bytes, read)
+        path.write_bytes(content)
+    record = {"settings": {"engine": "transformers"}, "answers": {}}
+    path = tmp_path / "generation.json"
+    try_mutations(path.name, lambda n: mutated_file(json.dumps(record).encode(), n), path.write_bytes, pair)
+
+
 @pytest.mark.parametrize("name", FILES_OF_A_MODEL)
 def test_what_is_no_file_in_a_model(name, copied, tmp_path):
     """It is named where it would be read, by the tokenizer, the converter or the comparison of ranks."""
@@ -300,6 +348,15 @@ def test_what_is_no_file_in_a_model(name, copied, tmp_path):
         if not any(name in text or "found no weights" in text for text in refused):
             silent.append(kind)
     assert silent == (["a folder", "nothing in it"] if name == MAY_BE_A_FOLDER else []), silent
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "generation_config.json", "LICENSE"])
+def test_a_file_that_may_not_be_read_is_named_before_it_is_needed(name, copied, monkeypatch):
+    (copied / name).touch()
+    may = os.access  # root may read everything
+    monkeypatch.setattr(os, "access", lambda path, mode: may(path, mode) and Path(path).name != name)
+    with pytest.raises(SimPOError, match=f"{name}: cannot be read .Permission denied"):
+        HfWeights(copied)
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "config.yaml", "loss.png", "report.html"])
