@@ -12,6 +12,8 @@ TemplateMode = Literal["clean", "princeton"]
 BadRecordPolicy = Literal["error", "skip"]
 LongPromptPolicy = Literal["cut", "drop"]
 TrainedResponses = Literal["last", "assistant"]
+# As chat_template: texts are in the model's format, its special tokens included.
+NO_TEMPLATE = "none"
 # What every conversation is rendered with, and parameters of the function that renders.
 _NOT_ARGUMENTS: tuple[str, ...] = (
     "messages",
@@ -53,9 +55,10 @@ class PairOptions:
     )
     chat_template: str = option(
         "",
-        "Jinja file that replaces the tokenizer's chat template; none for plain concatenation, empty for the "
-        "tokenizer's own. Also the name of one of the tokenizer's templates, or of one that comes with the "
-        "package: simpo-gemma2, simpo-mistral. Text with {{ or {% is the template itself.",
+        "Jinja file that replaces the tokenizer's chat template; empty for the tokenizer's own. Also the name of one "
+        "of the tokenizer's templates, or of one that comes with the package: simpo-gemma2, simpo-mistral. Text with "
+        "{{ or {% is the template itself. none is for texts in the model's format, which are joined as they are, "
+        "special tokens in them included.",
         metavar="FILE",
     )
     chat_template_args: tuple[str, ...] = option(

@@ -11,7 +11,7 @@ from datetime import date, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from simpo_megatron.data.pair_options import PairOptions
+from simpo_megatron.data.pair_options import NO_TEMPLATE, PairOptions
 from simpo_megatron.data.records import BadRecord, Message
 from simpo_megatron.data.tokenizer_files import MOST_BYTES
 from simpo_megatron.errors import DataError, StoppedBySignal
@@ -140,7 +140,7 @@ def chat_template_of(tokenizer: PreTrainedTokenizerBase, options: PairOptions) -
     """
     own = tokenizer.chat_template
     named = own if isinstance(own, dict) else {"default": own} if own else {}
-    if options.chat_template == "none" or not (options.chat_template or named):
+    if options.chat_template == NO_TEMPLATE or not (options.chat_template or named):
         if options.template_mode == "princeton":
             raise DataError(
                 "template_mode: found princeton, expected a tokenizer with a chat template; set chat_template"
@@ -171,7 +171,7 @@ def chosen_template(tokenizer: PreTrainedTokenizerBase, options: PairOptions) ->
 
     Without a template, prompts are in the model's format already, so that the tokenizer's own still holds.
     """
-    if options.chat_template in ("", "none"):
+    if options.chat_template in ("", NO_TEMPLATE):
         return None
     template = chat_template_of(tokenizer, options)
     assert template is not None, "one was named"

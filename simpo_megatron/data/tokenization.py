@@ -9,11 +9,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from simpo_megatron.data.pair_options import PairOptions
+from simpo_megatron.data.pair_options import NO_TEMPLATE, PairOptions
 from simpo_megatron.data.records import ENDLESS_TEMPLATE, BadRecord, PreferenceRecord
 from simpo_megatron.data.rendered_pairs import PairRenderer, RenderedPair
 from simpo_megatron.data.rendered_turns import TEMPLATE_MARK, Spans
@@ -125,7 +125,12 @@ class PairTokenizer:
             raise DataError("tokenizer: found no eos_token, expected one that ends a response; set one")
         self._princeton = options.template_mode == "princeton"
         with _problems_named():
-            self._backend = _as_is_backend(tokenizer) if self._princeton else _marked_backend(tokenizer)
+            if self._princeton:
+                self._backend = _as_is_backend(tokenizer)
+            elif options.chat_template == NO_TEMPLATE:
+                self._backend = _as_is_backend(tokenizer, post_processor=None)
+            else:
+                self._backend = _marked_backend(tokenizer)
         self._end_ids = {
             token_id for token_id, added in self._backend.get_added_tokens_decoder().items() if added.special
         }
@@ -280,12 +285,14 @@ def tokenizer_identity(tokenizer: PreTrainedTokenizerBase, options: PairOptions)
     template = chat_template_of(tokenizer, options)
     with _problems_named():
         backend = _backend_spec(tokenizer)
-    return {
+    identity = {
         "backend": backend,
         "bos": tokenizer.bos_token_id,
         "eos": tokenizer.eos_token_id,
         "chat_template": template and template.identity(),
     }
+    # Without a template that was asked for, texts hold special tokens; without one at all, they are mere texts.
+    return identity | ({"special_tokens": "in texts"} if options.chat_template == NO_TEMPLATE else {})
 
 
 @contextmanager
@@ -310,9 +317,9 @@ def _backend_spec(tokenizer: PreTrainedTokenizerBase) -> dict:
     return json.loads(tokenizer.backend_tokenizer.to_str()) | {"truncation": None, "padding": None}
 
 
-def _as_is_backend(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
-    """Returns a copy of the tokenizer's Rust half."""
-    return tokenizer.backend_tokenizer.__class__.from_str(json.dumps(_backend_spec(tokenizer)))
+def _as_is_backend(tokenizer: PreTrainedTokenizerBase, **changes: Any) -> Tokenizer:
+    """Returns a copy of the tokenizer's Rust half, with `changes` of its parts."""
+    return tokenizer.backend_tokenizer.__class__.from_str(json.dumps(_backend_spec(tokenizer) | changes))
 
 
 def _marked_backend(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:

@@ -79,10 +79,11 @@ def _tokenizer(value: Any, asked: Asked) -> str:
     return to.OF_THE_TOKENIZER
 
 
-def _chat_template(value: Any, asked: Asked) -> dict[str, Any] | str:
+def _chat_template(value: Any, asked: Asked) -> dict[str, Any] | Different | str:
     """Source: NeMo-RL algorithms/utils.py (get_tokenizer)."""
     if value is None:
-        return {"chat_template": "none"}
+        here = "texts are joined as they are; turns of a conversation have Human: and Assistant: in front of them here"
+        return Different(here, {"chat_template": "none"})
     if str(value).lower() == "default":
         return "the tokenizer's own, as it is by default"
     return {"chat_template": value}

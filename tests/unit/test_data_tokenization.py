@@ -121,6 +121,19 @@ def test_a_token_never_reaches_across_the_boundary():
     ]
 
 
+def test_without_a_template_texts_are_in_the_models_format_and_hold_its_special_tokens():
+    tokenizer = llama_like()
+    written = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Why?"}], tokenize=False, add_generation_prompt=True
+    )
+    of_template = encode(tokenizer, "Why?", "Yes.", "No.")
+    plain = encode(tokenizer, written, "Yes.", "No.<|eot_id|>", PairOptions(chat_template="none"))
+    assert written.startswith(tokenizer.bos_token)
+    assert plain.pair.prompt_ids.tolist() == of_template.pair.prompt_ids.tolist()
+    assert plain.pair.rejected_ids.tolist() == of_template.pair.rejected_ids.tolist()
+    assert plain.pair.chosen_ids.tolist()[-1] == tokenizer.eos_token_id
+
+
 def test_without_a_template_a_conversation_becomes_a_dialogue():
     tokenizer = qwen_like()
     pair = encode(tokenizer, conversation("a", "b", "c"), "d", "e", PairOptions(chat_template="none")).pair
