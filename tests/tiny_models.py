@@ -30,6 +30,10 @@ STORED_DTYPES = {
     "qwen3_moe_softmax_over_all": "float32",
     "glm4_moe": "float32",
     "glm4_moe_groups": "float32",
+    "ernie4_5_moe": "float32",
+    "ernie4_5_moe_sparse": "float32",
+    "deepseek_v3": "float32",
+    "deepseek_v3_moonlight": "float32",
 }
 
 

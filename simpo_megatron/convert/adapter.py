@@ -20,19 +20,16 @@ from simpo_megatron.config.lora_section import LoRAConfig
 from simpo_megatron.convert.export import Files, export_tensors
 from simpo_megatron.convert.files import TensorSpec, open_safetensors, write_safetensors
 from simpo_megatron.convert.folder import mark, write_json
+from simpo_megatron.convert.layouts import COLUMNS, REPLICATED, TensorRank, WeightLayout
 from simpo_megatron.convert.mapping import (
-    COLUMNS,
-    REPLICATED,
     Piece,
-    Rule,
-    TensorRank,
-    WeightLayout,
     hf_tensors,
     layers_of,
     pieces_by_rule,
     rules_of_layers,
     shapes_by_rule,
 )
+from simpo_megatron.convert.rules import Rule
 from simpo_megatron.mcore.families import ModelDescription
 from simpo_megatron.mcore.lora import ADAPTER_SUFFIX
 from simpo_megatron.parallel import ParallelGroups

@@ -22,9 +22,9 @@ from simpo_megatron.convert.folder import (
     new_output,
     refuse_existing_export,
 )
+from simpo_megatron.convert.layouts import TensorRank
 from simpo_megatron.convert.mapping import (
     Piece,
-    TensorRank,
     dtype_in_folder,
     hf_tensors,
     pieces,

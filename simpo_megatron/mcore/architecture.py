@@ -7,6 +7,29 @@ from dataclasses import dataclass
 
 from megatron.core.transformer import TransformerConfig
 
+from simpo_megatron.mcore.expert_choice import ExpertChoice
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentSizes:
+    """The sizes of multi-head latent attention, by megatron's names."""
+
+    q_lora_rank: int | None
+    """Of the latent of queries; None: they are made of the hidden states."""
+    kv_lora_rank: int
+    """Of the latent of keys and values."""
+    qk_head_dim: int
+    """Of the part of a query or key that knows no position."""
+    qk_pos_emb_head_dim: int
+    """Of the part that turns."""
+    v_head_dim: int
+    """Of a value."""
+
+    @property
+    def query_size(self) -> int:
+        """Size of a query or key."""
+        return self.qk_head_dim + self.qk_pos_emb_head_dim
+
 
 @dataclass
 class ArchitectureConfig(TransformerConfig):
@@ -32,6 +55,18 @@ class ArchitectureConfig(TransformerConfig):
 
     attention_output_bias: bool = False
     """A bias of attention's output matrix where add_bias_linear, which is for all matrices, is off."""
+
+    latent: LatentSizes | None = None
+    """Multi-head latent attention; `kv_channels` is then the size of a value. None: plain attention."""
+
+    windowed_rotary_base: float | None = None
+    """Base of the rotary embedding of the layers that `windowed_rotary_freq` names; None: all layers have the same."""
+
+    windowed_rotary_freq: list[int] | None = None
+    """1 for each layer that has that base, 0 for the others."""
+
+    expert_choice: ExpertChoice | None = None
+    """The rule of an MoE's routers, in the place of megatron's moe_router_* options; None: those."""
 
     yarn_rotary_scaling_factor: float = math.e
     yarn_mscale: float = 0.0

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor
@@ -18,6 +19,18 @@ from simpo_megatron.mcore import device
 from simpo_megatron.mcore.architecture import ArchitectureConfig
 from simpo_megatron.mcore.layout import MicrobatchLayout, Segment
 from simpo_megatron.mcore.varlen_kernels import Kernel, Scores, prepare_torch, varlen_kernel
+
+
+class TwoRotarySelfAttention(SelfAttention):
+    """megatron's self-attention of a model whose layers with a window have a rotary embedding of their own."""
+
+    config: ArchitectureConfig
+
+    def forward(self, *args: Any, rotary_pos_emb: Tensor, **kwargs: Any) -> Any:
+        """As in megatron, from the frequencies of both kinds of layers, [2, S, 1, 1, D], those with a window last."""
+        assert self.config.windowed_rotary_freq is not None, "a model of two embeddings names the layers of each"
+        own = rotary_pos_emb[self.config.windowed_rotary_freq[self.layer_number - 1]]
+        return super().forward(*args, rotary_pos_emb=own, **kwargs)
 
 
 class SegmentedAttention(torch.nn.Module):
@@ -63,8 +76,13 @@ class SegmentedAttention(torch.nn.Module):
         """[S, B, A*D] in the dtype of the query, this rank's heads.
 
         Without a layout, or with one of padded rows, every row is causal by itself: padding is on the right, where no
-        real token attends to it.
+        real token attends to it. Values smaller than keys are padded with zeros, as most kernels ask for.
         """
+        size = value_SBGD.size(-1)
+        if size < query_SBAD.size(-1):
+            filled = F.pad(value_SBGD, (0, query_SBAD.size(-1) - size))
+            out = self(query_SBAD, key_SBGD, filled, packed_seq_params=packed_seq_params)
+            return out.unflatten(-1, (query_SBAD.size(2), -1))[..., :size].flatten(2)
         length, num_rows = query_SBAD.shape[:2]
         layout = packed_seq_params or MicrobatchLayout.of_padded_rows(length, num_rows).on(query_SBAD.device)
         key_TBGD, value_TBGD = layout.segment_keys(key_SBGD, value_SBGD)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler, compute_routing_scores_for_aux_loss
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 
@@ -29,6 +29,12 @@ def weights_of(chunk: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
     """
     yield from chunk.named_parameters()
     yield from ((name, buffer) for name, buffer in chunk.named_buffers() if name.endswith(ROUTER_BIAS))
+
+
+def has_router_bias(transformer: Mapping[str, Any]) -> bool:
+    """True where routers of a model with these arguments choose by scores with a bias added."""
+    choice = transformer.get("expert_choice")
+    return bool(transformer.get("moe_router_enable_expert_bias")) or (choice is not None and choice.has_bias)
 
 
 def num_moe_layers(description: ModelDescription) -> int:
@@ -60,16 +66,36 @@ def load_balancing_coefficient(description: ModelDescription, asked: float | Non
 
 
 class LoadBalancedRouter(TopKRouter):
-    """megatron's top-k router, its auxiliary loss weighted and logged by us.
+    """megatron's top-k router with rules of choice that it lacks, its auxiliary loss weighted and logged by us.
 
     The trainer divides gradients by the pairs of the global batch, where megatron expects tokens. And megatron's log
     averages over data-parallel ranks by an operation that gloo does not have.
     """
 
+    expert_bias: Tensor | None
+
     def __init__(self, config: ArchitectureConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
         self.logged_loss: Tensor | None = None
         """Sum over microbatches since it was last taken, of this rank's tokens."""
+        if config.expert_choice is not None and config.expert_choice.has_bias:
+            # megatron has the place and, with its own rules alone, the buffer.
+            del self.expert_bias
+            bias_E = torch.zeros(config.num_moe_experts, dtype=torch.float32, device=self.weight.device)
+            self.register_buffer("expert_bias", bias_E)
+
+    def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(weights, True for the chosen experts), both [tokens, experts], by the model's rule or else by megatron's."""
+        choice = self.config.expert_choice
+        if choice is None:
+            return super().routing(logits, padding_mask)
+        assert padding_mask is None, "our layers name no padding"
+        logits_NE = logits.flatten(0, -2)
+        weights_NE, chosen_NE = choice.weigh(logits_NE, self.expert_bias)
+        if self.training and torch.is_grad_enabled() and self.is_aux_loss_enabled():
+            most_likely_NE, scores_NE = compute_routing_scores_for_aux_loss(logits_NE, self.topk, choice.scores)
+            weights_NE = self._apply_aux_loss(weights_NE, scores_NE, most_likely_NE)
+        return weights_NE, chosen_NE
 
     def attach_and_log_load_balancing_loss(
         self, activation: Tensor, aux_loss_coeff: float, aux_loss: Tensor, *_: Any, **__: Any

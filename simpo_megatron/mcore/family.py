@@ -10,14 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from simpo_megatron.errors import ConfigError
-from simpo_megatron.mcore.hf_config import LARGEST_COUNT, MOST
+from simpo_megatron.mcore.hf_config import FULL, LARGEST_COUNT, MOST, WINDOWED
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
-
-FULL, WINDOWED = "full_attention", "sliding_attention"
-"""Kinds of a layer's attention, as `layer_types` of config.json has them."""
-
 
 TINY_MODEL: Mapping[str, Any] = {
     "vocab_size": 259,  # prime: divides over no number of ranks
@@ -53,6 +49,8 @@ class WeightNames:
     router: str = "mlp.gate"
     router_bias: str = "mlp.gate.e_score_correction_bias"
     """Whole, nothing is put behind it."""
+    router_bias_is_row: bool = False
+    """Whether the file has it as a matrix of one row."""
     expert: str = "mlp.experts.{}."
     """The part before the names of an expert's matrices, `{}` its number."""
     expert_matrices: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")

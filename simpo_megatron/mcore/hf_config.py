@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 
+FULL, WINDOWED = "full_attention", "sliding_attention"
+"""Kinds of a layer's attention, as `layer_types` of config.json has them."""
+
 LARGEST_COUNT = 1 << 31
 MOST = {
     "num_hidden_layers": 1024,
@@ -74,6 +77,9 @@ def _in_names_of_4(content: dict[str, Any]) -> dict[str, Any]:
     rope = content.pop("rope_parameters", None)
     if not rope:
         return content
+    if FULL in rope:
+        content = {"rope_local_base_freq": rope.get(WINDOWED, {}).get("rope_theta", 1e4)} | content
+        rope = rope[FULL]
     kind = rope.get("rope_type", rope.get("type", "default"))
     older = {key: rope[key] for key in ("rope_theta", "partial_rotary_factor") if key in rope}
     if kind != "default":
@@ -82,10 +88,29 @@ def _in_names_of_4(content: dict[str, Any]) -> dict[str, Any]:
 
 
 def rope_parameters(config: PretrainedConfig) -> dict[str, Any]:
-    """The rotary embedding of `config` by the names of transformers 5: rope_type, rope_theta and those of the type."""
+    """The rotary embedding of `config` by the names of transformers 5: rope_type, rope_theta and those of the type.
+
+    Where layers with a window have one of their own, it is that of the others.
+    """
     found = getattr(config, "rope_parameters", None)
+    if found is not None and FULL in found:
+        found = found[FULL]
     if found is None:
         found = {**(getattr(config, "rope_scaling", None) or {}), "rope_theta": getattr(config, "rope_theta", 10000.0)}
         if getattr(config, "partial_rotary_factor", None) is not None:
             found["partial_rotary_factor"] = config.partial_rotary_factor
     return {"rope_type": found.get("rope_type", found.get("type", "default")), **found}
+
+
+def windowed_rope_parameters(config: PretrainedConfig) -> dict[str, Any]:
+    """The same of the layers with a window, in a family that has one for each kind of layer."""
+    found = getattr(config, "rope_parameters", None)
+    if found is None:
+        return {"rope_type": "default", "rope_theta": config.rope_local_base_freq}
+    return {"rope_type": "default", **found[WINDOWED]}
+
+
+def kind_of_rope(config: PretrainedConfig) -> dict[str, str]:
+    """The argument by which transformers' functions find that of `rope_parameters`, where there are two."""
+    found = getattr(config, "rope_parameters", None) or {}
+    return {"layer_type": FULL} if FULL in found else {}

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.fp8_utils import is_float8tensor
+from megatron.core.models.common.embeddings import RotaryEmbedding
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import (
     ColumnParallelLinear,
@@ -86,10 +87,27 @@ class PreferenceGPTModel(GPTModel):
             self.output_layer.__class__ = LogProbHead
             self.output_layer.true_vocab_size = true_vocab_size
             self.output_layer.logit_dtype = logit_dtype
+        if self.config.latent is not None:
+            # megatron's is as wide as a value.
+            self.rotary_pos_emb = self._rotary_embedding(self.config.latent.qk_pos_emb_head_dim, kwargs["rotary_base"])
         # Frequencies are picked by position below, and not cut a second time under context parallelism.
         self.rotary_pos_emb.cp_group = None
+        self.windowed_rotary_pos_emb = None
+        if self.config.windowed_rotary_base is not None:
+            base = self.config.windowed_rotary_base
+            self.windowed_rotary_pos_emb = self._rotary_embedding(self.config.kv_channels, base)
+            self.windowed_rotary_pos_emb.cp_group = None
         if inverse_frequencies is not None:
             self.rotary_pos_emb.inv_freq = inverse_frequencies.to(self.rotary_pos_emb.inv_freq.device)
+
+    def _rotary_embedding(self, size: int, base: float) -> RotaryEmbedding:
+        return RotaryEmbedding(
+            size,
+            rotary_percent=1.0,
+            rotary_interleaved=self.config.rotary_interleaved,
+            rotary_base=base,
+            use_cpu_initialization=self.config.use_cpu_initialization,
+        )
 
     def _preprocess(self, input_ids: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any) -> tuple:
         """megatron's embedding, scaled, and rotary frequencies, put in the order of the pack's positions."""
@@ -101,8 +119,11 @@ class PreferenceGPTModel(GPTModel):
             # Also after a frozen embedding: activation recomputation needs an input that requires a gradient.
             hidden.requires_grad_()
         layout = kwargs.get("packed_seq_params")
+        if self.windowed_rotary_pos_emb is not None:
+            frequencies = torch.stack((frequencies, self.windowed_rotary_pos_emb(len(frequencies))))
         if isinstance(layout, MicrobatchLayout) and layout.position_ids_S is not None:
-            frequencies = frequencies[layout.position_ids_S]
+            # The positions are the fourth dimension from the right, [S, 1, 1, D].
+            frequencies = frequencies.index_select(-4, layout.position_ids_S)
         return hidden, frequencies, *rest
 
     def _postprocess(
@@ -172,7 +193,7 @@ def _moe(description: ModelDescription, config: Config) -> dict[str, Any]:
     }
 
 
-def _fusions(description: ModelDescription, config: Config, attention_factor: float) -> dict[str, bool]:
+def _fusions(description: ModelDescription, config: Config, attention_factor: float) -> dict[str, Any]:
     """Fused kernels where there is a GPU; on the CPU they would compile for seconds or are not there at all."""
     fused = device.has_cuda()
     is_swiglu = description.transformer["activation_func"] is F.silu and description.transformer["gated_linear_unit"]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from simpo_megatron.errors import ConfigError
-from simpo_megatron.mcore.hf_config import configuration, rope_parameters
+from simpo_megatron.mcore.hf_config import configuration, kind_of_rope, rope_parameters
 
 SCALED = ("linear", "llama3", "yarn", "longrope")
 """Types that change the frequencies once and for all; `default` leaves them as they are."""
@@ -45,7 +45,7 @@ def scaled_frequencies(hf_config: Mapping[str, Any], max_length: int) -> RotaryF
     kind = rope_parameters(config)["rope_type"]
     if kind == "default":
         return None
-    inverse, factor = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"), seq_len=max_length)
+    inverse, factor = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"), seq_len=max_length, **kind_of_rope(config))
     return RotaryFrequencies(inverse.float(), float(factor))
 
 

@@ -11,15 +11,17 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
 )
-from megatron.core.tensor_parallel import RowParallelLinear
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules, get_transformer_layer_offset
 
 from simpo_megatron.mcore.architecture import ArchitectureConfig
-from simpo_megatron.mcore.attention import SegmentedAttention
+from simpo_megatron.mcore.attention import SegmentedAttention, TwoRotarySelfAttention
 from simpo_megatron.mcore.experts import LoadBalancedRouter
+from simpo_megatron.mcore.latent_attention import LatentAttention, LatentAttentionSubmodules
 from simpo_megatron.mcore.lean_layers import RMSNorm, SwiGLU
 
 
@@ -100,6 +102,10 @@ def local_layer_spec(config: ArchitectureConfig, *, num_experts: int | None = No
         mlp_submodules(layer).activation_func = SwiGLU
     if num_experts is not None:
         mlp_submodules(layer).router = LoadBalancedRouter
+    if config.windowed_rotary_base is not None:
+        layer.self_attention.module = TwoRotarySelfAttention
+    if config.latent is not None:
+        set_latent_attention(layer, ColumnParallelLinear, RowParallelLinear, RMSNorm, SegmentedAttention)
     add_to_residual(config, layer, RowParallelLinear, RMSNorm)
     return spec
 
@@ -130,8 +136,30 @@ def transformer_engine_layer_spec(
         mlp_submodules(layer).router = LoadBalancedRouter
     elif not fuse_norms:
         layer.pre_mlp_layernorm, mlp_submodules(layer).linear_fc1 = TENorm, TEColumnParallelLinear
+    if config.windowed_rotary_base is not None:
+        layer.self_attention.module = TwoRotarySelfAttention
+    if config.latent is not None:
+        core = functools.partial(
+            TESegmentedAttention, k_channels=config.latent.query_size, v_channels=config.latent.v_head_dim
+        )
+        set_latent_attention(layer, TEColumnParallelLinear, TERowParallelLinear, TENorm, core)
     add_to_residual(config, layer, TERowParallelLinear, TENorm)
     return spec
+
+
+def set_latent_attention(
+    layer: TransformerLayerSubmodules, linear: Any, linear_proj: Any, norm: type, core_attention: Any
+) -> None:
+    """Give `layer` latent attention, and before it a norm that no other layer includes."""
+    layer.self_attention = ModuleSpec(
+        module=LatentAttention,
+        params={"attn_mask_type": AttnMaskType.causal},
+        submodules=LatentAttentionSubmodules(linear, linear_proj, norm, core_attention),
+    )
+    layer.input_layernorm = norm
+    # In a checkpoint that norm has its own name, too.
+    kept = {key: name for key, name in layer.sharded_state_dict_keys_map.items() if key != "input_layernorm."}
+    layer.sharded_state_dict_keys_map = kept
 
 
 def mlp_submodules(layer: TransformerLayerSubmodules) -> MLPSubmodules:

@@ -111,7 +111,9 @@ def _described(config: dict[str, Any], where: str) -> ModelDescription:
         fraction = rope.get("partial_rotary_factor") or 1.0
         if fraction != 1 and not family.turns_in_part:
             raise ConfigError(f"partial_rotary_factor: found {fraction}, expected 1 for {family.model_type}")
-        check_rope(config, rope, int(transformer["kv_channels"] * fraction))
+        latent = transformer.get("latent")
+        head_size = transformer["kv_channels"] if latent is None else latent.qk_pos_emb_head_dim
+        check_rope(config, rope, int(head_size * fraction))
         gpt = {
             "position_embedding_type": "rope",
             "rotary_percent": float(fraction),

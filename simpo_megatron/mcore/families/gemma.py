@@ -1,4 +1,7 @@
-"""Gemma 1 and 2: norms with weights around zero, a scaled embedding, a gelu; the second with soft caps and windows."""
+"""Gemma 1, 2 and 3: norms with weights around zero, a scaled embedding, a gelu.
+
+The second has soft caps and windows, the third windows whose layers have a rotary embedding of their own.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,7 @@ from simpo_megatron.mcore.family import (
     same_window_everywhere,
     sliding_window,
 )
+from simpo_megatron.mcore.hf_config import WINDOWED, rope_parameters, windowed_rope_parameters
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -55,6 +59,45 @@ def _gemma2(config: PretrainedConfig) -> dict[str, Any]:
     }
 
 
+_GEMMA3_REFUSALS = {
+    "attn_logit_softcapping": (lambda cap: cap is None, "transformers does not apply it in this family"),
+}
+
+
+def _gemma3(config: PretrainedConfig) -> dict[str, Any]:
+    refuse(config, _GEMMA3_REFUSALS)
+    # transformers halves the window of models that look ahead, which are refused.
+    return {
+        **_shared(config),
+        "activation_func": activation(config, "hidden_activation"),
+        "softmax_scale": number(config, "query_pre_attn_scalar") ** -0.5,
+        "qk_layernorm": True,
+        "post_layernorms": True,
+        "final_logit_softcapping": _soft_cap(config, "final_logit_softcapping"),
+        **sliding_window(config, config.sliding_window, config.layer_types),
+        **_windowed_rotary(config),
+    }
+
+
+def _windowed_rotary(config: PretrainedConfig) -> dict[str, Any]:
+    """The rotary embedding of the layers with a window, whose frequencies are not scaled.
+
+    Raises:
+        ConfigError: they are; or those of the other layers are in a way that goes with a factor for all layers.
+    """
+    rope, others = windowed_rope_parameters(config), rope_parameters(config)
+    for found, expected in ((rope, ("default",)), (others, ("default", "linear", "llama3"))):
+        if found["rope_type"] not in expected:
+            raise ConfigError(f"rope_type: found {found['rope_type']!r}, expected {' or '.join(expected)}")
+    base = rope["rope_theta"]
+    if isinstance(base, bool) or not isinstance(base, int | float) or not base >= 1:
+        raise ConfigError(f"rope_theta of {WINDOWED}: found {base!r}, expected a number of at least 1")
+    return {
+        "windowed_rotary_base": float(base),
+        "windowed_rotary_freq": [int(kind == WINDOWED) for kind in config.layer_types],
+    }
+
+
 def _soft_cap(config: PretrainedConfig, key: str) -> float | None:
     if getattr(config, key) is None:
         return None
@@ -86,6 +129,30 @@ FAMILIES = (
                 "attn_logit_softcapping": 1.0,
                 "final_logit_softcapping": 2.0,
             }
+        },
+    ),
+    Family(
+        model_type="gemma3_text",
+        options=_gemma3,
+        names=WeightNames(pre_mlp_norm="pre_feedforward_layernorm"),
+        examples=("google/gemma-3-1b-it", "google/gemma-3-270m-it"),
+        tests={
+            "gemma3": {
+                "head_dim": 16,
+                "query_pre_attn_scalar": 20,
+                "sliding_window": 8,
+                "sliding_window_pattern": 2,
+                "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+            },
+            # A window wider than any sequence, whose layers turn as their kind does.
+            "gemma3_wide_window": {
+                "head_dim": 12,
+                "sliding_window": 256,
+                "sliding_window_pattern": 3,
+                "rope_local_base_freq": 500.0,
+                "final_logit_softcapping": 2.0,
+                "tie_word_embeddings": False,
+            },
         },
     ),
 )

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from simpo_megatron.mcore.family import (
-    FULL,
     Family,
     attention_and_mlp_biases,
     count,
@@ -15,6 +14,7 @@ from simpo_megatron.mcore.family import (
     same_window_everywhere,
     sliding_window,
 )
+from simpo_megatron.mcore.hf_config import FULL
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
