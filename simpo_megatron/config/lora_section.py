@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 from simpo_megatron.config.checks import require_writable_name
@@ -9,6 +10,20 @@ from simpo_megatron.errors import require, require_positive
 from simpo_megatron.option_field import option
 
 LORA_TARGETS = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
+
+OF_LATENT_ATTENTION = (
+    "linear_q_proj",
+    "linear_q_down_proj",
+    "linear_q_up_proj",
+    "linear_kv_down_proj",
+    "linear_kv_up_proj",
+)
+"""Layers that latent attention has, some of them, in the place of linear_qkv."""
+
+
+def adapted_layers(targets: Sequence[str]) -> tuple[str, ...]:
+    """The layers that `targets` name, by megatron's names in any kind of attention."""
+    return (*targets, *(OF_LATENT_ATTENTION if "linear_qkv" in targets else ()))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -173,7 +173,11 @@ def _check_model(config: Config, model: Mapping[str, Any]) -> None:
     )
     rows = (heads + 2 * groups) * model.get("kv_channels", tp)
     require(groups >= tp or rows % tp == 0, tp_key, tp, f"a divisor of the {rows} rows of query, key and value")
-    require(experts > 0 or width % tp == 0, tp_key, tp, f"a divisor of the model's MLP width, {width}")
+    # In an MoE, layers without experts and experts that all tokens pass are divided as well; others are whole.
+    has_mlp = experts == 0 or 0 in (model.get("moe_layer_freq") or ())
+    require(not has_mlp or width % tp == 0, tp_key, tp, f"a divisor of the model's MLP width, {width}")
+    shared = model.get("moe_shared_expert_intermediate_size") or 0
+    require(shared % tp == 0, tp_key, tp, f"a divisor of the width of the experts that all tokens pass, {shared}")
     require(layers % pp == 0, "pipeline_model_parallel_size", pp, f"a divisor of the model's {layers} layers")
     require(
         layers % (pp * (vpp or 1)) == 0,

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from simpo_megatron.config.lora_section import LoRAConfig
+from simpo_megatron.config.lora_section import LoRAConfig, adapted_layers
 from simpo_megatron.convert.export import Files, export_tensors
 from simpo_megatron.convert.files import TensorSpec, open_safetensors, write_safetensors
 from simpo_megatron.convert.folder import mark, write_json
@@ -94,7 +94,7 @@ def _adapter_rules(description: ModelDescription, settings: LoRAConfig) -> Itera
     assert rank is not None, "a run without adapters has no rules for them"
     for rule, layer in rules_of_layers(description):
         layer_name = rule.parameter.removesuffix(".weight")
-        if layer_name.rpartition(".")[2] not in settings.lora_targets:
+        if layer_name.rpartition(".")[2] not in adapted_layers(settings.lora_targets):
             continue
         num_outputs, num_inputs = rule.shape
         modules = [f"base_model.model.{name.removesuffix('.weight')}" for name in rule.hf_names]

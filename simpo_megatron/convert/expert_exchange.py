@@ -38,6 +38,19 @@ class ExpertExchange:
         """
         return gather_or_raise(lambda: says, self.group)[0]
 
+    def join(self, own: Tensor) -> Tensor | None:
+        """The rows of a tensor that holds all experts on the group's first rank; None on the others.
+
+        Args:
+            own: this rank's, as many as each has.
+
+        Collectives: one gather over the group.
+        """
+        is_first = self.group.rank() == 0
+        parts = [torch.empty_like(own) for _ in range(self.group.size())] if is_first else None
+        dist.gather(own, parts, dst=dist.get_global_rank(self.group, 0), group=self.group)
+        return None if parts is None else torch.cat(parts)
+
     def bring(self, name: str, own: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
         """The tensor `name` on the group's first rank; None on the others.
 

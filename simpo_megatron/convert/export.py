@@ -200,14 +200,19 @@ class _Source:
     def tensor(self, name: str, spec: TensorSpec) -> Tensor | None:
         """The whole Hugging Face tensor on the CPU of the rank that writes; None on the others.
 
-        Collectives: those of `gather_tensor`, or one send over ep for another rank's expert.
+        Collectives: those of `gather_tensor`, or one send over ep for another rank's expert, or one gather over ep
+        for those of all ranks in one tensor.
         """
         own = self.owned.get(name)
         if self.exchange is None or name not in self.exchange.owners:
             # Only the owner of an expert and the rank that writes take part.
             return None if own is None else gather_tensor(own, self.description, spec.dtype, tp_group=self.tp_group)
-        expert = None if own is None else own[0].view.reshape(spec.shape).to(spec.dtype).contiguous()
-        brought = self.exchange.bring(name, expert, spec.shape, spec.dtype)
+        if own is not None and own[0].layout.is_stacked:
+            parts = [piece.view.reshape(piece.hf_shape).to(spec.dtype) for piece in own]
+            brought = self.exchange.join(torch.cat(parts))
+        else:
+            expert = None if own is None else own[0].view.reshape(spec.shape).to(spec.dtype).contiguous()
+            brought = self.exchange.bring(name, expert, spec.shape, spec.dtype)
         return None if brought is None else brought.cpu()
 
 

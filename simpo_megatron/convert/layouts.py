@@ -47,6 +47,8 @@ class WeightLayout:
     """Rows past the true vocabulary exist in megatron only: zero on the way in, dropped on the way out."""
     is_expert: bool = False
     """One parameter for each expert of an MoE; expert-parallel ranks hold different ones, each of them whole."""
+    is_stacked: bool = False
+    """Whether the file has the matrices of all experts, transposed, in one tensor."""
     file_shape: Callable[[Tensor, Tensor], tuple[int, ...]] = _rows_of_parameter
     """The shape in the file of a view, the first argument, of the second."""
 
@@ -108,6 +110,20 @@ def query_key_value_runs(description: ModelDescription, tp: TensorRank) -> tuple
     return runs[0], runs[1], runs[2]
 
 
+def _transposed(parameter: Tensor, description: ModelDescription) -> tuple[Tensor, ...]:
+    """[n, m] as [1, m, n], and [n] as [1, n]: one of a stack."""
+    return (parameter.permute(*reversed(range(parameter.dim())))[None],)
+
+
+def _interleaved(parameter: Tensor, description: ModelDescription) -> tuple[Tensor, ...]:
+    """Gate above up, [2f, m] or [2f], as one of a stack: [1, m, f, 2] or [1, f, 2], each gate beside its up."""
+    return _transposed(parameter.unflatten(0, (2, -1)), description)
+
+
+def _one_of_stack(view: Tensor, parameter: Tensor) -> tuple[int, ...]:
+    return (1, *reversed(parameter.shape))
+
+
 VOCABULARY = WeightLayout(0, _whole, is_vocabulary=True)
 ROWS = WeightLayout(0, _whole)
 REPLICATED = WeightLayout(None, _whole)
@@ -117,3 +133,5 @@ GATE_UP = WeightLayout(0, _halves)
 QKV = WeightLayout(0, _query_key_value_of_each_group)
 EXPERT = WeightLayout(None, _whole, is_expert=True)
 EXPERT_GATE_UP = WeightLayout(None, _halves, is_expert=True)
+STACKED = WeightLayout(None, _transposed, is_expert=True, is_stacked=True, file_shape=_one_of_stack)
+STACKED_GATE_UP = WeightLayout(None, _interleaved, is_expert=True, is_stacked=True, file_shape=_one_of_stack)

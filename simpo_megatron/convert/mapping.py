@@ -29,7 +29,7 @@ class Piece:
     hf_shape: tuple[int, ...]
     """Shape of these elements in the file."""
     first_row: int
-    """Where the whole view's rows start in the tensor; above zero in fused tensors only."""
+    """Where the whole view's rows start in the tensor; above zero in fused and stacked tensors only."""
     layout: WeightLayout
     rows_of_ranks: tuple[tuple[int, int], ...] = ()
     """(first row, number of rows) in the tensor of each tensor-parallel rank, where ranks hold different numbers."""
@@ -66,7 +66,8 @@ def shapes_by_rule(
         whole = torch.empty(rule.shape, device="meta")
         for expert in _experts_of(rule, description):
             for name, shape in _named_shapes(rule, (layer, expert), rule.layout.views(whole, description), whole):
-                rows_so_far = shapes[name][0] if _is_fused(rule) and name in shapes else 0
+                is_part = _is_fused(rule) or rule.layout.is_stacked
+                rows_so_far = shapes[name][0] if is_part and name in shapes else 0
                 shapes[name] = (rows_so_far + shape[0], *shape[1:])
     return shapes
 
@@ -131,7 +132,9 @@ def _place_of(
     if in_layer:
         module, rest, expert = layers_of(chunk)[int(in_layer[1])], in_layer[2], None
         # The second form is Transformer Engine's, with all experts of a rank in one module.
-        in_expert = re.fullmatch(r"mlp\.experts\.(?:local_experts\.(\d+)\.)?(linear_fc[12]\.weight)(\d*)", rest)
+        in_expert = re.fullmatch(
+            r"mlp\.experts\.(?:local_experts\.(\d+)\.)?(linear_fc[12]\.(?:weight|bias))(\d*)", rest
+        )
         if in_expert:
             expert = module.mlp.local_expert_indices[int(in_expert[1] or in_expert[3])]
             rest = f"mlp.experts.{in_expert[2]}"
@@ -180,7 +183,7 @@ def pieces_by_rule(
         ]
     found, first_row = [], 0
     for view, (name, shape) in zip(views, named, strict=True):
-        found.append(Piece(name, view, shape, first_row, rule.layout))
+        found.append(Piece(name, view, shape, expert or 0 if rule.layout.is_stacked else first_row, rule.layout))
         if _is_fused(rule):
             first_row += shape[0] * tp.size
     return found

@@ -13,6 +13,8 @@ from simpo_megatron.convert.layouts import (
     REPLICATED,
     ROW,
     ROWS,
+    STACKED,
+    STACKED_GATE_UP,
     VOCABULARY,
     WeightLayout,
 )
@@ -71,7 +73,7 @@ def layer_rules(description: ModelDescription, layer: int) -> tuple[Rule, ...]:
     return tuple(
         Rule(
             parameter,
-            tuple(f"model.layers.{{}}.{name}{_suffix_in_hf(parameter)}" for name in names),
+            tuple(f"model.layers.{{}}.{name}{_suffix_in_hf(parameter, layout)}" for name in names),
             layout,
             shape,
             te_name,
@@ -96,6 +98,8 @@ def _attention_rows(description: ModelDescription) -> list[_Row]:
         table.append(("self_attention.linear_qkv.bias", qkv, QKV, (qkv_rows,), None))
     if arguments["add_bias_linear"] or arguments.get("attention_output_bias"):
         table.append(("self_attention.linear_proj.bias", out, REPLICATED, (hidden,), None))
+    if arguments.get("softmax_type") == "learnable":
+        table.append(("self_attention.core_attention.softmax_offset", (names.sinks,), ROWS, (num_heads,), None))
     if arguments["qk_layernorm"]:
         table += [
             ("self_attention.q_layernorm.weight", ("self_attn.q_norm",), REPLICATED, (head_dim,), None),
@@ -134,9 +138,11 @@ def _latent_attention_rows(description: ModelDescription) -> list[_Row]:
     return table
 
 
-def _suffix_in_hf(parameter: str) -> str:
+def _suffix_in_hf(parameter: str, layout: WeightLayout) -> str:
     """The end of a parameter's name that Hugging Face's has too; none where megatron's is a name of its own."""
     last = parameter.rpartition(".")[2]
+    if layout.is_stacked:
+        return "_bias" if last == "bias" else ""
     return f".{last}" if last in ("weight", "bias") else ""
 
 
@@ -162,21 +168,31 @@ def _expert_rows(description: ModelDescription) -> list[_Row]:
     """The rows of an MoE in the place of the MLP."""
     arguments, names = description.transformer, description.names
     hidden, width = arguments["hidden_size"], arguments["moe_ffn_hidden_size"]
-    gate, up, down = (names.expert + matrix for matrix in names.expert_matrices)
+    num_experts, gate_up, down = arguments["num_moe_experts"], EXPERT_GATE_UP, EXPERT
+    *of_first, of_second = (names.expert + matrix for matrix in names.expert_matrices)
+    if names.stacked_experts is not None:
+        gate_up, down = STACKED_GATE_UP, STACKED
+        *of_first, of_second = names.stacked_experts
     table: list[_Row] = [
-        ("mlp.router.weight", (names.router,), REPLICATED, (arguments["num_moe_experts"], hidden), None),
-        ("mlp.experts.linear_fc1.weight", (gate, up), EXPERT_GATE_UP, (2 * width, hidden), None),
-        ("mlp.experts.linear_fc2.weight", (down,), EXPERT, (hidden, width), None),
+        ("mlp.router.weight", (names.router,), REPLICATED, (num_experts, hidden), None),
+        ("mlp.experts.linear_fc1.weight", tuple(of_first), gate_up, (2 * width, hidden), None),
+        ("mlp.experts.linear_fc2.weight", (of_second,), down, (hidden, width), None),
     ]
+    if arguments["add_bias_linear"]:
+        table += [
+            ("mlp.router.bias", (names.router,), REPLICATED, (num_experts,), None),
+            ("mlp.experts.linear_fc1.bias", tuple(of_first), gate_up, (2 * width,), None),
+            ("mlp.experts.linear_fc2.bias", (of_second,), down, (hidden,), None),
+        ]
     if has_router_bias(arguments):
         layout = ROW if names.router_bias_is_row else REPLICATED
-        table.append((ROUTER_BIAS, (names.router_bias,), layout, (arguments["num_moe_experts"],), None))
+        table.append((ROUTER_BIAS, (names.router_bias,), layout, (num_experts,), None))
     shared_width = arguments.get("moe_shared_expert_intermediate_size")
     if shared_width is not None:
-        gate, up, down = (names.shared_expert + matrix for matrix in names.expert_matrices)
+        *of_first, of_second = (names.shared_expert + matrix for matrix in names.expert_matrices)
         table += [
-            ("mlp.shared_experts.linear_fc1.weight", (gate, up), GATE_UP, (2 * shared_width, hidden), None),
-            ("mlp.shared_experts.linear_fc2.weight", (down,), COLUMNS, (hidden, shared_width), None),
+            ("mlp.shared_experts.linear_fc1.weight", tuple(of_first), GATE_UP, (2 * shared_width, hidden), None),
+            ("mlp.shared_experts.linear_fc2.weight", (of_second,), COLUMNS, (hidden, shared_width), None),
         ]
     if arguments.get("moe_shared_expert_gate"):
         table.append(("mlp.shared_experts.gate_weight", (names.shared_expert_gate,), REPLICATED, (1, hidden), None))

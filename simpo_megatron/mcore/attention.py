@@ -10,9 +10,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.enums import AttnMaskType
-from megatron.core.transformer.utils import is_layer_window_attention
+from megatron.core.transformer.utils import is_layer_window_attention, make_sharded_tensors_for_checkpoint
 from torch import Tensor
 
 from simpo_megatron.mcore import device
@@ -49,6 +51,8 @@ class SegmentedAttention(torch.nn.Module):
         attention_type: str,
         attention_dropout: float | None = None,
         softmax_scale: float | None = None,
+        *,
+        pg_collection: ProcessGroupCollection,
         **_: Any,
     ) -> None:
         super().__init__()
@@ -60,6 +64,13 @@ class SegmentedAttention(torch.nn.Module):
             softcap=config.attn_logit_softcapping,
         )
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
+        self.softmax_offset: torch.nn.Parameter | None = None
+        """The score of each head's sink, a key without a value; under the name of megatron's core attention."""
+        self.tp_group = tp_group = pg_collection.tp
+        if config.softmax_type == "learnable":
+            num_heads = config.num_attention_heads // tp_group.size()
+            self.softmax_offset = torch.nn.Parameter(torch.empty(num_heads, dtype=config.params_dtype))
+            set_tensor_model_parallel_attributes(self.softmax_offset, True, 0, 1)
         if device.has_cuda():
             prepare_torch()
 
@@ -87,10 +98,27 @@ class SegmentedAttention(torch.nn.Module):
         layout = packed_seq_params or MicrobatchLayout.of_padded_rows(length, num_rows).on(query_SBAD.device)
         key_TBGD, value_TBGD = layout.segment_keys(key_SBGD, value_SBGD)
         scores = self.scores._replace(dropout=self.dropout if self.training else 0.0)
-        kernel = varlen_kernel(query_SBAD, key_TBGD, scores)
+        kernel = None if self.softmax_offset is not None else varlen_kernel(query_SBAD, key_TBGD, scores)
         if kernel is not None:
             return _attend_at_once(kernel, query_SBAD, key_TBGD, value_TBGD, layout)
-        return _attend_by_segment(scores, query_SBAD, key_TBGD, value_TBGD, layout)
+        return _attend_by_segment(scores, query_SBAD, key_TBGD, value_TBGD, layout, self.softmax_offset)
+
+    def sharded_state_dict(
+        self,
+        prefix: str = "",
+        sharded_offsets: tuple[tuple[int, int, int], ...] = (),
+        metadata: dict[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        """The sinks with their place in the whole, as megatron's dist_checkpointing asks for them; else nothing."""
+        assert metadata is not None, "megatron hands its groups on"
+        return make_sharded_tensors_for_checkpoint(
+            self.state_dict(keep_vars=True),
+            prefix,
+            {"softmax_offset": 0},
+            sharded_offsets,
+            tp_group=self.tp_group,
+            dp_cp_group=metadata["dp_cp_group"],
+        )
 
 
 def _attend_at_once(
@@ -110,7 +138,12 @@ def _attend_at_once(
 
 
 def _attend_by_segment(
-    scores: Scores, query_SBAD: Tensor, key_TBGD: Tensor, value_TBGD: Tensor, layout: MicrobatchLayout
+    scores: Scores,
+    query_SBAD: Tensor,
+    key_TBGD: Tensor,
+    value_TBGD: Tensor,
+    layout: MicrobatchLayout,
+    sinks_A: Tensor | None,
 ) -> Tensor:
     """[S, B, A*D] by one call per segment, with no mask over the pack."""
     segments = layout.segments or (Segment(0, len(query_SBAD), 0, 0),)
@@ -123,18 +156,25 @@ def _attend_by_segment(
         strict=True,
     )
     outputs = [
-        _attend(scores, query, key, value, layout.mask(segment, scores.window, query.device))
+        _attend(scores, query, key, value, layout.mask(segment, scores.window, query.device), sinks_A)
         for segment, query, key, value in parts
     ]
     out_BASD = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
     return out_BASD.permute(2, 0, 1, 3).flatten(2)
 
 
-def _attend(scores: Scores, query_LBAD: Tensor, key_TBGD: Tensor, value_TBGD: Tensor, mask_LT: Tensor | None) -> Tensor:
+def _attend(
+    scores: Scores,
+    query_LBAD: Tensor,
+    key_TBGD: Tensor,
+    value_TBGD: Tensor,
+    mask_LT: Tensor | None,
+    sinks_A: Tensor | None,
+) -> Tensor:
     """[B, A, L, D] of one segment."""
     query, key, value = (x.permute(1, 2, 0, 3) for x in (query_LBAD, key_TBGD, value_TBGD))
-    if scores.softcap is not None:
-        return _capped_attention(query, key, value, mask_LT, scores, scores.softcap)
+    if scores.softcap is not None or sinks_A is not None:
+        return _written_out_attention(query, key, value, mask_LT, scores, sinks_A)
     num_heads, num_groups = query.size(1), key.size(1)
     if num_heads != num_groups and query.device.type != "cpu":
         # On a GPU the memory-efficient kernel takes no grouped heads, and FlashAttention no mask and no fp32. Without
@@ -152,17 +192,19 @@ def _attend(scores: Scores, query_LBAD: Tensor, key_TBGD: Tensor, value_TBGD: Te
     )
 
 
-def _capped_attention(
+def _written_out_attention(
     query_BALD: Tensor,
     key_BGTD: Tensor,
     value_BGTD: Tensor,
     mask_LT: Tensor | None,
     scores: Scores,
-    cap: float,
+    sinks_A: Tensor | None,
 ) -> Tensor:
-    """[B, A, L, D], with scores soft-capped at `cap`, which no torch kernel supports; scores in fp32 at least.
+    """[B, A, L, D], with soft-capped scores or with sinks, neither of which torch's kernels have; scores in fp32 at least.
 
-    Source: transformers.models.gemma2.modeling_gemma2.eager_attention_forward.
+    A sink is a key that every query of a head sees with the same score, and whose value is zero.
+
+    Source: transformers.models.gemma2.modeling_gemma2.eager_attention_forward and that of gpt_oss.
     """
     num_queries, size = query_BALD.shape[2:]
     if mask_LT is None:
@@ -170,6 +212,14 @@ def _capped_attention(
     scaled = query_BALD * (size**-0.5 if scores.scale is None else scores.scale)
     scores_BGRLT = scaled.unflatten(1, (key_BGTD.size(1), -1)) @ key_BGTD[:, :, None].transpose(-1, -2)
     scores_BGRLT = scores_BGRLT.to(torch.promote_types(scores_BGRLT.dtype, torch.float32))
-    scores_BGRLT = (cap * torch.tanh(scores_BGRLT / cap)).masked_fill(~mask_LT, -torch.inf)
-    weights_BGRLT = F.dropout(scores_BGRLT.softmax(dim=-1), scores.dropout).to(value_BGTD.dtype)
+    if scores.softcap is not None:
+        scores_BGRLT = scores.softcap * torch.tanh(scores_BGRLT / scores.softcap)
+    scores_BGRLT = scores_BGRLT.masked_fill(~mask_LT, -torch.inf)
+    if sinks_A is None:
+        weights_BGRLT = scores_BGRLT.softmax(dim=-1)
+    else:
+        sinks_GR11 = sinks_A.to(scores_BGRLT.dtype).view(*scores_BGRLT.shape[1:3], 1, 1)
+        with_sink = torch.cat((scores_BGRLT, sinks_GR11.expand(*scores_BGRLT.shape[:-1], 1)), dim=-1)
+        weights_BGRLT = with_sink.softmax(dim=-1)[..., :-1]
+    weights_BGRLT = F.dropout(weights_BGRLT, scores.dropout).to(value_BGTD.dtype)
     return (weights_BGRLT @ value_BGTD[:, :, None]).flatten(1, 2)

@@ -39,6 +39,8 @@ class WeightNames:
 
     query_key_value: tuple[str, str, str] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
     attention_output: str = "self_attn.o_proj"
+    sinks: str = "self_attn.sinks"
+    """Whole."""
     post_attention_norm: str = "post_attention_layernorm"
     """The norm on what attention adds to the residual, where there is one."""
     pre_mlp_norm: str = "post_attention_layernorm"
@@ -54,6 +56,8 @@ class WeightNames:
     expert: str = "mlp.experts.{}."
     """The part before the names of an expert's matrices, `{}` its number."""
     expert_matrices: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
+    stacked_experts: tuple[str, str] | None = None
+    """Names of two tensors, gate and up, and down, that hold all experts; whole but for the `_bias` of biases."""
     shared_expert: str = "mlp.shared_expert."
     """The same of the expert that every token passes."""
     shared_expert_gate: str = "mlp.shared_expert_gate.weight"

@@ -36,7 +36,7 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from simpo_megatron.config.lora_section import LoRAConfig
+from simpo_megatron.config.lora_section import OF_LATENT_ATTENTION, LoRAConfig, adapted_layers
 
 ADAPTER_SUFFIX = "_adapter"
 """Suffix of an adapter's name after its layer's."""
@@ -45,8 +45,8 @@ ADAPTER_SUFFIX = "_adapter"
 class Adapter(torch.nn.Module):
     """A [r, I] and B [O, r] of one layer, and what both kinds of layers have in common."""
 
-    divided: str
-    """The name of the one of the two that is sharded over tp, along its longer dimension."""
+    divided: str | None
+    """The name of the one of the two that is sharded over tp, along its longer dimension; None: neither is."""
 
     def __init__(
         self,
@@ -69,12 +69,12 @@ class Adapter(torch.nn.Module):
         self.lora_A = torch.nn.Parameter(torch.empty(rank, num_inputs, dtype=dtype, device=here))
         self.lora_B = torch.nn.Parameter(torch.empty(num_outputs, rank, dtype=dtype, device=here))
         self.draw_weights(draw)
-        divided, replicated = self.lora_A, self.lora_B
-        if self.divided == "lora_B":
-            divided, replicated = replicated, divided
-        set_tensor_model_parallel_attributes(divided, True, self._divided_dimension, 1)
-        # Under sequence parallelism a rank sees only its own tokens; finalize_model_grads sums marked ones over tp.
-        replicated.sequence_parallel = sequence_parallel  # type: ignore[attr-defined]  # megatron's own mark
+        for name, parameter in self.named_parameters():
+            if name == self.divided:
+                set_tensor_model_parallel_attributes(parameter, True, self._divided_dimension, 1)
+            else:
+                # Under sequence parallelism a rank sees only its own tokens; finalize_model_grads sums marked ones.
+                parameter.sequence_parallel = sequence_parallel  # type: ignore[attr-defined]  # megatron's own mark
 
     @torch.no_grad()
     def draw_weights(self, draw: torch.Generator) -> None:
@@ -125,7 +125,7 @@ class Adapter(torch.nn.Module):
         state = make_sharded_tensors_for_checkpoint(
             self.state_dict(keep_vars=True),
             prefix,
-            {self.divided: self._divided_dimension},
+            {} if self.divided is None else {self.divided: self._divided_dimension},
             sharded_offsets,
             tp_group=self.tp_group,
             dp_cp_group=metadata["dp_cp_group"],
@@ -176,11 +176,26 @@ class RowParallelAdapter(Adapter):
         return self._sum(output_SBO, low_SBr)
 
 
+class ReplicatedAdapter(Adapter):
+    """Beside a layer that every tensor-parallel rank has whole."""
+
+    divided = None
+
+    def forward(self, input_SBI: Tensor, output_SBO: Tensor) -> Tensor:
+        """[S, B, O]: `output_SBO` plus the adapter's outputs of the same tokens."""
+        dropped_SBI = self._dropped(input_SBI, same_on_all_ranks=not self.sequence_parallel)
+        return self._sum(output_SBO, F.linear(dropped_SBI, self.lora_A))
+
+
 _PLACES: dict[str, tuple[str, type[Adapter]]] = {
     "linear_qkv": ("self_attention", ColumnParallelAdapter),
     "linear_proj": ("self_attention", RowParallelAdapter),
     "linear_fc1": ("mlp", ColumnParallelAdapter),
     "linear_fc2": ("mlp", RowParallelAdapter),
+    **{
+        name: ("self_attention", ReplicatedAdapter if "down" in name else ColumnParallelAdapter)
+        for name in OF_LATENT_ATTENTION
+    },
 }
 """The part of a layer that holds a target, and the kind of adapter it gets."""
 
@@ -205,10 +220,12 @@ def add_adapters(chunk: GPTModel, settings: LoRAConfig, *, tp_group: ProcessGrou
     """
     chunk.requires_grad_(False)
     for layer in chunk.decoder.layers:
-        for target in settings.lora_targets:
+        for target in adapted_layers(settings.lora_targets):
             owner_name, kind = _PLACES[target]
             owner = getattr(layer, owner_name)
-            linear = getattr(owner, target)
+            linear = getattr(owner, target, None)
+            if linear is None:
+                continue
             adapter = kind(
                 linear.weight,
                 settings,
@@ -224,6 +241,7 @@ def add_adapters(chunk: GPTModel, settings: LoRAConfig, *, tp_group: ProcessGrou
 def redraw_adapters(chunk: GPTModel, settings: LoRAConfig, *, seed: int) -> None:
     """Set the adapters of `chunk` to the weights that `add_adapters` gives them under `seed`."""
     for layer in chunk.decoder.layers:
-        for target in settings.lora_targets:
-            adapter = getattr(getattr(layer, _PLACES[target][0]), target + ADAPTER_SUFFIX)
-            adapter.draw_weights(generator_of(seed, layer.layer_number, target))
+        for target in adapted_layers(settings.lora_targets):
+            adapter = getattr(getattr(layer, _PLACES[target][0]), target + ADAPTER_SUFFIX, None)
+            if adapter is not None:
+                adapter.draw_weights(generator_of(seed, layer.layer_number, target))

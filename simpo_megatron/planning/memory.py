@@ -116,12 +116,14 @@ def layer_activation_bytes(load: Workload) -> dict[str, float]:
     needs = {name: not is_lora or name in load.config.lora.lora_targets for name in LORA_TARGETS}
     low = load.tokens * (load.config.lora.lora_rank or 0) * sum(needs.values()) * e
     num_norms = 4 if shape.post_layernorms else 2
+    # Latents are kept by their norms and by the matrices behind these, whole unless ranks divide the sequence.
+    latents = 2 * load.tokens * shape.latent_width / load.sequence_ranks * e
     if load.engine == "transformer_engine":
         is_fp8 = load.config.precision.fp8_recipe is not None
         product = 0.5 if is_fp8 and not is_lora else 1.0  # bytes of a matrix product's input, in units of e
         return {
             "norms": num_norms * load.hidden_bytes,
-            "attention in": product * load.hidden_bytes * needs["linear_qkv"],
+            "attention in": product * load.hidden_bytes * needs["linear_qkv"] + latents,
             "attention": _attention_bytes(load),
             "attention out": query + (0.5 * query if is_fp8 else 0),
             "mlp in": product * load.hidden_bytes * needs["linear_fc1"],
@@ -132,7 +134,7 @@ def layer_activation_bytes(load: Workload) -> dict[str, float]:
     # router's weight; attention its outputs before they are put together, and the masks of its segments.
     return {
         "norms": num_norms * load.hidden_bytes,
-        "attention in": load.hidden_bytes * needs["linear_qkv"] + 4 * load.tokens * shape.kv_channels * e,
+        "attention in": load.hidden_bytes * needs["linear_qkv"] + 4 * load.tokens * shape.head_size * e + latents,
         "attention": _attention_bytes(load),
         "attention out": query * needs["linear_proj"],
         "mlp in": load.hidden_bytes * needs["linear_fc1"],

@@ -13,7 +13,8 @@ def layer_parameters(shape: ModelShape, tensor_ranks: int) -> int:
     and an MoE's router whole.
 
     Source: megatron.core SelfAttention (linear_qkv [(A + 2G) D / tp, H], linear_proj), MLP (linear_fc1 [2F / tp, H],
-    linear_fc2) or Router [E, H], two RMSNorms (four with post-norms) and, with qk_layernorm, two of the head size.
+    linear_fc2) or Router [E, H], two RMSNorms (four with post-norms) and, with qk_layernorm, two of the head size;
+    our LatentAttention has two of the size of the latents.
     """
     matrices = shape.divided_matrices // tensor_ranks
     qkv_out = (shape.query_size + 2 * shape.key_size) // tensor_ranks
@@ -24,7 +25,8 @@ def layer_parameters(shape: ModelShape, tensor_ranks: int) -> int:
         biases += shape.hidden_size
     norms = (4 if shape.post_layernorms else 2) * shape.hidden_size
     norms += 2 * shape.kv_channels if shape.qk_layernorm else 0
-    return matrices + shape.router + biases + norms
+    norms += 0 if shape.latent is None else shape.latent_width - shape.latent.qk_pos_emb_head_dim
+    return matrices + shape.down_projections + shape.router + biases + norms
 
 
 def expert_parameters(shape: ModelShape, sizes: ParallelSizes) -> int:
@@ -54,12 +56,24 @@ def adapter_parameters(load: Workload) -> int:
     if lora.lora_rank is None:
         return 0
     sides = {
-        "linear_qkv": shape.hidden_size + (shape.query_size + 2 * shape.key_size) // tp,
-        "linear_proj": shape.query_size // tp + shape.hidden_size,
+        "linear_qkv": _sides_before_attention(shape, tp),
+        "linear_proj": shape.num_attention_heads * shape.kv_channels // tp + shape.hidden_size,
         "linear_fc1": shape.hidden_size + (shape.mlp_matrices - 1) * shape.ffn_hidden_size // tp,
         "linear_fc2": shape.ffn_hidden_size // tp + shape.hidden_size,
     }
     return shape.num_layers // load.sizes.pipeline * lora.lora_rank * sum(sides[name] for name in lora.lora_targets)
+
+
+def _sides_before_attention(shape: ModelShape, tp: int) -> int:
+    """Inputs and outputs of the matrices that make queries, keys and values, on a tensor-parallel rank."""
+    if shape.latent is None:
+        return shape.hidden_size + (shape.query_size + 2 * shape.key_size) // tp
+    sizes, num_values = shape.latent, shape.num_attention_heads * (shape.latent.qk_head_dim + shape.latent.v_head_dim)
+    queries = shape.hidden_size + shape.query_size // tp
+    if sizes.q_lora_rank is not None:
+        queries += 2 * sizes.q_lora_rank
+    down = shape.hidden_size + sizes.kv_lora_rank + sizes.qk_pos_emb_head_dim
+    return queries + down + sizes.kv_lora_rank + num_values // tp
 
 
 def trained_parameters(load: Workload, stage: int) -> tuple[int, int]:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 
 from simpo_megatron.config.sections import BatchConfig
+from simpo_megatron.mcore.architecture import LatentSizes
+from simpo_megatron.mcore.experts import num_moe_layers
 from simpo_megatron.mcore.families import ModelDescription
 
 
@@ -22,6 +24,8 @@ class ModelShape:
     num_query_groups: int
     kv_channels: int
     vocab_size: int
+    latent: LatentSizes | None = None
+    """Multi-head latent attention."""
     add_bias_linear: bool = False
     add_qkv_bias: bool = False
     attention_output_bias: bool = False
@@ -42,9 +46,11 @@ class ModelShape:
     moe_ffn_hidden_size: int = 0
     """Width of one of them."""
     shared_expert_size: int = 0
-    """Width of the experts that every token passes; ranks divide them as they do a dense MLP.
-
-    A dense layer among those of an MoE is counted as if it had experts, which takes more."""
+    """Width of the experts that every token passes; ranks divide them as they do a dense MLP."""
+    num_dense_layers: int = 0
+    """Layers of an MoE that have an MLP in the place of experts. A rank is planned as if they had experts, too."""
+    dense_ffn_size: int = 0
+    """Width of that MLP."""
 
     @classmethod
     def of(cls, description: ModelDescription) -> ModelShape:
@@ -71,6 +77,9 @@ class ModelShape:
             shared_expert_size=shared,
             num_moe_experts=num_experts,
             moe_router_topk=num_chosen,
+            num_dense_layers=description.transformer["num_layers"] - num_moe_layers(description) if num_experts else 0,
+            dense_ffn_size=description.transformer["ffn_hidden_size"] if num_experts else 0,
+            latent=description.transformer.get("latent"),
             attention_output_bias=description.transformer.get("attention_output_bias", False),
             post_layernorms=description.transformer.get("post_layernorms", False),
             attn_logit_softcapping=description.transformer.get("attn_logit_softcapping"),
@@ -81,17 +90,22 @@ class ModelShape:
         )
 
     @property
+    def head_size(self) -> int:
+        """Size of a query or key, to which a smaller value is filled up."""
+        return self.kv_channels if self.latent is None else self.latent.query_size
+
+    @property
     def query_size(self) -> int:
-        return self.num_attention_heads * self.kv_channels
+        return self.num_attention_heads * self.head_size
 
     @property
     def key_size(self) -> int:
         """Width of all keys; the values' is the same."""
-        return self.num_query_groups * self.kv_channels
+        return self.num_query_groups * self.head_size
 
     def key_size_of_rank(self, tensor_ranks: int) -> float:
         """Width of the keys of one tensor-parallel rank; ranks that share a key/value group have a copy of it each."""
-        return max(self.key_size / tensor_ranks, self.kv_channels)
+        return max(self.key_size / tensor_ranks, self.head_size)
 
     @property
     def mlp_matrices(self) -> int:
@@ -101,7 +115,24 @@ class ModelShape:
     @property
     def attention_matrices(self) -> int:
         """Weights of a layer's query, key, value and output matrices, over all tensor-parallel ranks."""
-        return self.hidden_size * (2 * self.query_size + 2 * self.key_size)
+        if self.latent is None:
+            return self.hidden_size * (2 * self.query_size + 2 * self.key_size)
+        sizes, heads = self.latent, self.num_attention_heads
+        queries = self.query_size * (sizes.q_lora_rank or self.hidden_size)
+        keys_and_values = sizes.kv_lora_rank * heads * (sizes.qk_head_dim + sizes.v_head_dim)
+        return self.down_projections + queries + keys_and_values + heads * sizes.v_head_dim * self.hidden_size
+
+    @property
+    def down_projections(self) -> int:
+        """Weights of a layer's matrices that make latents, of which each tensor-parallel rank has a copy."""
+        return self.hidden_size * self.latent_width
+
+    @property
+    def latent_width(self) -> int:
+        """Width of the latents of a token and of the part of its key that turns; 0 in plain attention."""
+        if self.latent is None:
+            return 0
+        return (self.latent.q_lora_rank or 0) + self.latent.kv_lora_rank + self.latent.qk_pos_emb_head_dim
 
     @property
     def layer_matrices(self) -> int:
@@ -116,9 +147,10 @@ class ModelShape:
     @property
     def divided_matrices(self) -> int:
         """Weights of a layer's matrices that are sharded over tensor-parallel ranks: all but those of experts."""
+        copied = self.down_projections
         if not self.num_moe_experts:
-            return self.layer_matrices
-        return self.attention_matrices + self.mlp_matrices * self.hidden_size * self.shared_expert_size
+            return self.layer_matrices - copied
+        return self.attention_matrices - copied + self.mlp_matrices * self.hidden_size * self.shared_expert_size
 
     @property
     def router(self) -> int:
@@ -128,12 +160,20 @@ class ModelShape:
     @property
     def num_parameters(self) -> int:
         """Weights of the whole model, norms and biases apart (below a thousandth)."""
-        return self.num_layers * (self.divided_matrices + self.expert_matrices + self.router) + self._tables
+        every = self.divided_matrices + self.down_projections + self.expert_matrices + self.router
+        less = every - self._dense_layer
+        return self.num_layers * every - self.num_dense_layers * less + self._tables
 
     @property
     def num_active_parameters(self) -> int:
         """The share of these weights that one token meets."""
-        return self.num_layers * (self.layer_matrices + self.router) + self._tables
+        every = self.layer_matrices + self.router
+        return self.num_layers * every - self.num_dense_layers * (every - self._dense_layer) + self._tables
+
+    @property
+    def _dense_layer(self) -> int:
+        """Weights of the matrices of an MoE's layer without experts."""
+        return self.attention_matrices + self.mlp_matrices * self.hidden_size * self.dense_ffn_size
 
     @property
     def _tables(self) -> int:

@@ -29,14 +29,16 @@ from simpo_megatron.mcore.model import build_model  # noqa: E402
 
 
 def run(model: Path, layout: str, options: dict, job: dict) -> None:
-    config = config_from(model=str(model), data=("unused",), bf16=False, **job["lora"], **options)
+    options = job["lora"] | options | job["options"].get(model.name, {})
+    options["sequence_parallel"] = "sequence_parallel" in options and "tensor_model_parallel_size" in options
+    config = config_from(model=str(model), data=("unused",), bf16=False, **options)
     groups = parallel.initialize(config.parallel.sizes, backend="gloo", timeout_minutes=3)
     parallel.seed_everything(1)
     description = describe_hf_model(model)
     chunks = build_model(description, config, groups)
     load_hf_weights(chunks, model, description, tp_rank=groups.tp.rank(), tp_size=groups.tp.size())
     fill_b(chunks, groups)
-    if groups.pp.size() == 1:
+    if groups.pp.size() == 1 and not config.parallel.sequence_parallel:
         replicated_gradients_agree(chunks[0], groups)
     for chunk in chunks:
         chunk.eval()

@@ -12,7 +12,7 @@ import pytest
 import torch
 from ranks import run_ranks
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, Phi3Config, Qwen3Config
+from transformers import AutoModelForCausalLM, DeepseekV3Config, Gemma2Config, LlamaConfig, Phi3Config, Qwen3Config
 
 WORKER = Path(__file__).with_name("adapter_worker.py")
 RANK, ALPHA = 4, 6.0
@@ -32,12 +32,29 @@ CONFIGS = {
     "qwen3": lambda: Qwen3Config(**SHAPE, head_dim=16, tie_word_embeddings=False),
     "phi3": lambda: Phi3Config(**SHAPE, tie_word_embeddings=False),
     "gemma2": lambda: Gemma2Config(**SHAPE, head_dim=16, sliding_window=8),
+    # One key/value group, so that tensor-parallel ranks hold parts of it.
+    "llama_one_group": lambda: LlamaConfig(**SHAPE | {"num_key_value_heads": 1}, tie_word_embeddings=True),
+    "deepseek_v3": lambda: DeepseekV3Config(**SHAPE | LATENT | EXPERTS),
 }
+LATENT = dict(
+    num_key_value_heads=4, q_lora_rank=20, kv_lora_rank=24, qk_nope_head_dim=12, qk_rope_head_dim=8, v_head_dim=10
+)
+EXPERTS = dict(
+    n_routed_experts=4,
+    num_experts_per_tok=2,
+    n_group=1,
+    topk_group=1,
+    moe_intermediate_size=24,
+    first_k_dense_replace=1,
+)
+# Experts have no adapters, and route the tokens of their rank.
+OPTIONS = {"deepseek_v3": {"sequence_parallel": True, "lora_targets": ("linear_qkv", "linear_proj")}}
 MODULES = {
     "llama": {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"},
     "phi3": {"qkv_proj", "o_proj", "gate_up_proj", "down_proj"},
 }
-MODULES["qwen3"] = MODULES["gemma2"] = MODULES["llama"]
+MODULES["qwen3"] = MODULES["gemma2"] = MODULES["llama_one_group"] = MODULES["llama"]
+MODULES["deepseek_v3"] = {"q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"}
 TOKENS = [[(i * 37 + row) % 96 for i in range(12)] for row in range(2)]
 
 
@@ -48,7 +65,7 @@ def folder(tmp_path_factory):
         torch.manual_seed(3)
         AutoModelForCausalLM.from_config(config(), dtype=torch.float32).save_pretrained(folder / name)
     lora = {"lora_rank": RANK, "lora_alpha": ALPHA, "lora_dropout": 0.3}
-    job = {"models": list(CONFIGS), "layouts": LAYOUTS, "lora": lora, "tokens": TOKENS}
+    job = {"models": list(CONFIGS), "layouts": LAYOUTS, "lora": lora, "options": OPTIONS, "tokens": TOKENS}
     (folder / "job.json").write_text(json.dumps(job))
     run_ranks(WORKER, 2, str(folder), timeout=300)
     return folder

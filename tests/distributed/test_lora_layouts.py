@@ -44,6 +44,8 @@ LAYOUTS = {
         "virtual_pipeline_model_parallel_size": 2,
         "recompute_granularity": "full",
     },
+    # More ranks than key/value groups.
+    "tp4": LORA | {"tensor_model_parallel_size": 4, "sequence_parallel": True},
     "cp2_tp2_sequence_parallel": LORA | TP2_SEQUENCE_PARALLEL | {"context_parallel_size": 2},
     "bf16": LORA | TP2_SEQUENCE_PARALLEL | {"use_distributed_optimizer": True, "bf16": True},
     "without_adapters": TP2_SEQUENCE_PARALLEL | {"use_distributed_optimizer": True},
@@ -100,7 +102,7 @@ def runs(tmp_path_factory):
             intermediate_size=80,
             num_hidden_layers=4,
             num_attention_heads=8,
-            num_key_value_heads=4,
+            num_key_value_heads=2,
             tie_word_embeddings=False,
             max_position_embeddings=64,
         )

@@ -33,7 +33,8 @@ FAMILIES: Mapping[str, Family] = {
 _REFUSALS = {
     "quantization_config": (
         lambda quantization: not quantization,
-        "quantized weights cannot be trained; give the original ones",
+        "quantized weights cannot be trained; give the original ones, or dequantized ones (of mxfp4: from_pretrained "
+        "with Mxfp4Config(dequantize=True), then save_pretrained)",
     ),
     "is_causal": (
         lambda is_causal: is_causal in (None, True),
