@@ -51,6 +51,8 @@ def random_model(draw: random.Random) -> ModelDescription:
         "vocab_size": draw.choice([259, 300, 1000]),
     }
     keys = dict(draw.choice(list(family.tests.values())))
+    if "kv_lora_rank" in keys:
+        sizes["num_key_value_heads"] = heads
     if draw.random() < 0.5:
         keys["head_dim"] = draw.choice([4, 6, 8])
     config = {**TINY_MODEL, **keys, **sizes, "model_type": family.model_type}

@@ -52,8 +52,9 @@ def _moe(config: PretrainedConfig) -> dict[str, Any]:
 def _moe_layers(config: PretrainedConfig) -> dict[str, Any]:
     step = count(config, "moe_layer_interval")
     first = require_count("moe_layer_start_index", config.moe_layer_start_index, least=0)
-    # transformers counts an end of -1 from behind.
-    last = require_count("moe_layer_end_index", config.moe_layer_end_index, least=-1) % config.num_hidden_layers
+    last = require_count("moe_layer_end_index", config.moe_layer_end_index, least=-1)
+    if last == -1:
+        last = config.num_hidden_layers - 1
     return dense_layers(config, lambda layer: first <= layer <= last and (layer + 1) % step == 0)
 
 
