@@ -200,7 +200,7 @@ def _written_out_attention(
     scores: Scores,
     sinks_A: Tensor | None,
 ) -> Tensor:
-    """[B, A, L, D], with soft-capped scores or with sinks, neither of which torch's kernels have; scores in fp32 at least.
+    """[B, A, L, D], with soft-capped scores or with sinks, which no torch kernel has; scores in fp32 at least.
 
     A sink is a key that every query of a head sees with the same score, and whose value is zero.
 
