@@ -1,7 +1,7 @@
 """The ways in which Hugging Face tensors make up a parameter of megatron-core, and how ranks divide it.
 
 Each way is a function from a parameter to *views* of it, one per Hugging Face tensor, whose elements lie in that
-tensor's own order: loading copies a slice of the file into the view, exporting copies the view out. Both directions,
+tensor's own order. Loading copies a slice of the file into the view; exporting copies the view out. Both directions,
 all families and any number of ranks share these functions.
 
 Shapes: R query heads per key/value group, D head size; g groups and f feed-forward rows of this rank.
@@ -92,8 +92,8 @@ class Run(NamedTuple):
 def query_key_value_runs(description: ModelDescription, tp: TensorRank) -> tuple[Run, Run, Run]:
     """The rows of query, key and value that a rank holds, where ranks are more than key/value groups.
 
-    megatron cuts the rows of linear_qkv evenly, in the midst of a group, and gathers a group's activations from the
-    ranks that share it. A rank's rows are of one group, and in it of query, key, value, or two or three of them.
+    megatron splits the rows of linear_qkv evenly, also inside a group, and gathers a group's activations from the
+    ranks that share it. A rank's rows belong to one group: to its query, key, value, or two or three of these.
     """
     arguments = description.transformer
     num_groups, head_dim = arguments["num_query_groups"], arguments["kv_channels"]

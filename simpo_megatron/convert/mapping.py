@@ -86,8 +86,8 @@ def pieces(
     """Every parameter of this rank's GPTModel `chunk`, as the parts of the Hugging Face tensors it holds.
 
     `in_place_of` names the tensors that stand for some parameters, those kept in FP8.
-    The head of a last pipeline stage, when tied, counts as the embedding, like the embedding itself. An adapter is no
-    piece of its own: it comes with the pieces it adds to.
+    A tied head on a last pipeline stage counts as the embedding. An adapter is not a piece: it comes with the pieces
+    that it adds to.
     """
     adapters = {name: module for name, module in chunk.named_modules() if isinstance(module, Adapter)}
     found = []

@@ -1,4 +1,4 @@
-"""The one table of names and layouts between Hugging Face folders and megatron-core's parameters."""
+"""The table of names and layouts between Hugging Face folders and megatron-core's parameters."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ _Row = tuple[str, tuple[str, ...], WeightLayout, tuple[int, ...], str | None]
 
 
 def model_rules(description: ModelDescription) -> tuple[Rule, ...]:
-    """The lines of the table outside the layers, the embedding first."""
+    """The rules outside the layers, the embedding first."""
     hidden_size = description.transformer["hidden_size"]
     table = (description.vocab_size, hidden_size)
     tied = description.gpt["share_embeddings_and_output_weights"]
@@ -56,7 +56,7 @@ def model_rules(description: ModelDescription) -> tuple[Rule, ...]:
 
 
 def layer_rules(description: ModelDescription, layer: int) -> tuple[Rule, ...]:
-    """The lines of the table that the transformer layer number `layer`, counted from zero, has."""
+    """The rules of the transformer layer number `layer`, counted from zero."""
     arguments, names = description.transformer, description.names
     norm = (arguments["hidden_size"],)
     table: list[_Row] = [
@@ -139,7 +139,7 @@ def _latent_attention_rows(description: ModelDescription) -> list[_Row]:
 
 
 def _suffix_in_hf(parameter: str, layout: WeightLayout) -> str:
-    """The end of a parameter's name that Hugging Face's has too; none where megatron's is a name of its own."""
+    """The suffix .weight or .bias, shared with the Hugging Face name; empty where megatron's name differs."""
     last = parameter.rpartition(".")[2]
     if layout.is_stacked:
         return "_bias" if last == "bias" else ""
