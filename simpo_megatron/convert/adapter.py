@@ -20,7 +20,6 @@ from simpo_megatron.config.lora_section import LoRAConfig, adapted_layers
 from simpo_megatron.convert.export import Files, export_tensors
 from simpo_megatron.convert.files import TensorSpec, open_safetensors, write_safetensors
 from simpo_megatron.convert.folder import mark, write_json
-from simpo_megatron.convert.layouts import COLUMNS, REPLICATED, TensorRank, WeightLayout
 from simpo_megatron.convert.mapping import (
     Piece,
     hf_tensors,
@@ -29,7 +28,8 @@ from simpo_megatron.convert.mapping import (
     rules_of_layers,
     shapes_by_rule,
 )
-from simpo_megatron.convert.rules import Rule
+from simpo_megatron.convert.weight_layouts import COLUMNS, REPLICATED, TensorRank, WeightLayout
+from simpo_megatron.convert.weight_rules import Rule
 from simpo_megatron.mcore.families import ModelDescription
 from simpo_megatron.mcore.lora import ADAPTER_SUFFIX
 from simpo_megatron.parallel import ParallelGroups

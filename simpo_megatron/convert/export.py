@@ -22,7 +22,6 @@ from simpo_megatron.convert.folder import (
     new_output,
     refuse_existing_export,
 )
-from simpo_megatron.convert.layouts import TensorRank
 from simpo_megatron.convert.mapping import (
     Piece,
     dtype_in_folder,
@@ -30,6 +29,7 @@ from simpo_megatron.convert.mapping import (
     pieces,
     stage_tensors,
 )
+from simpo_megatron.convert.weight_layouts import TensorRank
 from simpo_megatron.errors import CheckpointError, NumericsError, SimPOError
 from simpo_megatron.mcore.families import ModelDescription
 from simpo_megatron.parallel import ParallelGroups

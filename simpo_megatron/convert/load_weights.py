@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from simpo_megatron.convert.files import DTYPE_NAMES, StoredTensor, open_safetensors, require_finite, stored_tensors
-from simpo_megatron.convert.layouts import TensorRank
 from simpo_megatron.convert.mapping import Piece, hf_tensors, pieces
+from simpo_megatron.convert.weight_layouts import TensorRank
 from simpo_megatron.errors import CheckpointError, listed
 from simpo_megatron.mcore.families import ModelDescription
 from simpo_megatron.mcore.fp8_weights import awaited_values

@@ -1,4 +1,4 @@
-"""The parameters of a rank as parts of Hugging Face tensors, by the table of `rules`."""
+"""The parameters of a rank as parts of Hugging Face tensors, by the table of `weight_rules`."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from simpo_megatron.convert.layouts import QKV, TensorRank, WeightLayout, query_key_value_runs
-from simpo_megatron.convert.rules import Rule, layer_rules, model_rules
+from simpo_megatron.convert.weight_layouts import QKV, TensorRank, WeightLayout, query_key_value_runs
+from simpo_megatron.convert.weight_rules import Rule, layer_rules, model_rules
 from simpo_megatron.mcore.experts import weights_of
 from simpo_megatron.mcore.families import ModelDescription
 from simpo_megatron.mcore.lora import ADAPTER_SUFFIX, Adapter

@@ -29,7 +29,7 @@ class TwoRotarySelfAttention(SelfAttention):
     config: ArchitectureConfig
 
     def forward(self, *args: Any, rotary_pos_emb: Tensor, **kwargs: Any) -> Any:
-        """As in megatron, from the frequencies of both kinds of layers, [2, S, 1, 1, D], those with a window last."""
+        """megatron's outputs, from the frequencies of both kinds of layers, [2, S, 1, 1, D], those with a window last."""
         assert self.config.windowed_rotary_freq is not None, "a model of two embeddings names the layers of each"
         own = rotary_pos_emb[self.config.windowed_rotary_freq[self.layer_number - 1]]
         return super().forward(*args, rotary_pos_emb=own, **kwargs)
@@ -51,8 +51,7 @@ class SegmentedAttention(torch.nn.Module):
         attention_type: str,
         attention_dropout: float | None = None,
         softmax_scale: float | None = None,
-        *,
-        pg_collection: ProcessGroupCollection,
+        pg_collection: ProcessGroupCollection | None = None,
         **_: Any,
     ) -> None:
         super().__init__()
@@ -66,9 +65,10 @@ class SegmentedAttention(torch.nn.Module):
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         self.softmax_offset: torch.nn.Parameter | None = None
         """The score of each head's sink, a key without a value; under the name of megatron's core attention."""
-        self.tp_group = tp_group = pg_collection.tp
         if config.softmax_type == "learnable":
-            num_heads = config.num_attention_heads // tp_group.size()
+            assert pg_collection is not None, "megatron names its groups"
+            self.tp_group = pg_collection.tp
+            num_heads = config.num_attention_heads // self.tp_group.size()
             self.softmax_offset = torch.nn.Parameter(torch.empty(num_heads, dtype=config.params_dtype))
             set_tensor_model_parallel_attributes(self.softmax_offset, True, 0, 1)
         if device.has_cuda():
@@ -110,6 +110,8 @@ class SegmentedAttention(torch.nn.Module):
         metadata: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
         """The sinks with their place in the whole, as megatron's dist_checkpointing asks for them; else nothing."""
+        if self.softmax_offset is None:
+            return {}
         assert metadata is not None, "megatron hands its groups on"
         return make_sharded_tensors_for_checkpoint(
             self.state_dict(keep_vars=True),

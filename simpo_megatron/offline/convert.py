@@ -25,9 +25,9 @@ from simpo_megatron.convert.folder import (
     refuse_existing_export,
     write_config,
 )
-from simpo_megatron.convert.layouts import ALONE
 from simpo_megatron.convert.load_weights import fill
 from simpo_megatron.convert.mapping import dtype_in_folder, pieces_of
+from simpo_megatron.convert.weight_layouts import ALONE
 from simpo_megatron.errors import CheckpointError, ConfigError
 from simpo_megatron.logs import LOGGER
 from simpo_megatron.mcore.meta_model import MetaModel

@@ -16,9 +16,9 @@ from simpo_megatron.checkpoint.torch_dist import CheckpointReader
 from simpo_megatron.convert.export import gather_tensor
 from simpo_megatron.convert.files import DTYPE_NAMES, TensorSpec, open_safetensors
 from simpo_megatron.convert.folder import check_model_files
-from simpo_megatron.convert.layouts import ALONE
 from simpo_megatron.convert.load_weights import checked_tensors
 from simpo_megatron.convert.mapping import hf_tensors, pieces_of
+from simpo_megatron.convert.weight_layouts import ALONE
 from simpo_megatron.errors import CheckpointError
 from simpo_megatron.mcore.families import ModelDescription, describe_hf_model
 from simpo_megatron.mcore.hub import model_folder

@@ -255,8 +255,8 @@ def saved_gradients(twin, folder) -> dict[str, torch.Tensor]:
 @torch.no_grad()
 def by_hf_names(model, gradients, description) -> dict[str, torch.Tensor]:
     """The gradients under the names and in the order of transformers' parameters."""
-    from simpo_megatron.convert.layouts import ALONE
     from simpo_megatron.convert.mapping import pieces
+    from simpo_megatron.convert.weight_layouts import ALONE
 
     weights = [parameter.clone() for parameter in model.parameters()]
     for parameter, gradient in zip(model.parameters(), gradients, strict=True):

@@ -20,9 +20,9 @@ from simpo_megatron.convert import load_hf_weights, refuse_existing_export
 from simpo_megatron.convert import load_weights as loading
 from simpo_megatron.convert.files import TensorSpec, write_safetensors
 from simpo_megatron.convert.folder import MARKER_FILE, mark, new_output, origin_of
-from simpo_megatron.convert.layouts import TensorRank
 from simpo_megatron.convert.mapping import pieces_by_rule
-from simpo_megatron.convert.rules import layer_rules
+from simpo_megatron.convert.weight_layouts import TensorRank
+from simpo_megatron.convert.weight_rules import layer_rules
 from simpo_megatron.errors import CheckpointError, NumericsError
 from simpo_megatron.mcore.families import ModelDescription, describe_hf_config, padded_vocab_size
 

@@ -25,9 +25,9 @@ cpu_patches.install()
 
 from megatron.core import parallel_state  # noqa: E402
 
-from simpo_megatron.convert.layouts import TensorRank  # noqa: E402
 from simpo_megatron.convert.load_weights import fill  # noqa: E402
 from simpo_megatron.convert.mapping import hf_tensors, pieces  # noqa: E402
+from simpo_megatron.convert.weight_layouts import TensorRank  # noqa: E402
 from simpo_megatron.mcore.families import FAMILIES, ModelDescription, describe_hf_config  # noqa: E402
 from simpo_megatron.mcore.family import TINY_MODEL  # noqa: E402
 from simpo_megatron.mcore.model import build_model  # noqa: E402

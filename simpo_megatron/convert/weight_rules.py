@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from simpo_megatron.convert.layouts import (
+from simpo_megatron.convert.weight_layouts import (
     COLUMNS,
     EXPERT,
     EXPERT_GATE_UP,
