@@ -29,7 +29,7 @@ class TwoRotarySelfAttention(SelfAttention):
     config: ArchitectureConfig
 
     def forward(self, *args: Any, rotary_pos_emb: Tensor, **kwargs: Any) -> Any:
-        """megatron's outputs, from the frequencies of both kinds of layers, [2, S, 1, 1, D], those with a window last."""
+        """megatron's outputs, by the frequencies [2, S, 1, 1, D] of both kinds of layers, those with a window last."""
         assert self.config.windowed_rotary_freq is not None, "a model of two embeddings names the layers of each"
         own = rotary_pos_emb[self.config.windowed_rotary_freq[self.layer_number - 1]]
         return super().forward(*args, rotary_pos_emb=own, **kwargs)
