@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,25 +38,34 @@ class Proof:
 
 def prove(family: Family, groups: ParallelGroups) -> Iterator[Proof]:
     """The findings of each of the family's models, on this process alone, in fp32."""
+    for name, keys in family.tests.items():
+        yield prove_model(name, {**TINY_MODEL, **keys, "model_type": family.model_type}, groups)
+
+
+def prove_model(name: str, hf_config: Mapping[str, Any], groups: ParallelGroups) -> Proof:
+    """The findings of a model of random weights, made from the keys of a config.json.
+
+    Raises:
+        ConfigError: megatron-core does not compute such a model.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    for name, keys in family.tests.items():
-        torch.manual_seed(1)
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family.model_type, **{**TINY_MODEL, **keys}))
-        with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
-            for values in _trained_values(model):
-                # Norms and biases are one and zero until they are trained.
-                values.add_(0.1 * torch.randn_like(values))
-            before, after = Path(folder, "before"), Path(folder, "after")
-            model.save_pretrained(before)
-            tokens = torch.randint(TINY_MODEL["vocab_size"], (2, _LENGTH))
-            expected = model.eval()(tokens).logits
-            found = _logits_of_megatron(before, after, tokens, groups)
-            compared = list(compare_tensors(HfWeights(before), HfWeights(after)))
-        difference = float((found[..., : expected.shape[-1]] - expected).abs().max())
-        yield Proof(name, difference, len(compared), sum(tensor.is_equal for tensor in compared))
+    torch.manual_seed(1)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**hf_config))
+    with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
+        for values in _trained_values(model):
+            # Norms and biases are one and zero until they are trained.
+            values.add_(0.1 * torch.randn_like(values))
+        before, after = Path(folder, "before"), Path(folder, "after")
+        model.save_pretrained(before)
+        tokens = torch.randint(model.config.vocab_size, (2, _LENGTH))
+        expected = model.eval()(tokens).logits
+        found = _logits_of_megatron(before, after, tokens, groups)
+        compared = list(compare_tensors(HfWeights(before), HfWeights(after)))
+    difference = float((found[..., : expected.shape[-1]] - expected).abs().max())
+    return Proof(name, difference, len(compared), sum(tensor.is_equal for tensor in compared))
 
 
 def _trained_values(model: torch.nn.Module) -> Iterator[Tensor]:

@@ -29,6 +29,18 @@ def _published(model_type: str, *sizes: int, **more: Any) -> dict[str, Any]:
 _LLAMA_3_8B = _published("llama", 32, 4096, 14336, 32, 8, 128256, 8192)
 _MISTRAL_7B = ("mistral", 32, 4096, 14336, 32, 8, 32000, 32768)
 _EIGHT_EXPERTS = {"num_local_experts": 8, "num_experts_per_tok": 2, "router_aux_loss_coef": 0.02}
+_LATENT = {"kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128}
+_64_EXPERTS = {
+    "n_routed_experts": 64,
+    "num_experts_per_tok": 6,
+    "n_shared_experts": 2,
+    "moe_intermediate_size": 1408,
+    "first_k_dense_replace": 1,
+    "n_group": 1,
+    "topk_group": 1,
+    "q_lora_rank": None,
+}
+_GPT_OSS = {"head_dim": 64, "num_experts_per_tok": 4}
 _128_EXPERTS = {"num_experts": 128, "num_experts_per_tok": 8, "head_dim": 128, "norm_topk_prob": True}
 PUBLISHED = {
     "meta-llama/Llama-3.1-70B-Instruct": _published("llama", 80, 8192, 28672, 64, 8, 128256, 131072),
@@ -53,7 +65,55 @@ PUBLISHED = {
     "HuggingFaceTB/SmolLM3-3B": _published("smollm3", 36, 2048, 11008, 16, 4, 128256, 65536),
     "ByteDance-Seed/Seed-OSS-36B-Instruct": _published("seed_oss", 64, 5120, 27648, 80, 8, 155136, 524288),
     "baidu/ERNIE-4.5-0.3B-PT": _published("ernie4_5", 18, 1024, 3072, 16, 2, 103424, 131072),
-    "ibm-granite/granite-3.3-8b-instruct": _published("granite", 40, 4096, 12800, 32, 8, 49159, 131072),
+    "baidu/ERNIE-4.5-21B-A3B-PT": _published(
+        "ernie4_5_moe",
+        28,
+        2560,
+        12288,
+        20,
+        4,
+        103424,
+        131072,
+        head_dim=128,
+        moe_num_experts=64,
+        moe_k=6,
+        moe_intermediate_size=1536,
+        moe_num_shared_experts=2,
+        use_bias=False,
+        tie_word_embeddings=True,
+    ),
+    "google/gemma-3-1b-it": _published("gemma3_text", 26, 1152, 6912, 4, 1, 262144, 32768, sliding_window=512),
+    "zai-org/GLM-4.5-Air": _published(
+        "glm4_moe",
+        46,
+        4096,
+        10944,
+        96,
+        8,
+        151552,
+        131072,
+        head_dim=128,
+        n_routed_experts=128,
+        num_experts_per_tok=8,
+        moe_intermediate_size=1408,
+        attention_bias=True,
+    ),
+    "deepseek-ai/DeepSeek-V2-Lite-Chat": _published(
+        "deepseek_v2", 27, 2048, 10944, 16, 16, 102400, 163840, **_LATENT, **_64_EXPERTS
+    ),
+    "moonshotai/Moonlight-16B-A3B-Instruct": _published(
+        "deepseek_v3", 27, 2048, 11264, 16, 16, 163840, 8192, **_LATENT, **_64_EXPERTS, routed_scaling_factor=2.446
+    ),
+    "deepseek-ai/DeepSeek-V3": _published("deepseek_v3", 61, 7168, 18432, 128, 128, 129280, 163840),
+    "openai/gpt-oss-20b": _published(
+        "gpt_oss", 24, 2880, 2880, 64, 8, 201088, 131072, num_local_experts=32, **_GPT_OSS
+    ),
+    "openai/gpt-oss-120b": _published(
+        "gpt_oss", 36, 2880, 2880, 64, 8, 201088, 131072, num_local_experts=128, **_GPT_OSS
+    ),
+    "ibm-granite/granite-3.3-8b-instruct": _published(
+        "granite", 40, 4096, 12800, 32, 8, 49159, 131072, tie_word_embeddings=True
+    ),
 }
 """The sizes in the config.json of models that the shipped configurations are for, and of other families."""
 

@@ -6,8 +6,10 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from planning_cases import HF_CONFIG, shape_of
 from ranks import REPOSITORY
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from simpo_megatron.commands import plan as plan_command
 from simpo_megatron.config import DEMO, PRESETS, config_from, load_config
@@ -55,6 +57,44 @@ def test_a_published_model_has_the_parameters_its_name_promises(model, billions,
     second_table = shape.vocab_size * shape.hidden_size / 1e9 if shape.tied else 0
     summed = 4 * sum(stage_parameters(shape, many, stage) for stage in range(2)) / 1e9
     assert summed == pytest.approx(billions + second_table, rel=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("model", "billions"),
+    [
+        ("Llama-3.1-70B-Instruct", 70.55),
+        ("Qwen2.5-72B-Instruct", 72.71),
+        ("Meta-Llama-3-8B-Instruct", 8.03),
+        ("Mistral-7B-Instruct-v0.2", 7.24),
+        ("gemma-2-9b-it", 9.24),
+        ("Mixtral-8x7B-Instruct-v0.1", 46.70),
+        ("Mixtral-8x22B-Instruct-v0.1", 140.63),
+        ("Qwen3-30B-A3B", 30.53),
+        ("Qwen3-235B-A22B", 235.09),
+        ("gemma-7b-it", 8.54),
+        ("GLM-4-9B-0414", 9.40),
+        ("SmolLM3-3B", 3.08),
+        ("Seed-OSS-36B-Instruct", 36.15),
+        ("ERNIE-4.5-0.3B-PT", 0.36),
+        ("ERNIE-4.5-21B-A3B-PT", 21.83),
+        ("gemma-3-1b-it", 1.00),
+        ("GLM-4.5-Air", 106.85),
+        ("DeepSeek-V2-Lite-Chat", 15.71),
+        ("Moonlight-16B-A3B-Instruct", 15.96),
+        ("DeepSeek-V3", 671.03),
+        ("gpt-oss-20b", 20.91),
+        ("gpt-oss-120b", 116.83),
+        ("granite-3.3-8b-instruct", 8.17),
+    ],
+)
+def test_a_published_model_is_as_large_as_its_card_and_transformers_say(model, billions):
+    """Without layers that predict further tokens. The planner leaves out norms and biases."""
+    description = find_model(model)
+    with torch.device("meta"):
+        built = AutoModelForCausalLM.from_config(AutoConfig.for_model(**description.hf_config))
+    size = sum(parameter.numel() for parameter in built.parameters())
+    assert size / 1e9 == pytest.approx(billions, abs=0.005)
+    assert ModelShape.of(description).num_parameters == pytest.approx(size, rel=5e-4)
 
 
 def test_the_tokens_of_a_pack_add_up_pair_by_pair():
