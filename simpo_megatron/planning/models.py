@@ -40,6 +40,7 @@ _64_EXPERTS = {
     "topk_group": 1,
     "q_lora_rank": None,
 }
+_GPT_OSS_SIZES = (2880, 2880, 64, 8, 201088, 131072)
 _GPT_OSS = {"head_dim": 64, "num_experts_per_tok": 4}
 _128_EXPERTS = {"num_experts": 128, "num_experts_per_tok": 8, "head_dim": 128, "norm_topk_prob": True}
 PUBLISHED = {
@@ -108,9 +109,7 @@ PUBLISHED = {
     "openai/gpt-oss-20b": _published(
         "gpt_oss", 24, 2880, 2880, 64, 8, 201088, 131072, num_local_experts=32, **_GPT_OSS
     ),
-    "openai/gpt-oss-120b": _published(
-        "gpt_oss", 36, 2880, 2880, 64, 8, 201088, 131072, num_local_experts=128, **_GPT_OSS
-    ),
+    "openai/gpt-oss-120b": _published("gpt_oss", 36, *_GPT_OSS_SIZES, num_local_experts=128, **_GPT_OSS),
     "ibm-granite/granite-3.3-8b-instruct": _published(
         "granite", 40, 4096, 12800, 32, 8, 49159, 131072, tie_word_embeddings=True
     ),
