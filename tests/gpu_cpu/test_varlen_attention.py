@@ -50,6 +50,7 @@ def attention(window=None, cap=None, scale=None, dropout=0.0) -> SegmentedAttent
         window_size=None if window is None else (window - 1, 0),
         window_attn_skip_freq=None,
         attn_logit_softcapping=cap,
+        softmax_type="vanilla",
     )
     return SegmentedAttention(config, 1, None, "self", softmax_scale=scale)
 

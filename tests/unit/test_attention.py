@@ -34,14 +34,23 @@ PACKS = {
 HEADS = {"as many groups as heads": (4, 4), "grouped": (6, 2), "one group": (3, 1)}
 
 
-def attention(window: int | None = None, cap: float | None = None) -> SegmentedAttention:
+def attention(
+    window: int | None = None, cap: float | None = None, sinks: torch.Tensor | None = None
+) -> SegmentedAttention:
     config = SimpleNamespace(
+        softmax_type="vanilla" if sinks is None else "learnable",
+        num_attention_heads=0 if sinks is None else len(sinks),
+        params_dtype=torch.float64,
         attention_dropout=0.0,
         window_size=None if window is None else (window - 1, 0),
         window_attn_skip_freq=None,
         attn_logit_softcapping=cap,
     )
-    return SegmentedAttention(config, 1, None, "self")
+    groups = SimpleNamespace(tp=SimpleNamespace(size=lambda: 1))
+    module = SegmentedAttention(config, 1, None, "self", pg_collection=groups)
+    if sinks is not None:
+        module.softmax_offset = sinks
+    return module
 
 
 def layout_of(segments) -> MicrobatchLayout:
@@ -49,8 +58,11 @@ def layout_of(segments) -> MicrobatchLayout:
     return MicrobatchLayout.of_pack(torch.arange(length), tuple(Segment(*s) for s in segments))
 
 
-def dense_attention(query, key, value, segments, window=None, cap=None) -> torch.Tensor:
-    """The definition, one query at a time: softmax over the last `window` of its prefix and segment up to itself."""
+def dense_attention(query, key, value, segments, window=None, cap=None, sinks=None) -> torch.Tensor:
+    """The definition, one query at a time: softmax over the last `window` of its prefix and segment up to itself.
+
+    A sink takes part in the softmax, and its value is zero.
+    """
     length, _, num_heads, size = query.shape
     heads_per_group = num_heads // key.shape[2]
     rows = []
@@ -61,8 +73,9 @@ def dense_attention(query, key, value, segments, window=None, cap=None) -> torch
                 group = head // heads_per_group
                 scores = key[seen, 0, group] @ query[position, 0, head] / size**0.5
                 scores = scores if cap is None else cap * torch.tanh(scores / cap)
-                rows.append(torch.softmax(scores, dim=0) @ value[seen, 0, group])
-    return torch.stack(rows).view(length, 1, num_heads * size)
+                scores = scores if sinks is None else torch.cat((scores, sinks[head, None]))
+                rows.append(torch.softmax(scores, dim=0)[: len(seen)] @ value[seen, 0, group])
+    return torch.stack(rows).view(length, 1, -1)
 
 
 @pytest.mark.parametrize("heads", HEADS.values(), ids=HEADS)
@@ -84,6 +97,24 @@ def test_a_pack_attends_as_its_definition_says(segments, heads, window, cap):
     expected_grads = torch.autograd.grad((expected * cotangent).sum(), inputs)
     for name, one, other in zip("qkv", found_grads, expected_grads, strict=True):
         assert float((one - other).abs().max()) <= 1e-12, name
+
+
+@pytest.mark.parametrize("heads", HEADS.values(), ids=HEADS)
+@pytest.mark.parametrize(("window", "with_sinks", "size"), [(None, True, 5), (4, True, 3), (None, False, 3)])
+def test_sinks_and_values_smaller_than_keys_attend_as_their_definition_says(heads, window, with_sinks, size):
+    torch.manual_seed(1)
+    segments = PACKS["two pairs and padding"]
+    num_heads, num_groups = heads
+    shapes = (num_heads, 5), (num_groups, 5), (num_groups, size)
+    inputs = [torch.randn(32, 1, *shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    sinks = torch.nn.Parameter(torch.randn(num_heads, dtype=torch.float64)) if with_sinks else None
+    found = attention(window, sinks=sinks)(*inputs, packed_seq_params=layout_of(segments))
+    expected = dense_attention(*inputs, segments, window, sinks=sinks)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    cotangent, learned = torch.randn_like(expected), [*inputs, *([] if sinks is None else [sinks])]
+    grads = [torch.autograd.grad((out * cotangent).sum(), learned) for out in (found, expected)]
+    for one, other in zip(*grads, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("window", [None, 3])

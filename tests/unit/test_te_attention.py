@@ -80,7 +80,11 @@ def attention(monkeypatch):
 
 def configuration(window_size):
     return SimpleNamespace(
-        attention_dropout=0.0, window_size=window_size, window_attn_skip_freq=None, attn_logit_softcapping=None
+        attention_dropout=0.0,
+        window_size=window_size,
+        window_attn_skip_freq=None,
+        attn_logit_softcapping=None,
+        softmax_type="vanilla",
     )
 
 
