@@ -272,11 +272,16 @@ def _mark_experts(chunk: PreferenceGPTModel) -> None:
     """Mark experts for DDP and optimizer: their replicas are on other ranks than those of dense weights.
 
     megatron marks them only under expert parallelism. But without it, too, every tensor-parallel rank has a replica of
-    each expert, with the gradient of its own tokens only.
+    each expert, with the gradient of its own tokens only. It also marks their biases as those of a layer that ranks
+    share; their gradients would then be summed twice.
     """
     for name, parameter in chunk.named_parameters():
         if ".mlp.experts." in name:
-            parameter.allreduce = False
+            parameter.allreduce = parameter.sequence_parallel = False
+    for name, module in chunk.named_modules():
+        if ".mlp.experts." in name and isinstance(module, RowParallelLinear) and module.bias is not None:
+            # megatron adds the bias in place, which autograd forbids for the view that a group of one rank returns.
+            module.register_forward_hook(lambda layer, _, outputs: (outputs[0].clone(), outputs[1]))
 
 
 def wrap_in_ddp(chunks: list[PreferenceGPTModel], config: Config) -> list[DistributedDataParallel]:
