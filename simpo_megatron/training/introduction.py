@@ -12,6 +12,7 @@ from simpo_megatron.data import padding_share
 from simpo_megatron.data.inspect import num_leaked, read_as, summary
 from simpo_megatron.mcore import device
 from simpo_megatron.mcore.experts import load_balancing_coefficient, times_transformers
+from simpo_megatron.mcore.families import ModelDescription
 from simpo_megatron.reporting.loggers import RunLog
 from simpo_megatron.training.environment import prepare_environment
 from simpo_megatron.training.setup import Job
@@ -40,7 +41,7 @@ def describe_job(config: Config, job: Job) -> list[str]:
     batch = job.trainer.batch_options
     return [
         f"model     {description.family} from {job.plan.sources.model}: {shape['num_layers']} layers, hidden "
-        f"{shape['hidden_size']}, {vocabulary}",
+        f"{shape['hidden_size']}, {vocabulary}" + _left_out(description),
         f"trained   {trained_share(description, config.lora)}",
         f"objective {config.objective.title}: {config.objective.describe()}",
         f"pairs     {len(job.train_data):,} to train on, "
@@ -53,6 +54,12 @@ def describe_job(config: Config, job: Job) -> list[str]:
         + f"; {device.kernels()}",
         f"steps     {job.train_iters:,}, of {batch.global_batch_size} pairs each" + _padding(job),
     ]
+
+
+def _left_out(description: ModelDescription) -> str:
+    """The end of a line on the layers of a model that are neither trained nor exported."""
+    number = description.hf_config.get("num_nextn_predict_layers")
+    return f"; without its {number} that predict{'s' * (number == 1)} further tokens" if number else ""
 
 
 def _load_balancing(config: Config, job: Job) -> list[str]:
