@@ -89,13 +89,15 @@ def train(
 
     `loss_of` takes the place of SimPO's `batch_loss`.
 
-    As in megatron, weight decay spares biases and norms, which are the one-dimensional parameters.
+    As in megatron, weight decay spares biases and norms, which are the one-dimensional parameters; those of all experts
+    may be rows of one.
     """
     parameters = list(model.parameters())
+    spared = {p for name, p in model.named_parameters() if p.dim() == 1 or name.endswith("bias")}
     optimizer = torch.optim.AdamW(
         [
-            {"params": [p for p in parameters if p.dim() > 1], "weight_decay": settings.weight_decay},
-            {"params": [p for p in parameters if p.dim() == 1], "weight_decay": 0.0},
+            {"params": [p for p in parameters if p not in spared], "weight_decay": settings.weight_decay},
+            {"params": [p for p in parameters if p in spared], "weight_decay": 0.0},
         ],
         lr=settings.lr,
         betas=(settings.adam_beta1, settings.adam_beta2),
