@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from megatron.core.activations import quick_gelu
 from torch import Tensor
 
 from simpo_megatron.mcore.family import Family, WeightNames, experts, number, refuse, sliding_window
@@ -25,7 +23,8 @@ def _options(config: PretrainedConfig) -> dict[str, Any]:
     return {
         "add_bias_linear": True,
         "softmax_type": "learnable",
-        "activation_func": _gate(number(config, "swiglu_alpha") if hasattr(config, "swiglu_alpha") else _ALPHA),
+        # transformers had these numbers before it had keys for them.
+        "activation_func": Swish(number(config, "swiglu_alpha") if hasattr(config, "swiglu_alpha") else 1.702),
         "activation_func_clamp_value": number(config, "swiglu_limit") if hasattr(config, "swiglu_limit") else 7.0,
         "glu_linear_offset": 1.0,
         **experts(config, config.num_local_experts, config.intermediate_size),
@@ -33,17 +32,15 @@ def _options(config: PretrainedConfig) -> dict[str, Any]:
     }
 
 
-_ALPHA = 1.702
-"""Of megatron's quick_gelu, and of transformers before it had the key."""
+@dataclass(frozen=True)
+class Swish:
+    """The function x * sigmoid(alpha * x); its text, which a checkpoint keeps, is the same in every process."""
 
+    alpha: float
 
-def _gate(alpha: float) -> Callable[[Tensor], Tensor]:
-    """The function x * sigmoid(alpha * x)."""
-    return quick_gelu if alpha == _ALPHA else functools.partial(_swish, alpha)
-
-
-def _swish(alpha: float, inputs: Tensor) -> Tensor:
-    return inputs * torch.sigmoid(alpha * inputs)
+    def __call__(self, inputs: Tensor) -> Tensor:
+        """The function of each element."""
+        return inputs * torch.sigmoid(self.alpha * inputs)
 
 
 _MIXTURE = {"head_dim": 16, "num_local_experts": 6, "num_experts_per_tok": 3, "intermediate_size": 24}
