@@ -15,7 +15,7 @@ from nemo.utils.exp_manager import exp_manager
 
 from simpo_megatron.errors import SimPOError, report_error
 from simpo_megatron.nemo import load_nemo_config
-from simpo_megatron.training.loop import train
+from simpo_megatron.training.run import train
 
 
 class ExperimentLoggers:

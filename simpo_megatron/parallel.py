@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,31 +12,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
-from simpo_megatron.errors import ConfigError
-
-RENDEZVOUS = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-"""Environment variables by which ranks meet, as torchrun sets them."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ParallelSizes:
-    """Numbers of ranks that share each kind of work."""
-
-    tensor: int = 1
-    pipeline: int = 1
-    virtual_pipeline: int | None = None
-    context: int = 1
-    expert: int = 1
-
-    @property
-    def model(self) -> int:
-        """Ranks that together hold one replica of the model, without experts, and one microbatch."""
-        return self.tensor * self.pipeline * self.context
-
-    @property
-    def min_world_size(self) -> int:
-        """The smallest world that these sizes divide; experts are spread over whatever ranks a stage has."""
-        return self.pipeline * math.lcm(self.tensor * self.context, self.expert)
+from simpo_megatron.launched import RENDEZVOUS, check_environment
+from simpo_megatron.parallel_sizes import ParallelSizes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,18 +84,6 @@ def join(backend: str, timeout_minutes: float, store: dist.Store | None = None) 
     # For communicators that are made at their first use, while a peer may still do something long.
     store.set_timeout(timeout)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout, device_id=device)
-
-
-def check_environment() -> None:
-    """Return if the environment variables of the rendezvous are set.
-
-    Raises: ConfigError: some are not.
-    """
-    missing = [name for name in RENDEZVOUS if name not in os.environ]
-    if missing:
-        raise ConfigError(
-            f"environment: found no {', '.join(missing)}, expected them of a launcher; start the ranks with torchrun"
-        )
 
 
 def initialize(sizes: ParallelSizes, *, backend: str, timeout_minutes: float = 30.0) -> ParallelGroups:

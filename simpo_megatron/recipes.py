@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from simpo_megatron.config import config_from
 from simpo_megatron.errors import ConfigError
-from simpo_megatron.training.loop import train
+from simpo_megatron.training.run import train
 
 if TYPE_CHECKING:
     import nemo_run

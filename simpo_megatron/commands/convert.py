@@ -15,11 +15,14 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from simpo_megatron.commands.parsing import CommandParser
 from simpo_megatron.errors import visible
 from simpo_megatron.offline.command import run_command
-from simpo_megatron.parallel import ParallelGroups
+
+if TYPE_CHECKING:
+    from simpo_megatron.parallel import ParallelGroups
 
 DTYPES = ("bfloat16", "float16", "float32", "stored")
 

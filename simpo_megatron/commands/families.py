@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
@@ -19,7 +20,9 @@ from rich.table import Table
 from simpo_megatron.commands.parsing import CommandParser
 from simpo_megatron.errors import ConfigError
 from simpo_megatron.offline.command import run_command
-from simpo_megatron.parallel import ParallelGroups
+
+if TYPE_CHECKING:
+    from simpo_megatron.parallel import ParallelGroups
 
 BUDGET = 1e-4
 """Between logits of a standard deviation of about one, in fp32: matrix products that are summed in another order."""

@@ -86,7 +86,7 @@ def main(argv: Sequence[str], prog: str = "simpo inspect") -> int:
 
 def _with_demo(config: Config) -> Config:
     """`config` with files in place of the embedded default's name."""
-    from simpo_megatron.training.setup import locate_sources  # needs megatron-core, which nothing else here does
+    from simpo_megatron.training.inputs import locate_sources
 
     sources = locate_sources(config)
     return replace(

@@ -17,8 +17,6 @@ from collections.abc import Callable, Sequence
 from simpo_megatron.commands.parsing import CommandParser
 from simpo_megatron.config import Config
 from simpo_megatron.errors import SimPOError, report_error, visible
-from simpo_megatron.logs import ignore_known_warnings
-from simpo_megatron.mcore import device
 from simpo_megatron.planning.gpus import GPUS
 from simpo_megatron.sweep.request import Sweep, read_sweep
 from simpo_megatron.training import launch
@@ -70,9 +68,9 @@ def main(argv: Sequence[str], prog: str = "simpo sweep") -> int:
 
 
 def _dry_run(own: argparse.Namespace, of_the_trainer: Sequence[str]) -> int:
-    ignore_known_warnings(has_cuda=device.has_cuda())
     try:
         sweep = _sweep(own, of_the_trainer)
+        # Only now, for torch and megatron take seconds to import.
         from simpo_megatron.sweep.dry_run import dry_run
 
         num_gpus = own.gpus or sweep.base.parallel.sizes.min_world_size

@@ -23,13 +23,12 @@ from rich.table import Table
 
 from simpo_megatron.commands.parsing import CommandParser
 from simpo_megatron.errors import visible
-from simpo_megatron.mcore.precision import dtype_name
 from simpo_megatron.offline.command import run_command
-from simpo_megatron.parallel import ParallelGroups
 
 if TYPE_CHECKING:
     from simpo_megatron.convert.files import TensorSpec
     from simpo_megatron.offline.weights import Weights
+    from simpo_megatron.parallel import ParallelGroups
 
 BUDGET = 1e-4
 """Between average log-probs in fp32: matrix products that are summed in another order."""
@@ -67,6 +66,7 @@ def verify(arguments: argparse.Namespace, groups: ParallelGroups) -> int:
 
 def print_tensors(sides: Sequence[Weights], console: Console) -> bool:
     """True when all tensors are equal, after a row was printed for each."""
+    from simpo_megatron.mcore.precision import dtype_name
     from simpo_megatron.offline.compare import compare_tensors
 
     for name, side in zip("AB", sides, strict=True):
@@ -92,6 +92,8 @@ def print_tensors(sides: Sequence[Weights], console: Console) -> bool:
 
 def describe(spec: TensorSpec | None) -> str:
     """The dtype and shape of a tensor, as the table shows them."""
+    from simpo_megatron.mcore.precision import dtype_name
+
     return "none" if spec is None else f"{dtype_name(spec.dtype)} {list(spec.shape)}"
 
 
@@ -99,6 +101,7 @@ def print_log_probs(
     sides: Sequence[Weights], files: list[str], max_pairs: int, groups: ParallelGroups, console: Console
 ) -> bool:
     """True when the log-probs of both sides agree, after a row was printed for each pair."""
+    from simpo_megatron.mcore.precision import dtype_name
     from simpo_megatron.offline.compare import average_log_probs, common_dtype, read_pair_files
 
     with tempfile.TemporaryDirectory() as cache:

@@ -24,7 +24,7 @@ from simpo_megatron.data import BatchConfig, PairOptions
 from simpo_megatron.errors import require, require_positive
 from simpo_megatron.loss import CPOObjective, DPOObjective, IPOObjective, ORPOObjective, SimPOObjective
 from simpo_megatron.option_field import option
-from simpo_megatron.parallel import ParallelSizes
+from simpo_megatron.parallel_sizes import ParallelSizes
 
 Objective = SimPOObjective | CPOObjective | ORPOObjective | IPOObjective | DPOObjective
 OBJECTIVES: dict[str, type[Objective]] = {kind().objective: kind for kind in typing.get_args(Objective)}

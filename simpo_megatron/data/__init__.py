@@ -10,26 +10,31 @@ for microbatches in iterate_steps(dataset, BatchOptions(global_batch_size=8)):
 ```
 """
 
-from simpo_megatron.data.batching import (
-    BatchConfig,
-    BatchOptions,
-    PreferenceBatch,
-    StepPlan,
-    check_batches,
-    check_budget,
-    check_global_batch_size,
-    collate,
-    iterate_steps,
-    pair_tokens,
-    plan_evaluation,
-    plan_step,
-)
-from simpo_megatron.data.dataset import PreferenceDataset, build_preference_dataset, check_vocabulary, split
-from simpo_megatron.data.padding import Shape, heaviest_step, padding_share, plan_tokens, step_shape
-from simpo_megatron.data.pair_options import PairOptions
-from simpo_megatron.data.sources import METRIC_GROUPS, parse_named_sources
-from simpo_megatron.data.templates import chosen_template
-from simpo_megatron.data.tokenization import TokenizedPair, load_tokenizer
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from simpo_megatron.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from simpo_megatron.data.batch_options import BatchConfig, BatchOptions, check_global_batch_size
+    from simpo_megatron.data.batching import (
+        PreferenceBatch,
+        StepPlan,
+        check_batches,
+        check_budget,
+        collate,
+        iterate_steps,
+        pair_tokens,
+        plan_evaluation,
+        plan_step,
+    )
+    from simpo_megatron.data.dataset import PreferenceDataset, build_preference_dataset, check_vocabulary, split
+    from simpo_megatron.data.padding import Shape, heaviest_step, padding_share, plan_tokens, step_shape
+    from simpo_megatron.data.pair_options import PairOptions
+    from simpo_megatron.data.sources import METRIC_GROUPS, parse_named_sources
+    from simpo_megatron.data.templates import chosen_template
+    from simpo_megatron.data.tokenization import TokenizedPair, load_tokenizer
 
 __all__ = [
     "METRIC_GROUPS",
@@ -60,3 +65,18 @@ __all__ = [
     "split",
     "step_shape",
 ]
+
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+        "batch_options": "BatchConfig BatchOptions check_global_batch_size",
+        "batching": "PreferenceBatch StepPlan check_batches check_budget collate iterate_steps "
+        "pair_tokens plan_evaluation plan_step",
+        "dataset": "PreferenceDataset build_preference_dataset check_vocabulary split",
+        "padding": "Shape heaviest_step padding_share plan_tokens step_shape",
+        "pair_options": "PairOptions",
+        "sources": "METRIC_GROUPS parse_named_sources",
+        "templates": "chosen_template",
+        "tokenization": "TokenizedPair load_tokenizer",
+    },
+)

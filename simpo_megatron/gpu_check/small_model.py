@@ -17,7 +17,7 @@ from simpo_megatron.mcore import cpu_patches, device
 from simpo_megatron.mcore.batch import Microbatch, to_microbatch
 from simpo_megatron.mcore.families import describe_hf_config
 from simpo_megatron.mcore.model import PreferenceGPTModel, build_model
-from simpo_megatron.parallel import ParallelSizes
+from simpo_megatron.parallel_sizes import ParallelSizes
 
 
 @contextmanager

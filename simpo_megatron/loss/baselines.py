@@ -6,15 +6,14 @@ KTO is not among them: it learns from single responses labelled good or bad, not
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import get_args
-
-import torch
-import torch.nn.functional as F
-from torch import Tensor
+from typing import TYPE_CHECKING, get_args
 
 from simpo_megatron.errors import require
-from simpo_megatron.loss.objective import Comparison, PreferenceObjective, Responses, SftNormalization
+from simpo_megatron.loss.objective import Comparison, PreferenceObjective, Responses, SftNormalization, log_sigmoid
 from simpo_megatron.option_field import option
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +68,7 @@ class ORPOObjective(PreferenceObjective):
 
     def compare(self, chosen: Responses, rejected: Responses) -> Comparison:
         weight = self.odds_ratio_weight
-        loss_P = -weight * F.logsigmoid(_log_odds(chosen.avg_P) - _log_odds(rejected.avg_P))
+        loss_P = -weight * log_sigmoid(_log_odds(chosen.avg_P) - _log_odds(rejected.avg_P))
         return Comparison(loss_P, weight * chosen.avg_P, weight * rejected.avg_P)
 
     def describe(self) -> str:
@@ -147,10 +146,12 @@ class DPOObjective(PreferenceObjective):
 
 def _log_sigmoid(chosen_reward_P: Tensor, rejected_reward_P: Tensor) -> Comparison:
     """The Bradley-Terry loss of rewards."""
-    return Comparison(-F.logsigmoid(chosen_reward_P - rejected_reward_P), chosen_reward_P, rejected_reward_P)
+    return Comparison(-log_sigmoid(chosen_reward_P - rejected_reward_P), chosen_reward_P, rejected_reward_P)
 
 
 def _log_odds(avg_P: Tensor) -> Tensor:
     """log(p / (1 - p)) for p = exp(average); p is clamped just below 1, where the odds would be infinite."""
-    avg_P = avg_P.clamp(max=-torch.finfo(avg_P.dtype).eps)
-    return avg_P - torch.log(-torch.expm1(avg_P))
+    from torch import finfo
+
+    avg_P = avg_P.clamp(max=-finfo(avg_P.dtype).eps)
+    return avg_P - (-avg_P.expm1()).log()

@@ -8,11 +8,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields
 from math import isfinite
-from typing import ClassVar, Literal
-
-from torch import Tensor
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from simpo_megatron.errors import require
+
+if TYPE_CHECKING:
+    # An objective's options are read, and wrong ones refused, before torch is imported.
+    from torch import Tensor
 
 SftNormalization = Literal["token", "sequence", "sum"]
 
@@ -98,6 +100,13 @@ class PreferenceObjective(ABC):
                 is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
                 require(is_number and isfinite(value), entry.name, value, "a finite number")
         self._check()
+
+
+def log_sigmoid(x_P: Tensor) -> Tensor:
+    """The logarithm of the logistic function of `x_P`, elementwise; the gradient is torch's own."""
+    from torch.nn.functional import logsigmoid
+
+    return logsigmoid(x_P)
 
 
 @dataclass(frozen=True)

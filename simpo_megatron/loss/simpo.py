@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal, get_args
-
-import torch
-import torch.nn.functional as F
-from torch import Tensor
+from typing import TYPE_CHECKING, Literal, get_args
 
 from simpo_megatron.errors import require
-from simpo_megatron.loss.objective import Comparison, PreferenceObjective, Responses, SftNormalization
+from simpo_megatron.loss.objective import Comparison, PreferenceObjective, Responses, SftNormalization, log_sigmoid
 from simpo_megatron.option_field import option
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 LossType = Literal["sigmoid", "hinge"]
 
@@ -74,13 +73,13 @@ class SimPOObjective(PreferenceObjective):
 
     def _shaped(self, avg_P: Tensor) -> Tensor:
         """AlphaPO's reward of an average log-probability; the log-probability itself at alpha 0, its limit."""
-        return avg_P if self.alpha == 0 else -torch.expm1(-self.alpha * avg_P) / self.alpha
+        return avg_P if self.alpha == 0 else -(-self.alpha * avg_P).expm1() / self.alpha
 
     def _loss(self, z_P: Tensor) -> Tensor:
         if self.loss_type == "hinge":
-            return F.relu(1 - z_P)
+            return (1 - z_P).relu()
         eps = self.label_smoothing
-        return -(1 - eps) * F.logsigmoid(z_P) - eps * F.logsigmoid(-z_P)
+        return -(1 - eps) * log_sigmoid(z_P) - eps * log_sigmoid(-z_P)
 
     def _check(self) -> None:
         require(self.beta > 0, "beta", self.beta, "a number > 0")

@@ -56,11 +56,11 @@ PATCHES = {
         "no CUDA",
         "megatron-core calls them unconditionally: groups, DDP, schedules, random states, dispatchers",
     ),
-    "_import_megatron_uncompiled": Patch(
-        "torch.compile",
+    "import_uncompiled": Patch(
+        "torch.compile torch.compiler.disable",
         "torch>=2.6",
-        "no CUDA, during one import",
-        "decorators alone cost two seconds of import in every rank; fusions are off, so nothing compiled is called",
+        "no CUDA, while megatron-core and transformers are imported",
+        "decorators alone load dynamo and inductor, two seconds in every rank; nothing compiled is called",
     ),
     "_allocate_on_the_cpu": Patch(
         " ".join(f"{module}.torch" for module in MODULES_NAMING_CUDA),
@@ -152,6 +152,9 @@ PATCHES = {
 }
 """By the function that makes it."""
 
+CONFIGURATIONS = "transformers.models.llama.configuration_llama"
+"""What it loads comes with every model's configuration."""
+_LAYERS = "megatron.core.models.gpt"
 _FACTORIES = ("tensor", "zeros", "ones", "empty", "full")
 
 
@@ -177,7 +180,7 @@ def install() -> None:
 
 def _run_without_cuda() -> None:
     _replace_cuda_runtime()
-    _import_megatron_uncompiled()
+    import_uncompiled()
     _allocate_on_the_cpu()
     _replace_random_state()
     _name_cpu_tensors_as_the_optimizers_expect()
@@ -231,14 +234,26 @@ def _replace_cuda_runtime() -> None:
     _replace(torch.Tensor, cuda=lambda self, *args, **kwargs: self)
 
 
-def _import_megatron_uncompiled() -> None:
-    """Import megatron's model code with its `torch.compile` decorators inert."""
-    compile_ = torch.compile
-    _replace(torch, compile=lambda model=None, **kwargs: model or (lambda function: function))
+def import_uncompiled(*modules: str) -> None:
+    """Import `modules`, megatron's layers and transformers' configurations when none is named.
+
+    Without CUDA decorators that compile are inert meanwhile. It serves only where nothing has imported them yet.
+    """
+    if device.has_cuda():
+        return
+    compile_, disable = torch.compile, torch.compiler.disable
+
+    def as_it_is(function: Any = None, *args: Any, **kwargs: Any) -> Any:
+        return function or (lambda function: function)
+
+    _replace(torch, compile=lambda model=None, **kwargs: as_it_is(model))
+    _replace(torch.compiler, disable=as_it_is)
     try:
-        importlib.import_module("megatron.core.models.gpt")
+        for name in modules or (_LAYERS, CONFIGURATIONS):
+            importlib.import_module(name)
     finally:
         _replace(torch, compile=compile_)
+        _replace(torch.compiler, disable=disable)
 
 
 class TorchOnCpu(types.ModuleType):

@@ -13,6 +13,12 @@ _CACHED = re.compile(r"models--([\w.-]+?)--([\w.-]+)")
 _FILES_OF_A_MODEL = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "LICENSE*", "NOTICE*")
 
 
+def is_hub_name(name: str | Path) -> bool:
+    """True for OWNER/NAME or OWNER/NAME@REVISION, unless such a file or its first folder exists: then it is a path."""
+    path = Path(name)
+    return _NAME.fullmatch(str(name)) is not None and not path.exists() and not path.parent.exists()
+
+
 def model_folder(name: str | Path, files: Sequence[str] = _FILES_OF_A_MODEL) -> Path:
     """The path `name` or, if it does not exist and is OWNER/NAME or OWNER/NAME@REVISION, the model's snapshot.
 
@@ -25,9 +31,9 @@ def model_folder(name: str | Path, files: Sequence[str] = _FILES_OF_A_MODEL) -> 
     Raises:
         CheckpointError: it is a hub id, and the hub or the cache has no such model.
     """
-    path, found = Path(name), _NAME.fullmatch(str(name))
-    if found is None or path.exists() or path.parent.exists():
-        return path
+    found = _NAME.fullmatch(str(name))
+    if found is None or not is_hub_name(name):
+        return Path(name)
     from huggingface_hub import snapshot_download
 
     try:

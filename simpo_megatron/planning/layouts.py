@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from simpo_megatron.config import Config, resolve
 from simpo_megatron.errors import ConfigError
 from simpo_megatron.mcore.families import ModelDescription
-from simpo_megatron.parallel import ParallelSizes
+from simpo_megatron.parallel_sizes import ParallelSizes
 from simpo_megatron.planning.gpus import ASSUMED, GIB, Gpu
 from simpo_megatron.planning.memory import StageMemory, stage_memory
 from simpo_megatron.planning.shapes import ModelShape, Pack

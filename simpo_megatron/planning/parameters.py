@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from simpo_megatron.mcore.families import padded_vocab_size
-from simpo_megatron.parallel import ParallelSizes
+from simpo_megatron.parallel_sizes import ParallelSizes
 from simpo_megatron.planning.shapes import ModelShape
 from simpo_megatron.planning.workload import Workload
 

@@ -9,7 +9,7 @@ from simpo_megatron.config import Config
 from simpo_megatron.loss.block_plan import BlockPlan
 from simpo_megatron.loss.fused_linear import DEFAULT_GPU_LOGITS_BUDGET_BYTES
 from simpo_megatron.mcore.families import padded_vocab_size
-from simpo_megatron.parallel import ParallelSizes
+from simpo_megatron.parallel_sizes import ParallelSizes
 from simpo_megatron.planning.shapes import ModelShape, Pack
 
 Engine = Literal["transformer_engine", "torch"]

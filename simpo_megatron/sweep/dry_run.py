@@ -15,7 +15,7 @@ from simpo_megatron.planning.layouts import PlanRequest, plan_one
 from simpo_megatron.planning.shapes import Pack
 from simpo_megatron.sweep.points import Point
 from simpo_megatron.sweep.request import Sweep
-from simpo_megatron.training.setup import Sources, locate_sources
+from simpo_megatron.training.inputs import Sources, locate_sources
 
 _MOST_SHOWN = 40
 

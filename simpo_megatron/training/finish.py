@@ -13,7 +13,6 @@ from simpo_megatron.mcore.fp8_weights import whole_masters
 from simpo_megatron.mcore.optimizer import gather_parameters
 from simpo_megatron.mcore.precision import export_dtype, parameter_dtype, rounding
 from simpo_megatron.reporting.loggers import METRICS_FILE, RunLog
-from simpo_megatron.reporting.model_card import model_card
 from simpo_megatron.reporting.run_report import Curves, read_curves, write_report
 from simpo_megatron.training.setup import Job
 
@@ -29,6 +28,9 @@ def finish(config: Config, job: Job, log: RunLog) -> None:
     gather_parameters(job.trainer.chunks)
     origin = None if config.run.save is None else origin_of(config.run.save)
     if config.model.export_hf is not None:
+        # A tenth of a second of the hub's client, which no step needs.
+        from simpo_megatron.reporting.model_card import model_card
+
         export_hf(
             job.model,
             job.plan.description,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import logging
 import os
@@ -19,13 +20,14 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from simpo_megatron import stop_signals
+from simpo_megatron.collector import collector_at_rest
 from simpo_megatron.config import Config, load_config
 from simpo_megatron.errors import SimPOError, StoppedBySignal, report_error, status_line, visible
+from simpo_megatron.launched import has_agent
 from simpo_megatron.logs import ignore_known_warnings
-from simpo_megatron.mcore import device
 from simpo_megatron.nemo import load_nemo_command, names_nemo_config
-from simpo_megatron.training.environment import prepare_environment
-from simpo_megatron.training.meeting import errors_told, has_agent
+from simpo_megatron.training.inputs import check_inputs
+from simpo_megatron.training.telling import errors_told
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -54,14 +56,12 @@ def launch(
     try:
         with errors_told():
             config, work = read(argv)
+            check_inputs(config)
         num_ranks = config.parallel.sizes.min_world_size
         starts_ranks = _world_size() == 1 and num_ranks > 1
-        if not starts_ranks:
-            # Before CUDA starts. Not in a launcher: its ranks would take these values for the user's.
-            prepare_environment(config)
-        ignore_known_warnings(has_cuda=device.has_cuda())
+        _prepare_process(config, starts_ranks)
         if starts_ranks:
-            from simpo_megatron.training.setup import plan_run
+            from simpo_megatron.training.run_plan import plan_run
 
             plan_run(config, num_ranks)
             return _start_local_ranks(num_ranks, [*program, *argv])
@@ -82,6 +82,25 @@ def launch(
     return 0
 
 
+def _prepare_process(config: Config, starts_ranks: bool) -> None:
+    """Load torch, transformers and, for a rank, megatron, as it is right for this machine."""
+    # Only now, for they take seconds: a mistake in the configuration or in a name of a file is told before, and the
+    # processes that tokenise, which import the script again, do without.
+    with collector_at_rest():
+        from simpo_megatron.mcore import cpu_patches, device
+        from simpo_megatron.training.environment import prepare_environment
+
+        if not starts_ranks:
+            # Before CUDA starts. Not in a launcher: its ranks would take these values for the user's.
+            prepare_environment(config)
+        ignore_known_warnings(has_cuda=device.has_cuda())
+        if starts_ranks:
+            cpu_patches.import_uncompiled(cpu_patches.CONFIGURATIONS)
+        else:
+            cpu_patches.import_uncompiled()
+            importlib.import_module("simpo_megatron.training.loop")
+
+
 def _read_training(argv: Sequence[str]) -> tuple[Config, Callable[[], None]]:
     """The configuration of a training run, and the run."""
     config, notes, only_explains = _read(argv)
@@ -91,9 +110,7 @@ def _read_training(argv: Sequence[str]) -> tuple[Config, Callable[[], None]]:
             print(*map(visible, notes), sep="\n", flush=True)
 
     def work() -> None:
-        # Only now, for megatron takes ten seconds to import: a mistake in the configuration is told before, and the
-        # processes that tokenise, which import the script again, do without.
-        from simpo_megatron.training.loop import train
+        from simpo_megatron.training.run import train
 
         if notes:
             explain()
@@ -142,6 +159,8 @@ def _start_local_ranks(num_ranks: int, command: Sequence[str]) -> int:
     """The exit code of the ranks of `command` that a local torchrun starts, `num_ranks` of them."""
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main as torchrun
+
+    from simpo_megatron.mcore import device
 
     device.require_local_ranks(num_ranks)
     arguments = ["--nproc-per-node", str(num_ranks), *command]

@@ -24,11 +24,11 @@ from simpo_megatron.training.finish import finish
 from simpo_megatron.training.introduction import introduce
 from simpo_megatron.training.log_window import LogWindow
 from simpo_megatron.training.memory_check import probe_memory
+from simpo_megatron.training.metrics import time_of_start
 from simpo_megatron.training.monitor_memory import NUM_SKIPPED
 from simpo_megatron.training.monitors import Monitors
 from simpo_megatron.training.profiling import Profiler, describe_profile
 from simpo_megatron.training.reference import with_reference
-from simpo_megatron.training.result import RunResult, result_of
 from simpo_megatron.training.resume import (
     Start,
     continuing,
@@ -37,34 +37,16 @@ from simpo_megatron.training.resume import (
     how_to_continue,
     start_run,
 )
+from simpo_megatron.training.run_plan import RunPlan
 from simpo_megatron.training.save_schedule import SaveSchedule
-from simpo_megatron.training.session import LONG_SECONDS, Session, open_session
-from simpo_megatron.training.setup import Job, RunPlan
+from simpo_megatron.training.session import LONG_SECONDS, Session
+from simpo_megatron.training.setup import Job
 from simpo_megatron.training.step import Step, train_step
 from simpo_megatron.training.watchdog import Watchdog
 
+_start_is_told = False
+
 Stopped = StoppedBySignal | StoppedByMonitor
-
-
-def train(config: Config, sinks: Sequence[Sink] = ()) -> RunResult:
-    """Trains by `config` and returns the result; `sinks` get the records too, beside the loggers of `config`.
-
-    Runs on the ranks that torchrun started. A plain process or a notebook is the only rank, and may train again.
-
-    Raises:
-        SimPOError: a mistake that the user can mend; one in the configuration alone, before any collective.
-        PeerFailedError: another rank failed.
-        StoppedBySignal: on every rank alike, after a whole step and a checkpoint, when a rank was told to stop.
-        StoppedByMonitor: on every rank alike, after a whole step, when a monitor in `stop_on` raised an alarm.
-            Both carry the run's `result`.
-    """
-    with open_session(config) as session:
-        stopped, evaluations = run_in(session, config, session.plan, sinks)
-    result = result_of(config, evaluations, stopped)
-    if stopped is not None:
-        stopped.result = result
-        raise stopped
-    return result
 
 
 def run_in(
@@ -75,7 +57,7 @@ def run_in(
     Runs of one session share model, pairs and layout. Each gives bit for bit what it would give alone.
 
     Raises:
-        SimPOError, PeerFailedError: as `train`. After a NumericsError the session's next run can be taken.
+        SimPOError, PeerFailedError: as `run.train`. After a NumericsError the session's next run can be taken.
     """
     watchdog, signals = session.watchdog, session.signals
     signals.describe_end = lambda: f"stopped between steps; {how_to_continue(config)}"
@@ -148,6 +130,7 @@ def _run_steps(
         with profiler.step(iteration):
             computed, grad_norm, learning_rate, noted = _finite_step(config, job, log, taken, due.asked_with(signals))
         window.add(computed)
+        _tell_start(log)
         is_last, stop = iteration == job.train_iters, due.signal_in(noted)
         saves = run.save is not None and (is_last or stop or due.at(iteration, noted))
         # A checkpoint does not hold a window's sums, so a window ends at every checkpoint.
@@ -186,6 +169,15 @@ def _run_steps(
         if saves or evaluated:
             window.restart_clock()
     return None, evaluations
+
+
+def _tell_start(log: RunLog) -> None:
+    """Say how long this process took to its first step, after that step alone."""
+    global _start_is_told
+    if not _start_is_told:
+        seconds, cpu_seconds = time_of_start()
+        log.say(f"start     first step done {seconds:.1f} s after this process began ({cpu_seconds:.1f} s of CPU)")
+        _start_is_told = True
 
 
 @dataclass

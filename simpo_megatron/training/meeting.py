@@ -12,8 +12,7 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -21,7 +20,7 @@ import psutil
 import torch.distributed as dist
 
 from simpo_megatron.errors import ConfigError, ParallelError, PeerFailedError, SimPOError, StoppedBySignal, listed
-from simpo_megatron.parallel import RENDEZVOUS, check_environment
+from simpo_megatron.launched import check_environment, has_agent, is_launched
 from simpo_megatron.stop_signals import STOP_SIGNALS
 
 MEETING_SECONDS = 120.0
@@ -34,39 +33,13 @@ _POLL_SECONDS = 0.3
 _FAILED, _NUM_ARRIVED, _NUM_PRESENT = "failed", "num_arrived", "num_present"
 _MAX_NAMED = 8
 
-PARENT = os.getppid()
-"""Whoever started this process; it may be gone before a run begins."""
-
 # Each run of a process has its own keys in the store, the same on all ranks.
 _num_runs = 0
 _is_kept_here = False
 
 
-def is_launched() -> bool:
-    """True when a launcher started this process, perhaps beside others."""
-    return any(name in os.environ for name in RENDEZVOUS)
-
-
-def has_agent() -> bool:
-    """True when the parent of this process is torchrun's agent, which also keeps the store."""
-    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-
-
-@contextmanager
-def errors_told() -> Iterator[None]:
-    """Reports an error raised in the context, before the ranks have met, to the ranks that wait for this one.
-
-    Its `speaker` is the first rank that reported the same text: a mistake that all ranks find is printed once.
-    """
-    try:
-        yield
-    except Exception as error:
-        if is_launched():
-            _tell(error)
-        raise
-
-
-def _tell(error: Exception) -> None:
+def tell(error: Exception) -> None:
+    """Leave word of `error` for the ranks that wait for this one, which becomes its `speaker` unless another was."""
     rank = int(os.environ.get("RANK", 0))
     text = str(error) if isinstance(error, SimPOError) else f"{type(error).__name__}: {error}"
     if isinstance(error, SimPOError):
@@ -151,7 +124,7 @@ def meet() -> Meeting:
     except dist.DistError as error:
         raise _unreachable(str(error).splitlines()[0]) from error
     except StoppedBySignal as stopped:
-        _tell(stopped)
+        tell(stopped)
         raise
     meeting = Meeting(rank, world, _num_runs, store, first_of_node)
     _num_runs += 1

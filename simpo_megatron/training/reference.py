@@ -30,7 +30,8 @@ from simpo_megatron.mcore import device
 from simpo_megatron.mcore.forward_step import AverageLogProbs
 from simpo_megatron.ranks import gather_or_raise, raise_on_all_ranks, sync_status
 from simpo_megatron.training.evaluation import gather_averages
-from simpo_megatron.training.setup import Job, cache_folder
+from simpo_megatron.training.inputs import cache_folder
+from simpo_megatron.training.setup import Job
 from simpo_megatron.training.step import Trainer, run_microbatches
 
 FORMAT_VERSION = 1

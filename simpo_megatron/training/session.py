@@ -18,9 +18,11 @@ from simpo_megatron.mcore import cpu_patches, device
 from simpo_megatron.stop_signals import StopSignals
 from simpo_megatron.training.consistency import check_same, startup_facts
 from simpo_megatron.training.environment import deterministic, prepare_environment
-from simpo_megatron.training.meeting import errors_told, meet
+from simpo_megatron.training.meeting import meet
 from simpo_megatron.training.resume import how_to_continue
-from simpo_megatron.training.setup import Job, RunPlan, WarmPieces, build_job, plan_run, warm_pieces
+from simpo_megatron.training.run_plan import RunPlan, plan_run
+from simpo_megatron.training.setup import Job, WarmPieces, build_job, warm_pieces
+from simpo_megatron.training.telling import errors_told
 from simpo_megatron.training.watchdog import Watchdog
 
 # The others wait this long for what one rank does alone, such as tokenising.

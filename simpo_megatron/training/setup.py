@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import gc
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor
 
-from simpo_megatron.checkpoint import manifest
 from simpo_megatron.checkpoint.initial_weights import fill_weights
-from simpo_megatron.config import DEMO, Config, Layout, num_train_iters, resolve, steps_between_evaluations
-from simpo_megatron.convert import check_model_files, refuse_existing_export
+from simpo_megatron.config import Config, Layout, num_train_iters, steps_between_evaluations
 from simpo_megatron.data import (
     BatchOptions,
     PreferenceDataset,
@@ -24,47 +20,19 @@ from simpo_megatron.data import (
     check_vocabulary,
     chosen_template,
     load_tokenizer,
-    parse_named_sources,
     split,
 )
-from simpo_megatron.data.sources import check_readable, parse_sources
-from simpo_megatron.demo import demo_version, prepare_demo
-from simpo_megatron.errors import ConfigError, DataError
-from simpo_megatron.mcore import device
-from simpo_megatron.mcore.families import ModelDescription, describe_hf_model
-from simpo_megatron.mcore.hub import model_folder
 from simpo_megatron.mcore.lora import redraw_adapters
 from simpo_megatron.mcore.model import PreferenceGPTModel, build_model, wrap_in_ddp, zero_weights
 from simpo_megatron.mcore.optimizer import build_optimizer, forget_optimizer, gather_parameters
 from simpo_megatron.parallel import ParallelGroups
 from simpo_megatron.ranks import build_on_first_ranks
-from simpo_megatron.reporting.loggers import check_sinks
+from simpo_megatron.training.inputs import Sources, cache_folder
+from simpo_megatron.training.run_plan import RunPlan
 from simpo_megatron.training.step import Trainer, batch_options
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-STARTS_AGAIN = "SIMPO_STARTS_AGAIN"
-"""Set by a launcher whose scheduler starts a job again that was stopped."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sources:
-    """The places of the model and the pairs, the embedded default resolved to files."""
-
-    model: Path
-    train: tuple[str, ...]
-    valid: Mapping[str, Sequence[str]]
-    """Validation files by the name of their set."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunPlan:
-    """The facts of a run that are known before any process group exists."""
-
-    sources: Sources
-    description: ModelDescription
-    layout: Layout
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,109 +67,6 @@ class WarmPieces:
     chunks: list[DistributedDataParallel]
     buffers: Sequence[Mapping[str, Tensor]]
     """The buffers of each chunk, as they were when it was built."""
-
-
-def plan_run(config: Config, world_size: int) -> RunPlan:
-    """The plan of `config` on `world_size` ranks; every rank computes it alone and finds the same mistakes.
-
-    Raises:
-        ConfigError: ranks, model, machine and options do not fit together, or a package that logs is not installed.
-        CheckpointError: the model's folder is not one, or the export would overwrite something.
-        DataError: a preference file is not there or cannot be read.
-    """
-    check_sinks(config)
-    _check_starting_again(config)
-    sources = locate_sources(config)
-    _check_exports(config, sources)
-    _check_files(sources)
-    check_model_files(sources.model)
-    description = describe_hf_model(sources.model)
-    most_positions = description.gpt["max_sequence_length"]
-    if config.pairs.max_length > most_positions:
-        raise ConfigError(
-            f"max_length: found {config.pairs.max_length}, expected at most {most_positions}, the positions of the "
-            f"model in {sources.model}; lower it, and max_prompt_length ({config.pairs.max_prompt_length}) below it"
-        )
-    layout = resolve(config, world_size=world_size, model=description.transformer, machine=device.machine())
-    return RunPlan(sources=sources, description=description, layout=layout)
-
-
-def _check_starting_again(config: Config) -> None:
-    """Refuse a run that a scheduler would start again and again from its first step."""
-    if STARTS_AGAIN not in os.environ:
-        return
-    remedy = "or submit the job so that it is not queued again (sbatch --no-requeue)"
-    if config.run.save is None:
-        raise ConfigError(
-            f"save: found none in a job that starts again after a stop, expected a folder to continue from; add --save "
-            f"DIR, {remedy}"
-        )
-    if config.run.resume not in ("latest", "required"):
-        raise ConfigError(
-            f"resume: found {config.run.resume} in a job that starts again after a stop, expected latest, or each "
-            f"start would be from there; leave it out, {remedy}"
-        )
-
-
-def _check_exports(config: Config, sources: Sources) -> None:
-    """Refuse exports that would replace the model, the run's own folder or each other."""
-    exports = {"export_hf": config.model.export_hf, "export_adapter": config.lora.export_adapter}
-    taken = [] if config.run.save is None else [Path(config.run.save).resolve()]
-    for key, folder in exports.items():
-        if folder is None:
-            continue
-        refuse_existing_export(folder, sources.model)
-        path = Path(folder).resolve()
-        if any(path in (other, *other.parents) for other in taken):
-            raise ConfigError(
-                f"{key}: found {folder}, where the run or another export is, expected a folder of its own; name one"
-            )
-        taken.append(path)
-
-
-def _check_files(sources: Sources) -> None:
-    for files in (sources.train, *sources.valid.values()):
-        for source in parse_sources(files):
-            check_readable(source.path)
-
-
-def locate_sources(config: Config) -> Sources:
-    """The files of the run. A rank that finds the embedded demo asked for and missing writes it first.
-
-    Raises:
-        ConfigError: no model or no data was named.
-        DataError: the embedded demo cannot be written.
-        CheckpointError: the model is a hub id that cannot be downloaded.
-    """
-    model, train, valid = config.model.model, config.data.data, config.data.valid_data
-    if model == DEMO or DEMO in train:
-        folder = cache_folder(config) / f"demo-{demo_version()}"
-        try:
-            assets = prepare_demo(folder)
-        except OSError as error:
-            raise DataError(
-                f"data_cache: found {folder}, where the demo's model could not be written ({error.strerror or error}), "
-                "expected a folder with room that can be written; name one with --data-cache"
-            ) from None
-        model = str(assets.model_dir) if model == DEMO else model
-        if DEMO in train:
-            train, valid = (str(assets.train_file),), valid or (str(assets.valid_file),)
-    if model is None:
-        raise ConfigError("model: found none, expected a Hugging Face folder; add --model DIR")
-    if not train:
-        raise ConfigError("data: found none, expected preference files; add --data FILE")
-    path = model_folder(model)
-    folder = manifest.resolve_checkpoint(path) or path
-    return Sources(model=folder, train=train, valid=parse_named_sources(valid))
-
-
-def cache_folder(config: Config) -> Path:
-    """The folder of tokenised pairs and the embedded default: `data_cache`, or one in the user's cache folder."""
-    if config.data.data_cache is not None:
-        return Path(config.data.data_cache)
-    if named := os.environ.get("SIMPO_MEGATRON_CACHE"):
-        return Path(named)
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "simpo_megatron"
 
 
 def load_data(

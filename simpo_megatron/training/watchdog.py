@@ -30,8 +30,9 @@ from simpo_megatron.errors import (
     report_error,
     status_line,
 )
+from simpo_megatron.launched import PARENT, has_agent, is_launched
 from simpo_megatron.stop_signals import StopSignals
-from simpo_megatron.training.meeting import PARENT, Meeting, has_agent, is_launched
+from simpo_megatron.training.meeting import Meeting
 
 _PACKAGE = Path(__file__).parents[1]
 _ALARM, _TOLD = "alarm", "told"

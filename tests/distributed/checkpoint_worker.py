@@ -31,7 +31,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast  # noqa: E402, F
 from simpo_megatron.config import config_from, to_yaml  # noqa: E402
 from simpo_megatron.errors import SimPOError, StoppedBySignal  # noqa: E402
 from simpo_megatron.stop_signals import StopSignals  # noqa: E402
-from simpo_megatron.training import launch, loop  # noqa: E402
+from simpo_megatron.training import launch  # noqa: E402
+from simpo_megatron.training import run as training_run  # noqa: E402
 
 LIMIT_SECONDS = 90.0
 AT_ONCE = 2
@@ -256,7 +257,7 @@ def fork_rank(rank: int, run: Run, folder: Path) -> int:
         if run.by_command:
             code = by_command(run, folder, rank)
         else:
-            loop.train(config_from(**run.options))
+            training_run.train(config_from(**run.options))
             code = 0
     except SimPOError as error:
         print(f"{type(error).__name__}: {error}", flush=True)

@@ -22,7 +22,7 @@ from megatron.core.optimizer import MegatronOptimizer  # noqa: E402
 from simpo_megatron.config import load_config  # noqa: E402
 from simpo_megatron.sweep import driver  # noqa: E402
 from simpo_megatron.sweep.request import read_sweep  # noqa: E402
-from simpo_megatron.training.loop import train  # noqa: E402
+from simpo_megatron.training.run import train  # noqa: E402
 
 
 def counting_optimizers(run_in, found: list[int]):

@@ -14,7 +14,7 @@ import pytest
 from simpo_megatron.config import config_from
 from simpo_megatron.errors import ConfigError
 from simpo_megatron.recipes import simpo_recipe
-from simpo_megatron.training.loop import train
+from simpo_megatron.training.run import train
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 needs_nemo_run = pytest.mark.skipif(

@@ -14,12 +14,43 @@ from ranks import REPOSITORY
 
 SMALL = "train_iters=2, log_interval=1, global_batch_size=8, max_length=256, max_prompt_length=128"
 LONGER = SMALL.replace("train_iters=2", "train_iters=4")
-# The example with few steps; a mistake and a layout of more ranks; the first run again, and a run that a signal stops.
+# Packages and parts of them that take long to import, and that no step of a small model needs.
+UNUSED = (
+    "torch._dynamo",
+    "torch._inductor",
+    "torch._functorch",
+    "networkx",
+    "matplotlib",
+    "datasets",
+    "pandas",
+    "huggingface_hub.hf_api",
+    "jinja2",
+    "transformers.modeling_utils",
+    "transformers.models.llama.modeling_llama",
+    "megatron.training",
+    "simpo_megatron.nemo",
+    "simpo_megatron.planning",
+    "simpo_megatron.reporting.model_card",
+)
+# A run that a signal stops; the example with few steps; a mistake and a layout of more ranks; the first run again.
 PROGRAM = f"""
 import os, runpy, signal, sys
 from simpo_megatron import load_config, train
 from simpo_megatron.errors import ConfigError, DataError, StoppedBySignal
 import torch.distributed as dist
+
+class Interrupts:
+    def write(self, record):
+        if "grad_norm" in record and record["iteration"] == 1:
+            print("LOADED", len(sys.modules), *(name for name in {UNUSED!r} if name in sys.modules))
+            os.kill(os.getpid(), signal.SIGINT)
+    def close(self):
+        pass
+
+try:
+    train(load_config({LONGER}, data_cache="cache", save="runs/stopped"), [Interrupts()])
+except StoppedBySignal as stopped:
+    print("STOPPED", stopped.result)
 
 runpy.run_path({str(REPOSITORY / "examples" / "sweep_two_settings.py")!r})["main"]({SMALL}, data_cache="cache")
 for wrong in (dict(tp=2), dict(data=["none.jsonl"], model="none"), dict(valid_data=["none.jsonl"])):
@@ -31,18 +62,6 @@ for wrong in (dict(tp=2), dict(data=["none.jsonl"], model="none"), dict(valid_da
 again = dict(beta=2.0, data_cache="cache", save="runs/sweep/beta_2", export_hf="runs/again", resume="required")
 again = train(load_config({SMALL}, **again))
 print("AGAIN", again)
-
-class Interrupts:
-    def write(self, record):
-        if "grad_norm" in record and record["iteration"] == 1:
-            os.kill(os.getpid(), signal.SIGINT)
-    def close(self):
-        pass
-
-try:
-    train(load_config({LONGER}, data_cache="cache", save="runs/stopped"), [Interrupts()])
-except StoppedBySignal as stopped:
-    print("STOPPED", stopped.result)
 """
 
 
@@ -58,6 +77,13 @@ def lines(tmp_path_factory):
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return done.stdout.splitlines(), folder
+
+
+def test_the_first_step_has_loaded_nothing_that_it_does_without(lines):
+    (loaded,) = [line for line in lines[0] if line.startswith("LOADED")]
+    _, num_modules, *unused = loaded.split()
+    assert unused == []
+    assert int(num_modules) < 3700, "a fifth more than there were: what is it that a step needs?"
 
 
 def test_a_sweep_of_two_settings_in_one_process_prints_both_results(lines):

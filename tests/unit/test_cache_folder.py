@@ -12,7 +12,7 @@ from simpo_megatron.mcore import cpu_patches
 
 cpu_patches.install()
 
-from simpo_megatron.training import setup  # noqa: E402
+from simpo_megatron.training import inputs  # noqa: E402
 
 
 @pytest.mark.parametrize(
@@ -29,7 +29,7 @@ def test_the_cache_is_never_in_a_folder_that_nobody_named(options, environment, 
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    assert setup.cache_folder(config_from(model="m", data=("a",), **options)) == Path(expected)
+    assert inputs.cache_folder(config_from(model="m", data=("a",), **options)) == Path(expected)
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EACCES])
@@ -37,6 +37,6 @@ def test_an_embedded_default_that_cannot_be_written_is_one_line(code, tmp_path, 
     def fail(folder):
         raise OSError(code, os.strerror(code))
 
-    monkeypatch.setattr(setup, "prepare_demo", fail)
+    monkeypatch.setattr(inputs, "prepare_demo", fail)
     with pytest.raises(DataError, match=f"data_cache: found {tmp_path}.*{os.strerror(code)}.*--data-cache$"):
-        setup.locate_sources(config_from(preset="demo", data_cache=str(tmp_path)))
+        inputs.locate_sources(config_from(preset="demo", data_cache=str(tmp_path)))

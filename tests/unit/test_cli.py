@@ -107,8 +107,8 @@ def test_the_loss_comes_through_the_public_door_with_torch_alone():
 def test_every_public_name_is_what_its_module_holds():
     import simpo_megatron
     from simpo_megatron import config, convert, data, loss
-    from simpo_megatron.training import loop
+    from simpo_megatron.training import run
 
-    homes = {"build_preference_dataset": data, "export_hf": convert, "load_config": config, "train": loop}
+    homes = {"build_preference_dataset": data, "export_hf": convert, "load_config": config, "train": run}
     for name in set(simpo_megatron.__all__) - {"__version__"}:
         assert getattr(simpo_megatron, name) is getattr(homes.get(name, loss), name)

@@ -16,7 +16,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from simpo_megatron import parallel
 from simpo_megatron.mcore import cpu_patches
-from simpo_megatron.parallel import ParallelSizes
+from simpo_megatron.parallel_sizes import ParallelSizes
 
 LAYOUTS = {
     "tp2 pp2 dp2": (ParallelSizes(tensor=2, pipeline=2), 8),

@@ -12,7 +12,7 @@ from simpo_megatron.commands import plan as plan_command
 from simpo_megatron.config import config_from
 from simpo_megatron.errors import CheckpointError
 from simpo_megatron.mcore.hub import hub_name, model_folder
-from simpo_megatron.training.setup import locate_sources
+from simpo_megatron.training.inputs import locate_sources
 
 NEWEST, EARLIER = "a" * 40, "b" * 40
 

@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch.distributed.run
@@ -15,7 +16,7 @@ from simpo_megatron import parallel
 from simpo_megatron.config import Config
 from simpo_megatron.demo import prepare_demo
 from simpo_megatron.errors import DataError, SimPOError, StoppedBySignal
-from simpo_megatron.training import launch, loop
+from simpo_megatron.training import environment, launch, run
 
 SCRIPT = "examples/pretrain_simpo.py"
 
@@ -105,8 +106,8 @@ MISTAKES = {
 def test_a_mistake_gives_one_line_and_its_exit_code_before_any_rank_speaks(
     mistake, files, tmp_path, capfd, monkeypatch
 ):
-    arguments, environment, exit_code, expected = MISTAKES[mistake]
-    for name, value in environment.items():
+    arguments, variables, exit_code, expected = MISTAKES[mistake]
+    for name, value in variables.items():
         monkeypatch.setenv(name, value)
     argv = [argument.format(**files) for argument in arguments]
     if "--nemo-config" not in argv:
@@ -127,7 +128,7 @@ def test_peers_leave_the_word_to_the_first_rank(monkeypatch, capfd):
     def train(_: Config) -> None:
         raise DataError("pairs.jsonl: no pairs")
 
-    monkeypatch.setattr(loop, "train", train)
+    monkeypatch.setattr(run, "train", train)
     assert launch.main(["--tp", "2"], SCRIPT) == 3
     assert capfd.readouterr().err == ""
 
@@ -136,7 +137,7 @@ def test_a_run_that_was_told_to_stop_does_not_call_it_an_error(monkeypatch, capf
     def train(_: Config) -> None:
         raise StoppedBySignal("SIGTERM: stopped after step 3")
 
-    monkeypatch.setattr(loop, "train", train)
+    monkeypatch.setattr(run, "train", train)
     assert launch.main([], SCRIPT) == 75
     assert capfd.readouterr().err == "STOPPED simpo_megatron rank 0: SIGTERM: stopped after step 3\n"
 
@@ -148,7 +149,7 @@ def test_what_nobody_expected_says_what_it_is_on_the_rank_where_it_happened(monk
     def train(_: Config) -> None:
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(loop, "train", train)
+    monkeypatch.setattr(run, "train", train)
     assert launch.main(["--tp", "2"], SCRIPT) == 1
     printed = capfd.readouterr().err
     assert printed.startswith("ERROR simpo_megatron rank 1: unexpected RuntimeError: out of memory\n")
@@ -159,7 +160,7 @@ def test_the_missing_ranks_are_started_here_and_the_whole_command_is_said(tmp_pa
     started = []
     monkeypatch.setattr(torch.distributed.run, "main", started.append)
     argv = ["--tp", "2", "--data-cache", str(tmp_path / "a cache")]
-    monkeypatch.setattr(loop, "train", lambda _: pytest.fail("trained on one rank"))
+    monkeypatch.setattr(run, "train", lambda _: pytest.fail("trained on one rank"))
     assert launch.main(argv, SCRIPT) == 0
     assert started == [["--standalone", "--nproc-per-node", "2", SCRIPT, *argv]]
     (line,) = capfd.readouterr().out.splitlines()
@@ -171,7 +172,7 @@ def test_ranks_that_are_there_are_used(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     trained = []
     argv = ["--tp", "2", "--data-cache", str(tmp_path)]
-    monkeypatch.setattr(loop, "train", trained.append)
+    monkeypatch.setattr(run, "train", trained.append)
     assert launch.main(argv, SCRIPT) == 0
     assert [config.parallel.sizes.tensor for config in trained] == [2]
 
@@ -181,17 +182,17 @@ def test_variables_are_set_by_a_rank_before_it_asks_for_cuda(monkeypatch, tmp_pa
     """What a process that starts ranks sets they would take for the user's."""
     seen = []
     monkeypatch.setenv("WORLD_SIZE", str(ranks))
-    monkeypatch.setattr(launch, "prepare_environment", lambda _: seen.append("environment"))
+    monkeypatch.setattr(environment, "prepare_environment", lambda _: seen.append("environment"))
     monkeypatch.setattr(launch, "ignore_known_warnings", lambda has_cuda: seen.append("cuda") if ranks > 1 else None)
     monkeypatch.setattr(launch, "_start_local_ranks", lambda *_: seen.append("starts") or 0)
-    monkeypatch.setattr(loop, "train", lambda _: seen.append("trains"))
+    monkeypatch.setattr(run, "train", lambda _: seen.append("trains"))
     assert launch.main(["--tp", "2", "--data-cache", str(tmp_path)], SCRIPT) == 0
     assert seen == expected
 
 
 def test_one_rank_alone_is_enough_for_a_layout_of_one(monkeypatch):
     trained = []
-    monkeypatch.setattr(loop, "train", trained.append)
+    monkeypatch.setattr(run, "train", trained.append)
     assert launch.main([], SCRIPT) == 0
     assert len(trained) == 1
 
@@ -199,7 +200,7 @@ def test_one_rank_alone_is_enough_for_a_layout_of_one(monkeypatch):
 def test_a_nemo_file_is_a_configuration_and_its_keys_are_accounted_for(files, monkeypatch, capfd):
     trained = []
     argv = ["--nemo-config", str(files["tmp"] / "nemo.yaml"), "model.optim.lr=2e-4", "++model.simpo.seed=3"]
-    monkeypatch.setattr(loop, "train", trained.append)
+    monkeypatch.setattr(run, "train", trained.append)
     assert launch.main(argv, SCRIPT) == 0
     (config,) = trained
     assert (config.optimizer.train_iters, config.optimizer.lr, config.run.seed) == (2, 2e-4, 3)
@@ -221,15 +222,39 @@ def test_help_is_not_an_error(capsys):
 
 
 @pytest.mark.processes
-def test_a_mistake_is_told_before_megatron_is_imported():
-    """Its import takes five times as long as all that precedes it."""
+def test_help_and_mistakes_are_told_before_torch_is_imported(tmp_path):
+    """Its import takes five times as long as all that precedes it, and megatron's three times as long again."""
+    pairs, none = str(tmp_path / "pairs.jsonl"), str(tmp_path / "none")
+    Path(pairs).write_text("{}\n")
+    model = ["--model", str(tmp_path), "--data"]
+    asked = {
+        "--help": (["--help"], 0),
+        "a wrong flag": (["--beat", "3"], 2),
+        "a wrong value": (["--lr", "abc"], 2),
+        "no model": (["--data", pairs], 2),
+        "a model that is not there": (["--model", none, "--data", pairs], 4),
+        "data that are not there": ([*model, none], 3),
+        "validation data that are not there": (
+            [*model, str(tmp_path / "pairs.jsonl"), "--valid-data", "none.jsonl"],
+            3,
+        ),
+    }
     script = f"""
-import runpy, sys
-sys.argv = [{SCRIPT!r}, "--beat", "3"]
-try:
-    runpy.run_path({SCRIPT!r}, run_name="__main__")
-except SystemExit as ended:
-    print(ended.code, "megatron" in sys.modules, "transformers" in sys.modules)
+import contextlib, io, sys
+from simpo_megatron.cli import main
+codes = []
+for argv, _ in {list(asked.values())!r}:
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        try:
+            codes.append(main(["train", *argv]))
+        except SystemExit as ended:
+            codes.append(ended.code)
+print(codes)
+print([name for name in ("torch", "numpy", "megatron", "transformers", "datasets") if name in sys.modules])
+print(len(sys.modules))
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=REPOSITORY)
-    assert done.stdout.split() == ["2", "False", "False"]
+    codes, loaded, num_modules = done.stdout.splitlines()
+    assert codes == str([code for _, code in asked.values()])
+    assert loaded == "[]"
+    assert int(num_modules) < 330, "a fifth more than there were: what is it that a wrong option needs?"

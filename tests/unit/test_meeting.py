@@ -14,6 +14,7 @@ from ranks import free_port
 
 from simpo_megatron.errors import ConfigError, DataError, ParallelError, PeerFailedError
 from simpo_megatron.training import meeting
+from simpo_megatron.training.telling import errors_told
 
 pytestmark = pytest.mark.processes
 
@@ -82,7 +83,7 @@ def test_a_rank_without_a_first_rank_says_that_it_cannot_reach_it(address, monke
 
 def failing(text):
     def work():
-        with meeting.errors_told():
+        with errors_told():
             raise DataError(text)
 
     return work

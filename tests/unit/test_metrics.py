@@ -6,7 +6,8 @@ import torch
 import torch.distributed as dist
 
 from simpo_megatron.data import METRIC_GROUPS
-from simpo_megatron.parallel import ParallelGroups, ParallelSizes
+from simpo_megatron.parallel import ParallelGroups
+from simpo_megatron.parallel_sizes import ParallelSizes
 from simpo_megatron.training.metrics import SUMMED, memory_use, peak_memory_bytes, reduce_sums, throughput, utilization
 
 

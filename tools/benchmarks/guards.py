@@ -23,6 +23,7 @@ from simpo_megatron.config import load_config
 from simpo_megatron.ranks import sync_status
 from simpo_megatron.training import loop
 from simpo_megatron.training.consistency import check_replicas, check_same, job_facts, startup_facts
+from simpo_megatron.training.run import train
 from simpo_megatron.training.step import train_step
 from simpo_megatron.training.watchdog import Watchdog
 
@@ -53,7 +54,7 @@ def main(argv: list[str]) -> None:
 
     finish, run_in = loop.finish, loop.run_in
     loop.train_step, loop.run_in, loop.finish = timed_step, noted_run, measured_end
-    loop.train(config)
+    train(config)
 
 
 def measure(config: Any, job: Any, watchdog: Watchdog) -> list[tuple[str, str, float, int]]:

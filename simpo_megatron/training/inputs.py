@@ -1,0 +1,118 @@
+"""The model and the pairs of a run: where they are, and what is wrong with their names; torch is not needed for it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from simpo_megatron.checkpoint import manifest
+from simpo_megatron.config import DEMO, Config
+from simpo_megatron.data.sources import check_readable, parse_named_sources, parse_sources
+from simpo_megatron.demo import demo_version, prepare_demo
+from simpo_megatron.errors import ConfigError, DataError
+from simpo_megatron.mcore.hf_files import read_hf_json
+from simpo_megatron.mcore.hub import is_hub_name, model_folder
+
+STARTS_AGAIN = "SIMPO_STARTS_AGAIN"
+"""Set by a launcher whose scheduler starts a job again that was stopped."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sources:
+    """The places of the model and the pairs, the embedded default resolved to files."""
+
+    model: Path
+    train: tuple[str, ...]
+    valid: Mapping[str, Sequence[str]]
+    """Validation files by the name of their set."""
+
+
+def check_inputs(config: Config) -> None:
+    """Return if what `config` names is there, as far as it is on this machine and not the embedded default.
+
+    It takes no torch, so that a wrong name is told at once. `plan_run` looks again, and at all of it.
+
+    Raises:
+        ConfigError: no model or no data was named, or a job that starts again could not continue.
+        CheckpointError: the model's folder is not one.
+        DataError: a preference file is not there or cannot be read.
+    """
+    check_starting_again(config)
+    model, train, valid = _named(config)
+    if model != DEMO and not is_hub_name(model) and not Path(model).exists():
+        read_hf_json(model, "config.json")
+    for files in (train, *parse_named_sources(valid).values()):
+        if DEMO not in files:
+            check_files(files)
+
+
+def check_starting_again(config: Config) -> None:
+    """Refuse a run that a scheduler would start again and again from its first step."""
+    if STARTS_AGAIN not in os.environ:
+        return
+    remedy = "or submit the job so that it is not queued again (sbatch --no-requeue)"
+    if config.run.save is None:
+        raise ConfigError(
+            f"save: found none in a job that starts again after a stop, expected a folder to continue from; add --save "
+            f"DIR, {remedy}"
+        )
+    if config.run.resume not in ("latest", "required"):
+        raise ConfigError(
+            f"resume: found {config.run.resume} in a job that starts again after a stop, expected latest, or each "
+            f"start would be from there; leave it out, {remedy}"
+        )
+
+
+def check_files(files: Sequence[str]) -> None:
+    """Raises DataError when a preference file, all shards of it, is not there or cannot be read."""
+    for source in parse_sources(files):
+        check_readable(source.path)
+
+
+def _named(config: Config) -> tuple[str, tuple[str, ...], tuple[str, ...]]:
+    """(The model, training files, validation files) as they are named.
+
+    Raises: ConfigError, when the model or all training files are missing.
+    """
+    if config.model.model is None:
+        raise ConfigError("model: found none, expected a Hugging Face folder; add --model DIR")
+    if not config.data.data:
+        raise ConfigError("data: found none, expected preference files; add --data FILE")
+    return config.model.model, config.data.data, config.data.valid_data
+
+
+def locate_sources(config: Config) -> Sources:
+    """The files of the run. A rank that finds the embedded demo asked for and missing writes it first.
+
+    Raises:
+        ConfigError: no model or no data was named.
+        DataError: the embedded demo cannot be written.
+        CheckpointError: the model is a hub id that cannot be downloaded.
+    """
+    model, train, valid = _named(config)
+    if model == DEMO or DEMO in train:
+        folder = cache_folder(config) / f"demo-{demo_version()}"
+        try:
+            assets = prepare_demo(folder)
+        except OSError as error:
+            raise DataError(
+                f"data_cache: found {folder}, where the demo's model could not be written ({error.strerror or error}), "
+                "expected a folder with room that can be written; name one with --data-cache"
+            ) from None
+        model = str(assets.model_dir) if model == DEMO else model
+        if DEMO in train:
+            train, valid = (str(assets.train_file),), valid or (str(assets.valid_file),)
+    path = model_folder(model)
+    folder = manifest.resolve_checkpoint(path) or path
+    return Sources(model=folder, train=train, valid=parse_named_sources(valid))
+
+
+def cache_folder(config: Config) -> Path:
+    """The folder of tokenised pairs and the embedded default: `data_cache`, or one in the user's cache folder."""
+    if config.data.data_cache is not None:
+        return Path(config.data.data_cache)
+    if named := os.environ.get("SIMPO_MEGATRON_CACHE"):
+        return Path(named)
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "simpo_megatron"
