@@ -380,15 +380,21 @@ def test_less_than_three_percent_of_a_packed_step_of_real_pairs_is_padding(tmp_p
     assert 0 <= waste < 0.03, waste
 
 
+@pytest.fixture(scope="module")
+def cache_of_real_pairs(tmp_path_factory):
+    """Where pairs are tokenised once for all layouts."""
+    return tmp_path_factory.mktemp("real") / "cache"
+
+
 @pytest.mark.parametrize("layout", [dict(dp_size=1), dict(dp_size=4), dict(dp_size=2, microbatch_multiple=4)])
-def test_one_length_a_step_costs_less_than_four_percent_of_real_pairs(tmp_path, layout):
+def test_one_length_a_step_costs_less_than_four_percent_of_real_pairs(cache_of_real_pairs, layout):
     place = os.environ.get("SIMPO_REAL_PAIRS")
     if not place:
         pytest.skip("SIMPO_REAL_PAIRS names no file or folder of real preference pairs")
     files = sorted(Path(place).glob("*.jsonl")) if Path(place).is_dir() else [Path(place)]
     for file in files:
         pairs = PairOptions(bad_record="skip")
-        dataset = build_preference_dataset([str(file)], qwen_like(), pairs, tmp_path / "cache")
+        dataset = build_preference_dataset([str(file)], qwen_like(), pairs, cache_of_real_pairs)
         # In packs of 4,096 two of these pairs stand at most, and no order of them would fill such packs.
         for tokens in (8192, 16384):
             options = BatchOptions(

@@ -147,7 +147,8 @@ def run_ours(job: dict, options: dict) -> dict:
     cpu_patches.install()
     from simpo_megatron import parallel
     from simpo_megatron.training.metrics import reduce_sums
-    from simpo_megatron.training.setup import assemble, plan_run
+    from simpo_megatron.training.run_plan import plan_run
+    from simpo_megatron.training.setup import build_job
     from simpo_megatron.training.step import train_step
 
     meter = Meter()
@@ -155,8 +156,8 @@ def run_ours(job: dict, options: dict) -> dict:
     plan = plan_run(config, world_size=1)
     groups = parallel.initialize(config.parallel.sizes, backend=device.backend())
     parallel.seed_everything(SEED)
-    assembled = assemble(config, plan, groups)
-    trainer, pairs = assembled.trainer, assembled.train_data
+    job_of_rank = build_job(config, plan, groups)
+    trainer, pairs = job_of_rank.trainer, job_of_rank.train_data
     losses = []
     for step in range(job["num_steps"]):
         microbatches = trainer.plan_step(pairs, step * job["global_batch_size"])
