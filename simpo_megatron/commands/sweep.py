@@ -20,6 +20,7 @@ from simpo_megatron.errors import SimPOError, report_error, visible
 from simpo_megatron.planning.gpus import GPUS
 from simpo_megatron.sweep.request import Sweep, read_sweep
 from simpo_megatron.training import launch
+from simpo_megatron.training.inputs import check_inputs
 
 
 def parse_arguments(argv: Sequence[str], prog: str) -> tuple[argparse.Namespace, list[str]]:
@@ -83,9 +84,10 @@ def _dry_run(own: argparse.Namespace, of_the_trainer: Sequence[str]) -> int:
 def _read(argv: Sequence[str]) -> tuple[Config, Callable[[], None]]:
     """The configuration that all trials share, and the sweep."""
     sweep = _sweep(*parse_arguments(argv, "simpo sweep"))
+    check_inputs(sweep.base)
 
     def work() -> None:
-        # Imported only now: megatron takes ten seconds to import.
+        # Imported only now: megatron takes seconds to import.
         from simpo_megatron.sweep.driver import run_sweep
 
         run_sweep(sweep)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import logging
 import os
@@ -26,6 +25,7 @@ from simpo_megatron.errors import SimPOError, StoppedBySignal, report_error, sta
 from simpo_megatron.launched import has_agent
 from simpo_megatron.logs import ignore_known_warnings
 from simpo_megatron.nemo import load_nemo_command, names_nemo_config
+from simpo_megatron.training import run
 from simpo_megatron.training.inputs import check_inputs
 from simpo_megatron.training.telling import errors_told
 
@@ -56,7 +56,6 @@ def launch(
     try:
         with errors_told():
             config, work = read(argv)
-            check_inputs(config)
         num_ranks = config.parallel.sizes.min_world_size
         starts_ranks = _world_size() == 1 and num_ranks > 1
         _prepare_process(config, starts_ranks)
@@ -90,31 +89,30 @@ def _prepare_process(config: Config, starts_ranks: bool) -> None:
         from simpo_megatron.mcore import cpu_patches, device
         from simpo_megatron.training.environment import prepare_environment
 
-        if not starts_ranks:
-            # Before CUDA starts. Not in a launcher: its ranks would take these values for the user's.
-            prepare_environment(config)
-        ignore_known_warnings(has_cuda=device.has_cuda())
         if starts_ranks:
             cpu_patches.import_uncompiled(cpu_patches.CONFIGURATIONS)
         else:
-            cpu_patches.import_uncompiled()
-            importlib.import_module("simpo_megatron.training.loop")
+            # Before CUDA starts. Not in a launcher: its ranks would take these values for the user's.
+            prepare_environment(config)
+        ignore_known_warnings(has_cuda=device.has_cuda())
+    if not starts_ranks:
+        run.load_libraries()
 
 
 def _read_training(argv: Sequence[str]) -> tuple[Config, Callable[[], None]]:
     """The configuration of a training run, and the run."""
     config, notes, only_explains = _read(argv)
+    if not only_explains:
+        check_inputs(config)
 
     def explain() -> None:
         if _rank() == 0:
             print(*map(visible, notes), sep="\n", flush=True)
 
     def work() -> None:
-        from simpo_megatron.training.run import train
-
         if notes:
             explain()
-        train(config)
+        run.train(config)
 
     # One rank explains as well as many, and needs no model.
     return (Config(), explain) if only_explains else (config, work)

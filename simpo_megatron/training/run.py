@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 
 from simpo_megatron.collector import collector_at_rest
 from simpo_megatron.config import Config
 from simpo_megatron.reporting.loggers import Sink
 from simpo_megatron.training.result import RunResult, result_of
+
+
+def load_libraries() -> None:
+    """Import megatron and all else that a run on this machine needs."""
+    with collector_at_rest():
+        from simpo_megatron.mcore import cpu_patches
+
+        cpu_patches.import_uncompiled()
+        # torch's optimizers load it when they are made.
+        importlib.import_module("torch._dynamo")
+        importlib.import_module("simpo_megatron.training.loop")
 
 
 def train(config: Config, sinks: Sequence[Sink] = ()) -> RunResult:
@@ -22,12 +34,9 @@ def train(config: Config, sinks: Sequence[Sink] = ()) -> RunResult:
         StoppedByMonitor: on every rank alike, after a whole step, when a monitor in `stop_on` raised an alarm.
             Both carry the run's `result`.
     """
-    with collector_at_rest():
-        from simpo_megatron.mcore import cpu_patches
-
-        cpu_patches.import_uncompiled()
-        from simpo_megatron.training.loop import run_in
-        from simpo_megatron.training.session import open_session
+    load_libraries()
+    from simpo_megatron.training.loop import run_in
+    from simpo_megatron.training.session import open_session
 
     with open_session(config) as session:
         stopped, evaluations = run_in(session, config, session.plan, sinks)
