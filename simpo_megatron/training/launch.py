@@ -25,7 +25,6 @@ from simpo_megatron.errors import SimPOError, StoppedBySignal, report_error, sta
 from simpo_megatron.launched import has_agent
 from simpo_megatron.logs import ignore_known_warnings
 from simpo_megatron.nemo import load_nemo_command, names_nemo_config
-from simpo_megatron.training import run
 from simpo_megatron.training.inputs import check_inputs
 from simpo_megatron.training.telling import errors_told
 
@@ -96,7 +95,9 @@ def _prepare_process(config: Config, starts_ranks: bool) -> None:
             prepare_environment(config)
         ignore_known_warnings(has_cuda=device.has_cuda())
     if not starts_ranks:
-        run.load_libraries()
+        from simpo_megatron.training.run import load_libraries
+
+        load_libraries()
 
 
 def _read_training(argv: Sequence[str]) -> tuple[Config, Callable[[], None]]:
@@ -110,9 +111,11 @@ def _read_training(argv: Sequence[str]) -> tuple[Config, Callable[[], None]]:
             print(*map(visible, notes), sep="\n", flush=True)
 
     def work() -> None:
+        from simpo_megatron.training.run import train
+
         if notes:
             explain()
-        run.train(config)
+        train(config)
 
     # One rank explains as well as many, and needs no model.
     return (Config(), explain) if only_explains else (config, work)
