@@ -12,6 +12,7 @@ import pytest
 import torch.distributed.run
 from ranks import REPOSITORY
 
+import simpo_megatron.training.loop  # noqa: F401  # where it is first imported, megatron starts a process
 from simpo_megatron import parallel
 from simpo_megatron.config import Config
 from simpo_megatron.demo import prepare_demo
