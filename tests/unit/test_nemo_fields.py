@@ -12,6 +12,9 @@ from pathlib import Path
 
 import pytest
 from dataclass_sources import Sources
+from megatron.core.distributed import DistributedDataParallelConfig
+from megatron.core.optimizer import OptimizerConfig
+from megatron.core.transformer import TransformerConfig
 
 from simpo_megatron.nemo.bridge import BRIDGE
 
@@ -33,10 +36,6 @@ def is_known(key: str) -> bool:
 
 
 def test_every_setting_of_megatron_core_is_known():
-    from megatron.core.distributed import DistributedDataParallelConfig
-    from megatron.core.optimizer import OptimizerConfig
-    from megatron.core.transformer import TransformerConfig
-
     sections = {"model.": TransformerConfig, "optimizer.": OptimizerConfig, "ddp.": DistributedDataParallelConfig}
     names = [prefix + field.name for prefix, section in sections.items() for field in fields(section)]
     assert len(names) > 200
