@@ -82,6 +82,7 @@ NEWEST := .venv-newest
 NEWEST_TESTS := tests/unit/test_device.py tests/unit/test_precision.py tests/unit/test_te_attention.py \
   tests/unit/test_attention.py tests/unit/test_embedding.py tests/unit/test_experts.py \
   tests/gpu_cpu tests/unit/test_hybrid_model.py tests/unit/test_configs.py tests/unit/test_megatron_lm.py \
+  tests/unit/test_nemo_fields.py \
   tests/distributed/test_megatron_lm_pretrain.py tests/distributed/test_fp8_weights.py \
   tests/distributed/test_planned_memory.py::test_weights_gradients_and_optimizer_are_what_megatron_allocates \
   tests/end_to_end/test_pretrain.py
