@@ -42,6 +42,9 @@ class _Row:
         turns = self.answer()
         for _ in range(self.rng.choice((0, 0, 0, 1, 2))):
             turns += [self.turn("user"), *self.answer()]
+        written = [turn for turn in turns if turn["role"] == "assistant"]
+        if len(written) > 1 and self.rng.random() < 0.3:
+            self.rng.choice(written).update(self.rng.choice(({"weight": 0}, {"train": False}, {"loss": False})))
         return turns
 
     def answer(self, calls: bool = False) -> list[dict]:

@@ -77,7 +77,10 @@ def _find_content(rendered: str, start: int, role: str, content: str) -> tuple[i
 
 def _find(rendered: str, start: int, text: str) -> tuple[int, bool] | None:
     """Returns (where it ends, whether it stands there as it is) of `text` in `rendered` from `start` on."""
-    for form in (text, json.dumps(text, ensure_ascii=False)[1:-1], json.dumps(text)[1:-1]):
+    at = rendered.find(text, start)
+    if at >= 0:
+        return at + len(text), True
+    for form in (json.dumps(text, ensure_ascii=False)[1:-1], json.dumps(text)[1:-1]):
         at = rendered.find(form, start)
         if at >= 0:
             return at + len(form), True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+from simpo_megatron.data.messages import UntrainedTurn
 from simpo_megatron.data.records import Message, PreferenceRecord
 
 FINDINGS = {
@@ -12,6 +13,8 @@ FINDINGS = {
     "blanks_left_out": "the template leaves out blanks around a turn",
     "text_rewritten": "the template writes a turn with other blanks or capitals",
     "history_reasoning_left_out": "the template leaves out the reasoning of earlier turns, as it does in a chat",
+    "earlier_reasoning_kept": "the template drops what led to a call once it is answered; the answer is trained on "
+    "behind the prompt that asks for it, which has it",
     "reasoning_put_back": "the template leaves out the reasoning of a response; it is trained on as the file has it",
     "opened_reasoning_left_out": "the template opens a reasoning for the model, and the response has none",
     "empty_reasoning": "the template puts an empty reasoning block in front of a response",
@@ -21,11 +24,12 @@ FINDINGS = {
     "dialogue_in_response": "responses begin with, or hold, a whole dialogue",
     "empty_reasoning_in_text": "a response begins with an empty reasoning block of its own",
     "reasoning_on_one_side": "only one of the two responses has a reasoning",
+    "untrained_turns": "turns with weight 0, train false or loss false count neither in |y| nor in the loss",
     "tools_not_called": "tools are offered, and no turn calls one",
 }
 """Meaning of each count of a pair, by the name of the reason."""
 
-HARMLESS = frozenset({"blanks_left_out", "history_reasoning_left_out"})
+HARMLESS = frozenset({"blanks_left_out", "history_reasoning_left_out", "earlier_reasoning_kept", "untrained_turns"})
 """Findings that templates make of good data, so that they are counted without a warning."""
 
 EMPTY_REASONING = re.compile(r"<think>\s*</think>")
@@ -67,6 +71,8 @@ def findings_of_texts(
     if len({any(map(_has_reasoning, turns)) for turns in written}) > 1:
         found.append("reasoning_on_one_side")
     turns = [*prompt, *(turn for response in responses for turn in response)]
+    if any(isinstance(turn, UntrainedTurn) for response in responses for turn in response):
+        found.append("untrained_turns")
     if record.tools and not any(turn.get("tool_calls") for turn in turns):
         found.append("tools_not_called")
     return found

@@ -15,6 +15,11 @@ Message = dict[str, Any]
 EXTRA_KEYS = ("tool_calls", "tool_call_id", "name", "reasoning_content")
 """Keys that a turn may hold beside its role and its text."""
 
+
+class UntrainedTurn(dict[str, Any]):
+    """A turn of the assistant that its file asks not to train on: a Message like any other, known by its type."""
+
+
 ROLES = {
     "user": "user", "human": "user", "prompter": "user",
     "assistant": "assistant", "gpt": "assistant", "model": "assistant", "ai": "assistant", "bot": "assistant",
@@ -30,6 +35,8 @@ _REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 _CALL_KEYS = ("id", "type", "index", "function")
 _TEXT_PARTS = ("text", "input_text", "output_text")
 _READ_KEYS = frozenset({"role", "from", "content", "value", "function_call", *EXTRA_KEYS, *_REASONING_KEYS})
+# OpenAI's, Axolotl's and SWIFT's keys for whether a turn is trained on, with their values for yes and no.
+_WEIGHT_KEYS = {"weight": (1, 0), "train": (True, False), "loss": (True, False)}
 _DIALOGUE_TURN = re.compile(r"\n\n(Human|Assistant):")
 
 
@@ -84,9 +91,27 @@ def _message(item: object, name: str, unread: dict[str, Any]) -> Message:
     for key, value in item.items():
         # The other dialect's keys are read too, where one table has both and fills the one with nulls.
         is_read = key in _READ_KEYS and (key in (said, text) or key not in ("role", "from", "content", "value"))
+        # What others say is never trained on.
+        is_read |= key in _WEIGHT_KEYS and (role == "assistant" or not value)
         if not is_read and value is not None:
             unread.setdefault(f"message key {key}", value)
-    return {"role": role, "content": content, **extra}
+    turn = {"role": role, "content": content, **extra}
+    return turn if role != "assistant" or _is_trained(item, name) else UntrainedTurn(turn)
+
+
+def _is_trained(item: Mapping[str, Any], name: str) -> bool:
+    answers = set()
+    for key, values in _WEIGHT_KEYS.items():
+        value = item.get(key)
+        if value is not None and (not isinstance(value, (int, float)) or value not in values):
+            raise BadRecord(
+                f"bad_weight:{name}",
+                f"{name} holds a turn with {key} {str(value)[:40]!r}, expected {values[0]} or {values[1]}",
+            )
+        answers |= set() if value is None else {bool(value)}
+    if len(answers) > 1:
+        raise BadRecord(f"bad_weight:{name}", f"{name} holds a turn whose weight, train and loss do not agree")
+    return answers != {False}
 
 
 def _role(role: object, name: str) -> tuple[str, bool]:

@@ -19,6 +19,7 @@ from simpo_megatron.data.forms import (
 from simpo_megatron.data.messages import (
     EXTRA_KEYS,
     Message,
+    UntrainedTurn,
     as_messages,
     dialogue,
     is_text_alone,
@@ -171,6 +172,8 @@ def _from_messages(
         if not messages or messages[-1]["role"] != "assistant":
             found = f"ends in a turn of {messages[-1]['role']!r}" if messages else "has no message"
             raise BadRecord(f"bad_role:{name}", f"{name} {found}, expected a last turn of 'assistant'")
+        if options.responses == "last" and isinstance(messages[-1], UntrainedTurn):
+            raise _untrained(name)
     goes_on = all(messages[0]["role"] in _ANSWERING for messages in (chosen, rejected))
     if goes_on and prompt is None:
         raise BadRecord("missing_key:prompt", "chosen begins with an answer, so a prompt is needed beside it")
@@ -208,7 +211,12 @@ def _check_prompt(prompt: str | list[Message] | None, before: list[Message]) -> 
 
 
 def _response(turns: list[Message]) -> str | tuple[Message, ...]:
-    return turns[0]["content"] if len(turns) == 1 and is_text_alone(turns[0]) else tuple(turns)
+    is_text = len(turns) == 1 and is_text_alone(turns[0]) and not isinstance(turns[0], UntrainedTurn)
+    return turns[0]["content"] if is_text else tuple(turns)
+
+
+def _untrained(name: str) -> BadRecord:
+    return BadRecord(f"untrained:{name}", f"no turn of {name} is to be trained on, by its weight, train or loss")
 
 
 def _with_conversation(
@@ -264,8 +272,9 @@ def _with_context(
     name, tools = columns.take("tools")
     found = to_tools(tools)
     context += [name] if found else []
-    if context:
-        _refuse_bad_characters([turns or [], list(found or [])])
+    if not context:
+        return record, context
+    _refuse_bad_characters([turns or [], list(found or [])])
     return replace(record, prompt=record.prompt if turns is None else tuple(turns), tools=found), context
 
 
@@ -312,9 +321,11 @@ def _checked(record: PreferenceRecord, options: PairOptions) -> PreferenceRecord
         raise BadRecord("empty_prompt", "the prompt is empty; allow_empty_prompt allows it")
     written = [[turn for turn in turns if turn["role"] == "assistant"] for turns in responses]
     for name, turns in zip(("chosen", "rejected"), written, strict=True):
+        if all(isinstance(turn, UntrainedTurn) for turn in turns):
+            raise _untrained(name)
         if any(is_text_alone(turn) and not turn["content"].strip() for turn in turns):
             raise BadRecord(f"empty_{name}", f"the {name} response is empty")
-    if _stripped(written[0]) == _stripped(written[1]):
+    if len(written[0]) == len(written[1]) and _stripped(written[0]) == _stripped(written[1]):
         raise BadRecord("identical_pair", "chosen and rejected are the same text")
     return record
 
@@ -335,20 +346,23 @@ def _check_score_gap(gap: float, options: PairOptions) -> None:
 
 def _refuse_bad_characters(value: object) -> None:
     for text in _texts(value):
+        if text.isascii() and "\x00" not in text:
+            continue  # most texts, seen without a look at each letter
         if found := _BAD_CHARACTER.search(text):
             raise BadRecord("bad_character", f"U+{ord(found.group()):04X} cannot stand in training text")
 
 
 def _texts(value: object) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from _texts(item)
-    elif isinstance(value, dict):
-        for key, item in value.items():
-            yield str(key)
-            yield from _texts(item)
+    left = [value]
+    while left:
+        item = left.pop()
+        if isinstance(item, str):
+            yield item
+        elif isinstance(item, (list, tuple)):
+            left.extend(item)
+        elif isinstance(item, dict):
+            left.extend(map(str, item))
+            left.extend(item.values())
 
 
 def _text_or_messages(value: object, name: str, unread: dict[str, Any]) -> str | list[Message]:

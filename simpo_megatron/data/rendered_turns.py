@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from simpo_megatron.data.coverage import check_conversation, check_turn
 from simpo_megatron.data.findings import EMPTY_REASONING, split_reasoning
 from simpo_megatron.data.records import BadRecord, Message
-from simpo_megatron.data.templates import ChatTemplate, special_texts
+from simpo_megatron.data.templates import ChatTemplate, EndlessTemplateError, special_texts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -101,20 +102,58 @@ class TurnRenderer:
         self, messages: Sequence[Message], tools: Sequence[dict] | None, *, add_generation_prompt: bool = False
     ) -> str:
         """Returns the text of a conversation, its special tokens marked."""
-        rendered = self._template.render(messages, tools, add_generation_prompt=add_generation_prompt)
-        return self._specials.sub(lambda found: TEMPLATE_MARK + found.group(), rendered)
+        return self._marked(self._template.render(messages, tools, add_generation_prompt=add_generation_prompt))
+
+    def render_answers(
+        self, asked: Sequence[tuple[Sequence[Message], Sequence[Message]]]
+    ) -> list[tuple[str, list[str]] | None]:
+        """Returns, for each (messages, turns) without tools, what `answers` begins with; None where the template fails.
+
+        That is the prompt that asks for a response to the messages, and the conversation with each of `turns` as it.
+        """
+        if not asked:
+            return []
+        try:
+            prompts = self._template.render_all([messages for messages, _ in asked], add_generation_prompt=True)
+            wholes = self._template.render_all([[*before, turn] for before, turns in asked for turn in turns])
+        except EndlessTemplateError:
+            return [None] * len(asked)
+        except BadRecord:
+            half = len(asked) // 2
+            return [*self.render_answers(asked[:half]), *self.render_answers(asked[half:])] if half else [None]
+        of_turns = map(self._marked, wholes)
+        return [
+            (self._marked(prompt), list(islice(of_turns, len(turns))))
+            for prompt, (_, turns) in zip(prompts, asked, strict=True)
+        ]
 
     def answers(
-        self, messages: Sequence[Message], turns: Sequence[Message], tools: Sequence[dict] | None
+        self,
+        messages: Sequence[Message],
+        turns: Sequence[Message],
+        tools: Sequence[dict] | None,
+        rendered: tuple[str, list[str]] | None = None,
     ) -> tuple[Conversation, ...]:
         """Returns the conversation with each of `turns` as the one response to `messages`.
 
+        Args:
+            rendered: of `render_answers`, where it is there already.
+
         Raises: BadRecord template_mismatch, where nothing shows where a turn begins; template_leaves_out.
         """
-        opened = self.render(messages, tools, add_generation_prompt=True)
+        if rendered is None:
+            opened = self.render(messages, tools, add_generation_prompt=True)
+            rendered = opened, [self.render([*messages, turn], tools) for turn in turns]
+        opened, wholes = rendered
         findings = self.check(opened, messages, tools)
-        responses = [self._respond(_Place(messages, turn, tools), opened).in_conversation() for turn in turns]
+        responses = [
+            self._respond(_Place(messages, turn, tools), opened, whole).in_conversation()
+            for turn, whole in zip(turns, wholes, strict=True)
+        ]
         return tuple(Conversation(found.text, found.spans, found.findings | findings) for found in responses)
+
+    def _marked(self, rendered: str) -> str:
+        return self._specials.sub(lambda found: TEMPLATE_MARK + found[0], rendered)
 
     def converse(
         self, messages: Sequence[Message], turns: Sequence[Message], tools: Sequence[dict] | None
@@ -124,7 +163,8 @@ class TurnRenderer:
         Raises: BadRecord template_mismatch, where nothing shows where a turn begins or ends; template_leaves_out.
         """
         last = _Place([*messages, *turns[:-1]], turns[-1], tools)
-        response = self._respond(last, self.render(last.before, tools, add_generation_prompt=True))
+        opened = self.render(last.before, tools, add_generation_prompt=True)
+        response = self._respond(last, opened, self.render([*last.before, last.turn], tools))
         findings = response.findings | self.check(response.prompt, last.before, tools)
         spans: list[tuple[int, int]] = []
         for number, turn in enumerate(turns[:-1]):
@@ -152,27 +192,63 @@ class TurnRenderer:
             )
         return check_conversation(rendered, messages, tools)
 
-    def _respond(self, place: _Place, opened: str) -> _Response:
-        """Returns a turn behind the part of `opened`, the rendered prompt, that is proven to precede it."""
-        whole = self.render([*place.before, place.turn], place.tools)
+    def _respond(self, place: _Place, opened: str, whole: str) -> _Response:
+        """Returns a turn, the end of `whole`, behind the part of `opened` that is proven to precede it.
+
+        Args:
+            opened: the rendered prompt that asks for the turn.
+            whole: the rendered conversation up to the turn.
+        """
         if whole.startswith(opened):
             return self._behind(place, opened, whole[len(opened) :])
         start = self._end_of_header(place, opened, whole)
-        if start is None:
+        if start is not None:
+            return self._without(place, whole[:start], opened[start:], whole[start:])
+        tail = self._behind_shorter_prompt(place, opened, whole)
+        if tail is None:
             raise mismatch("the template writes a prompt differently once a response follows it")
-        return self._without(place, whole[:start], opened[start:], whole[start:])
+        found = self._behind(place, opened, tail)
+        return replace(found, findings=found.findings | {"earlier_reasoning_kept"})
 
     def _end_of_header(self, place: _Place, opened: str, whole: str) -> int | None:
         """Returns where the header ends that `whole` shares with `opened`: there the answer begins.
 
-        Or an empty reasoning does, with which some templates close the one that they open in a prompt.
+        Or an empty reasoning does, with which some templates close the one that they open in a prompt. A call without
+        a text begins where a text of it would.
         """
         closed, answer = self.render(place.before, place.tools), split_reasoning(place.turn["content"])[1]
         if opened.startswith(closed) and whole.startswith(closed):
+            text_at = None if answer or not place.turn.get("tool_calls") else self._place_of_text(place)
             for end in range(len(opened), len(closed), -1):
-                rest = whole[end:].lstrip() if whole.startswith(opened[:end]) else ""
-                if (answer and rest.startswith(answer)) or EMPTY_REASONING.match(rest):
-                    return end
+                if whole.startswith(opened[:end]):
+                    rest = whole[end:].lstrip()
+                    if end == text_at or (answer and rest.startswith(answer)) or EMPTY_REASONING.match(rest):
+                        return end
+        return None
+
+    def _place_of_text(self, place: _Place) -> int | None:
+        """Returns where the template would write a text of a turn that has none; None where that changes the rest."""
+        marked = self.render([*place.before, {**place.turn, "content": CONTENT_MARK}], place.tools)
+        before, mark, behind = marked.rpartition(CONTENT_MARK)
+        is_proven = mark and before + behind == self.render([*place.before, place.turn], place.tools)
+        return len(before) if is_proven else None
+
+    def _behind_shorter_prompt(self, place: _Place, opened: str, whole: str) -> str | None:
+        """Returns what `whole` has behind a prompt from which the template leaves out what led to earlier calls.
+
+        Templates such as gpt-oss's keep the reasoning of a call until the call has its answer. The prompt that asks
+        for the answer has it, the conversation with the answer does not. None where `whole` is not what the template
+        writes of the turns without it, or the two prompts end in different headers.
+        """
+        without_reasoning = [{k: v for k, v in turn.items() if k != "reasoning_content"} for turn in place.before]
+        calls_alone = [{**turn, "content": ""} if turn.get("tool_calls") else turn for turn in without_reasoning]
+        header = opened.removeprefix(self.render(place.before, place.tools))
+        for before in (without_reasoning, calls_alone):
+            if before == list(place.before) or self.render([*before, place.turn], place.tools) != whole:
+                continue
+            shorter = self.render(before, place.tools, add_generation_prompt=True)
+            if whole.startswith(shorter) and header == shorter.removeprefix(self.render(before, place.tools)):
+                return whole[len(shorter) :]
         return None
 
     def _behind(self, place: _Place, prompt: str, tail: str) -> _Response:
@@ -199,11 +275,11 @@ class TurnRenderer:
         if waits and EMPTY_REASONING.match(tail) and not (reasoning or turn.get("reasoning_content")):
             text = self._until_end_token(place, tail)
             return _Response(prompt, text, frozenset({"empty_reasoning", *check_turn(text, 0, turn)[1]}))
-        if turn.get("reasoning_content") or turn.get("tool_calls") or not tail.startswith(answer):
+        if turn.get("reasoning_content") or not tail.startswith(answer) or (reasoning and turn.get("tool_calls")):
             raise reasoning_left_out("a")
         if not reasoning:
-            found = frozenset({"opened_reasoning_left_out"})
-            return _Response(prompt, self._until_end_token(place, tail), found)
+            text = self._until_end_token(place, tail)
+            return _Response(prompt, text, frozenset({"opened_reasoning_left_out", *check_turn(text, 0, turn)[1]}))
         text, mark = turn["content"].strip(), waits.strip()
         if not text.startswith(mark):
             raise reasoning_left_out("a")
@@ -247,7 +323,7 @@ class TurnRenderer:
     def _until_end_token(self, place: _Place, response: str) -> str:
         """Returns `response` up to and with the special token that ends the turn, where the template writes one."""
         at = response.rfind(place.answer) if place.answer else -1
-        closing = self._closing.search(response)
+        closing = None if at >= 0 else self._closing.search(response)
         start = at + len(place.answer) if at >= 0 else closing.start() if closing else len(response)
         ends = [special.end() for special in self._special.finditer(response, start)]
         if not ends:

@@ -73,24 +73,16 @@ class ChatTemplate:
     def render(
         self, messages: Sequence[Message], tools: Sequence[dict] | None = None, *, add_generation_prompt: bool = False
     ) -> str:
-        """Returns the text of a conversation. Nothing else in the package runs a template.
+        """Returns the text of a conversation. Nothing but this class runs a template.
 
         Raises: BadRecord when the template fails, however it does; EndlessTemplateError when it takes more time, memory
             or text than any conversation needs; DataError when it is no Jinja at all.
         """
         from jinja2 import TemplateSyntaxError
 
-        text = self.default if self.tool_use is None or not tools else self.tool_use
         try:
             with bounds_of_templates():
-                rendered = self.tokenizer.apply_chat_template(
-                    list(messages),
-                    tools=list(tools) if tools else None,
-                    chat_template=_with_pinned_clock(text, self.day),
-                    tokenize=False,
-                    add_generation_prompt=add_generation_prompt,
-                    **self.arguments,
-                )
+                rendered = self._apply(list(messages), tools, add_generation_prompt)
                 if len(rendered) > _MOST_CHARACTERS:
                     raise LimitError("it writes too much")
         except TemplateSyntaxError as error:
@@ -111,6 +103,38 @@ class ChatTemplate:
             raise BadRecord("template_refused", f"turns of {roles}: {said}") from None
         assert isinstance(rendered, str), "nothing is tokenised, one conversation is rendered"
         return rendered
+
+    def render_all(
+        self, conversations: Sequence[Sequence[Message]], *, add_generation_prompt: bool = False
+    ) -> list[str]:
+        """Returns what `render` does of conversations without tools, in less time.
+
+        Raises: BadRecord when the template fails on one of them; EndlessTemplateError.
+        """
+        try:
+            with bounds_of_templates():
+                rendered: list[str] = self._apply(list(map(list, conversations)), None, add_generation_prompt)
+                if any(len(text) > _MOST_CHARACTERS for text in rendered):
+                    raise LimitError("it writes too much")
+        except StoppedBySignal:
+            raise
+        except (LimitError, MemoryError) as error:
+            raise EndlessTemplateError(str(error)) from None
+        except Exception as error:  # Rendered one by one, the one that fails says why.
+            raise BadRecord("template_refused", str(error)) from None
+        return rendered
+
+    def _apply(self, conversation: list, tools: Sequence[dict] | None, add_generation_prompt: bool) -> Any:
+        """Returns the text of a conversation, or the texts of several."""
+        text = self.default if self.tool_use is None or not tools else self.tool_use
+        return self.tokenizer.apply_chat_template(
+            conversation,
+            tools=list(tools) if tools else None,
+            chat_template=_with_pinned_clock(text, self.day),
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            **self.arguments,
+        )
 
     def reads_clock(self) -> bool:
         """Returns whether some conversation is rendered differently on another day."""

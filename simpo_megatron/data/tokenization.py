@@ -70,11 +70,17 @@ class TokenizedPair:
 
 @dataclass(frozen=True)
 class EncodedPair:
-    """A pair after truncation: tokens cut from prompt, chosen and rejected, and oddities to be counted."""
+    """A pair after truncation: its ids, tokens cut from prompt, chosen and rejected, and oddities to be counted."""
 
-    pair: TokenizedPair
+    ids: tuple[list[int], list[int], list[int]]
+    """As the arrays of `TokenizedPair.marked`."""
     lost: tuple[int, int, int] = (0, 0, 0)
     notes: tuple[str, ...] = field(default=())
+
+    @property
+    def pair(self) -> TokenizedPair:
+        """The pair as a dataset has it."""
+        return TokenizedPair.from_marked(*(np.array(ids, np.int32) for ids in self.ids))
 
 
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
@@ -131,24 +137,23 @@ class PairTokenizer:
                 self._backend = _as_is_backend(tokenizer, post_processor=None)
             else:
                 self._backend = _marked_backend(tokenizer)
-        self._end_ids = {
-            token_id for token_id, added in self._backend.get_added_tokens_decoder().items() if added.special
-        }
+        specials = {i: added for i, added in self._backend.get_added_tokens_decoder().items() if added.special}
+        self._end_ids = set(specials)
+        # Tokenizers cut texts at such special tokens first, so that what stands before one is tokenised on its own.
+        self._cut_at_specials = not any(
+            added.lstrip or added.single_word or added.normalized for added in specials.values()
+        )
 
     def encode(self, records: list[PreferenceRecord]) -> list[EncodedPair | BadRecord]:
         """Returns, for each record in turn, its token ids or the reason why it has none."""
-        results: list = [None] * len(records)
-        rendered: dict[int, RenderedPair] = {}
-        render = self._renderer.princeton if self._princeton else self._renderer.clean
-        with bounds_of_templates():
-            for index, record in enumerate(records):
-                try:
-                    rendered[index] = render(record)
-                except BadRecord as error:
-                    results[index] = error
-                except EndlessTemplateError as error:
-                    results[index:] = [BadRecord(ENDLESS_TEMPLATE, str(error))] * (len(records) - index)
-                    break
+        results: list = []
+        try:
+            with bounds_of_templates():
+                for found in self._renderer.render(records):
+                    results.append(found)
+        except EndlessTemplateError as error:
+            results += [BadRecord(ENDLESS_TEMPLATE, str(error))] * (len(records) - len(results))
+        rendered = {index: found for index, found in enumerate(results) if isinstance(found, RenderedPair)}
         split = self._split_princeton if self._princeton else self._split_clean
         for (index, texts), parts in zip(rendered.items(), split(list(rendered.values())), strict=True):
             try:
@@ -167,21 +172,31 @@ class PairTokenizer:
 
         Ids of context in a response are complements, as `TokenizedPair.marked` has them.
         """
-        whole = self._encode([pair.prompt + response for pair in pairs for response in (pair.chosen, pair.rejected)])
+        # What precedes the prompt's last special token is tokenised once for both responses.
+        shared = [max(pair.prompt.rfind(TEMPLATE_MARK), 0) if self._cut_at_specials else 0 for pair in pairs]
+        encodings = iter(
+            self._encode(
+                [
+                    text
+                    for pair, end in zip(pairs, shared, strict=True)
+                    for text in (pair.prompt[:end], pair.prompt[end:] + pair.chosen, pair.prompt[end:] + pair.rejected)
+                ]
+            )
+        )
         parts = []
-        for index, pair in enumerate(pairs):
-            start = len(pair.prompt)
-            encodings = whole[2 * index : 2 * index + 2]
-            cuts = [_token_at(encoding, start) for encoding in encodings]
-            chosen, rejected = (encoding.ids for encoding in encodings)
+        for pair, end, before, *both in zip(pairs, shared, encodings, encodings, encodings, strict=True):
+            start = len(pair.prompt) - end
+            cuts = [_token_at(encoding, start) for encoding in both]
+            chosen, rejected = (encoding.ids for encoding in both)
             if None in cuts or chosen[: cuts[0]] != rejected[: cuts[1]]:
                 parts.append(self._apart(pair))
-            elif pair.spans is None:
-                parts.append((chosen[: cuts[0]], chosen[cuts[0] :], rejected[cuts[1] :], ()))
+                continue
+            prompt = before.ids + chosen[: cuts[0]]
+            if pair.spans is None:
+                parts.append((prompt, chosen[cuts[0] :], rejected[cuts[1] :], ()))
             else:
-                marked = [_marked_ids(*response, start) for response in zip(encodings, pair.spans, strict=True)]
-                whole_tokens = None not in marked
-                parts.append((chosen[: cuts[0]], *marked, ()) if whole_tokens else self._apart(pair))
+                marked = [_marked_ids(*response, start) for response in zip(both, pair.spans, strict=True)]
+                parts.append((prompt, *marked, ()) if None not in marked else self._apart(pair))
         return [(self._one_bos(prompt), self._one_end(c), self._one_end(r), notes) for prompt, c, r, notes in parts]
 
     def _apart(self, pair: RenderedPair) -> tuple:
@@ -270,9 +285,8 @@ class PairTokenizer:
             raise BadRecord("cut_before_answer", "a response cut to max_length holds no token of the assistant")
         if chosen == rejected:
             raise BadRecord("identical_pair", "chosen and rejected are the same tokens once cut to max_length")
-        pair = TokenizedPair.from_marked(*(np.array(ids, np.int32) for ids in (prompt, chosen, rejected)))
         lost = lengths[0] - kept.prompt, lengths[1] - len(chosen), lengths[2] - len(rejected)
-        return EncodedPair(pair, lost, notes)
+        return EncodedPair((prompt, chosen, rejected), lost, notes)
 
     def _end_of_prompt(self, prompt: list[int], count: int) -> list[int]:
         if not self._princeton and prompt[0] == self._bos:

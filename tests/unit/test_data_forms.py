@@ -159,9 +159,20 @@ def test_of_more_than_two_completions_the_best_and_the_worst_are_taken_and_that_
 def test_what_is_not_read_is_named_and_words_among_it_are_told_from_ids():
     row = PLAIN | {"note": "some words", "id": "a-7", "copy": "North.", "empty": None}
     assert to_record(row, OPTIONS).reading.unread == {"note": True, "id": False, "copy": False}
-    record = to_record(pair([USER | {"weight": 0}], said("So.", train=True, remark="two words")), OPTIONS)
-    named = {"message key weight": False, "message key train": False, "message key remark": True}
-    assert record.reading.unread == named
+    record = to_record(pair([USER], said("So.", train_detail=3, remark="two words")), OPTIONS)
+    assert record.reading.unread == {"message key train_detail": False, "message key remark": True}
+
+
+def test_weights_of_turns_are_read_and_named_where_they_ask_for_what_is_never_done():
+    asked = pair(
+        [USER | {"weight": 0}, said("Hm.", loss=False), USER | {"train": True}], said("So.", weight=1, train=True)
+    )
+    record = to_record(asked, OPTIONS)
+    assert (record.prompt, record.chosen) == ((USER, said("Hm."), USER), "So.")
+    assert record.reading.unread == {"message key train": False}
+    for weights in ({"weight": 0.5}, {"weight": "0"}, {"weight": 0, "train": True}):
+        with pytest.raises(BadRecord, match="bad_weight:chosen"):
+            to_record(pair([USER], said("So.", **weights)), OPTIONS)
 
 
 SCORED = {

@@ -15,6 +15,7 @@ from test_data_rendering import WIDE, templated
 
 from simpo_megatron.data import PairOptions, build_preference_dataset
 from simpo_megatron.data.findings import FINDINGS
+from simpo_megatron.data.messages import UntrainedTurn
 from simpo_megatron.data.records import parse_json, to_record
 
 NUM_MUTATIONS = int(os.environ.get("SIMPO_NUM_MUTATIONS", "1500"))
@@ -67,6 +68,8 @@ def check_used(line, texts):
     unread = record.reading.unread
     if any(" key " in name for name in unread) or "more_than_two_completions" in record.reading.notes:
         return
+    if any(isinstance(turn, UntrainedTurn) for response in (record.chosen, record.rejected) for turn in response):
+        return  # what stands behind the last turn that counts is left out
     rendered = " ".join(texts)
     for column, value in row.items():
         if column in unread or not isinstance(value, (str, list, dict)):

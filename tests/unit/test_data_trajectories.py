@@ -157,6 +157,68 @@ def test_a_call_may_end_in_several_special_tokens():
     )
 
 
+# As gpt-oss's template: what led to a call is written until the call has its answer.
+UNTIL_ANSWERED = (
+    "{% set found = namespace(last=-1) %}{% for m in messages %}{% if m.role == 'assistant' and not m.tool_calls %}"
+    "{% set found.last = loop.index0 %}{% endif %}{% endfor %}{% for m in messages %}"
+    "{% set thought = m.reasoning_content or (m.content if m.tool_calls else '') %}{% if thought and "
+    "(loop.index0 > found.last if m.tool_calls else loop.last) %}<|im_start|>assistant analysis: {{ thought }}"
+    "<|im_end|>{% endif %}{% if m.tool_calls %}<|im_start|>assistant calls "
+    "{{ m.tool_calls[0].function | tojson }}<|im_end|>"
+    "{% else %}<|im_start|>{{ m.role }}{{ ' final' if m.role == 'assistant' }}: {{ m.content }}<|im_end|>{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant{% endif %}"
+)
+
+
+@pytest.mark.parametrize("thought", [{"reasoning_content": "I look"}, {"content": "I look"}])
+def test_an_answer_goes_on_from_the_prompt_that_asks_for_it_where_the_template_then_drops_what_led_to_the_call(thought):
+    call, answer = CALL | thought, said("It is 4.") | {"reasoning_content": "it says 4"}
+    tokenizer = templated(UNTIL_ANSWERED)
+    whole = ' calls {"name": "add", "arguments": {"x": "two"}}<|im_end|>'
+    between = "<|im_start|>tool: 4<|im_end|><|im_start|>assistant"
+    prompt, chosen, _, notes = shown(tokenizer, record_of([call, FOUND, answer], [CALL]))
+    assert chosen == (
+        f" analysis: I look<|im_end|><|im_start|>assistant{whole}[{between}]"
+        " analysis: it says 4<|im_end|><|im_start|>assistant final: It is 4.<|im_end|>"
+    )
+    assert notes == ("earlier_reasoning_kept", "reasoning_on_one_side")
+    asked = record_of([answer], [said("5")], (USER, call, FOUND))
+    assert shown(tokenizer, asked)[0] == f"{prompt} analysis: I look<|im_end|><|im_start|>assistant{whole}{between}"
+    later = record_of([call, FOUND, said("4"), USER, said("four")], [CALL])
+    with pytest.raises(BadRecord, match="template_leaves_out|template_mismatch"):
+        shown(tokenizer, later)
+    other = UNTIL_ANSWERED.replace("%}<|im_start|>assistant{% endif", "%}<|im_start|>a{{ messages[1] }}{% endif")
+    with pytest.raises(BadRecord, match="template_mismatch"):
+        shown(templated(other), asked)
+
+
+# As DeepSeek V3's: a prompt opens a reasoning that calls never have, and results are followed by no header.
+OPENS_BEFORE_CALLS = (
+    "{% for m in messages %}{% if m.role == 'tool' %}<tool>{{ m.content }}</tool>{% elif m.role == 'user' %}"
+    "<|im_start|>user: {{ m.content }}{% else %}{% if loop.previtem.role != 'tool' %}<|im_start|>{% endif %}"
+    "{{ m.content }}{% for c in m.tool_calls or [] %}<|endoftext|>call {{ c.function | tojson }}{% endfor %}<|im_end|>"
+    "{% endif %}{% endfor %}{% if add_generation_prompt and messages[-1].role != 'tool' %}<|im_start|><think>\n"
+    "{% endif %}"
+)
+
+
+def test_a_call_without_a_text_begins_where_its_text_would():
+    tokenizer = templated(OPENS_BEFORE_CALLS)
+    call = '<|endoftext|>call {"name": "add", "arguments": {"x": "two"}}<|im_end|>'
+    for text in ("", "I look"):
+        found = shown(tokenizer, record_of([CALL | {"content": text}, FOUND, said("It is 4.")], [said("5")]))
+        assert found == (
+            "<|im_start|>user: 2+2?<|im_start|>",
+            f"{text}{call}[<tool>4</tool>]It is 4.<|im_end|>",
+            "5<|im_end|>",
+            ("opened_reasoning_left_out",),
+        )
+        assert shown(tokenizer, record_of([CALL | {"content": text}], [said("5")]))[1] == text + call
+    moved = OPENS_BEFORE_CALLS.replace("{{ m.content }}{% for c", "{{ m.content }}{{ m.content | length }}{% for c")
+    with pytest.raises(BadRecord, match="template_mismatch"):
+        shown(templated(moved), record_of([CALL], [said("5")]))
+
+
 @pytest.mark.parametrize(
     ("template", "turns", "reason"),
     [
@@ -177,6 +239,53 @@ def test_a_boundary_that_no_rendering_shows_refuses_the_pair(template, turns, re
     with pytest.raises(BadRecord) as refused:
         shown(templated(template), record_of(turns, [said("no")]), **options)
     assert refused.value.reason == reason
+
+
+def weighted(turn, **weights):
+    return {**turn, **weights}
+
+
+@pytest.mark.parametrize("weight", [{"weight": 0}, {"train": False}, {"loss": False}])
+def test_a_turn_of_no_weight_is_context(weight):
+    turns = [said("Four"), USER, said("4"), USER, said("four")]
+    between = "[{}\n<|im_start|>user\n2+2?<|im_end|>\n<|im_start|>assistant\n]"
+    for number, expected in (
+        (0, "[Four<|im_end|>\n<|im_start|>user\n2+2?<|im_end|>\n<|im_start|>assistant\n]4<|im_end|>{0}four<|im_end|>"),
+        (2, "Four<|im_end|>[\n<|im_start|>user\n2+2?<|im_end|>\n<|im_start|>assistant\n4<|im_end|>{1}four<|im_end|>"),
+        (4, "Four<|im_end|>{0}4<|im_end|>"),
+    ):
+        chosen = [weighted(turn, **weight) if index == number else turn for index, turn in enumerate(turns)]
+        record = to_record(row([USER, *chosen], [USER, said("Five")]), EACH)
+        found = shown(templated(SHAPES["plain"]), record)
+        assert found[1] == expected.format(between.format(""), between.format("")[1:])
+        assert found[2:] == ("Five<|im_end|>", ("untrained_turns",))
+
+
+def test_a_turn_of_no_weight_in_the_prompt_changes_nothing(tmp_path):
+    prompt = [USER, said("Four"), USER]
+    rows = [row([*prompt, said("Yes")], [*prompt, said("No")])]
+    rows += [row([USER, weighted(said("Four"), weight=0), USER, said("Yes")], rows[0]["rejected"])]
+    for options in ({}, {"responses": "assistant"}):
+        dataset = build(rows, tmp_path, **options)
+        one, two = (dataset[index].marked() for index in (0, 1))
+        assert all(map(np.array_equal, one, two)) and len(set(dataset.prompt_keys)) == 1
+        assert "untrained_turns" not in dataset.report.notes
+
+
+@pytest.mark.parametrize(
+    ("options", "chosen"),
+    [
+        (PairOptions(), [said("Four"), USER, weighted(said("4"), weight=0)]),
+        (PairOptions(), [weighted(said("4"), train=False)]),
+        (EACH, [weighted(said("Four"), weight=0), USER, weighted(said("4"), loss=False)]),
+        (EACH, [weighted(said("4"), weight=0)]),
+    ],
+)
+def test_a_response_without_a_turn_that_counts_is_refused(options, chosen):
+    rejected = [USER, said("5")]
+    for columns, name in ((row([USER, *chosen], rejected), "chosen"), (row(rejected, [USER, *chosen]), "rejected")):
+        with pytest.raises(BadRecord, match=f"untrained:{name}"):
+            to_record(columns, options)
 
 
 def test_a_token_across_an_edge_is_tokenised_apart():
@@ -209,6 +318,8 @@ def build(rows, tmp_path, **options):
 
 def test_the_store_keeps_what_counts(tmp_path):
     rows = [row([USER, said("Yes")], [USER, said("No")]), PARTED]
+    turns = PARTED["rejected"]
+    rows.append(row(PARTED["chosen"], [USER, weighted(turns[1], weight=0), *turns[2:]]))
     dataset = build(rows, tmp_path, responses="assistant")
     encoded = PairTokenizer(templated(CALLS), EACH).encode([to_record(each, EACH) for each in rows])
     for index, expected in enumerate(encoded):
@@ -218,9 +329,10 @@ def test_the_store_keeps_what_counts(tmp_path):
         counted = [len(ids) if mask is None else mask.sum() for ids, mask in found.responses]
         assert dataset.counted[index].tolist() == counted
     assert dataset[0].chosen_mask is None and dataset[1].chosen_mask is not None
-    assert dataset.max_token_id == max(int(ids.max()) for pair in map(dataset.__getitem__, (0, 1))
+    assert dataset.counted[2, 1] == dataset.counted[1, 1] - np.argmin(dataset[1].rejected_mask) > 0
+    assert dataset.max_token_id == max(int(ids.max()) for pair in map(dataset.__getitem__, (0, 1, 2))
                                        for ids in (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids))  # fmt: skip
-    batch = collate([dataset[0], dataset[1]], [0, 1], BatchOptions())
+    batch = collate([dataset[index] for index in range(3)], [0, 1, 2], BatchOptions())
     assert len(batch.targets_N) == dataset.counted.sum()
     with pytest.raises(DataError, match=r"pairs.jsonl:2: prompt_mismatch: .* responses: assistant"):
         build(rows, tmp_path)
@@ -239,6 +351,10 @@ def test_context_is_shown_as_such(tmp_path):
         "rejected",
     ]
     assert dict(pair.pieces)["context"].endswith("2+2?<|im_end|>\n<|im_start|>assistant\n")
+    [pair] = show_pairs(build([dict(PARTED, rejected=[*PARTED["rejected"][:3], weighted(said("5"), weight=0)])],
+                              tmp_path, responses="assistant"), templated(CALLS), 1)  # fmt: skip
+    assert [name for name, _ in pair.pieces] == ["prompt", "chosen", "context", "chosen", "rejected"]
+    assert pair.pieces[-1] == ("rejected", "Five?<|im_end|>")
     rows = {found.name: found.value for found in inspect_dataset(dataset, templated(CALLS)).sections["Work saved"]}
     assert rows["tokens of context in responses"] == str(dataset.lengths[0, 1:].sum() - dataset.counted.sum())
 
