@@ -31,8 +31,8 @@ class BuildReport:
     def note_reading(self, reading: Reading, place: str) -> None:
         """Counts what one record at `place` was read as, and what of it was not read."""
         self.forms[reading.form] += 1
-        self.notes.update(reading.notes)
         for note in reading.notes:
+            self.notes[note] += 1
             self.first.setdefault(note, f"{place}: {note}: the best and the worst one are taken")
         for key, has_words in reading.unread.items():
             self.extra_keys[key] += 1

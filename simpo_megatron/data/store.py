@@ -15,8 +15,8 @@ import os
 import struct
 import weakref
 import zlib
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from contextlib import closing
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,21 +25,14 @@ import numpy as np
 
 from simpo_megatron.atomic import new_folder, remove_folder
 from simpo_megatron.data.build_report import BuildReport
-from simpo_megatron.data.findings import FINDINGS
+from simpo_megatron.data.chunks import encode_chunk, encoded_chunks
 from simpo_megatron.data.pair_options import PairOptions
-from simpo_megatron.data.records import (
-    ENDLESS_TEMPLATE,
-    UNUSABLE_REASONS,
-    BadRecord,
-    PreferenceRecord,
-    check_row,
-    parse_json,
-    to_record,
-)
-from simpo_megatron.data.sources import RawRecord, read_raw, source_identity
+from simpo_megatron.data.progress import ReadProgress
+from simpo_megatron.data.records import ENDLESS_TEMPLATE, UNUSABLE_REASONS
+from simpo_megatron.data.sources import source_identity
 from simpo_megatron.data.store_seal import DamagedStoreError, damaged, read_sealed, seal
-from simpo_megatron.data.tokenization import PairTokenizer, TokenizedPair, tokenizer_identity, use_one_thread
-from simpo_megatron.data.workers import map_in_processes
+from simpo_megatron.data.store_writer import StoreWriter, build_folder
+from simpo_megatron.data.tokenization import TokenizedPair, tokenizer_identity
 from simpo_megatron.errors import DataError
 
 if TYPE_CHECKING:
@@ -53,20 +46,8 @@ FORMAT_VERSION = 3
 INDEX_MAGIC = b"MMIDIDX\x00\x00"
 INDEX_VERSION = 1
 INT32_CODE = 4
-CHUNK_RECORDS = 64
-CHUNK_BYTES = 1 << 20
-# Below this many bytes, starting processes takes longer than tokenising in this one.
-MIN_BYTES_PER_WORKER = 16 << 20
-PAIR_DTYPE = np.dtype(
-    [
-        ("line", np.int64),
-        ("prompt_key", np.uint64),
-        ("lost", np.int32, 3),
-        ("score_gap", np.float32),
-        ("counted", np.int32, 2),
-        ("crc32", np.uint32),
-    ]
-)
+
+__all__ = ["FORMAT_VERSION", "INDEX_MAGIC", "PairStore", "encode_chunk", "open_store"]
 
 
 class PairStore:
@@ -196,7 +177,7 @@ def _build_store(
 ) -> PairStore:
     try:
         with new_folder(folder, first_wins=True) as draft:
-            facts = _write_store(draft, path, tokenizer, options, num_workers) | {"identity": identity}
+            facts = _write_store(folder, draft, path, tokenizer, options, num_workers) | {"identity": identity}
             if source_identity(path) != identity["source"]:
                 raise DataError(
                     f"{path}: found a change while it was read, expected a complete file; start again once it is "
@@ -213,21 +194,35 @@ def _build_store(
 
 
 def _write_store(
-    folder: Path, path: str, tokenizer: PreTrainedTokenizerBase, options: PairOptions, num_workers: int
+    folder: Path,
+    draft: Path,
+    path: str,
+    tokenizer: PreTrainedTokenizerBase,
+    options: PairOptions,
+    num_workers: int,
 ) -> dict[str, Any]:
-    report, content, max_token_id = BuildReport(), hashlib.sha256(), -1
-    lengths, rows = [], []
-    with open(folder / "pairs.bin", "wb") as file:
-        for chunk in _encoded_chunks(path, tokenizer, options, num_workers):
+    """Writes all files of the store `folder` but its sidecar to `draft`, and returns facts for that."""
+    with build_folder(folder) as working, closing(StoreWriter(working)) as writer, ReadProgress(path) as progress:
+        if writer.num_chunks:
+            _LOGGER.info("%s: goes on behind the %d records of a build that was stopped", path, writer.report.num_lines)
+        progress.advance(writer.report.num_lines, writer.num_bytes)
+        for chunk in encoded_chunks(path, tokenizer, options, num_workers, skip=writer.num_chunks):
             _check_policy(chunk.report, options)
-            report.add(chunk.report)
-            tokens = chunk.tokens.tobytes()
-            content.update(chunk.lengths.tobytes() + tokens)
-            # Not ndarray.tofile, which hides why a disk takes no more.
-            file.write(tokens)
-            max_token_id = max(max_token_id, int(np.maximum(chunk.tokens, ~chunk.tokens).max(initial=-1)))
-            lengths.append(chunk.lengths)
-            rows.append(chunk.pairs)
+            writer.add(chunk)
+            progress.advance(chunk.report.num_lines, chunk.num_bytes)
+        report = writer.report
+        _check_use(report, path, options)
+        (draft / "pairs.idx").write_bytes(_index_bytes(writer.lengths.ravel()))
+        np.save(draft / "pairs.npy", writer.pairs)
+        writer.move_tokens(draft / "pairs.bin")
+    return {
+        "report": vars(report),
+        "max_token_id": writer.max_token_id,
+        "content_sha256": writer.content.hexdigest(),
+    }
+
+
+def _check_use(report: BuildReport, path: str, options: PairOptions) -> None:
     num_bad = sum(count for reason, count in report.dropped.items() if reason not in UNUSABLE_REASONS)
     if num_bad > options.max_bad_fraction * report.num_lines:
         raise DataError(
@@ -239,14 +234,6 @@ def _write_store(
             f"{path}: found no usable pair, expected at least one; "
             + "; ".join(line.strip() for line in report.lines())
         )
-    index = _index_bytes(np.concatenate(lengths).ravel())
-    (folder / "pairs.idx").write_bytes(index)
-    np.save(folder / "pairs.npy", np.concatenate(rows))
-    return {
-        "report": vars(report),
-        "max_token_id": max_token_id,
-        "content_sha256": content.hexdigest(),
-    }
 
 
 def _check_policy(report: BuildReport, options: PairOptions) -> None:
@@ -256,117 +243,6 @@ def _check_policy(report: BuildReport, options: PairOptions) -> None:
         raise DataError(
             f"{report.first[first]}; fix the record, or set bad_record: skip to drop and count such records"
         )
-
-
-@dataclass
-class _Chunk:
-    tokens: np.ndarray
-    lengths: np.ndarray
-    pairs: np.ndarray
-    report: BuildReport
-
-
-def encode_chunk(raw: list[RawRecord], path: str, pair_tokenizer: PairTokenizer, options: PairOptions) -> _Chunk:
-    """Returns the tokens of some consecutive raw records, and what became of each."""
-    report = BuildReport(num_lines=len(raw))
-    lines: list[int] = []
-    records: list[PreferenceRecord] = []
-    bad: dict[int, BadRecord] = {}
-    for item in raw:
-        try:
-            if isinstance(item.row, BadRecord):
-                raise item.row
-            if item.row is None:
-                raise BadRecord("too_long_record", f"more than max_record_bytes = {options.max_record_bytes} bytes")
-            row = parse_json(item.row, item.last) if isinstance(item.row, bytes) else check_row(item.row)
-            record = to_record(row, options)
-            report.note_reading(record.reading, f"{path}:{item.line}")
-            records.append(record)
-            lines.append(item.line)
-        except BadRecord as error:
-            bad[item.line] = error
-    parts: list[np.ndarray] = []
-    lengths, rows = [], []
-    for line, record, encoded in zip(lines, records, pair_tokenizer.encode(records), strict=True):
-        if isinstance(encoded, BadRecord):
-            bad[line] = encoded
-            continue
-        ids = encoded.pair.marked()
-        parts += ids
-        lengths.append([len(part) for part in ids])
-        counted = [int((part >= 0).sum()) for part in ids[1:]]
-        checksum = zlib.crc32(np.concatenate(ids).astype(np.int32, copy=False).tobytes())
-        rows.append((line, _prompt_key(record), encoded.lost, record.reading.score_gap, counted, checksum))
-        report.notes.update(encoded.notes)
-        for note in encoded.notes:
-            report.first.setdefault(note, f"{path}:{line}: {note}: {FINDINGS.get(note, note)}")
-        report.notes.update(f"with a cut {name}" for name, lost in zip(_PARTS, encoded.lost, strict=True) if lost)
-    report.num_used = len(rows)
-    for line, problem in sorted(bad.items()):
-        report.dropped[problem.reason] += 1
-        report.first.setdefault(problem.reason, f"{path}:{line}: {problem.reason}: {problem.detail}")
-    tokens = np.concatenate(parts) if parts else np.empty(0, np.int32)
-    return _Chunk(tokens, np.array(lengths, np.int32).reshape(-1, 3), np.array(rows, PAIR_DTYPE), report)
-
-
-_PARTS = ("prompt", "chosen", "rejected")
-
-
-def _encoded_chunks(
-    path: str, tokenizer: PreTrainedTokenizerBase, options: PairOptions, num_workers: int
-) -> Iterator[_Chunk]:
-    chunks = _chunked(read_raw(path, options))
-    num_workers = num_workers or _workers_worth_starting(path)
-    if num_workers == 1:
-        pair_tokenizer = PairTokenizer(tokenizer, options)
-        for chunk in chunks:
-            yield encode_chunk(chunk, path, pair_tokenizer, options)
-        return
-    yield from map_in_processes(
-        _work,
-        chunks,
-        num_workers=num_workers,
-        prepare=_start_worker,
-        arguments=(tokenizer, path, options),
-        describe=partial(_lines, path),
-    )
-
-
-# Of a worker process: the file, and how its records become tokens.
-_worker: tuple[str, PairTokenizer, PairOptions]
-
-
-def _start_worker(tokenizer: PreTrainedTokenizerBase, path: str, options: PairOptions) -> None:
-    global _worker
-    use_one_thread()
-    _worker = (path, PairTokenizer(tokenizer, options), options)
-
-
-def _work(chunk: list[RawRecord]) -> _Chunk:
-    return encode_chunk(chunk, *_worker)
-
-
-def _lines(path: str, first: list[RawRecord], last: list[RawRecord]) -> str:
-    return f"{path}:{first[0].line} to {last[-1].line}"
-
-
-def _workers_worth_starting(path: str) -> int:
-    identity = source_identity(path)
-    num_bytes = sum(size for _, size, _ in identity.get("files", ()))
-    return max(1, min(len(os.sched_getaffinity(0)), num_bytes // MIN_BYTES_PER_WORKER))
-
-
-def _chunked(records: Iterable[RawRecord]) -> Iterator[list[RawRecord]]:
-    chunk, num_bytes = [], 0
-    for record in records:
-        chunk.append(record)
-        num_bytes += len(record.row) if isinstance(record.row, bytes) else 0
-        # A record that is too long is reported before the rest of its line is read.
-        if len(chunk) == CHUNK_RECORDS or num_bytes >= CHUNK_BYTES or record.row is None:
-            yield chunk
-            chunk, num_bytes = [], 0
-    if chunk:
-        yield chunk
 
 
 def _index_bytes(lengths: np.ndarray) -> bytes:
@@ -387,12 +263,6 @@ def _parse_index(index: bytes) -> tuple[np.ndarray, np.ndarray]:
     lengths = np.frombuffer(index, np.int32, num_sequences, start)
     pointers = np.frombuffer(index, np.int64, num_sequences, start + lengths.nbytes)
     return lengths, pointers
-
-
-def _prompt_key(record: PreferenceRecord) -> int:
-    prompt = record.prompt if not record.tools else (record.prompt, record.tools)
-    text = prompt if isinstance(prompt, str) else json.dumps(prompt, default=str)
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
 def _identity_of(options: PairOptions) -> dict[str, Any]:

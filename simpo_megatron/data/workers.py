@@ -16,6 +16,11 @@ from simpo_megatron.errors import DataError, SimPOError, listed
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
+
+class LostWorkersError(DataError):
+    """A worker process died; what was done before stays."""
+
+
 # Of a worker process: what it does with an item, and how it names items.
 _job: tuple[Callable[[Any], Any], Callable[[Any, Any], str]]
 
@@ -35,7 +40,7 @@ def map_in_processes(
         describe: names the items from one to another, for an error.
 
     Raises: what `work` raised, as it is when it is a SimPOError; DataError, with process and items, for any other
-    error, and when a process died.
+    error; LostWorkersError when a process died.
     """
     # Spawned, because the caller may run threads (gloo, NCCL), which a forked child would find dead.
     context = multiprocessing.get_context("spawn")
@@ -61,7 +66,7 @@ def map_in_processes(
             return
         except BrokenProcessPool:
             pass  # How each process ended is known once all have.
-    raise DataError(
+    raise LostWorkersError(
         f"{describe(sent[0], sent[-1])}: {_ended_first(workers)} while these records were being tokenised; those "
         "before are done. The kernel kills a process where memory runs out: look at its log, and start again"
     )

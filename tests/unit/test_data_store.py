@@ -14,7 +14,16 @@ import pytest
 from data_tokenizers import gemma_like, llama_like, qwen_like
 
 from simpo_megatron import atomic
-from simpo_megatron.data import PairOptions, build_preference_dataset, check_vocabulary, split, store_seal
+from simpo_megatron.data import (
+    PairOptions,
+    build_preference_dataset,
+    check_vocabulary,
+    chunks,
+    progress,
+    split,
+    store_seal,
+    store_writer,
+)
 from simpo_megatron.data import store as store_module
 from simpo_megatron.errors import ConfigError, DataError
 
@@ -136,6 +145,103 @@ def test_a_build_that_fails_or_is_killed_leaves_no_store(tmp_path, monkeypatch):
     half.mkdir()
     (half / "pairs.bin").write_bytes(b"1234")
     assert len(build(path, tmp_path)) == 10
+
+
+def stop_behind(num_chunks, monkeypatch):
+    """Lets a build be stopped in front of a chunk; returns the first lines of the chunks that are encoded."""
+    encode, lines = chunks.encode_chunk, []
+
+    def stopping(raw, *arguments):
+        if len(lines) == num_chunks:
+            raise KeyboardInterrupt
+        lines.append(raw[0].line)
+        return encode(raw, *arguments)
+
+    monkeypatch.setattr(chunks, "encode_chunk", stopping)
+    return lines
+
+
+def append(path, data):
+    path.write_bytes(path.read_bytes() + data)
+
+
+def damage_tokens(building):
+    tokens = bytearray((building / "pairs.bin").read_bytes())
+    with np.load(building / "part-00000.npz") as first:
+        tokens[4 * first["lengths"].sum()] ^= 1  # the first one of the second part
+    (building / "pairs.bin").write_bytes(tokens)
+
+
+@pytest.mark.parametrize(
+    ("damage", "goes_on_at"),
+    [
+        (lambda building: None, 257),
+        (lambda building: append(building / "pairs.bin", b"the beginning of a chunk"), 257),
+        (lambda building: (building / "part-00001.npz").write_bytes(b"PK"), 129),
+        (damage_tokens, 129),
+        (lambda building: (building / "part-00000.npz").unlink(), 1),
+        (lambda building: (building / "pairs.bin").unlink(), 1),
+    ],
+)
+def test_a_build_that_was_stopped_goes_on_behind_its_last_sound_part(damage, goes_on_at, tmp_path, monkeypatch):
+    path = write_pairs(tmp_path / "pairs.jsonl", 400)
+    with path.open("a") as file:
+        file.write("{\n")
+    options = PairOptions(bad_record="skip")
+    whole = build(path, tmp_path / "whole", options=options, num_workers=1)
+    monkeypatch.setattr(store_writer, "PART_CHUNKS", 2)
+    with monkeypatch.context() as patch:
+        stop_behind(5, patch)
+        with pytest.raises(KeyboardInterrupt):
+            build(path, tmp_path, options=options, num_workers=1)
+    [building] = folders(tmp_path)
+    assert sorted(file.name for file in building.iterdir()) == [
+        ".lock",
+        "pairs.bin",
+        "part-00000.npz",
+        "part-00001.npz",
+    ]
+    damage(building)
+    lines = stop_behind(None, monkeypatch)
+    again = build(path, tmp_path, options=options, num_workers=1)
+    assert lines == list(range(goes_on_at, 402, 64))
+    assert again.fingerprint == whole.fingerprint and vars(again.report) == vars(whole.report)
+    [store], [expected] = folders(tmp_path), folders(tmp_path / "whole")
+    for name in ("pairs.bin", "pairs.idx", "pairs.npy"):
+        assert (store / name).read_bytes() == (expected / name).read_bytes()
+
+
+def test_a_build_that_another_process_works_on_is_left_alone(tmp_path, monkeypatch):
+    path = write_pairs(tmp_path / "pairs.jsonl", 300)
+    monkeypatch.setattr(store_writer, "PART_CHUNKS", 2)
+    with monkeypatch.context() as patch:
+        stop_behind(3, patch)
+        with pytest.raises(KeyboardInterrupt):
+            build(path, tmp_path, num_workers=1)
+    [building] = folders(tmp_path)
+    held = atomic.lock(building / ".lock")
+    lines = stop_behind(None, monkeypatch)
+    assert len(build(path, tmp_path, num_workers=1)) == 300 and lines[0] == 1
+    held.release()
+    assert building.exists() and len(folders(tmp_path)) == 2
+
+
+def test_a_stopped_build_of_a_bad_record_leaves_nothing(tmp_path, monkeypatch):
+    path = write_pairs(tmp_path / "pairs.jsonl", 300)
+    with path.open("a") as file:
+        file.write("{\n")
+    monkeypatch.setattr(store_writer, "PART_CHUNKS", 2)
+    with pytest.raises(DataError, match="pairs.jsonl:301: bad_json"):
+        build(path, tmp_path, num_workers=1)
+    assert folders(tmp_path) == []
+
+
+def test_progress_is_a_line_in_the_log_where_no_terminal_is(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(progress, "_SECONDS_BETWEEN_LINES", 0.0)
+    path = write_pairs(tmp_path / "pairs.jsonl", 128)
+    with caplog.at_level("INFO"):
+        build(path, tmp_path, num_workers=1)
+    assert f"{path}: 128 records (100%) are tokenised" in caplog.messages
 
 
 def test_what_a_killed_build_has_left_is_removed_by_a_later_one_and_a_living_build_stays(tmp_path):
@@ -325,7 +431,7 @@ def test_memory_does_not_grow_with_the_number_of_pairs(tmp_path):
             tmp_path / f"{num_chunks}.jsonl",
             {"prompt": "q", "chosen": "the answer " * 100, "rejected": "no"},
         )
-        path.write_text((json.dumps(row) + "\n") * (store_module.CHUNK_RECORDS * num_chunks))
+        path.write_text((json.dumps(row) + "\n") * (chunks.CHUNK_RECORDS * num_chunks))
         tracemalloc.start()
         build(path, tmp_path, num_workers=1)
         size = tracemalloc.get_traced_memory()[1]

@@ -1,0 +1,58 @@
+"""Progress of reading a source: a bar on a terminal, and else a line in the log now and then."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from types import TracebackType
+
+from simpo_megatron.data.shards import COMPRESSED, is_on_hub
+
+_LOGGER = logging.getLogger(__name__)
+_SECONDS_BETWEEN_LINES = 30.0
+
+
+class ReadProgress:
+    """Shows how many records of `path` are tokenised, and the share of its bytes where it is a file of lines."""
+
+    def __init__(self, path: str) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+        self._path, self._num_bytes = path, _size_of_lines(path)
+        self._records = self._bytes = 0
+        self._said_at = time.monotonic()
+        columns = (BarColumn(), TextColumn("{task.fields[records]:,} records"), TimeRemainingColumn())
+        console = Console(stderr=True)
+        name = os.path.basename(path.rstrip("/"))
+        self._bar = Progress(
+            TextColumn("{task.description}"), *columns, console=console, transient=True, disable=not console.is_terminal
+        )
+        self._task = self._bar.add_task(f"tokenising {name}", total=self._num_bytes, records=0)
+
+    def __enter__(self) -> ReadProgress:
+        self._bar.start()
+        return self
+
+    def advance(self, num_records: int, num_bytes: int) -> None:
+        """Counts records and bytes that are done."""
+        self._records += num_records
+        self._bytes += num_bytes
+        self._bar.update(self._task, completed=self._bytes if self._num_bytes else None, records=self._records)
+        if time.monotonic() - self._said_at > _SECONDS_BETWEEN_LINES:
+            share = f" ({self._bytes / self._num_bytes:.0%})" if self._num_bytes else ""
+            _LOGGER.info("%s: %s records%s are tokenised", self._path, f"{self._records:,}", share)
+            self._said_at = time.monotonic()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+
+
+def _size_of_lines(path: str) -> int | None:
+    """Bytes of an uncompressed file; None where the bytes of its records do not add up to a size."""
+    if is_on_hub(path) or path.lower().endswith(COMPRESSED) or not os.path.isfile(path):
+        return None
+    return os.path.getsize(path) or None
