@@ -32,30 +32,31 @@ class PreferenceDataset:
     whenever a token or the choice of pairs does, and with nothing else; `report` says what became of the
     files' records. `counted` is an int32 array [num_pairs, 2], the tokens of chosen and rejected that the
     assistant wrote, |y|. `score_gaps` is a float32 array [num_pairs], nan where nobody scored the responses.
+    `stores` hold the pairs, of which `chosen` are the numbers, counted through all of them.
     `reference_avg` is what `with_reference` was given, if anything.
     """
 
     def __init__(self, stores: Sequence[PairStore], chosen: np.ndarray | None = None) -> None:
-        self._stores = tuple(stores)
+        self.stores = tuple(stores)
         self._ends = np.cumsum([len(store) for store in stores])
-        self._chosen = np.arange(self._ends[-1]) if chosen is None else chosen
-        self.lengths = np.concatenate([store.lengths for store in stores])[self._chosen]
-        self.counted = np.concatenate([store.counted for store in stores])[self._chosen]
-        self.prompt_keys = np.concatenate([store.pairs["prompt_key"] for store in stores])[self._chosen]
-        self.lost = np.concatenate([store.pairs["lost"] for store in stores])[self._chosen]
-        self.score_gaps = np.concatenate([store.score_gaps for store in stores])[self._chosen]
+        self.chosen = np.arange(self._ends[-1]) if chosen is None else chosen
+        self.lengths = np.concatenate([store.lengths for store in stores])[self.chosen]
+        self.counted = np.concatenate([store.counted for store in stores])[self.chosen]
+        self.prompt_keys = np.concatenate([store.pairs["prompt_key"] for store in stores])[self.chosen]
+        self.lost = np.concatenate([store.pairs["lost"] for store in stores])[self.chosen]
+        self.score_gaps = np.concatenate([store.score_gaps for store in stores])[self.chosen]
         self.max_token_id = max(store.max_token_id for store in stores)
         self.report = BuildReport()
         for store in stores:
             self.report.add(store.report)
-        digest = hashlib.sha256(self._chosen.astype(np.int64).tobytes())
+        digest = hashlib.sha256(self.chosen.astype(np.int64).tobytes())
         for store in stores:
             digest.update(store.fingerprint.encode())
         self.fingerprint = digest.hexdigest()
         self.reference_avg: np.ndarray | None = None
 
     def __len__(self) -> int:
-        return len(self._chosen)
+        return len(self.chosen)
 
     def __getitem__(self, index: int) -> TokenizedPair:
         if not 0 <= index < len(self):
@@ -79,12 +80,12 @@ class PreferenceDataset:
 
     def shares(self) -> list[tuple[str, int, int]]:
         """Returns, for each store, its name, how many of its pairs are chosen, and how many it has."""
-        counts = np.bincount(np.searchsorted(self._ends, self._chosen, side="right"), minlength=len(self._stores))
-        return [(store.name, int(count), len(store)) for store, count in zip(self._stores, counts, strict=True)]
+        counts = np.bincount(np.searchsorted(self._ends, self.chosen, side="right"), minlength=len(self.stores))
+        return [(store.name, int(count), len(store)) for store, count in zip(self.stores, counts, strict=True)]
 
     def select(self, indices: np.ndarray) -> PreferenceDataset:
         """Returns a dataset of the pairs at `indices` of this one, in that order."""
-        return PreferenceDataset(self._stores, self._chosen[indices])
+        return PreferenceDataset(self.stores, self.chosen[indices])
 
     def with_reference(self, reference_avg: np.ndarray) -> PreferenceDataset:
         """Returns this dataset with what a reference model says of its pairs, for objectives that compare with one.
@@ -97,9 +98,9 @@ class PreferenceDataset:
         return known
 
     def _locate(self, index: int) -> tuple[PairStore, int]:
-        flat = int(self._chosen[index])
+        flat = int(self.chosen[index])
         number = int(np.searchsorted(self._ends, flat, side="right"))
-        return self._stores[number], flat - (int(self._ends[number - 1]) if number else 0)
+        return self.stores[number], flat - (int(self._ends[number - 1]) if number else 0)
 
 
 def build_preference_dataset(
@@ -163,11 +164,12 @@ def check_vocabulary(dataset: PreferenceDataset, vocab_size: int) -> None:
 
 def mix(values: np.ndarray, seed: int) -> np.ndarray:
     """Returns a uniform uint64 hash of each value and `seed`, the same everywhere and always (splitmix64)."""
-    mixed = values.astype(np.uint64) ^ np.uint64(_splitmix(np.array([seed % _UINT64], np.uint64))[0])
-    return _splitmix(mixed)
+    mixed = values.astype(np.uint64) ^ np.uint64(splitmix(np.array([seed % _UINT64], np.uint64))[0])
+    return splitmix(mixed)
 
 
-def _splitmix(x: np.ndarray) -> np.ndarray:
+def splitmix(x: np.ndarray) -> np.ndarray:
+    """Returns the next number of each uint64 state of the generator splitmix64."""
     x = x + np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -14,6 +13,7 @@ from simpo_megatron.data.dataset import PreferenceDataset
 from simpo_megatron.data.findings import FINDINGS, HARMLESS
 from simpo_megatron.data.forms import MORE_COMPLETIONS
 from simpo_megatron.data.records import UNUSABLE_REASONS
+from simpo_megatron.data.token_scan import edges, pair_hashes
 from simpo_megatron.errors import listed, visible
 
 if TYPE_CHECKING:
@@ -195,18 +195,17 @@ def _records(dataset: PreferenceDataset) -> list[InspectedRow]:
 
 
 def _special_tokens(dataset: PreferenceDataset, tokenizer: PreTrainedTokenizerBase) -> list[InspectedRow]:
-    bos, ends = tokenizer.bos_token_id, set(tokenizer.all_special_ids)
-    counts: Counter[str] = Counter()
-    for index in range(len(dataset)):
-        pair = dataset[index]
-        start = pair.prompt_ids[:2].tolist()
-        counts["two BOS at the start"] += bos is not None and start == [bos, bos]
-        counts["no BOS at the start"] += bos is not None and start[:1] != [bos]
-        for response, lost in zip((pair.chosen_ids, pair.rejected_ids), dataset.lost[index, 1:], strict=True):
-            last = [int(token) in ends for token in response[-2:]]
-            counts["responses with two end tokens"] += last == [True, True]
-            counts["responses without an end token, cut ones"] += not last[-1] and lost > 0
-            counts["responses without an end token, whole ones"] += not last[-1] and lost == 0
+    bos, (first, last) = tokenizer.bos_token_id, edges(dataset)
+    has_bos = first == (-2 if bos is None else bos)
+    is_end = np.isin(last, [*set(tokenizer.all_special_ids)])
+    is_open, is_cut = ~is_end[..., 1], dataset.lost[:, 1:] > 0
+    counts = {
+        "two BOS at the start": has_bos.all(axis=1).sum(),
+        "no BOS at the start": (~has_bos[:, 0]).sum() if bos is not None else 0,
+        "responses with two end tokens": is_end.all(axis=2).sum(),
+        "responses without an end token, cut ones": (is_open & is_cut).sum(),
+        "responses without an end token, whole ones": (is_open & ~is_cut).sum(),
+    }
     return [InspectedRow(name, f"{count:,}", count > 0) for name, count in counts.items()]
 
 
@@ -292,12 +291,7 @@ def _work_saved(dataset: PreferenceDataset, micro_batch_size: int) -> list[Inspe
 
 
 def _duplicates(dataset: PreferenceDataset) -> list[InspectedRow]:
-    seen: Counter[int] = Counter()
-    for index in range(len(dataset)):
-        pair = dataset[index]
-        ids = (pair.prompt_ids, pair.chosen_ids, pair.rejected_ids)
-        seen[hash(b"|".join(part.tobytes() for part in ids))] += 1
-    repeated = len(dataset) - len(seen)
+    repeated = len(dataset) - len(np.unique(pair_hashes(dataset)))
     prompts, counts = np.unique(dataset.prompt_keys, return_counts=True)
     return [
         InspectedRow("pairs that repeat another one", f"{repeated:,}", repeated > 0),

@@ -10,8 +10,12 @@ import numpy as np
 import pytest
 from data_tokenizers import llama_like
 
-from simpo_megatron.data import PairOptions, build_preference_dataset
+from simpo_megatron.commands import inspect
+from simpo_megatron.config import load_config
+from simpo_megatron.data import PairOptions, build_preference_dataset, load_tokenizer, token_scan
+from simpo_megatron.data.findings import FINDINGS, HARMLESS
 from simpo_megatron.data.inspect import histogram, inspect_dataset, num_leaked, read_as, show_pairs, summary
+from simpo_megatron.training import setup
 
 ROOT = Path(__file__).parents[2]
 TOOL = ROOT / "tools" / "inspect_data.py"
@@ -170,3 +174,88 @@ def test_a_run_says_what_a_file_was_read_as_and_which_of_its_words_were_not(tmp_
     found = {row.name.strip(): row for row in inspect_dataset(dataset, llama_like()).sections["Scores"]}
     assert found["pairs with scores"].value == "1 of 2"
     assert found["chosen has the lower score"].value == "1, first at notes:2"
+
+
+def awkward_file(path):
+    """Records of each kind that is dropped, cut, noted or read in part."""
+    pair = {"prompt": "Which way does the river run?", "chosen": "To the sea.", "rejected": "Uphill."}
+    rows = [
+        pair,
+        pair | {"rejected": pair["chosen"]},
+        pair | {"chosen": ""},
+        pair | {"prompt": "word " * 400},
+        pair | {"chosen": pair["prompt"] + " To the sea.", "remark": "nobody reads these words", "id": 7},
+        pair | {"prompt": [{"role": "wizard", "content": "?"}]},
+        pair | {"chosen": "<think></think>To the sea. " + "Far " * 400},
+        pair | {"chosen": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "weight": 0.5}]},
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"prompt":\n\n')
+    return str(path)
+
+
+def test_an_inspection_and_a_run_give_the_same_numbers(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(setup, "build_on_first_ranks", lambda build: build(True))
+    llama_like().save_pretrained(tmp_path / "model")
+    told = ["--model", str(tmp_path / "model"), "--data", awkward_file(tmp_path / "awkward.jsonl")]
+    told += ["--max-length", "64", "--max-prompt-length", "32", "--data-cache", str(tmp_path / "cache")]
+    told += ["--bad-record", "skip", "--max-bad-fraction", "0.9"]
+    config = load_config(told)
+    sources = setup.Sources(model=tmp_path / "model", train=config.data.data, valid={})
+    of_run, _ = setup.load_data(config, sources, load_tokenizer(tmp_path / "model"))
+    run = read_as(of_run) + summary(of_run)
+
+    assert inspect.main(told) == 0
+    told_by_inspection = "".join(capsys.readouterr().out.split())  # a line may be broken anywhere
+
+    def is_told(text):
+        return "".join(text.split()) in told_by_inspection
+
+    report, num_tokens = of_run.report, int(of_run.counted.sum())
+    assert is_told(f"records {report.num_lines} pairs used {report.num_used}")
+    [records] = [line for line in run if line.startswith("records")]
+    assert records.startswith("records   10: 4 used")
+    assert set(report.dropped) == {
+        "identical_pair", "empty_chosen", "bad_role:prompt", "bad_weight:chosen", "bad_json", "blank_line"
+    }  # fmt: skip
+    for reason, count in report.dropped.items():
+        place = report.place(reason)
+        assert is_told(f"{reason} {count}, first at {place}:") and f"{count} {reason} (first at {place})" in records
+    assert {"repeats_prompt", "empty_reasoning_in_text"} <= report.notes.keys()
+    for name in FINDINGS.keys() & report.notes.keys():
+        place, count = report.place(name), report.notes[name]
+        assert is_told(f"{name} {count} pairs, first at {place}:")
+        noted = any(line.startswith(f"noted     {count:,} {name} (first at {place})") for line in run)
+        assert noted != (name in HARMLESS)
+    column = f"remark (in 1, first at {tmp_path / 'awkward.jsonl'}:5)"
+    assert is_told(f"with text {column}") and any(line.endswith(f"that are not read: {column}") for line in run)
+    for part, (name, names) in enumerate((("prompt", "prompts"), ("chosen", "chosen"))):
+        lost = of_run.lost[:, part]
+        line = of_run.where(int(lost.argmax()))[1]
+        assert is_told(f"{name} 1 cut (first at awkward:{line}), {lost.sum():,} tokens lost")
+        assert f"1 {names} (first at awkward:{line})" in run[-1]
+    assert is_told(f"response tokens, which the loss sees {num_tokens:,} (")
+
+
+def test_the_look_at_every_token_equals_the_slow_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(token_scan, "_BLOCK_TOKENS", 40)
+    user, words = {"role": "user", "content": "q"}, ("a", "the answer is", "no", "")
+    rows = []
+    for number in range(60):
+        said = [{"role": "assistant", "content": f"{words[(number * step) % 3]} {number % 7}"} for step in (1, 2, 5)]
+        several = [said[0], {"role": "user", "content": "w" * (number % 5) + "?"}, said[1]]
+        rows.append({"chosen": [user, *several], "rejected": [user, said[2]]})
+    files = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
+    for file, lines in zip(files, (rows[:40], rows[20:]), strict=True):
+        file.write_text("".join(json.dumps(row) + "\n" for row in lines))
+    options = PairOptions(responses="assistant", max_length=24, max_prompt_length=12, bad_record="skip")
+    both = build_preference_dataset(list(map(str, files)), llama_like(), options, tmp_path / "cache")
+    for dataset in (both, both.select(np.arange(len(both))[::-3])):
+        first, last = token_scan.edges(dataset)
+        pairs = [dataset[index] for index in range(len(dataset))]
+        for pair, begin, (chosen, rejected) in zip(pairs, first.tolist(), last.tolist(), strict=True):
+            assert begin == [*pair.prompt_ids[:2].tolist(), -1][:2]
+            assert chosen == [-1, *pair.chosen_ids.tolist()][-2:]
+            assert rejected == [-1, *pair.rejected_ids.tolist()][-2:]
+        seen = [tuple(part.tobytes() for part in pair.marked()) for pair in pairs]
+        hashes = token_scan.pair_hashes(dataset).tolist()
+        assert len(set(zip(seen, hashes, strict=True))) == len(set(seen)) == len(set(hashes)) < len(pairs)
