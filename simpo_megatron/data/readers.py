@@ -203,7 +203,8 @@ def _read_hub(path: str) -> Iterator[RawRecord]:
     try:
         loaded = datasets.load_dataset(name, data_files=file, split=split or "train")
     except (OSError, ValueError) as error:
-        raise DataError(f"{path}: found {str(error).splitlines()[0]!r}, expected a data set of the hub") from None
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise DataError(f"{path}: found nothing to read ({reason}), expected a data set of the hub") from None
     yield from _numbered(loaded)
 
 
