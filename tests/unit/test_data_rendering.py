@@ -1,17 +1,18 @@
 """What is trained on is what the template writes, one end token and all, or the pair stands under a reason."""
 
 import pytest
-from chat_templates import SHAPES
+from chat_templates import SHAPES, with_tools
+from conversations import rows
 from data_tokenizers import gemma_like, llama_like, qwen_like
-from tokenizers import Tokenizer, decoders, models, normalizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
 from simpo_megatron.config.presets import PRESETS
 from simpo_megatron.data import PairOptions
 from simpo_megatron.data.findings import findings_of_texts
-from simpo_megatron.data.records import BadRecord, PreferenceRecord
+from simpo_megatron.data.records import BadRecord, PreferenceRecord, to_record
 from simpo_megatron.data.templates import chat_template_of
-from simpo_megatron.data.tokenization import PairTokenizer, tokenizer_identity
+from simpo_megatron.data.tokenization import EncodedPair, PairTokenizer, tokenizer_identity
 from simpo_megatron.errors import ConfigError, DataError
 
 WIDE = {"max_length": 100_000, "max_prompt_length": 50_000}
@@ -282,3 +283,41 @@ def test_a_response_behind_a_blank_gets_no_second_one():
         assert tokenizer.decode(joined, clean_up_tokenization_spaces=False) == text
     [result] = PairTokenizer(tokenizer, options).encode([PreferenceRecord("answer: ", "yes?", "no")])
     assert result.notes == ("text_changed_by_tokenizer", "tokenized_apart")[::-1]
+
+
+@pytest.mark.parametrize("shape", ["alternates", "channels"])
+def test_conversations_rendered_at_once_are_those_rendered_alone(shape):
+    options = PairOptions(responses="assistant", **WIDE)
+    records = [to_record(row, options) for row in rows(60, seed=3)]
+    tokenizer = PairTokenizer(templated(with_tools(SHAPES[shape])), options)
+    at_once, alone = tokenizer.encode(records), [tokenizer.encode([record])[0] for record in records]
+    assert len({type(found) for found in alone}) == 2, "pairs and refusals"
+    for found, expected in zip(at_once, alone, strict=True):
+        if isinstance(expected, BadRecord):
+            assert (found.reason, found.detail) == (expected.reason, expected.detail)
+        else:
+            assert found == expected
+
+
+@pytest.mark.parametrize("like", [llama_like, qwen_like, gemma_like])
+def test_a_prompt_tokenised_once_has_the_tokens_that_it_has_before_each_response(like, monkeypatch):
+    records = [to_record(row, PairOptions()) for row in (
+        {"prompt": "  the answer\n", "chosen": " the people ", "rejected": "  the"},
+        {"chosen": [{"role": "system", "content": "the answer "}, {"role": "user", "content": " the"},
+                    {"role": "assistant", "content": "\u2581the"}],
+         "rejected": [{"role": "system", "content": "the answer "}, {"role": "user", "content": " the"},
+                      {"role": "assistant", "content": "the <|im_end|> answer"}]},
+    )]  # fmt: skip
+    if like is gemma_like:
+        records.pop()  # it has no turn of system
+    tokenizer = PairTokenizer(like(), PairOptions(**WIDE))
+    assert tokenizer._cut_at_specials
+    once = tokenizer.encode(records)
+    monkeypatch.setattr(tokenizer, "_cut_at_specials", False)
+    assert once == tokenizer.encode(records) and all(isinstance(found, EncodedPair) for found in once)
+
+
+def test_a_special_token_that_takes_blanks_in_front_is_no_place_to_cut():
+    tokenizer = templated(SHAPES["plain"])
+    tokenizer.add_special_tokens({"additional_special_tokens": [AddedToken("<|pad|>", lstrip=True)]})
+    assert not PairTokenizer(tokenizer, PairOptions())._cut_at_specials
