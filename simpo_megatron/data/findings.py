@@ -81,7 +81,7 @@ def findings_of_texts(
 def has_template_marks(text: str) -> bool:
     """Returns whether a text holds what some model's chat template writes around turns."""
     # Most texts hold none of the letters that marks begin with, which is quicker to see.
-    return any(first in text for first in "<[#") and _TEMPLATE_MARKS.search(text) is not None
+    return ("<" in text or "[" in text or "#" in text) and _TEMPLATE_MARKS.search(text) is not None
 
 
 def _has_reasoning(turn: Message) -> bool:

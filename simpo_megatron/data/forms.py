@@ -187,7 +187,8 @@ def _compared(row: dict) -> Columns:
 
 def _score_gap(columns: Columns) -> float:
     row = columns.row
-    if not any("score" in key or "reward" in key or "rating" in key or key == "margin" for key in row):
+    names = " ".join(map(str, row))
+    if not ("score" in names or "reward" in names or "rating" in names or "margin" in row):
         return math.nan
     for name in _SCORES:
         for pattern in _SCORE_KEYS:

@@ -67,7 +67,7 @@ class PairStore:
             self.fingerprint: str = sidecar["content_sha256"]
             self.max_token_id: int = sidecar["max_token_id"]
             self.report = BuildReport(**sidecar["report"])
-            lengths, pointers = _parse_index((folder / "pairs.idx").read_bytes())
+            lengths, starts = _parse_index((folder / "pairs.idx").read_bytes())
             self.pairs = np.load(folder / "pairs.npy", mmap_mode="r")
             # Not mapped: a page of a file that was cut short meanwhile would kill the process.
             self._descriptor = os.open(folder / "pairs.bin", os.O_RDONLY)
@@ -76,7 +76,7 @@ class PairStore:
         except (OSError, ValueError, KeyError, TypeError, struct.error) as error:
             raise damaged(folder, error) from None
         self.lengths = lengths.reshape(-1, 3)
-        self._starts = pointers[::3] // 4
+        self._starts = starts
         if len(self.lengths) != len(self.pairs) or num_bytes != 4 * lengths.sum(dtype=np.int64):
             raise damaged(folder, "its files have the sizes of different stores")
         self._checksums = np.array(self.pairs["crc32"]) if "crc32" in self.pairs.dtype.names else None
@@ -254,7 +254,7 @@ def _index_bytes(lengths: np.ndarray) -> bytes:
     np.cumsum(4 * lengths[:-1].astype(np.int64), out=pointers[1:])
     documents = np.arange(0, len(lengths) + 1, 3, dtype=np.int64)
     header = struct.pack("<9sQBQQ", INDEX_MAGIC, INDEX_VERSION, INT32_CODE, len(lengths), len(documents))
-    return header + lengths.astype(np.int32).tobytes() + pointers.tobytes() + documents.tobytes()
+    return b"".join((header, lengths.astype(np.int32, copy=False).data, pointers.data, documents.data))
 
 
 def _parse_index(index: bytes) -> tuple[np.ndarray, np.ndarray]:
@@ -262,7 +262,8 @@ def _parse_index(index: bytes) -> tuple[np.ndarray, np.ndarray]:
     _, _, _, num_sequences, _ = struct.unpack("<9sQBQQ", index[:start])
     lengths = np.frombuffer(index, np.int32, num_sequences, start)
     pointers = np.frombuffer(index, np.int64, num_sequences, start + lengths.nbytes)
-    return lengths, pointers
+    # Copies of what is needed, for a view would keep the whole index in memory.
+    return lengths.copy(), pointers[::3] // 4
 
 
 def _identity_of(options: PairOptions) -> dict[str, Any]:

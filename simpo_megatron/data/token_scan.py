@@ -10,7 +10,7 @@ from simpo_megatron.data.dataset import PreferenceDataset, splitmix
 from simpo_megatron.data.store import PairStore
 
 _BLOCK_PAIRS = 1 << 14
-_BLOCK_TOKENS = 1 << 20
+_BLOCK_TOKENS = 1 << 18
 
 
 def edges(dataset: PreferenceDataset) -> tuple[np.ndarray, np.ndarray]:
