@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import time
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 from simpo_megatron.data.shards import COMPRESSED, is_on_hub
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 _LOGGER = logging.getLogger(__name__)
 _SECONDS_BETWEEN_LINES = 30.0
@@ -17,30 +22,26 @@ class ReadProgress:
     """Shows how many records of `path` are tokenised, and the share of its bytes where it is a file of lines."""
 
     def __init__(self, path: str) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
         self._path, self._num_bytes = path, _size_of_lines(path)
         self._records = self._bytes = 0
         self._said_at = time.monotonic()
-        columns = (BarColumn(), TextColumn("{task.fields[records]:,} records"), TimeRemainingColumn())
-        console = Console(stderr=True)
-        name = os.path.basename(path.rstrip("/"))
-        self._bar = Progress(
-            TextColumn("{task.description}"), *columns, console=console, transient=True, disable=not console.is_terminal
-        )
-        self._task = self._bar.add_task(f"tokenising {name}", total=self._num_bytes, records=0)
+        self._bar = _bar() if sys.stderr.isatty() else None
+        if self._bar is not None:
+            name = os.path.basename(path.rstrip("/"))
+            self._task = self._bar.add_task(f"tokenising {name}", total=self._num_bytes, records=0)
 
     def __enter__(self) -> ReadProgress:
-        self._bar.start()
+        if self._bar is not None:
+            self._bar.start()
         return self
 
     def advance(self, num_records: int, num_bytes: int) -> None:
         """Counts records and bytes that are done."""
         self._records += num_records
         self._bytes += num_bytes
-        self._bar.update(self._task, completed=self._bytes if self._num_bytes else None, records=self._records)
-        if time.monotonic() - self._said_at > _SECONDS_BETWEEN_LINES:
+        if self._bar is not None:
+            self._bar.update(self._task, completed=self._bytes if self._num_bytes else None, records=self._records)
+        elif time.monotonic() - self._said_at > _SECONDS_BETWEEN_LINES:
             share = f" ({self._bytes / self._num_bytes:.0%})" if self._num_bytes else ""
             _LOGGER.info("%s: %s records%s are tokenised", self._path, f"{self._records:,}", share)
             self._said_at = time.monotonic()
@@ -48,7 +49,16 @@ class ReadProgress:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._bar.stop()
+        if self._bar is not None:
+            self._bar.stop()
+
+
+def _bar() -> Progress:
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (BarColumn(), TextColumn("{task.fields[records]:,} records"), TimeRemainingColumn())
+    return Progress(TextColumn("{task.description}"), *columns, console=Console(stderr=True), transient=True)
 
 
 def _size_of_lines(path: str) -> int | None:
