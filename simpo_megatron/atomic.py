@@ -113,7 +113,7 @@ def new_folder(path: Path, *, first_wins: bool = False) -> Iterator[Path]:
 
 
 def rename(draft: Path, path: Path) -> None:
-    """Rename the folder `draft`, whose files are on the disk, to the free name `path`; return once that is on the disk.
+    """Rename the file or folder `draft`, which is on the disk, to the free name `path`; return once that is there too.
 
     Raises:
         OSError: the name is taken.

@@ -3,6 +3,7 @@
 Each turn says a number that no other turn says, so that a number tells whose text it stands in.
 """
 
+import copy
 import random
 from collections.abc import Iterator
 
@@ -36,7 +37,7 @@ class _Row:
         if rng.random() < 0.1:
             prompt += self.answer(calls=True)[:-1]
         row = {"chosen": prompt + self.response(), "rejected": prompt + self.response()}
-        return row | ({"tools": [TOOL]} if self.has_tools else {})
+        return row | ({"tools": [copy.deepcopy(TOOL)]} if self.has_tools else {})
 
     def response(self) -> list[dict]:
         turns = self.answer()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import glob
 import io
 import os
 from collections.abc import Iterable, Iterator
@@ -38,7 +39,7 @@ def read_raw(path: str, options: PairOptions) -> Iterator[RawRecord]:
     """
     for file in files_of(path):
         if is_on_hub(file):
-            yield from _read_hub(file)
+            yield from _read_hub(file, options)
         elif os.path.isdir(file):
             yield from _read_saved_dataset(file)
         else:
@@ -189,19 +190,27 @@ def _read_saved_dataset(path: str) -> Iterator[RawRecord]:
     yield from _numbered(loaded)
 
 
-def _read_hub(path: str) -> Iterator[RawRecord]:
-    """Yields the rows of `hub:NAME[:SPLIT]`, or of `hf://[datasets/]OWNER/NAME[/FILE][:SPLIT]`."""
+def _read_hub(path: str, options: PairOptions) -> Iterator[RawRecord]:
+    """Yields the rows of `hub:NAME[:SPLIT]`, or of `hf://[datasets/]OWNER/NAME[@REVISION][/FILE][:SPLIT]`."""
     import datasets
+    from huggingface_hub import hf_hub_download
 
     if path.startswith(HF_PREFIX):
         name, _, split = path.removeprefix(HF_PREFIX).removeprefix("datasets/").partition(":")
         parts = name.rstrip("/").split("/")
-        name, file = "/".join(parts[:2]), "/".join(parts[2:]) or None
+        name, file = "/".join(parts[:2]), "/".join(parts[2:])
     else:
         name, _, split = path.removeprefix(HUB_PREFIX).partition(":")
-        file = None
+        file = ""
+    name, _, revision = name.partition("@")
     try:
-        loaded = datasets.load_dataset(name, data_files=file, split=split or "train")
+        if file and not glob.has_magic(file):
+            # One file is read as any other here: records keep their lines, and odd ones are counted.
+            downloaded = hf_hub_download(name, file, repo_type="dataset", revision=revision or None)
+            yield from _read_file(downloaded, options)
+            return
+        split = split or "train"
+        loaded = datasets.load_dataset(name, data_files=file or None, split=split, revision=revision or None)
     except (OSError, ValueError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise DataError(f"{path}: found nothing to read ({reason}), expected a data set of the hub") from None

@@ -58,7 +58,7 @@ class _Asked:
 
     @property
     def has_one_turn_each(self) -> bool:
-        """Whether both responses are one turn."""
+        """Both responses are one turn."""
         return len(self.responses[0]) == len(self.responses[1]) == 1
 
 

@@ -27,7 +27,7 @@ from simpo_megatron.atomic import new_folder, remove_folder
 from simpo_megatron.data.build_report import BuildReport
 from simpo_megatron.data.chunks import encode_chunk, encoded_chunks
 from simpo_megatron.data.pair_options import PairOptions
-from simpo_megatron.data.progress import ReadProgress
+from simpo_megatron.data.read_progress import ReadProgress
 from simpo_megatron.data.records import ENDLESS_TEMPLATE, UNUSABLE_REASONS
 from simpo_megatron.data.sources import source_identity
 from simpo_megatron.data.store_seal import DamagedStoreError, damaged, read_sealed, seal

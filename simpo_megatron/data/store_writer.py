@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from simpo_megatron.atomic import LOCK_FILE, draft_name, lock, new_file
+from simpo_megatron.atomic import LOCK_FILE, draft_name, lock, new_file, rename
 from simpo_megatron.data.build_report import BuildReport
 from simpo_megatron.data.chunks import Chunk
 from simpo_megatron.data.workers import LostWorkersError
@@ -102,7 +102,7 @@ class StoreWriter:
     def move_tokens(self, path: Path) -> None:
         """Makes the file of all tokens `path`; the writer is done."""
         self.close()
-        os.replace(self._folder / "pairs.bin", path)
+        rename(self._folder / "pairs.bin", path)
 
     def close(self) -> None:
         """Closes the file of tokens."""

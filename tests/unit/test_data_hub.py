@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from hub_server import REPOSITORY, hub_of
+from hub_server import REPOSITORY, REVISION, hub_of
 
 # Each name is read in one process, for the hub's libraries take their settings when they are imported.
 READ = """
@@ -16,7 +16,8 @@ from simpo_megatron.data.readers import read_raw
 from simpo_megatron.errors import DataError
 for name in sys.argv[1:]:
     try:
-        print(json.dumps([raw.row for raw in read_raw(name, PairOptions())]))
+        rows = [raw.row for raw in read_raw(name, PairOptions())]
+        print(json.dumps([json.loads(row) if isinstance(row, bytes) else row for row in rows]))
     except DataError as error:
         print(json.dumps(str(error)))
 """
@@ -44,12 +45,13 @@ def test_data_sets_of_the_hub_are_read_by_name_and_then_from_the_cache(tmp_path)
     hub, hf = f"hub:{REPOSITORY}", f"hf://datasets/{REPOSITORY}"
     found = [["a", "b"], ["c"], ["c"], ["a", "b"]]
     names = [hub, f"{hub}:test", f"{hf}/data/test.jsonl", f"hf://{REPOSITORY}"]
+    several = f"{hf}@{REVISION}/data/t*.jsonl"
     with hub_of(files) as address:
         online = {"HF_ENDPOINT": address, "HF_HUB_OFFLINE": "0"}
-        *rows, no_split, no_file, no_owner = read(
-            [*names, f"{hub}:dev", f"{hf}/none.jsonl", "hub:owner/other"], tmp_path, **online
+        *rows, of_several, no_split, no_file, no_owner = read(
+            [*names, several, f"{hub}:dev", f"{hf}/none.jsonl", "hub:owner/other"], tmp_path, **online
         )
-    assert rows == found
+    assert rows == found and sorted(of_several) == ["a", "b", "c"]
     assert no_split.startswith(f"{hub}:dev: found ") and "['train', 'test']" in no_split
     assert no_file.startswith(f"{hf}/none.jsonl: found ") and no_owner.startswith("hub:owner/other: found ")
     *rows, missing = read([*names, "hub:owner/other"], tmp_path, HF_HUB_OFFLINE="1")

@@ -19,7 +19,7 @@ from simpo_megatron.data import (
     build_preference_dataset,
     check_vocabulary,
     chunks,
-    progress,
+    read_progress,
     split,
     store_seal,
     store_writer,
@@ -237,7 +237,7 @@ def test_a_stopped_build_of_a_bad_record_leaves_nothing(tmp_path, monkeypatch):
 
 
 def test_progress_is_a_line_in_the_log_where_no_terminal_is(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(progress, "_SECONDS_BETWEEN_LINES", 0.0)
+    monkeypatch.setattr(read_progress, "_SECONDS_BETWEEN_LINES", 0.0)
     path = write_pairs(tmp_path / "pairs.jsonl", 128)
     with caplog.at_level("INFO"):
         build(path, tmp_path, num_workers=1)
