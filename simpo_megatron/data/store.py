@@ -202,7 +202,11 @@ def _write_store(
     num_workers: int,
 ) -> dict[str, Any]:
     """Writes all files of the store `folder` but its sidecar to `draft`, and returns facts for that."""
-    with build_folder(folder) as working, closing(StoreWriter(working)) as writer, ReadProgress(path) as progress:
+    with (
+        build_folder(folder, draft) as working,
+        closing(StoreWriter(working)) as writer,
+        ReadProgress(path) as progress,
+    ):
         if writer.num_chunks:
             _LOGGER.info("%s: goes on behind the %d records of a build that was stopped", path, writer.report.num_lines)
         progress.advance(writer.report.num_lines, writer.num_bytes)

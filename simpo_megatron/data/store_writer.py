@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from simpo_megatron.atomic import LOCK_FILE, draft_name, lock, new_file, rename
+from simpo_megatron.atomic import LOCK_FILE, lock, new_file, rename
 from simpo_megatron.data.build_report import BuildReport
 from simpo_megatron.data.chunks import Chunk
 from simpo_megatron.data.workers import LostWorkersError
@@ -29,19 +29,19 @@ PART_TOKENS = 4 << 20
 
 
 @contextmanager
-def build_folder(store: Path) -> Iterator[Path]:
+def build_folder(store: Path, draft: Path) -> Iterator[Path]:
     """The folder in which `store` is built; gone at the end, unless the build is stopped or killed behind a part.
 
-    Where another process builds the same store, a new one, which no build goes on from.
+    Where another process builds the same store it is a folder inside of `draft`, from which no build goes on.
     """
     folder = store.with_name(f"{store.name}.building")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         held = lock(folder / LOCK_FILE)
+        (folder / LOCK_FILE).stat()  # gone with the folder, where a process that built the store is done just now
     except OSError:
-        folder = draft_name(store)
-        folder.mkdir(parents=True)
-        held = lock(folder / LOCK_FILE, wait_seconds=10.0)
+        folder, held = draft / "building", None
+        folder.mkdir()
     try:
         yield folder
     except BaseException as error:
@@ -52,7 +52,8 @@ def build_folder(store: Path) -> Iterator[Path]:
     else:
         shutil.rmtree(folder, ignore_errors=True)
     finally:
-        held.release()
+        if held is not None:
+            held.release()
 
 
 class StoreWriter:
