@@ -20,8 +20,12 @@ for module in pkgutil.walk_packages(simpo_megatron.__path__, "simpo_megatron."):
 """
 A_SWEEP = """
 from pathlib import Path
-from simpo_megatron.cli import main
-raise SystemExit(main(["sweep", "--sweep", "lr=1e-3,2e-3", "--save", "swept", "--train-iters", "2", "--dry-run"]))
+from simpo_megatron.sweep.journal import Journal, Outcome
+from simpo_megatron.sweep.points import grid, parse_axes
+points = grid(parse_axes(["lr=1e-3,2e-3"]))
+journal = Journal(Path.cwd(), {})
+journal.tell(journal.take(points), Outcome("done", accuracy=0.75))
+assert Journal(Path.cwd(), {}).outcomes() == {points[0]: Outcome("done", accuracy=0.75)}
 """
 ON_WEIGHTS_AND_BIASES = """
 from simpo_megatron.config import load_config
