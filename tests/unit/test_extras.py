@@ -1,6 +1,7 @@
-"""Each extra alone is enough for what it is for; none of them is needed for the rest.
+"""Each extra alone is enough for what it is for.
 
-The extra gguf makes the model of test_smollm2 (conftest.py). `make test-nemo` and `make docs` install theirs alone.
+The extra gguf makes the model of test_smollm2 (conftest.py), and without any the whole package is imported
+(test_logs.py). `make test-nemo` and `make docs` install theirs alone.
 """
 
 import subprocess
@@ -8,16 +9,6 @@ import subprocess
 import pytest
 from extras import installed_alone
 
-EVERY_MODULE = """
-import importlib, pkgutil, simpo_megatron
-for module in pkgutil.walk_packages(simpo_megatron.__path__, "simpo_megatron."):
-    if not module.name.endswith("__main__"):
-        try:
-            importlib.import_module(module.name)
-        except ModuleNotFoundError as error:
-            if error.name != "triton":  # comes with a torch for GPUs
-                raise
-"""
 A_SWEEP = """
 from pathlib import Path
 from simpo_megatron.sweep.journal import Journal, Outcome
@@ -36,7 +27,7 @@ sink.close()
 """
 pytestmark = pytest.mark.processes
 
-USES = {"": EVERY_MODULE, "sweep": A_SWEEP, "wandb": ON_WEIGHTS_AND_BIASES}
+USES = {"sweep": A_SWEEP, "wandb": ON_WEIGHTS_AND_BIASES}
 
 
 @pytest.mark.parametrize("extra", USES)
