@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from simpo_megatron.config import Machine
 
 GIB = 2**30
+PROMPT_TOKENS, RESPONSE_TOKENS = 300, 400
+"""Mean lengths of a prompt and of one response, where neither pairs nor lengths are given."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -35,7 +35,7 @@ MAY_IMPORT = {
     "checkpoint": {"errors", "atomic", "limits", "parallel", "ranks", "config", "mcore", "convert"},
     "nemo": {"errors", "limits", "data", "config"},
     "megatron_lm": {"errors", "loss", "data", "parallel", "ranks", "config", "mcore"},
-    "planning": {"errors", "parallel_sizes", "loss", "config", "mcore"},
+    "planning": {"errors", "parallel_sizes", "loss", "data", "config", "mcore"},
     "reporting": {"errors", "atomic", "limits", "data", "parallel", "config", "mcore"},
     "recipes": {"errors", "config", "training"},
     "training": {

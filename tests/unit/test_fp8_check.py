@@ -10,7 +10,7 @@ import pytest
 import torch
 from ranks import REPOSITORY
 
-from simpo_megatron.commands import fp8_check
+from simpo_megatron.training import fp8_noise
 
 TOOL = REPOSITORY / "tools" / "fp8_check.py"
 LARGEST = 448.0
@@ -18,7 +18,7 @@ LARGEST = 448.0
 
 @pytest.fixture(scope="module")
 def tool():
-    return vars(fp8_check)
+    return vars(fp8_noise)
 
 
 def e4m3_numbers() -> np.ndarray:

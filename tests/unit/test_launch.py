@@ -242,20 +242,24 @@ def test_help_and_mistakes_are_told_before_torch_is_imported(tmp_path):
     }
     script = f"""
 import contextlib, io, sys
-from simpo_megatron.cli import main
-codes = []
-for argv, _ in {list(asked.values())!r}:
+from simpo_megatron.cli import COMMANDS, main
+
+def code_of(*argv):
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         try:
-            codes.append(main(["train", *argv]))
+            return main(argv)
         except SystemExit as ended:
-            codes.append(ended.code)
-print(codes)
+            return ended.code
+
+print([code_of("train", *argv) for argv, _ in {list(asked.values())!r}])
 print([name for name in ("torch", "numpy", "megatron", "transformers", "datasets") if name in sys.modules])
 print(len(sys.modules))
+print(sum(code_of(command, "--help") for command in COMMANDS))
+print([name for name in ("torch", "megatron", "transformers", "datasets") if name in sys.modules])
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=REPOSITORY)
-    codes, loaded, num_modules = done.stdout.splitlines()
+    codes, loaded, num_modules, *of_all_commands = done.stdout.splitlines()
     assert codes == str([code for _, code in asked.values()])
     assert loaded == "[]"
     assert int(num_modules) < 330, "a fifth more than there were: what is it that a wrong option needs?"
+    assert of_all_commands == ["0", "[]"], "the help of every command"
