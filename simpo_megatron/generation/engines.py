@@ -1,4 +1,4 @@
-"""The engines that answer a prompt: transformers in this process, or any server that speaks OpenAI's protocol."""
+"""The engines that answer a prompt: any server that speaks OpenAI's protocol, or transformers in this process."""
 
 from __future__ import annotations
 
@@ -48,6 +48,9 @@ class Engine(ABC):
     ) -> Completion:
         """The answer to a conversation that ends with a turn of the user; greedy at temperature 0."""
 
+    def close(self) -> None:  # noqa: B027 - most have started nothing
+        """End what the engine started; it answers no more."""
+
 
 class ServerEngine(Engine):
     """A server's model: vLLM, SGLang, TGI or any other that speaks OpenAI's protocol; it renders and stops itself."""
@@ -68,19 +71,12 @@ class ServerEngine(Engine):
         return Completion(reply.text.strip(), reply.num_tokens, reply.finish_reason == "length")
 
 
-class TransformersEngine(Engine):
-    """The model of a Hugging Face folder in this process, on its GPU or the CPU, one answer at a time.
+class FolderEngine(Engine):
+    """The model of a Hugging Face folder: its own chat template, one BOS, and its generation_config.json's stop ids."""
 
-    One at a time, because an answer that is padded beside others is another one in its last bits, and a sampled one
-    would depend on its neighbours. Stop ids are those of the folder's generation_config.json.
-    """
-
-    def __init__(self, folder: Path, *, dtype: str = "auto") -> None:
-        from transformers import AutoModelForCausalLM, GenerationConfig
-
+    def __init__(self, folder: Path) -> None:
         from simpo_megatron.checkpoint.fingerprint import sampled_fingerprint
-        from simpo_megatron.mcore import device
-        from simpo_megatron.mcore.hf_files import load_transformers_model
+        from simpo_megatron.mcore.hf_files import read_hf_json
 
         self._tokenizer = load_tokenizer(folder)
         template = chat_template_of(self._tokenizer, PairOptions())
@@ -88,21 +84,14 @@ class TransformersEngine(Engine):
             raise ConfigError(f"model: found no chat template in {folder}, expected one that renders prompts")
         self._template = template
         self._fingerprint = sampled_fingerprint(folder)
-        self._model = load_transformers_model(AutoModelForCausalLM, folder, dtype=dtype)
-        # Of the folder's own settings only the stop ids: its top_p or repetition_penalty would act without a word.
-        self._stop_ids = stop_ids(self._model.generation_config.eos_token_id)
-        pad = next((one for one in (self._tokenizer.pad_token_id, self._tokenizer.eos_token_id) if one is not None), 0)
-        self._model.generation_config = GenerationConfig(eos_token_id=self._stop_ids or None, pad_token_id=pad)
-        if device.has_cuda():
-            self._model.to("cuda")
+        config = read_hf_json(folder, "config.json")
+        self._positions: int | None = config.get("max_position_embeddings")
+        if (folder / "generation_config.json").is_file():
+            config = read_hf_json(folder, "generation_config.json")
+        self._stop_ids = stop_ids(config.get("eos_token_id"))
 
     def identity(self) -> dict[str, Any]:
-        return {
-            "engine": "transformers",
-            "model": self._fingerprint,
-            "dtype": str(self._model.dtype).removeprefix("torch."),
-            "stop_ids": self._stop_ids,
-        }
+        return {"model": self._fingerprint, "stop_ids": self._stop_ids}
 
     def rendered(self, messages: Sequence[Message]) -> str:
         try:
@@ -110,18 +99,57 @@ class TransformersEngine(Engine):
         except BadRecord as error:
             raise DataError(f"prompt: found a conversation that the chat template refuses: {error}") from None
 
+    def prompt_of(self, messages: Sequence[Message], max_new_tokens: int) -> list[int]:
+        """The token ids of a conversation.
+
+        Raises: DataError where they leave no room for an answer.
+        """
+        ids = prompt_ids(self._tokenizer, self.rendered(messages))
+        if self._positions is not None and len(ids) + max_new_tokens > self._positions:
+            raise DataError(
+                f"prompt: found {len(ids)} tokens and max_new_tokens {max_new_tokens}, expected at most "
+                f"{self._positions} together, the positions of the model; lower max_new_tokens or leave the prompt out"
+            )
+        return ids
+
+    def completion_of(self, answer: list[int]) -> Completion:
+        """The answer of these token ids, the stop id that it ends with among them."""
+        text = str(self._tokenizer.decode(answer, skip_special_tokens=True))
+        return Completion(text.strip(), len(answer), is_cut=not answer or answer[-1] not in self._stop_ids)
+
+
+class TransformersEngine(FolderEngine):
+    """A folder's model in this process, on its GPU or the CPU, one answer at a time.
+
+    One at a time, because an answer that is padded beside others is another one in its last bits, and a sampled one
+    would depend on its neighbours.
+    """
+
+    def __init__(self, folder: Path, *, dtype: str = "auto") -> None:
+        from transformers import AutoModelForCausalLM, GenerationConfig
+
+        from simpo_megatron.mcore import device
+        from simpo_megatron.mcore.hf_files import load_transformers_model
+
+        super().__init__(folder)
+        self._model = load_transformers_model(AutoModelForCausalLM, folder, dtype=dtype)
+        self._positions = getattr(self._model.config, "max_position_embeddings", self._positions)
+        # Of the folder's own settings only the stop ids: its top_p or repetition_penalty would act without a word.
+        pad = next((one for one in (self._tokenizer.pad_token_id, self._tokenizer.eos_token_id) if one is not None), 0)
+        self._model.generation_config = GenerationConfig(eos_token_id=self._stop_ids or None, pad_token_id=pad)
+        if device.has_cuda():
+            self._model.to("cuda")
+
+    def identity(self) -> dict[str, Any]:
+        dtype = str(self._model.dtype).removeprefix("torch.")
+        return {"engine": "transformers", **super().identity(), "dtype": dtype}
+
     def complete(
         self, messages: Sequence[Message], *, max_new_tokens: int, temperature: float, seed: int
     ) -> Completion:
         import torch
 
-        ids = prompt_ids(self._tokenizer, self.rendered(messages))
-        positions = getattr(self._model.config, "max_position_embeddings", None)
-        if positions is not None and len(ids) + max_new_tokens > positions:
-            raise DataError(
-                f"prompt: found {len(ids)} tokens and max_new_tokens {max_new_tokens}, expected at most {positions} "
-                "together, the positions of the model; lower max_new_tokens or leave the prompt out"
-            )
+        ids = self.prompt_of(messages, max_new_tokens)
         sampling: dict[str, Any] = {"do_sample": False}
         if temperature > 0:
             sampling = {"do_sample": True, "temperature": temperature, "top_p": 1.0, "top_k": 0}
@@ -134,9 +162,7 @@ class TransformersEngine(Engine):
                 max_new_tokens=max_new_tokens,
                 **sampling,
             )
-        answer = output[0, len(ids) :].tolist()
-        text = str(self._tokenizer.decode(answer, skip_special_tokens=True))
-        return Completion(text.strip(), len(answer), is_cut=answer[-1] not in self._stop_ids)
+        return self.completion_of(output[0, len(ids) :].tolist())
 
 
 def stop_ids(configured: int | Sequence[int] | None) -> list[int]:

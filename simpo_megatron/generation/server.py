@@ -47,14 +47,7 @@ class ChatServer:
             ConfigError: the server refuses the request.
             DataError: it does not answer, after five tries, or with something else.
         """
-        asked = {
-            "model": self.model,
-            "messages": [dict(turn) for turn in messages],
-            "max_tokens": max_tokens,
-            "temperature": temperature,
-            "seed": seed,
-        }
-        found = self._post(asked)
+        found = self._post({**self._asked(messages, max_tokens), "temperature": temperature, "seed": seed})
         try:
             choice = found["choices"][0]
             text = choice["message"]["content"] or ""
@@ -63,6 +56,20 @@ class ChatServer:
         except (KeyError, IndexError, TypeError, ValueError):
             shown = json.dumps(found)[:_MOST_SHOWN]
             raise DataError(f"{self.url}: found {shown}, expected a chat completion") from None
+
+    def top_logprobs(self, messages: Sequence[Message], num: int) -> int:
+        """The number of alternatives that the server names for the first token of an answer, `num` asked for.
+
+        Raises: ConfigError, DataError, as `chat` does; ConfigError too where it refuses to name any.
+        """
+        found = self._post({**self._asked(messages, 1), "temperature": 1.0, "logprobs": True, "top_logprobs": num})
+        try:
+            return len(found["choices"][0]["logprobs"]["content"][0]["top_logprobs"])
+        except (KeyError, IndexError, TypeError):
+            return 0
+
+    def _asked(self, messages: Sequence[Message], max_tokens: int) -> dict[str, Any]:
+        return {"model": self.model, "messages": [dict(turn) for turn in messages], "max_tokens": max_tokens}
 
     def _post(self, asked: dict[str, Any]) -> Any:
         headers = {"Content-Type": "application/json"}

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from simpo_megatron.atomic import new_file, write_text
 from simpo_megatron.config import Config, load_config, to_yaml
-from simpo_megatron.errors import ConfigError
+from simpo_megatron.errors import ConfigError, visible
 from simpo_megatron.limits import read_bounded
+from simpo_megatron.reporting.continuations import Samples, read_samples
 from simpo_megatron.reporting.loggers import CONFIG_FILE, METRICS_FILE, evaluation_metric
 from simpo_megatron.reporting.rendering import render
 
@@ -249,6 +250,7 @@ def _page(curves: Curves, config: Config, report: Report) -> str:
         set_titles=[row.title for row in _NAMED_SET_ROWS],
         named_sets=_named_sets(curves),
         picture=base64.b64encode(report.picture.read_bytes()).decode(),
+        samples=_samples(folder),
         facts=_facts(curves, config),
         config_path=folder / CONFIG_FILE,
         config=to_yaml(config),
@@ -318,6 +320,18 @@ def _named_sets(curves: Curves) -> list[tuple[str, list[tuple[str, str] | None]]
     if len(curves.named) < 2:
         return []
     return [(name, [row.ends(metrics) for row in _NAMED_SET_ROWS]) for name, metrics in curves.named.items()]
+
+
+def _samples(folder: Path) -> Samples | None:
+    """The samples of the run, with nothing in them that a page cannot hold."""
+    found = read_samples(folder)
+    if found is None:
+        return None
+
+    def shown(texts: list[str]) -> list[str]:
+        return [visible(text, keep="\n\t") for text in texts]
+
+    return Samples(shown(found.prompts), found.before and shown(found.before), shown(found.after), found.iteration)
 
 
 def _facts(curves: Curves, config: Config) -> list[tuple[str, str]]:

@@ -149,7 +149,7 @@ class _Driver:
         if outcome.status == "done":
             gaps_P = read_evidence(self._sweep.folder / point.folder).gaps_P
             outcome = Outcome("done", accuracy=float((gaps_P > 0).mean()))
-            _say(f"trial     {point.folder}: accuracy {outcome.accuracy:.1%}")
+            _say(f"trial     {point.folder}: accuracy {outcome.accuracy:.1%} by average log-prob")
         else:
             _say(f"WARNING   trial {point.folder} {outcome.status}: {outcome.why}")
         journal.tell(self._claim, outcome)

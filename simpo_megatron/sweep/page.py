@@ -53,7 +53,7 @@ def page(found: Ranking, *, title: str, axes: Axes) -> str:
         "sweep.html",
         title=title,
         headline=found.headline,
-        maps=[_heat_map(found, *pair) for pair in combinations(varied, 2)] if found.rows else [],
+        maps=[drawn for pair in combinations(varied, 2) if (drawn := _heat_map(found, *pair)) is not None],
         scatter=_picture(
             draw_scatter(found.rows), "; ".join(f"{row.name} {_accuracy(row)}, {_moved(row)}" for row in found.rows)
         )
@@ -160,7 +160,8 @@ def _gap_lines(found: Ranking) -> list[str]:
     return said
 
 
-def _heat_map(found: Ranking, down: str, across: str) -> Picture:
+def _heat_map(found: Ranking, down: str, across: str) -> Picture | None:
+    """The map of two options; None where no setting that ended has both, as other objectives may not."""
     values = {
         name: sorted({row.options[name] for row in found.rows if name in row.options}, key=_order)
         for name in (down, across)
@@ -171,6 +172,8 @@ def _heat_map(found: Ranking, down: str, across: str) -> Picture:
         if down in row.options and across in row.options:
             place = (values[down].index(row.options[down]), values[across].index(row.options[across]))
             at.setdefault(place, row)
+    if not at:
+        return None
     labels = {name: [written(value) for value in of_axis] for name, of_axis in values.items()}
     figure = draw_heat_map(at, down, labels[down], across, labels[across])
     said = "; ".join(f"{row.name} {_accuracy(row)} {row.verdict}" for row in at.values())

@@ -14,6 +14,7 @@ from simpo_megatron.checkpoint import manifest
 from simpo_megatron.config import Config
 from simpo_megatron.errors import NumericsError, SimPOError, StoppedByMonitor, StoppedBySignal
 from simpo_megatron.ranks import sync_status
+from simpo_megatron.reporting.continuations import keep_samples
 from simpo_megatron.reporting.loggers import RunLog, Sink, open_run_log
 from simpo_megatron.reporting.validation_pairs import keep_validation_pairs
 from simpo_megatron.stop_signals import StopSignals
@@ -224,7 +225,7 @@ def _is_due(iteration: int, interval: int | None) -> bool:
 def _evaluate(job: Job, monitors: Monitors, log: RunLog, iteration: int, save: str | None) -> dict[str, float]:
     """The validation metrics under the names they are logged by; none without validation pairs.
 
-    The log-probs of each pair of the first set are written to the folder `save`, if there is one.
+    The log-probs of each pair of the first set and the samples of the repetition probe are kept in `save`, if given.
     """
     found = evaluate(job.trainer, job.valid_data, is_untrained=iteration == 0)
     metrics = monitors.evaluation(iteration, found.metrics)
@@ -233,6 +234,8 @@ def _evaluate(job: Job, monitors: Monitors, log: RunLog, iteration: int, save: s
     if found.averages is not None and save is not None and dist.get_rank() == 0:
         try:
             keep_validation_pairs(Path(save), iteration, found.averages, next(iter(job.valid_data.values())))
+            if monitors.samples:
+                keep_samples(Path(save), iteration, *zip(*monitors.samples, strict=True))
         except SimPOError as error:
             # Only the report misses them.
             log.say(f"WARNING   {error}; the run goes on without")

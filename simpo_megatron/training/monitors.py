@@ -90,6 +90,8 @@ class Monitors:
         self._logged_steps, self._logged_pairs = start.iteration, start.consumed_pairs
         self._alarms: list[Alarm] = []
         self._prompts = None
+        self.samples: list[tuple[str, str]] = []
+        """The repetition probe's prompts and continuations in the latest evaluation; none where it is off."""
         if self._settings.repetition_prompts and job.valid_data:
             first_set = next(iter(job.valid_data.values()))
             self._prompts = first_prompts(first_set, self._settings.repetition_prompts, job.trainer.groups)
@@ -157,12 +159,15 @@ class Monitors:
             end_ids=self._prompts.end_ids,
             vocab_size=self._job.plan.description.vocab_size,
         )
+        decode = self._job.tokenizer.decode
+        texts = (map(decode, ids) for ids in (self._prompts.ids, samples))
+        self.samples = list(zip(*texts, strict=True))
         share, limit = fmean(map(repetition, samples)), self._settings.max_repetition
         if self._start is not None:
             # Only a rise since step 0 is training's effect; base models repeat themselves a lot.
             at_start = self._start.setdefault(REPETITION_AT_START, share if iteration == 0 else 0.0)
             limit = limit and max(limit, at_start)
-        worst = self._job.tokenizer.decode(max(samples, key=repetition))[:_MAX_TEXT]
+        worst = decode(max(samples, key=repetition))[:_MAX_TEXT]
         self._tell_once(
             iteration,
             "repetition",

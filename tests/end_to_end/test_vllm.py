@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -17,6 +18,9 @@ import torch
 from ranks import REPOSITORY
 from tiny_models import write_llama3
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from simpo_megatron.commands import generate
+from simpo_megatron.generation.lines import read_lines
 
 PYTHON = os.environ.get("SIMPO_VLLM_PYTHON") or (sys.executable if find_spec("vllm") else None)
 pytestmark = [
@@ -79,3 +83,34 @@ def test_vllm_answers_as_transformers_does_and_stops_at_both_ids(exported: Path,
     assert [answer["ids"] for answer in (first_stop, second_stop)] == [[stop] for stop in stops]
     assert {first_stop["ended"], second_stop["ended"]} == {"stop"}
     assert no_stop["ids"] == [another] * MAX_TOKENS and no_stop["ended"] == "length"
+
+
+def test_the_engine_of_simpo_generate_answers_as_transformers_does(
+    exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both turns of a conversation too; and an answer ends at any stop id of the folder."""
+    monkeypatch.setenv("SIMPO_VLLM_PYTHON", str(PYTHON))
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
+    monkeypatch.setenv("DO_NOT_TRACK", "1")
+    prompts = tmp_path / "prompts.jsonl"
+    rows = [{"prompt": question} for question in QUESTIONS] + [{"turns": QUESTIONS[:2]}]
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    folder = tmp_path / "folder"
+    shutil.copytree(exported, folder)
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
+    asked = [{"role": "user", "content": QUESTIONS[0]}]
+    inputs = tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    answer = model.generate(**inputs, do_sample=False, max_new_tokens=MAX_TOKENS)[0, inputs["input_ids"].shape[1] :]
+    settings = json.loads((folder / "generation_config.json").read_text())
+    settings["eos_token_id"] = [*settings["eos_token_id"], int(answer[5])]
+    (folder / "generation_config.json").write_text(json.dumps(settings))
+
+    found = {}
+    for engine in ("transformers", "vllm"):
+        options = ["--prompts", str(prompts), "--max-new-tokens", str(MAX_TOKENS), "--dtype", "float32"]
+        out = ["--engine", engine, "--out", str(tmp_path / engine)]
+        assert generate.main(["--model", str(folder), *options, *out]) == 0
+        found[engine] = sorted(read_lines(tmp_path / engine / "answers.jsonl"), key=lambda row: row["id"])
+    assert found["vllm"] == found["transformers"]
+    first = found["vllm"][0]
+    assert first["num_tokens"] == answer.tolist().index(int(answer[5])) + 1 and not first["is_cut"]

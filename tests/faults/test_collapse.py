@@ -10,6 +10,7 @@ import pytest
 from ranks import run_ranks
 
 from simpo_megatron.demo import prepare_demo
+from simpo_megatron.reporting.continuations import read_samples
 
 WORKER = Path(__file__).parents[1] / "distributed" / "checkpoint_worker.py"
 NUM_STEPS = 4
@@ -73,6 +74,9 @@ def test_a_spike_is_told_with_its_pairs_and_the_run_goes_on_when_not_told_otherw
     (line, *_) = [line for line in output.splitlines() if line.startswith("WARNING loss_spike")]
     spike = next(record for record in metrics(folder, "warned") if "pair_ids" in record)
     assert "after step 3:" in line and spike["iteration"] == 3 and len(spike["pair_ids"]) == 8
+    samples = read_samples(folder / "warned")
+    assert samples.iteration == NUM_STEPS and len(set(samples.prompts)) == len(samples.before) == 2
+    assert samples.before != samples.after and all(samples.prompts)
     assert re.search(r"pairs \w+:\d+, ", line)
     (pairs,) = [p for consumed, p in map(json.loads, (folder / "warned.pairs").open()) if consumed == 16]
     assert spike["pair_ids"] == pairs, "the pairs that the third step took"

@@ -74,7 +74,7 @@ MAY_IMPORT = {
         "training",
     },
     "generation": {"errors", "atomic", "limits", "data", "mcore", "checkpoint"},
-    "evaluation": {"errors", "atomic", "generation"},
+    "evaluation": {"errors", "atomic", "generation", "reporting"},
     "offline": {
         "errors",
         "collector",

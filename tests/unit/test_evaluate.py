@@ -5,9 +5,16 @@ from __future__ import annotations
 import json
 
 import pytest
+import yaml
 
 from simpo_megatron.commands import evaluate
 from simpo_megatron.demo import prepare_demo
+from simpo_megatron.errors import ConfigError, DataError, GateClosed
+from simpo_megatron.evaluation import reproduction
+from simpo_megatron.evaluation.arena_hard import checked_checkout
+from simpo_megatron.evaluation.benchmarks import encodable
+from simpo_megatron.evaluation.gate import paired_difference
+from simpo_megatron.generation.engines import Engine
 from simpo_megatron.generation.lines import read_lines
 
 MT_BENCH = [
@@ -30,7 +37,7 @@ def run(benchmark, rows, model, folder, *options):
     questions = folder / "questions.json"
     questions.write_text(json.dumps(rows))
     asked = ["--questions", str(questions), "--model", model, "--name", "ours", "--out", str(folder / "out")]
-    return evaluate.main([benchmark, *asked, "--max-new-tokens", "5", *options])
+    return evaluate.main([benchmark, "generate", *asked, "--max-new-tokens", "5", *options])
 
 
 def test_mt_bench_takes_its_temperatures_and_both_turns(model, tmp_path, capsys):
@@ -47,7 +54,7 @@ def test_mt_bench_takes_its_temperatures_and_both_turns(model, tmp_path, capsys)
     }
     assert len(answers[1]["answers"]) == 2 and answers[1]["messages"][2]["content"] == "Twice that?"
     told = capsys.readouterr().out
-    assert "WARNING   2 questions are not mt-bench" in told and f"--output_path {tmp_path / 'out'}" in told
+    assert "WARNING   2 questions are not mt-bench" in told
 
 
 def test_arena_hard_and_alpaca_eval_keep_the_order_and_the_words_of_their_questions(model, tmp_path):
@@ -83,6 +90,7 @@ def test_arena_hard_and_alpaca_eval_keep_the_order_and_the_words_of_their_questi
         ("arena-hard", MT_BENCH, ["--partial"], "found no uid with one prompt"),
         ("alpaca-eval", ARENA, ["--partial"], "found no instruction with its dataset"),
         ("alpaca-eval", ALPACA, ["--partial", "--name", "../x"], "name: found '../x'"),
+        ("arena-hard", ARENA, ["--partial", "--name", "gpt-4-0314"], "expected another than the baseline's"),
     ],
 )
 def test_questions_of_another_benchmark_or_a_part_of_it_are_refused(
@@ -90,3 +98,171 @@ def test_questions_of_another_benchmark_or_a_part_of_it_are_refused(
 ):
     assert run(benchmark, rows, model, tmp_path, *options) in (2, 3)
     assert said in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_lone_surrogates_are_replaced_and_pairs_joined():
+    assert encodable("a \ud83d b \ude00 c") == "a \ufffd b \ufffd c"
+    assert encodable("\ud83d\ude00 [[ \x00") == "\U0001f600 [[ \x00" and encodable("") == ""
+
+
+def battles(*scores):
+    return [{"uid": str(number), "scores": list(one)} for number, one in enumerate(scores)]
+
+
+def test_the_gate_s_difference_is_that_of_the_win_rates_and_pairs_the_questions():
+    ours, others = battles([1, 1], [0, 0.5], [1, 1, 1, 0]), battles([1, 1], [0, 0], [0, 1])
+    found = paired_difference(ours, others)
+    assert found.value == pytest.approx(100 * (5.5 / 8 - 3 / 6), abs=1e-9) and found.num_questions == 3
+    assert found == paired_difference(ours[::-1], others) and found.low <= found.value <= found.high
+    # Hard and easy questions alike for both: the spread among questions is none of the difference's.
+    hard = battles(*([float(number % 2)] * 2 for number in range(400)))
+    easier = battles(*([float(number % 2 or number % 20 == 0)] * 2 for number in range(400)))
+    worse = paired_difference(hard, easier)
+    assert worse.value == pytest.approx(-5.0) and -8 < worse.low < -5 < worse.high < -2.5
+    assert worse.is_worse(0) and not worse.is_worse(5) and not paired_difference(easier, hard).is_worse(0)
+    assert paired_difference(hard, hard).value == paired_difference(hard, hard).high == 0
+    with pytest.raises(DataError, match="found 0 questions judged in both"):
+        paired_difference(hard, [{"uid": "x", "scores": [1.0]}])
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_gate_stays_open_to_equals(seed):
+    """Two models of the same strength: 2.5 % of all such pairs look worse by chance, and no more."""
+    import numpy as np
+
+    rng, closed = np.random.default_rng(seed), 0
+    for _ in range(40):
+        skill = rng.uniform(0.1, 0.9, 100)
+        ours, others = (battles(*(rng.random((100, 2)) < skill[:, None]).astype(float)) for _ in range(2))
+        closed += paired_difference(ours, others).is_worse(0)
+    assert closed <= 5, "more than 5 of 40 at 2.5 % happen once in 2,000 times"
+
+
+class NamedStops(Engine):
+    """An engine that only says what it is."""
+
+    def __init__(self, stops, shows="<bos><start_of_turn>user\n{}<end_of_turn>\n<start_of_turn>model\n"):
+        self.stops, self.shows = stops, shows
+
+    def identity(self):
+        return {} if self.stops is None else {"stop_ids": self.stops}
+
+    def rendered(self, messages):
+        return self.shows.format(messages[-1]["content"])
+
+    def complete(self, messages, **_):
+        raise NotImplementedError
+
+
+def test_a_published_run_is_repeated_as_it_really_was():
+    run = reproduction.published_run("alpaca-eval", "gemma-2-9b-it-SimPO")
+    assert reproduction.published_decoding(run, 1).temperature == 0 and "beam" in run.why
+    sampled = reproduction.published_run("alpaca-eval", "Mistral-7B-Instruct-SimPO")
+    assert reproduction.published_decoding(sampled, 1).temperature == 0.5
+    assert list(reproduction.check_engine(NamedStops([1, 107, 5]), run, "Hello?")) == []
+    (told,) = reproduction.check_engine(NamedStops([1, 107], "{}"), run, "Hello?")
+    assert "is shown 'Hello?'" in told
+    (told,) = reproduction.check_engine(NamedStops(None), run, "Hello?")
+    assert "cannot be seen from here" in told
+    with pytest.raises(ConfigError, match="found the stop ids \\[1\\], expected 107 too"):
+        list(reproduction.check_engine(NamedStops([1]), run, "Hello?"))
+    with pytest.raises(ConfigError, match="as: found 'mine', expected one whose settings are published: Llama-3-Base"):
+        reproduction.published_run("arena-hard", "mine")
+
+
+def score_of(length_controlled, win_rate, *reasons, **other):
+    metrics = {"length-controlled win rate": {"value": length_controlled}, "win rate": {"value": win_rate}}
+    return {"metrics": metrics, "not_comparable": list(reasons), "notes": [], **other}
+
+
+def test_a_reproduction_says_infrastructure_or_not():
+    run = reproduction.published_run("alpaca-eval", "Llama-3-Instruct-8B-SimPO")
+    *lines, verdict = reproduction.compare_with_published("it", run, score_of(43.9, 42.1))
+    assert lines[0] == "published 44.7, here 43.9, -0.8 points: length-controlled win rate" and len(lines) == 2
+    assert "the infrastructure is sound" in verdict
+    with pytest.raises(
+        GateClosed, match="found it -9.9 points from its published score, expected at most 3; it is the"
+    ):
+        list(reproduction.compare_with_published("it", run, score_of(34.8, 40.0)))
+    with pytest.raises(ConfigError, match="found no score to compare \\(the judge is stub"):
+        list(reproduction.compare_with_published("it", run, score_of(44.7, 40.5, "the judge is stub")))
+    without = score_of(44.7, 40.5, notes=["found 40 rows"])
+    del without["metrics"]["length-controlled win rate"]
+    with pytest.raises(ConfigError, match="found no length-controlled win rate \\(found 40 rows\\)"):
+        list(reproduction.compare_with_published("it", run, without))
+
+
+def test_what_is_missing_is_one_sentence_with_its_source_and_licence(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("SIMPO_EVAL_PYTHON", str(tmp_path / "none"))
+    options = ["--model", "m", "--url", "http://127.0.0.1:1/v1", "--name", "n", "--out", str(tmp_path / "out")]
+    for benchmark, said in (
+        ("mt-bench", "run make eval-env, or name one by SIMPO_EVAL_PYTHON"),
+        ("arena-hard", "question.jsonl of arena-hard-auto (Apache-2.0)"),
+        ("alpaca-eval", "the following arguments are required: --questions"),
+    ):
+        try:
+            code = evaluate.main([benchmark, "generate", *options])
+        except SystemExit as stopped:
+            code = stopped.code
+        error = capsys.readouterr().err
+        assert code == 2 and said in error and error.count("\n") == 1
+    (tmp_path / "show_result.py").write_text("")
+    with pytest.raises(ConfigError, match="found no gen_judgment.py in .* at 196f6b8 \\(Apache-2.0\\); name it by"):
+        checked_checkout(tmp_path)
+    (tmp_path / "gen_judgment.py").write_text("another version")
+    with pytest.raises(ConfigError, match="found another gen_judgment.py"):
+        checked_checkout(tmp_path)
+    assert evaluate.main(["mt-bench", "score", "--out", str(tmp_path)]) == 2
+    assert "make it with simpo evaluate mt-bench generate --out" in capsys.readouterr().err
+
+
+def test_nemo_evaluator_gets_the_same_task(model, tmp_path, capsys):
+    asked = ["--name", "mine", "--out", str(tmp_path), "--emit", "nemo-evaluator"]
+    assert evaluate.main(["mt-bench", "generate", "--model", model, *asked]) == 0
+    config = yaml.safe_load(capsys.readouterr().out)
+    assert config["defaults"] == [{"execution": "local"}, {"deployment": "vllm"}, "_self_"]
+    assert config["deployment"]["checkpoint_path"] == model and config["evaluation"] == {"tasks": [{"name": "mtbench"}]}
+    served = ["--model", "served", "--url", "http://host:1/v1", "--questions", "none.json"]
+    assert evaluate.main(["arena-hard", "generate", *served, *asked]) == 0
+    config = yaml.safe_load(capsys.readouterr().out)
+    assert config["target"]["api_endpoint"]["url"] == "http://host:1/v1/chat/completions"
+    assert config["evaluation"]["tasks"] == [{"name": "ns_arena_hard_v2"}]
+    assert evaluate.main(["alpaca-eval", "generate", *served, *asked]) == 2
+    assert "which it has tasks for" in capsys.readouterr().err
+
+
+def write_score(folder, benchmark, model, value, characters, **other):
+    folder.mkdir(parents=True, exist_ok=True)
+    score = {
+        "benchmark": benchmark,
+        "model": model,
+        "judge": "stub",
+        "package": "made up",
+        "metrics": {"win rate": {"value": value, "error": 1.25}, "category math": {"value": 1.0}},
+        "num_questions": 805,
+        "num_missing": 0,
+        "answers": {"mean_characters": characters, "mean_tokens": 400.0, "cut": 0.01, "repetition": 0.02},
+        "baseline_characters": 2049.0,
+        "not_comparable": ["the judge is stub"],
+        "notes": [],
+    }
+    (folder / "score-stub.json").write_text(json.dumps({**score, **other}))
+    return folder
+
+
+def test_a_leaderboard_ranks_within_one_benchmark_and_judge(tmp_path, capsys):
+    folders = [
+        write_score(tmp_path / "a", "alpaca-eval", "short", 40.0, 1825.0),
+        write_score(tmp_path / "b", "alpaca-eval", "<long>", 52.5, 12_345.0),
+        write_score(tmp_path / "c", "arena-hard", "short", 30.0, 1800.0),
+    ]
+    page = tmp_path / "page.html"
+    assert evaluate.main(["leaderboard", *map(str, folders), "--page", str(page)]) == 0
+    told = capsys.readouterr().out.splitlines()
+    assert told[0] == "alpaca-eval, judged by stub" and "<long>" in told[1] and "52.50 +- 1.25" in told[1]
+    assert "12,345 characters" in told[1] and "short" in told[2] and told[3] == "arena-hard, judged by stub"
+    text = page.read_text()
+    assert text.index("&lt;long&gt;") < text.index("<td>short</td>") and "category math" not in text
+    assert text.count('<table class="sortable">') == 2 and "short: the judge is stub" in text
+    assert evaluate.main(["leaderboard", str(tmp_path), "--page", str(page)]) == 2
+    assert "found no score" in capsys.readouterr().err

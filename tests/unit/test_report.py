@@ -9,6 +9,7 @@ import pytest
 from simpo_megatron.commands.report import main
 from simpo_megatron.config import config_from, to_yaml
 from simpo_megatron.errors import ConfigError
+from simpo_megatron.reporting.continuations import keep_samples, read_samples
 from simpo_megatron.reporting.run_report import read_curves, write_report
 
 
@@ -107,6 +108,23 @@ def test_metrics_of_an_earlier_version_and_of_this_one_are_the_same_curves(tmp_p
     assert curves.named["rewards"]["rewards/accuracies"] == [(0, 0.25), (1, 0.5)], "a name it allowed"
     assert curves.validation["rewards/accuracies"] == [(0, 0.25), (1, 0.5), (2, 0.75)]
     assert set(curves.training) == {*step(1)}
+
+
+def test_samples_stand_beside_each_other(tmp_path):
+    lines = [evaluation(0, 0.5, 0.0), step(1), evaluation(1, 0.6, 0.1)]
+    folder = write_run(tmp_path / "run", lines)
+    assert "Samples" not in write_report(folder).page.read_text()
+    keep_samples(folder, 0, ["<b>Ask</b>", "two"], ["first said", "x"])
+    keep_samples(folder, 4, ["<b>Ask</b>", "two"], ["now said \ud800", "y"])
+    page = write_report(folder).page.read_text()
+    assert "before training and after step 4" in page and "&lt;b&gt;Ask&lt;/b&gt;" in page
+    assert page.index("<td>first said</td>") < page.index("<td>now said")
+    # A run that goes on with other prompts has nothing to set them beside.
+    keep_samples(folder, 8, ["other"], ["z"])
+    assert read_samples(folder).before is None and "before training and" not in write_report(folder).page.read_text()
+    for damaged in ("{", "[]", '{"prompts": ["a"], "before": null, "after": [], "iteration": 1}'):
+        (folder / "samples.json").write_text(damaged)
+        assert read_samples(folder) is None and "Samples" not in write_report(folder).page.read_text()
 
 
 def test_the_picture_is_a_png_of_the_promised_size(tmp_path):

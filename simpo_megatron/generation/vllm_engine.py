@@ -1,0 +1,191 @@
+"""The model of a folder by vLLM, in processes of its own environment, one for each replica of the weights."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import subprocess
+import threading
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+from simpo_megatron.errors import DataError, require
+from simpo_megatron.generation.engines import Completion, FolderEngine
+from simpo_megatron.generation.prompts import Message
+from simpo_megatron.generation.vllm_environment import vllm_python
+
+_CHILD = Path(__file__).with_name("vllm_child.py")
+_AT_ONCE_PER_REPLICA = 512
+
+
+class VllmEngine(FolderEngine):
+    """A folder's model by vLLM's offline engine, prompts batched as they come.
+
+    vLLM gets token ids, not text: template, BOS and stop ids are those of the other engines, and its tokenizer is not
+    even loaded. Greedy answers may part from transformers' where two tokens are as probable to the last bits.
+
+    Args:
+        log: file for vLLM's own output.
+        tensor_parallel_size: GPUs that share one replica's weights.
+        data_parallel_size: replicas, each on GPUs of its own.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        log: Path,
+        *,
+        dtype: str = "auto",
+        tensor_parallel_size: int = 1,
+        data_parallel_size: int = 1,
+    ) -> None:
+        require(tensor_parallel_size > 0, "tp", tensor_parallel_size, "a number above 0")
+        require(data_parallel_size > 0, "dp", data_parallel_size, "a number above 0")
+        python = vllm_python()
+        super().__init__(folder)
+        self._dtype, self._tensor_parallel_size = dtype, tensor_parallel_size
+        self.num_at_once = _AT_ONCE_PER_REPLICA * data_parallel_size
+        engine_args = {
+            "model": str(folder.absolute()),
+            "dtype": dtype,
+            "tensor_parallel_size": tensor_parallel_size,
+            "skip_tokenizer_init": True,
+            # The folder's top_p or repetition_penalty would act without a word.
+            "generation_config": "vllm",
+        }
+        log.parent.mkdir(parents=True, exist_ok=True)
+        devices = [_devices(number, tensor_parallel_size, data_parallel_size) for number in range(data_parallel_size)]
+        self._replicas = [_Replica(python, engine_args, log, own) for own in devices]
+        versions = [replica.version() for replica in self._replicas]
+        self._version = versions[0]
+
+    def identity(self) -> dict[str, Any]:
+        return {
+            "engine": f"vllm {self._version}",
+            **super().identity(),
+            "dtype": self._dtype,
+            "tensor_parallel_size": self._tensor_parallel_size,
+        }
+
+    def complete(
+        self, messages: Sequence[Message], *, max_new_tokens: int, temperature: float, seed: int
+    ) -> Completion:
+        sampling = {
+            "temperature": temperature,
+            "max_tokens": max_new_tokens,
+            "seed": seed,
+            "stop_token_ids": self._stop_ids,
+            "detokenize": False,
+        }
+        prompt = self.prompt_of(messages, max_new_tokens)
+        replica = min(self._replicas, key=lambda one: one.num_open)
+        return self.completion_of(replica.ask(prompt, sampling).result())
+
+    def close(self) -> None:
+        for replica in self._replicas:
+            replica.close()
+
+
+class _Replica:
+    """One process of vLLM."""
+
+    def __init__(self, python: Path, engine_args: Mapping[str, Any], log: Path, devices: str | None) -> None:
+        self._log, self._numbers, self._lock = log, itertools.count(), threading.Lock()
+        self._open: dict[str, Future[list[int]]] = {}
+        self._started: Future[str] = Future()
+        replies, reply_end = os.pipe()
+        variables = {} if devices is None else {"CUDA_VISIBLE_DEVICES": devices}
+        with log.open("ab") as output:
+            self._process = subprocess.Popen(  # noqa: S603 - the user's own environment
+                [python, _CHILD, str(reply_end), json.dumps(engine_args)],
+                stdin=subprocess.PIPE,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                pass_fds=(reply_end,),
+                env={**os.environ, **variables},
+                text=True,
+            )
+        os.close(reply_end)
+        threading.Thread(target=self._read, args=(replies,), daemon=True).start()
+
+    @property
+    def num_open(self) -> int:
+        """The requests that wait for an answer."""
+        return len(self._open)
+
+    def version(self) -> str:
+        """The version of vLLM, once the model is loaded.
+
+        Raises: DataError where it did not start.
+        """
+        return self._started.result()
+
+    def ask(self, prompt: Sequence[int], sampling: Mapping[str, Any]) -> Future[list[int]]:
+        """The token ids of an answer, once they are there.
+
+        Raises: DataError where the process has ended.
+        """
+        asked: Future[list[int]] = Future()
+        with self._lock:
+            name = str(next(self._numbers))
+            self._open[name] = asked
+            line = json.dumps({"id": name, "prompt_token_ids": list(prompt), "sampling": sampling})
+            assert self._process.stdin is not None
+            try:
+                self._process.stdin.write(line + "\n")
+                self._process.stdin.flush()
+            except OSError:
+                raise self._ended() from None
+        return asked
+
+    def close(self) -> None:
+        """End the process, which ends with its stdin."""
+        if self._process.stdin is not None and not self._process.stdin.closed:
+            self._process.stdin.close()
+        try:
+            self._process.wait(timeout=30)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+
+    def _read(self, replies: int) -> None:
+        """Hand out answers until the process ends; those who still wait are told."""
+        with open(replies, encoding="utf-8") as file:
+            for line in file:
+                reply = json.loads(line)
+                if "version" in reply:
+                    self._started.set_result(reply["version"])
+                elif "error" in reply:
+                    self._open.pop(reply["id"]).set_exception(DataError(f"prompt: found {reply['error']}, by vLLM"))
+                else:
+                    self._open.pop(reply["id"]).set_result(reply["token_ids"])
+        self._process.wait()
+        waiting: list[Future[Any]] = [self._started, *self._open.values()]
+        for future in waiting:
+            if not future.done():
+                future.set_exception(self._ended())
+
+    def _ended(self) -> DataError:
+        lines = self._log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["nothing"]
+        return DataError(
+            f"vllm: found its process ended with {self._process.poll()} ({lines[-1]}), expected answers; {self._log} "
+            "has its output"
+        )
+
+
+def _devices(replica: int, tensor_parallel_size: int, data_parallel_size: int) -> str | None:
+    """CUDA_VISIBLE_DEVICES of one of several replicas; None of one alone, which takes what it sees."""
+    if data_parallel_size == 1:
+        return None
+    seen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = seen.split(",") if seen else [str(number) for number in range(tensor_parallel_size * data_parallel_size)]
+    own = names[replica * tensor_parallel_size :][:tensor_parallel_size]
+    require(
+        len(own) == tensor_parallel_size,
+        "dp",
+        data_parallel_size,
+        f"tp x dp GPUs, {tensor_parallel_size * data_parallel_size}, in CUDA_VISIBLE_DEVICES {seen}",
+    )
+    return ",".join(own)

@@ -1,0 +1,42 @@
+"""vLLM's own environment, whose torch need not be this one's: found, and used to serve a judge."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import NoReturn
+
+from simpo_megatron.errors import ConfigError, require
+
+VLLM_PYTHON = "SIMPO_VLLM_PYTHON"
+_DEFAULT_PYTHON = Path(".venv-vllm/bin/python")
+
+
+def vllm_python() -> Path:
+    """The Python that has vLLM: that which SIMPO_VLLM_PYTHON names, or else `.venv-vllm`'s.
+
+    Raises: ConfigError where there is none.
+    """
+    python = Path(os.environ.get(VLLM_PYTHON) or _DEFAULT_PYTHON)
+    if not python.is_file():
+        raise ConfigError(
+            f"vllm: found no {python}, expected the Python of an environment that has vLLM; make one by python -m venv "
+            f".venv-vllm && .venv-vllm/bin/pip install vllm, or name one by {VLLM_PYTHON}"
+        )
+    # Not resolved, or it would be the Python that the environment was made with.
+    return python.absolute()
+
+
+def serve(model: str, *, port: int, tensor_parallel_size: int) -> NoReturn:
+    """Become vLLM's server of `model`, under its own name and with the five top logprobs that AlpacaEval asks for.
+
+    Raises: ConfigError without an environment of vLLM.
+    """
+    require(tensor_parallel_size > 0, "tp", tensor_parallel_size, "a number above 0")
+    python = str(vllm_python())
+    server = [
+        *("-m", "vllm.entrypoints.openai.api_server", "--model", model, "--served-model-name", model),
+        *("--host", "127.0.0.1", "--port", str(port), "--max-logprobs", "5"),
+        *("--tensor-parallel-size", str(tensor_parallel_size)),
+    ]
+    os.execv(python, [python, *server])  # noqa: S606 - the user's own environment
