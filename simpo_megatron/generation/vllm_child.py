@@ -10,14 +10,15 @@ import json
 import queue
 import sys
 import threading
-from typing import IO
-
-import vllm
-from vllm import EngineArgs, LLMEngine, SamplingParams
+from typing import IO, Any
 
 
 def main(replies: int, engine_args: dict) -> None:
     """Answer until stdin ends and nothing is left."""
+    # Only here, so that what imports the whole package needs no vLLM.
+    import vllm
+    from vllm import EngineArgs, LLMEngine
+
     engine = LLMEngine.from_engine_args(EngineArgs(**engine_args))
     requests: queue.Queue = queue.Queue()
     threading.Thread(target=read_requests, args=(requests,), daemon=True).start()
@@ -33,8 +34,10 @@ def main(replies: int, engine_args: dict) -> None:
                     say(file, {"id": output.request_id, "token_ids": ids, "finish_reason": done.finish_reason})
 
 
-def take(requests: queue.Queue, engine: LLMEngine, file: IO[str], *, waits: bool) -> bool:
+def take(requests: queue.Queue, engine: Any, file: IO[str], *, waits: bool) -> bool:
     """Hand the engine what has come, waiting for the first where nothing else is to do; False once stdin has ended."""
+    from vllm import SamplingParams
+
     while True:
         try:
             request = requests.get(block=waits)

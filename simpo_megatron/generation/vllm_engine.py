@@ -9,6 +9,7 @@ import subprocess
 import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -143,7 +144,9 @@ class _Replica:
 
     def close(self) -> None:
         """End the process, which ends with its stdin."""
-        if self._process.stdin is not None and not self._process.stdin.closed:
+        assert self._process.stdin is not None
+        # A process that has ended may have left a request unread.
+        with suppress(OSError):
             self._process.stdin.close()
         try:
             self._process.wait(timeout=30)
