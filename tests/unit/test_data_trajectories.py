@@ -187,7 +187,8 @@ def test_an_answer_goes_on_from_the_prompt_that_asks_for_it_where_the_template_t
     later = record_of([call, FOUND, said("4"), USER, said("four")], [CALL])
     with pytest.raises(BadRecord, match="template_leaves_out|template_mismatch"):
         shown(tokenizer, later)
-    other = UNTIL_ANSWERED.replace("%}<|im_start|>assistant{% endif", "%}<|im_start|>a{{ messages[1] }}{% endif")
+    gladly = "{% if messages[1].reasoning_content or messages[1].content %} gladly{% endif %}"
+    other = UNTIL_ANSWERED.replace("%}<|im_start|>assistant{% endif", "%}<|im_start|>assistant" + gladly + "{% endif")
     with pytest.raises(BadRecord, match="template_mismatch"):
         shown(templated(other), asked)
 
