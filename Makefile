@@ -190,15 +190,20 @@ test-slurm: $(VENV)/.ready-test
 	@SIMPO_SLURM=1 timeout 600 $(BIN)/python -m pytest $(SLOWEST) tests/slurm $(PYTEST)
 
 # One GPU and perhaps no network: WHEELS is a folder of wheels with what $(PYTHON) lacks (megatron-core, and what it is
-# compared with), each installed as it is.
+# compared with), each installed as it is, in front of what $(PYTHON) has.
 WHEELS ?=
 
 test-gpu: $(if $(WHEELS),.venv-gpu-check/.ready,$(VENV)/.ready)
 	@PYTHONPATH="$$PWD$${PYTHONPATH:+:$$PYTHONPATH}" $(<D)/bin/python -m simpo_megatron gpu-check $(ARGS)
 
 .venv-gpu-check/.ready: $(wildcard $(WHEELS)/*.whl)
-	@$(PYTHON) -m venv --system-site-packages $(@D)
-	@$(@D)/bin/pip install -qq --no-compile --no-index --no-deps $(WHEELS)/*.whl
+	@test -n "$^" || { echo "WHEELS: found no wheel in $(WHEELS), expected a folder of them"; exit 2; }
+	@echo "== environment: $(@D), with $(notdir $^)"
+	@$(PYTHON) -m venv $(@D)
+	@$(PYTHON) -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > \
+	  "$$($(@D)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/behind.pth"
+	@$(@D)/bin/python -m pip install -qq --no-compile --no-index --no-deps --find-links $(WHEELS) \
+	  $(foreach wheel,$(notdir $^),$(firstword $(subst -, ,$(wheel))))
 	@touch $@
 
 # The official scorers of MT-Bench and AlpacaEval, run as children of `simpo evaluate`.

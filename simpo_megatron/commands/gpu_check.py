@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -37,7 +38,7 @@ def main(argv: Sequence[str], prog: str = "simpo gpu-check") -> int:
 
 
 def _run(only: Sequence[str] | None, out: Path, seconds: float, *, rehearse: bool) -> int:
-    from simpo_megatron.gpu_check.listing import CHECKS
+    from simpo_megatron.gpu_check.listing import CHECKS, START_SECONDS
     from simpo_megatron.gpu_check.runner import open_results, run_checks
     from simpo_megatron.gpu_check.verdict import CheckSetting
     from simpo_megatron.mcore import device
@@ -49,8 +50,14 @@ def _run(only: Sequence[str] | None, out: Path, seconds: float, *, rehearse: boo
     if not rehearse and not device.has_cuda():
         raise ConfigError("gpu-check: found no GPU, expected one; --rehearse runs the checks at tiny size on the CPU")
     chosen = [check for check in CHECKS if only is None or check.name in only]
+    allowed = min(seconds, START_SECONDS + sum(check.seconds for check in chosen))
+    limits = "no time limits" if rehearse else ", ".join(f"{check.name} {check.seconds}" for check in chosen)
+    print(
+        f"{len(chosen)} checks, at most {seconds if rehearse else allowed:.0f} s; seconds of each: {limits}", flush=True
+    )
+    started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="gpu-check-") as folder, open_results(out) as results:
         setting = CheckSetting(folder=Path(folder), rehearse=rehearse)
         num_failed = run_checks(chosen, setting, results, seconds, lambda line: print(line, flush=True))
-    print(f"{len(chosen)} checks, {num_failed} failed; {out}")
+    print(f"{len(chosen)} checks, {num_failed} failed, {time.monotonic() - started:.0f} s; {out}")
     return int(num_failed > 0)

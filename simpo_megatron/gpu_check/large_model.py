@@ -8,18 +8,27 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from simpo_megatron.config import config_from
+from simpo_megatron.data import build_preference_dataset, load_tokenizer
 from simpo_megatron.demo import prepare_demo
 from simpo_megatron.gpu_check.user_runs import last_line, records, train
 from simpo_megatron.gpu_check.verdict import CheckSetting, Verdict
+from simpo_megatron.mcore.families import describe_hf_model
+from simpo_megatron.planning.memory import stage_memory
+from simpo_megatron.planning.shapes import ModelShape, Pack
+from simpo_megatron.planning.workload import Workload
 
 MFU_BUDGET, BUSY_BUDGET, RESERVED_BUDGET = 0.45, 0.95, 1.15
+PLAN_BUDGET = 0.15
+"""Of the planned memory, what the peak may be off."""
 _NUM_STEPS, _PROFILED = 12, (8, 10)
 
 
 def measure_steps(setting: CheckSetting) -> Verdict:
-    """At least 45 % of the GPU's peak, no allocation retries, and little reserved beside what is used."""
+    """45 % of the GPU's peak, the planned memory, little reserved beside it, and no allocation retries."""
     folder = setting.folder / "large"
-    done = train(setting, folder, *model_options(setting))
+    options = model_options(setting)
+    done = train(setting, folder, *options)
     if done.returncode:
         return Verdict.of(False, f"exit code {done.returncode}: {last_line(done)}", "0")
     steps = [record for record in records(folder) if "grad_norm" in record]
@@ -33,18 +42,39 @@ def measure_steps(setting: CheckSetting) -> Verdict:
     last = steps[-1]
     found |= {key: last[key] for key in ("peak_memory_gib", "reserved_memory_gib") if key in last}
     retries = sum(step.get("allocation_retries", 0) for step in steps)
+    found["planned_memory_gib"] = _planned_bytes(setting) / 2**30
     value = f"{found['tokens_per_second']:,.0f} tokens/s, {found['tflops_per_gpu']:.4g} TFLOP/s"
     if setting.rehearse:
         return Verdict.of(True, value, "not judged", **found)
     reserved = found["reserved_memory_gib"] / found["peak_memory_gib"]
     share = f"{found['mfu']:.0%} MFU, " if "mfu" in found else ""
+    peak, planned = found["peak_memory_gib"], found["planned_memory_gib"]
     holds = found.get("mfu", 1.0) >= MFU_BUDGET and reserved <= RESERVED_BUDGET and retries == 0
     return Verdict.of(
-        holds,
-        f"{share}{value}, {found['peak_memory_gib']:.1f} GiB, {reserved:.2f} of it reserved, {retries} retries",
-        f"{MFU_BUDGET:.0%} MFU, {RESERVED_BUDGET} reserved, no retries",
+        holds and abs(peak / planned - 1) <= PLAN_BUDGET,
+        f"{share}{value}, {peak:.1f} GiB, planned {planned:.1f}, {reserved:.2f} of it reserved, {retries} retries",
+        f"{MFU_BUDGET:.0%} MFU, {PLAN_BUDGET:.0%} off the plan, {RESERVED_BUDGET} reserved, no retries",
         **found,
     )
+
+
+def _planned_bytes(setting: CheckSetting) -> float:
+    """The planner's peak of the run, without CUDA's context and workspaces, which torch does not count either."""
+    model, pairs = model_and_pairs(setting)
+    config = config_from(model=str(model), data=(str(pairs),), **_shape(setting))
+    cache = setting.folder / "cache" / "planned"
+    lengths = build_preference_dataset([str(pairs)], load_tokenizer(model), config.pairs, cache).lengths.mean(axis=0)
+    prompt, chosen, rejected = map(float, lengths)
+    pack = Pack.of(config.batch, prompt=prompt, response=(chosen + rejected) / 2)
+    load = Workload(
+        shape=ModelShape.of(describe_hf_model(model)),
+        config=config,
+        pack=pack,
+        data_parallel_size=1,
+        num_microbatches=round(config.batch.global_batch_size / pack.num_pairs) or 1,
+    )
+    memory = stage_memory(load, 0)
+    return memory.total - memory.runtime
 
 
 def measure_occupation(setting: CheckSetting) -> Verdict:
@@ -82,14 +112,27 @@ def _covered(spans: list[tuple[float, float]]) -> float:
 
 def model_options(setting: CheckSetting) -> list[str]:
     """Options of a run of the large model on long pairs; both are written where they are not yet."""
-    model, pairs = _write_model(setting), _write_pairs(setting)
-    num_tokens = setting.size(8192, 1024)
-    options = ["--model", str(model), "--data", str(pairs), "--global-batch-size", str(setting.size(64, 8))]
-    options += ["--tokens-per-microbatch", str(num_tokens), "--max-length", str(setting.size(2048, 512))]
-    options += ["--max-prompt-length", str(setting.size(1024, 256)), "--log-interval", "1", "--lr", "1e-6"]
+    model, pairs = model_and_pairs(setting)
+    options = ["--model", str(model), "--data", str(pairs), "--log-interval", "1", "--lr", "1e-6"]
+    for name, value in _shape(setting).items():
+        options += [f"--{name.replace('_', '-')}", str(value)]
     options += ["--train-iters", str(setting.size(_NUM_STEPS, 3)), "--profile", "--use-pytorch-profiler"]
     first, last = _PROFILED if not setting.rehearse else (1, 2)
     return [*options, "--profile-step-start", str(first), "--profile-step-end", str(last)]
+
+
+def model_and_pairs(setting: CheckSetting) -> tuple[Path, Path]:
+    """(folder of the large model, file of long pairs), written where they are not yet."""
+    return _write_model(setting), _write_pairs(setting)
+
+
+def _shape(setting: CheckSetting) -> dict[str, int]:
+    return {
+        "global_batch_size": setting.size(64, 8),
+        "tokens_per_microbatch": setting.size(8192, 1024),
+        "max_length": setting.size(2048, 512),
+        "max_prompt_length": setting.size(1024, 256),
+    }
 
 
 def _write_model(setting: CheckSetting) -> Path:
@@ -128,6 +171,8 @@ def _write_pairs(setting: CheckSetting) -> Path:
         message["content"] for line in texts for part in json.loads(line).values() for message in part
     ).split()
     path, count = setting.folder / "long_pairs.jsonl", setting.size(768, 24)
+    if path.exists():
+        return path
     with path.open("w", encoding="utf-8") as file:
         for number in range(count):
             parts = []

@@ -22,7 +22,7 @@ from simpo_megatron.gpu_check.verdict import Check, CheckSetting, Verdict
 
 _REHEARSAL_SECONDS = 900
 """A check's time limit in a rehearsal, where the machine may be any and has neighbours."""
-_START_SECONDS = 120
+_LONGEST_START_SECONDS = 120
 _LEAST_SECONDS = 5
 _LOG = "log.txt"
 
@@ -93,7 +93,7 @@ class _Worker:
         theirs.close()
         # Its imports are no check's time. One that does not come up fails the check that it was started for.
         with suppress(EOFError):
-            if self._connection.poll(_START_SECONDS):
+            if self._connection.poll(_LONGEST_START_SECONDS):
                 self._connection.recv()
 
     def end(self) -> None:

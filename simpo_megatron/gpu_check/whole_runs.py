@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 
 from simpo_megatron.data import PairOptions, build_preference_dataset, load_tokenizer
+from simpo_megatron.demo import prepare_demo
 from simpo_megatron.gpu_check.large_model import model_options
-from simpo_megatron.gpu_check.user_runs import last_line, records, train
+from simpo_megatron.gpu_check.user_runs import SmallRun, last_line, records, train, train_side_by_side
 from simpo_megatron.gpu_check.verdict import CheckSetting, Verdict
 
 EXPORT_BUDGET = 2e-3
 """Nats per token between the trainer's fp32 and transformers' fp32, both by kernels of the device."""
-RESUME_BUDGET = 1e-3
 _LOGPS = "eval/logps/chosen"
 
 
@@ -37,8 +37,6 @@ def _exported_log_probs(setting: CheckSetting, export: str) -> float:
     """Mean over the bundled validation pairs of the chosen response's average log-prob, by transformers."""
     from transformers import AutoModelForCausalLM
 
-    from simpo_megatron.demo import prepare_demo
-
     model: torch.nn.Module = AutoModelForCausalLM.from_pretrained(export, dtype=torch.float32)
     model.to(setting.device)
     pairs = build_preference_dataset(
@@ -57,37 +55,39 @@ def _exported_log_probs(setting: CheckSetting, export: str) -> float:
     return sum(averages) / len(averages)
 
 
+def _small(setting: CheckSetting) -> tuple[str, ...]:
+    """Options of a run on the demo's model and pairs that validates on none."""
+    demo = prepare_demo(setting.folder / "cache" / "demo")
+    pairs = ("--data", str(demo.train_file), "--max-length", "512", "--max-prompt-length", "384")
+    return ("--model", str(demo.model_dir), *pairs, "--global-batch-size", "8")
+
+
 def check_resume(setting: CheckSetting) -> Verdict:
-    """A run resumed from step 3 is at step 6 where the run without a stop is, bit for bit with --deterministic."""
-    common = ["--train-iters", "6", "--log-interval", "1", "--global-batch-size", "16", "--deterministic"]
-    common += ["--resume", "latest"]
-    straight = train(setting, setting.folder / "straight", *common, "--export-hf", str(setting.folder / "straight_hf"))
-    stopped = train(
+    """A run that a signal stopped is at its last step, resumed, where the run without a stop is, bit for bit."""
+    straight, stopped = setting.folder / "straight", setting.folder / "stopped"
+    common = (*_small(setting), "--train-iters", "4", "--save-interval", "4", "--log-interval", "1")
+    common += ("--deterministic", "--resume", "latest", "--export-hf")
+    ends = train_side_by_side(
         setting,
-        setting.folder / "resumed",
-        *common,
-        *("--save-interval", "3", "--export-hf", str(setting.folder / "resumed_hf")),
-        fault="step@4:0:sigterm",
+        SmallRun(straight, (*common, str(setting.folder / "straight_hf"))),
+        SmallRun(stopped, (*common, str(setting.folder / "stopped_hf")), fault="step@3:0:sigterm"),
     )
-    resumed = train(setting, setting.folder / "resumed", *common, "--export-hf", str(setting.folder / "resumed_hf"))
-    codes = [straight.returncode, stopped.returncode, resumed.returncode]
+    ends.append(train(setting, stopped, *common, str(setting.folder / "stopped_hf")))
+    codes = [end.returncode for end in ends]
     if codes != [0, 75, 0]:
-        said = next((last_line(d) for d, c in zip((straight, stopped, resumed), (0, 75, 0)) if d.returncode != c), "")
+        said = next(last_line(end) for end, code in zip(ends, (0, 75, 0), strict=True) if end.returncode != code)
         return Verdict.of(False, f"exit codes {codes}: {said}", "0, 75, 0")
-    ends = [[r for r in records(setting.folder / name) if "grad_norm" in r][-1] for name in ("straight", "resumed")]
-    difference = max(abs(ends[0][key] - ends[1][key]) for key in ("loss", "grad_norm", "rewards/margins"))
-    value = f"step {ends[1]['iteration']}: loss, gradient norm and margin off by {difference:g}"
-    return Verdict.of(difference == 0 and ends[1]["iteration"] == 6, value, "0 with --deterministic")
+    one, other = ([r for r in records(folder) if "grad_norm" in r][-1] for folder in (straight, stopped))
+    difference = max(abs(one[key] - other[key]) for key in ("loss", "grad_norm", "rewards/margins"))
+    value = f"step {other['iteration']}: loss, gradient norm and margin off by {difference:g}"
+    return Verdict.of(difference == 0 and other["iteration"] == 4, value, "0 with --deterministic")
 
 
 def check_ends(setting: CheckSetting) -> Verdict:
-    """Too little memory, a NaN and a signal end a run with the code and the sentence that are documented."""
-    steps = ["--train-iters", "3", "--global-batch-size", "16"]
-    found = {
-        "NaN": train(setting, setting.folder / "nan", *steps, fault="backward@2:0:nan").returncode,
-        "SIGTERM": train(setting, setting.folder / "sigterm", *steps, fault="step@2:0:sigterm").returncode,
-    }
-    expected = {"NaN": 5, "SIGTERM": 75}
+    """A NaN and too little memory end a run with the code that is documented; a signal did in `check_resume`."""
+    steps = (*_small(setting), "--train-iters", "2")
+    (nan,) = train_side_by_side(setting, SmallRun(setting.folder / "nan", steps, fault="backward@2:0:nan"))
+    found, expected = {"NaN": nan.returncode}, {"NaN": 5}
     if not setting.rehearse:
         # All pairs in one pack: a terabyte of activations, which the probe before step 1 tries in vain.
         huge = [*model_options(setting), "--global-batch-size", "768", "--tokens-per-microbatch", "10000000"]
