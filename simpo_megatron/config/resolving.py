@@ -57,6 +57,7 @@ def resolve(config: Config, *, world_size: int, model: Mapping[str, Any], machin
     _check_lora(config, model)
     _check_fp8_weights(config, model)
     _check_fp8(config, model, machine)
+    _check_tp_comm_overlap(config, machine)
     _check_profiling(config, world_size, machine)
     sizes = config.parallel.sizes
     multiple = sequence_multiple(
@@ -274,6 +275,23 @@ def _check_fp8(config: Config, model: Mapping[str, Any], machine: Machine) -> No
     width = model.get("moe_ffn_hidden_size") or model["ffn_hidden_size"] // config.parallel.tensor_model_parallel_size
     for name, size in (("hidden size", model["hidden_size"]), ("MLP width per rank", width)):
         require(size % multiple == 0, key, recipe, f"the model's {name}, {size}, to be a multiple of {multiple}")
+
+
+def _check_tp_comm_overlap(config: Config, machine: Machine) -> None:
+    """Userbuffers are Transformer Engine's, have the shape of a microbatch, and know two kinds of FP8 tensors."""
+    if not config.parallel.tp_comm_overlap:
+        return
+    recipe, sizes = config.precision.fp8_recipe, config.parallel.sizes
+    rows = config.batch.tokens_per_microbatch // (sizes.context * sizes.tensor)
+    for holds, expected in (
+        (machine.has_cuda and machine.has_transformer_engine, "Transformer Engine on a GPU; leave it out without"),
+        (config.batch.fixed_pack_length, "fixed_pack_length with it; its buffers have the shape of one microbatch"),
+        (config.precision.bf16, "bf16; its buffers hold nothing wider"),
+        (config.lora.lora_rank is None, "no lora_rank beside it; adapters gather their inputs themselves"),
+        (recipe != "blockwise", "another fp8_recipe than blockwise, whose tensors its buffers do not hold"),
+        (recipe != "mxfp8" or rows % 128 == 0, f"a multiple of 128 tokens on each rank under mxfp8, found {rows}"),
+    ):
+        require(holds, "tp_comm_overlap", True, expected)
 
 
 def _check_profiling(config: Config, world_size: int, machine: Machine) -> None:

@@ -96,6 +96,10 @@ class ParallelConfig:
     overlap_param_gather: bool = option(
         False, "Overlap the parameter all-gather with the forward pass; needs the distributed optimizer."
     )
+    tp_comm_overlap: bool = option(
+        False,
+        "Overlap tensor-parallel collectives with matrix products; needs Transformer Engine and fixed_pack_length.",
+    )
 
     @property
     def sizes(self) -> ParallelSizes:
@@ -133,6 +137,12 @@ class ParallelConfig:
             "overlap_param_gather",
             True,
             "use_distributed_optimizer and overlap_grad_reduce with it",
+        )
+        require(
+            not self.tp_comm_overlap or self.sequence_parallel,
+            "tp_comm_overlap",
+            True,
+            "sequence_parallel with it; other collectives have no product to overlap with",
         )
 
 

@@ -154,6 +154,7 @@ def transformer_config(description: ModelDescription, config: Config) -> Archite
         expert_model_parallel_size=sizes.expert,
         expert_tensor_parallel_size=1,
         sequence_parallel=config.parallel.sequence_parallel,
+        tp_comm_overlap=config.parallel.tp_comm_overlap,
         attention_softmax_in_fp32=True,
         hidden_dropout=config.model.hidden_dropout,
         attention_dropout=config.model.attention_dropout,

@@ -15,6 +15,7 @@ from simpo_megatron.config import Config
 from simpo_megatron.errors import ConfigError
 from simpo_megatron.logs import logged
 from simpo_megatron.mcore import cpu_patches, device
+from simpo_megatron.mcore.userbuffers import userbuffers
 from simpo_megatron.stop_signals import StopSignals
 from simpo_megatron.training.consistency import check_same, startup_facts
 from simpo_megatron.training.environment import deterministic, prepare_environment
@@ -80,7 +81,8 @@ def open_session(config: Config) -> Iterator[Session]:
                 )
                 session = Session(plan, groups, watchdog, signals)
                 try:
-                    yield session
+                    with userbuffers(config, plan.description.transformer["hidden_size"]):
+                        yield session
                 finally:
                     session.close()
         except BaseException:
