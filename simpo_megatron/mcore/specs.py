@@ -18,9 +18,11 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules, get_transformer_layer_offset
 
+from simpo_megatron.mcore import device
 from simpo_megatron.mcore.architecture import ArchitectureConfig
 from simpo_megatron.mcore.attention import SegmentedAttention, TwoRotarySelfAttention
 from simpo_megatron.mcore.experts import LoadBalancedRouter
+from simpo_megatron.mcore.grouped_experts import GroupedExperts, has_grouped_product
 from simpo_megatron.mcore.latent_attention import LatentAttention, LatentAttentionSubmodules
 from simpo_megatron.mcore.lean_layers import RMSNorm, SwiGLU
 
@@ -107,6 +109,8 @@ def local_layer_spec(config: ArchitectureConfig, *, num_experts: int | None = No
     if config.latent is not None:
         set_latent_attention(layer, ColumnParallelLinear, RowParallelLinear, RMSNorm, SegmentedAttention)
     add_to_residual(config, layer, RowParallelLinear, RMSNorm)
+    if num_experts is not None and config.bf16 and has_grouped_product(device.machine().compute_capability):
+        group_experts(mlp_submodules(layer))
     return spec
 
 
@@ -160,6 +164,21 @@ def set_latent_attention(
     # In a checkpoint that norm has its own name, too.
     kept = {key: name for key, name in layer.sharded_state_dict_keys_map.items() if key != "input_layernorm."}
     layer.sharded_state_dict_keys_map = kept
+
+
+def group_experts(moe: Any) -> None:
+    """Let the experts of an MoE layer be multiplied together, if nothing stands behind their products.
+
+    megatron-core 0.16 keeps them in a ModuleSpec, the newest in a function with its arguments.
+    """
+    experts = moe.experts
+    submodules = experts.submodules if isinstance(experts, ModuleSpec) else experts.keywords["submodules"]
+    if (submodules.linear_fc1, submodules.linear_fc2) != (ColumnParallelLinear, RowParallelLinear):
+        return
+    if isinstance(experts, ModuleSpec):
+        experts.module = GroupedExperts
+    else:
+        moe.experts = functools.partial(GroupedExperts, **experts.keywords)
 
 
 def mlp_submodules(layer: TransformerLayerSubmodules) -> MLPSubmodules:

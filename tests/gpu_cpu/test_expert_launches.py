@@ -1,0 +1,59 @@
+"""Launches of the experts of an MoE layer, counted on the meta device: together, and one by one."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from counting import Counter
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.mlp import MLPSubmodules
+from megatron.core.transformer.moe.experts import SequentialMLP
+
+from simpo_megatron import parallel
+from simpo_megatron.mcore import cpu_patches
+from simpo_megatron.mcore.architecture import ArchitectureConfig
+from simpo_megatron.mcore.grouped_experts import GroupedExperts
+
+# A layer of Qwen3-30B-A3B, and 4,096 tokens.
+EXPERTS, HIDDEN, WIDTH, CHOSEN, TOKENS = 128, 2048, 768, 8, 4096
+
+
+def launches(kind: type) -> tuple[int, int]:
+    """(forward, forward and backward)."""
+    config = ArchitectureConfig(
+        num_layers=1,
+        hidden_size=HIDDEN,
+        num_attention_heads=16,
+        num_moe_experts=EXPERTS,
+        moe_ffn_hidden_size=WIDTH,
+        ffn_hidden_size=WIDTH,
+        add_bias_linear=False,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        bias_activation_fusion=False,
+        perform_initialization=False,
+        use_cpu_initialization=True,
+        params_dtype=torch.bfloat16,
+    )
+    submodules = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+    collection = ProcessGroupCollection.use_mpu_process_groups(["ep", "expt_tp", "expt_dp"])
+    with torch.device("meta"):
+        experts = kind(EXPERTS, config, submodules, pg_collection=collection).to("meta")
+    rows = torch.empty(TOKENS * CHOSEN, HIDDEN, dtype=torch.bfloat16, device="meta", requires_grad=True)
+    probs = torch.empty(TOKENS * CHOSEN, device="meta", requires_grad=True)
+    with Counter() as forward:
+        output, _ = experts(rows, torch.full((EXPERTS,), TOKENS * CHOSEN // EXPERTS), probs)
+    with Counter() as backward:
+        output.backward(torch.empty_like(output))
+    return len(forward.operations), len(forward.operations) + len(backward.operations)
+
+
+def test_experts_together_launch_what_one_does_and_a_product_for_each_weight_gradient():
+    cpu_patches.install()
+    with parallel.alone():
+        parallel.seed_everything(0)
+        one_by_one, together = launches(SequentialMLP), launches(GroupedExperts)
+    print(f"{EXPERTS} experts: launches (forward, both ways) one by one {one_by_one}, together {together}")
+    assert together[0] <= 12 and together[1] <= 2 * EXPERTS + 40
+    assert one_by_one[0] >= 5 * EXPERTS and one_by_one[1] >= 12 * EXPERTS
