@@ -22,6 +22,7 @@ LOCK_FILE = ".lock"
 _DRAFT = re.compile(r"(.+)\.tmp-[0-9a-f]{32}")
 # A draft is locked within this time; an older one without a lock was left by a process that has ended.
 _LOCKED_WITHIN_SECONDS = 60.0
+_MOST_ATTEMPTS = 10
 
 
 def sync(path: Path) -> None:
@@ -96,19 +97,14 @@ def new_folder(path: Path, *, first_wins: bool = False) -> Iterator[Path]:
         BlockingIOError: another process is making the folder.
         OSError: it cannot be written.
     """
-    draft = draft_name(path)
-    draft.mkdir(parents=True)
+    draft, held = _locked_draft(path)
     try:
-        # Only a process that looks for abandoned drafts may hold it, for a moment.
-        held = lock(draft / LOCK_FILE, wait_seconds=10.0)
-        try:
-            if _remove_abandoned(path, apart_from=draft) and not first_wins:
-                raise BlockingIOError(errno.EAGAIN, "another process is writing it", str(path))
-            yield draft
-            _publish(draft, path, replaces=not first_wins)
-        finally:
-            held.release()
+        if _remove_abandoned(path, apart_from=draft) and not first_wins:
+            raise BlockingIOError(errno.EAGAIN, "another process is writing it", str(path))
+        yield draft
+        _publish(draft, path, replaces=not first_wins)
     finally:
+        held.release()
         shutil.rmtree(draft, ignore_errors=True)
 
 
@@ -162,10 +158,8 @@ def _remove_abandoned(path: Path, *, apart_from: Path) -> list[Path]:
     for draft in path.parent.glob(f"{_literal(path.name)}.tmp-*"):
         if draft == apart_from or draft_of(draft) != path.name or draft.is_symlink() or not draft.is_dir():
             continue
-        if _is_written(draft):
+        if not _was_abandoned(draft):
             living.append(draft)
-        else:
-            shutil.rmtree(draft, ignore_errors=True)
     return living
 
 
@@ -173,14 +167,47 @@ def _literal(name: str) -> str:
     return re.sub(r"([*?\[])", r"[\1]", name)
 
 
-def _is_written(draft: Path) -> bool:
-    if not (draft / LOCK_FILE).exists():
+def _locked_draft(path: Path) -> tuple[Path, BaseFileLock]:
+    """Returns a new draft of `path` and its lock."""
+    for attempt in range(_MOST_ATTEMPTS):
+        draft = draft_name(path)
+        draft.mkdir(parents=True)
         try:
-            return time.time() - draft.stat().st_mtime < _LOCKED_WITHIN_SECONDS
-        except OSError:
-            return False
+            # Only a process that looks for abandoned drafts may hold it, for a moment.
+            return draft, lock(draft / LOCK_FILE, wait_seconds=10.0)
+        except BaseException as error:
+            shutil.rmtree(draft, ignore_errors=True)
+            # Such a process may have been the first to lock it, and has removed it.
+            if not isinstance(error, FileNotFoundError) or attempt == _MOST_ATTEMPTS - 1:
+                raise
+    raise AssertionError("the last attempt returns or raises")
+
+
+def _was_abandoned(draft: Path) -> bool:
+    """Removes a draft that no living process writes; False where one does."""
+    file = draft / LOCK_FILE
     try:
-        lock(draft / LOCK_FILE).release()
+        inode = file.stat().st_ino
+    except OSError:
+        try:
+            if time.time() - draft.stat().st_mtime < _LOCKED_WITHIN_SECONDS:
+                return False
+        except OSError:
+            return True
+        shutil.rmtree(draft, ignore_errors=True)
+        return True
+    try:
+        held = lock(file)
+    except OSError as error:
+        return isinstance(error, FileNotFoundError)
+    try:
+        if file.stat().st_ino != inode:
+            file.unlink()  # made by the lock above, while the draft becomes what it was to be
+            return False
+        # The lock is held meanwhile, so that who made the draft a moment ago does not begin in it.
+        shutil.rmtree(draft, ignore_errors=True)
     except OSError:
         return True
-    return False
+    finally:
+        held.release()
+    return True

@@ -93,12 +93,12 @@ class StoreWriter:
     @property
     def lengths(self) -> np.ndarray:
         """int32 [num_pairs, 3]."""
-        return np.concatenate(self._lengths)
+        return np.concatenate([*self._lengths, *(chunk.lengths for chunk in self._part)])
 
     @property
     def pairs(self) -> np.ndarray:
         """[num_pairs] of PAIR_DTYPE."""
-        return np.concatenate(self._pairs)
+        return np.concatenate([*self._pairs, *(chunk.pairs for chunk in self._part)])
 
     def move_tokens(self, path: Path) -> None:
         """Makes the file of all tokens `path`; the writer is done."""
@@ -114,20 +114,21 @@ class StoreWriter:
         self.max_token_id = max(self.max_token_id, int(np.maximum(chunk.tokens, ~chunk.tokens).max(initial=-1)))
         self.num_chunks += 1
         self.num_bytes += chunk.num_bytes
-        self._lengths.append(chunk.lengths)
-        self._pairs.append(chunk.pairs)
 
     def _finish_part(self) -> None:
         report = BuildReport()
         for chunk in self._part:
             report.add(chunk.report)
+        # Large arrays in place of many small ones, between which memory would be lost.
+        self._lengths.append(np.concatenate([chunk.lengths for chunk in self._part]))
+        self._pairs.append(np.concatenate([chunk.pairs for chunk in self._part]))
         self._file.flush()
         os.fsync(self._file.fileno())
         with new_file(self._path(self._num_parts)) as draft, draft.open("wb") as file:
             np.savez(
                 file,
-                lengths=np.concatenate([chunk.lengths for chunk in self._part]),
-                pairs=np.concatenate([chunk.pairs for chunk in self._part]),
+                lengths=self._lengths[-1],
+                pairs=self._pairs[-1],
                 chunks=np.array([(len(chunk.pairs), chunk.num_bytes) for chunk in self._part]),
                 report=np.frombuffer(json.dumps(vars(report)).encode(), np.uint8),
                 sha256=np.frombuffer(self._part_hash.digest(), np.uint8),
@@ -144,6 +145,8 @@ class StoreWriter:
                 break
             for chunk in part:
                 self._count(chunk, chunk.tokens.tobytes())
+                self._lengths.append(chunk.lengths)
+                self._pairs.append(chunk.pairs)
                 self.report.add(chunk.report)
                 end += chunk.tokens.nbytes
         for later in self._folder.glob("part-*"):

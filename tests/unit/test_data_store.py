@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import shutil
+import sys
 import time
 import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
@@ -267,6 +268,22 @@ def test_two_builders_at_once_end_with_one_good_store(tmp_path):
         datasets = list(pool.map(lambda _: build(path, tmp_path, num_workers=1), range(4)))
     assert len({dataset.fingerprint for dataset in datasets}) == 1
     assert len(folders(tmp_path)) == 1
+
+
+def test_drafts_of_one_folder_never_take_each_other_for_abandoned(tmp_path):
+    def make(path):
+        with atomic.new_folder(path, first_wins=True) as draft:
+            (draft / "file").write_text("whole")
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)  # another thread in between any two steps
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            for number in range(40):
+                list(pool.map(make, [tmp_path / f"{number}"] * 4))
+    finally:
+        sys.setswitchinterval(before)
+    assert {path.name for path in tmp_path.iterdir()} == set(map(str, range(40)))
 
 
 def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path, monkeypatch):
