@@ -48,6 +48,8 @@ def _models(*, with_experts: bool) -> dict[str, tuple[PretrainedConfig, str]]:
 
 
 DENSE, MIXTURES = _models(with_experts=False), _models(with_experts=True)
+FIRST_MIXTURES = [name for family in FAMILIES.values() if (name := next(iter(family.tests))) in MIXTURES]
+"""One mixture of each family."""
 
 
 def write_model(config: PretrainedConfig, folder: Path, dtype: str) -> None:

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 
 from simpo_megatron.config.sections import BatchConfig
-from simpo_megatron.mcore.architecture import LatentSizes
-from simpo_megatron.mcore.experts import num_moe_layers
 from simpo_megatron.mcore.families import ModelDescription
+from simpo_megatron.mcore.latent_sizes import LatentSizes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +68,7 @@ class ModelShape:
         num_chosen = description.transformer.get("moe_router_topk", 1)
         num_experts = description.transformer.get("num_moe_experts", 0)
         shared = description.transformer.get("moe_shared_expert_intermediate_size", 0)
+        num_dense = sum(not description.is_moe_layer(layer) for layer in range(description.transformer["num_layers"]))
         width = description.transformer.get("moe_ffn_hidden_size", description.transformer["ffn_hidden_size"])
         return cls(
             **{key: description.transformer[key] for key in keys},
@@ -77,7 +77,7 @@ class ModelShape:
             shared_expert_size=shared,
             num_moe_experts=num_experts,
             moe_router_topk=num_chosen,
-            num_dense_layers=description.transformer["num_layers"] - num_moe_layers(description) if num_experts else 0,
+            num_dense_layers=num_dense if num_experts else 0,
             dense_ffn_size=description.transformer["ffn_hidden_size"] if num_experts else 0,
             latent=description.transformer.get("latent"),
             attention_output_bias=description.transformer.get("attention_output_bias", False),

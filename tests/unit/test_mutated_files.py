@@ -28,7 +28,8 @@ from simpo_megatron.generation.prompts import read_prompts
 from simpo_megatron.generation.scoring import ScoresOfFile
 from simpo_megatron.limits import LimitError, limited
 from simpo_megatron.mcore import cpu_patches
-from simpo_megatron.mcore.families import describe_hf_model
+from simpo_megatron.mcore.families import FAMILIES, describe_hf_model
+from simpo_megatron.mcore.family import TINY_MODEL
 from simpo_megatron.parallel import alone
 
 cpu_patches.install()
@@ -95,6 +96,10 @@ CONFIGS = {
     "mixtral": {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2},
     "qwen3_moe": {"model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8},
     "phi3": {"model_type": "phi3"},
+    **{
+        name: {**TINY_MODEL, **next(iter(FAMILIES[name].tests.values())), "model_type": name}
+        for name in ("deepseek_v3", "ernie4_5_moe", "gemma3_text", "gpt_oss")
+    },
 }
 
 

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from simpo_megatron.errors import ConfigError
-from simpo_megatron.mcore.architecture import LatentSizes
 from simpo_megatron.mcore.expert_choice import ExpertChoice
 from simpo_megatron.mcore.family import (
     Family,
@@ -21,6 +20,7 @@ from simpo_megatron.mcore.family import (
     same_window_everywhere,
 )
 from simpo_megatron.mcore.hf_config import rope_parameters
+from simpo_megatron.mcore.latent_sizes import LatentSizes
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
