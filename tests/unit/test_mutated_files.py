@@ -101,6 +101,9 @@ CONFIGS = {
         for name in ("deepseek_v3", "ernie4_5_moe", "gemma3_text", "gpt_oss")
     },
 }
+_ROPE = {"rope_type": "default", "rope_theta": 1e4}
+CONFIGS["gemma3_text"]["rope_parameters"] = {"full_attention": _ROPE, "sliding_attention": _ROPE}
+CONFIGS["gpt_oss"]["attention_bias"] = True
 
 
 @pytest.mark.parametrize("family", CONFIGS)
