@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -38,6 +38,8 @@ NO_KERNEL = {
     "view",
 }
 _PRODUCTS = {"mm", "addmm", "bmm", "baddbmm"}
+COLLECTIVE = "c10d."
+"""How the name of a collective begins; its bytes are about those that a rank sends, by a ring."""
 _ONLY_WRITES = {"zero_", "fill_", "zeros", "zeros_like", "full", "full_like", "ones", "new_zeros", "new_full"}
 
 
@@ -77,19 +79,46 @@ class Counter(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.operations: list[Operation] = []
+        self._is_in_one = False
+
+    def as_one(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Returns what `function` does, and counts it as one launch, as a compiler makes one of elementwise work."""
+        if self._is_in_one:
+            return function(*args, **kwargs)
+        self._is_in_one = True
+        try:
+            result = function(*args, **kwargs)
+        finally:
+            self._is_in_one = False
+        touched = [*_meta((args, kwargs)), *_meta(result)]
+        if touched:
+            largest = max(touched, key=lambda x: x.numel())
+            self.operations.append(
+                Operation(function.__name__, sum(x.nbytes for x in touched), 0, tuple(largest.shape))
+            )
+        return result
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
+        if self._is_in_one:
+            return result
         name = func.__name__.split(".")[0]
         inputs, outputs = list(_meta((args, kwargs))), list(_meta(result))
         if name not in NO_KERNEL and (inputs or outputs):
-            self.operations.append(_counted(func, name, inputs, outputs, kwargs))
+            counted = _sent(name, inputs + outputs) if func.namespace == "c10d" else None
+            self.operations.append(counted or _counted(func, name, inputs, outputs, kwargs))
         return result
 
 
 def _meta(tree: Any) -> Iterator[Tensor]:
     return (leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor) and leaf.device.type == "meta")
+
+
+def _sent(name: str, tensors: list[Tensor]) -> Operation:
+    """The whole tensor, of which a rank has or gets a part; a sum that all get passes round twice."""
+    whole = max(tensors, key=lambda x: x.nbytes)
+    return Operation(COLLECTIVE + name, whole.nbytes * (2 if "allreduce" in name else 1), 0, tuple(whole.shape))
 
 
 def _counted(func: Any, name: str, inputs: list[Tensor], outputs: list[Tensor], kwargs: dict) -> Operation:

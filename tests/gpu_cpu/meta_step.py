@@ -11,10 +11,12 @@ copy to the CPU. Copies from the host are listed, operations that launch a kerne
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 import traceback
 from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from counting import NO_KERNEL, norms_of_a_gpu
+from counting import Counter as Operations
 from torch import Tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -37,8 +40,23 @@ torch.cuda.get_device_capability = lambda *_: (9, 0)
 torch.cuda.manual_seed = torch.manual_seed
 torch.cuda.get_rng_state = lambda *_, **__: torch.get_rng_state()
 torch.cuda.set_rng_state = lambda state, *_, **__: torch.set_rng_state(state)
-# Decorators that compile would leave the count to the compiler.
-torch.compile = lambda model=None, **_: model or (lambda function: function)
+# Counts bytes where a case asks for them.
+work: Operations | None = None
+
+
+def compiled(function: Any = None, **_: Any) -> Any:
+    """The place of torch.compile, which would leave the count to the compiler: one launch where bytes are counted."""
+    if function is None:
+        return compiled
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return function(*args, **kwargs) if work is None else work.as_one(function, *args, **kwargs)
+
+    return call
+
+
+torch.compile = compiled
 
 from simpo_megatron.mcore import cpu_patches, device  # noqa: E402
 
@@ -140,6 +158,7 @@ def chunk_of(folder: Path, config: Config, groups: ParallelGroups) -> torch.nn.M
 
 def play(folder: Path, case: dict) -> dict:
     """What one forward and backward pass of a microbatch asked of a rank of `case`."""
+    global work
     LlamaConfig(architectures=["LlamaForCausalLM"], **case["model"]).save_pretrained(folder)
     config = config_from(model=str(folder), data=("pairs",), **case["options"])
     sizes, stage = config.parallel.sizes, case.get("stage", 0)
@@ -153,10 +172,11 @@ def play(folder: Path, case: dict) -> dict:
         batch = batch_of(case["pairs"], BatchOptions(**case["batch"]))
         with Asked() as transfer:
             microbatch = to_microbatch(batch, META, cp_group=groups.cp)
-        with norms_of_a_gpu(), Asked() as forward:
+        work = Operations() if case.get("counts_work") else None
+        with norms_of_a_gpu(), Asked() as forward, work or nullcontext():
             PLANTS[case.get("plant")](microbatch.tokens_BS)
             output = run(chunk, microbatch, config, is_last=groups.is_last_stage, is_first=groups.is_first_stage)
-        with norms_of_a_gpu(), Asked() as backward:
+        with norms_of_a_gpu(), Asked() as backward, work or nullcontext():
             output.backward(torch.empty_like(output))
         return {
             "transfers": transfer.copies,
@@ -165,6 +185,7 @@ def play(folder: Path, case: dict) -> dict:
             "forward": forward.operations,
             "backward": backward.operations,
             "collectives": forward.collectives + backward.collectives,
+            "work": work.operations if work else [],
             "tokens": batch.num_tokens,
             "segments": len(microbatch.layout.segments or ()),
             "kernels": device.kernels(),

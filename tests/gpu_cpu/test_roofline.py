@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tools.benchmarks import roofline
+from tools.benchmarks.roofline import Count
 
 pytest.importorskip("triton", reason="Triton is not installed; make test-gpu-cpu has it")
 
@@ -49,3 +50,51 @@ def test_the_table_says_what_it_is(capsys):
     assert printed.startswith("A MODEL, nothing of it measured")
     (line,) = [line for line in printed.splitlines() if line.startswith("| ours")]
     assert line.endswith("| 1.00 |")
+
+
+TINY = {
+    "vocab_size": 512,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "tie_word_embeddings": False,
+}
+
+
+@pytest.mark.processes
+def test_a_whole_microbatch_multiplies_each_weight_by_its_tokens_three_times():
+    """Of ours by packed tokens and response rows, of the peers by padded ones."""
+    counts = {name: (gpus, count) for name, gpus, count in roofline.whole_counts(TINY, BATCH, 1)}
+    assert {"ours", "trl", "princeton"} <= set(counts)
+    rows, length = BATCH.padded_shape
+    attention = 64 * (64 + 2 * 16) + 64 * 64
+    layers = TINY["num_hidden_layers"] * (attention + 3 * 64 * 96)
+    for name, (gpus, count) in counts.items():
+        tokens, head_rows = (
+            (BATCH.packed_tokens, BATCH.responses.sum()) if name == "ours" else (rows * length, rows * length)
+        )
+        # Liger's rows end before the last token.
+        head_rows = rows * (length - 1) if name == "liger" else head_rows
+        expected = 6 * (tokens * layers + head_rows * 512 * 64)
+        # Sums over a few rows are products, too.
+        assert gpus == 1 and count.flops == pytest.approx(expected, rel=1e-2), name
+        assert count.attention_flops > 0 and count.launches > 50 and count.collective_bytes == 0
+
+
+@pytest.mark.processes
+def test_a_rank_of_several_has_its_share_and_sends_what_the_others_need(capsys):
+    alone, shared = (Count.of(roofline.roofline_microbatch.ours(TINY, BATCH, ranks)) for ranks in (1, 2))
+    assert shared.flops == pytest.approx(alone.flops / 2, rel=5e-2)
+    assert alone.collective_bytes == 0 and shared.collective_bytes > 0
+
+
+def test_the_table_of_whole_microbatches_says_what_it_is(capsys, monkeypatch):
+    monkeypatch.setattr(roofline, "MODELS", {"tiny": (TINY, 1, 3)})
+    monkeypatch.setattr(roofline.roofline_microbatch, "ours", lambda *_: [roofline.Operation("mm", 1, 10**12, (1,))])
+    assert roofline.main(["--whole"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("A MODEL, nothing of it measured")
+    lines = [line for line in printed.splitlines() if line.startswith("| ")]
+    assert lines[1].startswith("| ours | 1 |") and lines[1].endswith("| 1.00 |")

@@ -1,6 +1,7 @@
 """A model of the loss on an H100, ours and its peers: operations, bytes and launches, counted; time, modelled.
 
-    python tools/benchmarks/roofline.py                       # all shapes and methods, as a table
+    python tools/benchmarks/roofline.py                       # all shapes and methods of the loss, as a table
+    python tools/benchmarks/roofline.py --whole               # whole microbatches: embedding, layers, head and back
     python tools/benchmarks/roofline.py --shape "8B tp1" --prompt-tokens 300 --response-tokens 400 --pairs 8
 
 Each method runs forward and backward over one microbatch, from hidden states to the gradients of hidden states and
@@ -21,8 +22,8 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -32,46 +33,37 @@ from torch import Tensor
 
 # The counter is that of the tests.
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests" / "gpu_cpu"))
+sys.path.insert(0, str(Path(__file__).parent))
 
-from counting import Counter, Operation
+import roofline_microbatch
+from counting import COLLECTIVE, Counter, Operation
+from roofline_lengths import META, Microbatch
+
+from simpo_megatron.planning.gpus import ASSUMED, GPUS
 
 BETA, GAMMA = 2.0, 1.0
-IGNORE = -100
-META = torch.device("meta")
 V = 128256
 # Hidden size, this rank's slice of the vocabulary, pairs of a microbatch.
 SHAPES = {"8B tp1": (4096, V, 8), "8B tp4": (4096, V // 4, 8), "70B tp8": (8192, V // 8, 8)}
+# Llama-3.1's shapes, the tensor-parallel ranks that ours runs on, pairs of a microbatch.
+_LLAMA = {"vocab_size": V, "num_key_value_heads": 8, "tie_word_embeddings": False, "max_position_embeddings": 8192}
+MODELS = {
+    "8B": (
+        _LLAMA | {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32},
+        1,
+        8,
+    ),
+    "70B": (
+        _LLAMA | {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64},
+        8,
+        8,
+    ),
+}
 # What an H100's best kernels reach of its data sheet's 989 Tflop/s in bf16 and 3.35 TB/s: assumed, not measured.
 FLOPS, BANDWIDTH = 700e12, 0.85 * 3.35e12
-
-
-@dataclass(frozen=True)
-class Microbatch:
-    """Pairs by their lengths in tokens."""
-
-    prompts: np.ndarray
-    responses: np.ndarray
-    """[num_pairs, 2]."""
-
-    @classmethod
-    def of(cls, num_pairs: int, prompt_tokens: float, response_tokens: float) -> Microbatch:
-        """Returns pairs whose lengths are spread as those of chats are: log-normally, by a factor of 1.6."""
-        random = np.random.default_rng(0)
-
-        def spread(mean: float, size: tuple[int, ...]) -> np.ndarray:
-            lengths = np.exp(random.normal(0.0, np.log(1.6), size))
-            return np.maximum(1, np.round(lengths * mean / lengths.mean())).astype(int)
-
-        return cls(spread(prompt_tokens, (num_pairs,)), spread(response_tokens, (num_pairs, 2)))
-
-    @property
-    def packed_tokens(self) -> int:
-        return int(self.prompts.sum() + self.responses.sum())
-
-    @property
-    def padded_shape(self) -> tuple[int, int]:
-        """(rows, positions) of a batch with a row for each response."""
-        return 2 * len(self.prompts), int((self.prompts[:, None] + self.responses).max())
+_H100 = GPUS["h100-80gb"]
+ATTENTION_FLOPS = ASSUMED.attention * _H100.bf16_flops
+NVLINK = ASSUMED.links * _H100.nvlink_bytes_rate
 
 
 def ours(batch: Microbatch, hidden_size: int, width: int) -> list[Operation]:
@@ -191,55 +183,108 @@ METHODS: dict[str, Callable[[Microbatch, int, int], list[Operation]]] = {
 class Count:
     """What a method does to a microbatch."""
 
-    flops: int
+    flops: float
+    """Of matrix products."""
     elementwise_bytes: int
     """Read and written by all but the products."""
     launches: int
+    collective_bytes: int = 0
+    attention_flops: float = 0.0
 
     @classmethod
     def of(cls, operations: list[Operation]) -> Count:
+        computed = [operation for operation in operations if not operation.name.startswith(COLLECTIVE)]
         return cls(
-            sum(operation.flops for operation in operations),
-            sum(operation.num_bytes for operation in operations if not operation.flops),
+            sum(operation.flops for operation in computed),
+            sum(operation.num_bytes for operation in computed if not operation.flops),
             len(operations),
+            sum(operation.num_bytes for operation in operations if operation.name.startswith(COLLECTIVE)),
         )
 
     @property
     def seconds(self) -> float:
-        return self.flops / FLOPS + self.elementwise_bytes / BANDWIDTH
+        products = self.flops / FLOPS + self.attention_flops / ATTENTION_FLOPS
+        return products + self.elementwise_bytes / BANDWIDTH + self.collective_bytes / NVLINK
 
 
-def main(argv: list[str]) -> int:
-    """Returns 0 after a table for each shape."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=SHAPES, nargs="+", default=list(SHAPES), metavar="NAME")
-    parser.add_argument("--methods", choices=METHODS, nargs="+", default=list(METHODS), metavar="NAME")
-    parser.add_argument("--pairs", type=int, help="pairs of a microbatch; that of the shape when not given")
-    parser.add_argument("--prompt-tokens", type=float, default=300)
-    parser.add_argument("--response-tokens", type=float, default=400)
-    chosen = parser.parse_args(argv)
-    print(
-        f"A MODEL, nothing of it measured: products at {FLOPS / 1e12:g} Tflop/s, other bytes at "
-        f"{BANDWIDTH / 1e12:.2f} TB/s, in turn; launches are free. bf16, forward and backward from hidden states."
-    )
-    if importlib.util.find_spec("triton") is None:
-        print("Triton is not installed: ours is counted as the blocks of a CPU, and not as a GPU computes it.")
-    for name in chosen.shape:
+def show_losses(chosen: argparse.Namespace) -> None:
+    """Prints a table of the loss for each shape."""
+    for name in chosen.shape or SHAPES:
         hidden_size, width, num_pairs = SHAPES[name]
         batch = Microbatch.of(chosen.pairs or num_pairs, chosen.prompt_tokens, chosen.response_tokens)
-        rows, length = batch.padded_shape
-        print(
-            f"\n{name}: hidden {hidden_size}, {width:,} columns; {len(batch.prompts)} pairs: {batch.packed_tokens:,} "
-            f"tokens packed, {int(batch.responses.sum()):,} of them responses; padded {rows} x {length:,}"
-        )
+        print(f"\n{name}: hidden {hidden_size}, {width:,} columns; {batch}")
         print("| method | Tflop | other GB | launches | modelled ms | of ours |\n|---|---|---|---|---|---|")
-        counts = {method: Count.of(METHODS[method](batch, hidden_size, width)) for method in chosen.methods}
-        first = counts[chosen.methods[0]]
+        counts = {method: Count.of(METHODS[method](batch, hidden_size, width)) for method in chosen.methods or METHODS}
+        first = next(iter(counts.values()))
         for method, count in counts.items():
             print(
                 f"| {method} | {count.flops / 1e12:.2f} | {count.elementwise_bytes / 1e9:.2f} | {count.launches:,} | "
                 f"{1e3 * count.seconds:.2f} | {count.seconds / first.seconds:.2f} |"
             )
+
+
+def show_microbatches(chosen: argparse.Namespace) -> None:
+    """Prints a table of whole microbatches for each model."""
+    for name in chosen.shape or MODELS:
+        shape, ranks, num_pairs = MODELS[name]
+        batch = Microbatch.of(chosen.pairs or num_pairs, chosen.prompt_tokens, chosen.response_tokens)
+        layers = f"{shape['num_hidden_layers']} layers of {shape['hidden_size']}"
+        print(f"\n{name}: {layers}; {batch}; ours on {ranks} GPUs")
+        print(
+            "| trainer | GPUs | Tflop | attention Tflop | other GB | launches | collectives GB | modelled GPU ms a "
+            "pair | of ours |\n|---|---|---|---|---|---|---|---|---|"
+        )
+        first = None
+        for trainer, num_gpus, count in whole_counts(shape, batch, ranks):
+            seconds = count.seconds * num_gpus / len(batch.prompts)
+            first = first or seconds
+            print(
+                f"| {trainer} | {num_gpus} | {count.flops / 1e12:.1f} | {count.attention_flops / 1e12:.1f} | "
+                f"{count.elementwise_bytes / 1e9:.1f} | {count.launches:,} | {count.collective_bytes / 1e9:.1f} | "
+                f"{1e3 * seconds:.1f} | {seconds / first:.2f} |"
+            )
+
+
+def whole_counts(shape: dict, batch: Microbatch, ranks: int) -> Iterator[tuple[str, int, Count]]:
+    """Yields (trainer, its GPUs, the count of one of them), ours first; a peer that is not installed is named."""
+    count = Count.of(roofline_microbatch.ours(shape, batch, ranks))
+    flops = roofline_microbatch.attention_flops(shape, batch, packed=True)
+    yield "ours", ranks, replace(count, attention_flops=flops / ranks)
+    flops = roofline_microbatch.attention_flops(shape, batch, packed=False)
+    for trainer, peer in roofline_microbatch.PEERS.items():
+        try:
+            yield trainer, 1, replace(Count.of(peer(shape, batch)), attention_flops=flops)
+        except ImportError as error:
+            print(f"{trainer} is not counted: {error}")
+
+
+def main(argv: list[str]) -> int:
+    """Returns 0 after a table for each shape."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--whole", action="store_true", help="whole microbatches in the place of the loss alone")
+    parser.add_argument(
+        "--shape", nargs="+", metavar="NAME", help="of those of the loss, or with --whole of the models"
+    )
+    parser.add_argument("--methods", choices=METHODS, nargs="+", metavar="NAME")
+    parser.add_argument("--pairs", type=int, help="pairs of a microbatch; that of the shape when not given")
+    parser.add_argument("--prompt-tokens", type=float, default=300)
+    parser.add_argument("--response-tokens", type=float, default=400)
+    chosen = parser.parse_args(argv)
+    known = MODELS if chosen.whole else SHAPES
+    for name in chosen.shape or ():
+        if name not in known:
+            parser.error(f"--shape: found {name!r}, expected {', '.join(known)}")
+    print(
+        f"A MODEL, nothing of it measured: products at {FLOPS / 1e12:g} Tflop/s, attention at "
+        f"{ATTENTION_FLOPS / 1e12:.0f}, other bytes at {BANDWIDTH / 1e12:.2f} TB/s, collectives at {NVLINK / 1e9:.0f} "
+        "GB/s, in turn; launches are free. bf16, forward and backward."
+    )
+    if importlib.util.find_spec("triton") is None:
+        print("Triton is not installed: ours is counted as the blocks of a CPU, and not as a GPU computes it.")
+    if chosen.whole:
+        show_microbatches(chosen)
+    else:
+        show_losses(chosen)
     return 0
 
 
