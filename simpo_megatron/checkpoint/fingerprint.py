@@ -13,23 +13,24 @@ import numpy as np
 
 from simpo_megatron.atomic import write_text
 from simpo_megatron.checkpoint import manifest
+from simpo_megatron.checkpoint.model_source import ModelSource
+from simpo_megatron.errors import CheckpointError
 from simpo_megatron.limits import read_bounded
 from simpo_megatron.mcore.hf_files import MAX_JSON_BYTES
 
-HASHES_FILE = "hashes.json"
 _VERSION = "sha256:"
 _SAMPLES_A_FILE, _SAMPLE_BYTES = 256, 1 << 16
 _NUM_THREADS = 8
 
 
-def model_fingerprint(folder: Path, memory: Path) -> str:
+def model_fingerprint(folder: Path, memory: Path | None) -> str:
     """Text that differs when config.json, or a byte of the weights in `folder`, differs. The folder's name is not used.
 
     Args:
         memory: a JSON file that caches the hash of each weight file under its size, inode and times, one of which
-            every change of the file changes. Created if missing; not used if it cannot be written.
+            every change of the file changes. Created if missing; not used if it cannot be written. None: none is used.
     """
-    known = _read(memory)
+    known = {} if memory is None else _read(memory)
     files = _weight_files(folder)
     # Taken before the read, so that a change during it is noticed the next time.
     states = [_state(path) for path in files]
@@ -37,12 +38,35 @@ def model_fingerprint(folder: Path, memory: Path) -> str:
         read = threads.map(lambda path, state: known.get(state) or manifest.digest_file(path).sha256, files, states)
     hashes = list(read)
     found = dict(zip(states, hashes, strict=True))
-    if not found.items() <= known.items():
+    if memory is not None and not found.items() <= known.items():
         _write(memory, known | found)
-    digest = hashlib.sha256(read_bounded(folder / "config.json", MAX_JSON_BYTES))
+    digest = hashlib.sha256(read_bounded(_description_file(folder), MAX_JSON_BYTES))
     for path, sha256 in zip(files, hashes, strict=True):
         digest.update(f"{path.name} {sha256}".encode())
     return _VERSION + digest.hexdigest()
+
+
+def source_fingerprint(source: ModelSource, memory: Path | None = None) -> str:
+    """The fingerprint of the base model and of all adapters on it, as `model_fingerprint`."""
+    return "+".join(model_fingerprint(folder, memory) for folder in (source.base, *source.adapters))
+
+
+def require_bases(source: ModelSource, memory: Path | None = None) -> None:
+    """Return if the models beneath a run's adapters are those that they were trained on.
+
+    Raises:
+        CheckpointError: one of them is another.
+    """
+    for number, folder in enumerate(source.adapters):
+        if not (folder / manifest.RECORD_FILE).is_file():
+            continue
+        expected = manifest.read(folder).facts["model"].get("base_model")
+        beneath = ModelSource(source.base, source.adapters[:number])
+        if is_of_this_form(expected) and source_fingerprint(beneath, memory) != expected:
+            raise CheckpointError(
+                f"{folder}: found adapters that were trained on another model than {beneath.last}, expected that one; "
+                "put it in its place"
+            )
 
 
 def is_of_this_form(fingerprint: object) -> bool:
@@ -69,9 +93,16 @@ def sampled_fingerprint(folder: Path) -> str:
     return digest.hexdigest()
 
 
+def _description_file(folder: Path) -> Path:
+    """The file that says what the weights are: of a model, of adapters, or of a checkpoint of Megatron-LM."""
+    files = [folder / name for name in ("config.json", "adapter_config.json", "metadata.json")]
+    return next((file for file in files if file.is_file()), files[0])
+
+
 def _weight_files(folder: Path) -> list[Path]:
-    # The record of a checkpoint holds the hashes of its files.
-    found = [*folder.glob("*.safetensors"), *folder.glob(manifest.RECORD_FILE)]
+    # The record of a checkpoint holds the hashes of its files; checkpoints of others have none.
+    record = folder / manifest.RECORD_FILE
+    found = [*folder.glob("*.safetensors"), *([record] if record.is_file() else folder.glob("*.distcp"))]
     return sorted(path for path in found if path.is_file())
 
 

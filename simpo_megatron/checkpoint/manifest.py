@@ -78,11 +78,11 @@ class Checkpoint:
 
 def model_facts(description: ModelDescription) -> dict[str, Any]:
     """Facts of a model that a checkpoint keeps, as JSON values."""
-    shape = {**description.transformer, **description.gpt, **_rope_facts(description.rope)}
+    shape = {**description.transformer, **description.gpt, **rope_facts(description.rope)}
     return as_json({"family": description.family, "vocab_size": description.vocab_size, **shape})
 
 
-def _rope_facts(rope: Mapping[str, Any]) -> dict[str, Any]:
+def rope_facts(rope: Mapping[str, Any]) -> dict[str, Any]:
     """The rotary embedding in the keys that checkpoints of every version have, and in full if those are not enough."""
     kind, factor = rope["rope_type"], rope.get("factor")
     facts = {

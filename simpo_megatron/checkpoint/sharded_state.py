@@ -158,7 +158,7 @@ def read_weights(model: list[PreferenceGPTModel], groups: ParallelGroups, folder
     index = read_index(folder)
     stored = set(index.state_dict_metadata)
     refuse_other_weights(stored, {name for name in stored if ADAPTER_SUFFIX not in name}, folder)
-    state = _sharded_model(model, groups, _is_object)
+    state = _sharded_model(model, groups, is_object)
     adapters, awaited = {}, awaited_values(model)
     for name, chunk in _named_chunks(model):
         adapters[name] = {key: value for key, value in chunk.state_dict().items() if ADAPTER_SUFFIX in key}
@@ -203,19 +203,20 @@ def _sharded_state(state: RunState, *, is_loading: bool = False) -> dict[str, An
             if isinstance(optimizer, DistributedOptimizer):
                 # torch's AdamW has no state to describe before its first step.
                 optimizer._init_optimizer_states_with_dummy_values()
-    metadata = _metadata(state.groups)
+    metadata = sharding_metadata(state.groups)
     sharded["optimizer"] = state.optimizer.sharded_state_dict(sharded, is_loading=is_loading, metadata=metadata)
     return sharded
 
 
-def _is_object(value: Any) -> bool:
+def is_object(value: Any) -> bool:
+    """True for what a chunk's state holds beside tensors."""
     return isinstance(value, ShardedObject)
 
 
 def _is_left_out(value: Any) -> bool:
     """True for objects in a chunk's state, and for weights that nothing trains."""
     weight = getattr(value, "data", None)
-    return _is_object(value) or (isinstance(weight, torch.nn.Parameter) and not weight.requires_grad)
+    return is_object(value) or (isinstance(weight, torch.nn.Parameter) and not weight.requires_grad)
 
 
 def _sharded_model(
@@ -223,7 +224,7 @@ def _sharded_model(
 ) -> dict[str, Any]:
     """Every parameter that is not to be left out, with its place in the whole."""
     return {
-        name: extract_matching_values(chunk.sharded_state_dict(metadata=_metadata(groups)), leave_out)[1]
+        name: extract_matching_values(chunk.sharded_state_dict(metadata=sharding_metadata(groups)), leave_out)[1]
         for name, chunk in _named_chunks(model)
     }
 
@@ -237,7 +238,8 @@ def _put_in_place(state: dict[str, Any], masters: Mapping[torch.Tensor, torch.Te
     assert not held, f"{len(held)} FP8 weights are not part of the state"
 
 
-def _metadata(groups: ParallelGroups) -> dict[str, Any]:
+def sharding_metadata(groups: ParallelGroups) -> dict[str, Any]:
+    """Facts of the run that a chunk's sharded_state_dict asks for."""
     return {**_content(), "dp_cp_group": groups.dp_cp}
 
 

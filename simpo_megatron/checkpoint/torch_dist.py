@@ -217,7 +217,7 @@ class CheckpointReader:
             CheckpointError: a part of it is stored nowhere, or is no tensor.
         """
         stored = self.tensor(part)
-        num_rows = min(part.values.shape[0], stored.size[0] - part.offset[0])
+        num_rows = max(0, min(part.values.shape[0], stored.size[0] - part.offset[0]))
         wanted = part.values[:num_rows]
         chunk = ChunkStorageMetadata(offsets=torch.Size(part.offset), sizes=wanted.shape)
         items = create_read_items_for_chunk_list(part.key, stored, [chunk])

@@ -3,6 +3,7 @@
 simpo convert hf-to-mcore Llama-3.1-8B checkpoints/llama    # writes checkpoints/llama/release
 simpo convert mcore-to-hf runs/mine out                     # the newest checkpoint of a run
 simpo convert mcore-to-hf runs/mine/iter_0000100 out --dtype stored
+simpo convert mcore-to-hf runs/lora out                     # its adapters, added to their base model
 
 A checkpoint keeps the stored dtypes; a Hugging Face folder is written in bfloat16, unless --dtype is given. With
 `--dtype stored` a round trip keeps every bit.
@@ -57,6 +58,8 @@ def convert(arguments: argparse.Namespace, groups: ParallelGroups) -> int:
 
     dtype = None if arguments.dtype == "stored" else getattr(torch, arguments.dtype)
     weights = open_weights(arguments.source, groups)
+    if weights.named != weights.folder:
+        print(visible(f"NOTE the adapters in {weights.named} are added to their base model, {weights.folder}"))
     if arguments.command == "hf-to-mcore":
         to_mcore(weights, arguments.out, groups, dtype=dtype)
     else:

@@ -3,9 +3,10 @@
 simpo merge OUT runs/simpo/hf runs/dpo/hf
 simpo merge OUT runs/simpo runs/dpo --shares 0.7 0.3
 
-Each model is a Hugging Face folder, a Megatron checkpoint, or a run's folder, whose newest checkpoint is used. OUT
-becomes a Hugging Face folder with the dtype, configuration and tokenizer of the first model. Models that differ in
-architecture, shapes or tokenizer are refused. Sums are fp32, one tensor at a time; OUT appears only when it is whole.
+Each model is a Hugging Face folder, a Megatron checkpoint, or a run's folder, whose newest checkpoint is used. A PEFT
+folder, or a run of adapters, is the model that they make of their base. OUT becomes a Hugging Face folder with the
+dtype, configuration and tokenizer of the first model. Models that differ in architecture, shapes or tokenizer are
+refused. Sums are fp32, one tensor at a time; OUT appears only when it is whole.
 """
 
 from __future__ import annotations
@@ -46,6 +47,6 @@ def average(arguments: argparse.Namespace, groups: ParallelGroups) -> int:
     models = [open_weights(path, groups) for path in arguments.models]
     shares = arguments.shares or [1.0] * len(models)
     merge(models, shares, arguments.out)
-    parts = " + ".join(f"{share / sum(shares):.3g} x {model.folder}" for share, model in zip(shares, models))
+    parts = " + ".join(f"{share / sum(shares):.3g} x {model.named}" for share, model in zip(shares, models))
     print(visible(f"{arguments.out} = {parts}"))
     return 0

@@ -71,4 +71,11 @@ def _config(arguments: argparse.Namespace, of_the_trainer: list[str]) -> Config:
         found = getattr(arguments, name)
         if found is not None and found <= 0:
             raise ConfigError(f"{name}: found {found:g}, expected a number above 0")
-    return load_config([*of_the_trainer, "--model", arguments.model, "--data", *(arguments.data or ["pairs.jsonl"])])
+    argv = [*of_the_trainer, "--model", arguments.model, "--data", *(arguments.data or ["pairs.jsonl"])]
+    config = load_config(argv)
+    if config.lora.adapter is not None and config.lora.lora_rank is None:
+        raise ConfigError(
+            f"adapter: found {config.lora.adapter} without lora_rank, expected it in a plan, which reads no adapters; "
+            "add --lora-rank N"
+        )
+    return config

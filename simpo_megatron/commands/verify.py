@@ -3,6 +3,7 @@
 simpo verify Llama-3.1-8B checkpoints/llama
 simpo verify runs/mine runs/mine/hf --pairs pairs.jsonl
 
+A PEFT folder, or a run of adapters, is the model that they make of their base.
 Prints the SHA-256 of every tensor on both sides, under its Hugging Face name. With --pairs also the average log-prob of
 each response: of a folder by transformers, of a checkpoint by megatron-core, both in fp32 on the CPU. If one side
 stores a tensor in fewer bits, both are cast to these before tensors and log-probs are compared.
@@ -70,7 +71,7 @@ def print_tensors(sides: Sequence[Weights], console: Console) -> bool:
     from simpo_megatron.offline.compare import compare_tensors
 
     for name, side in zip("AB", sides, strict=True):
-        console.print(visible(f"{name} {side.folder}"), markup=False, highlight=False)
+        console.print(visible(f"{name} {side.named}"), markup=False, highlight=False)
     table = Table("tensor", "stored as", "SHA-256 of A", "SHA-256 of B", "")
     num_equal = num_cast = num_tensors = 0
     for tensor in compare_tensors(*sides):
@@ -105,7 +106,7 @@ def print_log_probs(
     from simpo_megatron.offline.compare import average_log_probs, common_dtype, read_pair_files
 
     with tempfile.TemporaryDirectory() as cache:
-        pairs = read_pair_files(files, sides[0].folder, Path(cache), max_pairs)
+        pairs = read_pair_files(files, sides[0].tokenizer, Path(cache), max_pairs)
         cast_to = common_dtype(*sides)
         first, second = (average_log_probs(side, pairs, groups, cast_to) for side in sides)
     table = Table("pair", "chosen A", "chosen B", "rejected A", "rejected B", title="average log-prob of a token")

@@ -61,7 +61,11 @@ def idle_options(config: Config) -> dict[str, str]:
     has_validation = config.data.valid_data or config.data.valid_fraction or DEMO in config.data.data
     groups = (
         (getattr(config.objective, "sft_weight", 0) == 0, "sft_weight is 0", ("sft_normalization",)),
-        (config.lora.lora_rank is None, "there are no adapters", ("lora_alpha", "lora_dropout", "lora_targets")),
+        (
+            config.lora.lora_rank is None,
+            "there are no adapters",
+            ("lora_alpha", "use_rslora", "lora_dropout", "lora_targets"),
+        ),
         (config.pairs.bad_record == "error", "bad_record is error", ("max_bad_fraction",)),
         (batch.packing, "packing is on", ("micro_batch_size",)),
         (not batch.packing, "packing is off", ("tokens_per_microbatch",)),

@@ -54,6 +54,7 @@ def resolve(config: Config, *, world_size: int, model: Mapping[str, Any], machin
     _check_inputs_are_named(config)
     data_parallel_size = _data_parallel_size(config, world_size)
     _check_model(config, model)
+    _check_exports(config)
     _check_lora(config, model)
     _check_fp8_weights(config, model)
     _check_fp8(config, model, machine)
@@ -210,9 +211,17 @@ def _check_dense(config: Config) -> None:
     )
 
 
+def _check_exports(config: Config) -> None:
+    name, exports = config.model.push_to_hub, (config.model.export_hf, config.lora.export_adapter)
+    require(name is None or any(exports), "push_to_hub", name, "export_hf or export_adapter with it, which is pushed")
+
+
 def _check_lora(config: Config, model: Mapping[str, Any]) -> None:
     rank, side = config.lora.lora_rank, min(model["hidden_size"], model["ffn_hidden_size"])
     require((rank or 1) <= side, "lora_rank", rank, f"at most {side}, the shorter side of the model's layers")
+    in_gate = [target for target in config.lora.lora_targets if target.startswith("linear_fc1_")]
+    has_gate = model.get("gated_linear_unit", True) or not in_gate
+    require(has_gate, "lora_targets", " ".join(in_gate), "linear_fc1; the model has no gate beside it")
     folder = config.lora.export_adapter
     is_apart = folder is None or folder != config.model.export_hf
     require(is_apart, "export_adapter", folder, "another folder than export_hf; one would replace the other")

@@ -49,12 +49,25 @@ class ModelConfig:
         everyday=True,
         metavar="DIR",
     )
+    hf_config: str | None = option(
+        None,
+        "Folder or hub name of config.json and tokenizer, for a model that is a checkpoint of Megatron-LM or "
+        "Megatron-Bridge (torch_dist).",
+        metavar="DIR",
+    )
     export_hf: str | None = option(
         None, "Folder for the trained model in Hugging Face format.", everyday=True, metavar="DIR"
     )
     export_dtype: Literal["bfloat16", "float16", "float32", "stored"] = option(
         "bfloat16", "Dtype of the weights in export_hf; stored keeps that of the run's checkpoints, bit for bit."
     )
+    push_to_hub: str | None = option(
+        None,
+        "Name on the hub, OWNER/NAME, to push export_hf to at the end, or export_adapter without it. The token is "
+        "huggingface_hub's own; what fails costs a warning.",
+        metavar="NAME",
+    )
+    hub_private_repo: bool = option(False, "Make that repository a private one, if it is not there yet.")
     hidden_dropout: float = option(
         0.0, "Dropout after attention and MLP. Off by default: it makes the two responses of a pair incomparable."
     )
@@ -68,6 +81,10 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         require_writable_name(self, "export_hf")
+        name = self.push_to_hub
+        is_name = name is None or re.fullmatch(r"[\w.-]{1,96}(/[\w.-]{1,96})?", name) is not None
+        require(is_name, "push_to_hub", name, "OWNER/NAME of the hub")
+        require(name is not None or not self.hub_private_repo, "hub_private_repo", True, "push_to_hub with it")
         for key in ("hidden_dropout", "attention_dropout"):
             found = getattr(self, key)
             require(0 <= found < 1, key, found, "a number from 0 up to, not including, 1")

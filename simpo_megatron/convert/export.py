@@ -61,16 +61,18 @@ def export_hf(
     max_shard_bytes: int = MAX_SHARD_BYTES,
     model_card: str | None = None,
     chat_template: str | None = None,
+    tokenizer_folder: Path | None = None,
     in_place_of: Mapping[Tensor, Tensor] | None = None,
     origin: str | None = None,
 ) -> None:
     """Write the model as a Hugging Face folder that appears under `out_folder` only when it is whole.
 
     Adapters are merged into the written weights, in fp32; the model stays as it is. Every pipeline stage writes its own
-    files, one tensor in memory at a time. Configuration, tokenizer and chat template come from `source_folder`;
-    `chat_template` replaces the latter, and `model_card` becomes README.md. `in_place_of` maps parameters, those kept
-    in FP8, to the tensors to write for them. An earlier export of the same `origin` is replaced, any other one is
-    renamed. Called on every rank; ranks that hold replicas of other ranks' weights return at once.
+    files, one tensor in memory at a time. Configuration, tokenizer and chat template come from `source_folder`, the
+    latter two from `tokenizer_folder` if given; `chat_template` replaces the last, and `model_card` becomes README.md.
+    `in_place_of` maps parameters, those kept in FP8, to the tensors to write for them. An earlier export of the same
+    `origin` is replaced, any other one is renamed. Called on every rank; ranks that hold replicas of other ranks'
+    weights return at once.
 
     Collectives: one gather over tp for every sharded tensor, one send over ep for every expert that another rank
     holds; a few small objects over tp, pp and ep.
@@ -92,7 +94,10 @@ def export_hf(
     stage_names = set().union(*(_stage_names(chunk, description) for chunk in model_chunks))
 
     def complete(staging: Path, files: Files) -> None:
-        complete_folder(staging, Path(source_folder), description.hf_config, files, model_card, chat_template)
+        source = Path(source_folder)
+        complete_folder(
+            staging, source, description.hf_config, files, model_card, chat_template, tokenizer_folder or source
+        )
 
     export_tensors(
         owned,

@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ MAX_SHARD_BYTES = 5 * 10**9
 """Size at which weights are divided over files, as transformers does."""
 
 _LICENCES = ("LICENSE*", "NOTICE*")
-_COPIED_FILES = ("generation_config.json", *TOKENIZER_FILES, *_LICENCES)
+_MODEL_FILES = ("generation_config.json", *_LICENCES)
 _MAY_NAME_CODE = ("tokenizer_config.json", "generation_config.json")
 
 
@@ -131,6 +131,7 @@ def complete_folder(
     files: Mapping[str, Mapping[str, TensorSpec]],
     model_card: str | None = None,
     chat_template: str | None = None,
+    tokenizer_folder: Path | None = None,
 ) -> None:
     """Write everything beside the weights: the index of `files`, configuration, tokenizer, model card and marker."""
     write_json(staging / "config.json", _with_dtype(hf_config, files))
@@ -138,7 +139,7 @@ def complete_folder(
         weight_map = {name: file for file, specs in files.items() for name in specs}
         num_bytes = sum(spec.num_bytes for specs in files.values() for spec in specs.values())
         write_json(staging / INDEX_FILE, {"metadata": {"total_size": num_bytes}, "weight_map": weight_map})
-    copy_model_files(source_folder, staging, chat_template=chat_template)
+    copy_model_files(source_folder, staging, chat_template=chat_template, tokenizer_folder=tokenizer_folder)
     mark(staging, model_card)
 
 
@@ -150,7 +151,12 @@ def mark(staging: Path, model_card: str | None = None) -> None:
 
 
 def copy_model_files(
-    source_folder: Path, target: Path, *, flat: bool = False, chat_template: str | None = None
+    source_folder: Path,
+    target: Path,
+    *,
+    flat: bool = False,
+    chat_template: str | None = None,
+    tokenizer_folder: Path | None = None,
 ) -> None:
     """Copy a model's files besides weights and config.json: tokenizer, chat templates, licence.
 
@@ -160,22 +166,36 @@ def copy_model_files(
         flat: make no subfolders, for checkpoints, whose manifest lists only files. Named templates then go into
             tokenizer_config.json; an export writes them as files again.
         chat_template: the template of the training, which replaces the tokenizer's own; None: its own.
+        tokenizer_folder: the folder of the tokenizer and its templates; None: `source_folder`.
 
     Raises:
         CheckpointError: a file is a link to something outside the model, cannot be read, or is not JSON where it should
             be.
     """
-    for path, own in _files_to_copy(source_folder):
-        if flat and path.parent != source_folder:
+    _copy_files(source_folder, target, _MODEL_FILES, flat=flat)
+    copy_tokenizer(tokenizer_folder or source_folder, target, flat=flat, chat_template=chat_template)
+
+
+def copy_tokenizer(folder: Path, target: Path, *, flat: bool = False, chat_template: str | None = None) -> None:
+    """Copy the tokenizer in `folder` and its chat templates.
+
+    Args and Raises: as `copy_model_files`.
+    """
+    _copy_files(folder, target, TOKENIZER_FILES, flat=flat)
+    complete_templates(folder, target, flat=flat, trained=chat_template)
+
+
+def _copy_files(folder: Path, target: Path, patterns: Sequence[str], *, flat: bool) -> None:
+    for path, own in _files_to_copy(folder, patterns):
+        if flat and path.parent != folder:
             continue
-        copy = target / path.relative_to(source_folder)
+        copy = target / path.relative_to(folder)
         copy.parent.mkdir(exist_ok=True)
-        content = read_hf_json(source_folder, path.name) if path.name in _MAY_NAME_CODE else {}
+        content = read_hf_json(folder, path.name) if path.name in _MAY_NAME_CODE else {}
         if without_code(content) != content:
             write_json(copy, without_code(content))
         else:
             shutil.copyfile(own, copy)
-    complete_templates(source_folder, target, flat=flat, trained=chat_template)
 
 
 def check_model_files(source_folder: Path) -> None:
@@ -184,19 +204,19 @@ def check_model_files(source_folder: Path) -> None:
     Raises:
         CheckpointError: as `copy_model_files`.
     """
-    for path, _ in _files_to_copy(source_folder):
+    for path, _ in _files_to_copy(source_folder, _MODEL_FILES + TOKENIZER_FILES):
         if path.name in _MAY_NAME_CODE:
             read_hf_json(source_folder, path.name)
 
 
-def _files_to_copy(folder: Path) -> list[tuple[Path, Path]]:
-    """(file, its target with links resolved) of each file that is copied with a model.
+def _files_to_copy(folder: Path, patterns: Sequence[str]) -> list[tuple[Path, Path]]:
+    """(file, its target with links resolved) of each file in `folder` that `patterns` match.
 
     Raises:
         CheckpointError: one is a link to something outside the model, or no file of a size to be read at once.
     """
     entries = sorted([*folder.glob("*"), *(folder / NAMED_FOLDER).glob("*")])
-    found = [path for path in entries if any(map(path.match, _COPIED_FILES))]
+    found = [path for path in entries if any(map(path.match, patterns))]
     # A model may have a folder of licences.
     found = [path for path in found if not (path.is_dir() and any(map(path.match, _LICENCES)))]
     files = [(path, own_file(folder, path.relative_to(folder))) for path in found]

@@ -151,7 +151,7 @@ def _with_adapter(
     pieces_of_weight: list[Piece], adapter: Adapter, description: ModelDescription, tp: TensorRank
 ) -> list[Piece]:
     """The pieces, each with what its rows of B, laid out as the weight's, add to it."""
-    rows_of_B = _views(adapter.lora_B.detach(), pieces_of_weight[0].layout, description, tp)
+    rows_of_B = _views(adapter.wide_B().detach(), pieces_of_weight[0].layout, description, tp)
     return [
         replace(piece, added=partial(adapter.added_weight, rows))
         for piece, rows in zip(pieces_of_weight, rows_of_B, strict=True)

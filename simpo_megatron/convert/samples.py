@@ -12,7 +12,7 @@ from simpo_megatron.convert.files import INDEX_FILE
 from simpo_megatron.limits import read_bounded
 
 _WEIGHTS = (".safetensors", ".distcp")
-_WHOLE_FILES = ("config.json", INDEX_FILE, "COMMIT.json")
+_WHOLE_FILES = ("config.json", "adapter_config.json", INDEX_FILE, "COMMIT.json")
 _SAMPLE_BYTES = 1024
 _MAX_SAMPLES = 12_288
 """The most reads of all files together, so that an MoE of ten thousand experts takes seconds as well."""

@@ -10,7 +10,9 @@ from simpo_megatron.errors import CheckpointError, StoppedBySignal
 
 _NAME = re.compile(r"(?P<repository>[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95})(@(?P<revision>[\w./-]{1,200}))?")
 _CACHED = re.compile(r"models--([\w.-]+?)--([\w.-]+)")
-_FILES_OF_A_MODEL = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "LICENSE*", "NOTICE*")
+FILES_BESIDE_WEIGHTS = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "LICENSE*", "NOTICE*", "README.md")
+"""Patterns of a model's files that hold no weights."""
+_FILES_OF_A_MODEL = ("*.safetensors", *FILES_BESIDE_WEIGHTS)
 
 
 def is_hub_name(name: str | Path) -> bool:
@@ -56,9 +58,45 @@ def hub_name(model: str) -> str | None:
     if in_cache is not None:
         return f"{in_cache[1]}/{in_cache[2]}"
     named = _NAME.fullmatch(model)
+    is_cached = named is not None and any(_cached(model, name) for name in ("config.json", "adapter_config.json"))
+    return named["repository"] if named is not None and is_cached else None
+
+
+def file_of_model(model: str, name: str) -> Path | None:
+    """The file `name` of a model, in its folder or, where it is named as on the hub, in the cache; None: not there."""
+    path = Path(model) / name
+    return path if model and path.is_file() else _cached(model, name)
+
+
+def _cached(model: str, file: str) -> Path | None:
+    """The place in the hub's cache of a `file` of a model that is named as on the hub; None where it is not there."""
+    named = _NAME.fullmatch(model)
     if named is None or Path(model).parent.exists():
         return None
     from huggingface_hub import try_to_load_from_cache
 
-    file = try_to_load_from_cache(named["repository"], "config.json", revision=named["revision"])
-    return named["repository"] if isinstance(file, str) else None
+    found = try_to_load_from_cache(named["repository"], file, revision=named["revision"])
+    return Path(found) if isinstance(found, str) else None
+
+
+def revision_of(model: str) -> str | None:
+    """The revision of a model of the hub: that which is named with it, or the commit of its folder in the cache."""
+    parts = Path(model).parts
+    if hub_name(model) is None:
+        return None
+    if "snapshots" in parts[:-1]:
+        return parts[parts.index("snapshots") + 1]
+    named = _NAME.fullmatch(model)
+    return named["revision"] if named is not None else None
+
+
+def push_folder(folder: str | Path, name: str, *, private: bool) -> str:
+    """The page of the hub's model `name` after the files of `folder` were pushed to it; it is made where it is not.
+
+    Raises: what huggingface_hub raises.
+    """
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    repository = api.create_repo(name, private=private, exist_ok=True).repo_id
+    return str(api.upload_folder(folder_path=folder, repo_id=repository, commit_message="Upload by simpo_megatron"))

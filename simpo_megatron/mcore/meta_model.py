@@ -57,19 +57,24 @@ class MetaModel:
 
     def parts(self, name: str, values: Tensor) -> list[StoredPart]:
         """The places in which the `values` of the parameter `name` are stored."""
-        entry = self.state[name]
-        if isinstance(entry, ShardedTensorFactory):
-            found = nested_values(entry.build_fn(entry.key, values, entry.replica_id, entry.flattened_range))
-        else:
-            found = [replace(entry, data=values, dtype=values.dtype)]
-        return [self._stored_part(part) for part in found]
+        return stored_parts(self.state[name], values, self._vocab_size)
 
-    def _stored_part(self, part: ShardedTensor) -> StoredPart:
-        stacked = part.data.view((1,) * part.prepend_axis_num + tuple(part.data.shape))
-        return StoredPart(
-            key=part.key,
-            global_shape=tuple(part.global_shape),
-            offset=tuple(part.global_offset),
-            values=stacked,
-            num_true_rows=self._vocab_size if part.allow_shape_mismatch else None,
-        )
+
+def stored_parts(entry: ShardedTensor | ShardedTensorFactory, values: Tensor, vocab_size: int) -> list[StoredPart]:
+    """The places of `values`, a rank's shard of a parameter whose `entry` megatron's sharded_state_dict gives."""
+    if isinstance(entry, ShardedTensorFactory):
+        found = nested_values(entry.build_fn(entry.key, values, entry.replica_id, entry.flattened_range))
+    else:
+        found = [replace(entry, data=values, dtype=values.dtype)]
+    return [_stored_part(part, vocab_size) for part in found]
+
+
+def _stored_part(part: ShardedTensor, vocab_size: int) -> StoredPart:
+    stacked = part.data.view((1,) * part.prepend_axis_num + tuple(part.data.shape))
+    return StoredPart(
+        key=part.key,
+        global_shape=tuple(part.global_shape),
+        offset=tuple(part.global_offset),
+        values=stacked,
+        num_true_rows=vocab_size if part.allow_shape_mismatch else None,
+    )

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from simpo_megatron.checkpoint.initial_weights import fill_weights
+from simpo_megatron.checkpoint.adapter_checkpoint import open_adapter
+from simpo_megatron.checkpoint.initial_weights import fill_adapters, fill_model
+from simpo_megatron.checkpoint.model_source import ModelSource, find_model
 from simpo_megatron.config import config_from
 from simpo_megatron.convert.files import TensorSpec
 from simpo_megatron.data import PairOptions, PreferenceDataset, build_preference_dataset, load_tokenizer
 from simpo_megatron.mcore.families import ModelDescription
 from simpo_megatron.mcore.hf_files import load_transformers_model
 from simpo_megatron.mcore.model import build_model
-from simpo_megatron.offline.weights import HfWeights, Weights
+from simpo_megatron.offline.weights import AdaptedWeights, HfWeights, Weights
 from simpo_megatron.parallel import ParallelGroups
 
 LogitsOf = Callable[[Tensor], Tensor]
@@ -95,13 +97,14 @@ def average_log_probs(
     """(chosen, rejected) average log-prob per response token of each pair, computed in fp32 on the CPU.
 
     A Hugging Face folder is computed by transformers, a checkpoint by megatron-core, so that neither vouches for the
-    other. The whole model is in memory, in fp32.
+    other; adapters of a run stand beside the weights then, those of PEFT are added to them. The whole model is in
+    memory, in fp32.
 
     Args:
         cast_to: what its weights are rounded to first; None leaves them as stored.
     """
-    if isinstance(weights, HfWeights):
-        model, logits_of = _transformers(weights.folder)
+    if is_of_hugging_face(weights):
+        model, logits_of = _transformers(weights)
     else:
         longest = max(int(lengths[0] + max(lengths[1:])) for lengths in pairs.lengths)
         model, logits_of = _megatron(weights, groups, longest)
@@ -119,22 +122,35 @@ def average_log_probs(
     return averages
 
 
+def is_of_hugging_face(weights: Weights) -> bool:
+    """True of weights that transformers computes with: a folder's, and those with PEFT's adapters."""
+    if isinstance(weights, AdaptedWeights) and weights.checkpoint is None:
+        return is_of_hugging_face(weights.base)
+    return isinstance(weights, HfWeights)
+
+
 def _average(logits_of: LogitsOf, prompt: Tensor, response: Tensor, description: ModelDescription) -> float:
     logits = logits_of(torch.cat((prompt, response))[None])[0, len(prompt) - 1 : -1, : description.vocab_size]
     return float(logits.log_softmax(-1).gather(1, response[:, None]).mean())
 
 
-def _transformers(folder: Path) -> tuple[torch.nn.Module, LogitsOf]:
+def _transformers(weights: Weights) -> tuple[torch.nn.Module, LogitsOf]:
     from transformers import AutoModelForCausalLM
 
-    model = load_transformers_model(AutoModelForCausalLM, folder, dtype=torch.float32)
+    model = load_transformers_model(AutoModelForCausalLM, weights.folder, dtype=torch.float32)
+    for name in weights.adapted if isinstance(weights, AdaptedWeights) else ():
+        model.get_parameter(name).copy_(weights.read(name))
     return model, lambda tokens: model(tokens).logits
 
 
 def _megatron(weights: Weights, groups: ParallelGroups, longest: int) -> tuple[torch.nn.Module, LogitsOf]:
     lengths = {"max_length": longest, "max_prompt_length": longest - 1}
-    config = config_from(model=str(weights.folder), data=("unused",), bf16=False, **lengths)
+    *beneath, last = [None, *find_model(weights.named).adapters]
+    settings = {} if last is None else asdict(open_adapter(last, weights.description).settings)
+    config = config_from(model=str(weights.folder), data=("unused",), bf16=False, **lengths, **settings)
     (chunk,) = model = build_model(weights.description, config, groups)
-    fill_weights(model, weights.folder, weights.description, groups)
+    fill_model(model, ModelSource(weights.folder, tuple(filter(None, beneath))), weights.description, groups)
+    if last is not None:
+        fill_adapters(model, last, weights.description, groups)
     chunk.eval()
     return chunk, lambda tokens: chunk(tokens, torch.arange(tokens.shape[1])[None], None)

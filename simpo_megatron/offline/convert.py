@@ -12,6 +12,7 @@ from torch import Tensor
 from simpo_megatron import __version__
 from simpo_megatron.checkpoint import manifest
 from simpo_megatron.checkpoint.manifest import model_facts
+from simpo_megatron.checkpoint.run_config import write_run_config
 from simpo_megatron.checkpoint.torch_dist import write_parameters
 from simpo_megatron.convert.files import TensorSpec, require_finite, write_safetensors
 from simpo_megatron.convert.folder import (
@@ -30,9 +31,10 @@ from simpo_megatron.convert.mapping import dtype_in_folder, pieces_of
 from simpo_megatron.convert.weight_layouts import ALONE
 from simpo_megatron.errors import CheckpointError, ConfigError
 from simpo_megatron.logs import LOGGER
+from simpo_megatron.mcore.hub import hub_name
 from simpo_megatron.mcore.meta_model import MetaModel
 from simpo_megatron.offline.progress import Transfer
-from simpo_megatron.offline.weights import MegatronWeights, Weights
+from simpo_megatron.offline.weights import AdaptedWeights, MegatronWeights, Weights
 from simpo_megatron.parallel import ParallelGroups
 from simpo_megatron.reporting.loggers import METRICS_FILE
 from simpo_megatron.reporting.model_card import card_of_checkpoint
@@ -73,8 +75,15 @@ def to_mcore(weights: Weights, out_folder: Path, groups: ParallelGroups, *, dtyp
             return values
 
         digests = write_parameters(model, dtypes, compute, folder)
-        copy_model_files(weights.folder, folder, flat=True)
+        copy_model_files(weights.folder, folder, flat=True, tokenizer_folder=weights.tokenizer)
         write_config(folder, weights.description.hf_config)
+        write_run_config(
+            folder,
+            weights.description,
+            place=out_folder / manifest.RELEASE,
+            dtype=next(iter(dtypes.values())),
+            hub_id=hub_name(str(weights.named)),
+        )
         facts = {"model": model_facts(weights.description), "converted_by": f"simpo_megatron {__version__}"}
         manifest.commit_weights_only(staging, facts, digests)
 
@@ -97,7 +106,7 @@ def to_hf(
     Raises:
         CheckpointError: `out_folder` is something else, or cannot be written.
     """
-    refuse_existing_export(out_folder, weights.folder)
+    refuse_existing_export(out_folder, weights.folder, weights.named)
     specs = {
         name: replace(spec, dtype=dtype_in_folder(name, weights.description, dtype or spec.dtype))
         for name, spec in weights.specs.items()
@@ -110,7 +119,7 @@ def to_hf(
         title="write hf",
         max_shard_bytes=max_shard_bytes,
         model_card=_card(weights, out_folder, dtype),
-        origin=origin_of(weights.folder),
+        origin=origin_of(weights.named),
     )
 
 
@@ -145,13 +154,14 @@ def write_hf(
 
         for file, part in files.items():
             write_safetensors(staging / file, part, map(counted, part))
-        complete_folder(staging, like.folder, like.description.hf_config, files, model_card)
+        config, tokenizer = like.description.hf_config, like.tokenizer
+        complete_folder(staging, like.folder, config, files, model_card, tokenizer_folder=tokenizer)
 
 
 def _card(weights: Weights, out_folder: Path, dtype: torch.dtype | None) -> str | None:
-    if not isinstance(weights, MegatronWeights):
+    checkpoint = weights.checkpoint if isinstance(weights, MegatronWeights | AdaptedWeights) else None
+    if checkpoint is None:
         return None
-    checkpoint = weights.checkpoint
     options, metrics = checkpoint.facts.get("config"), checkpoint.files.get(METRICS_FILE)
     if options is None:
         return None

@@ -39,7 +39,7 @@ def merge(
             f"shares: found {list(shares)} for {len(models)} models, expected a finite share for each of two models or "
             "more, and a sum above 0"
         )
-    refuse_existing_export(out_folder, *(model.folder for model in models))
+    refuse_existing_export(out_folder, *(folder for model in models for folder in (model.folder, model.named)))
     for other in models[1:]:
         _refuse_differences(models[0], other)
     fractions = [share / sum(shares) for share in shares]
@@ -51,9 +51,9 @@ def merge(
         title="write merged",
         max_shard_bytes=max_shard_bytes,
         model_card=merged_model_card(
-            out_folder.name, [(share, model.folder.name) for share, model in zip(fractions, models, strict=True)]
+            out_folder.name, [(share, model.named.name) for share, model in zip(fractions, models, strict=True)]
         ),
-        origin=" ".join(origin_of(model.folder) for model in models),
+        origin=" ".join(origin_of(model.named) for model in models),
     )
 
 
@@ -80,10 +80,10 @@ def _refuse_differences(first: Weights, other: Weights) -> None:
         if name in other.specs and other.specs[name].shape != spec.shape
     ]
     if not problems:
-        problems = _tokenizer_differences(first.folder, other.folder)
+        problems = _tokenizer_differences(first.tokenizer, other.tokenizer)
     if problems:
         raise CheckpointError(
-            f"{other.folder}: found a model that cannot be averaged with {first.folder}: {listed(problems, 10, '; ')}"
+            f"{other.named}: found a model that cannot be averaged with {first.named}: {listed(problems, 10, '; ')}"
         )
 
 

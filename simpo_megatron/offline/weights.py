@@ -1,9 +1,13 @@
-"""The tensors of a model under their Hugging Face names, one at a time, from a folder or from a checkpoint."""
+"""The tensors of a model under their Hugging Face names, one at a time, from a folder or from a checkpoint.
+
+Adapters count as the model that they make of their base.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
@@ -11,17 +15,20 @@ import torch
 from torch import Tensor
 
 from simpo_megatron.checkpoint import manifest
+from simpo_megatron.checkpoint.adapter_checkpoint import open_adapter
+from simpo_megatron.checkpoint.fingerprint import require_bases
+from simpo_megatron.checkpoint.model_source import find_model, has_tokenizer
 from simpo_megatron.checkpoint.tensor_index import refuse_other_weights
 from simpo_megatron.checkpoint.torch_dist import CheckpointReader
 from simpo_megatron.convert.export import gather_tensor
 from simpo_megatron.convert.files import DTYPE_NAMES, TensorSpec, open_safetensors
 from simpo_megatron.convert.folder import check_model_files
+from simpo_megatron.convert.load_adapters import merged, names_of
 from simpo_megatron.convert.load_weights import checked_tensors
 from simpo_megatron.convert.mapping import hf_tensors, pieces_of
 from simpo_megatron.convert.weight_layouts import ALONE
 from simpo_megatron.errors import CheckpointError
 from simpo_megatron.mcore.families import ModelDescription, describe_hf_model
-from simpo_megatron.mcore.hub import model_folder
 from simpo_megatron.mcore.meta_model import MetaModel
 from simpo_megatron.parallel import ParallelGroups
 
@@ -32,7 +39,11 @@ class Weights(Protocol):
     """A model whose tensors can be had one by one."""
 
     folder: Path
-    """Where configuration and tokenizer are too."""
+    """Where the configuration is too."""
+    named: Path
+    """The folder that was opened: `folder`, or that of adapters on it."""
+    tokenizer: Path
+    """The folder of tokenizer and chat template."""
     description: ModelDescription
     specs: Mapping[str, TensorSpec]
     """Every tensor of the model, in the order of the forward."""
@@ -48,22 +59,26 @@ class Weights(Protocol):
 
 def open_weights(path: str | Path, groups: ParallelGroups) -> Weights:
     """The model at `path`: a Hugging Face folder or its name on the hub, a committed checkpoint, or a folder whose
-    newest one counts.
+    newest one counts; a PEFT folder, or a run of adapters, is the model that the adapters make of their base.
 
     Raises:
         CheckpointError: it is none of them, damaged, or holds another model than its config.json describes.
-        ConfigError: its family, or an option of it, is not supported.
+        ConfigError: its family, an option of it, or the kind of its adapters is not supported.
     """
-    path = model_folder(path)
-    folder = manifest.resolve_checkpoint(path)
-    return HfWeights(path) if folder is None else MegatronWeights(folder, groups)
+    source = find_model(path)
+    require_bases(source)
+    is_checkpoint = (source.base / manifest.RECORD_FILE).is_file()
+    weights: Weights = MegatronWeights(source.base, groups) if is_checkpoint else HfWeights(source.base)
+    for folder in source.adapters:
+        weights = AdaptedWeights(weights, folder)
+    return weights
 
 
 class HfWeights:
     """A folder of safetensors."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
+        self.folder = self.named = self.tokenizer = folder
         self.description = describe_hf_model(folder)
         check_model_files(folder)
         self._stored = checked_tensors(folder, self.description)
@@ -85,7 +100,8 @@ class MegatronWeights:
     """A committed checkpoint, each file of it verified before anything of that file is read."""
 
     def __init__(self, folder: Path, groups: ParallelGroups) -> None:
-        self.folder, self._tp_group = folder, groups.tp
+        self.folder = self.named = self.tokenizer = folder
+        self._tp_group = groups.tp
         self.checkpoint = manifest.read(folder)
         if "config.json" not in self.checkpoint.files:
             raise CheckpointError(
@@ -148,3 +164,32 @@ class MegatronWeights:
                 self._reader.fill(part)
             self._last = (parameter, values)
         return self._last[1]
+
+
+class AdaptedWeights:
+    """Another model's weights with what adapters add to them, each sum taken in fp32."""
+
+    def __init__(self, base: Weights, folder: Path) -> None:
+        """`folder` holds the adapters: in PEFT's form, or as a committed checkpoint, all of which is verified."""
+        self.base, self.named = base, folder
+        self.folder, self.description = base.folder, base.description
+        self.tokenizer = folder if has_tokenizer(folder) else base.tokenizer
+        check_model_files(self.tokenizer)
+        self.checkpoint = manifest.read(folder) if (folder / manifest.RECORD_FILE).is_file() else None
+        if self.checkpoint is not None:
+            manifest.check_hashes(self.checkpoint, self.checkpoint.files)
+        self.adapter = open_adapter(folder, base.description)
+        beneath = base.adapted if isinstance(base, AdaptedWeights) else frozenset()
+        self.adapted: frozenset[str] = beneath | {
+            name for name in base.specs if names_of(name)[0] in self.adapter.names
+        }
+        dtype = self.adapter.base_dtype
+        self.specs: Mapping[str, TensorSpec] = {
+            name: replace(spec, dtype=dtype or spec.dtype) for name, spec in base.specs.items()
+        }
+
+    def read(self, name: str) -> Tensor:
+        return merged(self.base.read(name), name, self.adapter)
+
+    def place(self, name: str) -> Path:
+        return self.named

@@ -113,8 +113,9 @@ def layer_activation_bytes(load: Workload) -> dict[str, float]:
     query, _ = _query_key_bytes(load)
     mlp = load.tokens * shape.ffn_hidden_size / tp * e
     is_lora = load.config.lora.lora_rank is not None
-    needs = {name: not is_lora or name in load.config.lora.lora_targets for name in LORA_TARGETS}
-    low = load.tokens * (load.config.lora.lora_rank or 0) * sum(needs.values()) * e
+    own_parts = load.config.lora.own_parts
+    needs = {name: not is_lora or name in own_parts for name in LORA_TARGETS}
+    low = load.tokens * (load.config.lora.lora_rank or 0) * sum(len(parts or (0,)) for parts in own_parts.values()) * e
     num_norms = 4 if shape.post_layernorms else 2
     # Latents are kept by their norms and by the matrices behind these, whole unless ranks divide the sequence.
     latents = 2 * load.tokens * shape.latent_width / load.sequence_ranks * e

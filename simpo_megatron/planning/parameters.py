@@ -50,30 +50,33 @@ def stage_parameters(shape: ModelShape, sizes: ParallelSizes, stage: int) -> int
 def adapter_parameters(load: Workload) -> int:
     """Parameters of a stage's low-rank adapters on a tensor-parallel rank; 0 without adapters.
 
-    Source: simpo_megatron.mcore.lora: A [r, inputs] and B [outputs, r] of each target, one of the two divided.
+    Source: simpo_megatron.mcore.lora: A [p r, inputs] and B [outputs, r] of each target, one of the two divided.
     """
     lora, shape, tp = load.config.lora, load.shape, load.sizes.tensor
     if lora.lora_rank is None:
         return 0
-    sides = {
+    inputs_and_outputs = {
         "linear_qkv": _sides_before_attention(shape, tp),
-        "linear_proj": shape.num_attention_heads * shape.kv_channels // tp + shape.hidden_size,
-        "linear_fc1": shape.hidden_size + (shape.mlp_matrices - 1) * shape.ffn_hidden_size // tp,
-        "linear_fc2": shape.ffn_hidden_size // tp + shape.hidden_size,
+        "linear_proj": (shape.num_attention_heads * shape.kv_channels // tp, shape.hidden_size),
+        "linear_fc1": (shape.hidden_size, (shape.mlp_matrices - 1) * shape.ffn_hidden_size // tp),
+        "linear_fc2": (shape.ffn_hidden_size // tp, shape.hidden_size),
     }
-    return shape.num_layers // load.sizes.pipeline * lora.lora_rank * sum(sides[name] for name in lora.lora_targets)
+    sides = 0
+    for target, own_parts in lora.own_parts.items():
+        num_inputs, num_outputs = inputs_and_outputs[target]
+        sides += len(own_parts or (0,)) * num_inputs + num_outputs
+    return shape.num_layers // load.sizes.pipeline * lora.lora_rank * sides
 
 
-def _sides_before_attention(shape: ModelShape, tp: int) -> int:
-    """Inputs and outputs of the matrices that make queries, keys and values, on a tensor-parallel rank."""
+def _sides_before_attention(shape: ModelShape, tp: int) -> tuple[int, int]:
+    """(Inputs, outputs) of the matrices that make queries, keys and values, on a tensor-parallel rank."""
     if shape.latent is None:
-        return shape.hidden_size + (shape.query_size + 2 * shape.key_size) // tp
+        return shape.hidden_size, (shape.query_size + 2 * shape.key_size) // tp
     sizes, num_values = shape.latent, shape.num_attention_heads * (shape.latent.qk_head_dim + shape.latent.v_head_dim)
-    queries = shape.hidden_size + shape.query_size // tp
-    if sizes.q_lora_rank is not None:
-        queries += 2 * sizes.q_lora_rank
-    down = shape.hidden_size + sizes.kv_lora_rank + sizes.qk_pos_emb_head_dim
-    return queries + down + sizes.kv_lora_rank + num_values // tp
+    of_queries = sizes.q_lora_rank or 0
+    num_inputs = 2 * shape.hidden_size + of_queries + sizes.kv_lora_rank
+    num_outputs = of_queries + shape.query_size // tp + sizes.kv_lora_rank + sizes.qk_pos_emb_head_dim
+    return num_inputs, num_outputs + num_values // tp
 
 
 def trained_parameters(load: Workload, stage: int) -> tuple[int, int]:

@@ -11,8 +11,9 @@ import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from simpo_megatron.config import Config, config_from, options_in_force, to_yaml
-from simpo_megatron.mcore.hub import hub_name
+from simpo_megatron.mcore.hub import file_of_model, hub_name
 from simpo_megatron.mcore.precision import dtype_name, parameter_dtype
+from simpo_megatron.reporting.hub_facts import facts_of_card
 from simpo_megatron.reporting.rendering import render
 from simpo_megatron.reporting.run_report import Curves, Point, before_and_after, headline_of, read_curves
 
@@ -25,8 +26,15 @@ _RESULTS = (
 )
 
 
-def model_card(config: Config, out_folder: str | Path, curves: Curves | None, dtype: torch.dtype) -> str:
-    """The README.md of the model exported to `out_folder`.
+def model_card(
+    config: Config,
+    out_folder: str | Path,
+    curves: Curves | None,
+    dtype: torch.dtype,
+    *,
+    is_adapter: bool = False,
+) -> str:
+    """The README.md of the model, or of the adapters, exported to `out_folder`.
 
     Args:
         curves: of the run; None where it kept none.
@@ -35,11 +43,15 @@ def model_card(config: Config, out_folder: str | Path, curves: Curves | None, dt
     objective, name = config.objective, Path(out_folder).name
     base_model = hub_name(config.model.model or "")
     results = [] if curves is None else _eval_results(curves)
+    of_base: dict[str, Any] = facts_of_card(file_of_model(config.model.model or "", "README.md"))
     data = ModelCardData(
         base_model=base_model,
+        base_model_relation=("adapter" if is_adapter else "finetune") if base_model else None,
         datasets=_hub_datasets(config) or None,
-        library_name="transformers",
-        tags=[objective.objective, "simpo_megatron"],
+        library_name="peft" if is_adapter else "transformers",
+        pipeline_tag="text-generation",
+        tags=[objective.objective, *(["lora"] if config.lora.lora_rank is not None else []), "simpo_megatron"],
+        **of_base,
         # huggingface_hub wants a name for results, and drops one that comes without any.
         model_name=name if results else None,
         eval_results=results or None,
@@ -50,6 +62,8 @@ def model_card(config: Config, out_folder: str | Path, curves: Curves | None, dt
         data,
         name=name,
         started_from=base_model or Path(config.model.model or "").name,
+        is_adapter=is_adapter,
+        chat_template=_template(config),
         objective=f"{objective.title} ({objective.paper})",
         dtype=dtype_name(dtype),
         trained_in=dtype_name(parameter_dtype(config.precision)),
@@ -82,7 +96,15 @@ def card_of_checkpoint(
 
 def merged_model_card(name: str, parts: Sequence[tuple[float, str]]) -> str:
     """The README.md of the model `name` that is the average of `parts`, each a share and the name of a model."""
-    data = ModelCardData(library_name="transformers", tags=["merge", "simpo_megatron"])
+    named = [hub_name(model) for _, model in parts]
+    on_hub = [model for model in named if model is not None]
+    data = ModelCardData(
+        base_model=on_hub if len(on_hub) == len(parts) else None,
+        base_model_relation="merge" if len(on_hub) == len(parts) else None,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["merge", "simpo_megatron"],
+    )
     return _card("merged_model_card.md", data, name=name, parts=[(f"{share:g}", model) for share, model in parts])
 
 
@@ -93,6 +115,11 @@ def _card(template: str, data: ModelCardData, **values: object) -> str:
 def _hub_datasets(config: Config) -> list[str]:
     names = [str(item).split(":")[1] for item in config.data.data if str(item).startswith("hub:")]
     return list(dict.fromkeys(names))
+
+
+def _template(config: Config) -> str:
+    """The chat template that was asked for by name, or by the name of its file; empty for the tokenizer's own."""
+    return Path(config.pairs.chat_template).name
 
 
 def _eval_results(curves: Curves) -> list[EvalResult]:

@@ -73,7 +73,7 @@ class _Driver:
         if self._sweep.halving is None:
             return 0
         config, sources = self._sweep.base, self._session.plan.sources
-        train_data, _ = load_data(config, sources, load_tokenizer(sources.model))
+        train_data, _ = load_data(config, sources, load_tokenizer(sources.tokenizer))
         return num_train_iters(config, len(train_data))
 
     def run(self) -> StoppedBySignal | None:
@@ -125,7 +125,7 @@ class _Driver:
         config = self._sweep.config_of(turn.point, turn.train_iters)
         plan = plan_run(config, dist.get_world_size())
         try:
-            stopped, _ = run_in(self._session, config, plan)
+            stopped, _ = run_in(self._session, plan)
         except NumericsError as error:
             return Outcome("diverged", str(error))
         if isinstance(stopped, StoppedBySignal):

@@ -16,6 +16,7 @@ from simpo_megatron.planning.shapes import Pack
 from simpo_megatron.sweep.points import Point
 from simpo_megatron.sweep.request import Sweep
 from simpo_megatron.training.inputs import Sources, locate_sources
+from simpo_megatron.training.run_plan import with_adapter_settings
 
 _MOST_SHOWN = 40
 
@@ -71,7 +72,7 @@ def _in_order(points: Sequence[Point]) -> list[Point]:
 
 
 def _training_pairs(config: Config, sources: Sources, cache: str) -> PreferenceDataset:
-    dataset = build_preference_dataset(sources.train, load_tokenizer(sources.model), config.pairs, cache)
+    dataset = build_preference_dataset(sources.train, load_tokenizer(sources.tokenizer), config.pairs, cache)
     if sources.valid or not config.data.valid_fraction:
         return dataset
     return split(dataset, config.data.valid_fraction, config.run.seed)[0]
@@ -79,9 +80,10 @@ def _training_pairs(config: Config, sources: Sources, cache: str) -> PreferenceD
 
 def _request(config: Config, sources: Sources, dataset: PreferenceDataset, num_gpus: int, gpu: str) -> PlanRequest:
     prompt, chosen, rejected = dataset.lengths.mean(0)
+    description = describe_hf_model(sources.model)
     return PlanRequest(
-        description=describe_hf_model(sources.model),
-        config=config,
+        description=description,
+        config=with_adapter_settings(config, sources, description),
         num_gpus=num_gpus,
         gpu=GPUS[gpu],
         pack=Pack.of(config.batch, prompt=float(prompt), response=float(chosen + rejected) / 2),

@@ -14,13 +14,17 @@ from typing import Any, TypeVar, cast
 import torch.distributed as dist
 
 from simpo_megatron import faults
+from simpo_megatron.atomic import draft_of
 from simpo_megatron.checkpoint import manifest
+from simpo_megatron.checkpoint.run_config import write_run_config
 from simpo_megatron.checkpoint.sharded_state import FailedAloneError
 from simpo_megatron.checkpoint.writer import Writing, begin_write
 from simpo_megatron.config import Config
 from simpo_megatron.convert.folder import copy_model_files, write_config
 from simpo_megatron.errors import CheckpointError, NumericsError
 from simpo_megatron.limits import read_bounded
+from simpo_megatron.mcore.hub import hub_name
+from simpo_megatron.mcore.precision import parameter_dtype
 from simpo_megatron.ranks import gather_or_raise, sync_status
 from simpo_megatron.reporting.loggers import METRICS_FILE, RunLog
 from simpo_megatron.training.resume import describe_run
@@ -245,5 +249,21 @@ def _add_small_files(save: Path, folder: Path, job: Job) -> None:
         metrics = read_bounded(save / METRICS_FILE, _MOST_METRICS)
     if metrics:
         (folder / METRICS_FILE).write_bytes(metrics)
-    copy_model_files(job.plan.sources.model, folder, flat=True, chat_template=job.chat_template)
+    copy_model_files(
+        job.plan.sources.model,
+        folder,
+        flat=True,
+        chat_template=job.chat_template,
+        tokenizer_folder=job.plan.sources.tokenizer,
+    )
     write_config(folder, job.plan.description.hf_config)
+    config = job.plan.config
+    if config.lora.lora_rank is None:
+        write_run_config(
+            folder,
+            job.plan.description,
+            place=folder.with_name(str(draft_of(folder))),
+            dtype=parameter_dtype(config.precision),
+            hub_id=hub_name(str(config.model.model)),
+            sizes=config.parallel.sizes,
+        )

@@ -80,8 +80,8 @@ def _text(value: object) -> str:
     return str(getattr(value, "__qualname__", value))
 
 
-def check_same_model(folder: Path) -> None:
-    """Return if samples of the model's files in `folder` are the same on every rank.
+def check_same_model(folders: Sequence[Path]) -> None:
+    """Return if samples of the model's files in `folders`, its base first, are the same on every rank.
 
     Each rank reads its own slices: ranks that see different models would together train parts of each.
 
@@ -91,11 +91,11 @@ def check_same_model(folder: Path) -> None:
         CheckpointError: on every rank alike, a file cannot be read.
         ParallelError: on every rank alike, with the files that differ, and the ranks and folders in which they do.
     """
-    own = raise_on_all_ranks(lambda: sampled_digests(folder), wrap=CheckpointError)
+    own = raise_on_all_ranks(lambda: _digests(folders), wrap=CheckpointError)
     digest = hashlib.sha256(repr(sorted(own.items())).encode()).hexdigest()
     if len(set(gather_or_raise(lambda: digest))) == 1:
         return
-    here = f"{socket.gethostname()}:{folder.resolve()}"
+    here = f"{socket.gethostname()}:{' + '.join(str(folder.resolve()) for folder in folders)}"
     every = gather_or_raise(lambda: (here, own))
     names = sorted(set().union(*(digests for _, digests in every)))
     differing = [name for name in names if len({digests.get(name) for _, digests in every}) > 1]
@@ -108,9 +108,22 @@ def check_same_model(folder: Path) -> None:
     )
 
 
+def _digests(folders: Sequence[Path]) -> dict[str, str]:
+    """The digests of all files, those of adapters under the number of their folder too."""
+    return {
+        _numbered(name, number): digest
+        for number, folder in enumerate(folders)
+        for name, digest in sampled_digests(folder).items()
+    }
+
+
+def _numbered(name: str, number: int) -> str:
+    return f"{name} of adapters {number}" if number else name
+
+
 @contextmanager
-def unchanged_model(folder: Path) -> Iterator[None]:
-    """While the context lasts, in which ranks read the model in `folder`, its files do not change.
+def unchanged_model(folders: Sequence[Path]) -> Iterator[None]:
+    """While the context lasts, in which ranks read the model in `folders`, its files do not change.
 
     Ranks that read a file before and after a change would together train parts of two models.
 
@@ -119,26 +132,30 @@ def unchanged_model(folder: Path) -> Iterator[None]:
     Raises:
         CheckpointError: on every rank alike, with the files that did.
     """
-    before = raise_on_all_ranks(lambda: _file_states(folder), wrap=CheckpointError)
+    before = raise_on_all_ranks(lambda: _file_states(folders), wrap=CheckpointError)
     yield
 
     def compare() -> None:
-        after = _file_states(folder)
+        after = _file_states(folders)
         changed = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
         if changed:
             raise CheckpointError(
-                f"model: found {listed(changed, _MAX_SHOWN)} of {folder} changed while it was read, expected a whole "
-                "model; start again once it is"
+                f"model: found {listed(changed, _MAX_SHOWN)} of {folders[0]} changed while it was read, expected a "
+                "whole model; start again once it is"
             )
 
     raise_on_all_ranks(compare, wrap=CheckpointError)
 
 
-def _file_states(folder: Path) -> dict[str, tuple[int, int, int]]:
-    """Inode, size and time of change of each file of the model in `folder`, links followed, by its name."""
-    weights, small = files_of_model(folder)
-    found = {path.name: path.stat() for path in (*weights, *small)}
-    return {name: (stat.st_ino, stat.st_size, stat.st_mtime_ns) for name, stat in found.items()}
+def _file_states(folders: Sequence[Path]) -> dict[str, tuple[int, int, int]]:
+    """Inode, size and time of change of each file of the model in `folders`, links followed, by its name."""
+    found: dict[str, tuple[int, int, int]] = {}
+    for number, folder in enumerate(folders):
+        weights, small = files_of_model(folder)
+        for path in (*weights, *small):
+            stat = path.stat()
+            found[_numbered(path.name, number)] = stat.st_ino, stat.st_size, stat.st_mtime_ns
+    return found
 
 
 def check_replicas(chunks: Sequence[DistributedDataParallel], groups: ParallelGroups) -> None:

@@ -1,4 +1,4 @@
-"""The end of a run: writes the model, then the adapters, then the report; the most valuable first."""
+"""The end of a run: writes the model, then the adapters, then the report; the most valuable first. The hub is last."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ import torch.distributed as dist
 
 from simpo_megatron.config import Config
 from simpo_megatron.convert import export_adapter, export_hf, origin_of
+from simpo_megatron.convert.peft_files import CONFIG_FILE
 from simpo_megatron.errors import SimPOError
 from simpo_megatron.mcore.fp8_weights import whole_masters
+from simpo_megatron.mcore.hub import hub_name, push_folder, revision_of
 from simpo_megatron.mcore.optimizer import gather_parameters
 from simpo_megatron.mcore.precision import export_dtype, parameter_dtype, rounding
 from simpo_megatron.reporting.loggers import METRICS_FILE, RunLog
@@ -40,6 +42,7 @@ def finish(config: Config, job: Job, log: RunLog) -> None:
             dtype=export_dtype(config),
             model_card=model_card(config, config.model.export_hf, curves, export_dtype(config)),
             chat_template=job.chat_template,
+            tokenizer_folder=job.plan.sources.tokenizer,
             in_place_of=whole_masters(job.trainer.optimizer),
             origin=origin,
         )
@@ -48,18 +51,58 @@ def finish(config: Config, job: Job, log: RunLog) -> None:
         if said is not None:
             log.say(f"NOTE      {said} there; --export-dtype stored keeps every bit")
     if config.lora.export_adapter is not None:
-        export_adapter(
-            job.model,
-            job.plan.description,
-            config.lora,
-            job.plan.sources.model,
-            config.lora.export_adapter,
-            groups=job.trainer.groups,
-            dtype=parameter_dtype(config.precision),
-            origin=origin,
-        )
-        log.say(f"adapters  {config.lora.export_adapter} (PeftModel loads them onto {job.plan.sources.model})")
+        _export_adapters(config, job, config.lora.export_adapter, curves, origin, log)
     _report(config, log)
+    _push(config, log)
+
+
+def _export_adapters(
+    config: Config, job: Job, folder: str, curves: Curves | None, origin: str | None, log: RunLog
+) -> None:
+    """Export the adapters, with a base model that others find where it is one of the hub's.
+
+    Collectives and Raises: those of `export_adapter`.
+    """
+    from simpo_megatron.reporting.model_card import model_card
+
+    named, source = str(config.model.model), job.plan.sources.model
+    base_model = hub_name(named) or str(source.absolute())
+    export_adapter(
+        job.model,
+        job.plan.description,
+        config.lora,
+        base_model,
+        folder,
+        groups=job.trainer.groups,
+        dtype=parameter_dtype(config.precision),
+        revision=revision_of(named),
+        tokenizer_folder=job.plan.sources.tokenizer,
+        model_card=model_card(config, folder, curves, parameter_dtype(config.precision), is_adapter=True),
+        chat_template=job.chat_template,
+        origin=origin,
+    )
+    log.say(f"adapters  {folder} (PeftModel loads them onto {base_model})")
+    if hub_name(named) is None:
+        log.say(
+            f"WARNING   base_model_name_or_path: found the local folder {base_model}, expected a name of the hub; "
+            f"write one into {folder}/{CONFIG_FILE} before you share it"
+        )
+
+
+def _push(config: Config, log: RunLog) -> None:
+    """Push what was exported to the hub, which is worth a warning where it fails: the export is safe."""
+    name, folder = config.model.push_to_hub, config.model.export_hf or config.lora.export_adapter
+    if name is None or folder is None or dist.get_rank() != 0:
+        return
+    try:
+        log.say(f"hub       {push_folder(folder, name, private=config.model.hub_private_repo)}")
+    except Exception as error:
+        # Of an answer of the server, its first line; no text of these errors holds the token.
+        reason = str(error).strip().partition("\n")[0]
+        log.say(
+            f"WARNING   {folder} was not pushed to {name}: {type(error).__name__}: {reason}; "
+            f"hf upload {name} {folder} does it"
+        )
 
 
 def _curves(config: Config, log: RunLog) -> Curves | None:

@@ -155,7 +155,7 @@ def check(config: Config, recipe: Recipe, num_pairs: int) -> None:
     plans = [plan_run(of_format, world_size) for of_format in ([in_bf16] if is_emulated else [in_bf16, in_fp8])]
     groups = parallel.initialize(config.parallel.sizes, backend=device.backend())
     parallel.seed_everything(config.run.seed)
-    job = build_job(in_bf16, plans[0], groups)
+    job = build_job(plans[0].config, plans[0], groups)
     probe = job.train_data.select(np.arange(min(num_pairs, len(job.train_data))))
     first = reference_log_probs(job.trainer, probe)
     if is_emulated:
@@ -163,7 +163,7 @@ def check(config: Config, recipe: Recipe, num_pairs: int) -> None:
         how = f"EMULATED in software, e4m3 in {num_linears} linear layers of this rank"
     else:
         del job
-        job = build_job(in_fp8, plans[1], groups)
+        job = build_job(plans[1].config, plans[1], groups)
         how = "by Transformer Engine"
     found = FormatComparison.of(first, reference_log_probs(job.trainer, probe))
     if dist.get_rank() == 0:

@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from simpo_megatron.checkpoint import manifest
+from simpo_megatron.checkpoint.model_source import (
+    HASHES_FILE,
+    ModelSource,
+    base_of,
+    find_adapter,
+    find_model,
+    hf_config_of,
+)
 from simpo_megatron.config import DEMO, Config
 from simpo_megatron.data.sources import check_readable, parse_named_sources, parse_sources
 from simpo_megatron.demo import demo_version, prepare_demo
 from simpo_megatron.errors import ConfigError, DataError
 from simpo_megatron.mcore.hf_files import read_hf_json
-from simpo_megatron.mcore.hub import is_hub_name, model_folder
+from simpo_megatron.mcore.hub import is_hub_name
 
 STARTS_AGAIN = "SIMPO_STARTS_AGAIN"
 """Set by a launcher whose scheduler starts a job again that was stopped."""
@@ -23,10 +30,27 @@ STARTS_AGAIN = "SIMPO_STARTS_AGAIN"
 class Sources:
     """The places of the model and the pairs, the embedded default resolved to files."""
 
-    model: Path
+    model_source: ModelSource
+    adapter: Path | None = None
+    """Folder of the adapters that go on training, if there is one."""
     train: tuple[str, ...]
     valid: Mapping[str, Sequence[str]]
     """Validation files by the name of their set."""
+
+    @property
+    def model(self) -> Path:
+        """The folder of config.json, and of the weights but those of Megatron-LM's checkpoints."""
+        return self.model_source.files
+
+    @property
+    def folders(self) -> tuple[Path, ...]:
+        """All that the run reads of models: the base, what is added to it, and the adapters that go on training."""
+        return (self.model_source.base, *self.model_source.adapters, *filter(None, (self.adapter,)))
+
+    @property
+    def tokenizer(self) -> Path:
+        """The folder of tokenizer and chat template."""
+        return replace(self.model_source, adapters=self.folders[1:]).tokenizer
 
 
 def check_inputs(config: Config) -> None:
@@ -41,7 +65,7 @@ def check_inputs(config: Config) -> None:
     """
     check_starting_again(config)
     model, train, valid = _named(config)
-    if model != DEMO and not is_hub_name(model) and not Path(model).exists():
+    if model is not None and model != DEMO and not is_hub_name(model) and not Path(model).exists():
         read_hf_json(model, "config.json")
     for files in (train, *parse_named_sources(valid).values()):
         if DEMO not in files:
@@ -71,12 +95,12 @@ def check_files(files: Sequence[str]) -> None:
         check_readable(source.path)
 
 
-def _named(config: Config) -> tuple[str, tuple[str, ...], tuple[str, ...]]:
-    """(The model, training files, validation files) as they are named.
+def _named(config: Config) -> tuple[str | None, tuple[str, ...], tuple[str, ...]]:
+    """(The model, training files, validation files) as they are named; None for the model that adapters name.
 
     Raises: ConfigError, when the model or all training files are missing.
     """
-    if config.model.model is None:
+    if config.model.model is None and config.lora.adapter is None:
         raise ConfigError("model: found none, expected a Hugging Face folder; add --model DIR")
     if not config.data.data:
         raise ConfigError("data: found none, expected preference files; add --data FILE")
@@ -104,9 +128,13 @@ def locate_sources(config: Config) -> Sources:
         model = str(assets.model_dir) if model == DEMO else model
         if DEMO in train:
             train, valid = (str(assets.train_file),), valid or (str(assets.valid_file),)
-    path = model_folder(model)
-    folder = manifest.resolve_checkpoint(path) or path
-    return Sources(model=folder, train=train, valid=parse_named_sources(valid))
+    adapter = None if config.lora.adapter is None else find_adapter(config.lora.adapter)
+    hf_config = config.model.hf_config
+    if model is None and adapter is not None:
+        model, hf_config = base_of(adapter), hf_config or hf_config_of(adapter)
+    assert model is not None, "adapters name their model"
+    source = find_model(model, hf_config)
+    return Sources(model_source=source, adapter=adapter, train=train, valid=parse_named_sources(valid))
 
 
 def cache_folder(config: Config) -> Path:
@@ -116,3 +144,8 @@ def cache_folder(config: Config) -> Path:
     if named := os.environ.get("SIMPO_MEGATRON_CACHE"):
         return Path(named)
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "simpo_megatron"
+
+
+def hashes_file(config: Config) -> Path:
+    """The file that keeps the hashes of weight files, in the cache folder."""
+    return cache_folder(config) / "reference" / HASHES_FILE

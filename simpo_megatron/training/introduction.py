@@ -40,8 +40,8 @@ def describe_job(config: Config, job: Job) -> list[str]:
     validation = [f"{len(dataset):,} for validation {name}".strip() for name, dataset in job.valid_data.items()]
     batch = job.trainer.batch_options
     return [
-        f"model     {description.family} from {job.plan.sources.model}: {shape['num_layers']} layers, hidden "
-        f"{shape['hidden_size']}, {vocabulary}" + _left_out(description),
+        f"model     {description.family} from {' + '.join(map(str, job.plan.sources.folders))}: "
+        f"{shape['num_layers']} layers, hidden {shape['hidden_size']}, {vocabulary}" + _left_out(description),
         f"trained   {trained_share(description, config.lora)}",
         f"objective {config.objective.title}: {config.objective.describe()}",
         f"pairs     {len(job.train_data):,} to train on, "

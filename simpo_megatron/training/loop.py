@@ -51,23 +51,23 @@ Stopped = StoppedBySignal | StoppedByMonitor
 
 
 def run_in(
-    session: Session, config: Config, plan: RunPlan, sinks: Sequence[Sink] = ()
+    session: Session, plan: RunPlan, sinks: Sequence[Sink] = ()
 ) -> tuple[Stopped | None, dict[int, dict[str, float]]]:
-    """Runs `config` in a session; returns why it ended early, if it did, and its evaluations by iteration.
+    """Runs `plan` in a session; returns why it ended early, if it did, and its evaluations by iteration.
 
     Runs of one session share model, pairs and layout. Each gives bit for bit what it would give alone.
 
     Raises:
         SimPOError, PeerFailedError: as `run.train`. After a NumericsError the session's next run can be taken.
     """
-    watchdog, signals = session.watchdog, session.signals
+    config, watchdog, signals = plan.config, session.watchdog, session.signals
     signals.describe_end = lambda: f"stopped between steps; {how_to_continue(config)}"
     parallel.seed_everything(config.run.seed)
     with held_run_folder(config):
         found = find_checkpoint(config)
         if found.checkpoint is None or config.lora.lora_rank is not None:
-            check_same_model(plan.sources.model)
-        with unchanged_model(plan.sources.model):
+            check_same_model(plan.sources.folders)
+        with unchanged_model(plan.sources.folders):
             job = session.build_job(config, plan, load_weights=found.checkpoint is None)
         job, reference_notes = with_reference(config, job, has_initial_weights=found.checkpoint is None)
         start = start_run(config, job, found)

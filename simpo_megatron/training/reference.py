@@ -19,8 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from simpo_megatron.atomic import new_file
-from simpo_megatron.checkpoint.fingerprint import HASHES_FILE, model_fingerprint
-from simpo_megatron.checkpoint.initial_weights import fill_weights
+from simpo_megatron.checkpoint.fingerprint import model_fingerprint
 from simpo_megatron.config import Config
 from simpo_megatron.data import PreferenceDataset
 from simpo_megatron.data.batching import StepPlan
@@ -30,8 +29,8 @@ from simpo_megatron.mcore import device
 from simpo_megatron.mcore.forward_step import AverageLogProbs
 from simpo_megatron.ranks import gather_or_raise, raise_on_all_ranks, sync_status
 from simpo_megatron.training.evaluation import gather_averages
-from simpo_megatron.training.inputs import cache_folder
-from simpo_megatron.training.setup import Job
+from simpo_megatron.training.inputs import cache_folder, hashes_file
+from simpo_megatron.training.setup import Job, fill_initial_weights
 from simpo_megatron.training.step import Trainer, run_microbatches
 
 FORMAT_VERSION = 1
@@ -57,7 +56,7 @@ def with_reference(config: Config, job: Job, *, has_initial_weights: bool) -> tu
         return job, ()
     is_first = dist.get_rank() == 0
     memory = hashes_file(config)
-    model = gather_or_raise(lambda: model_fingerprint(job.plan.sources.model, memory) if is_first else "")[0]
+    model = gather_or_raise(lambda: "+".join(_fingerprints(job, memory)) if is_first else "")[0]
     notes: list[str] = []
 
     def with_cached_logps(dataset: PreferenceDataset) -> PreferenceDataset:
@@ -120,17 +119,16 @@ def _with_progress(plans: Sequence[StepPlan], num_pairs: int) -> Iterator[StepPl
         done += sum(len(microbatch) for rank in plan for microbatch in rank)
 
 
-def hashes_file(config: Config) -> Path:
-    """The file that keeps the hashes of weight files, in the cache folder."""
-    return _cache(config) / HASHES_FILE
-
-
 def _cache(config: Config) -> Path:
     return cache_folder(config) / "reference"
 
 
 def _load_initial_weights(job: Job) -> None:
-    fill_weights(job.model, job.plan.sources.model, job.plan.description, job.trainer.groups)
+    fill_initial_weights(job.model, job.plan, job.trainer.groups)
+
+
+def _fingerprints(job: Job, memory: Path) -> list[str]:
+    return [model_fingerprint(folder, memory) for folder in job.plan.sources.folders]
 
 
 def _cache_path(config: Config, model: str, dataset: PreferenceDataset) -> Path:

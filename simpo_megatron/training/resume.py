@@ -18,8 +18,9 @@ import torch.distributed as dist
 
 from simpo_megatron.atomic import move_aside, write_text
 from simpo_megatron.checkpoint import manifest
-from simpo_megatron.checkpoint.fingerprint import is_of_this_form, model_fingerprint, sampled_fingerprint
+from simpo_megatron.checkpoint.fingerprint import is_of_this_form, sampled_fingerprint, source_fingerprint
 from simpo_megatron.checkpoint.manifest import Checkpoint, as_json, model_facts
+from simpo_megatron.checkpoint.model_source import ModelSource
 from simpo_megatron.checkpoint.run_lock import check_same_folder, lock
 from simpo_megatron.checkpoint.sharded_state import read_state
 from simpo_megatron.checkpoint.verification import read_verified
@@ -28,10 +29,11 @@ from simpo_megatron.config.optimizer_section import OptimizerConfig
 from simpo_megatron.config.sections import OBJECTIVES
 from simpo_megatron.data.tokenization import tokenizer_identity
 from simpo_megatron.errors import CheckpointError, listed
+from simpo_megatron.mcore.hub import hub_name
 from simpo_megatron.ranks import gather_or_raise, raise_on_all_ranks
 from simpo_megatron.reporting.loggers import METRICS_FILE
+from simpo_megatron.training.inputs import hashes_file
 from simpo_megatron.training.monitor_memory import check_remembered
-from simpo_megatron.training.reference import hashes_file
 from simpo_megatron.training.setup import Job
 
 _NEVER_CHANGES = ("model", "precision")
@@ -201,6 +203,7 @@ def describe_run(config: Config, job: Job) -> dict[str, Any]:
         },
         "layout": {**asdict(config.parallel.sizes), "world": dist.get_world_size()},
         "config": options,
+        **_base(config, job),
         "versions": {name: version(name) for name in ("torch", "megatron-core")},
     }
     return as_json(facts)
@@ -215,17 +218,28 @@ def _describe_adapters(config: Config, job: Job) -> dict[str, Any]:
     if lora.lora_rank is None:
         return {}
     own = {"lora_rank": lora.lora_rank, "lora_alpha": lora.lora_alpha, "lora_targets": lora.lora_targets}
-    return {**own, "base_model": _fingerprint(job.plan.sources.model, hashes_file(config))}
+    if lora.use_rslora:
+        own["use_rslora"] = True
+    return {**own, "base_model": _fingerprint(job.plan.sources.model_source, hashes_file(config))}
+
+
+def _base(config: Config, job: Job) -> dict[str, str]:
+    """The name under which another program finds the model that a run's adapters belong to."""
+    if config.lora.lora_rank is None:
+        return {}
+    source, named = job.plan.sources.model_source, str(config.model.model)
+    base = {"base": named if hub_name(named) and not Path(named).exists() else str(source.last.absolute())}
+    return base if source.hf_config is None else {**base, "base_hf_config": str(source.hf_config.absolute())}
 
 
 @functools.cache
-def _fingerprint(folder: Path, memory: Path) -> str:
+def _fingerprint(source: ModelSource, memory: Path) -> str:
     """The fingerprint of a model's files, computed once per run.
 
     Collectives: one object gather, world.
     """
     is_first = dist.get_rank() == 0
-    return gather_or_raise(lambda: model_fingerprint(folder, memory) if is_first else "", wrap=CheckpointError)[0]
+    return gather_or_raise(lambda: source_fingerprint(source, memory) if is_first else "", wrap=CheckpointError)[0]
 
 
 @functools.cache

@@ -39,7 +39,7 @@ def train(config: Config, sinks: Sequence[Sink] = ()) -> RunResult:
     from simpo_megatron.training.session import open_session
 
     with open_session(config) as session:
-        stopped, evaluations = run_in(session, config, session.plan, sinks)
+        stopped, evaluations = run_in(session, session.plan, sinks)
     result = result_of(config, evaluations, stopped)
     if stopped is not None:
         stopped.result = result

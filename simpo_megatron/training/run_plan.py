@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from simpo_megatron.checkpoint.model_source import base_of
 from simpo_megatron.config import Config, Layout, resolve
+from simpo_megatron.config.lora_section import LoRAConfig
 from simpo_megatron.convert import check_model_files, refuse_existing_export
 from simpo_megatron.errors import ConfigError
 from simpo_megatron.mcore import device
@@ -18,6 +20,8 @@ from simpo_megatron.training.inputs import Sources, check_files, check_starting_
 class RunPlan:
     """The facts of a run that are known before any process group exists."""
 
+    config: Config
+    """The configuration, with the settings of the adapters that it names."""
     sources: Sources
     description: ModelDescription
     layout: Layout
@@ -37,8 +41,14 @@ def plan_run(config: Config, world_size: int) -> RunPlan:
     _check_exports(config, sources)
     for files in (sources.train, *sources.valid.values()):
         check_files(files)
-    check_model_files(sources.model)
+    for folder in {sources.model, sources.tokenizer}:
+        check_model_files(folder)
     description = describe_hf_model(sources.model)
+    config = with_adapter_settings(config, sources, description)
+    if any(config.lora.own_parts.values()):
+        from simpo_megatron.convert import require_targets
+
+        require_targets(description, config.lora)
     most_positions = description.gpt["max_sequence_length"]
     if config.pairs.max_length > most_positions:
         raise ConfigError(
@@ -46,7 +56,40 @@ def plan_run(config: Config, world_size: int) -> RunPlan:
             f"model in {sources.model}; lower it, and max_prompt_length ({config.pairs.max_prompt_length}) below it"
         )
     layout = resolve(config, world_size=world_size, model=description.transformer, machine=device.machine())
-    return RunPlan(sources=sources, description=description, layout=layout)
+    return RunPlan(config=config, sources=sources, description=description, layout=layout)
+
+
+def with_adapter_settings(config: Config, sources: Sources, description: ModelDescription) -> Config:
+    """`config`, in which rank, scale and targets are those of the adapters that go on training.
+
+    Raises:
+        ConfigError: it asks for others, or to export adapters that have no single base model.
+    """
+    asked = config.lora
+    if asked.export_adapter is not None and sources.model_source.adapters:
+        raise ConfigError(
+            f"export_adapter: found {asked.export_adapter} with a model that is itself adapters on another, expected a "
+            "model of its own; continue them with --adapter, or export the whole with --export-hf"
+        )
+    if sources.adapter is None:
+        return config
+    # Their tensors are looked at, which takes torch.
+    from simpo_megatron.checkpoint.adapter_checkpoint import open_adapter
+
+    found = open_adapter(sources.adapter, description).settings
+    unset = LoRAConfig(lora_rank=found.lora_rank)
+    for key in ("lora_rank", "lora_alpha", "use_rslora", "lora_targets"):
+        value, expected = getattr(asked, key), getattr(found, key)
+        is_unset = value is None or (key != "lora_rank" and value == getattr(unset, key))
+        if not is_unset and value != expected:
+            raise ConfigError(
+                f"{key}: found {value}, expected {expected}, that of the adapters in {sources.adapter}; leave it out"
+            )
+    settings = replace(
+        found, lora_dropout=asked.lora_dropout, adapter=asked.adapter, export_adapter=asked.export_adapter
+    )
+    named = config.model.model or base_of(sources.adapter)
+    return replace(config, lora=settings, model=replace(config.model, model=named))
 
 
 def _check_exports(config: Config, sources: Sources) -> None:
@@ -56,7 +99,7 @@ def _check_exports(config: Config, sources: Sources) -> None:
     for key, folder in exports.items():
         if folder is None:
             continue
-        refuse_existing_export(folder, sources.model)
+        refuse_existing_export(folder, sources.model, *sources.folders)
         path = Path(folder).resolve()
         if any(path in (other, *other.parents) for other in taken):
             raise ConfigError(

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor
 
-from simpo_megatron.checkpoint.initial_weights import fill_weights
+from simpo_megatron.checkpoint.fingerprint import require_bases
+from simpo_megatron.checkpoint.initial_weights import fill_adapters, fill_model
 from simpo_megatron.config import Config, Layout, num_train_iters, steps_between_evaluations
 from simpo_megatron.data import (
     BatchOptions,
@@ -26,8 +28,8 @@ from simpo_megatron.mcore.lora import redraw_adapters
 from simpo_megatron.mcore.model import PreferenceGPTModel, build_model, wrap_in_ddp, zero_weights
 from simpo_megatron.mcore.optimizer import build_optimizer, forget_optimizer, gather_parameters
 from simpo_megatron.parallel import ParallelGroups
-from simpo_megatron.ranks import build_on_first_ranks
-from simpo_megatron.training.inputs import Sources, cache_folder
+from simpo_megatron.ranks import build_on_first_ranks, raise_on_all_ranks
+from simpo_megatron.training.inputs import Sources, cache_folder, hashes_file
 from simpo_megatron.training.run_plan import RunPlan
 from simpo_megatron.training.step import Trainer, batch_options
 
@@ -115,7 +117,7 @@ def build_job(
     """
     sources, description, layout = plan.sources, plan.description, plan.layout
     if warm is None:
-        tokenizer = load_tokenizer(sources.model)
+        tokenizer = load_tokenizer(sources.tokenizer)
         train_data, valid_data = load_data(config, sources, tokenizer)
     else:
         tokenizer, train_data, valid_data = warm.tokenizer, warm.train_data, dict(warm.valid_data)
@@ -136,7 +138,7 @@ def build_job(
         model, chunks = warm.model, warm.chunks
         _forget_run(warm, config)
     if load_weights or config.lora.lora_rank is not None:
-        fill_weights(model, sources.model, description, groups)
+        fill_initial_weights(model, plan, groups)
     else:
         zero_weights(model)
     trainer = build_trainer(model, config, groups, layout, options, train_iters=train_iters, chunks=chunks)
@@ -151,6 +153,21 @@ def build_job(
         eval_interval=steps_between_evaluations(config, len(train_data)),
         chat_template=chosen_template(tokenizer, config.pairs),
     )
+
+
+def fill_initial_weights(model: list[PreferenceGPTModel], plan: RunPlan, groups: ParallelGroups) -> None:
+    """Fill the weights of this rank's `model`, and the adapters that go on training, where there are some.
+
+    Collectives: those of `fill_model` and `fill_adapters`, and one object gather, world.
+
+    Raises: as they; CheckpointError, too, on every rank alike, when a run's adapters were trained on another model.
+    """
+    sources, memory = plan.sources, hashes_file(plan.config)
+    together = replace(sources.model_source, adapters=sources.folders[1:])
+    raise_on_all_ranks(lambda: require_bases(together, memory) if dist.get_rank() == 0 else None)
+    fill_model(model, plan.sources.model_source, plan.description, groups)
+    if plan.sources.adapter is not None:
+        fill_adapters(model, plan.sources.adapter, plan.description, groups)
 
 
 def warm_pieces(job: Job) -> WarmPieces:

@@ -2,12 +2,15 @@
 
 `adapter_worker.py FOLDER`: FOLDER/job.json names models, layouts, adapters' options and tokens. Each model and layout
 leaves FOLDER/<model>-<layout>.safetensors ("logits", [B, S, V] in fp32), and -adapter and -merged folders of the name.
+Each of the job's given adapters leaves <folder>-<layout>.safetensors, of adapters and of merged weights, and an export
+in <folder>-<layout>-again.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 from simpo_megatron.mcore import cpu_patches
@@ -21,6 +24,9 @@ from ranks import leave_groups  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 
 from simpo_megatron import parallel  # noqa: E402
+from simpo_megatron.checkpoint.adapter_checkpoint import open_adapter  # noqa: E402
+from simpo_megatron.checkpoint.initial_weights import fill_adapters, fill_model, fill_weights  # noqa: E402
+from simpo_megatron.checkpoint.model_source import find_model  # noqa: E402
 from simpo_megatron.config import config_from  # noqa: E402
 from simpo_megatron.convert import export_adapter, export_hf, load_hf_weights  # noqa: E402
 from simpo_megatron.mcore.families import describe_hf_model  # noqa: E402
@@ -48,6 +54,32 @@ def run(model: Path, layout: str, options: dict, job: dict) -> None:
     export_hf(chunks, description, model, f"{out}-merged", groups=groups, dtype=torch.float32)
     if dist.get_rank() == 0:
         save_file({"logits": logits[..., : description.vocab_size].contiguous()}, f"{out}.safetensors")
+
+
+def run_given(given: dict, layout: str, options: dict, job: dict) -> None:
+    """Adapters that PEFT has written: as adapters that could go on training, and in the weights."""
+    model, folder = Path(given["model"]), Path(given["folder"])
+    description = describe_hf_model(model)
+    settings = asdict(open_adapter(folder, description).settings)
+    tokens, found = torch.tensor(job["tokens"]), {}
+    for kind, lora in (("adapters", settings), ("merged", {})):
+        config = config_from(model=str(model), data=("unused",), bf16=False, **lora, **options)
+        groups = parallel.initialize(config.parallel.sizes, backend="gloo", timeout_minutes=3)
+        parallel.seed_everything(1)
+        chunks = build_model(description, config, groups)
+        if lora:
+            fill_weights(chunks, model, description, groups)
+            fill_adapters(chunks, folder, description, groups)
+            again = f"{folder}-{layout}-again"
+            export_adapter(chunks, description, config.lora, model, again, groups=groups, dtype=torch.float32)
+        else:
+            fill_model(chunks, find_model(folder), description, groups)
+        for chunk in chunks:
+            chunk.eval()
+        found[kind] = logits_of(chunks, tokens, groups)[..., : description.vocab_size].contiguous()
+        leave_groups()
+    if dist.get_rank() == 0:
+        save_file(found, f"{folder}-{layout}.safetensors")
 
 
 def fill_b(chunks: list, groups: parallel.ParallelGroups) -> None:
@@ -80,4 +112,6 @@ if __name__ == "__main__":
         for model_name in the_job["models"]:
             run(folder / model_name, layout_name, layout_options, the_job)
             leave_groups()
+        for the_adapter in the_job["given"]:
+            run_given(the_adapter, layout_name, layout_options, the_job)
     dist.destroy_process_group()

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from simpo_megatron.checkpoint.model_source import ModelSource
 from simpo_megatron.config import config_from
 from simpo_megatron.data import load_tokenizer
 from simpo_megatron.errors import DataError
@@ -27,7 +28,7 @@ def load(cache: Path, file: str, local_rank: str) -> tuple[str, int, list[str]]:
     """(fingerprint, pairs, stores that this rank sees) of `file` with its tokens in `cache`."""
     os.environ["LOCAL_RANK"] = local_rank
     config = config_from(model=str(folder / "model"), data=(file,), data_cache=str(cache))
-    sources = Sources(model=folder / "model", train=(file,), valid={})
+    sources = Sources(model_source=ModelSource(folder / "model"), train=(file,), valid={})
     dataset, _ = load_data(config, sources, load_tokenizer(folder / "model"))
     return dataset.fingerprint, len(dataset), sorted(path.name for path in (cache / "pairs").iterdir())
 

@@ -8,8 +8,11 @@ the same weights.
 from __future__ import annotations
 
 import json
+import os
+import pickle
 import shutil
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 from simpo_megatron.mcore import cpu_patches
@@ -20,12 +23,13 @@ import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from megatron.core import dist_checkpointing  # noqa: E402
 from megatron.core.dist_checkpointing.dict_utils import extract_matching_values  # noqa: E402
-from megatron.core.dist_checkpointing.mapping import ShardedObject  # noqa: E402
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor  # noqa: E402
 from ranks import leave_groups  # noqa: E402
 
 from simpo_megatron import parallel  # noqa: E402
 from simpo_megatron.checkpoint import manifest  # noqa: E402
-from simpo_megatron.checkpoint.initial_weights import fill_weights  # noqa: E402
+from simpo_megatron.checkpoint.initial_weights import fill_model, fill_weights  # noqa: E402
+from simpo_megatron.checkpoint.model_source import find_model  # noqa: E402
 from simpo_megatron.config import config_from  # noqa: E402
 from simpo_megatron.convert import load_hf_weights  # noqa: E402
 from simpo_megatron.mcore.experts import weights_of  # noqa: E402
@@ -45,17 +49,70 @@ def run(model: Path, layout: str, options: dict) -> None:
     load_hf_weights(expected, model, description, tp_rank=groups.tp.rank(), tp_size=groups.tp.size())
     release = Path(f"{model}.megatron") / "release"
     fill_weights(found, release, description, groups)
+    check_same(expected, found, f"{model.name} {layout}")
+    read_as_megatron_does(megatrons, expected, release, description.vocab_size)
+    write(expected, Path(f"{model}.{layout}"), release)
+    write_as_megatron_lm_does(expected, Path(f"{model}.{layout}.foreign"), singly=layout == "pp2")
+    for source in sorted(model.parent.glob(f"{model.name}.*.foreign")):
+        for chunk in found:
+            for parameter in chunk.parameters():
+                parameter.data.fill_(float("nan"))
+        fill_model(found, find_model(source, model), description, groups)
+        check_same(expected, found, f"{model.name} {layout} from {source.name}")
+        assert not (source / "called").exists()
+
+
+def check_same(expected: list, found: list, title: str) -> None:
     for before, after in zip(expected, found, strict=True):
         found_weights = dict(weights_of(after))
         for name, values in weights_of(before):
-            assert torch.equal(found_weights[name], values), f"{model.name} {layout} {name}"
-    read_as_megatron_does(megatrons, expected, release, description.vocab_size)
-    write(expected, Path(f"{model}.{layout}"), release)
+            assert torch.equal(found_weights[name], values), f"{title} {name}"
 
 
-def sharded(chunks: list) -> dict:
+class Calls:
+    """What makes a folder where it is unpickled."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder = folder
+
+    def __reduce__(self) -> tuple:
+        return os.mkdir, (self.folder,)
+
+
+def write_as_megatron_lm_does(chunks: list, save: Path, *, singly: bool) -> None:
+    """Megatron-LM's folder, with all that it keeps beside weights; `singly`: a tensor for each layer."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    state = {
+        "args": Namespace(num_layers=2, rampup_batch_size=None),
+        "checkpoint_version": 3.0,
+        "iteration": 3,
+        "opt_param_scheduler": {"num_steps": 12},
+        "rng_state": ShardedObject("rng_state", [{"random_rng_state": (3, (1, 2), None)}], (world,), (rank,)),
+        "optimizer": {
+            "param_groups": [{"lr": 1e-3}],
+            "exp_avg": ShardedTensor.from_rank_offsets(
+                "optimizer.state.exp_avg.decoder.final_layernorm.weight", torch.ones(4), (0, rank, world)
+            ),
+        },
+        **sharded(chunks, metadata={"non_homogeneous_layers": singly}),
+    }
+    folder = save / "iter_0000003"
+    if rank == 0:
+        folder.mkdir(parents=True)
+    dist.barrier()
+    dist_checkpointing.save(state, str(folder))
+    if rank == 0:
+        (save / "latest_checkpointed_iteration.txt").write_text("3")
+        # Nothing but the index and the shards is looked at.
+        called = f"!!python/object/apply:os.mkdir [{save}/called]"
+        (folder / "run_config.yaml").write_text(f"model: {called}\n")
+        (folder / "common.pt").write_bytes(pickle.dumps(Calls(f"{save}/called")))
+    dist.barrier()
+
+
+def sharded(chunks: list, **options: object) -> dict:
     names = ["model"] if len(chunks) == 1 else [f"model{number}" for number in range(len(chunks))]
-    whole = {name: chunk.sharded_state_dict() for name, chunk in zip(names, chunks, strict=True)}
+    whole = {name: chunk.sharded_state_dict(**options) for name, chunk in zip(names, chunks, strict=True)}
     return extract_matching_values(whole, lambda value: isinstance(value, ShardedObject))[1]
 
 

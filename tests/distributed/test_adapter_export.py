@@ -14,6 +14,8 @@ from ranks import run_ranks
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, DeepseekV3Config, Gemma2Config, LlamaConfig, Phi3Config, Qwen3Config
 
+peft = pytest.importorskip("peft", reason="peft is not installed: pip install peft")
+
 WORKER = Path(__file__).with_name("adapter_worker.py")
 RANK, ALPHA = 4, 6.0
 LAYOUTS = {"tp2": {"tensor_model_parallel_size": 2}, "pp2": {"pipeline_model_parallel_size": 2}}
@@ -49,6 +51,13 @@ EXPERTS = dict(
 )
 # Experts have no adapters, and route the tokens of their rank.
 OPTIONS = {"deepseek_v3": {"sequence_parallel": True, "lora_targets": ("linear_qkv", "linear_proj")}}
+# Adapters as PEFT makes them: its default targets for a Llama; all linear layers, each with its A; one fused layer.
+GIVEN = {
+    "of_peft_default": ("llama", {"r": RANK, "lora_alpha": 7, "use_rslora": True}),
+    "of_all_layers": ("llama_one_group", {"r": RANK, "lora_alpha": 8, "target_modules": "all-linear"}),
+    "of_some_parts": ("qwen3", {"r": 3, "lora_alpha": 9, "target_modules": ["k_proj", "up_proj", "down_proj"]}),
+    "of_a_fused_layer": ("phi3", {"r": RANK, "target_modules": ["qkv_proj", "gate_up_proj"]}),
+}
 MODULES = {
     "llama": {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"},
     "phi3": {"qkv_proj", "o_proj", "gate_up_proj", "down_proj"},
@@ -64,11 +73,25 @@ def folder(tmp_path_factory):
     for name, config in CONFIGS.items():
         torch.manual_seed(3)
         AutoModelForCausalLM.from_config(config(), dtype=torch.float32).save_pretrained(folder / name)
+    for name in GIVEN:
+        write_peft(folder, name)
     lora = {"lora_rank": RANK, "lora_alpha": ALPHA, "lora_dropout": 0.3}
+    given = [{"model": str(folder / model), "folder": str(folder / name)} for name, (model, _) in GIVEN.items()]
     job = {"models": list(CONFIGS), "layouts": LAYOUTS, "lora": lora, "options": OPTIONS, "tokens": TOKENS}
+    job["given"] = given
     (folder / "job.json").write_text(json.dumps(job))
     run_ranks(WORKER, 2, str(folder), timeout=300)
     return folder
+
+
+def write_peft(folder: Path, name: str) -> None:
+    """A folder of PEFT's own, of adapters whose B is not zero."""
+    model, settings = GIVEN[name]
+    adapted = peft.get_peft_model(loaded(folder / model), peft.LoraConfig(task_type="CAUSAL_LM", **settings))
+    for parameter_name, parameter in adapted.named_parameters():
+        if ".lora_B." in parameter_name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    adapted.save_pretrained(folder / name)
 
 
 each_model = pytest.mark.parametrize("model", CONFIGS)
@@ -105,7 +128,6 @@ def test_the_merged_model_computes_megatrons_logits(folder, model, layout):
 @each_layout
 @each_model
 def test_peft_loads_the_adapters_and_computes_megatrons_logits(folder, model, layout):
-    peft = pytest.importorskip("peft", reason="peft is not installed: pip install peft")
     adapted = peft.PeftModel.from_pretrained(loaded(folder / model), folder / f"{model}-{layout}-adapter")
     assert_same_logits(adapted, folder / f"{model}-{layout}.safetensors")
     assert adapted.peft_config["default"].base_model_name_or_path == str(folder / model)
@@ -118,6 +140,28 @@ def test_the_layers_that_megatron_joins_share_their_a_and_have_their_own_b(folde
     assert torch.equal(adapter[f"{q}A.weight"], adapter[f"{k}A.weight"])
     assert torch.equal(adapter[f"{q}A.weight"], adapter[f"{v}A.weight"])
     assert [tuple(adapter[f"{name}B.weight"].shape) for name in (q, k, v)] == [(32, RANK), (16, RANK), (16, RANK)]
+
+
+@each_layout
+@pytest.mark.parametrize("name", GIVEN)
+def test_adapters_of_peft_compute_its_logits_and_come_back_bit_for_bit(folder, name, layout):
+    model, _ = GIVEN[name]
+    found = load_file(f"{folder / name}-{layout}.safetensors")
+    adapted = peft.PeftModel.from_pretrained(loaded(folder / model), folder / name).eval()
+    with torch.no_grad():
+        expected, base = adapted(torch.tensor(TOKENS)).logits, loaded(folder / model)(torch.tensor(TOKENS)).logits
+    assert (expected - base).abs().max() > 0.01
+    torch.testing.assert_close(found["adapters"], expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(found["merged"], expected, rtol=0, atol=1e-5)
+
+    again = Path(f"{folder / name}-{layout}-again")
+    before, after = (load_file(path / "adapter_model.safetensors") for path in (folder / name, again))
+    assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+    config, exported = (json.loads((path / "adapter_config.json").read_text()) for path in (folder / name, again))
+    for key in ("r", "lora_alpha", "use_rslora"):
+        assert config[key] == exported[key]
+    names = {module.rpartition(".")[2] for module in config["target_modules"]}
+    assert names == set(exported["target_modules"])
 
 
 def loaded(folder: Path) -> torch.nn.Module:

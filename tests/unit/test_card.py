@@ -60,6 +60,7 @@ def test_hugging_face_reads_what_the_card_says(tmp_path):
         ("validation", "rewards/margins"): 1.25,
         ("validation", "loss"): 0.5,
     }
+    assert data.pipeline_tag == "text-generation" and data.to_dict().get("base_model_relation") is None
     assert data.base_model is None and data.datasets is None, "a folder's name means nothing to others"
     assert "models/llama" not in text.partition("## Configuration")[0]
 
@@ -70,6 +71,7 @@ def test_models_and_data_of_the_hub_are_named_as_the_hub_names_them():
     text = model_card(config_from(**options), "better", None, torch.bfloat16)
     data = ModelCard(text).data
     assert (data.base_model, data.datasets) == ("some-org/Llama-3-8B", ["org/pairs"])
+    assert data.base_model_relation == "finetune"
     assert data.eval_results is None
     assert "Trained from `some-org/Llama-3-8B` with SimPO" in text
 
@@ -80,6 +82,37 @@ def test_each_named_set_has_results_and_what_is_no_number_has_none(tmp_path):
     data = ModelCard(card_of_checkpoint(*checkpoint(tmp_path, lines), "better", None)).data
     results = [(result.dataset_name, result.metric_type, result.metric_value) for result in data.eval_results]
     assert results == [("validation a", "accuracy", 0.5), ("validation b", "accuracy", 1.0)]
+
+
+def test_the_card_of_adapters_says_what_they_are_for():
+    options = OPTIONS | {"model": "/cache/hub/models--some-org--Llama-3-8B/snapshots/0a1b2c", "lora_rank": 8}
+    text = model_card(config_from(**options), "adapter", None, torch.float32, is_adapter=True)
+    data = ModelCard(text).data
+    assert (data.base_model, data.base_model_relation, data.library_name) == ("some-org/Llama-3-8B", "adapter", "peft")
+    assert data.tags == ["simpo", "lora", "simpo_megatron"]
+    assert "Adapters (LoRA) for `some-org/Llama-3-8B`, trained with SimPO (arXiv 2405.14734) by simpo_megatron." in text
+
+
+@pytest.mark.parametrize(
+    ("front_matter", "license_name", "language"),
+    [
+        ("license: apache-2.0\nlanguage: en\n", "apache-2.0", ["en"]),
+        ("language:\n- en\n  - de\ntags: [x]\nlicense: 'mit'\n", "mit", ["en", "de"]),
+        ("language: [en, de]\nlicense: !!python/object:os.system\n", "!!python/object:os.system", ["en", "de"]),
+        ("licenses: none\n  license: nested\nlanguage: \x1b[31m\n", None, None),
+    ],
+)
+def test_license_and_language_are_those_of_the_models_card(tmp_path, front_matter, license_name, language):
+    (tmp_path / "README.md").write_text(f"---\n{front_matter}---\n# A model\nlicense: in the text\n")
+    text = model_card(config_from(**OPTIONS | {"model": str(tmp_path)}), "better", None, torch.bfloat16)
+    data = ModelCard(text).data
+    assert (data.license, data.language) == (license_name, language)
+
+
+def test_the_card_names_the_template_that_was_asked_for():
+    options = OPTIONS | {"chat_template": "simpo-gemma2", "chat_template_args": ("day=1",)}
+    text = model_card(config_from(**options), "better", None, torch.bfloat16)
+    assert "rendered with the chat template `simpo-gemma2`, which is this folder's." in text and "- `day=1`" in text
 
 
 def test_the_card_of_an_average_names_its_parts():

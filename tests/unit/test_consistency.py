@@ -48,9 +48,12 @@ def test_a_weight_that_is_not_finite_is_named(value, index):
 def test_a_model_that_changes_while_it_is_read_is_refused(name, world_of_one, tmp_path):
     for file in ("model.safetensors", "config.json", "tokenizer.json"):
         (tmp_path / file).write_text("before")
-    with unchanged_model(tmp_path):
+    with unchanged_model([tmp_path]):
         (tmp_path / "tokenizer.json").write_text("its ids are compared with those of the pairs")
-    with pytest.raises(CheckpointError, match=f"model: found {name} of {tmp_path} changed"), unchanged_model(tmp_path):
+    with (
+        pytest.raises(CheckpointError, match=f"model: found {name} of {tmp_path} changed"),
+        unchanged_model([tmp_path]),
+    ):
         os.utime(tmp_path / "config.json", ns=(1, 1)) if name == "config.json" else (tmp_path / name).write_text("!")
 
 
