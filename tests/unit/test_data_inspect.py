@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from data_tokenizers import llama_like
 
+from simpo_megatron.checkpoint.model_source import ModelSource
 from simpo_megatron.commands import inspect
 from simpo_megatron.config import load_config
 from simpo_megatron.data import PairOptions, build_preference_dataset, load_tokenizer, token_scan
@@ -200,7 +201,7 @@ def test_an_inspection_and_a_run_give_the_same_numbers(tmp_path, capsys, monkeyp
     told += ["--max-length", "64", "--max-prompt-length", "32", "--data-cache", str(tmp_path / "cache")]
     told += ["--bad-record", "skip", "--max-bad-fraction", "0.9"]
     config = load_config(told)
-    sources = setup.Sources(model=tmp_path / "model", train=config.data.data, valid={})
+    sources = setup.Sources(model_source=ModelSource(tmp_path / "model"), train=config.data.data, valid={})
     of_run, _ = setup.load_data(config, sources, load_tokenizer(tmp_path / "model"))
     run = read_as(of_run) + summary(of_run)
 
