@@ -199,13 +199,13 @@ class ArenaHardScorer(OfficialScorer):
         shutil.copyfile(self.model.folder / "model_answer" / answers, data / "model_answer" / answers)
 
     def _count_markdown(self) -> None:
-        """Add the counts that style control needs to the model's answers; the baselines' have them."""
+        """Add the counts that style control needs to all answers, for v0.1's baseline comes without them."""
         target = self.model.folder / "data" / self._version / "model_answer"
         self.environment.run(
             "add_markdown_info",
             [
                 self._checkout / "utils/add_markdown_info.py",
-                *("--dir", self.model.folder / "model_answer", "--output-dir", target),
+                *("--dir", target, "--output-dir", target),
             ],
             log=self.model.log,
             cwd=self.model.folder,
