@@ -1,8 +1,8 @@
 """The pairs of each step, rank and microbatch, and the tensors of one microbatch.
 
-The plan is a pure function of the pairs' lengths, the options, the number of pairs consumed and the number of
-ranks: every rank works it out alone and all agree. The order of pairs depends on the seed, the epoch and the
-pairs consumed only.
+The plan is a pure function of the pairs' lengths, the options, the number of pairs consumed and the number of ranks.
+Every rank computes it alone, and all get the same. The order of pairs depends only on the seed, the epoch and the
+pairs consumed.
 
 Legend: S tokens of a row, B rows, N response tokens, P pairs of a microbatch, G segments.
 """
@@ -32,7 +32,7 @@ class PreferenceBatch:
     """One microbatch; torch tensors on the CPU.
 
     Response token n is predicted from row `rows_N[n]`, a flat index s * B + b into hidden states [S, B, H].
-    Tokens of a response that the assistant did not write, such as tool results, are seen and not predicted.
+    Tokens of a response that the assistant did not write, such as tool results, are attended to but not predicted.
     Rows ascend and may repeat: with prefix sharing a prompt's last token predicts the first token of both
     responses.
     """
@@ -91,8 +91,7 @@ def check_budget(lengths: np.ndarray, options: BatchOptions) -> None:
 def step_pairs(num_pairs: int, consumed_pairs: int, options: BatchOptions) -> np.ndarray:
     """Returns the indices, int64 [global_batch_size], of the pairs after the first `consumed_pairs` ones.
 
-    Each epoch is a permutation of all pairs of its own; a step at an epoch's end takes the rest from the next
-    one.
+    Each epoch is its own permutation of all pairs; a step at an epoch's end takes the missing pairs from the next.
     """
     end = consumed_pairs + options.global_batch_size
     parts = []
@@ -183,7 +182,7 @@ def _padded_rows(
     sequences = [(p.prompt_ids, *response) for p in pairs for response in p.responses]
     lengths = [len(prompt) + len(response) for prompt, response, _ in sequences]
     num_rows, width = shape or (len(sequences), round_up(max(lengths), options.sequence_multiple))
-    # Rows that fill the shape hold padding alone.
+    # The rows that fill up the shape hold only padding.
     sizes = np.array(lengths + [0] * (num_rows - len(sequences)))
     tokens = np.full((num_rows, width), options.pad_id, np.int64)
     position_ids = np.where(np.arange(width) < sizes[:, None], np.arange(width), 0)
@@ -301,8 +300,8 @@ def _fill_by_tokens(lengths: np.ndarray, options: BatchOptions, num_multiple: in
 def _evened(packs: list[tuple[int, int, list[int]]], tokens: np.ndarray) -> list[tuple[int, int, list[int]]]:
     """Returns `packs` with the heaviest one lighter, for all are padded to it.
 
-    It exchanges a pair for a shorter one of another pack, the one that leaves the heavier of the two lightest, until
-    that lightens it no more or padding is within a percent.
+    Repeatedly exchanges a pair for a shorter one of another pack, choosing the exchange that makes the heavier of the
+    two packs lightest. Stops when no exchange helps or padding is within a percent.
     """
     of_pair = np.empty(len(tokens), np.int64)
     for number, (_, _, pack) in enumerate(packs):

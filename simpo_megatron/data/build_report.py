@@ -1,4 +1,4 @@
-"""The fate of a file's records, counted by reason, with the place of the first one of each."""
+"""Counts of a file's records, used and dropped by reason, with the place of the first one of each."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from simpo_megatron.data.records import Reading
 
 @dataclass
 class BuildReport:
-    """The fate of a file's records: `num_lines == num_used + sum(dropped.values())`."""
+    """Counts of a file's records: `num_lines == num_used + sum(dropped.values())`."""
 
     num_lines: int = 0
     num_used: int = 0
@@ -29,7 +29,7 @@ class BuildReport:
             setattr(self, name, Counter(getattr(self, name)))
 
     def note_reading(self, reading: Reading, place: str) -> None:
-        """Counts what one record at `place` was read as, and what of it was not read."""
+        """Counts the form in which the record at `place` was read, and its columns that were not read."""
         self.forms[reading.form] += 1
         for note in reading.notes:
             self.notes[note] += 1

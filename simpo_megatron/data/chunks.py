@@ -1,4 +1,4 @@
-"""Chunks of consecutive records: read, tokenised in this process or in several, and what became of each record."""
+"""Chunks of consecutive records: reads and tokenises them in one process or several, and reports on each record."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class Chunk:
 
 
 def encode_chunk(raw: list[RawRecord], path: str, pair_tokenizer: PairTokenizer, options: PairOptions) -> Chunk:
-    """Returns the tokens of some consecutive raw records, and what became of each."""
+    """Returns the tokens of some consecutive raw records, and the report on them."""
     report = BuildReport(num_lines=len(raw))
     lines: list[int] = []
     records: list[PreferenceRecord] = []
@@ -128,7 +128,7 @@ def encoded_chunks(
     )
 
 
-# Of a worker process: the file, and how its records become tokens.
+# In a worker process: the file, and the function that tokenises its records.
 _worker: tuple[str, PairTokenizer, PairOptions]
 
 

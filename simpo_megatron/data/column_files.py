@@ -1,7 +1,7 @@
-"""Rows of parquet and arrow files, which hold columns: those that may be read, with what cannot be marked as such.
+"""Rows of parquet and arrow files, from the columns that may be needed; unreadable cells are marked.
 
-A value that Python has no form for, such as text that is not UTF-8, spoils its cell alone. Columns that no form of rows
-reads are looked at only for the words they hold.
+A value that Python cannot represent, such as text that is not UTF-8, affects only its cell. Columns that no form of
+rows reads are only checked for whether they hold words.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import pyarrow
 
 _BATCH_ROWS = 256
-# In place of what was not looked at: it is there, and holds no words.
+# Stands for a value that was not read: it exists, and holds no words.
 _NOT_READ = ()
 
 
@@ -35,7 +35,7 @@ def parquet_rows(path: str, options: PairOptions) -> Iterator[dict[str, Any]]:
     try:
         file = pyarrow.parquet.ParquetFile(path)
         names = _names(file.schema_arrow, path)
-        # Where no form of rows has a column, every record is refused, with the names of those that are there.
+        # If no form of rows has any of the columns, every record is refused with the names of the columns.
         read = [name for name in names if name in columns_to_read(options)] or names
         texts = {name: _of_one_column(file, name) for name in names if name not in read}
         for batch in file.iter_batches(batch_size=_BATCH_ROWS, columns=read):
@@ -104,7 +104,7 @@ def _values(column: pyarrow.Array) -> list[Any]:
 
 
 def _sound(column: pyarrow.Array) -> pyarrow.Array:
-    """Returns a mapped column, whose offsets nobody has looked at yet: as it is, or as bytes where it is no text.
+    """Returns a mapped column after checking its offsets: unchanged, or as bytes if it is not valid text.
 
     Raises: pyarrow.ArrowInvalid where reading it would leave the file.
     """
@@ -130,7 +130,7 @@ def _value(cell: pyarrow.Scalar) -> Any:
 
 
 def _words(column: pyarrow.Array) -> list[Any]:
-    """Returns the values of a column that is not read where they may hold words, else what stands for them."""
+    """Returns the values of an unread column if they may hold words, else placeholders."""
     if not _may_hold_text(column.type):
         return [None if is_null else _NOT_READ for is_null in column.is_null().to_pylist()]
     return [_NOT_READ if isinstance(value, Unreadable) else value for value in _values(column)]
@@ -146,7 +146,7 @@ def _mapped_words(column: pyarrow.Array) -> list[Any]:
 
 
 def _of_one_column(file: pyarrow.parquet.ParquetFile, name: str) -> Iterator[Any]:
-    """Yields the values of a column that is not read; where it is damaged, what stands for them."""
+    """Yields the values of an unread column; placeholders where it is damaged."""
     import pyarrow.types as types
 
     kind = file.schema_arrow.field(name).type

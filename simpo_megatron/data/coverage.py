@@ -1,4 +1,4 @@
-"""Checks that a rendered text says what its conversation says: turns, reasoning, calls and tools, in order."""
+"""Checks that a rendered text contains its conversation: turns, reasoning, calls and tools, in order."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def check_conversation(rendered: str, turns: Sequence[Message], tools: Sequence[
 def check_turn(rendered: str, start: int, turn: Message) -> tuple[int, set[str]]:
     """Returns where the turn's text ends in `rendered`, looked for from `start`, and the findings about it.
 
-    A reasoning that is not there is the finding reasoning_left_out; who has rendered it knows what that means.
+    A missing reasoning is the finding reasoning_left_out; the caller decides what it means.
 
     Raises: BadRecord template_leaves_out, where the rest of the turn is not in the text.
     """
@@ -76,7 +76,7 @@ def _find_content(rendered: str, start: int, role: str, content: str) -> tuple[i
 
 
 def _find(rendered: str, start: int, text: str) -> tuple[int, bool] | None:
-    """Returns (where it ends, whether it stands there as it is) of `text` in `rendered` from `start` on."""
+    """Returns (end, whether it is unchanged) of `text` in `rendered` from `start` on."""
     at = rendered.find(text, start)
     if at >= 0:
         return at + len(text), True

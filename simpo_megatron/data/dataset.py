@@ -28,12 +28,13 @@ _UINT64 = 1 << 64
 class PreferenceDataset:
     """A choice of pairs out of some stores: `dataset[i]`, `len(dataset)`.
 
-    `lengths` is an int32 array [num_pairs, 3] (prompt, chosen, rejected, in tokens); `fingerprint` changes
-    whenever a token or the choice of pairs does, and with nothing else; `report` says what became of the
-    files' records. `counted` is an int32 array [num_pairs, 2], the tokens of chosen and rejected that the
-    assistant wrote, |y|. `score_gaps` is a float32 array [num_pairs], nan where nobody scored the responses.
-    `stores` hold the pairs, of which `chosen` are the numbers, counted through all of them.
-    `reference_avg` is what `with_reference` was given, if anything.
+    lengths: int32 [num_pairs, 3], tokens of prompt, chosen and rejected.
+    fingerprint: changes exactly when a token or the choice of pairs changes.
+    report: counts of the files' records.
+    counted: int32 [num_pairs, 2], |y|: the tokens of chosen and rejected that the assistant wrote.
+    score_gaps: float32 [num_pairs], nan where the responses have no scores.
+    stores, chosen: the stores that hold the pairs, and the numbers of the chosen pairs, counted through all stores.
+    reference_avg: the argument of `with_reference`, if it was called.
     """
 
     def __init__(self, stores: Sequence[PairStore], chosen: np.ndarray | None = None) -> None:
@@ -88,7 +89,7 @@ class PreferenceDataset:
         return PreferenceDataset(self.stores, self.chosen[indices])
 
     def with_reference(self, reference_avg: np.ndarray) -> PreferenceDataset:
-        """Returns this dataset with what a reference model says of its pairs, for objectives that compare with one.
+        """Returns this dataset with the log-probs of a reference model, for objectives that need one.
 
         Args:
             reference_avg: float32 [num_pairs, 2], average log-probability of chosen and rejected, nats per token.
@@ -114,11 +115,11 @@ def build_preference_dataset(
 ) -> PreferenceDataset:
     """Returns the pairs of `files` (see `parse_sources`), tokenised once and kept under `cache_dir`.
 
-    In a job of many ranks, one calls this first and the others, once it has returned, with `build=False`.
-    With weights, an epoch takes from each file its share and repeats no pair: the file that is smallest for
-    its weight gives all its pairs, the others as many of theirs, chosen by hash, as the weights say.
+    In a job of many ranks, one rank calls this first; the others call it afterwards with `build=False`. With weights,
+    an epoch takes a share of each file and repeats no pair: the smallest file for its weight gives all its pairs, the
+    others as many as the weights allow, chosen by hash.
 
-    Raises: ConfigError for files and weights that make no sense; DataError for what is in them.
+    Raises: ConfigError: wrong files or weights; DataError: an error in a file.
     """
     sources = parse_sources(files)
     groups = [
@@ -137,8 +138,8 @@ def split(
 ) -> tuple[PreferenceDataset, PreferenceDataset]:
     """Returns (train, validation): all pairs of a prompt fall on one side, by a hash of it and `seed` alone.
 
-    The shares hold for prompts, and about for pairs; a prompt stays on its side when other prompts come or
-    go.
+    The share is one of prompts, so that of pairs is approximate. A prompt stays on its side when other prompts are
+    added or removed.
 
     Raises: ConfigError when the fraction is not between 0 and 1; DataError when a side would be empty.
     """

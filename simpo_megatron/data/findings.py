@@ -1,4 +1,4 @@
-"""Oddities of a pair that are counted, not refused: their names, their meaning, and those its text alone shows."""
+"""Findings: oddities of a pair that are counted, not refused; and the function that finds those in its text."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ HARMLESS = frozenset({"blanks_left_out", "history_reasoning_left_out", "earlier_
 
 EMPTY_REASONING = re.compile(r"<think>\s*</think>")
 _DIALOGUE = re.compile(r"\n\n(Human|Assistant):")
-# Speakers at the beginning of lines, as transcripts and Vicuna's form have them.
+# Speakers at the beginning of lines, as in transcripts and in Vicuna's form.
 _ASKED = re.compile(r"^\W*(human|user|question)\W*:", re.IGNORECASE | re.MULTILINE)
 _ANSWERED = re.compile(r"^\W*(assistant|ai|bot|gpt|answer)\W*:", re.IGNORECASE | re.MULTILINE)
 # Of ChatML, Llama 3, Llama 2 and Mistral, Gemma, Zephyr and Phi, DeepSeek, gpt-oss, Alpaca.
@@ -57,7 +57,7 @@ def split_reasoning(content: str) -> tuple[str, str]:
 def findings_of_texts(
     record: PreferenceRecord, prompt: tuple[Message, ...], responses: tuple[tuple[Message, ...], ...]
 ) -> list[str]:
-    """Returns the names of what a record's own text shows, whatever the template does with it."""
+    """Returns the names of the findings in a record's own text, before the template."""
     found = []
     last = next((turn["content"].strip() for turn in reversed(prompt) if turn["role"] == "user"), "")
     written = [[turn for turn in turns if turn["role"] == "assistant"] for turns in responses]
@@ -79,7 +79,7 @@ def findings_of_texts(
 
 
 def has_template_marks(text: str) -> bool:
-    """Returns whether a text holds what some model's chat template writes around turns."""
+    """Returns whether a text holds the marks that some model's chat template writes around turns."""
     # Most texts hold none of the letters that marks begin with, which is quicker to see.
     return ("<" in text or "[" in text or "#" in text) and _TEMPLATE_MARKS.search(text) is not None
 

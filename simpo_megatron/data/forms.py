@@ -1,4 +1,4 @@
-"""Forms of rows: which columns of a preference file hold the prompt, the two responses and what goes with them."""
+"""Forms of rows: the columns of a preference file that hold the prompt, the two responses and their context."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ _TEXT = re.compile(r"\S\s+\S")
 
 @dataclass
 class Columns:
-    """The columns of one row by what they mean, as they stand in the file."""
+    """The columns of one row by their meaning, with unchanged values."""
 
     row: dict
     chosen: Any
@@ -62,7 +62,7 @@ class Columns:
     """Keys inside of columns that were read which were not, with what they hold."""
 
     def take(self, *names: str) -> tuple[str, Any]:
-        """Returns the first column of `names` that holds something, which then is read; ("", None) for none."""
+        """Returns the first column of `names` that holds a value, and marks it as read; ("", None) for none."""
         for name in names:
             if self.row.get(name) is not None and name not in self.read:
                 self.read.add(name)
@@ -70,14 +70,14 @@ class Columns:
         return "", None
 
     def left(self) -> Iterator[tuple[str, Any]]:
-        """Yields the columns that hold something and were not read."""
+        """Yields the columns that hold a value and were not read."""
         return ((key, value) for key, value in self.row.items() if key not in self.read and value is not None)
 
 
 def pair_columns(row: dict, options: PairOptions) -> Columns:
-    """Returns the columns of `row`, whose form is told by their names.
+    """Returns the columns of `row`; their names determine the form.
 
-    Raises: BadRecord when they are no pair, or the pair is a tie.
+    Raises: BadRecord: they are not a pair, or the pair is a tie.
     """
     names = options.chosen_column or "chosen", options.rejected_column or "rejected"
     if not row.keys() & set(names):
@@ -113,7 +113,7 @@ def holds_prompt(response: object) -> bool:
 
 
 def holds_text(value: object) -> bool:
-    """Returns whether a value holds words, which a model could have learned from; names, ids and numbers are none."""
+    """Returns whether a value holds words that a model could learn from, not just names, ids or numbers."""
     if isinstance(value, str):
         return _TEXT.search(value) is not None
     if isinstance(value, dict):

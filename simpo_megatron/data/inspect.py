@@ -1,4 +1,4 @@
-"""Inspection of preference data: what a training run would read, drop, truncate and save, and its terminal text."""
+"""Inspection of preference data: the pairs a run would read, drop and truncate, the tokens it saves; as text."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 
 PARTS = ("prompt", "chosen", "rejected")
 _STYLES = {"prompt": "dim", "context": "dim", "chosen": "green", "rejected": "red", "cut": "yellow"}
-# A judge of length alone that is right this often has something to teach the model besides quality.
+# If length alone predicts the preference this often, the model may learn length instead of quality.
 LENGTH_BIAS_LIMIT = 0.6
-# A score that goes along with length this much was given to length as well.
+# A correlation of scores with length above this suggests that scores reward length.
 LENGTH_CORRELATION_LIMIT = 0.4
 _MOST_FORMS = 3
 _MOST_COLUMNS = 8
@@ -64,7 +64,7 @@ def inspect_dataset(
     validation: PreferenceDataset | None = None,
     micro_batch_size: int = 4,
 ) -> DatasetInspection:
-    """Returns what is in `dataset`, with a comparison to padded batches of `micro_batch_size` pairs."""
+    """Returns the inspection of `dataset`, with a comparison to padded batches of `micro_batch_size` pairs."""
     spoken = np.column_stack((dataset.lengths[:, 0], dataset.counted))
     sections = {
         "Records": _records(dataset),
@@ -82,7 +82,7 @@ def inspect_dataset(
 
 
 def read_as(dataset: PreferenceDataset, name: str = "") -> list[str]:
-    """Returns what the records of `dataset`'s files were read as, and what of them was not read, a line each."""
+    """Returns lines on the forms in which the records were read, and on the columns that were not read."""
     report = dataset.report
     forms = "; ".join(
         form if count == report.forms.total() else f"{form} ({count:,} of {report.forms.total():,})"
@@ -105,7 +105,7 @@ def _unread(report: BuildReport, key: str) -> str:
 
 
 def summary(dataset: PreferenceDataset, name: str = "") -> list[str]:
-    """Returns what became of the records of `dataset`'s files, and what truncation took of its pairs, a line each."""
+    """Returns lines on the records that were used and dropped, and on the tokens that truncation removed."""
     report, lost = dataset.report, dataset.lost
     dropped = ", ".join(
         f"{count:,} {reason} (first at {report.place(reason)})" for reason, count in report.dropped.most_common()

@@ -1,4 +1,4 @@
-"""Messages of every dialect as one: `role`, `content` and what else templates read; other keys are named."""
+"""Messages of every dialect in one form: `role`, `content` and the other keys that templates read."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ EXTRA_KEYS = ("tool_calls", "tool_call_id", "name", "reasoning_content")
 
 
 class UntrainedTurn(dict[str, Any]):
-    """A turn of the assistant that its file asks not to train on: a Message like any other, known by its type."""
+    """A Message of the assistant that its file asks not to train on; told from others by its type."""
 
 
 ROLES = {
@@ -54,7 +54,7 @@ def as_messages(text: str | Sequence[Message], role: str = "user") -> tuple[Mess
 
 
 def is_text_alone(message: Message) -> bool:
-    """Returns whether a turn holds nothing beside its role and its text."""
+    """Returns whether a turn has only a role and a text."""
     return len(message) == 2
 
 
@@ -91,7 +91,7 @@ def _message(item: object, name: str, unread: dict[str, Any]) -> Message:
     for key, value in item.items():
         # The other dialect's keys are read too, where one table has both and fills the one with nulls.
         is_read = key in _READ_KEYS and (key in (said, text) or key not in ("role", "from", "content", "value"))
-        # What others say is never trained on.
+        # Turns of other roles are never trained on.
         is_read |= key in _WEIGHT_KEYS and (role == "assistant" or not value)
         if not is_read and value is not None:
             unread.setdefault(f"message key {key}", value)

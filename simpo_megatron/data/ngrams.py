@@ -1,4 +1,4 @@
-"""The repetition of a sequence: a number that a model which has collapsed shows first."""
+"""The repetition of a sequence: an early sign of a model's collapse."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""The shape of a microbatch, which follows from the lengths of its pairs, and the one shape of all those of a step.
+"""The shape of a microbatch, from the lengths of its pairs, and the common shape of all microbatches of a step.
 
-Pipeline stages that know the shape of what they will receive need not ask for it. Every rank works it out from the
-plan, in which the pairs of all ranks stand.
+Pipeline stages that know the shapes they will receive need no exchange of shapes. Every rank computes them from the
+plan, which has the pairs of all ranks.
 """
 
 from typing import NamedTuple
@@ -74,9 +74,8 @@ def heaviest_step(
 ) -> tuple[int, StepPlan]:
     """Returns (its number from 0, its plan) of the one of the next `num_steps` steps with the largest microbatch.
 
-    In this plan each rank's largest microbatches come first, by what they hold before they are padded to one shape: the
-    first ones alone have the shape of all. Largest is what has the most tokens, padding included; of several, what has
-    the most response tokens.
+    In this plan each rank's largest microbatches come first, by their tokens before padding to the common shape. The
+    largest step has the most tokens, padding included; of several, the most response tokens.
     """
 
     def plan(number: int) -> StepPlan:

@@ -12,9 +12,9 @@ TemplateMode = Literal["clean", "princeton"]
 BadRecordPolicy = Literal["error", "skip"]
 LongPromptPolicy = Literal["cut", "drop"]
 TrainedResponses = Literal["last", "assistant"]
-# As chat_template: texts are in the model's format, its special tokens included.
+# A value of chat_template: texts are already in the model's format, with its special tokens.
 NO_TEMPLATE = "none"
-# What every conversation is rendered with, and parameters of the function that renders.
+# Variables that every rendering sets, and parameters of the function that renders.
 _NOT_ARGUMENTS: tuple[str, ...] = (
     "messages",
     "tools",

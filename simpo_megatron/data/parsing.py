@@ -1,4 +1,4 @@
-"""JSON of preference files: one object of a line, refused with a reason where it is not one."""
+"""JSON of preference files: parses one object per line, or refuses the line with a reason."""
 
 import json
 from collections import Counter
@@ -7,7 +7,7 @@ from typing import Any, NoReturn
 
 
 class BadRecord(Exception):
-    """A record that is no pair; `reason` is a short name that is counted, `detail` says what was found."""
+    """A record that is not a valid pair; `reason` is a short name for the counts, `detail` what was found."""
 
     def __init__(self, reason: str, detail: str) -> None:
         super().__init__(reason, detail)
@@ -17,7 +17,7 @@ class BadRecord(Exception):
 
 @dataclass(frozen=True)
 class Unreadable:
-    """A cell of a table that has no value in Python."""
+    """A cell of a table that Python cannot represent."""
 
     why: str
 
@@ -82,7 +82,7 @@ def _refuse_constant(name: str) -> NoReturn:
 
 
 def kind_of(value: object) -> str:
-    """Returns what a value of JSON is, in words."""
+    """Returns the type of a JSON value, in words."""
     if value is None:
         return "null"
     if isinstance(value, Unreadable):

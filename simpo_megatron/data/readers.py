@@ -22,7 +22,7 @@ _LINES_LOOKED_AT = 5
 
 @dataclass(frozen=True)
 class RawRecord:
-    """One record before parsing: a JSON line, a parsed row, what is wrong with it, or None if too long.
+    """One record before parsing: a JSON line, a parsed row, an error, or None if it is too long.
 
     `line` counts from 1: of text the line where the record begins, of tables and lists the record.
     """
@@ -35,7 +35,7 @@ class RawRecord:
 def read_raw(path: str, options: PairOptions) -> Iterator[RawRecord]:
     """Yields the raw records of `path`, in file order, holding a few of them (of a list in JSON, all).
 
-    Raises: DataError for a file that cannot be read, or is not what its name says.
+    Raises: DataError: the file cannot be read, or its content does not match its name.
     """
     for file in files_of(path):
         if is_on_hub(file):

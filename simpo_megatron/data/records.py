@@ -42,7 +42,7 @@ __all__ = [
     "to_record",
 ]
 
-# What is wrong with the pair rather than with its text: dropped and counted whatever `bad_record` says.
+# Faults of the pair rather than of its text: dropped and counted under any `bad_record`.
 UNUSABLE_REASONS = frozenset(
     {"blank_line", "identical_pair", "too_long_prompt", "cut_before_answer", "tie", "small_score_gap", "no_score_gap"}
 )
@@ -50,7 +50,7 @@ UNUSABLE_REASONS = frozenset(
 ENDLESS_TEMPLATE = "endless_template"
 """Reason of a record on which the chat template ran without end: no record after it is tried, skipped or not."""
 
-# Roles of turns that go on from a prompt.
+# Roles of turns that may continue a prompt.
 _ANSWERING = ("assistant", "tool")
 
 # Two noncharacters are this package's own marks (see templates.py); lone surrogates have no UTF-8 form.
@@ -74,8 +74,8 @@ class Reading:
 class PreferenceRecord:
     """One pair; `prompt` is a conversation, or a string that stands for itself.
 
-    A response is its text, or its turns where there are several or one is more than text: from where the two part up to
-    a turn of the assistant. `tools` are what the model could call.
+    A response is its text, or a list of turns if there are several or one is more than text. The turns begin where the
+    two responses differ and end with a turn of the assistant. `tools` are the tools that the model could call.
     """
 
     prompt: str | tuple[Message, ...]
@@ -86,7 +86,7 @@ class PreferenceRecord:
 
 
 def to_record(row: dict, options: PairOptions) -> PreferenceRecord:
-    """Returns the pair in `row`: string triples, message lists, whole conversations, dialogues, and others' forms.
+    """Returns the pair in `row`: string triples, message lists, whole conversations, dialogues, or other known forms.
 
     Raises: BadRecord, with a reason for each way in which a row can fail to be a pair.
     """
@@ -122,7 +122,7 @@ def to_record(row: dict, options: PairOptions) -> PreferenceRecord:
 
 
 def _read_written_messages(columns: Columns) -> None:
-    """Puts lists in place of texts that hold them, as tables of texts do, where both responses are such texts.
+    """Parses message lists that are stored as JSON text, as in CSV files, if both responses are such texts.
 
     Raises: BadRecord for lists in Python's notation, which no reader of JSON can take.
     """
@@ -202,7 +202,7 @@ def _from_messages(
 
 
 def _check_prompt(prompt: str | list[Message] | None, before: list[Message]) -> None:
-    """Raises BadRecord when a prompt beside conversations does not stand in the turns that they share."""
+    """Raises BadRecord when a prompt beside conversations is not in the turns that they share."""
     if isinstance(prompt, str):
         if all(prompt.strip() != message["content"].strip() for message in before):
             raise BadRecord("prompt_mismatch", "the prompt is not a turn of the conversation in chosen")
@@ -226,7 +226,7 @@ def _with_conversation(
     rejected: str | list[Message],
     unread: dict[str, Any],
 ) -> str | list[Message] | None:
-    """Returns the prompt, told by a column that holds a conversation and by what else the row says of it."""
+    """Returns the prompt from a column that holds a conversation and from the row's other columns."""
     key = columns.conversation_key
     turns = _text_or_messages(columns.conversation, key, unread)
     if isinstance(turns, str):

@@ -46,7 +46,7 @@ class RenderedPair:
 
 @dataclass(frozen=True)
 class _Asked:
-    """A record as turns, and these once more as the template gets them, the texts of special tokens broken."""
+    """A record as turns, and the same turns for the template, with the texts of special tokens broken up."""
 
     record: PreferenceRecord
     responses: tuple[tuple[Message, ...], ...]
@@ -65,9 +65,8 @@ class _Asked:
 class PairRenderer:
     """Renders records with a chat template, or, without one, by plain concatenation.
 
-    Plain concatenation takes a prompt that is a string as it is and puts the response right behind it; a
-    conversation becomes `\\n\\nHuman: ...\\n\\nAssistant: ...`. With a template, a prompt that is a string is
-    one turn of the user.
+    Plain concatenation appends the response directly to a string prompt; a conversation becomes
+    `\\n\\nHuman: ...\\n\\nAssistant: ...`. With a template, a string prompt is one turn of the user.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, options: PairOptions) -> None:
@@ -108,7 +107,7 @@ class PairRenderer:
                 raise BadRecord(f"empty_{name}", f"the {name} response holds nothing but special tokens")
 
     def _rendered_ahead(self, asked: Sequence[_Asked | BadRecord]) -> dict[int, tuple[str, list[str]] | None]:
-        """Returns what the template writes of most records by their places, all at once, which takes less time."""
+        """Returns the renderings of most records by their places, made in one call, which is faster."""
         if self._turns is None:
             return {}
         most = {
@@ -143,7 +142,7 @@ class PairRenderer:
                 for found, response in zip((chosen, rejected), asked.responses, strict=True)
             )
             spans = chosen_spans, rejected_spans
-            # What follows the last turn that counts is nothing that a token which counts sees.
+            # No counted token attends to turns after the last counted one, so they are cut.
             chosen_text, rejected_text = chosen_text[: chosen_spans[-1][1]], rejected_text[: rejected_spans[-1][1]]
         return RenderedPair(prompt_text, chosen_text, rejected_text, notes, spans)
 
@@ -202,9 +201,9 @@ class PairRenderer:
     def _end_of_prompt(self, chosen: Conversation, rejected: Conversation, both_answer: bool) -> int:
         """Returns where the prompt ends that two conversations share.
 
-        Where both go on with a turn of the assistant it ends where the first of these begins: a reasoning that the
-        template opens is part of it only where both responses go on from it. Else it ends at the last special token
-        that they share, which no tokenizer joins to what follows.
+        If both continue with a turn of the assistant, it ends where the first of these begins. A reasoning that the
+        template opens belongs to it only if both responses continue it. Otherwise it ends at the last special token
+        that they share, which no tokenizer merges with what follows.
         """
         assert self._turns is not None, "what has no template is concatenated"
         start = min(chosen.spans[0][0], rejected.spans[0][0])

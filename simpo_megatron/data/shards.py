@@ -1,4 +1,4 @@
-"""Files behind a path of preference data: shards of a folder or of a pattern, and which kind each of them is."""
+"""Files behind a path of preference data: the shards of a folder or a pattern, and their kinds."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ def is_on_hub(path: str) -> bool:
 
 
 def files_of(path: str) -> list[str]:
-    """Returns the files that `path` stands for: itself, those of a folder or those that match a pattern, by name.
+    """Returns the files of `path`: itself, those of a folder, or those that match a pattern, sorted by name.
 
-    Raises: DataError when there is none, they cannot be read, or they are several splits or kinds.
+    Raises: DataError: there is none, one cannot be read, or they are of several splits or kinds.
     """
     if is_on_hub(path):
         return [path]

@@ -1,4 +1,4 @@
-"""Preference files of a run: which ones, with which weights, under which names."""
+"""Preference files of a run, with their weights and names."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -94,9 +94,9 @@ def parse_named_sources(data: Sequence[str]) -> dict[str, list[str]]:
 
 
 def source_identity(path: str) -> dict:
-    """Returns what tells that a source has changed: its path, and its files' sizes and times of change.
+    """Returns the identity of a source, by which a change is noticed: its path, and its files' sizes and times.
 
-    Raises: DataError when the path cannot be read as a preference file.
+    Raises: DataError: the path cannot be read as a preference file.
     """
     if is_on_hub(path):
         return {"path": path}

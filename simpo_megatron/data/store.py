@@ -1,9 +1,9 @@
-"""Tokenised pairs on disk, in megatron-core's IndexedDataset files, of which ranks read a pair at a time.
+"""Tokenised pairs on disk, in megatron-core's IndexedDataset files, which ranks read pair by pair.
 
-A store is a folder: `pairs.bin` and `pairs.idx` (three sequences per document: prompt, chosen, rejected),
-`pairs.npy` (one row per pair: where it came from and what was cut) and `store.json` (fingerprints, counts and the
-hashes of the others). It appears whole, by one rename, or not at all. A token of a response that the assistant did not
-write stands there as its complement, `~id`; only stores of `responses: assistant` hold any.
+A store is a folder: `pairs.bin` and `pairs.idx` (three sequences per document: prompt, chosen, rejected), `pairs.npy`
+(one row per pair: its origin and the tokens cut) and `store.json` (fingerprints, counts and the hashes of the others).
+It appears whole, by one rename, or not at all. A token of a response that the assistant did not write is stored as its
+complement, `~id`; only stores with `responses: assistant` have any.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 _LOGGER = logging.getLogger(__name__)
 
-# It changes when stores of before can no longer be read. Columns that are new in pairs.npy may be missing.
+# Raised when older stores can no longer be read. Columns that were added to pairs.npy may be missing.
 FORMAT_VERSION = 3
 INDEX_MAGIC = b"MMIDIDX\x00\x00"
 INDEX_VERSION = 1
@@ -69,7 +69,7 @@ class PairStore:
             self.report = BuildReport(**sidecar["report"])
             lengths, starts = _parse_index((folder / "pairs.idx").read_bytes())
             self.pairs = np.load(folder / "pairs.npy", mmap_mode="r")
-            # Not mapped: a page of a file that was cut short meanwhile would kill the process.
+            # Not mapped: reading a mapped page of a file that was truncated meanwhile would kill the process.
             self._descriptor = os.open(folder / "pairs.bin", os.O_RDONLY)
             weakref.finalize(self, os.close, self._descriptor)
             num_bytes = os.fstat(self._descriptor).st_size
@@ -88,7 +88,7 @@ class PairStore:
 
     @property
     def score_gaps(self) -> np.ndarray:
-        """By how much each pair's responses were scored apart: float32 [num_pairs], nan without scores."""
+        """The difference of the scores of each pair's responses: float32 [num_pairs], nan without scores."""
         if "score_gap" in self.pairs.dtype.names:
             return self.pairs["score_gap"]
         return np.full(len(self), np.nan, np.float32)
@@ -189,7 +189,7 @@ def _build_store(
             f"data_cache: found {folder.parent}, where the tokens of {path} could not be written "
             f"({error.strerror or error}), expected a folder with room that can be written; name one with --data-cache"
         ) from None
-    # Another process may have been first with the same store; its bytes are as little known as those of any other.
+    # Another process may have written the same store first; its bytes are verified like any other's.
     return PairStore(folder)
 
 
@@ -201,7 +201,7 @@ def _write_store(
     options: PairOptions,
     num_workers: int,
 ) -> dict[str, Any]:
-    """Writes all files of the store `folder` but its sidecar to `draft`, and returns facts for that."""
+    """Writes all files of the store but its sidecar to `draft`; returns the facts for the sidecar."""
     with (
         build_folder(folder, draft) as working,
         closing(StoreWriter(working)) as writer,

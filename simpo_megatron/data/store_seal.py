@@ -1,7 +1,7 @@
 """The seal of a token store: hashes of its files, taken when it is built and compared when it is opened.
 
-A store is a cache of this package's own making. The seal finds what disks, copies and people do to it, whatever the
-bytes have become; it is no signature.
+A store is a cache that this package writes. The seal finds any accidental change by disks, copies or people; it is not
+a signature.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class DamagedStoreError(DataError):
 
 
 def damaged(folder: Path, found: object) -> DamagedStoreError:
-    """The error of the store in `folder`, in which `found` is wrong."""
+    """The error for the store in `folder`; `found` says what is wrong."""
     return DamagedStoreError(
         f"{folder}: found a damaged token store ({found}), expected it as it was built; delete the folder, and the "
         "next run builds it anew"

@@ -1,4 +1,4 @@
-"""A store while it is built: chunks go to disk as they come, so that a build that is killed goes on where it was.
+"""The build of a store: chunks are written as they come, so that a killed build continues where it was.
 
 The folder of a build stands beside the store, under the store's name and `.building`. It holds `pairs.bin`, and for
 each finished part of it `part-00000.npz`: the lengths and rows of its pairs, its report, and the hash of its tokens.
@@ -23,16 +23,16 @@ from simpo_megatron.data.chunks import Chunk
 from simpo_megatron.data.workers import LostWorkersError
 from simpo_megatron.errors import StoppedBySignal
 
-# A part is finished at one of these: what a kill costs at most.
+# A part is finished at either of these limits: the most work that a kill costs.
 PART_CHUNKS = 128
 PART_TOKENS = 4 << 20
 
 
 @contextmanager
 def build_folder(store: Path, draft: Path) -> Iterator[Path]:
-    """The folder in which `store` is built; gone at the end, unless the build is stopped or killed behind a part.
+    """The folder in which `store` is built; deleted at the end, unless the build ends early after a finished part.
 
-    Where another process builds the same store it is a folder inside of `draft`, from which no build goes on.
+    If another process builds the same store, it is a folder inside `draft`, from which no build continues.
     """
     folder = store.with_name(f"{store.name}.building")
     try:

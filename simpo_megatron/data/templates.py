@@ -1,4 +1,4 @@
-"""Chat templates: which one renders a conversation, with which arguments and on which date."""
+"""Chat templates: choosing the one of a run, with its arguments and its date, and rendering with it."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ BUNDLED = Path(__file__).parent / "chat_templates"
 PINNED_DATE = date(2024, 7, 26)
 """The day that a template which reads the clock is told; Llama 3.1's own template falls back to this day."""
 
-# Of one rendering: a conversation of megabytes takes a second and a few times its size.
+# Limits of one rendering: a conversation of megabytes takes a second and a few times its size.
 _CPU_SECONDS = 10.0
 _MOST_BYTES = 1 << 30
 _MOST_CHARACTERS = 16 << 20
 
-# What a template has, and a name or a path has not.
+# Text that a template contains, but not a name or a path.
 _JINJA = re.compile(r"\{[{%]")
 _CLOCK = "strftime_now"
 _DIRECTIVES = "aAbBcdHIjmMpSUwWxXyYzZ"
@@ -38,11 +38,11 @@ _BEGINNINGS = ([("user", "a")], [("system", "b"), ("user", "a")], [("user", "a")
 
 
 class EndlessTemplateError(DataError):
-    """A chat template that ran out of its bounds; other conversations may take it as long, so none is tried."""
+    """A chat template that exceeded its limits; no other conversation is tried, since each may take as long."""
 
 
 def bounds_of_templates() -> AbstractContextManager[None]:
-    """Bounds for one rendering, and, around a loop of them, what makes their bounds cost nothing."""
+    """The limits of one rendering; used around a loop as well, it makes those inside cost nothing."""
     return limited(cpu_seconds=_CPU_SECONDS, num_bytes=_MOST_BYTES)
 
 
@@ -60,7 +60,7 @@ class ChatTemplate:
     day: date = PINNED_DATE
 
     def identity(self) -> str | dict[str, Any]:
-        """Returns what the rendered text depends on: the template's text alone where that is all."""
+        """Returns the identity of the template: its text, with arguments and date if there are any."""
         facts: dict[str, Any] = {"default": self.default}
         if self.tool_use is not None:
             facts["tool_use"] = self.tool_use
@@ -73,7 +73,7 @@ class ChatTemplate:
     def render(
         self, messages: Sequence[Message], tools: Sequence[dict] | None = None, *, add_generation_prompt: bool = False
     ) -> str:
-        """Returns the text of a conversation. Nothing but this class runs a template.
+        """Returns the text of a conversation. Only this class runs templates.
 
         Raises: BadRecord when the template fails, however it does; EndlessTemplateError when it takes more time, memory
             or text than any conversation needs; DataError when it is no Jinja at all.
@@ -107,7 +107,7 @@ class ChatTemplate:
     def render_all(
         self, conversations: Sequence[Sequence[Message]], *, add_generation_prompt: bool = False
     ) -> list[str]:
-        """Returns what `render` does of conversations without tools, in less time.
+        """Returns the texts of several conversations without tools, faster than `render` one by one.
 
         Raises: BadRecord when the template fails on one of them; EndlessTemplateError.
         """

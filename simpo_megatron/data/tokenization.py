@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 _NO_PROBLEMS = (StoppedBySignal, KeyboardInterrupt, SystemExit, GeneratorExit)
 _LONGEST_SPECIAL = 1000
-# Letters that seldom share a token with what follows.
+# Characters that seldom share a token with the next one.
 _BEFORE = "\n:0"
 
 
@@ -119,7 +119,7 @@ class PairTokenizer:
             )
         longest = max(map(len, special_texts(tokenizer)), default=0)
         if longest > _LONGEST_SPECIAL:
-            # Patterns are made of them, in seconds for each million of characters.
+            # Compiling patterns of them takes seconds per million characters.
             raise DataError(
                 f"tokenizer: found a special token of {longest} characters, expected at most {_LONGEST_SPECIAL}"
             )
@@ -295,7 +295,7 @@ class PairTokenizer:
 
 
 def tokenizer_identity(tokenizer: PreTrainedTokenizerBase, options: PairOptions) -> dict:
-    """Returns what the ids depend on, the text apart: vocabulary, rules, special tokens, template."""
+    """Returns the identity of the tokenisation: vocabulary, rules, special tokens, template."""
     template = chat_template_of(tokenizer, options)
     with _problems_named():
         backend = _backend_spec(tokenizer)
@@ -311,7 +311,7 @@ def tokenizer_identity(tokenizer: PreTrainedTokenizerBase, options: PairOptions)
 
 @contextmanager
 def _problems_named() -> Iterator[None]:
-    """Raises what the tokenizers library makes of a strange tokenizer.json, its panics included, as DataError."""
+    """Raises errors and panics of the tokenizers library over a strange tokenizer.json as DataError."""
     try:
         yield
     except BaseException as error:
@@ -327,21 +327,20 @@ def _first_line(error: BaseException) -> str:
 
 
 def _backend_spec(tokenizer: PreTrainedTokenizerBase) -> dict:
-    """Returns what the tokenizer's Rust half is made of, without truncation and padding, which calls leave behind."""
+    """Returns the specification of the tokenizer's Rust part, without truncation and padding, which calls change."""
     return json.loads(tokenizer.backend_tokenizer.to_str()) | {"truncation": None, "padding": None}
 
 
 def _as_is_backend(tokenizer: PreTrainedTokenizerBase, **changes: Any) -> Tokenizer:
-    """Returns a copy of the tokenizer's Rust half, with `changes` of its parts."""
+    """Returns a copy of the tokenizer's Rust part, with `changes` to its components."""
     return tokenizer.backend_tokenizer.__class__.from_str(json.dumps(_backend_spec(tokenizer) | changes))
 
 
 def _marked_backend(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
-    """Returns a copy of the Rust half in which the special tokens answer to TEMPLATE_MARK + their text.
+    """Returns a copy of the Rust part in which special tokens are matched by TEMPLATE_MARK + their text.
 
-    Text that merely looks like a special token is then text, while everything else, the merges around it
-    included, is tokenised as ever. The post-processor goes too: it adds nothing here, and byte-level ones
-    trim the offsets.
+    Text that only looks like a special token is then plain text; everything else, with the merges around it, is
+    tokenised as before. The post-processor is removed: it adds nothing here, and byte-level ones trim the offsets.
     """
     spec = _backend_spec(tokenizer)
     names = {token["content"]: TEMPLATE_MARK + token["content"] for token in spec["added_tokens"] if token["special"]}
@@ -399,5 +398,5 @@ def _until_last_counted(ids: list[int]) -> list[int]:
 
 
 def use_one_thread() -> None:
-    """Keeps the Rust half from starting threads of its own, for processes that already are one of several."""
+    """Keeps the Rust part from starting threads, for processes that are already one of several."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"

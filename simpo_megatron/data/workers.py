@@ -1,4 +1,4 @@
-"""Worker processes: one that fails or is killed is named with the records in work, and none outlives its parent."""
+"""Worker processes: one that fails or is killed is reported with its current records, and none outlives its parent."""
 
 import multiprocessing
 import os
@@ -18,10 +18,10 @@ Result = TypeVar("Result")
 
 
 class LostWorkersError(DataError):
-    """A worker process died; what was done before stays."""
+    """A worker process died; finished work is kept."""
 
 
-# Of a worker process: what it does with an item, and how it names items.
+# In a worker process: the function for an item, and the one that names items.
 _job: tuple[Callable[[Any], Any], Callable[[Any, Any], str]]
 
 
@@ -92,7 +92,7 @@ def _start(work: Callable, prepare: Callable[..., None], arguments: tuple, descr
 
 
 def _end_with_parent() -> None:
-    """A worker holds both ends of the queue it reads, and would wait for ever."""
+    """End with the parent: a worker holds both ends of the queue it reads, and would wait for ever."""
     parent = multiprocessing.parent_process()
     assert parent is not None, "this process was started by a pool"
     parent.join()
