@@ -1,4 +1,4 @@
-"""Answers to the prompts of a file, in a folder that says how they were made."""
+"""Answers the prompts of a file, into a folder that also records how they were made."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Decoding:
         return self.temperatures.get(item.category or "", self.temperature)
 
     def seed_of(self, item: PromptItem, sample: int) -> int:
-        """The seed of one answer, whichever others are made before it."""
+        """The seed of one answer, independent of the others."""
         digest = hashlib.sha256(f"{self.seed} {sample} {item.id}".encode()).digest()
         return int.from_bytes(digest[:4], "little") >> 1
 

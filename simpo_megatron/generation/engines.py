@@ -121,8 +121,8 @@ class FolderEngine(Engine):
 class TransformersEngine(FolderEngine):
     """A folder's model in this process, on its GPU or the CPU, one answer at a time.
 
-    One at a time, because an answer that is padded beside others is another one in its last bits, and a sampled one
-    would depend on its neighbours.
+    One at a time, because padding beside other answers changes an answer's last bits, and a sampled one would depend on
+    its neighbours.
     """
 
     def __init__(self, folder: Path, *, dtype: str = "auto") -> None:
@@ -134,7 +134,7 @@ class TransformersEngine(FolderEngine):
         super().__init__(folder)
         self._model = load_transformers_model(AutoModelForCausalLM, folder, dtype=dtype)
         self._positions = getattr(self._model.config, "max_position_embeddings", self._positions)
-        # Of the folder's own settings only the stop ids: its top_p or repetition_penalty would act without a word.
+        # Only the stop ids of the folder's own settings: its top_p or repetition_penalty would act silently.
         pad = next((one for one in (self._tokenizer.pad_token_id, self._tokenizer.eos_token_id) if one is not None), 0)
         self._model.generation_config = GenerationConfig(eos_token_id=self._stop_ids or None, pad_token_id=pad)
         if device.has_cuda():

@@ -1,4 +1,4 @@
-"""Files that grow by a line for each piece of work, so that a process which was stopped goes on where it was."""
+"""Files with a line for each finished piece of work, so that a stopped process can continue."""
 
 from __future__ import annotations
 

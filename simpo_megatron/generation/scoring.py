@@ -99,7 +99,7 @@ class Judge(Scorer):
 
 
 class ScoresOfFile(Scorer):
-    """Scores that somebody else gave: lines of id, sample and score."""
+    """Scores from a file: lines of id, sample and score."""
 
     def __init__(self, path: Path) -> None:
         self._path = path

@@ -1,4 +1,4 @@
-"""Low-rank adapters in the words of the dialects; whatever else trains only a part of a model is refused."""
+"""The keys of low-rank adapters in each dialect; other ways to train only a part of a model are refused."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ from simpo_megatron.nemo.rules import (
 )
 from simpo_megatron.nemo.translation_report import TranslationReport
 
-# Ends of keys by which a file names classes and calls for another program to make.
+# Last parts of keys that name classes or calls for another program.
 _OBJECTS = ("_target_", "_partial_", "_call_", "_args_", "_convert_", "_recursive_")
 _MADE_ELSEWHERE = "names what another program makes an object of"
 _NULL = "null, which asks for nothing"
@@ -37,14 +37,14 @@ _CLASS = "_target_"
 
 @dataclass(frozen=True)
 class Unknown:
-    """A key that the dialect has not; its null asks for nothing."""
+    """A key that the dialect does not have; null asks for nothing."""
 
     instead: str
 
 
 @dataclass
 class _Obstacles:
-    """The refusals so far, and the lines key=value that take them out of the way."""
+    """The refusals so far, and the lines key=value that resolve them."""
 
     found: list[ConfigError] = field(default_factory=list)
 
@@ -56,7 +56,7 @@ class _Obstacles:
             self.found.append(error)
 
     def raise_any(self, path: str) -> None:
-        """Raises: ConfigError of the only one with its remedy, or of the first one with all below, remedies last."""
+        """Raises: ConfigError: the only refusal with its remedy, or the first with the others below, remedies last."""
         if not self.found:
             return
         first, *others = self.found
@@ -74,12 +74,12 @@ class _Obstacles:
 def apply(
     dialect: Dialect, values: Mapping[str, Any], path: str, flags: Layer | None = None
 ) -> tuple[Layer, TranslationReport]:
-    """The settings that `values` ask for in `dialect`, and what became of each key.
+    """The settings of `values` in `dialect`, and a report on each key.
 
-    An option given under `dialect.simpo`, or in `flags`, wins over every other key that speaks of it; flags over both.
+    An option given under `dialect.simpo` wins over every other key for it; `flags` win over both.
 
-    Raises: ConfigError for unknown keys, values that cannot be had here, keys that are read with others which are not
-        there, keys that differ on an option, and a model or data that nothing names; `details` names them all.
+    Raises: ConfigError: unknown keys, unsupported values, keys whose partner is missing, keys that disagree on an
+        option, or no model or data; `details` names them all.
     """
     obstacles, report = _Obstacles(), TranslationReport(dialect.name, path)
     layer = _simpo_settings(dialect, values, report, obstacles) | (flags or {})
@@ -211,7 +211,7 @@ def _read_with(rule: With, key: str, asked: Asked, where: str) -> str:
     value = asked.values[key]
     for reader in rule.readers:
         for other in asked.values:
-            # A class of null is no class; any other null switches off what it is the key of.
+            # A null class is no class; any other null switches off the feature of its key.
             if fnmatchcase(other, reader) and not (other.endswith(_CLASS) and asked.values[other] is None):
                 return f"read together with {other}"
     if value in rule.idle:

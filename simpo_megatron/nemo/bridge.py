@@ -1,4 +1,4 @@
-"""Megatron-Bridge: a ConfigContainer as it is written to YAML, whole or only what a recipe is overridden with."""
+"""Megatron-Bridge: a ConfigContainer written to YAML, whole or only the overrides of a recipe."""
 
 from __future__ import annotations
 
@@ -223,7 +223,7 @@ _DATASET: dict[str, Rule] = {
 
 
 def _of_a_recipe(asked: Asked) -> dict[str, str]:
-    """A remark that a file which is laid over a recipe leaves the rest open."""
+    """A remark that the file only overrides a recipe, so other settings are unknown."""
     if "_target_" in asked.values:
         return {}
     here = "options that the file does not name are this program's, not those of the recipe it is laid over"

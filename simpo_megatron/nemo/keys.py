@@ -18,7 +18,7 @@ from simpo_megatron.limits import LimitError, limited
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-# What NeMo 1 (multiply, sum, int_div) and NeMo-RL (the others) register for their files to call.
+# Resolvers that NeMo 1 (multiply, sum, int_div) and NeMo-RL (the others) register for their files.
 _RESOLVERS = {
     "multiply": lambda a, b: a * b,
     "sum": lambda *terms: sum(terms),
@@ -29,7 +29,7 @@ _RESOLVERS = {
     "div": lambda a, b: a / b,
     "max": lambda a, b: max(a, b),
 }
-# What a file may ask the environment for; anything else may be a secret, which would reach terminal and model card.
+# Environment variables that a file may use; any other may be a secret, which would reach terminal and model card.
 _ENVIRONMENT = (
     *("HOME", "USER", "LOGNAME", "HOSTNAME", "PWD", "TMPDIR", "SCRATCH", "WORK", "NEMO_HOME", "HF_HOME"),
     *("RANK", "LOCAL_RANK", "WORLD_SIZE", "SLURM_JOB_ID", "SLURM_JOB_NAME", "SLURM_ARRAY_JOB_ID"),
@@ -43,7 +43,7 @@ _MOST_BYTES = 1 << 30
 
 @dataclass(frozen=True)
 class Unset:
-    """Stands for a value that the file leaves open; `why` says how."""
+    """Stands for a value that the file leaves open; `why` gives the reason."""
 
     why: str
 
@@ -93,7 +93,7 @@ def _omegaconf() -> Any:
 
 @contextmanager
 def _resolvers(omegaconf: Any) -> Iterator[None]:
-    """The resolvers above, and one of the environment, for as long as a file is read; then all are as they were."""
+    """Registers the resolvers above and one for the environment while a file is read; then restores earlier ones."""
     owner = importlib.import_module("omegaconf.basecontainer").BaseContainer
     before = dict(owner._resolvers)
     try:

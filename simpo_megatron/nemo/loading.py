@@ -1,4 +1,4 @@
-"""The configuration of a run from a NeMo file, in whichever of NeMo's dialects it is written."""
+"""Loads the configuration of a run from a NeMo file in any of its dialects."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ _FLAG = "--nemo-config"
 def load_nemo_config(
     source: str | Path | DictConfig, overrides: Sequence[str] = ()
 ) -> tuple[Config, TranslationReport]:
-    """The configuration that NeMo's `source` asks for, and what became of each of its keys.
+    """The configuration in NeMo's `source`, and a report on each of its keys.
 
     `source` is a YAML file, or what hydra has composed of one. `overrides` are key=value in its own dialect, above it.
     Every option of ours can be given by name under the dialect's SimPO section (`model.simpo.beta=2.5` in NeMo 1,
     `simpo.beta=2.5` elsewhere), and then wins over the dialect's own keys. Nothing that the source names (`_target_`)
     is imported or called.
 
-    Raises: ConfigError naming file and key: of no dialect, unknown keys, values that cannot be had here, two keys
-    that differ on one option; and when omegaconf is not installed.
+    Raises: ConfigError naming file and key: no known dialect, unknown keys, unsupported values, two keys that disagree
+    on one option; or omegaconf is not installed.
     """
     return _load(source, overrides, {})
 

@@ -1,4 +1,4 @@
-"""The keys of megatron-core's own configurations, which NeMo 2, NeMo-RL and Megatron-Bridge hold under other roofs."""
+"""The keys of megatron-core's own configurations, which NeMo 2, NeMo-RL and Megatron-Bridge have under own prefixes."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def recompute(prefix: str, granularity: str = "recompute_granularity") -> dict[s
     }
 
 
-# Of each recipe, what is fixed here; `simpo_megatron.mcore.precision` hands it to megatron-core.
+# The fixed settings of each recipe; `simpo_megatron.mcore.precision` passes them to megatron-core.
 _OF_A_RECIPE: dict[str, dict[str, Any]] = {
     "delayed": {"fp8": "hybrid", "fp8_amax_history_len": 1024, "fp8_amax_compute_algo": "max"},
     "tensorwise": {"fp8": "hybrid", "num_layers_at_start_in_bf16": 1, "num_layers_at_end_in_bf16": 1},
@@ -72,7 +72,7 @@ def fp8(prefix: str) -> dict[str, Rule]:
     """The rules of the FP8 keys of megatron-core's configurations: a format and a recipe."""
     return {
         f"{prefix}fp8": fp8_format(prefix),
-        # What megatron-core's and Bridge's dataclasses write for models without FP8.
+        # Values that megatron-core's and Bridge's dataclasses write for models without FP8.
         f"{prefix}fp8_param": With((False,)),
         f"{prefix}fp8_param_gather": With((False,)),
         f"{prefix}{_IN_BF16}": With((False,)),

@@ -169,7 +169,7 @@ _MODEL: Mapping[str, Rule] = {
     **recompute("model.", "activations_checkpoint_granularity"),
     "model.fp8": Translated(_fp8, ("fp8_recipe",), tuple(f"model.{name}" for name in _OF_FP8), "true"),
     **to.each("model.", "fp8_e4m3 fp8_hybrid fp8_params", With((False,))),
-    # What NeMo 1's own configurations say without FP8.
+    # Values of NeMo 1's own configurations without FP8.
     **to.each("model.", "fp8_margin fp8_interval fp8_amax_history_len fp8_amax_compute_algo reduce_amax", With(_IDLE)),
     "model.restore_from_path": to.checkpoint_elsewhere("a .nemo file"),
     "model.resume_from_checkpoint": Only((None,), "a run continues from its own folder: exp_manager.exp_dir"),

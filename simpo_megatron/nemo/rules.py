@@ -12,7 +12,7 @@ from simpo_megatron.nemo.keys import Unset
 
 
 class Obstacle(ConfigError):
-    """A key that cannot be had here, and `remedies`, each a line key=value that takes it out of the way."""
+    """A key that is not supported, and `remedies`: lines key=value that resolve it."""
 
     def __init__(self, message: str, *remedies: str) -> None:
         super().__init__(message)
@@ -21,14 +21,14 @@ class Obstacle(ConfigError):
 
 @dataclass(frozen=True)
 class Ignored:
-    """A key without effect here, and without an effect on what is learned there either, or one that others decide."""
+    """A key without effect here, which does not change what is learned in NeMo either, or which other keys decide."""
 
     reason: str
 
 
 @dataclass(frozen=True)
 class Differs:
-    """A key that has its own way here: the reader is told, unless its value is among `agreeing`."""
+    """A key whose subject works differently here: it is reported, unless its value is among `agreeing`."""
 
     here: str
     agreeing: tuple[Any, ...] = ()
@@ -36,7 +36,7 @@ class Differs:
 
 @dataclass(frozen=True)
 class Only:
-    """A key that has to agree with what is done here anyway, unless one of `options` is given as a SimPO key."""
+    """A key whose value must be the one used here anyway, unless one of `options` is given as a SimPO key."""
 
     values: tuple[Any, ...]
     instead: str
@@ -47,7 +47,7 @@ class Only:
 
 @dataclass(frozen=True)
 class Different:
-    """Settings, perhaps none, which do not mean quite the same here: `here` says how."""
+    """Settings, possibly none, with a slightly different meaning here, which `here` explains."""
 
     here: str
     settings: Mapping[str, Any]
@@ -55,11 +55,11 @@ class Different:
 
 @dataclass(frozen=True)
 class Translated:
-    """A key that says `options`, and perhaps what follows from them, in other words.
+    """A key that is translated into `options`, and possibly into others that follow from them.
 
-    `function(value, asked)` returns {option: value}, the same as Different, or the reason why this value asks for
-    nothing. It raises ConfigError for a value that has no counterpart. It is not asked when all of `options` are given
-    as SimPO keys, nor for null unless `takes_null`.
+    `function(value, asked)` returns {option: value}, a Different, or the reason why this value asks for nothing. It
+    raises ConfigError for a value without a counterpart. It is not called when all of `options` are given as SimPO
+    keys, nor for null unless `takes_null`.
     """
 
     function: Callable[[Any, Asked], dict[str, Any] | Different | str]
@@ -73,7 +73,7 @@ class Translated:
 
 @dataclass(frozen=True)
 class With:
-    """A key that says nothing by itself: one of `readers` reads it, and the file has to have that one too.
+    """A key without meaning of its own: one of `readers` reads it, and the file must have that key too.
 
     Values among `idle` ask for nothing, with or without a reader.
     """
@@ -88,9 +88,9 @@ Rule = str | Ignored | Differs | Only | Translated | With  # str: the option of 
 
 @dataclass(frozen=True)
 class Dialect:
-    """One way of writing a configuration: how to know it, and what each of its keys becomes.
+    """A dialect: how to recognise it, and the rule of each of its keys.
 
-    A key of `table` with a `*` in it stands for all keys it matches that are not there by themselves.
+    A key of `table` with a `*` stands for all keys that it matches and that have no rule of their own.
     """
 
     name: str
@@ -107,9 +107,9 @@ class Dialect:
 
 
 def _with_partners(table: Mapping[str, Rule]) -> dict[str, Rule]:
-    """`table`, where each key that another's rule reads has a rule too, and each With knows who reads it.
+    """`table` with a rule for each key that another key's rule reads, and with the readers of each With.
 
-    So no key can be passed over because another one, which the file does not have, would have read it.
+    So no key is silently skipped because the key that would read it is missing from the file.
     """
     complete = dict(table)
     for key, rule in table.items():

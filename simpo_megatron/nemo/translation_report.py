@@ -11,7 +11,7 @@ _MOST_KEYS = 4
 
 @dataclass(frozen=True)
 class TranslationReport:
-    """The fate of every key of a file, by key; a key stands in one of the first three."""
+    """A report on every key of a file; a key is in exactly one of the first three dicts."""
 
     dialect: str
     path: str

@@ -1,4 +1,4 @@
-"""Translations that several dialects share, into our options; the makers take the names a dialect gives the keys."""
+"""Translations into our options that several dialects share; functions take the dialect's names of the keys."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ def ignored(reason: str, prefix: str, names: str) -> dict[str, Rule]:
 
 
 def of_the_model(prefix: str, names: str) -> dict[str, Rule]:
-    """Those names under `prefix` as keys of the architecture, which a file may change there and not here."""
+    """Those names under `prefix` as keys of the architecture, which NeMo's files may change but ours may not."""
     return each(prefix, names, Differs(OF_THE_MODEL))
 
 
 def taken(prefix: str, names: str) -> dict[str, Rule]:
-    """Keys under `prefix` that are called as our options are."""
+    """Keys under `prefix` that have the names of our options."""
     return {prefix + name: name for name in names.split()}
 
 
@@ -151,13 +151,13 @@ def max_steps_unless(constant_steps: str) -> Translated:
 
 
 def checkpoint_elsewhere(what: str) -> Only:
-    """A key that names weights in a form that is not read here."""
+    """A key that names weights in a format that is not supported."""
     instead = f"{what} is not read; export it to a Hugging Face folder and give that as the SimPO key model"
     return Only((None,), instead, ("model",))
 
 
 def data_elsewhere(what: str) -> Only:
-    """A key that names data in a form that is not read here."""
+    """A key that names data in a format that is not supported."""
     return Only((None,), f"{what} is not preference data; give files of pairs as the SimPO key data", ("data",))
 
 
