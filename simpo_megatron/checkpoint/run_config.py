@@ -93,12 +93,12 @@ def _provider(description: ModelDescription, dtype: torch.dtype, sizes: Parallel
 
 
 def _plain(arguments: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The arguments of megatron's TransformerConfig as YAML has them; None where some are options of our own."""
+    """The arguments of megatron's TransformerConfig as YAML values; None where some are of our own code."""
     if arguments.keys() & vars(ArchitectureConfig)["__annotations__"].keys():
         return None
-    plain = {name: _named(value) if callable(value) else value for name, value in arguments.items()}
-    if any(isinstance(value, dict) and value["_target_"].startswith("simpo_megatron.") for value in plain.values()):
+    if any(callable(value) and value.__module__.startswith("simpo_megatron.") for value in arguments.values()):
         return None
+    plain = {name: _named(value) if callable(value) else value for name, value in arguments.items()}
     return {name: list(value) if isinstance(value, tuple) else value for name, value in plain.items()}
 
 
