@@ -173,6 +173,8 @@ class StoreWriter:
             split_tokens = np.split(np.frombuffer(tokens, np.int32), token_ends)
             fields = (split_tokens, of_chunks, np.split(pairs, ends), reports, chunks[:, 1].tolist())
             return [Chunk(*values) for values in zip(*fields, strict=True)]
+        except StoppedBySignal:
+            raise
         except Exception:  # Missing, or whatever its bytes have become.
             return None
 
