@@ -106,8 +106,8 @@ def test_what_one_node_does_not_see_ends_the_job_with_a_line_and_no_other_start(
     begun = time.monotonic()
     number, log = submit(cluster, place, "--save", str(place / "runs" / "broken"), EMPTY_NODE="n2")
     job = wait_for_end(cluster, number, log, START_SECONDS)
-    assert (job["JobState"], job["ExitCode"], job["Restarts"]) == ("FAILED", "3:0", "0"), time.monotonic() - begun
-    assert re.search(r"^ERROR simpo_megatron rank 1: pairs.jsonl: found no such file", logged(log), re.MULTILINE)
+    assert (job["JobState"], job["ExitCode"], job["Restarts"]) == ("FAILED", "4:0", "0"), time.monotonic() - begun
+    assert re.search(r"^ERROR simpo_megatron rank 1: model/config.json: found no such file", logged(log), re.MULTILINE)
     assert re.search(r"^STOPPED simpo_megatron rank 0: stopped because rank 1 failed", logged(log), re.MULTILINE)
 
 

@@ -20,6 +20,8 @@ from simpo_megatron.gpu_check.listing import CHECKS, START_SECONDS
 from simpo_megatron.gpu_check.runner import run_checks
 from simpo_megatron.gpu_check.verdict import Check, CheckSetting
 
+pytestmark = pytest.mark.processes
+
 
 def test_every_check_passes_at_tiny_size_and_has_a_line(tmp_path):
     out = tmp_path / "results.jsonl"
