@@ -45,7 +45,7 @@ def write_run_config(
         return
     content = {
         "model": {**model, "hf_model_id": hub_id},
-        # Optimizer and random states are stored by names of this package.
+        # Optimizer and random states are stored under this package's names, which Bridge does not read.
         "checkpoint": {
             "_target_": "megatron.bridge.training.config.CheckpointConfig",
             "ckpt_format": "torch_dist",
@@ -63,7 +63,7 @@ def write_run_config(
 
 
 def _provider(description: ModelDescription, dtype: torch.dtype, sizes: ParallelSizes) -> dict[str, Any] | None:
-    """The arguments of Bridge's GPTModelProvider; None where the model has what that lacks."""
+    """The arguments of Bridge's GPTModelProvider; None if the model needs something that it lacks."""
     rope = rope_facts(description.rope)
     transformer = _plain(description.transformer)
     if transformer is None or "rope_parameters" in rope:
@@ -103,6 +103,6 @@ def _plain(arguments: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def _named(value: Any) -> dict[str, Any]:
-    """A function or dtype as Bridge's YAML names what is not to be called."""
+    """A function or dtype in the form of Bridge's YAML: its name, not to be called."""
     name = str(value) if isinstance(value, torch.dtype) else f"{value.__module__}.{value.__qualname__}"
     return {"_target_": name, "_call_": False}

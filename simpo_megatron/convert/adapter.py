@@ -1,9 +1,9 @@
 """Trained adapters as a folder that PEFT loads: adapter_config.json and adapter_model.safetensors.
 
-Hugging Face has a layer of its own for query, key and value (gate and up) where megatron has one, linear_qkv
-(linear_fc1), whose adapter has one A and a B with the rows of that layer's weight. Each Hugging Face layer gets a
-copy of A and its own rows of B, found as those of the weight are: B A is then, row by row, what megatron adds. Where
-the parts are targets of their own, each has its own A in megatron too.
+Hugging Face has separate layers for query, key and value (gate and up), megatron one, linear_qkv (linear_fc1). Its
+adapter has one A, and a B with the rows of that layer's weight. Each Hugging Face layer gets a copy of A and its rows
+of B, found like those of the weight, so B A is, row by row, what megatron adds. If the parts are separate targets, each
+has its own A in megatron too.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ def require_targets(description: ModelDescription, settings: LoRAConfig) -> None
 
 
 def trained_share(description: ModelDescription, settings: LoRAConfig) -> str:
-    """The number of parameters of the whole model that are trained, in words; an A that layers share counts once."""
+    """A phrase with the number of trained parameters of the whole model; an A that layers share counts once."""
     total = sum(map(math.prod, hf_tensors(description).values()))
     if settings.lora_rank is None:
         return f"all {total:,} parameters"
@@ -163,7 +163,7 @@ def _one_below_the_other(number: int, parameter: Tensor, description: ModelDescr
 
 
 def _join(staging: Path, files: Files) -> None:
-    """One file, the only form PEFT reads, of those that the pipeline stages wrote."""
+    """Joins the files of the pipeline stages into one, the only form that PEFT reads."""
     specs = {name: spec for part in files.values() for name, spec in part.items()}
 
     def tensors() -> Iterator[Tensor]:
@@ -180,7 +180,7 @@ def _join(staging: Path, files: Files) -> None:
 def _peft_config(
     settings: LoRAConfig, modules: Sequence[str], base_model: str | Path, revision: str | None
 ) -> dict[str, Any]:
-    """adapter_config.json: what PEFT needs to rebuild the adapters; all else has PEFT's defaults.
+    """adapter_config.json with the keys that PEFT needs to rebuild the adapters; others have PEFT's defaults.
 
     Source: https://github.com/huggingface/peft, LoraConfig.
     """
@@ -193,7 +193,7 @@ def _peft_config(
         "base_model_name_or_path": str(base_model),
         "revision": revision,
         "r": rank,
-        # A whole number as such: PEFT says that it is one.
+        # Written as a whole number where it is one: PEFT's type for it is int.
         "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
         "use_rslora": settings.use_rslora,
         "lora_dropout": settings.lora_dropout,

@@ -1,4 +1,4 @@
-"""PEFT folders read: which layers their adapters are for, and the tensors by PEFT's names."""
+"""Reads PEFT folders: the layers that have adapters, and the tensors by PEFT's names."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from simpo_megatron.mcore.hf_files import own_file, read_hf_json
 
 _TENSOR = re.compile(r"(?P<module>.+)\.lora_(?P<part>[AB])\.weight")
 _NOTHING: tuple[Any, ...] = (None, False, "none", "", [], {})
-# Keys of adapter_config.json that say how adapters were made, or nothing that B A would not say.
+# Keys of adapter_config.json that do not change B A: how adapters were made, and notes.
 _OF_TRAINING = {
     "peft_type",
     "task_type",
@@ -47,7 +47,7 @@ _OF_TRAINING = {
     "runtime_config",
     "ensure_weight_tying",
 }
-# The other ways to begin change the base model's weights, again when PEFT loads the folder.
+# Other initialisations change the base model's weights, and do so again when PEFT loads the folder.
 _PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal")
 
 
@@ -79,7 +79,7 @@ class PeftFolder:
 
         Raises:
             CheckpointError: a file is missing or damaged, or holds tensors that are no adapters of such a model.
-            ConfigError: the adapters are of a kind that is not computed here; the key that says so is named.
+            ConfigError: the kind of adapters is not supported; the key is named.
         """
         self.folder = folder
         config = read_hf_json(folder, CONFIG_FILE)
@@ -183,7 +183,7 @@ def _targets(modules: set[str], description: ModelDescription, folder: Path, sha
 def _require_whole_latents(
     of_layers: Mapping[int, Mapping[str, tuple[str, ...]]], modules: set[str], folder: Path
 ) -> None:
-    """Return if of the layers of latent attention all or none have adapters."""
+    """Return if either all or none of the matrices of latent attention have adapters."""
     for targets in of_layers.values():
         latent = {name for target, names in targets.items() if target in OF_LATENT_ATTENTION for name in names}
         if latent & modules and not latent <= modules:

@@ -1,8 +1,8 @@
-"""Experts of an MoE multiplied together, by torch's grouped product, where Transformer Engine's is not there.
+"""Grouped GEMMs of an MoE's experts by torch's grouped product, where Transformer Engine is not installed.
 
-The experts stay megatron's SequentialMLP, with its parameters and its checkpoints. Only the products differ: one launch
-for all experts of a rank in the place of one each, of activation and its gradient likewise. Weight gradients are taken
-expert by expert, for torch's grouped product would round them to bf16 before they reach `main_grad`.
+The experts stay megatron's SequentialMLP, with its parameters and its checkpoints. Only the launches differ: one for
+all experts of a rank instead of one each, for products, activation and its gradient. Weight gradients are computed
+expert by expert: torch's grouped product would round them to bf16 before they reach `main_grad`.
 
 Shapes: T tokens of a rank's experts, in their order; E experts; H hidden size, N outputs and K inputs of a product.
 """
@@ -21,7 +21,7 @@ from torch import Tensor
 from simpo_megatron.loss.main_grad import gradient_already_added
 from simpo_megatron.loss.products import add_product
 
-# Rows of the operands begin at addresses that are a multiple of 16 bytes.
+# The rows of the operands must start at multiples of 16 bytes.
 _MULTIPLE = 8
 
 
@@ -34,10 +34,10 @@ def has_grouped_product(compute_capability: tuple[int, int] | None) -> bool:
 
 
 class GroupedExperts(SequentialMLP):
-    """megatron's experts, whose weights lie one behind the other, and are multiplied in one launch where they do.
+    """megatron's experts with weights that are contiguous in memory, and then multiplied in one launch.
 
-    A distributed optimizer moves them into its buffer, last expert first and with gaps where a bucket ends: then the
-    tokens are taken last expert first, and where there are gaps the experts are computed one by one.
+    A distributed optimizer moves the weights into its buffer, last expert first, with gaps where a bucket ends. Then
+    tokens are taken last expert first; with gaps, experts are computed one by one.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -78,7 +78,7 @@ class GroupedExperts(SequentialMLP):
         return next((step for step in (1, -1) if all(_together(own[::step]) is not None for own in weights)), None)
 
     def _wait_for_weights(self, experts: Sequence[MLP]) -> None:
-        """Call what DistributedDataParallel does before each layer, whose own forward is not run."""
+        """Run DistributedDataParallel's pre-forward hooks of each expert layer, whose own forward is not called."""
         for expert in experts:
             for layer in (expert, expert.linear_fc1, expert.linear_fc2):
                 for hook in layer._forward_pre_hooks.values():
@@ -142,14 +142,14 @@ def _weight_gradient(weight_NK: Any, grad_tN: Tensor, rows_tK: Tensor, *, is_fus
 
 
 def _lay_together(weights: Sequence[Tensor]) -> None:
-    """Move equal weights into one tensor, each to its place; they stay parameters of their own."""
+    """Move equally shaped weights into one tensor; they stay separate parameters."""
     with torch.no_grad():
         for weight, place in zip(weights, torch.stack([weight.detach() for weight in weights]), strict=True):
             weight.data = place
 
 
 def _together(weights: Sequence[Tensor]) -> Tensor | None:
-    """A view [E, N, K] of equal weights that lie in one storage at ascending, even distances; None of others."""
+    """A view [E, N, K] of weights at evenly spaced, ascending places of one storage; None for others."""
     first = weights[0]
     distance = weights[1].storage_offset() - first.storage_offset()
     storage = first.untyped_storage().data_ptr()

@@ -1,7 +1,7 @@
-"""Multi-head latent attention: keys and values of all heads are made of one small vector a token.
+"""Multi-head latent attention: keys and values of all heads are computed from one small vector per token.
 
 Shapes: S sequence (this rank's part of hidden states under sequence parallelism), B batch, A attention heads of this
-tensor-parallel rank, D size of a query or key, N its part that knows no position, P the part that turns, V size of a
+tensor-parallel rank, D size of a query or key, N its part without rotary embedding, P its rotated part, V size of a
 value, C size of the latent.
 
 Source: arXiv 2405.04434, section 2.1.
@@ -31,7 +31,7 @@ Source: transformers.models.deepseek_v3.modeling_deepseek_v3.DeepseekV3Attention
 
 
 class DuplicatedLinear(torch.nn.Linear):
-    """A matrix that every tensor-parallel rank has whole, under megatron's way of calling."""
+    """A linear layer that is replicated over tensor-parallel ranks, with megatron's call signature."""
 
     def __init__(self, input_size: int, output_size: int, *, config: ArchitectureConfig) -> None:
         super().__init__(input_size, output_size, bias=False, dtype=config.params_dtype)
@@ -58,9 +58,9 @@ class LatentAttentionSubmodules:
 
 
 class LatentAttention(Attention):
-    """megatron's MLASelfAttention under its parameters' names, for packs and any rotary embedding.
+    """megatron's MLASelfAttention with the same parameter names, for packs and any rotary embedding.
 
-    megatron's own turns queries and keys by the places of tokens in a row, while a pack's sequences share a row.
+    megatron's own rotates queries and keys by the index of a token in its row, but in a pack sequences share a row.
     """
 
     config: ArchitectureConfig
@@ -138,7 +138,7 @@ class LatentAttention(Attention):
         return torch.cat((still_SBAN, turned_SBAP), dim=-1), torch.cat((key_SBAN, key_SBAP), dim=-1), value_SBAV
 
     def _turned(self, heads: Tensor, rotary_pos_emb: Tensor) -> Tensor:
-        """The heads [S, B, ..., P], each turned by its position."""
+        """The heads [S, B, ..., P], rotated by their positions."""
         return apply_rotary_pos_emb(
             heads, rotary_pos_emb, self.config, mscale=_yarn_get_concentration_factor_from_config(self.config)
         )

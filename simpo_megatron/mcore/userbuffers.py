@@ -20,7 +20,7 @@ _MODULE = "transformer_engine.pytorch.module.base"
 
 @contextmanager
 def userbuffers(config: Config, hidden_size: int) -> Iterator[None]:
-    """While the context lasts, layers find the buffers of a run that asks for them; nothing for another.
+    """While the context lasts, the buffers exist, if the run asks for them.
 
     Collectives: those of `initialize_ub`, over the world by NCCL, in the ranks of each tensor-parallel group.
 

@@ -1,4 +1,4 @@
-"""The frame of every command on whole models."""
+"""The common frame of commands on whole models."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ if TYPE_CHECKING:
 
 
 def run_command(work: Callable[[ParallelGroups], int]) -> int:
-    """The exit code of a command: what `work` returns, or that of its error, which is printed in one line.
+    """Runs `work` and returns its exit code, or that of its error, which is printed in one line.
 
-    Modules that import torch or megatron are to be imported by `work`: a command line is read without torch, and
-    megatron is made to run on this machine before it is imported.
+    `work` must import modules that need torch or megatron itself: the command line is read without torch, and megatron
+    is patched for this machine before it is imported.
     """
     with collector_at_rest():
         from simpo_megatron.mcore import cpu_patches, device

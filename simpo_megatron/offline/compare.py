@@ -1,4 +1,4 @@
-"""The comparison of two models: every tensor by its hash, and what both say of given pairs."""
+"""The comparison of two models: every tensor by its hash, and the log-probs of both for given pairs."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def compare_tensors(first: Weights, second: Weights) -> Iterator[ComparedTensor]
 
 
 def common_dtype(first: Weights, second: Weights) -> torch.dtype | None:
-    """Dtype that both models are rounded to before they are compared; None where they share their dtypes."""
+    """The dtype to which both models are rounded before the comparison; None if their dtypes are the same."""
     if all(spec.dtype == second.specs[name].dtype for name, spec in first.specs.items() if name in second.specs):
         return None
     return _narrower({spec.dtype: None for weights in (first, second) for spec in weights.specs.values()})
@@ -79,7 +79,7 @@ def _largest_difference(first: Tensor | None, second: Tensor | None) -> float | 
         return None
     if first.dtype == second.dtype and torch.equal(first, second):
         return 0.0
-    # Row by row, for a whole table in fp64 would be four times its size.
+    # Row by row: a whole table in fp64 would be four times its size.
     rows = zip(first.reshape(len(first), -1), second.reshape(len(second), -1), strict=True)
     return max(float((a.double() - b.double()).abs().max()) for a, b in rows)
 

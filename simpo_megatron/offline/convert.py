@@ -1,4 +1,4 @@
-"""A Hugging Face folder as a Megatron checkpoint, and a checkpoint as a Hugging Face folder, tensor by tensor."""
+"""Converts a Hugging Face folder to a Megatron checkpoint and back, tensor by tensor."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ from simpo_megatron.reporting.model_card import card_of_checkpoint
 def to_mcore(weights: Weights, out_folder: Path, groups: ParallelGroups, *, dtype: torch.dtype | None = None) -> None:
     """Write `weights` as a checkpoint of megatron-core, committed, that any layout reads.
 
-    `out_folder`/release holds it, with configuration and tokenizer; Megatron's pointer file beside it names it. Memory:
-    three times the largest tensor and what the libraries take.
+    It is `out_folder`/release, with configuration and tokenizer; Megatron's pointer file beside it names it. Memory:
+    three times the largest tensor, plus the libraries.
 
     Args:
         dtype: of all parameters; None leaves each tensor as it is stored.
@@ -97,8 +97,8 @@ def to_hf(
 ) -> None:
     """Write `weights` as a Hugging Face folder; an earlier export there is replaced.
 
-    What a run has trained gets the model card that the run itself would have written. Memory: three times the largest
-    tensor and what the libraries take.
+    A trained model gets the model card that its run would have written. Memory: three times the largest tensor, plus
+    the libraries.
 
     Args:
         dtype: of all tensors; None leaves each as it is stored.
@@ -134,11 +134,11 @@ def write_hf(
     model_card: str | None,
     origin: str,
 ) -> None:
-    """Write the tensors of `specs`, each as `tensor` gives it, as a Hugging Face folder with what stands beside `like`.
+    """Write the tensors of `specs`, each computed by `tensor`, as a Hugging Face folder with the other files of `like`.
 
     Args:
-        title: what the progress is called.
-        origin: names what the export is made of; another export of it is replaced.
+        title: the name of the progress bar.
+        origin: identifies the source of the export; an earlier export of the same source is replaced.
 
     Raises:
         CheckpointError: `out_folder` cannot be written.
@@ -169,7 +169,7 @@ def _card(weights: Weights, out_folder: Path, dtype: torch.dtype | None) -> str 
     try:
         return card_of_checkpoint(options, metrics_file, out_folder, dtype)
     except ConfigError as error:
-        # Another version's options: the model is as good without its card.
+        # Options of another version: the model is written without its card.
         LOGGER.warning("no model card, as this version cannot read the run's options: %s", error)
         return None
 

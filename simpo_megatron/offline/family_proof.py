@@ -1,4 +1,4 @@
-"""A family's small models, made by transformers and computed by megatron-core: what proves that they agree."""
+"""The proof of a family: small models made by transformers and computed by megatron-core, compared."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from simpo_megatron.offline.compare import compare_tensors
 from simpo_megatron.offline.weights import HfWeights
 from simpo_megatron.parallel import ParallelGroups
 
-# Tokens of a sequence: long to some of the models whose rotary embedding asks for the length, and short to others.
+# Tokens of a sequence: long for some models whose rotary embedding depends on the length, short for others.
 _LENGTH = 38
 
 
@@ -54,7 +54,7 @@ def prove_model(name: str, hf_config: Mapping[str, Any], groups: ParallelGroups)
     disable_progress_bar()
     torch.manual_seed(1)
     config = AutoConfig.for_model(**hf_config)
-    # Its other ways to compute experts ask for widths of whole vectors.
+    # transformers' other implementations of experts need widths in whole vectors.
     config._experts_implementation = "eager"
     model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad(), tempfile.TemporaryDirectory() as folder:

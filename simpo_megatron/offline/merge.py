@@ -1,4 +1,4 @@
-"""The weighted average of models that differ in nothing but their weights."""
+"""The weighted average of models that differ only in their weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Progress of a long copy, and what it took."""
+"""Progress of a long copy, with its time and memory at the end."""
 
 from __future__ import annotations
 
@@ -43,5 +43,5 @@ class Transfer:
 
 
 def peak_memory() -> int:
-    """Bytes of memory that this process has held at most, mapped file pages included."""
+    """The peak memory of this process in bytes, mapped file pages included."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -88,7 +88,7 @@ class HfWeights:
         }
 
     def read(self, name: str) -> Tensor:
-        # Opened anew each time: the pages of a file count as this process's memory until it is closed.
+        # Opened each time: the pages of a file count as this process's memory until it is closed.
         with open_safetensors(self._stored[name].file) as file:
             return file.get_tensor(name)
 
@@ -143,7 +143,7 @@ class MegatronWeights:
         return self.folder
 
     def _verify(self, shard: str) -> None:
-        """Return once `shard` is known to hold what was committed; the next one is looked at meanwhile."""
+        """Return once the hash of `shard` is verified; the next shard is hashed meanwhile."""
         if shard not in self._shards:
             raise CheckpointError(f"{self.folder}: found {shard!r} in its index, expected shards of this checkpoint")
         first = self._shards.index(shard)
@@ -156,7 +156,7 @@ class MegatronWeights:
         return pieces_of(self._model.chunk, parameter, values, self.description, tp=ALONE)
 
     def _values(self, parameter: str) -> Tensor:
-        """The whole parameter; the last one stays, for it may be several Hugging Face tensors."""
+        """The whole parameter; the last one is cached, since it may hold several Hugging Face tensors."""
         if self._last is None or self._last[0] != parameter:
             self._last = None
             values = torch.empty(self._model.shapes[parameter], dtype=self._dtypes[parameter])

@@ -1,4 +1,4 @@
-"""Model families, a file each: config.json as megatron-core's arguments; what it computes differently is refused."""
+"""Model families, a file each: config.json translated to megatron-core's arguments, or refused if it cannot be."""
 
 from __future__ import annotations
 

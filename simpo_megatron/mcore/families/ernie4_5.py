@@ -1,4 +1,4 @@
-"""ERNIE 4.5, dense and as MoE: heads turn in neighbouring pairs; biases of matrices in all layers or in none."""
+"""ERNIE 4.5, dense and as MoE: interleaved rotary embedding; biases in all layers or in none."""
 
 from __future__ import annotations
 

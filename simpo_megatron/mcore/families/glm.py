@@ -1,4 +1,4 @@
-"""GLM-4 of 2024 and 2025: half of each head turns, in neighbouring pairs; the second has norms on what layers add."""
+"""GLM-4 of 2024 and 2025: interleaved rotary embedding of half of each head; the second has post-norms."""
 
 from __future__ import annotations
 

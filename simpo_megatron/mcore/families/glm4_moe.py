@@ -1,4 +1,4 @@
-"""GLM-4.5 and 4.6: the first layers dense, then experts that are chosen by sigmoids with a bias, and some for all."""
+"""GLM-4.5 and 4.6: dense layers first, then experts chosen by sigmoids with a bias, and shared experts."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def _options(config: PretrainedConfig) -> dict[str, Any]:
 
 
 def _expert_groups(config: PretrainedConfig) -> dict[str, Any]:
-    """Experts come from the `topk_group` groups whose two best promise most.
+    """Options that choose experts from the `topk_group` groups with the largest sum of their two best scores.
 
     Raises:
         ConfigError: megatron-core would add up another number of a group's best.

@@ -1,4 +1,4 @@
-"""gpt-oss: attention with sinks, every second layer a window, experts with biases and a gate that is held in bounds."""
+"""gpt-oss: attention sinks, a sliding window in every second layer, experts with biases and a clamped gate."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def _options(config: PretrainedConfig) -> dict[str, Any]:
     return {
         "add_bias_linear": True,
         "softmax_type": "learnable",
-        # transformers had these numbers before it had keys for them.
+        # transformers' constants, before it had keys for them.
         "activation_func": Swish(number(config, "swiglu_alpha") if hasattr(config, "swiglu_alpha") else 1.702),
         "activation_func_clamp_value": number(config, "swiglu_limit") if hasattr(config, "swiglu_limit") else 7.0,
         "glu_linear_offset": 1.0,

@@ -1,4 +1,4 @@
-"""Granite 3, dense: constants multiply the embedding, the attention scores, what layers add, and the logits."""
+"""Granite 3, dense: constants multiply the embedding, the attention scores, the residual branches and the logits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Llama 2 and 3, and what has its architecture."""
+"""Llama 2 and 3, and models with their architecture."""
 
 from __future__ import annotations
 

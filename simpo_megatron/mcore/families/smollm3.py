@@ -1,4 +1,4 @@
-"""SmolLM3: every fourth layer knows no positions."""
+"""SmolLM3: every fourth layer has no rotary embedding."""
 
 from __future__ import annotations
 
