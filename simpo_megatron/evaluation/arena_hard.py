@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -19,7 +19,7 @@ from simpo_megatron.errors import ConfigError, DataError
 from simpo_megatron.evaluation.evaluated import EvaluatedModel
 from simpo_megatron.evaluation.judging import JudgeServer, Metric, OfficialScorer, Scored, cut_half_line
 from simpo_megatron.evaluation.official import OfficialEnvironment
-from simpo_megatron.generation.lines import append, read_lines
+from simpo_megatron.generation.lines import read_lines
 
 COMMIT = "196f6b8"
 # SHA-256 of the files whose code judges and scores.
@@ -134,6 +134,9 @@ class ArenaHardScorer(OfficialScorer):
         if len(rows) != len(self.model.rows()) or not all(map(_has_come, rows)):
             raise DataError(f"{self._judgments_file(judge)}: found verdicts missing, expected all; judge again")
         self._check_verdicts(rows, judge)
+        # Judgments stand in the order in which they came, and the seeded bootstrap draws them by their places.
+        places = {row["uid"]: place for place, row in enumerate(self.model.rows())}
+        self._write_judgments(judge, sorted(rows, key=lambda row: places[row["uid"]]))
         battles = self.battles(judge)
         metrics: dict[str, Metric] = {}
         notes = []
@@ -218,10 +221,10 @@ class ArenaHardScorer(OfficialScorer):
         rows = read_lines(path)
         if all(map(_has_come, rows)):
             return
-        write_text(path, "")
-        with path.open("a", encoding="utf-8") as file:
-            for row in filter(_has_come, rows):
-                append(file, row)
+        self._write_judgments(judge, filter(_has_come, rows))
+
+    def _write_judgments(self, judge: str, rows: Iterable[Mapping[str, Any]]) -> None:
+        write_text(self._judgments_file(judge), "".join(json.dumps(row) + "\n" for row in rows))
 
     def _check_verdicts(self, rows: Sequence[Mapping[str, Any]], judge: str) -> None:
         for row in rows:
