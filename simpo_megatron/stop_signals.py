@@ -46,7 +46,7 @@ class StopSignals:
 
     def __init__(self) -> None:
         self.describe_end: Callable[[], str] = lambda: "stopped before the run began; the same command continues it"
-        """Where a run that a signal ends now can go on."""
+        """A sentence on how to continue a run that a signal ends now."""
         self.on_stuck: Callable[[StoppedBySignal], int] = report_error
         """The exit code, once the stop was told."""
         self._noted, self._mode = 0, "raise"

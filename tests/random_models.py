@@ -17,19 +17,16 @@ _LATENT = {
 }
 
 
-def random_config(model_type: str, draw: random.Random, *, ranks: int = 1) -> dict[str, Any]:
-    """Keys of a config.json: odd heads, groups, widths and vocabulary, tied or not, head size apart from the width.
-
-    Heads, groups and widths divide over `ranks`.
-    """
+def random_config(model_type: str, draw: random.Random) -> dict[str, Any]:
+    """Keys of a config.json: odd heads, groups, widths and vocabulary, tied or not, head size apart from the width."""
     keys = dict(draw.choice(list(FAMILIES[model_type].tests.values())))
     groups = draw.choice((1, 3, 5))
-    heads = groups * draw.choice((1, 2, 3)) * ranks
+    heads = groups * draw.choice((1, 2, 3))
     sizes: dict[str, Any] = {
         "num_attention_heads": heads,
-        "num_key_value_heads": groups * ranks,
+        "num_key_value_heads": groups,
         "hidden_size": heads * draw.choice((6, 10)),
-        "intermediate_size": draw.choice((33, 47, 50)) * ranks,
+        "intermediate_size": draw.choice((33, 47, 50)),
         "vocab_size": draw.choice((31, 257, 384)),
         "tie_word_embeddings": draw.random() < 0.5,
         # An odd number would leave an element of a head without a partner to turn with.
@@ -37,7 +34,7 @@ def random_config(model_type: str, draw: random.Random, *, ranks: int = 1) -> di
     }
     for key in ("moe_intermediate_size", "shared_expert_intermediate_size"):
         if key in keys:
-            sizes[key] = draw.choice((11, 30)) * ranks
+            sizes[key] = draw.choice((11, 30))
     if "kv_lora_rank" in keys:
         sizes |= {key: draw.choice(values) for key, values in _LATENT.items()}
         sizes["num_key_value_heads"] = heads

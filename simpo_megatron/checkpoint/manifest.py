@@ -29,7 +29,7 @@ _LOGGER = logging.getLogger(__name__)
 FORMAT = 1
 RECORD_FILE = "COMMIT.json"
 LATEST_FILE = "latest_checkpointed_iteration.txt"
-"""Where Megatron's own readers look for the newest iteration; here it is written and never followed."""
+"""Megatron's pointer to the newest iteration, for its own readers; this package writes it and never follows it."""
 RELEASE = "release"
 """Megatron's name for the folder, and the pointer, of weights that no run of its own has trained."""
 _LLAMA_3_1_ROPE = {

@@ -29,7 +29,7 @@ class Piece:
     hf_shape: tuple[int, ...]
     """Shape of these elements in the file."""
     first_row: int
-    """Where the whole view's rows start in the tensor; above zero in fused and stacked tensors only."""
+    """The first row of the whole view in the tensor; above zero only in fused and stacked tensors."""
     layout: WeightLayout
     rows_of_ranks: tuple[tuple[int, int], ...] = ()
     """(first row, number of rows) in the tensor of each tensor-parallel rank, where ranks hold different numbers."""

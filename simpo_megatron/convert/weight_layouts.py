@@ -48,7 +48,7 @@ class WeightLayout:
     is_expert: bool = False
     """One parameter for each expert of an MoE; expert-parallel ranks hold different ones, each of them whole."""
     is_stacked: bool = False
-    """Whether the file has the matrices of all experts, transposed, in one tensor."""
+    """True when the file has the matrices of all experts, transposed, in one tensor."""
     file_shape: Callable[[Tensor, Tensor], tuple[int, ...]] = _rows_of_parameter
     """The shape in the file of a view, the first argument, of the second."""
 

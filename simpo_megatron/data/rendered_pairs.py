@@ -41,7 +41,7 @@ class RenderedPair:
     notes: tuple[str, ...] = ()
     """Names of what is to be counted, see FINDINGS."""
     spans: tuple[Spans, Spans] | None = None
-    """Where the turns that count stand in chosen and in rejected; None: each is one turn of the assistant."""
+    """The spans of the counted turns in chosen and in rejected; None: each is one turn of the assistant."""
 
 
 @dataclass(frozen=True)

@@ -73,7 +73,7 @@ class EncodedPair:
     """A pair after truncation: its ids, tokens cut from prompt, chosen and rejected, and oddities to be counted."""
 
     ids: tuple[list[int], list[int], list[int]]
-    """As the arrays of `TokenizedPair.marked`."""
+    """The arrays of `TokenizedPair.marked`."""
     lost: tuple[int, int, int] = (0, 0, 0)
     notes: tuple[str, ...] = field(default=())
 

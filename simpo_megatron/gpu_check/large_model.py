@@ -20,7 +20,7 @@ from simpo_megatron.planning.workload import Workload
 
 MFU_BUDGET, BUSY_BUDGET, RESERVED_BUDGET = 0.45, 0.95, 1.15
 PLAN_BUDGET = 0.15
-"""Of the planned memory, what the peak may be off."""
+"""The largest difference between peak and planned memory, as a share of the latter."""
 _NUM_STEPS, _PROFILED = 12, (8, 10)
 
 

@@ -153,7 +153,7 @@ PATCHES = {
 """By the function that makes it."""
 
 CONFIGURATIONS = "transformers.models.llama.configuration_llama"
-"""What it loads comes with every model's configuration."""
+"""A module whose imports are those of every model's configuration."""
 _LAYERS = "megatron.core.models.gpt"
 _FACTORIES = ("tensor", "zeros", "ones", "empty", "full")
 

@@ -20,7 +20,7 @@ class ExpertChoice:
     scores: Literal["softmax", "sigmoid"] = "softmax"
     """The function of the router's logits."""
     has_bias: bool = False
-    """Whether experts are chosen, but not weighed, by scores with a bias added."""
+    """True when experts are chosen by scores plus a bias; they are weighed without it."""
     num_groups: int = 1
     """Groups of neighbouring experts."""
     num_chosen_groups: int = 1
@@ -28,7 +28,7 @@ class ExpertChoice:
     num_best: int = 1
     """Experts of a group whose scores, added up, rank it."""
     divides_by_sum: bool = False
-    """Whether the weights of a token's experts add up to one."""
+    """True when the weights of a token's experts are divided by their sum."""
     least_sum: float = 1e-20
     """The smallest number that they are divided by."""
     scale: float = 1.0

@@ -50,9 +50,9 @@ class WeightNames:
     down: str = "mlp.down_proj"
     router: str = "mlp.gate"
     router_bias: str = "mlp.gate.e_score_correction_bias"
-    """Whole, nothing is put behind it."""
+    """The whole name; no suffix is added."""
     router_bias_is_row: bool = False
-    """Whether the file has it as a matrix of one row."""
+    """True when the file has the bias as a matrix of one row."""
     expert: str = "mlp.experts.{}."
     """The part before the names of an expert's matrices, `{}` its number."""
     expert_matrices: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
@@ -69,7 +69,7 @@ class Family:
     """One family of models: everything that tells it from Llama."""
 
     model_type: str
-    """As config.json has it."""
+    """The `model_type` of config.json."""
     options: Callable[[PretrainedConfig], dict[str, Any]]
     """Options of megatron's TransformerConfig, beside `shared_options` or in their place.
 
@@ -77,7 +77,7 @@ class Family:
     """
     names: WeightNames = WeightNames()
     turns_in_part: bool = False
-    """Whether `partial_rotary_factor` counts: the rest of each head then knows no positions."""
+    """True when `partial_rotary_factor` applies: the rest of each head has no rotary embedding."""
     examples: tuple[str, ...]
     """Models of the family, by their names on the hub."""
     tests: Mapping[str, Mapping[str, Any]]

@@ -24,7 +24,7 @@ from simpo_megatron.mcore.architecture import ArchitectureConfig
 from simpo_megatron.mcore.layout import MicrobatchLayout
 
 NORM_EPSILON = 1e-6
-"""Of the norms of latents, whatever the other norms have.
+"""The epsilon of the norms of latents; other norms may have another one.
 
 Source: transformers.models.deepseek_v3.modeling_deepseek_v3.DeepseekV3Attention.
 """

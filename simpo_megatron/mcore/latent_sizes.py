@@ -10,15 +10,15 @@ class LatentSizes:
     """The sizes of multi-head latent attention, by megatron's names."""
 
     q_lora_rank: int | None
-    """Of the latent of queries; None: they are made of the hidden states."""
+    """Size of the latent of queries; None: queries are computed from the hidden states."""
     kv_lora_rank: int
-    """Of the latent of keys and values."""
+    """Size of the latent of keys and values."""
     qk_head_dim: int
-    """Of the part of a query or key that knows no position."""
+    """Size of the part of a query or key without rotary embedding."""
     qk_pos_emb_head_dim: int
-    """Of the part that turns."""
+    """Size of the rotated part."""
     v_head_dim: int
-    """Of a value."""
+    """Size of a value."""
 
     @property
     def query_size(self) -> int:

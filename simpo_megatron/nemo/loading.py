@@ -60,9 +60,9 @@ class NemoCommand:
 
     config: Config
     lines: list[str]
-    """What became of the file's keys, for the reader."""
+    """The report on the file's keys, to be printed."""
     only_explains: bool
-    """True when that is all it asks for."""
+    """True when only the report is asked for (`--explain-config`)."""
 
 
 def load_nemo_command(argv: Sequence[str]) -> NemoCommand:

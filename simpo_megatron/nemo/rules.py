@@ -100,7 +100,7 @@ class Dialect:
     simpo: str = "simpo."
     """Beginning of the keys under which each option of ours can be given by its own name."""
     remarks: Callable[[Asked], dict[str, str]] = lambda asked: {}
-    """What the reader is told of the file as a whole, by what it is about."""
+    """Makes remarks on the file as a whole, by subject."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "table", _with_partners(self.table))

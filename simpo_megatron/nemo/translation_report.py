@@ -22,7 +22,7 @@ class TranslationReport:
     ignored: dict[str, str] = field(default_factory=dict)
     """The reason."""
     differs: dict[str, str] = field(default_factory=dict)
-    """What is not the same here as there, by a key of the file, or by what of it is spoken of."""
+    """Differences from NeMo, by a key of the file or by subject."""
 
     def lines(self, *, every_key: bool = False) -> list[str]:
         """A summary, a line for each taken or translated key and for each difference, and one for all ignored keys.

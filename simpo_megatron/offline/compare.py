@@ -32,7 +32,7 @@ class ComparedTensor:
 
     name: str
     specs: tuple[TensorSpec | None, TensorSpec | None]
-    """As stored."""
+    """The dtype and shape that each model stores."""
     cast_to: torch.dtype | None
     """Dtype that both sides were cast to before they were compared; None where they are stored in one dtype."""
     sha256: tuple[str | None, str | None]

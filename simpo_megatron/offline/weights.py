@@ -39,7 +39,7 @@ class Weights(Protocol):
     """A model whose tensors can be had one by one."""
 
     folder: Path
-    """Where the configuration is too."""
+    """The folder that also holds the configuration."""
     named: Path
     """The folder that was opened: `folder`, or that of adapters on it."""
     tokenizer: Path

@@ -115,7 +115,7 @@ class Assumptions:
     padding: float = 0.01
     """The padding of a pipeline's packs, to the longest of their step, as real pairs showed it."""
     shape_exchange_seconds: float = 1e-4
-    """Where stages ask for the shape of each message, and the host waits for the answer and for the device."""
+    """Added to a message whose shape stages ask for: the host waits for the answer and for the device."""
     speed_error: float = 0.03
     """Share of a step's time below which two layouts count as equally fast."""
 

@@ -191,7 +191,7 @@ class Pack:
     response: float
     """Mean tokens of one response; a pair has two."""
     prefix_sharing: bool = True
-    """Whether a pair's prompt is in the pack once, or once for each response."""
+    """True when a pair's prompt is in the pack once, not once for each response."""
 
     @classmethod
     def of(cls, batch: BatchConfig, *, prompt: float, response: float) -> Pack:

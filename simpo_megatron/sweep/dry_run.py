@@ -29,7 +29,7 @@ class _Cost:
     tokens: float
     """Real tokens, padding apart."""
     seconds: float | None
-    """As planned; None where the layout is not one for these GPUs."""
+    """The planner's estimate; None if the layout does not fit these GPUs."""
 
 
 def dry_run(sweep: Sweep, *, num_gpus: int, gpu: str) -> Iterator[str]:

@@ -67,7 +67,7 @@ class Meeting:
     number: int
     """Counts the runs of this process."""
     store: dist.Store
-    """Where ranks leave word for each other, beside all collectives; for the main thread."""
+    """The store of the ranks, outside all collectives; for the main thread only."""
     first_of_node: int | None = None
     """Process id of the first rank of this node, unless that is this rank."""
 

@@ -32,7 +32,7 @@ class Prompts:
 
     ids: list[list[int]]
     end_ids: frozenset[int]
-    """Where a response ends: the last tokens of these prompts' chosen responses."""
+    """The ids that end a response: the last tokens of these prompts' chosen responses."""
 
 
 def first_prompts(dataset: PreferenceDataset, num_prompts: int, groups: ParallelGroups) -> Prompts:

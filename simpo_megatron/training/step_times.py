@@ -75,7 +75,7 @@ class Pace(NamedTuple):
 
     stage: int
     replica: int
-    """Which of the copies of the model; the tensor- and context-parallel ranks of one wait for each other."""
+    """The number of the model's replica; its tensor- and context-parallel ranks wait for each other."""
     seconds_per_flop: float
 
 

@@ -70,7 +70,7 @@ def check_same(expected: list, found: list, title: str) -> None:
 
 
 class Calls:
-    """What makes a folder where it is unpickled."""
+    """An object that makes a folder where it is unpickled."""
 
     def __init__(self, folder: str) -> None:
         self.folder = folder

@@ -39,7 +39,7 @@ NO_KERNEL = {
 }
 _PRODUCTS = {"mm", "addmm", "bmm", "baddbmm"}
 COLLECTIVE = "c10d."
-"""How the name of a collective begins; its bytes are about those that a rank sends, by a ring."""
+"""The beginning of a collective's name; its bytes are about those that a rank sends, by a ring."""
 _ONLY_WRITES = {"zero_", "fill_", "zeros", "zeros_like", "full", "full_like", "ones", "new_zeros", "new_full"}
 
 

@@ -65,7 +65,7 @@ TINY = {
 
 @pytest.mark.processes
 def test_a_whole_microbatch_multiplies_each_weight_by_its_tokens_three_times():
-    """Of ours by packed tokens and response rows, of the peers by padded ones."""
+    """Products of ours are those of packed tokens and response rows, products of the peers those of padded ones."""
     counts = {name: (gpus, count) for name, gpus, count in roofline.whole_counts(TINY, BATCH, 1)}
     assert {"ours", "trl", "princeton"} <= set(counts)
     rows, length = BATCH.padded_shape

@@ -67,7 +67,7 @@ def test_what_the_cache_does_not_have_is_refused_in_one_line(cache: Path, name: 
 
 
 class StandIn(BaseHTTPRequestHandler):
-    """What the hub answers to a client that makes a repository and commits small files to it."""
+    """The hub's answers to a client that makes a repository and commits small files to it."""
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["Content-Length"])).decode()

@@ -129,7 +129,7 @@ def test_a_hybrid_model_computes_what_a_gpt_model_of_its_weights_does(model):
 
 
 def test_a_hybrid_model_has_no_place_yet_for_what_the_trainer_needs():
-    """What keeps the trainer on GPTModel; where this fails, megatron-core has made room and it can move."""
+    """The reasons to stay on GPTModel; where this fails, megatron-core has made room and the trainer can move."""
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.hybrid.hybrid_model import HybridModel
 

@@ -2,6 +2,7 @@
 
 import ast
 import re
+from itertools import pairwise
 from pathlib import Path
 
 import simpo_megatron
@@ -30,6 +31,11 @@ def _docstrings() -> list[tuple[str, str]]:
             is_documented = isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
             if is_documented and (text := ast.get_docstring(node)):
                 found.append((f"{path.relative_to(PACKAGE)}:{getattr(node, 'lineno', 1)}", text))
+            for before, after in pairwise(getattr(node, "body", ()) if is_documented else ()):
+                # A field or a constant, and the text below it.
+                match before, after:
+                    case ast.Assign() | ast.AnnAssign(), ast.Expr(ast.Constant(str(text))):
+                        found.append((f"{path.relative_to(PACKAGE)}:{after.lineno}", text))
     return found
 
 

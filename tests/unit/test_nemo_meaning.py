@@ -1,4 +1,4 @@
-"""What keys of NeMo's files mean there and here, what differs, and all that stands in the way at once."""
+"""Keys of NeMo's files mean here what they mean there, or differ by name; all obstacles are told at once."""
 
 from __future__ import annotations
 

@@ -54,7 +54,7 @@ ON_CPU = {
 
 
 def located(value):
-    """What `_target_` names, as Bridge's instantiate gives it for `_call_: false`; other values stay."""
+    """The object that `_target_` names, as Bridge's instantiate gives it for `_call_: false`; other values stay."""
     if not isinstance(value, dict):
         return value
     assert value.keys() == {"_target_", "_call_"} and value["_call_"] is False

@@ -1,4 +1,4 @@
-"""How long a run is, its warm-up and decay, and how often it is evaluated."""
+"""The length of a run, its warm-up and decay, and the steps of its evaluations."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What Transformer Engine's userbuffers are asked for, by its own signatures, and where they are refused."""
+"""Transformer Engine's userbuffers are asked for by its own signatures, and refused where they cannot serve."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What vLLM is told, by a stand-in of its module that records it; tests/end_to_end/test_vllm.py has vLLM itself."""
+"""vLLM's arguments, recorded by a stand-in of its module; tests/end_to_end/test_vllm.py has vLLM itself."""
 
 from __future__ import annotations
 

@@ -181,10 +181,10 @@ METHODS: dict[str, Callable[[Microbatch, int, int], list[Operation]]] = {
 
 @dataclass(frozen=True)
 class Count:
-    """What a method does to a microbatch."""
+    """The counts of a method's work on a microbatch."""
 
     flops: float
-    """Of matrix products."""
+    """Operations of matrix products."""
     elementwise_bytes: int
     """Read and written by all but the products."""
     launches: int

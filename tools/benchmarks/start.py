@@ -95,7 +95,7 @@ SIDES: dict[str, Callable[[Path], None]] = {"ours": ours, "trl": trl}
 
 
 def measure(side: str, folder: Path) -> dict[str, float]:
-    """What a process of `side` says."""
+    """The JSON that a process of `side` prints."""
     script = {"help": ["-c", HELP], "mistake": ["-c", MISTAKE]}.get(side, [__file__, "--side", side, str(folder)])
     own = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "TRL_EXPERIMENTAL_SILENCE": "1"}
     root = str(Path(__file__).parents[2])
