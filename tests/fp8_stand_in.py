@@ -77,6 +77,13 @@ def keep_in_fp8(module: torch.nn.Module, name: str = "weight") -> None:
     setattr(module, name, weight)
 
 
+def keep_layer_in_fp8(layer: torch.nn.Module) -> None:
+    """Make the matrices of a dense transformer `layer` FP8 ones."""
+    attention, mlp = layer.self_attention, layer.mlp
+    for module in (attention.linear_qkv, attention.linear_proj, mlp.linear_fc1, mlp.linear_fc2):
+        keep_in_fp8(module)
+
+
 def _replace_storage(weight: StandIn, data: Tensor) -> None:
     data.copy_(weight._data)
     weight._data = data

@@ -24,6 +24,11 @@ print(json.dumps([version, list(spec.submodule_search_locations)[0] if spec else
 """
 
 
+# Runs a command, and kills what is left of it when the other end of stdin is closed, also by the death of its owner: a
+# scorer that runs on would ask a paid judge, beside the one that the same command starts again.
+_OWNED = 'exec 3<&0; "$@" 3<&- </dev/null & child=$!; { cat <&3; kill -9 0; } >/dev/null 2>&1 & wait $child'
+
+
 @dataclass(frozen=True)
 class OfficialEnvironment:
     """A Python that has the official scorers."""
@@ -55,26 +60,27 @@ class OfficialEnvironment:
         cwd: Path | None = None,
         variables: Mapping[str, str] | None = None,
     ) -> None:
-        """Run Python with `arguments` to do `what`, its output appended to `log`.
+        """Run Python with `arguments` to do `what`, its output appended to `log`. It ends with this process.
 
         Raises: DataError with its last line, where it fails.
         """
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("a", encoding="utf-8") as output:
             begun = output.tell()
-            done = subprocess.run(  # noqa: S603 - our own environment
-                [self.python, *arguments],
+            with subprocess.Popen(  # noqa: S603 - our own environment
+                ["sh", "-c", _OWNED, "sh", self.python, *arguments],  # noqa: S607
                 cwd=cwd,
                 env={**os.environ, "PYTHONUNBUFFERED": "1", **(variables or {})},
-                stdin=subprocess.DEVNULL,
+                stdin=subprocess.PIPE,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-            )
-        if done.returncode:
+                start_new_session=True,
+            ) as child:
+                code = child.wait()
+        if code:
             said = log.read_bytes()[begun:].decode(errors="replace").strip().splitlines() or ["nothing"]
             raise DataError(
-                f"{what}: found exit code {done.returncode} of the official scorer ({said[-1]}), "
-                f"expected 0; {log} has its output"
+                f"{what}: found exit code {code} of the official scorer ({said[-1]}), expected 0; {log} has its output"
             )
 
 

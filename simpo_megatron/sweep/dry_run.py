@@ -1,4 +1,4 @@
-"""The trials of a sweep before any is run: their number, steps, tokens, and the planner's hours."""
+"""The trials of a sweep before any is run: their number, steps, tokens, and the planner's time."""
 
 from __future__ import annotations
 
@@ -53,18 +53,14 @@ def dry_run(sweep: Sweep, *, num_gpus: int, gpu: str) -> Iterator[str]:
                 costs.append(cost)
                 if number == 0 and len(shown) < _MOST_SHOWN:
                     shown.append(
-                        f"  {point.folder}: {cost.steps:,} steps, {cost.tokens / 1e6:,.2f}M tokens{_hours(cost)}"
+                        f"  {point.folder}: {cost.steps:,} steps, {cost.tokens / 1e6:,.2f}M tokens{_time(cost)}"
                     )
         yield from shown
     total = f"in all    {len(costs)} trials, {sum(cost.steps for cost in costs):,} steps, "
     total += f"{sum(cost.tokens for cost in costs) / 1e6:,.2f}M tokens"
-    yield total if why is not None else total + _hours(_Cost(0, 0, sum(cost.seconds or 0 for cost in costs)))
-    told = (
-        f"planned for {num_gpus} {gpu}, not measured"
-        if why is None
-        else f"no hours planned for {num_gpus} {gpu}: {why}"
-    )
-    yield f"hours     {told}; --gpus N --gpu KIND say others"
+    yield total if why is not None else total + _time(_Cost(0, 0, sum(cost.seconds or 0 for cost in costs)))
+    told = f"planned for {num_gpus} {gpu}, not measured" if why is None else f"none planned for {num_gpus} {gpu}: {why}"
+    yield f"time      {told}; --gpus N --gpu KIND say others"
 
 
 def _in_order(points: Sequence[Point]) -> list[Point]:
@@ -109,5 +105,9 @@ def _cost(
     return _Cost(steps, tokens, steps * plan_one(request).time.total if planned else None)
 
 
-def _hours(cost: _Cost) -> str:
-    return "" if cost.seconds is None else f", {cost.seconds / 3600:,.2f} h"
+def _time(cost: _Cost) -> str:
+    if cost.seconds is None:
+        return ""
+    if cost.seconds < 3600:
+        return f", {cost.seconds / 60:.1f} min"
+    return f", {cost.seconds / 3600:,.1f} h"

@@ -20,7 +20,7 @@ fp8_stand_in.install()
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
-from fp8_stand_in import StandIn, keep_in_fp8, quantised  # noqa: E402
+from fp8_stand_in import StandIn, keep_layer_in_fp8, quantised  # noqa: E402
 from layout_worker import ListDataset  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
@@ -62,10 +62,7 @@ class Job:
     def model(self, config):
         chunks = build_model(self.description, config, self.groups)
         for number in FP8_LAYERS if config.precision.fp8_param_gather else ():
-            layer = chunks[0].decoder.layers[number]
-            attention, mlp = layer.self_attention, layer.mlp
-            for module in (attention.linear_qkv, attention.linear_proj, mlp.linear_fc1, mlp.linear_fc2):
-                keep_in_fp8(module)
+            keep_layer_in_fp8(chunks[0].decoder.layers[number])
         return chunks
 
     def loaded(self, config):

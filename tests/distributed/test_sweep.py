@@ -26,6 +26,7 @@ LAYOUTS = {
     "tp2": ["--tp", "2", "--sequence-parallel", "--hidden-dropout", "0.1", "--fp32"],
     "pp2": ["--pp", "2", "--fp32", "--objective", "dpo"],
     "dp2": ["--use-distributed-optimizer", "--overlap-grad-reduce", "--overlap-param-gather"],
+    "fp8_masters": ["--use-distributed-optimizer", "--fp8-recipe", "tensorwise", "--fp8-param-gather"],
     "lora": ["--tp", "2", "--lora-rank", "4", "--lora-dropout", "0.1", "--use-distributed-optimizer", "--fp32"],
 }
 pytest.importorskip("optuna", reason="the extra [sweep] is not installed")
@@ -42,7 +43,7 @@ def inputs(tmp_path_factory) -> list[str]:
             vocab_size=1100,
             hidden_size=32,
             intermediate_size=48,
-            num_hidden_layers=2,
+            num_hidden_layers=3,
             num_attention_heads=4,
             num_key_value_heads=2,
             tie_word_embeddings=False,

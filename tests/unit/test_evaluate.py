@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 import yaml
@@ -266,3 +271,40 @@ def test_a_leaderboard_ranks_within_one_benchmark_and_judge(tmp_path, capsys):
     assert text.count('<table class="sortable">') == 2 and "short: the judge is stub" in text
     assert evaluate.main(["leaderboard", str(tmp_path), "--page", str(page)]) == 2
     assert "found no score" in capsys.readouterr().err
+
+
+# The command `simpo evaluate`, whose work is a scorer that starts a process of its own and waits.
+WAITS = """
+import sys, time
+from pathlib import Path
+from simpo_megatron import cli
+from simpo_megatron.evaluation.official import OfficialEnvironment
+
+scorer = '''
+import os, subprocess, time
+child = subprocess.Popen(["sleep", "60"])
+print(os.getpid(), child.pid, flush=True)
+time.sleep(60)
+'''
+cli.main = lambda *_: OfficialEnvironment(Path(sys.executable)).run("judging", ["-c", scorer], log=Path(sys.argv[1]))
+cli.run(["evaluate"])
+"""
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGKILL, -signal.SIGKILL)])
+def test_an_official_scorer_and_what_it_started_end_with_the_command(tmp_path, number, code):
+    log = tmp_path / "log"
+    command = subprocess.Popen([sys.executable, "-c", WAITS, str(log)], stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not (log.exists() and log.read_text().endswith("\n")):
+        assert command.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    command.send_signal(number)
+    said = command.communicate(timeout=30)[1]
+    assert command.returncode == code
+    assert number == signal.SIGKILL or "the same command starts or continues it" in said
+    for pid in map(int, log.read_text().split()):
+        while Path(f"/proc/{pid}/stat").exists() and Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2][1] != "Z":
+            assert time.monotonic() < deadline, f"process {pid} runs on"
+            time.sleep(0.05)
