@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from simpo_megatron.data.messages import from_json
 from simpo_megatron.data.pair_options import PairOptions
 from simpo_megatron.data.parsing import BadRecord, kind_of
 
@@ -37,6 +38,8 @@ READ_COLUMNS = frozenset(
 )
 """Names of all columns that some form of rows reads."""
 
+_MOST_PREFERRED = 3  # HelpSteer3's scale
+
 _TEXT = re.compile(r"\S\s+\S")
 
 
@@ -58,6 +61,8 @@ class Columns:
     score_gap: float = math.nan
     """By how much the chosen response was scored above the other; nan where nobody scored them."""
     notes: list[str] = field(default_factory=list)
+    written: list[str] = field(default_factory=list)
+    """Names of the columns whose messages were read from JSON text."""
     unread: dict[str, Any] = field(default_factory=dict)
     """Keys inside of columns that were read which were not, with what they hold."""
 
@@ -87,7 +92,7 @@ def pair_columns(row: dict, options: PairOptions) -> Columns:
             return _compared(row)
         if row.keys() & {"chosen_response", "rejected_response"}:
             names = "chosen_response", "rejected_response"
-        elif row.keys() & {"label", "kto_tag"} and row.keys() & {"completion", *CONVERSATION_COLUMNS}:
+        elif _has_label(row):
             detail = "a completion with a label is KTO's data; a pair has a chosen and a rejected one"
             raise BadRecord("unpaired", detail)
     for name, key in zip(("chosen", "rejected"), names, strict=True):
@@ -121,6 +126,13 @@ def holds_text(value: object) -> bool:
     return isinstance(value, list) and any(map(holds_text, value))
 
 
+def _has_label(row: dict) -> bool:
+    """Returns whether a row is one response with a label of its own, as KTO's are."""
+    if "kto_tag" in row or isinstance(row.get("label"), bool):
+        return True
+    return "label" in row and not row.keys().isdisjoint(("completion", *CONVERSATION_COLUMNS))
+
+
 def _find_prompt(columns: Columns, options: PairOptions) -> None:
     row = columns.row
     if options.prompt_column:
@@ -147,16 +159,18 @@ def _find_prompt(columns: Columns, options: PairOptions) -> None:
 def _ranked(row: dict) -> Columns:
     """NeMo-RL's form: a `context`, and `completions` with ranks, of which the lowest is the best."""
     completions = row["completions"]
+    if isinstance(completions, str):
+        completions = from_json(completions, "completions", "bad_type", "completions")
     if not isinstance(completions, list) or len(completions) < 2:
         found = f"{len(completions)} of them" if isinstance(completions, list) else kind_of(completions)
         raise BadRecord("bad_type:completions", f"completions is {found}, expected a list of at least two")
     for item in completions:
-        rank = item.get("rank") if isinstance(item, dict) else None
-        if isinstance(rank, bool) or not isinstance(rank, (int, float)) or "completion" not in item:
+        is_ranked = isinstance(item, dict) and "completion" in item and not math.isnan(_number(item.get("rank")))
+        if not is_ranked:
             raise BadRecord("bad_type:completions", "completions holds one without a rank and a completion")
-    ordered = sorted(completions, key=lambda item: item["rank"])
+    ordered = sorted(completions, key=lambda item: _number(item["rank"]))
     best, worst = ordered[0], ordered[-1]
-    if best["rank"] == worst["rank"]:
+    if _number(best["rank"]) == _number(worst["rank"]):
         raise BadRecord("tie", f"all completions have the rank {best['rank']}")
     form = "NeMo-RL completions with ranks"
     columns = Columns(row, best["completion"], worst["completion"], form, {"completions"})
@@ -171,9 +185,10 @@ def _ranked(row: dict) -> Columns:
 
 def _compared(row: dict) -> Columns:
     """HelpSteer3's form: two responses and how much the second one is preferred, from -3 to 3."""
-    preference = row["overall_preference"]
-    if isinstance(preference, bool) or not isinstance(preference, (int, float)) or math.isnan(preference):
-        detail = f"overall_preference is {kind_of(preference)}, expected a number from -3 to 3"
+    preference = _number(row["overall_preference"])
+    if not abs(preference) <= _MOST_PREFERRED:
+        found = kind_of(row["overall_preference"]) if math.isnan(preference) else f"{preference:g}"
+        detail = f"overall_preference is {found}, expected a number from -{_MOST_PREFERRED} to {_MOST_PREFERRED}"
         raise BadRecord("bad_type:overall_preference", detail)
     if preference == 0:
         raise BadRecord("tie", "overall_preference is 0: neither response is preferred")
@@ -181,7 +196,7 @@ def _compared(row: dict) -> Columns:
     form = "HelpSteer3 responses with overall_preference"
     columns = Columns(row, row[names[0]], row[names[1]], form, {*names, "overall_preference"})
     columns.prompt_key, columns.prompt = columns.take("context", "prompt")
-    columns.score_gap = abs(float(preference))
+    columns.score_gap = abs(preference)
     return columns
 
 

@@ -58,6 +58,13 @@ def is_text_alone(message: Message) -> bool:
     return len(message) == 2
 
 
+def is_written_message(value: object) -> bool:
+    """Returns whether an object that was read from JSON is a message: it has a role, and what was said."""
+    if not isinstance(value, dict) or not isinstance(value.get("role") or value.get("from"), str):
+        return False
+    return not value.keys().isdisjoint(("content", "value", "tool_calls", "function_call", *_REASONING_KEYS))
+
+
 def dialogue(text: str, name: str) -> list[Message]:
     """Returns the turns of a text like `\\n\\nHuman: Hi\\n\\nAssistant: Hi`, without blanks around them."""
     before, *parts = _DIALOGUE_TURN.split(text)
@@ -141,7 +148,7 @@ def _content(content: object, name: str, unread: dict[str, Any]) -> tuple[str | 
         raise BadRecord(f"bad_type:{name}", f"{name} holds content that is {kind_of(content)}, expected text")
     texts, thoughts = [], []
     for part in content:
-        kind = part.get("type") or "text" if isinstance(part, dict) else "text"
+        kind = part.get("type") or ("text" if "text" in part else None) if isinstance(part, dict) else "text"
         if isinstance(part, str):
             texts.append(part)
         elif not isinstance(part, dict):
@@ -152,6 +159,9 @@ def _content(content: object, name: str, unread: dict[str, Any]) -> tuple[str | 
         elif kind in _TEXT_PARTS and isinstance(part.get("text"), str):
             _name_unread("part", part, ("type", "text"), unread)
             texts.append(part["text"])
+        elif kind in (None, *_TEXT_PARTS):
+            keys = ", ".join(map(str, part))[:80] or "none"
+            raise BadRecord(f"not_text:{name}", f"{name} holds content with the keys {keys}, expected a text in `text`")
         else:
             raise BadRecord(f"not_text:{name}", f"{name} holds a part of type {str(kind)[:40]!r}, expected text alone")
     return "".join(texts), "".join(thoughts)
@@ -169,9 +179,10 @@ def _extra(item: Mapping[str, Any], name: str, thoughts: str) -> Message:
     if item.get("function_call"):
         if calls:
             raise BadRecord(f"bad_calls:{name}", f"{name} holds both tool_calls and function_call, expected one")
-        calls = [{"type": "function", "function": item["function_call"]}]
+        calls = [{"type": "function", "function": call}
+                 for call in from_json(item["function_call"], name, "bad_calls", "function_call")]  # fmt: skip
     if calls:
-        extra["tool_calls"] = [_call(call, name) for call in _from_json(calls, name, "bad_calls", "tool_calls")]
+        extra["tool_calls"] = [_call(call, name) for call in from_json(calls, name, "bad_calls", "tool_calls")]
     for key in ("tool_call_id", "name"):
         if item.get(key) is not None:
             if not isinstance(item[key], str):
@@ -207,7 +218,7 @@ def _call(call: object, name: str) -> dict:
 
 
 def _written_calls(content: str | None, name: str) -> list[dict]:
-    return [_call(call, name) for call in _from_json(content, name, "bad_calls", "a turn that is a call")]
+    return [_call(call, name) for call in from_json(content, name, "bad_calls", "a turn that is a call")]
 
 
 def to_tools(value: object) -> tuple[dict, ...] | None:
@@ -215,16 +226,25 @@ def to_tools(value: object) -> tuple[dict, ...] | None:
 
     Raises: BadRecord for anything else.
     """
-    if not value or (isinstance(value, str) and value.strip() in ("", "[]", "null")):
+    if is_blank(value):
         return None
-    tools = _from_json(value, "tools", "bad_type", "tools")
-    tools = [_from_json(tool, "tools", "bad_type", "a tool")[0] if isinstance(tool, str) else tool for tool in tools]
+    tools = from_json(value, "tools", "bad_type", "tools")
+    tools = [from_json(tool, "tools", "bad_type", "a tool")[0] if isinstance(tool, str) else tool for tool in tools]
     if not all(isinstance(tool, dict) and isinstance(tool.get("function", tool), dict) for tool in tools):
         raise BadRecord("bad_type:tools", "tools holds what is no object, expected JSON schemas of functions")
     return tuple(tools) or None
 
 
-def _from_json(value: object, name: str, reason: str, what: str) -> list:
+def is_blank(value: object) -> bool:
+    """Returns whether a cell of a table holds nothing: it is empty, or an empty list or null in JSON."""
+    return not value or (isinstance(value, str) and value.strip() in ("", "[]", "{}", "null"))
+
+
+def from_json(value: object, name: str, reason: str, what: str) -> list:
+    """Returns the list in `value`, from its JSON text where it is one; an object becomes a list of one.
+
+    Raises: BadRecord `reason`:`name` for anything else, and for an empty list.
+    """
     if isinstance(value, str):
         try:
             value = json.loads(value)

@@ -9,7 +9,7 @@ import time
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from simpo_megatron.data.shards import COMPRESSED, is_on_hub
+from simpo_megatron.data.shards import COMPRESSIONS, is_on_hub
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -63,6 +63,6 @@ def _bar() -> Progress:
 
 def _size_of_lines(path: str) -> int | None:
     """Bytes of an uncompressed file; None where the bytes of its records do not add up to a size."""
-    if is_on_hub(path) or path.lower().endswith(COMPRESSED) or not os.path.isfile(path):
+    if is_on_hub(path) or path.lower().endswith(tuple(COMPRESSIONS)) or not os.path.isfile(path):
         return None
     return os.path.getsize(path) or None

@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 from simpo_megatron.data.column_files import arrow_rows, parquet_rows, without_nulls
 from simpo_megatron.data.pair_options import PairOptions
 from simpo_megatron.data.parsing import BadRecord, parse_json, parse_json_array
-from simpo_megatron.data.shards import HF_PREFIX, HUB_PREFIX, files_of, is_on_hub, plain_name
+from simpo_megatron.data.shards import COMPRESSIONS, HF_PREFIX, HUB_PREFIX, files_of, is_on_hub, plain_name
 from simpo_megatron.errors import DataError, listed
 
 _LINES_LOOKED_AT = 5
@@ -70,7 +70,8 @@ def _read_file(path: str, options: PairOptions) -> Iterator[RawRecord]:
     if name.endswith(".parquet"):
         return _numbered(parquet_rows(path, options))
     raise DataError(
-        f"{path}: found another kind of file, expected JSON lines, a list in JSON, CSV, TSV, parquet or arrow"
+        f"{path}: found another kind of file, expected JSON lines, a list in JSON, CSV or TSV (as they are, .gz, .bz2 "
+        "or .zst), parquet or arrow"
     )
 
 
@@ -103,16 +104,16 @@ def _damaged(path: str, line: int, error: OSError) -> DataError:
 def _open_lines(path: str) -> BinaryIO:
     with open(path, "rb") as file:
         magic = file.read(4)
-    is_gzip, is_zstd = magic[:2] == b"\x1f\x8b", magic == b"\x28\xb5\x2f\xfd"
-    if is_gzip != path.endswith(".gz") or is_zstd != path.endswith(".zst"):
-        kind = "gzip" if is_gzip else "zstd" if is_zstd else "uncompressed"
-        raise DataError(f"{path}: found {kind} content, expected what the name says; rename it")
+    said = next((name for ending, (name, _) in COMPRESSIONS.items() if path.endswith(ending)), None)
+    found = next((name for name, first in COMPRESSIONS.values() if magic.startswith(first)), None)
+    if said != found:
+        raise DataError(f"{path}: found {found or 'uncompressed'} content, expected what the name says; rename it")
     if magic[:2] in (b"\xff\xfe", b"\xfe\xff"):
         raise DataError(f"{path}:1: invalid_utf8: found UTF-16, expected UTF-8; convert it")
-    if is_gzip or is_zstd:
+    if found:
         import pyarrow
 
-        return io.BufferedReader(pyarrow.input_stream(path, compression="gzip" if is_gzip else "zstd"))
+        return io.BufferedReader(pyarrow.input_stream(path, compression=found))
     return open(path, "rb")
 
 

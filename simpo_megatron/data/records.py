@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -22,12 +21,15 @@ from simpo_megatron.data.messages import (
     UntrainedTurn,
     as_messages,
     dialogue,
+    from_json,
+    is_blank,
     is_text_alone,
     to_messages,
     to_tools,
 )
 from simpo_megatron.data.pair_options import PairOptions
 from simpo_megatron.data.parsing import BadRecord, check_row, kind_of, parse_json, parse_json_array
+from simpo_megatron.data.written import read_written
 
 __all__ = [
     "EXTRA_KEYS",
@@ -95,7 +97,7 @@ def to_record(row: dict, options: PairOptions) -> PreferenceRecord:
         if row.get(name) and name not in columns.read:
             raise BadRecord(f"not_text:{name}", f"the column {name} holds something, expected text alone")
     unread = columns.unread
-    _read_written_messages(columns)
+    read_written(columns)
     prompt = columns.prompt
     if prompt is not None:
         prompt = _text_or_messages(prompt, columns.prompt_key, unread)
@@ -119,34 +121,6 @@ def to_record(row: dict, options: PairOptions) -> PreferenceRecord:
     reading = _reading(record, columns, kind, context, unread)
     _check_score_gap(reading.score_gap, options)
     return replace(record, reading=reading)
-
-
-def _read_written_messages(columns: Columns) -> None:
-    """Parses message lists that are stored as JSON text, as in CSV files, if both responses are such texts.
-
-    Raises: BadRecord for lists in Python's notation, which no reader of JSON can take.
-    """
-    responses = columns.chosen, columns.rejected
-    if not all(isinstance(text, str) and text.lstrip()[:1] == "[" for text in responses):
-        return
-    if all(re.match(r"\s*\[\{'(role|from)'", text) for text in responses):
-        raise BadRecord("bad_type:chosen", "chosen and rejected are lists in Python's notation, expected JSON")
-    chosen, rejected = map(_written_messages, responses)
-    if chosen is not None and rejected is not None:
-        columns.chosen, columns.rejected = chosen, rejected
-        columns.prompt = _written_messages(columns.prompt) or columns.prompt
-
-
-def _written_messages(text: object) -> list | None:
-    """Returns the messages in a text that is a list of them in JSON, else None."""
-    try:
-        value = json.loads(text) if isinstance(text, str) else None
-    except (ValueError, RecursionError):
-        return None
-    if not isinstance(value, list) or not value:
-        return None
-    is_messages = all(isinstance(item, dict) and item.keys() & {"role", "from"} for item in value)
-    return value if is_messages else None
 
 
 def _from_texts(
@@ -252,17 +226,15 @@ def _with_context(
     """Returns the record with its row's history, system turn and tools, and the names of those it has."""
     context, turns = [], None if isinstance(record.prompt, str) else list(record.prompt)
     name, history = columns.take("history")
-    if history:
+    if not is_blank(history):
         turns = list(as_messages(record.prompt)) if turns is None else turns
         start = 1 if turns[0]["role"] == "system" else 0
         earlier = _history(history, unread)
         if turns[start : start + len(earlier)] != earlier:
             turns[start:start] = earlier
         context.append(name)
-    name, system = columns.take(*SYSTEM_COLUMNS)
-    if system is not None and not isinstance(system, str):
-        raise BadRecord(f"bad_type:{name}", f"{name} is {kind_of(system)}, expected a string")
-    if system and system.strip():
+    name, system = _system(columns)
+    if system:
         turns = list(as_messages(record.prompt)) if turns is None else turns
         if turns[0]["role"] != "system":
             turns.insert(0, {"role": "system", "content": system})
@@ -278,10 +250,23 @@ def _with_context(
     return replace(record, prompt=record.prompt if turns is None else tuple(turns), tools=found), context
 
 
+def _system(columns: Columns) -> tuple[str, str]:
+    """Returns the name and the text of the row's system column, which is empty where there is none."""
+    found: dict[str, str] = {}
+    while (taken := columns.take(*SYSTEM_COLUMNS))[0]:
+        name, system = taken
+        if not isinstance(system, str):
+            raise BadRecord(f"bad_type:{name}", f"{name} is {kind_of(system)}, expected a string")
+        if system.strip():
+            found[name] = system
+    if len({text.strip() for text in found.values()}) > 1:
+        raise BadRecord("system_mismatch", f"the columns {' and '.join(found)} differ, expected one system turn")
+    return next(iter(found.items()), ("", ""))
+
+
 def _history(history: object, unread: dict[str, Any]) -> list[Message]:
     """Returns earlier turns, from messages or from LLaMA-Factory's pairs of a question and an answer."""
-    if not isinstance(history, list):
-        raise BadRecord("bad_type:history", f"history is {kind_of(history)}, expected earlier turns")
+    history = from_json(history, "history", "bad_type", "history")
     if not all(isinstance(item, list) for item in history):
         return to_messages(history, "history", unread)
     turns = []
@@ -302,6 +287,8 @@ def _reading(
     if keys and keys != ["prompt"]:
         where = f"the prompt in {' and '.join(keys)}"
     form = f"{columns.form}{'' if '/' in columns.form.split()[0] else ','} {kind} with {', '.join([where, *context])}"
+    if columns.written:
+        form += f"; {' and '.join(columns.written)} from JSON text"
     known = {text.strip() for text in (record.prompt, record.chosen, record.rejected) if isinstance(text, str)}
     words = {key: holds_text(value) for key, value in unread.items()}
     for key, value in columns.left():

@@ -310,8 +310,8 @@ class TurnRenderer:
             # Some templates put an empty reasoning in front of the last turn only.
             written = EMPTY_REASONING.sub("", written, count=1).lstrip()
         if not (written and room.startswith(written)):
-            at = room.rfind(place.answer) if place.answer else -1
-            special = self._special.search(room, at + len(place.answer)) if at >= 0 else None
+            end = self._end_of_answer(room, place.answer)
+            special = None if end is None else self._special.search(room, end)
             if special is None:
                 raise mismatch("the template does not show where a turn of a response ends")
             written = room[: special.end()]
@@ -322,9 +322,10 @@ class TurnRenderer:
 
     def _until_end_token(self, place: _Place, response: str) -> str:
         """Returns `response` up to and with the special token that ends the turn, where the template writes one."""
-        at = response.rfind(place.answer) if place.answer else -1
-        closing = None if at >= 0 else self._closing.search(response)
-        start = at + len(place.answer) if at >= 0 else closing.start() if closing else len(response)
+        start = self._end_of_answer(response, place.answer)
+        if start is None:
+            closing = self._closing.search(response)
+            start = closing.start() if closing else len(response)
         ends = [special.end() for special in self._special.finditer(response, start)]
         if not ends:
             return response
@@ -334,6 +335,20 @@ class TurnRenderer:
             followed = self._followed(place)
             end = max([end, *(other for other in ends if response[start:other] in followed)])
         return response[:end]
+
+    def _end_of_answer(self, text: str, answer: str) -> int | None:
+        """Returns where `answer` last stands in `text`, behind it; None where it does not.
+
+        A short answer such as `d` may also stand inside a special token, as in `<|im_end|>`; that is none.
+        """
+        at = text.rfind(answer) if answer else -1
+        while at >= 0:
+            mark = text.rfind(TEMPLATE_MARK, 0, at)
+            special = self._special.match(text, mark) if mark >= 0 else None
+            if special is None or special.end() <= at:
+                return at + len(answer)
+            at = text.rfind(answer, 0, mark + len(answer) - 1)
+        return None
 
     def _followed(self, place: _Place) -> str:
         """Returns the conversation up to what a next turn says, empty where the template allows none."""

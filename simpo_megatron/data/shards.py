@@ -14,7 +14,8 @@ HUB_PREFIX = "hub:"
 HF_PREFIX = "hf://"
 
 _ENDINGS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow")
-COMPRESSED = (".gz", ".zst")
+COMPRESSIONS = {".gz": ("gzip", b"\x1f\x8b"), ".bz2": ("bz2", b"BZh"), ".zst": ("zstd", b"\x28\xb5\x2f\xfd")}
+"""The name and the first bytes of each compression that is read, by the ending of its files."""
 _NOT_DATA = re.compile(r"dataset_infos?\.json|dataset_dict\.json|state\.json|config\.json|README.*|LICENSE.*|[._].*")
 # The end of a shard's name: train-00000-of-00008, part-3, chunk_007, 12.
 _SHARD_NUMBER = re.compile(r"([-_.]?\d+(-of-\d+)?(-[0-9a-f]{16,})?)+$")
@@ -76,7 +77,7 @@ def check_one(path: str) -> None:
 def plain_name(path: str) -> str:
     """Returns a file's name in lower case, without the ending of its compression."""
     name = os.path.basename(path).lower()
-    return name.removesuffix(next((end for end in COMPRESSED if name.endswith(end)), ""))
+    return name.removesuffix(next((end for end in COMPRESSIONS if name.endswith(end)), ""))
 
 
 def _files_of_folder(path: str) -> list[str]:

@@ -43,6 +43,8 @@ _LOGGER = logging.getLogger(__name__)
 
 # Raised when older stores can no longer be read. Columns that were added to pairs.npy may be missing.
 FORMAT_VERSION = 3
+# Raised when records or templates are read otherwise, so that a store of the older reading is not taken for a new one.
+READING_VERSION = 2
 INDEX_MAGIC = b"MMIDIDX\x00\x00"
 INDEX_VERSION = 1
 INT32_CODE = 4
@@ -127,9 +129,9 @@ def open_store(
 ) -> PairStore:
     """Returns the PairStore of `path` (see `Source`), building it under `cache_dir` when it is not there.
 
-    A store is reused when the file (size and time of change), the tokenizer, its chat template, the options
-    and this format are all unchanged, and all its bytes are as they were built; a damaged one is built anew.
-    `build=False`, for the ranks that come after the one that built, never writes and trusts what that one has
+    A store is reused when the file (size and time of change), the tokenizer, its chat template, the options,
+    this format and the way records are read are all unchanged, and all its bytes are as they were built; a damaged
+    one is built anew. `build=False`, for the ranks that come after the one that built, never writes and trusts what that one has
     verified. `num_workers` processes tokenise; 0 takes one for every 16 MiB, up to the number of cores.
 
     Raises: DataError for a bad record (`file:line`), a file without a single pair, a missing store with
@@ -137,6 +139,7 @@ def open_store(
     """
     identity = {
         "format": FORMAT_VERSION,
+        "reading": READING_VERSION,
         "source": source_identity(path),
         "options": _identity_of(options),
         "tokenizer": _digest(tokenizer_identity(tokenizer, options)),

@@ -100,11 +100,48 @@ def test_messages_that_tables_keep_as_text_are_messages():
     row = {key: json.dumps(value) for key, value in pair([USER], said("So."), said("No.")).items() if value}
     record = to_record(row, OPTIONS)
     assert (record.prompt, record.chosen, record.rejected) == ((USER,), "So.", "No.")
+    assert record.reading.form.endswith("; responses and prompt from JSON text")
     answers = {"prompt": "As JSON?", "chosen": json.dumps([USER]), "rejected": "[]"}
     assert to_record(answers, OPTIONS).chosen == json.dumps([USER])
-    written = {"prompt": "Way?", "chosen": repr([said("So.")]), "rejected": repr([said("No.")])}
-    with pytest.raises(BadRecord, match="Python's notation"):
-        to_record(written, OPTIONS)
+    flights = {"prompt": "As JSON?", "chosen": '[{"from": "Rome", "to": "Oslo"}]', "rejected": '[{"from": "Rome"}]'}
+    assert to_record(flights, OPTIONS).chosen == flights["chosen"]
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [
+        {"prompt": json.dumps([USER])},
+        {"prompt": json.dumps(USER)},
+        {"conversations": json.dumps([{"from": "human", "value": "Which way?"}])},
+        {"messages": json.dumps([USER]), "chosen": json.dumps(said("North.")), "rejected": json.dumps(said("Down."))},
+    ],
+)
+def test_each_column_that_holds_messages_as_text_is_read(columns):
+    row = {key: value for key, value in PLAIN.items() if key != "prompt"} | columns
+    record = to_record(row, OPTIONS)
+    assert (record.prompt, record.chosen, record.rejected) == ((USER,), "North.", "Down.")
+
+
+def test_a_table_of_text_alone_holds_ranks_preferences_history_and_calls():
+    ranked_text = {"context": json.dumps([USER]), "completions": json.dumps(ranked("1", "0")["completions"])}
+    assert to_record(ranked_text, OPTIONS).chosen == "1."
+    compared = {"context": json.dumps([USER]), "response1": "a", "response2": "b", "overall_preference": "-1"}
+    assert to_record(compared, OPTIONS).chosen == "a"
+    asked = PLAIN | {"history": json.dumps([["Hi", "Hello"]]), "system": "", "system_prompt": "Be brief."}
+    roles = [(turn["role"], turn["content"]) for turn in to_record(asked, OPTIONS).prompt]
+    assert roles == [("system", "Be brief."), ("user", "Hi"), ("assistant", "Hello"), ("user", "Which way?")]
+    call = json.dumps({"name": "compass", "arguments": json.dumps({"at": "sea"})})
+    assert to_record(pair([USER], said(None, function_call=call)), OPTIONS).chosen[0]["tool_calls"] == [CALL]
+
+
+@pytest.mark.parametrize("name", ["prompt", "context", "messages", "chosen"])
+def test_messages_in_pythons_notation_are_refused_with_the_column(name):
+    printed = "[{'content': 'Which way?', 'role': 'user'}]"
+    row = {"chosen": "a", "rejected": "b", name: printed}
+    if name == "chosen":
+        row |= {"prompt": "Way?", "rejected": "[{'from': 'gpt', 'value': 'b'}]"}
+    with pytest.raises(BadRecord, match=f"bad_type:{name}.*Python's notation, expected JSON"):
+        to_record(row, OPTIONS)
 
 
 def test_the_two_columns_of_alpaca_are_one_question():
@@ -144,10 +181,34 @@ def test_what_cannot_be_read_whole_is_refused_by_name(reason):
     assert error.value.reason == reason
 
 
-def test_a_comparison_without_a_winner_is_a_tie():
+def test_a_comparison_without_a_winner_is_a_tie_and_one_off_the_scale_is_refused():
     row = {"context": [USER], "response1": "a", "response2": "b", "overall_preference": 0}
-    with pytest.raises(BadRecord, match="tie"):
-        to_record(row, OPTIONS)
+    for found, reason in ((0, "tie"), (-100, "-100, expected a number from -3 to 3"), (math.nan, "a number, expected")):
+        with pytest.raises(BadRecord, match=reason):
+            to_record(row | {"overall_preference": found}, OPTIONS)
+    for rank in (math.nan, True, None, "first"):
+        with pytest.raises(BadRecord, match="bad_type:completions"):
+            to_record(ranked(rank, 1, 0), OPTIONS)
+
+
+def test_a_row_of_one_response_with_a_label_is_named_as_unpaired():
+    for row in ({"prompt": "a", "response": "b", "label": False}, {"instruction": "a", "output": "b", "kto_tag": True}):
+        with pytest.raises(BadRecord, match="unpaired"):
+            to_record(row, OPTIONS)
+
+
+def test_two_system_columns_that_differ_are_refused_and_one_of_two_equal_ones_is_taken():
+    with pytest.raises(BadRecord, match="system and system_prompt differ"):
+        to_record(PLAIN | {"system": "Be brief.", "system_prompt": "Be long."}, OPTIONS)
+    record = to_record(PLAIN | {"system": "Be brief.", "system_prompt": "Be brief. "}, OPTIONS)
+    assert record.prompt[0]["content"] == "Be brief." and not record.reading.unread
+
+
+def test_what_is_refused_among_parts_is_named():
+    for content, found in (({"degrees": 5}, "the keys degrees"), ([{"type": "text", "text": None}], "keys type, text"),
+                           ([{"type": "refusal", "refusal": "No."}], "of type 'refusal'")):  # fmt: skip
+        with pytest.raises(BadRecord, match=f"not_text:prompt.*{found}"):
+            to_record(pair([{"role": "user", "content": content}]), OPTIONS)
 
 
 def test_of_more_than_two_completions_the_best_and_the_worst_are_taken_and_that_is_noted():

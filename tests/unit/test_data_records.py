@@ -1,5 +1,6 @@
 """Records: every known format becomes the same pair, and every bad record has its reason and its place."""
 
+import bz2
 import gzip
 import json
 import os
@@ -219,6 +220,7 @@ def test_compressed_and_columnar_files_hold_the_same_pairs(tmp_path):
         tmp_path / "c.parquet",
         tmp_path / "d",
         tmp_path / "e.jsonl.zst",
+        write(tmp_path, bz2.compress(text), "f.jsonl.bz2"),
     ]
     with pyarrow.output_stream(str(paths[4]), compression="zstd") as file:
         file.write(text)
@@ -236,6 +238,8 @@ def bad_files(tmp_path):
     gz = gzip.compress(json.dumps(GOOD).encode() * 50)
     yield write(tmp_path, gz, "hidden.jsonl"), "found gzip content"
     yield write(tmp_path, b"{}", "fake.jsonl.gz"), "found uncompressed content"
+    yield write(tmp_path, gz, "gzip.jsonl.bz2"), "found gzip content"
+    yield write(tmp_path, bz2.compress(gz)[:-8], "cut.jsonl.bz2"), "damaged"
     yield write(tmp_path, gz[:-10], "cut.jsonl.gz"), "damaged"
     yield write(tmp_path, gz[:40] + b"0000" + gz[44:], "flipped.jsonl.gz"), "damaged"
     yield write(tmp_path, "{}".encode("utf-16"), "utf16.jsonl"), "UTF-16"

@@ -96,6 +96,28 @@ def test_a_reasoning_that_is_opened_and_closed_at_once_is_counted():
     )
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+def test_an_answer_that_stands_in_the_name_of_its_end_token_has_one_end_token_as_any_other(shape):
+    tokenizer = templated(SHAPES[shape])
+    usual = encode(tokenizer, asked("Yes", "No"))[1]
+    for answer in ("d", "im", "_", "|>", "end", "o", "end text"):
+        chosen = encode(tokenizer, asked(answer, "No"))[1]
+        written = answer.upper() if shape == "capitals" else answer
+        assert chosen == usual.replace("YES" if shape == "capitals" else "Yes", written)
+
+
+def test_turns_of_a_trajectory_whose_answers_stand_in_the_name_of_their_end_token_end_with_it():
+    said = ("user", "Which?"), ("assistant", "d"), ("user", "end"), ("assistant", "im")
+    turns = [{"role": role, "content": content} for role, content in said]
+    row = {"chosen": turns, "rejected": [*turns[:1], {"role": "assistant", "content": "e"}]}
+    for shape in ("plain", "trims", "alternates", "ends twice"):
+        tokenizer, options = templated(SHAPES[shape]), PairOptions(responses="assistant", **WIDE)
+        [result] = PairTokenizer(tokenizer, options).encode([to_record(row, options)])
+        ids, mask = result.pair.responses[0]
+        text = [tokenizer.decode(run) for run in (ids[mask], ids[~mask])]
+        assert text == ["d<|im_end|>im<|im_end|>", "\n<|im_start|>user\nend<|im_end|>\n<|im_start|>assistant\n"], shape
+
+
 def test_an_answer_may_end_in_several_special_tokens():
     ended = SHAPES["plain"].replace("<|im_end|>", "<|endoftext|><|im_end|>")
     assert encode(templated(ended), asked("a", "b"))[1:] == ("a<|endoftext|><|im_end|>", "b<|endoftext|><|im_end|>", ())
