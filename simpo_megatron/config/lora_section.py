@@ -30,6 +30,9 @@ OF_LATENT_ATTENTION = (
 """Layers that latent attention has, some of them, in the place of linear_qkv."""
 
 
+_MOST_RANK = 1 << 20
+
+
 @dataclass(frozen=True, kw_only=True)
 class LoRAConfig:
     """Low-rank adapters, trained instead of the model's own weights."""
@@ -83,6 +86,11 @@ class LoRAConfig:
 
     def __post_init__(self) -> None:
         require_positive(self, "lora_rank", "lora_alpha")
+        # Files of others say them too, as JSON of any type and size.
+        is_count = self.lora_rank is None or (type(self.lora_rank) is int and self.lora_rank <= _MOST_RANK)
+        require(is_count, "lora_rank", self.lora_rank, f"a whole number up to {_MOST_RANK}")
+        is_finite = self.lora_alpha is None or math.isfinite(self.lora_alpha)
+        require(is_finite, "lora_alpha", self.lora_alpha, "a finite number")
         require_writable_name(self, "export_adapter")
         dropout = self.lora_dropout
         require(0 <= dropout < 1, "lora_dropout", dropout, "a number from 0 up to, not including, 1")

@@ -10,6 +10,7 @@ from simpo_megatron.mcore.hf_files import read_hf_json
 PREFIX = "base_model.model."
 """The beginning of every tensor's name."""
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+_MOST_NAME_BYTES = 200
 _WEIGHTS_OF_A_MODEL = ("model.safetensors", "model.safetensors.index.json")
 
 
@@ -27,9 +28,9 @@ def base_model_of(folder: Path) -> str:
     """
     config = read_hf_json(folder, CONFIG_FILE)
     name, revision = config.get("base_model_name_or_path"), config.get("revision")
-    if not isinstance(name, str) or not name:
+    if not isinstance(name, str) or not 0 < len(name.encode(errors="replace")) <= _MOST_NAME_BYTES:
         raise CheckpointError(
-            f"{folder / CONFIG_FILE}: base_model_name_or_path: found {name!r}, expected the model that the adapters "
+            f"{folder / CONFIG_FILE}: base_model_name_or_path: found {str(name)[:60]!r}, expected the model that the "
             "belong to; write it there, or train with --model BASE --adapter DIR"
         )
     is_path = Path(name).is_dir()

@@ -35,7 +35,11 @@ from simpo_megatron.parallel import alone
 cpu_patches.install()
 
 from simpo_megatron.checkpoint import manifest  # noqa: E402
+from simpo_megatron.checkpoint.adapter_checkpoint import open_adapter  # noqa: E402
 from simpo_megatron.checkpoint.fingerprint import model_fingerprint  # noqa: E402
+from simpo_megatron.checkpoint.model_source import find_adapter, find_model  # noqa: E402
+from simpo_megatron.config.lora_section import LoRAConfig  # noqa: E402
+from simpo_megatron.convert.adapter import adapter_tensors  # noqa: E402
 from simpo_megatron.convert.folder import copy_model_files  # noqa: E402
 from simpo_megatron.convert.samples import sampled_digests  # noqa: E402
 from simpo_megatron.offline.convert import _card, to_mcore  # noqa: E402
@@ -173,6 +177,39 @@ def test_headers_of_weights(copied):
             weights.read(name)
 
     try_mutations("header", mutate, path.write_bytes, read)
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+def test_files_of_an_adapter(name, model, tmp_path):
+    description = describe_hf_model(model)
+    settings = LoRAConfig(lora_rank=4, lora_alpha=8.0)
+    tensors = {key: torch.zeros(shape) for key, shape in adapter_tensors(description, settings).items()}
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    config = {
+        "peft_type": "LORA", "base_model_name_or_path": str(model), "r": 4, "lora_alpha": 8, "lora_dropout": 0.05,
+        "target_modules": ["q_proj", "v_proj"], "use_rslora": False, "init_lora_weights": True, "bias": "none",
+        "rank_pattern": {}, "revision": None, "use_dora": False, "layers_to_transform": None,
+    }  # fmt: skip
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    path = tmp_path / name
+    content = path.read_bytes()
+    size = 8 + int.from_bytes(content[:8], "little")
+
+    def mutate(numbers):
+        if name == "adapter_config.json":
+            return mutated_file(content, numbers)
+        changed = json.dumps(mutated_json(json.loads(content[8:size]), numbers)).encode()
+        return len(changed).to_bytes(8, "little") + changed + content[size:]
+
+    def read():
+        source = find_model(tmp_path)
+        for folder in (*source.adapters, find_adapter(tmp_path)):
+            opened = open_adapter(folder, description)
+            for tensor in opened.names:
+                opened.read(tensor)
+
+    read()
+    try_mutations(name, mutate, path.write_bytes, read)
 
 
 @pytest.fixture(scope="module")
