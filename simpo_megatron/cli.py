@@ -68,7 +68,13 @@ def main(argv: Sequence[str] | None = None, script: str | None = None) -> int:
         nearest = "".join(f"; did you mean {name}?" for name in get_close_matches(command, COMMANDS, n=1, cutoff=0.5))
         return report_error(ConfigError(f"command: found {command[:60]!r}, expected {', '.join(COMMANDS)}{nearest}"))
     module = importlib.import_module(f"simpo_megatron.commands.{command.replace('-', '_')}")
-    code: int = module.main(arguments, script or f"simpo {command}")
+    try:
+        code: int = module.main(arguments, script or f"simpo {command}")
+    except OSError as error:
+        if error.filename is None:
+            raise
+        found = f"{error.filename}: cannot be used ({error.strerror}), expected a path that can; give another one"
+        return report_error(ConfigError(found))
     return code
 
 

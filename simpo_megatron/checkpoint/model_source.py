@@ -5,6 +5,7 @@ All of it is found without torch.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -79,7 +80,7 @@ def find_model(name: str | Path, hf_config: str | Path | None = None) -> ModelSo
                 f"{adapters[0]}: found more than {_MAX_ADAPTERS} adapters on one another, expected a base model; merge "
                 "some of them"
             )
-        if not model_folder(base).is_dir():
+        if not os.path.isdir(model_folder(base)):
             raise CheckpointError(
                 f"{folder}: found adapters for the model {base!r}, which is not there, expected it to be found; name "
                 "it: --model BASE --adapter DIR"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -26,7 +27,7 @@ def find_config_file(name: str) -> Path:
     Raises: ConfigError: no configuration has this name.
     """
     path = Path(name)
-    if path.exists() or path.suffix or path.parent != Path():
+    if os.path.exists(name) or path.suffix or path.parent != Path():
         return path
     bundled = bundled_configs()
     if name in bundled:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from simpo_megatron.errors import CheckpointError
@@ -10,7 +11,6 @@ from simpo_megatron.mcore.hf_files import read_hf_json
 PREFIX = "base_model.model."
 """The beginning of every tensor's name."""
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
-_MOST_NAME_BYTES = 200
 _WEIGHTS_OF_A_MODEL = ("model.safetensors", "model.safetensors.index.json")
 
 
@@ -28,10 +28,10 @@ def base_model_of(folder: Path) -> str:
     """
     config = read_hf_json(folder, CONFIG_FILE)
     name, revision = config.get("base_model_name_or_path"), config.get("revision")
-    if not isinstance(name, str) or not 0 < len(name.encode(errors="replace")) <= _MOST_NAME_BYTES:
+    if not isinstance(name, str) or not name:
         raise CheckpointError(
             f"{folder / CONFIG_FILE}: base_model_name_or_path: found {str(name)[:60]!r}, expected the model that the "
             "belong to; write it there, or train with --model BASE --adapter DIR"
         )
-    is_path = Path(name).is_dir()
+    is_path = os.path.isdir(name)
     return f"{name}@{revision}" if isinstance(revision, str) and revision and not is_path else name

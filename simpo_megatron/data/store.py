@@ -131,8 +131,8 @@ def open_store(
 
     A store is reused when the file (size and time of change), the tokenizer, its chat template, the options,
     this format and the way records are read are all unchanged, and all its bytes are as they were built; a damaged
-    one is built anew. `build=False`, for the ranks that come after the one that built, never writes and trusts what that one has
-    verified. `num_workers` processes tokenise; 0 takes one for every 16 MiB, up to the number of cores.
+    one is built anew. `build=False`, for the ranks that come after the one that built, never writes and trusts what
+    that one has verified. `num_workers` processes tokenise; 0 takes one for every 16 MiB, up to the number of cores.
 
     Raises: DataError for a bad record (`file:line`), a file without a single pair, a missing store with
     `build=False`, or a cache that cannot be written.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ def read_hf_json(folder: str | Path, name: str) -> dict[str, Any]:
         CheckpointError: the file is missing or not the folder's own, larger than MAX_JSON_BYTES, or not a JSON object.
     """
     path = Path(folder) / name
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise CheckpointError(f"{path}: found no such file, expected a Hugging Face model folder with {name}")
     target = own_file(folder, name)
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,8 +18,9 @@ _FILES_OF_A_MODEL = ("*.safetensors", *FILES_BESIDE_WEIGHTS)
 
 def is_hub_name(name: str | Path) -> bool:
     """True for OWNER/NAME or OWNER/NAME@REVISION, unless such a file or its first folder exists: then it is a path."""
-    path = Path(name)
-    return _NAME.fullmatch(str(name)) is not None and not path.exists() and not path.parent.exists()
+    # os.path's function takes a name that no file can have for one of none.
+    exists = any(map(os.path.exists, (name, Path(name).parent)))
+    return _NAME.fullmatch(str(name)) is not None and not exists
 
 
 def model_folder(name: str | Path, files: Sequence[str] = _FILES_OF_A_MODEL) -> Path:
@@ -31,10 +33,11 @@ def model_folder(name: str | Path, files: Sequence[str] = _FILES_OF_A_MODEL) -> 
         files: patterns of the files that are needed.
 
     Raises:
-        CheckpointError: it is a hub id, and the hub or the cache has no such model.
+        CheckpointError: it is a hub id, and the hub or the cache has no such model; or it is no name of a folder.
     """
     found = _NAME.fullmatch(str(name))
     if found is None or not is_hub_name(name):
+        _require_usable(name)
         return Path(name)
     from huggingface_hub import snapshot_download
 
@@ -50,6 +53,19 @@ def model_folder(name: str | Path, files: Sequence[str] = _FILES_OF_A_MODEL) -> 
             f"({type(error).__name__}: {reason})"
         ) from None
     return Path(snapshot)
+
+
+def _require_usable(name: str | Path) -> None:
+    """Returns if `name` may be a path; that nothing is there is for others to say."""
+    try:
+        os.stat(name)
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise CheckpointError(
+            f"model: found {str(name)[:60]!r} ({reason}), expected a folder that can be read, or a name on the hub"
+        ) from None
 
 
 def hub_name(model: str) -> str | None:

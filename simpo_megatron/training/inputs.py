@@ -65,7 +65,7 @@ def check_inputs(config: Config) -> None:
     """
     check_starting_again(config)
     model, train, valid = _named(config)
-    if model is not None and model != DEMO and not is_hub_name(model) and not Path(model).exists():
+    if model is not None and model != DEMO and not is_hub_name(model) and not os.path.exists(model):
         read_hf_json(model, "config.json")
     for files in (train, *parse_named_sources(valid).values()):
         if DEMO not in files:

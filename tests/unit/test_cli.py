@@ -78,6 +78,36 @@ def test_a_mistake_on_the_command_line_is_one_line(capsys, command):
     assert line.startswith("ERROR simpo_megatron: command line: ") and line.endswith(f"see simpo {command} --help")
 
 
+TOO_LONG = "x" * 300  # for a file's name
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["train", "--data", "demo", "--model", TOO_LONG],
+        ["train", "--data", "demo", "--model", "demo", "--adapter", TOO_LONG],
+        ["train", "--config", TOO_LONG],
+        ["convert", "hf-to-mcore", TOO_LONG, "out"],
+        ["inspect", "--data", "demo", "--model", TOO_LONG],
+        ["report", TOO_LONG],
+    ],
+)
+def test_a_path_that_no_file_can_have_is_one_line(capsys, argv):
+    assert cli.main(argv) in (2, 4)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("ERROR simpo_megatron") and "found" in line and "expected" in line
+
+
+def test_a_path_that_the_system_refuses_is_one_line(capsys, monkeypatch):
+    def refuse(arguments, prog):
+        raise PermissionError(13, "Permission denied", "/some/folder")
+
+    monkeypatch.setattr("simpo_megatron.commands.report.main", refuse)
+    assert cli.main(["report", "/some/folder"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("ERROR simpo_megatron: /some/folder: cannot be used (Permission denied), expected")
+
+
 @pytest.mark.parametrize("command", TOOLS)
 def test_a_tool_is_the_same_function_in_a_file_of_a_few_lines(command):
     tool = importlib.import_module(f"tools.{TOOLS[command]}")
