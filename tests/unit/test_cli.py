@@ -95,7 +95,7 @@ TOO_LONG = "x" * 300  # for a file's name
 def test_a_path_that_no_file_can_have_is_one_line(capsys, argv):
     assert cli.main(argv) in (2, 4)
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("ERROR simpo_megatron") and "found" in line and "expected" in line
+    assert line.startswith("ERROR simpo_megatron") and "expected" in line
 
 
 def test_a_path_that_the_system_refuses_is_one_line(capsys, monkeypatch):
