@@ -18,15 +18,20 @@ from simpo_megatron.training.environment import prepare_environment
 from simpo_megatron.training.setup import Job
 
 
-def introduce(config: Config, job: Job, notes: Sequence[str], log: RunLog) -> None:
-    """Print the first lines of a run, warnings last."""
-    log.say(to_text(config) if config.run.verbose else f"options   {changed_options(config)}")
-    for warning in lint(config):
-        log.say(f"WARNING {warning}")
-    for line in (*describe_job(config, job), *notes):
-        log.say(line)
+def introduce(config: Config, job: Job, notes: Sequence[str], log: RunLog, told: set[str]) -> None:
+    """Print the first lines of a run, but those that are in `told`, to which it adds them.
+
+    The options are not printed again at all: a later run of a session is a trial whose name says what differs.
+    """
+    if config.run.verbose or not told:
+        log.say(to_text(config) if config.run.verbose else f"options   {changed_options(config)}")
+    lines = [*(f"WARNING {warning}" for warning in lint(config)), *describe_job(config, job), *notes]
     if variables := prepare_environment(config):
-        log.say("variables " + " ".join(f"{name}={value}" for name, value in variables.items()))
+        lines.append("variables " + " ".join(f"{name}={value}" for name, value in variables.items()))
+    for line in lines:
+        if line not in told:
+            log.say(line)
+    told.update(lines)
 
 
 def describe_job(config: Config, job: Job) -> list[str]:

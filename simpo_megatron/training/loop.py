@@ -75,7 +75,7 @@ def run_in(
         check_replicas(job.trainer.chunks, session.groups)
         is_logging_rank = dist.get_rank() == 0
         with open_run_log(config, sinks, train_iters=job.train_iters, is_logging_rank=is_logging_rank) as log:
-            introduce(config, job, found.notes + reference_notes + start.notes, log)
+            introduce(config, job, found.notes + reference_notes + start.notes, log, session.told)
             stopped: Stopped | None = None
             evaluations: dict[int, dict[str, float]] = {}
             saver = Saver(config, job, log, watchdog)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch.distributed as dist
@@ -41,6 +41,8 @@ class Session:
     groups: parallel.ParallelGroups
     watchdog: Watchdog
     signals: StopSignals
+    told: set[str] = field(default_factory=set)
+    """First lines of its runs, which are printed once."""
     _warm: WarmPieces | None = None
 
     def build_job(self, config: Config, plan: RunPlan, *, load_weights: bool) -> Job:

@@ -127,6 +127,8 @@ def test_a_sweep_that_was_stopped_goes_on_in_the_trial_that_was_broken(inputs, t
     run_sweep(sweep)
     printed = capfd.readouterr().out
     assert "trial     2 of 3: beta=2" in printed and f"beta=2/iter_{2:07}: step 2" in printed
+    counts = [printed.count(f"\n{begin}") for begin in ("options ", "records ", "ranks ", "objective ")]
+    assert counts == [1, 1, 1, 2], "what is the same for all trials is said once"
     assert (tmp_path / "beta=1" / "metrics.jsonl").stat().st_mtime_ns == first, "a finished trial is not touched"
     steps = [line["iteration"] for line in records(tmp_path / "beta=2") if "loss" in line]
     assert steps == list(range(1, NUM_STEPS + 1))
