@@ -12,6 +12,7 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 from pathlib import Path
 from statistics import fmean, stdev
@@ -288,6 +289,58 @@ def test_arena_hard(judge, tmp_path, monkeypatch, capsys):
     path.write_text("".join(json.dumps(row) + "\n" for row in judgments))
     assert run("arena-hard", "score", "--out", tmp_path / "first", "--checkout", CHECKOUT) == 3
     assert "found the verdict 'A>=B' on" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not (CHECKOUT / "show_result.py").is_file(), reason="SIMPO_ARENA_HARD names no checkout")
+def test_arena_hard_of_version_2_scores_each_category_against_its_own_baseline(judge, tmp_path, monkeypatch):
+    """The baselines' answers are made up: those of the benchmark lie outside its repository."""
+    checkout, version = tmp_path / "checkout", "arena-hard-v2.0"
+    shutil.copytree(CHECKOUT, checkout, ignore=shutil.ignore_patterns("arena-hard-v0.1", ".git"))
+    questions = read_lines(checkout / f"data/{version}/question.jsonl")
+    categories = {"hard_prompt": "o3-mini-2025-01-31", "creative_writing": "gemini-2.0-flash-001"}
+    asked, lengths = [], {}
+    for name, baseline in categories.items():
+        rows = [row for row in questions if row["category"] == name][:12]
+        # Of one category the baseline is mostly longer than the model's answers, of the other mostly shorter.
+        most = 170 if name == "hard_prompt" else 20
+        texts = ["**bold** " * (n % 3) + "word " * (most + 7 * n) for n in range(len(rows))]
+        messages = [[{"role": "user", "content": row["prompt"]}] for row in rows]
+        for turns, text in zip(messages, texts, strict=True):
+            turns.append({"role": "assistant", "content": {"answer": text}})
+        answers = checkout / f"data/{version}/model_answer/{baseline}.jsonl"
+        answers.parent.mkdir(exist_ok=True)
+        answers.write_text(
+            "".join(
+                json.dumps({"uid": row["uid"], "ans_id": row["uid"][:9], "model": baseline, "messages": turns}) + "\n"
+                for row, turns in zip(rows, messages, strict=True)
+            )
+        )
+        lengths |= {row["uid"]: len(text) for row, text in zip(rows, texts, strict=True)}
+        asked += rows
+    (tmp_path / "question.jsonl").write_text("".join(json.dumps(row) + "\n" for row in asked))
+    (tmp_path / "standin").mkdir()
+    (tmp_path / "standin" / "tiktoken.py").write_text(COUNTS_WORDS)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "standin"))
+
+    options = ("--questions", tmp_path / "question.jsonl", "--checkout", checkout, "--partial")
+    own = ["# Head\n" * (n % 2) + "- item\n" * (n % 5) + "text " * (60 + 31 * n % 170) for n in range(len(asked))]
+    answer(judge, "arena-hard", tmp_path / "out", *options, answers=own)
+    score = judged(judge, "arena-hard", tmp_path / "out", "--checkout", checkout)
+    own_lengths = {
+        row["uid"]: len(row["messages"][-1]["content"]["answer"])
+        for row in read_lines(tmp_path / "out/model_answer/ours.jsonl")
+    }
+    metrics = {name: metric["value"] for name, metric in score["metrics"].items()}
+    for name in categories:
+        battles = []
+        for uid in (row["uid"] for row in asked if row["category"] == name):
+            verdict = label(own_lengths[uid], lengths[uid])
+            won = 0.5 if "=" in verdict else float(verdict[0] == "A")
+            battles += [won] * (6 if ">>" in verdict else 2)
+        assert metrics[f"win rate, {name}"] == pytest.approx(100 * fmean(battles), abs=1e-9)
+    assert metrics["win rate, hard_prompt"] < 40 < 60 < metrics["win rate, creative_writing"]
+    assert {f"style-controlled win rate, {name}" for name in categories} < set(metrics) and score["notes"] == []
+    assert score["not_comparable"][0] == f"the judge is {NAME}, theirs is gpt-4.1 or gemini-2.5"
 
 
 @pytest.mark.skipif(not (CHECKOUT / "show_result.py").is_file(), reason="SIMPO_ARENA_HARD names no checkout")
