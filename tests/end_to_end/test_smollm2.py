@@ -22,8 +22,19 @@ def test_a_real_model_takes_two_steps(smollm2: Path, tmp_path: Path):
     command += [str(REPOSITORY / "examples" / "pretrain_simpo.py")]
     command += ["--config", str(REPOSITORY / "configs" / "smollm2_cpu.yaml"), "--model", str(smollm2)]
     command += ["--data", pairs, "--bad-record", "skip", "--max-length", "96", "--max-prompt-length", "48"]
-    command += ["--global-batch-size", "4", "--train-iters", "2", "--eval-interval", "2", "--log-interval", "1"]
-    command += ["--valid-fraction", "0.01", "--save-interval", "2"]
+    command += [
+        "--global-batch-size",
+        "4",
+        "--tokens-per-microbatch",
+        "256",
+        "--train-iters",
+        "2",
+        "--eval-interval",
+        "2",
+        "--log-interval",
+        "1",
+    ]
+    command += ["--valid-fraction", "0.005", "--save-interval", "2"]
     command += ["--save", str(tmp_path / "run"), "--export-hf", str(tmp_path / "hf")]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
