@@ -108,6 +108,8 @@ def _cost(
 def _time(cost: _Cost) -> str:
     if cost.seconds is None:
         return ""
+    if cost.seconds < 60:
+        return f", {cost.seconds:.0f} s"
     if cost.seconds < 3600:
         return f", {cost.seconds / 60:.1f} min"
     return f", {cost.seconds / 3600:,.1f} h"
