@@ -1,4 +1,4 @@
-"""What a checkpoint holds, whatever way its files lay it out."""
+"""The contents of a checkpoint, independent of the layout of its files."""
 
 from __future__ import annotations
 

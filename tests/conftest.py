@@ -1,4 +1,4 @@
-"""What all tests start from: no GPU, this checkout, and which of them may start processes."""
+"""Settings of all tests: no GPU, this checkout, and the tests that may start processes."""
 
 from __future__ import annotations
 

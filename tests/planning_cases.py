@@ -37,7 +37,7 @@ def pack_of(case: dict) -> Pack:
 
 
 def pairs_of(case: dict) -> list:
-    """As many pairs of one length as the global batch holds; packs come out full."""
+    """A global batch of pairs of one length, which fill their packs."""
     prompt, response = case.get("pair", (PROMPT, RESPONSE))
     rng = np.random.default_rng(0)
     vocab_size = description_of(case).vocab_size

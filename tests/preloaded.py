@@ -1,4 +1,4 @@
-"""What ranks of tests are forked from: imported once per session by multiprocessing's fork server, which stays idle.
+"""Imports for the ranks of tests, made once per session by multiprocessing's fork server.
 
 Nothing here may start a thread or touch a group of ranks, for neither survives a fork.
 """

@@ -98,7 +98,7 @@ def _start_forked(command: list[str], variables: dict[str, str], log: Path) -> _
 
 
 def _run_script(command: list[str], variables: dict[str, str], log: str) -> None:
-    """What a forked rank does: `python *command`, as far as the script can tell."""
+    """Runs `python *command` in a forked rank, as far as the script can tell."""
     os.setsid()
     file = os.open(log, os.O_WRONLY | os.O_CREAT)
     os.dup2(file, 1)

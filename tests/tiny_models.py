@@ -47,9 +47,9 @@ def _models(*, with_experts: bool) -> dict[str, tuple[PretrainedConfig, str]]:
     }
 
 
-DENSE, MIXTURES = _models(with_experts=False), _models(with_experts=True)
-FIRST_MIXTURES = [name for family in FAMILIES.values() if (name := next(iter(family.tests))) in MIXTURES]
-"""One mixture of each family."""
+DENSE, MOES = _models(with_experts=False), _models(with_experts=True)
+FIRST_MOES = [name for family in FAMILIES.values() if (name := next(iter(family.tests))) in MOES]
+"""One MoE of each family."""
 
 
 def write_model(config: PretrainedConfig, folder: Path, dtype: str) -> None:

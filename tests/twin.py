@@ -29,7 +29,7 @@ class TwinSettings:
     clip_grad: float = 1.0
 
     def of_trainer(self, *, batch_size: int, num_steps: int) -> dict[str, object]:
-        """What the trainer is told to take the twin's steps, the objective's constants apart."""
+        """Options of the trainer for the twin's steps, without the objective's constants."""
         return dict(
             model="given by the job",
             data=("given by the job",),
@@ -46,7 +46,7 @@ class TwinSettings:
 
 @dataclass
 class TwinRecord:
-    """What each step saw: loss before the update, gradient norm before clipping, mean margin."""
+    """The records of each step: loss before the update, gradient norm before clipping, mean margin."""
 
     loss: list[float] = field(default_factory=list)
     grad_norm: list[float] = field(default_factory=list)

@@ -1,7 +1,6 @@
-"""The pages of the documentation that are made from the code, as hooks of mkdocs.
+"""Hooks of mkdocs that write the pages made from the code: options, exit codes, presets and families.
 
-A page that is a table in the code is written from that table: options, exit codes, presets, and the picture of the
-rooms, which follows the imports.
+They also draw the picture of the package's folders from the imports.
 """
 
 from __future__ import annotations
@@ -71,8 +70,8 @@ def options_page() -> str:
         "# Options",
         "",
         "Each option is a flag (`--weight-decay 0.1`), a key of a YAML file (`weight_decay: 0.1`) and a keyword of",
-        "`load_config(weight_decay=0.1)`. The command line wins over the file, the file over the preset.",
-        "Those that `--help` shows are in bold.",
+        "`load_config(weight_decay=0.1)`. The command line wins over the file, and the file over the preset.",
+        "`--help` shows the options in bold, `--help-all` all of them.",
         "",
     ]
     types = typing.get_type_hints(Config)
@@ -126,8 +125,8 @@ def exit_codes_page() -> str:
     lines = [
         "# Exit codes",
         "",
-        "A process ends with one line, `ERROR simpo_megatron rank N: KEY: found X, expected Y; what to do`, and with",
-        "one of these codes. `torchrun` itself exits with 1 whatever its ranks say; its report names the rank's code.",
+        "A run that fails ends with one line, `ERROR simpo_megatron rank N: KEY: found X, expected Y; what to do`, and",
+        "with one of these codes. `torchrun` itself exits with 1 whatever its ranks return; its report names the code.",
         "",
         "| code | error | meaning |",
         "|---|---|---|",
@@ -136,7 +135,7 @@ def exit_codes_page() -> str:
     for kind in sorted(classes, key=lambda kind: kind.exit_code):
         meaning = "An unexpected error; the line names it." if kind is errors.SimPOError else _meaning(kind)
         lines.append(f"| {kind.exit_code} | `{kind.__name__}` | {_cell(meaning)} |")
-    lines += ["| 128 + N | | Signal N ended a rank, as a shell says it. |", ""]
+    lines += ["| 128 + N | | Signal N ended a rank, as in a shell. |", ""]
     lines += ["[What to do about the common lines](../guides/troubleshooting.md)."]
     return "\n".join(lines)
 
@@ -150,8 +149,8 @@ def presets_page() -> str:
     lines = [
         "# Presets and configurations",
         "",
-        "`--preset NAME` starts from published settings; the flags and the file of a run override them. Values are of",
-        "the README table and `training_configs/` of the reference implementation,",
+        "`--preset NAME` starts from published settings; the flags and the file of a run override them. Values are",
+        "from the README and `training_configs/` of the reference implementation,",
         "[princeton-nlp/SimPO](https://github.com/princeton-nlp/SimPO).",
         "",
     ]
@@ -193,8 +192,8 @@ def families_page() -> str:
     lines = [
         "# Model families",
         "",
-        "`model_type` in the `config.json` of a folder names the family. What it asks beyond what is proven is",
-        "refused, and the line names the key. `simpo families` prints this table. With `--prove NAME` it compares",
+        "`model_type` in a model's `config.json` names its family. A `config.json` that asks for more than is tested",
+        "is refused, and the line names the key. `simpo families` prints this table. With `--prove NAME` it compares",
         "small random models with transformers on your machine: logits, and every tensor of an export.",
         "",
         "| family | models | proved by |",
@@ -208,7 +207,12 @@ def families_page() -> str:
         lines.append(f"| `{name}` | {models} | {tests} |")
     lines += [
         "",
-        "CONTRIBUTING.md says how to add one.",
+        "## A model that is not in the list",
+        "",
+        "A new model often has the `model_type` of a known family; then it trains without a change. Otherwise the run",
+        "is refused before it starts. A family is one file in `simpo_megatron/mcore/families/`: options of",
+        "`config.json`, names of weights, and small models to test. Then `simpo families --prove NAME` compares it",
+        "with transformers. CONTRIBUTING.md in the repository has the steps.",
     ]
     return "\n".join(lines) + "\n"
 

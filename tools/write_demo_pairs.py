@@ -2,9 +2,8 @@
 
 Every topic is asked about several times. Chosen answers are direct, correct and courteous; rejected ones are
 rude, evasive, rambling or wrong. Rejected answers are shorter than the chosen one as often as longer, so that
-length tells nothing, and some wrong ones are as courteous as a right one: who does not know the answer cannot
-tell, so a tiny model should end well above chance and below certainty. Validation pairs ask about topics that
-the others never mention.
+length tells nothing. Some wrong answers are as courteous as right ones, so a tiny model should end well above
+chance and below certainty. Validation pairs ask about topics that the training pairs never mention.
 """
 
 from __future__ import annotations
@@ -94,7 +93,7 @@ class Topic(NamedTuple):
 
 
 def pairs_of(topic: Topic, rng: random.Random) -> Iterator[dict]:
-    """One preference pair for each frame, in message form, the flaws of the rejected answers taking turns."""
+    """A preference pair for each frame, in message form; the flaws of the rejected answers alternate."""
     flaws = rng.sample((*FLAWS, "wrong"), len(FLAWS) + 1)
     for number, frame in enumerate(rng.sample(FRAMES, len(FRAMES))):
         chosen = _polite_answer(topic, rng)
@@ -123,7 +122,7 @@ def _polite_answer(topic: Topic, rng: random.Random) -> str:
 
 
 def _flawed_answer(topic: Topic, templates: tuple[str, ...], num_words_wanted: float, rng: random.Random) -> str:
-    """At least two sentences of one flaw."""
+    """An answer with one flaw, of at least two sentences."""
     sentences: list[str] = []
     num_words = 0
     for template in rng.sample(templates, len(templates)):

@@ -378,7 +378,9 @@ def _read_record(folder: Path) -> Checkpoint:
         record = json.loads(read_bounded(path, _MAX_RECORD_BYTES))
         form = record["format"]
         if isinstance(form, int) and form > FORMAT:
-            raise NewerFormatError(f"{path}: found format {form} of a newer version, expected {FORMAT}")
+            raise NewerFormatError(
+                f"{path}: found format {form} of a newer version, expected {FORMAT}; update simpo_megatron"
+            )
         if form != FORMAT:
             raise ValueError(f"its format is {form!r}, this version reads {FORMAT}")
         if record.pop("sha256") != _hash_of(record):

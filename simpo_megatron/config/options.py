@@ -237,7 +237,9 @@ def find_option(name: str, where: str) -> Option:
     name_or_alias = ALIASES.get(name, name)
     if name_or_alias in table:
         return table[name_or_alias]
-    raise ConfigError(f"{where}: found unknown key {cut(name)!r}{nearest(name, [*table, *ALIASES])}")
+    raise ConfigError(
+        f"{where}: found unknown key {cut(name)!r}, expected an option{nearest(name, [*table, *ALIASES])}"
+    )
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:

@@ -14,7 +14,7 @@ from pathlib import Path
 import yaml
 
 from simpo_megatron.config.bundled import find_config_file
-from simpo_megatron.config.flags import flag_names, flag_of, make_parser, short_help
+from simpo_megatron.config.flags import flag_names, make_parser, short_help
 from simpo_megatron.config.options import (
     ALTERNATIVES,
     Option,
@@ -130,7 +130,7 @@ def read_yaml(path: str | Path, axes: Axes | None = None) -> Layer:
             )
         option = find_option(key.value, where)
         if option.name in layer:
-            raise ConfigError(f"{where}: {key.value}: found twice, first in {layer[option.name].where}")
+            raise ConfigError(f"{where}: {key.value}: found twice, expected once; first in {layer[option.name].where}")
         layer[option.name] = Setting(_yaml_value(value, option, where), where)
     refuse_both({name: setting.where for name, setting in layer.items()})
     return layer
@@ -207,18 +207,19 @@ def _parse_flags(argv: list[str], *, takes_words: bool = False) -> tuple[Layer, 
     given.words = [word for word in unknown if takes_words and not word.startswith("--")]
     if len(unknown) > len(given.words):
         flag = next(word for word in unknown if word not in given.words).split("=")[0]
-        raise ConfigError(f"{_COMMAND_LINE}: found unknown argument {flag[:60]!r}{nearest(flag, flag_names())}")
+        raise ConfigError(
+            f"{_COMMAND_LINE}: found unknown argument {flag[:60]!r}, expected an option{nearest(flag, flag_names())}"
+        )
     layer: Layer = {}
     for name, value in vars(given).items():
         option = option_table().get(name)
         if option is None:  # --config itself, and its likes
             continue
-        where = f"{_COMMAND_LINE}: {flag_of(name)}"
         if option.is_list:
-            value = tuple(option.parse(text, where) for text in value)
+            value = tuple(option.parse(text, _COMMAND_LINE) for text in value)
         elif option.kind is not bool:
-            value = option.parse(value, where)
-        layer[name] = Setting(value, where)
+            value = option.parse(value, _COMMAND_LINE)
+        layer[name] = Setting(value, _COMMAND_LINE)
     refuse_both({name: setting.where for name, setting in layer.items()})
     return layer, given
 
@@ -229,7 +230,9 @@ def _preset_layer(asked: Layer) -> Layer:
     if name is None:
         return {}
     if name not in PRESETS:
-        raise ConfigError(f"{asked['preset'].where}: preset: found {cut(name)!r}{nearest(name, PRESETS)}")
+        raise ConfigError(
+            f"{asked['preset'].where}: preset: found {cut(name)!r}, expected a preset's name{nearest(name, PRESETS)}"
+        )
     options = PRESETS[name].options
     if "objective" in asked and asked["objective"].value != options.get("objective", _DEFAULT_OBJECTIVE):
         # The constants of one objective mean nothing for another.

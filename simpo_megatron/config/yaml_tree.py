@@ -35,7 +35,9 @@ def read_yaml_tree(path: Path) -> tuple[str, yaml.Node | None]:
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         problem = getattr(error, "problem", None) or "not UTF-8 text, or nested too deep"
-        raise ConfigError(f"{path}:{mark.line + 1 if mark else 1}: not valid YAML: {problem}") from None
+        raise ConfigError(
+            f"{path}:{mark.line + 1 if mark else 1}: found invalid YAML ({problem}), expected lines such as 'lr: 5e-7'"
+        ) from None
     if depth > _MAX_DEPTH or num_nodes > _MAX_NODES:
         raise ConfigError(
             f"{path}: found {num_nodes:.3g} values, {depth} deep, once its aliases are followed, expected at most "

@@ -21,9 +21,9 @@ from simpo_megatron.generation.prompts import read_rows
 _PACKAGE = "alpaca-eval"
 _JUDGE = "gpt-4-1106-preview"
 _ANNOTATOR = "weighted_alpaca_eval_gpt4_turbo"
-# SHA-256 of the 805 instructions in the reference's own order, a NUL between each two.
+# SHA-256 of the 805 instructions in the reference's own order, joined by NUL.
 ORDER_OF_INSTRUCTIONS = "bfe8c45991f635de0b1f94abeeb1335ef665d58eddd87ddf6fa71b7b0c2ce7a5"
-# The command alpaca_eval, which need not lie beside the Python that has it.
+# The command alpaca_eval, which may lie in another folder than its Python.
 _COMMAND = "from alpaca_eval.main import main; main()"
 
 
@@ -55,8 +55,9 @@ class AlpacaEvalScorer(OfficialScorer):
         outputs = read_rows(self._outputs)
         if [row["instruction"] for row in outputs] != [row["instruction"] for row in self.model.rows()]:
             raise DataError(
-                f"{self._outputs}: found instructions in another order than in {self.model.questions}, by whose rows "
-                "difficulties are looked up; write the answers again with simpo evaluate alpaca-eval generate"
+                f"{self._outputs}: found instructions in another order than in {self.model.questions}, expected the "
+                "same, by which difficulties are looked up; write the answers again with simpo evaluate alpaca-eval "
+                "generate"
             )
 
     def num_left(self, judge: str) -> int:
@@ -67,7 +68,7 @@ class AlpacaEvalScorer(OfficialScorer):
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / "configs.yaml", yaml.safe_dump(self._annotator(judge.name), sort_keys=False))
         clients = folder / "clients.yaml"
-        # Without a key, which the client takes from the environment.
+        # The client takes the key from the environment.
         write_text(clients, yaml.safe_dump({"default": [{"base_url": judge.url}]}))
         variables = {**judge.variables, "OPENAI_CLIENT_CONFIG_PATH": str(clients)}
         variables["OPENAI_MAX_CONCURRENCY"] = str(judge.num_at_once)
@@ -75,14 +76,16 @@ class AlpacaEvalScorer(OfficialScorer):
 
     def score(self, judge: str) -> Scored:
         if not self._is_annotated(judge):
-            raise DataError(f"{self._folder(judge)}: found verdicts missing, expected all; judge again")
+            raise DataError(
+                f"{self._folder(judge)}: found fewer verdicts than answers, expected one for each; judge again"
+            )
         missing = sum(row["preference"] is None for row in self._annotations(judge))
         notes: tuple[str, ...] = ()
         if reason := self.reason_against_length_control():
             notes = (f"no length-controlled rate: {reason}",)
             options = ["--fn_metric", "get_winrate", "--sort_by", "win_rate"]
         else:
-            # The regression's weights are kept here; by default it writes them among the package's own files.
+            # The regression's weights are kept here, not among the package's own files, which is its default.
             options = ["--metric_kwargs", json.dumps({"save_weights_dir": str(self._folder(judge) / "weights")})]
         self._evaluate(judge, options, {"OPENAI_API_KEY": "none"})
         with (self._folder(judge) / "leaderboard.csv").open(encoding="utf-8", newline="") as file:
@@ -95,7 +98,7 @@ class AlpacaEvalScorer(OfficialScorer):
         return Scored(metrics, missing, fmean(len(row["output"]) for row in self.model.rows()), notes)
 
     def reason_against_length_control(self) -> str | None:
-        """The reason why the length-controlled rate would be wrong without a word; None where it is right."""
+        """The reason why the length-controlled rate would be wrong; None where it is right."""
         rows = self.model.rows()
         if not self.model.is_whole():
             return f"found {len(rows)} rows, expected the reference's 805, by whose places difficulties are looked up"
@@ -112,11 +115,11 @@ class AlpacaEvalScorer(OfficialScorer):
         return self.model.folder / f"alpaca_eval-{slug(judge)}"
 
     def _annotator(self, judge: str) -> dict[str, Any]:
-        """The official annotator with another model as the judge; the key is its name in the verdicts."""
+        """The official annotator with another model as the judge, by its name in the verdicts."""
         official = self.environment.folder_of(_PACKAGE) / "evaluators_configs"
         config = yaml.safe_load((official / _ANNOTATOR / "configs.yaml").read_text(encoding="utf-8"))[_ANNOTATOR]
         config["prompt_template"] = str(official / config["prompt_template"])
-        # Whether a model takes messages is else told by its name.
+        # Otherwise the client guesses from the model's name whether it takes messages.
         config["completions_kwargs"] |= {"model_name": judge, "requires_chatml": True}
         return {_ANNOTATOR if judge == _JUDGE else slug(judge): config}
 
@@ -161,6 +164,6 @@ class AlpacaEvalScorer(OfficialScorer):
         return read_rows(path) if path.is_file() else []
 
     def _is_annotated(self, judge: str) -> bool:
-        """True when there are verdicts on these answers, row by row."""
+        """True when every answer has a verdict."""
         found = [(row["instruction"], row["output_2"]) for row in self._annotations(judge)]
         return found == [(row["instruction"], row["output"]) for row in read_rows(self._outputs)]

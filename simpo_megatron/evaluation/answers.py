@@ -13,7 +13,7 @@ from simpo_megatron.generation.prompts import read_prompts
 
 
 def check_questions(benchmark: str, questions: Path, *, partial: bool) -> list[Row]:
-    """The questions, each one of the benchmark's.
+    """The questions of `path`, checked to be the benchmark's.
 
     Raises: DataError where they are not, or not all unless `partial`.
     """
@@ -29,7 +29,7 @@ def benchmark_decoding(benchmark: str, *, seed: int, max_new_tokens: int | None 
 def answer_benchmark(
     engine: Engine, benchmark: str, name: str, questions: Path, folder: Path, decoding: Decoding
 ) -> Iterator[str]:
-    """Answer the questions that have no answer in `folder` yet; yields lines that say so.
+    """Answers the questions that have no answer in `folder` yet; yields lines of progress.
 
     Raises: ConfigError, DataError, as `answer_prompts` does; ConfigError where the folder is another model's.
     """

@@ -1,4 +1,4 @@
-"""Arena-Hard by arena-hard-auto's own scripts, in a folder that holds this model's answers and the baseline's alone."""
+"""Arena-Hard by arena-hard-auto's own scripts, in a folder with the answers of this model and of the baseline only."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from simpo_megatron.evaluation.official import OfficialEnvironment
 from simpo_megatron.generation.lines import read_lines
 
 COMMIT = "196f6b8"
-# SHA-256 of the files whose code judges and scores.
+# SHA-256 of the files that judge and score.
 _FILES = {
     "gen_judgment.py": "eddf78a88ce0e3348dd54debd3cb668e1b1d8773d4b239e47b71e5f2564bb402",
     "show_result.py": "5da0fa30a807a150da37e97811c2bc248959015eedb884d9d471e894c8bf90c6",
@@ -43,7 +43,7 @@ _TABLE_ROW = re.compile(
 
 @dataclass(frozen=True)
 class Category:
-    """A part of the benchmark that is scored by itself."""
+    """A part of the benchmark with a score of its own."""
 
     name: str
     baseline: str
@@ -60,7 +60,7 @@ _JUDGES = {"arena-hard-v0.1": ("gpt-4-1106-preview",), "arena-hard-v2.0": ("gpt-
 
 
 class ArenaHardScorer(OfficialScorer):
-    """Each answer meets the baseline's twice, with sides swapped; the score is the share of battles won, in percent.
+    """Each answer is compared with the baseline's twice, with sides swapped; the score is the percentage of wins.
 
     A strong verdict counts as three battles, a tie as half a win. Since every battle is against the baseline, this
     share is also what the Bradley-Terry model of the published leaderboard gives.
@@ -89,7 +89,7 @@ class ArenaHardScorer(OfficialScorer):
             if official.get(row["uid"]) != row["prompt"]:
                 raise DataError(
                     f"{self.model.questions}: found question {row['uid']} in other words than in {self._data}, "
-                    "by which it would be judged; answer its questions"
+                    "expected the text that is judged; answer the questions of that file"
                 )
         uids = {row["uid"] for row in self.model.rows()}
         for category in self._categories:
@@ -132,9 +132,11 @@ class ArenaHardScorer(OfficialScorer):
         cut_half_line(self._judgments_file(judge))
         rows = self._judgments(judge)
         if len(rows) != len(self.model.rows()) or not all(map(_has_come, rows)):
-            raise DataError(f"{self._judgments_file(judge)}: found verdicts missing, expected all; judge again")
+            raise DataError(
+                f"{self._judgments_file(judge)}: found fewer verdicts than answers, expected one for each; judge again"
+            )
         self._check_verdicts(rows, judge)
-        # Judgments stand in the order in which they came, and the seeded bootstrap draws them by their places.
+        # The seeded bootstrap draws judgments by their places, so their order must not be that of arrival.
         places = {row["uid"]: place for place, row in enumerate(self.model.rows())}
         self._write_judgments(judge, sorted(rows, key=lambda row: places[row["uid"]]))
         battles = self.battles(judge)
@@ -158,7 +160,7 @@ class ArenaHardScorer(OfficialScorer):
         return Scored(metrics, unread, fmean(map(len, baseline)), tuple(notes))
 
     def battles(self, judge: str) -> list[dict[str, Any]]:
-        """`uid`, `category` and `scores` of each question, as the official code takes the verdicts."""
+        """`uid`, `category` and `scores` of each question, as the official code reads the verdicts."""
         out = self.model.folder / "battles.json"
         self.environment.run(
             "show_result",
@@ -170,9 +172,9 @@ class ArenaHardScorer(OfficialScorer):
         return found
 
     def _table(self, judge: str, category: Category, *control: str) -> tuple[float, float, float]:
-        """The score and its 90 % interval that show_result.py prints, its random numbers seeded.
+        """The score and its 90 % interval as show_result.py prints them, with seeded random numbers.
 
-        Style is controlled by both features or not at all: with markdown alone it drops a model's column.
+        Style is controlled by both features or not at all; with markdown alone the script drops a model's column.
         """
         out = self.model.folder / "show_result.txt"
         self.environment.run(
@@ -191,7 +193,7 @@ class ArenaHardScorer(OfficialScorer):
         raise DataError(f"{out}: found no row of {self.model.name}, expected one of show_result.py")
 
     def _lay_out(self) -> None:
-        """Copy what the official code reads into `data/`, below the folder it is run in."""
+        """Copies the files that the official code reads into `data/` of its working folder."""
         data = self.model.folder / "data" / self._version
         (data / "model_answer").mkdir(parents=True, exist_ok=True)
         shutil.copyfile(self._data / "question.jsonl", data / "question.jsonl")
@@ -202,7 +204,7 @@ class ArenaHardScorer(OfficialScorer):
         shutil.copyfile(self.model.folder / "model_answer" / answers, data / "model_answer" / answers)
 
     def _count_markdown(self) -> None:
-        """Add the counts that style control needs to all answers, for v0.1's baseline comes without them."""
+        """Adds the counts that style control needs to all answers; v0.1's baseline lacks them."""
         target = self.model.folder / "data" / self._version / "model_answer"
         self.environment.run(
             "add_markdown_info",
@@ -215,7 +217,7 @@ class ArenaHardScorer(OfficialScorer):
         )
 
     def _forget_what_never_came(self, judge: str) -> None:
-        """Remove judgments without a verdict, as of a judge that refused to answer; the official code keeps them."""
+        """Removes judgments without a verdict, which the official code would keep, so that they are made again."""
         path = self._judgments_file(judge)
         cut_half_line(path)
         rows = read_lines(path)
@@ -256,7 +258,7 @@ class ArenaHardScorer(OfficialScorer):
 
 
 def checked_checkout(folder: Path) -> Path:
-    """The folder, which is a checkout of arena-hard-auto.
+    """The folder, checked to be a checkout of arena-hard-auto.
 
     Raises: ConfigError where it is none, or one of another version.
     """

@@ -1,6 +1,6 @@
-"""Runs arena-hard-auto's show_result.py with seeded random numbers; started by a Python that has what it imports.
+"""Runs arena-hard-auto's show_result.py with seeded random numbers, under a Python that has its packages.
 
-`arena_hard_child.py CHECKOUT battles OUT BENCHMARK JUDGE` writes the verdicts as the official code takes them.
+`arena_hard_child.py CHECKOUT battles OUT BENCHMARK JUDGE` writes the verdicts as the official code reads them.
 `arena_hard_child.py CHECKOUT table OUT ...` writes what `show_result.py ...` prints.
 """
 

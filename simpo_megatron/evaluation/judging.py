@@ -1,4 +1,4 @@
-"""Judging and scoring by the official scorers: the judge, what each scorer is told, and what is refused beforehand."""
+"""Judging and scoring by the official scorers: the judge, the scorers, and the checks beforehand."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from simpo_megatron.generation.lines import appending, held_folder
 from simpo_megatron.generation.server import API_KEY, ChatServer
 
 _MOST_MISSING = 0.01
-"""Share of verdicts that may be unreadable; the published leaderboards have some."""
+"""Largest share of unreadable verdicts in a score; published leaderboards have some, too."""
 Metric = Mapping[str, float]
-"""`value`, with `error` (a standard error) or with `low` and `high`; percent, but MT-Bench's are of 10."""
+"""`value`, with `error` (a standard error) or with `low` and `high`; in percent, for MT-Bench from 1 to 10."""
 
 
 @dataclass(frozen=True)
 class JudgeServer:
-    """The model whose verdicts count, behind a URL."""
+    """The judge: a model behind a URL."""
 
     name: str
     url: str
@@ -37,7 +37,7 @@ class JudgeServer:
 
     @property
     def variables(self) -> dict[str, str]:
-        """The variables by which an OpenAI client finds the judge; one that needs no key is sent `none`."""
+        """The variables by which an OpenAI client finds the judge; the key is `none` where none is needed."""
         return {"OPENAI_BASE_URL": self.url, "OPENAI_API_KEY": os.environ.get(API_KEY, "none")}
 
 
@@ -46,7 +46,7 @@ class Scored:
     """The scores by one judge."""
 
     metrics: Mapping[str, Metric]
-    """The one that the benchmark is known for first."""
+    """The metrics, the benchmark's main one first."""
     num_missing: int
     """Verdicts that could not be read; the official scorer leaves them out."""
     baseline_characters: float | None = None
@@ -67,22 +67,22 @@ class OfficialScorer(ABC):
     @property
     @abstractmethod
     def published_judges(self) -> tuple[str, ...]:
-        """The judges whose verdicts published scores rest on."""
+        """The judges of published scores."""
 
     @abstractmethod
     def check(self) -> None:
-        """Return when the official code will take the answers for what they are.
+        """Returns when the official code will read the answers correctly.
 
         Raises: ConfigError, DataError.
         """
 
     @abstractmethod
     def num_left(self, judge: str) -> int:
-        """The verdicts that are still to be made."""
+        """The number of missing verdicts."""
 
     @abstractmethod
     def judge(self, judge: JudgeServer) -> None:
-        """Ask for the verdicts that are missing.
+        """Asks the judge for the missing verdicts.
 
         Raises: DataError where the official code fails.
         """
@@ -91,12 +91,12 @@ class OfficialScorer(ABC):
     def score(self, judge: str) -> Scored:
         """The scores.
 
-        Raises: DataError where the official code fails, or would be wrong in silence.
+        Raises: DataError where the official code fails, or would return a wrong number.
         """
 
 
 def judge_model(scorer: OfficialScorer, judge: JudgeServer) -> Iterator[str]:
-    """Have a model's answers judged, from where an earlier call was stopped; yields lines that say so.
+    """Judges a model's answers, continuing an earlier call; yields lines of progress.
 
     Raises: ConfigError, DataError.
     """
@@ -116,7 +116,7 @@ def judge_model(scorer: OfficialScorer, judge: JudgeServer) -> Iterator[str]:
 
 
 def score_model(scorer: OfficialScorer, judge: str) -> Iterator[str]:
-    """Score a judged model and write `score-JUDGE.json`; yields lines that say so.
+    """Scores a judged model and writes `score-JUDGE.json`; yields the lines to print.
 
     Raises: ConfigError, DataError.
     """
@@ -164,7 +164,7 @@ def shown(metric: Metric) -> str:
 
 
 def reasons_against_comparing(scorer: OfficialScorer, judge: str, scored: Scored) -> list[str]:
-    """The reasons why no published score may stand beside this one; none where one may."""
+    """The reasons why this score cannot be compared with published ones; none where it can."""
     model, reasons = scorer.model, list[str]()
     if judge not in scorer.published_judges:
         reasons.append(f"the judge is {judge}, theirs is {' or '.join(scorer.published_judges)}")
@@ -181,14 +181,14 @@ def reasons_against_comparing(scorer: OfficialScorer, judge: str, scored: Scored
 
 
 def cut_half_line(path: Path) -> None:
-    """Remove half a last line, which a killed process left and no official loader reads."""
+    """Removes an incomplete last line of a killed process, which no official loader reads."""
     if path.exists():
         with appending(path):
             pass
 
 
 def _probe(judge: JudgeServer, *, needs_logprobs: bool) -> None:
-    """Ask the judge one question, for the official scorers wait minutes for one that is not there.
+    """Asks the judge one question, because the official scorers wait minutes for a judge that is absent.
 
     Raises: ConfigError where it gives no top logprobs and they are needed; DataError where it does not answer.
     """

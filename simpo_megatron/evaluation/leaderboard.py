@@ -1,4 +1,4 @@
-"""A page of many models' scores, with the length of their answers beside: judges like long ones."""
+"""A page of many models' scores beside the length of their answers, because judges prefer long ones."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from simpo_megatron.reporting.rendering import render
 
 
 def write_leaderboard(folders: Sequence[Path], page: Path) -> Iterator[str]:
-    """Write `page` with a table for each benchmark and judge, best first; yields their lines.
+    """Writes `page` with a table for each benchmark and judge, best first; yields the lines to print.
 
     Raises: ConfigError for a folder without a score.
     """
@@ -33,7 +33,7 @@ def write_leaderboard(folders: Sequence[Path], page: Path) -> Iterator[str]:
 
 
 def _table(benchmark: str, judge: str, scores: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """A table of one benchmark's scores by one judge; scores by several judges never stand in one."""
+    """The table of one benchmark and one judge; scores of different judges are never mixed."""
     names = list(dict.fromkeys(name for score in scores for name in score["metrics"] if _has_column(name)))
     first = names[0]
     ranked = sorted(scores, key=lambda score: score["metrics"].get(first, {}).get("value", float("-inf")), reverse=True)
@@ -55,7 +55,7 @@ def _table(benchmark: str, judge: str, scores: Sequence[Mapping[str, Any]]) -> d
             for score in ranked
         ],
         "baseline": None if baseline is None else f"{baseline:,.0f}",
-        # Those of one judge and benchmark have the judge's reason in common; others are a model's.
+        # A reason that all rows share is the judge's and is printed once; others are a model's.
         "warnings": sorted({f"{score['model']}: {why}" for score in ranked for why in score["not_comparable"]}),
         "packages": ", ".join(sorted({score["package"] for score in scores})),
     }

@@ -1,4 +1,4 @@
-"""MT-Bench by NVIDIA's package of FastChat's llm_judge, which takes any judge; its own generation is not used."""
+"""MT-Bench by NVIDIA's package of FastChat's llm_judge, which takes any judge. Its generation is not used."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class MTBenchScorer(OfficialScorer):
             if official.get(row["question_id"]) != row["turns"]:
                 raise DataError(
                     f"{self.model.questions}: found question {row['question_id']} in other words than in {_PACKAGE}, "
-                    "which would judge the answer by its own; answer its questions"
+                    "expected the text that is judged; answer the questions of that package"
                 )
 
     def num_left(self, judge: str) -> int:
@@ -65,7 +65,9 @@ class MTBenchScorer(OfficialScorer):
     def score(self, judge: str) -> Scored:
         cut_half_line(self._judgments_file(judge))
         if left := self.num_left(judge) - self._num_unreadable(judge):
-            raise DataError(f"{self._judgments_file(judge)}: found {left} verdicts missing, expected none; judge again")
+            raise DataError(
+                f"{self._judgments_file(judge)}: found {left} turns without a verdict, expected none; judge again"
+            )
         self.environment.run(
             "render_result_json",
             [

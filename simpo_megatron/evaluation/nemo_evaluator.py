@@ -1,4 +1,4 @@
-"""The same task as a configuration of NeMo Evaluator's launcher, for those whose evaluations are run by it."""
+"""The same task as a configuration of NeMo Evaluator's launcher."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ import yaml
 
 from simpo_megatron.errors import ConfigError, require
 
-# Tasks of nemo-evaluator-launcher 0.2.6; of AlpacaEval it has none.
+# Tasks of nemo-evaluator-launcher 0.2.6; it has none for AlpacaEval.
 _TASKS = {"mt-bench": "mtbench", "arena-hard": "ns_arena_hard_v2"}
 
 
 def launcher_config(benchmark: str, model: str, name: str, url: str | None, out: Path) -> str:
-    """YAML for `nemo-evaluator-launcher run --config FILE`: a server that is there, or vLLM started on a folder.
+    """YAML for `nemo-evaluator-launcher run --config FILE`: an existing server, or vLLM started on a folder.
 
-    The launcher's mtbench answers by itself at one temperature, not at MT-Bench's by category, and its Arena-Hard is
-    v2.0: neither score is that of `simpo evaluate`.
+    The launcher's mtbench answers at one temperature, not at MT-Bench's by category. Its Arena-Hard is
+    v2.0. Neither score can be compared with that of `simpo evaluate`.
 
     Raises: ConfigError for a benchmark that the launcher does not have.
 

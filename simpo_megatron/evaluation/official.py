@@ -1,4 +1,4 @@
-"""The official scorers' own environment: found, checked, and run as children whose output is kept."""
+"""The environment of the official scorers: finds it, checks it, and runs its commands with their output kept."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ class OfficialEnvironment:
     python: Path
 
     def folder_of(self, package: str) -> Path:
-        """The folder of an installed package.
+        """The folder of `package` in this environment.
 
-        Raises: ConfigError where it is not installed, or in another version than scores are proven with.
+        Raises: ConfigError where it is not installed, or in another version than the tested one.
         """
         found = subprocess.run(  # noqa: S603 - our own environment
             [self.python, "-c", _WHERE, package, _MODULES[package]], capture_output=True, text=True
@@ -60,7 +60,7 @@ class OfficialEnvironment:
         cwd: Path | None = None,
         variables: Mapping[str, str] | None = None,
     ) -> None:
-        """Run Python with `arguments` to do `what`, its output appended to `log`. It ends with this process.
+        """Runs this Python with `arguments` to do `what`; its output is appended to `log`. It ends with this process.
 
         Raises: DataError with its last line, where it fails.
         """

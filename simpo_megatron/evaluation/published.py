@@ -1,4 +1,4 @@
-"""Published scores of SimPO's released models, and how their answers were really made.
+"""Published scores of SimPO's released models, and the settings of their answers.
 
 Source: princeton-nlp/SimPO 1b3e8f3, `eval/` and README; arXiv 2405.14734, table 4; AlpacaEval's leaderboard.
 """
@@ -20,7 +20,7 @@ _INST = "[INST] {instruction} [/INST]"
 JUDGE = "gpt-4-1106-preview"
 """The judge of all of them."""
 TOLERANCE = 3.0
-"""Points by which a score may differ from the published one in a sound environment.
+"""Points by which a score may differ from the published one in a correct set-up.
 
 The authors' own two evaluations of one checkpoint differ by 1 (issue 21 of their repository); one evaluation's standard
 error is 0.9 on AlpacaEval and about 1.6 on Arena-Hard. Twice the error of a difference of two is some 3.
@@ -29,20 +29,20 @@ error is 0.9 on AlpacaEval and about 1.6 on Arena-Hard. Twice the error of a dif
 
 @dataclass(frozen=True)
 class PublishedRun:
-    """The way in which a released model answered a benchmark, and its published scores by metric, in percent."""
+    """The settings under which a released model answered a benchmark, and its published scores in percent."""
 
     prompt: str
-    """The text that the model saw, BOS aside."""
+    """The rendered prompt without BOS."""
     stop_ids: tuple[int, ...]
     max_new_tokens: int
     scores: Mapping[str, float]
     temperature: float = 0.0
     why: str = ""
-    """The reason why the temperature is not that of the published YAML."""
+    """The reason why the temperature differs from the published YAML."""
 
 
-# alpaca-eval 0.6.2 made of `do_sample: true` a beam search of one beam, which is greedy whatever the temperature.
-_BEAM = "its YAML's do_sample meant a beam search of one beam, which is greedy whatever the temperature"
+# alpaca-eval 0.6.2 turned `do_sample: true` into a beam search of one beam, greedy at any temperature.
+_BEAM = "its YAML's do_sample meant a beam search of one beam, which is greedy at any temperature"
 
 
 def _alpaca(length_controlled: float, win_rate: float) -> Mapping[str, float]:

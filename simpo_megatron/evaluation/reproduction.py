@@ -1,4 +1,4 @@
-"""A released model evaluated as its published scores were: is it the infrastructure, or the model?"""
+"""The evaluation of a released model under the settings of its published scores, to check the set-up."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from simpo_megatron.generation.engines import Engine
 
 
 def published_run(benchmark: str, name: str) -> PublishedRun:
-    """The way in which a released model answered.
+    """The published run of the model `name`.
 
-    Raises: ConfigError of a model whose settings are not published.
+    Raises: ConfigError for a model whose settings are not published.
     """
     of_benchmark = PUBLISHED[benchmark]
     if name not in of_benchmark:
@@ -23,14 +23,14 @@ def published_run(benchmark: str, name: str) -> PublishedRun:
 
 
 def published_decoding(run: PublishedRun, seed: int) -> Decoding:
-    """The settings under which the published answers were really made."""
+    """The settings of the published answers."""
     return Decoding(max_new_tokens=run.max_new_tokens, temperature=run.temperature, seed=seed)
 
 
 def check_engine(engine: Engine, run: PublishedRun, question: str) -> Iterator[str]:
-    """Yields lines on what differs from how the published answers were made.
+    """Yields a line for each difference from the published settings.
 
-    Raises: ConfigError where an answer would not end where theirs did.
+    Raises: ConfigError where an answer would end at other stop ids.
     """
     stops = engine.identity().get("stop_ids")
     if stops is None:
@@ -48,7 +48,7 @@ def check_engine(engine: Engine, run: PublishedRun, question: str) -> Iterator[s
 
 
 def compare_with_published(name: str, run: PublishedRun, score: Mapping[str, Any]) -> Iterator[str]:
-    """Yields a line for each published score, and one that says what follows.
+    """Yields a line for each published score, and a verdict.
 
     Args:
         score: what `score-JUDGE.json` holds.
@@ -69,9 +69,9 @@ def compare_with_published(name: str, run: PublishedRun, score: Mapping[str, Any
     if abs(furthest) > TOLERANCE:
         raise GateClosed(
             f"reproduce: found {name} {furthest:+.1f} points from its published score, expected at most {TOLERANCE:g}; "
-            "it is the infrastructure: look at template, stop ids, dtype, batch size and judge before any other model"
+            "the set-up differs: look at template, stop ids, dtype, batch size and judge before any other model"
         )
-    yield f"verdict   within {TOLERANCE:g} points: the infrastructure is sound, and a model's low score is the model's"
+    yield f"verdict   within {TOLERANCE:g} points of the published score: scores of other models can be trusted"
 
 
 def _without_bos(text: str) -> str:

@@ -1,1 +1,1 @@
-"""Answers of a model to prompts, and preference pairs made of them; needs no Megatron."""
+"""Answers of a model to prompts, and preference pairs made from them; needs no Megatron."""

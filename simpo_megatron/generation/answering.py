@@ -1,4 +1,4 @@
-"""Answers the prompts of a file, into a folder that also records how they were made."""
+"""Answers the prompts of a file, into a folder that also holds the settings."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ANSWERS_FILE, RECORD_FILE = "answers.jsonl", "generation.json"
 
 @dataclass(frozen=True, kw_only=True)
 class Decoding:
-    """The settings of decoding, the same for every prompt but for its category's temperature."""
+    """The settings of decoding; only the temperature may depend on a prompt's category."""
 
     max_new_tokens: int = 1024
     temperature: float = 0.0
@@ -50,10 +50,10 @@ class Decoding:
 
 
 def answer_prompts(engine: Engine, prompts: Path, folder: Path, decoding: Decoding) -> Iterator[str]:
-    """Answer the prompts that `folder` has no answer to yet, and write a line for each; yields lines that say so.
+    """Answers the prompts without an answer in `folder`, and writes a line for each; yields lines of progress.
 
     `answers.jsonl` has for each prompt and sample its id, the whole conversation, the answers in it, their tokens,
-    whether one was cut, temperature and seed. `generation.json` says how all of them were made, and what they are like.
+    whether one was cut, temperature and seed. `generation.json` holds the settings and a summary.
 
     Raises:
         ConfigError: the folder was begun with other settings, or is another process's.
@@ -83,7 +83,7 @@ def answer_prompts(engine: Engine, prompts: Path, folder: Path, decoding: Decodi
 
 
 def read_answers(folder: Path, **fields: type) -> list[dict[str, Any]]:
-    """The answers in `folder`, none where there are none yet, each with `fields` of these types beside what all need.
+    """The answers in `folder`, checked to have `fields` of these types; none where there are none yet.
 
     Raises: DataError for a line that is no answer.
     """
@@ -97,7 +97,7 @@ def read_answers(folder: Path, **fields: type) -> list[dict[str, Any]]:
 
 
 def summarize(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Counts and shares over all answers: `num_answers`, `mean_tokens`, shares; one of several turns counts once."""
+    """`num_answers`, `mean_tokens`, and shares of all answers; an answer of several turns counts once."""
     return {
         "num_answers": len(rows),
         "mean_tokens": fmean(row["num_tokens"] for row in rows),
@@ -108,10 +108,10 @@ def summarize(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 
 def _answer(engine: Engine, left: Sequence[tuple[PromptItem, int]], decoding: Decoding, path: Path) -> None:
-    """Append an answer to `path` for each of `left`; the first error ends the rest."""
+    """Appends an answer to `path` for each of `left`; the first error ends the others."""
     writing = threading.Lock()
     if engine.num_at_once == 1:
-        # In the main thread, where a chat template's bounds are the kernel's.
+        # In the main thread, where the kernel's signals can interrupt a chat template.
         with appending(path) as file:
             for item, sample in left:
                 append(file, _converse(engine, item, sample, decoding))
@@ -132,7 +132,7 @@ def _answer(engine: Engine, left: Sequence[tuple[PromptItem, int]], decoding: De
 
 
 def _converse(engine: Engine, item: PromptItem, sample: int, decoding: Decoding) -> dict[str, Any]:
-    """One line of the answers: every turn of the prompt answered, each with the answers before in view."""
+    """One line of the answers: every turn of the prompt answered in order, after the answers before it."""
     temperature, seed = decoding.temperature_of(item), decoding.seed_of(item, sample)
     messages, completions = [dict(turn) for turn in item.messages], list[Completion]()
     for turn in (None, *item.later_turns):

@@ -26,21 +26,21 @@ class Completion:
     text: str
     num_tokens: int
     is_cut: bool
-    """It ended at the most tokens allowed, not by itself."""
+    """True when it ended at max_new_tokens, not at a stop id."""
 
 
 class Engine(ABC):
-    """A model that answers; `num_at_once` answers may be asked for from as many threads."""
+    """A model that answers; `num_at_once` threads may ask it at the same time."""
 
     num_at_once = 1
 
     @abstractmethod
     def identity(self) -> dict[str, Any]:
-        """The facts that answers depend on besides the settings, as JSON values."""
+        """Further facts that determine the answers, as JSON values."""
 
     @abstractmethod
     def rendered(self, messages: Sequence[Message]) -> str | None:
-        """The text that the model sees of a conversation; None where only the server knows."""
+        """The rendered text of a conversation; None where only the server knows it."""
 
     @abstractmethod
     def complete(
@@ -49,11 +49,11 @@ class Engine(ABC):
         """The answer to a conversation that ends with a turn of the user; greedy at temperature 0."""
 
     def close(self) -> None:  # noqa: B027 - most have started nothing
-        """End what the engine started; it answers no more."""
+        """Ends the processes of the engine, which answers no more."""
 
 
 class ServerEngine(Engine):
-    """A server's model: vLLM, SGLang, TGI or any other that speaks OpenAI's protocol; it renders and stops itself."""
+    """A model behind a server with OpenAI's protocol (vLLM, SGLang, TGI), which applies template and stop ids."""
 
     def __init__(self, server: ChatServer, num_at_once: int) -> None:
         self._server, self.num_at_once = server, num_at_once
@@ -97,12 +97,14 @@ class FolderEngine(Engine):
         try:
             return self._template.render([dict(turn) for turn in messages], add_generation_prompt=True)
         except BadRecord as error:
-            raise DataError(f"prompt: found a conversation that the chat template refuses: {error}") from None
+            raise DataError(
+                f"prompt: found a conversation that the chat template refuses ({error}), expected one that it takes"
+            ) from None
 
     def prompt_of(self, messages: Sequence[Message], max_new_tokens: int) -> list[int]:
-        """The token ids of a conversation.
+        """The prompt's token ids of a conversation.
 
-        Raises: DataError where they leave no room for an answer.
+        Raises: DataError where the model has no positions left for an answer.
         """
         ids = prompt_ids(self._tokenizer, self.rendered(messages))
         if self._positions is not None and len(ids) + max_new_tokens > self._positions:
@@ -113,7 +115,7 @@ class FolderEngine(Engine):
         return ids
 
     def completion_of(self, answer: list[int]) -> Completion:
-        """The answer of these token ids, the stop id that it ends with among them."""
+        """The answer of these token ids, which include its stop id."""
         text = str(self._tokenizer.decode(answer, skip_special_tokens=True))
         return Completion(text.strip(), len(answer), is_cut=not answer or answer[-1] not in self._stop_ids)
 
@@ -121,7 +123,7 @@ class FolderEngine(Engine):
 class TransformersEngine(FolderEngine):
     """A folder's model in this process, on its GPU or the CPU, one answer at a time.
 
-    One at a time, because padding beside other answers changes an answer's last bits, and a sampled one would depend on
+    One at a time, because padding changes an answer's last bits, so that a sampled answer would depend on
     its neighbours.
     """
 
@@ -134,7 +136,7 @@ class TransformersEngine(FolderEngine):
         super().__init__(folder)
         self._model = load_transformers_model(AutoModelForCausalLM, folder, dtype=dtype)
         self._positions = getattr(self._model.config, "max_position_embeddings", self._positions)
-        # Only the stop ids of the folder's own settings: its top_p or repetition_penalty would act silently.
+        # Only the stop ids of the folder's own settings; its top_p or repetition_penalty would apply unnoticed.
         pad = next((one for one in (self._tokenizer.pad_token_id, self._tokenizer.eos_token_id) if one is not None), 0)
         self._model.generation_config = GenerationConfig(eos_token_id=self._stop_ids or None, pad_token_id=pad)
         if device.has_cuda():
@@ -168,7 +170,7 @@ class TransformersEngine(FolderEngine):
 def stop_ids(configured: int | Sequence[int] | None) -> list[int]:
     """The ids of a generation_config.json at which an answer ends.
 
-    Raises: ConfigError when they are no ids.
+    Raises: ConfigError when they are not ids.
     """
     ids = configured if isinstance(configured, Sequence) else [] if configured is None else [configured]
     if not all(type(one) is int and one >= 0 for one in ids):
@@ -179,7 +181,7 @@ def stop_ids(configured: int | Sequence[int] | None) -> list[int]:
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, rendered: str) -> list[int]:
     """The token ids of a rendered prompt.
 
-    Raises: DataError where it does not begin with one BOS, of a tokenizer that begins every text with one; or with two.
+    Raises: DataError where it begins with two BOS, or with none although the tokenizer adds one to every text.
     """
     ids: list[int] = tokenizer(rendered, add_special_tokens=False)["input_ids"]
     bos = tokenizer.bos_token_id

@@ -1,4 +1,4 @@
-"""Files with a line for each finished piece of work, so that a stopped process can continue."""
+"""Files of one line per result, so that a stopped process can continue."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ MOST_BYTES = 1 << 30
 
 
 def read_lines(path: Path, **fields: type) -> list[dict[str, Any]]:
-    """The objects in a JSON Lines file, none where there is no file; half a last line of a killed process is left out.
+    """The objects in a JSON Lines file, without an incomplete last line; none where there is no file.
 
     Args:
         fields: names that each object has, and the types of their values.
 
-    Raises: DataError for any other line that is no such object, and when the file cannot be read.
+    Raises: DataError for any other line that is not such an object, and when the file cannot be read.
     """
     if not path.exists():
         return []
@@ -50,7 +50,7 @@ def read_lines(path: Path, **fields: type) -> list[dict[str, Any]]:
 
 @contextmanager
 def appending(path: Path) -> Iterator[IO[str]]:
-    """`path` open to append lines to, half a last one cut off."""
+    """`path`, open to append lines, with an incomplete last one removed."""
     with path.open("a+b") as raw:
         raw.seek(0)
         raw.truncate(raw.read().rfind(b"\n") + 1)
@@ -59,15 +59,15 @@ def appending(path: Path) -> Iterator[IO[str]]:
 
 
 def append(file: IO[str], row: Mapping[str, Any]) -> None:
-    """Write `row` as a line that is in the file when this returns."""
-    # Lone surrogates, which a model may write, have no form in UTF-8 but one in JSON.
+    """Writes `row` as a line, and flushes it."""
+    # Lone surrogates, which a model may write, exist in JSON's escapes and not in UTF-8.
     file.write(json.dumps(row) + "\n")
     file.flush()
 
 
 @contextmanager
 def held_folder(folder: Path) -> Iterator[None]:
-    """The folder is there, and this process's alone as long as the context lasts.
+    """Makes the folder, and locks it for this process within the context.
 
     Raises: ConfigError when another process holds it, or it cannot be written.
     """
@@ -87,9 +87,9 @@ def held_folder(folder: Path) -> Iterator[None]:
 
 
 def keep_settings(path: Path, settings: Mapping[str, Any]) -> None:
-    """Write `settings` into `path`, unless they are there already.
+    """Writes `settings` into `path`, or compares them with those in it.
 
-    Raises: ConfigError naming each setting that differs from those the folder was begun with.
+    Raises: ConfigError naming each setting that differs from those in the folder.
     """
     now = json.loads(json.dumps(settings))
     if path.exists():
@@ -101,8 +101,8 @@ def keep_settings(path: Path, settings: Mapping[str, Any]) -> None:
         ]
         if changed:
             raise ConfigError(
-                f"out: found {path.parent} begun with other settings ({'; '.join(changed)}), expected the same; go on "
-                "with those or name another folder"
+                f"out: found {path.parent}, begun with other settings ({'; '.join(changed)}), expected the same; "
+                "continue with those or name another folder"
             )
         return
     write_record(path, {"settings": now})
@@ -111,7 +111,7 @@ def keep_settings(path: Path, settings: Mapping[str, Any]) -> None:
 def read_settings(path: Path) -> dict[str, Any]:
     """The settings in the record `path`.
 
-    Raises: ConfigError when it is no such record.
+    Raises: ConfigError when it is not such a record.
     """
     try:
         settings = json.loads(read_bounded(path, MOST_BYTES))["settings"]
@@ -123,7 +123,7 @@ def read_settings(path: Path) -> dict[str, Any]:
 
 
 def write_record(path: Path, record: Mapping[str, Any]) -> None:
-    """Write `record` as the whole file."""
+    """Writes `record` as the whole file, atomically."""
     atomic.write_text(path, json.dumps(record, indent=1) + "\n")
 
 

@@ -32,19 +32,19 @@ _SCORE = {"id": str, "sample": int, "score": float}
 
 @dataclass(frozen=True)
 class Pairing:
-    """The rules by which answers become pairs."""
+    """The rules that make pairs of answers."""
 
     min_score_gap: float = 0.0
-    """Least difference of the scores of a pair; at 0 a tie is still no pair."""
+    """Smallest difference of the scores of a pair; a tie is never a pair."""
     keeps_cut: bool = False
-    """Answers that ended at the most tokens allowed may be in a pair."""
+    """True when answers that ended at max_new_tokens may be in a pair."""
 
 
 def make_pairs(scorer: Scorer, answers: Path, folder: Path, pairing: Pairing) -> Iterator[str]:
-    """Score the answers in the folder `answers` and write the pairs that come of them; yields lines that say so.
+    """Scores the answers in the folder `answers` and writes their pairs; yields lines of progress.
 
     `scores.jsonl` gets a line for each answer as it is scored, `pairs.jsonl` appears whole at the end, in a form that
-    `--data` reads, and `pairs.json` says where both come from and what became of each prompt.
+    `--data` reads. `pairs.json` holds the sources, and the counts of prompts by outcome.
 
     Raises:
         ConfigError: the folder was begun with another scorer or other answers, or is another process's.
@@ -74,9 +74,9 @@ def make_pairs(scorer: Scorer, answers: Path, folder: Path, pairing: Pairing) ->
 def pair_up(
     rows: Sequence[Mapping[str, Any]], scores: Mapping[tuple[str, int], float], pairing: Pairing
 ) -> tuple[list[dict[str, Any]], Counter[str]]:
-    """(a pair of each prompt that has one, what became of the prompts): the best answer against the worst.
+    """(pairs, counts of prompts by outcome): the best answer of each prompt against the worst.
 
-    Of answers with one score the first sample counts; the same text is one answer, with its first sample's score.
+    Among equal scores the first sample is taken. Equal texts are one answer, with the score of the first sample.
     """
     pairs, became = [], Counter[str]()
     in_order = sorted(rows, key=lambda row: (row["id"], row["sample"]))
@@ -101,7 +101,7 @@ def pair_up(
 def _pair(
     best: Mapping[str, Any], best_score: float, worst: Mapping[str, Any], worst_score: float, num_answers: int
 ) -> dict[str, Any]:
-    """A record that `--data` reads, with its scores and where they come from."""
+    """A record for `--data`, with the scores of both answers and their samples."""
     return {
         "id": best["id"],
         "prompt": best["messages"][:-1],
@@ -116,7 +116,7 @@ def _pair(
 
 
 def _score(scorer: Scorer, rows: Sequence[Mapping[str, Any]], path: Path) -> Iterator[str]:
-    """Append the score of each answer that has none yet."""
+    """Appends the score of each answer without one."""
     known = {(row["id"], row["sample"]) for row in read_lines(path, **_SCORE)}
     left = [row for row in rows if (row["id"], row["sample"]) not in known]
     if len(left) < len(rows):

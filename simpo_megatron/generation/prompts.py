@@ -1,4 +1,4 @@
-"""The prompts of a file: a conversation each, or several turns of a user that a model answers one after the other."""
+"""The prompts of a file: conversations, or several turns of a user that a model answers in order."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class PromptItem:
 
     id: str
     messages: tuple[Message, ...]
-    """The conversation up to the first turn that is to be answered, that turn the last."""
+    """The conversation up to and including the first turn to answer."""
     later_turns: tuple[str, ...] = ()
     """The user's turns, one after each answer."""
     category: str | None = None
@@ -32,9 +32,9 @@ class PromptItem:
 def read_prompts(path: Path) -> list[PromptItem]:
     """The prompts in a JSON Lines file, or in a JSON file that holds a list.
 
-    A row has `messages`, `turns` (what a user says, turn after turn, as MT-Bench has it), or a `prompt`, `instruction`
-    or `question` that is text or messages; or is a preference pair, whose prompt counts. Its id is `id`, `question_id`,
-    `uid` or `prompt_id`, else the number of its row.
+    A row has `messages`, `turns` (the user's turns in order, as in MT-Bench), or a `prompt`, `instruction` or
+    `question` that is text or messages. Or it is a preference pair, whose prompt is taken. Its id is `id`,
+    `question_id`, `uid` or `prompt_id`, else the number of its row.
 
     Raises: DataError naming the row, for one without a prompt, or an id that another row has.
     """
@@ -64,7 +64,7 @@ def read_rows(path: Path) -> list[Any]:
     try:
         if text.lstrip().startswith("["):
             return json.loads(text)
-        # Not splitlines, which cuts at line ends that JSON allows in a text.
+        # Not splitlines, which splits at characters that JSON allows inside a text.
         return [json.loads(line) for line in text.split("\n") if line.strip()]
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: found no JSON ({error}), expected an object in each line or one list") from None
@@ -78,7 +78,7 @@ def _item(row: dict[str, Any], number: int, where: str) -> PromptItem:
         return PromptItem(identity, _user(turns[0]), tuple(turns[1:]), category)
     found = next((row[key] for key in ("messages", *_TEXTS) if row.get(key)), None)
     if found is None and isinstance(row.get("chosen"), list):
-        # A pair whose responses repeat the prompt: all but the last turn is the prompt.
+        # In a pair whose responses repeat the prompt, all turns but the last are the prompt.
         found = row["chosen"][:-1]
     messages = _user(found) if isinstance(found, str) else _messages(found)
     if not messages or messages[-1]["role"] != "user":
@@ -93,7 +93,7 @@ def _user(text: str) -> tuple[Message, ...]:
 
 
 def _messages(found: object) -> tuple[Message, ...]:
-    """The messages of a list, none where it is no list of roles and texts."""
+    """The messages of a list; none where it is not a list of roles and texts."""
     turns = found if isinstance(found, list) else []
     is_sound = all(
         isinstance(turn, dict) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str)

@@ -30,15 +30,15 @@ class Scorer(ABC):
 
     @abstractmethod
     def identity(self) -> dict[str, Any]:
-        """The facts that scores depend on, as JSON values."""
+        """Facts that determine the scores, as JSON values."""
 
     @abstractmethod
     def score(self, row: Mapping[str, Any]) -> float:
-        """The score of a line of the answers, whose conversation ends with the answer."""
+        """The score of one line of the answers; its conversation ends with the answer."""
 
 
 class RewardModel(Scorer):
-    """A sequence classifier of one output in this process, which reads conversations by its own chat template."""
+    """A sequence classifier of one output in this process, with its own chat template."""
 
     def __init__(self, folder: Path) -> None:
         from transformers import AutoModelForSequenceClassification
@@ -70,7 +70,8 @@ class RewardModel(Scorer):
             text = self._template.render([dict(turn) for turn in row["messages"]])
         except BadRecord as error:
             raise DataError(
-                f"{row['id']}: found a conversation that the reward model's template refuses: {error}"
+                f"{row['id']}: found a conversation that the reward model's template refuses ({error}), expected "
+                "one that it takes"
             ) from None
         ids = self._tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"].to(self._model.device)
         most = getattr(self._model.config, "max_position_embeddings", None)

@@ -1,4 +1,4 @@
-"""A client of servers that speak OpenAI's chat protocol, for answers and for judgements."""
+"""A client of OpenAI's chat protocol, for answers and judgements."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class ChatServer:
 
         Raises:
             ConfigError: the server refuses the request.
-            DataError: it does not answer, after five tries, or with something else.
+            DataError: it does not answer in five tries, or not with a chat completion.
         """
         found = self._post({**self._asked(messages, max_tokens), "temperature": temperature, "seed": seed})
         try:
@@ -58,9 +58,9 @@ class ChatServer:
             raise DataError(f"{self.url}: found {shown}, expected a chat completion") from None
 
     def top_logprobs(self, messages: Sequence[Message], num: int) -> int:
-        """The number of alternatives that the server names for the first token of an answer, `num` asked for.
+        """The number of top logprobs that the server returns for a first token when `num` are asked for.
 
-        Raises: ConfigError, DataError, as `chat` does; ConfigError too where it refuses to name any.
+        Raises: ConfigError, DataError, as `chat` does; ConfigError also where it refuses to return any.
         """
         found = self._post({**self._asked(messages, 1), "temperature": 1.0, "logprobs": True, "top_logprobs": num})
         try:

@@ -1,4 +1,4 @@
-"""Answers prompts of token ids with vLLM as they come; started by a Python that has it, this package or not.
+"""Answers prompts of token ids with vLLM, under a Python that has vLLM and need not have this package.
 
 `vllm_child.py REPLIES ENGINE_ARGS`: REPLIES is the number of an open file, ENGINE_ARGS a JSON object for vLLM's
 EngineArgs. Each line of stdin is a request, `{"id", "prompt_token_ids", "sampling"}`, the last a keyword for each field
@@ -14,8 +14,8 @@ from typing import IO, Any
 
 
 def main(replies: int, engine_args: dict) -> None:
-    """Answer until stdin ends and nothing is left."""
-    # Only here, so that what imports the whole package needs no vLLM.
+    """Answers until stdin has ended and every request has its answer."""
+    # Imported here, so that importing every module of the package needs no vLLM.
     import vllm
     from vllm import EngineArgs, LLMEngine
 
@@ -35,7 +35,7 @@ def main(replies: int, engine_args: dict) -> None:
 
 
 def take(requests: queue.Queue, engine: Any, file: IO[str], *, waits: bool) -> bool:
-    """Hand the engine what has come, waiting for the first where nothing else is to do; False once stdin has ended."""
+    """Gives the engine the requests that have come, and waits for one when it is idle; False once stdin has ended."""
     from vllm import SamplingParams
 
     while True:
@@ -57,14 +57,14 @@ def take(requests: queue.Queue, engine: Any, file: IO[str], *, waits: bool) -> b
 
 
 def read_requests(requests: queue.Queue) -> None:
-    """Pass on each line of stdin, and None after the last."""
+    """Puts each line of stdin into the queue, and None after the last."""
     for line in sys.stdin:
         requests.put(json.loads(line))
     requests.put(None)
 
 
 def say(file: IO[str], reply: dict) -> None:
-    """Write one line that is read at once."""
+    """Writes one line and flushes it."""
     file.write(json.dumps(reply) + "\n")
     file.flush()
 

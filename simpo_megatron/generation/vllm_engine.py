@@ -1,4 +1,4 @@
-"""The model of a folder by vLLM, in processes of its own environment, one for each replica of the weights."""
+"""A folder's model under vLLM, in processes of vLLM's own environment, one for each replica."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ _AT_ONCE_PER_REPLICA = 512
 
 
 class VllmEngine(FolderEngine):
-    """A folder's model by vLLM's offline engine, prompts batched as they come.
+    """A folder's model under vLLM's offline engine, which batches prompts continuously.
 
-    vLLM gets token ids, not text: template, BOS and stop ids are those of the other engines, and its tokenizer is not
-    even loaded. Greedy answers may part from transformers' where two tokens are as probable to the last bits.
+    vLLM gets token ids: template, BOS and stop ids are those of the other engines, and its tokenizer is not
+    loaded. Greedy answers may differ from transformers' where two tokens are equally probable to the last bits.
 
     Args:
         log: file for vLLM's own output.
@@ -54,7 +54,7 @@ class VllmEngine(FolderEngine):
             "dtype": dtype,
             "tensor_parallel_size": tensor_parallel_size,
             "skip_tokenizer_init": True,
-            # The folder's top_p or repetition_penalty would act without a word.
+            # The folder's top_p or repetition_penalty would apply unnoticed.
             "generation_config": "vllm",
         }
         log.parent.mkdir(parents=True, exist_ok=True)
@@ -114,7 +114,7 @@ class _Replica:
 
     @property
     def num_open(self) -> int:
-        """The requests that wait for an answer."""
+        """The number of requests without an answer."""
         return len(self._open)
 
     def version(self) -> str:
@@ -125,7 +125,7 @@ class _Replica:
         return self._started.result()
 
     def ask(self, prompt: Sequence[int], sampling: Mapping[str, Any]) -> Future[list[int]]:
-        """The token ids of an answer, once they are there.
+        """The token ids of an answer; waits for them.
 
         Raises: DataError where the process has ended.
         """
@@ -143,7 +143,7 @@ class _Replica:
         return asked
 
     def close(self) -> None:
-        """End the process, which ends with its stdin."""
+        """Closes the process's stdin, which ends it."""
         assert self._process.stdin is not None
         # A process that has ended may have left a request unread.
         with suppress(OSError):
@@ -154,7 +154,7 @@ class _Replica:
             self._process.kill()
 
     def _read(self, replies: int) -> None:
-        """Hand out answers until the process ends; those who still wait are told."""
+        """Gives out answers until the process ends; then every waiting request gets the error."""
         with open(replies, encoding="utf-8") as file:
             for line in file:
                 reply = json.loads(line)
@@ -179,7 +179,7 @@ class _Replica:
 
 
 def _devices(replica: int, tensor_parallel_size: int, data_parallel_size: int) -> str | None:
-    """CUDA_VISIBLE_DEVICES of one of several replicas; None of one alone, which takes what it sees."""
+    """CUDA_VISIBLE_DEVICES of one of several replicas; None for a single one, which uses all GPUs."""
     if data_parallel_size == 1:
         return None
     seen = os.environ.get("CUDA_VISIBLE_DEVICES")

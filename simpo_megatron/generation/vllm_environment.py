@@ -1,4 +1,4 @@
-"""vLLM's own environment, whose torch need not be this one's: found, and used to serve a judge."""
+"""The environment of vLLM, which has its own torch: finds it, and serves a judge from it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def vllm_python() -> Path:
 
 
 def serve(model: str, *, port: int, tensor_parallel_size: int) -> NoReturn:
-    """Become vLLM's server of `model`, under its own name and with the five top logprobs that AlpacaEval asks for.
+    """Replaces this process by vLLM's server of `model`, with the five top logprobs that AlpacaEval needs.
 
     Raises: ConfigError without an environment of vLLM.
     """

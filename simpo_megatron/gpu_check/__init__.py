@@ -1,1 +1,1 @@
-"""One short run on one GPU: each check of the GPU path by its name, with a verdict, a value and a budget."""
+"""Checks of the GPU path in one short run on one GPU; each has a verdict, a value and a budget."""

@@ -1,4 +1,4 @@
-"""The machine: versions, free memory, and the rates that bound everything else."""
+"""The machine: versions, free memory, and the two rates that bound every speed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _FOREIGN_GIB = 1.0
 
 
 def measure_ceilings(setting: CheckSetting) -> Verdict:
-    """Copy bandwidth and the rate of a large bf16 product, on a GPU that nobody else uses."""
+    """Measures copy bandwidth and the rate of a large bf16 product; fails when other processes use the GPU."""
     size, num_bytes = setting.size(8192, 64), setting.size(2**31, 2**16)
     left, right = (torch.randn(size, size, device=setting.device).bfloat16() for _ in range(2))
     source = torch.empty(num_bytes, dtype=torch.uint8, device=setting.device)

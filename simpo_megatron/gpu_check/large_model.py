@@ -1,4 +1,4 @@
-"""A model of 1B parameters for a dozen steps: speed, memory beside the plan, and what the GPU does meanwhile."""
+"""A model of 1B parameters for a dozen steps: speed, memory against the plan, and the GPU's occupation."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from simpo_megatron.planning.workload import Workload
 
 MFU_BUDGET, BUSY_BUDGET, RESERVED_BUDGET = 0.45, 0.95, 1.15
 PLAN_BUDGET = 0.15
-"""The largest difference between peak and planned memory, as a share of the latter."""
+"""Largest difference between peak and planned memory, as a share of the plan."""
 _NUM_STEPS, _PROFILED = 12, (8, 10)
 
 
 def measure_steps(setting: CheckSetting) -> Verdict:
-    """45 % of the GPU's peak, the planned memory, little reserved beside it, and no allocation retries."""
+    """Checks for 45 % MFU, memory as planned, little reserved beyond it, and no allocation retries."""
     folder = setting.folder / "large"
     options = model_options(setting)
     done = train(setting, folder, *options)
@@ -59,7 +59,7 @@ def measure_steps(setting: CheckSetting) -> Verdict:
 
 
 def _planned_bytes(setting: CheckSetting) -> float:
-    """The planner's peak of the run, without CUDA's context and workspaces, which torch does not count either."""
+    """The planned peak without CUDA's context and workspaces, which torch does not count."""
     model, pairs = model_and_pairs(setting)
     config = config_from(model=str(model), data=(str(pairs),), **_shape(setting))
     cache = setting.folder / "cache" / "planned"
@@ -78,7 +78,7 @@ def _planned_bytes(setting: CheckSetting) -> float:
 
 
 def measure_occupation(setting: CheckSetting) -> Verdict:
-    """The GPU works for 95 % of two steps, by the trace that `measure_steps` left."""
+    """Checks that the GPU works for 95 % of two steps, by the trace of `measure_steps`."""
     traces = list((setting.folder / "large" / "profile").glob("*.pt.trace.json"))
     if not traces:
         return Verdict.skip("no trace: the check of a model of 1B parameters has not run here")
@@ -102,7 +102,7 @@ def measure_occupation(setting: CheckSetting) -> Verdict:
 
 
 def _covered(spans: list[tuple[float, float]]) -> float:
-    """The length of the union of spans."""
+    """The total length of the union of `spans`."""
     total, end = 0.0, float("-inf")
     for start, stop in sorted(spans):
         total += max(0.0, stop - max(start, end))
@@ -111,7 +111,7 @@ def _covered(spans: list[tuple[float, float]]) -> float:
 
 
 def model_options(setting: CheckSetting) -> list[str]:
-    """Options of a run of the large model on long pairs; both are written where they are not yet."""
+    """Options of a run of the large model on long pairs; writes both if they are missing."""
     model, pairs = model_and_pairs(setting)
     options = ["--model", str(model), "--data", str(pairs), "--log-interval", "1", "--lr", "1e-6"]
     for name, value in _shape(setting).items():
@@ -122,7 +122,7 @@ def model_options(setting: CheckSetting) -> list[str]:
 
 
 def model_and_pairs(setting: CheckSetting) -> tuple[Path, Path]:
-    """(folder of the large model, file of long pairs), written where they are not yet."""
+    """(folder of the large model, file of long pairs); writes them if they are missing."""
     return _write_model(setting), _write_pairs(setting)
 
 
@@ -136,7 +136,7 @@ def _shape(setting: CheckSetting) -> dict[str, int]:
 
 
 def _write_model(setting: CheckSetting) -> Path:
-    """A random Llama of 1.2 billion parameters, beside the demo's tokenizer; the demo's own in a rehearsal."""
+    """A random Llama of 1.2 billion parameters with the demo's tokenizer; the demo's model in a rehearsal."""
     demo = prepare_demo(setting.folder / "cache" / "demo")
     if setting.rehearse:
         return demo.model_dir
@@ -165,7 +165,7 @@ def _write_model(setting: CheckSetting) -> Path:
 
 
 def _write_pairs(setting: CheckSetting) -> Path:
-    """Long pairs, made of the demo's texts one after the other."""
+    """Long pairs, made by joining the demo's texts."""
     texts = prepare_demo(setting.folder / "cache" / "demo").train_file.read_text(encoding="utf-8").splitlines()
     words = " ".join(
         message["content"] for line in texts for part in json.loads(line).values() for message in part

@@ -1,4 +1,4 @@
-"""The checks by name, those of most value first; what is late is left out when time is short."""
+"""The checks by name, the most valuable first, because late ones are skipped when time is short."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from simpo_megatron.gpu_check.verdict import Check
 from simpo_megatron.gpu_check.whole_runs import check_demo, check_ends, check_resume
 
 START_SECONDS = 20
-"""For the process in which checks run to come up."""
+"""Time for the checks' process to start."""
 CHECKS = (
     Check("A1", "versions, free memory, bandwidth, a large product", 15, measure_ceilings),
     Check("C1", "the loss against float64", 30, check_exactness),

@@ -1,4 +1,4 @@
-"""The loss on the device against float64: log-probs and both gradients, at sizes that fit nothing."""
+"""The loss on the device against float64: log-probs and both gradients, at odd sizes."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from simpo_megatron.gpu_check.verdict import CheckSetting, Verdict
 from simpo_megatron.loss import ResponseTokens, VocabShard, fused_linear_log_probs
 
 FP32_BUDGET = 2e-6
-"""fp32 sums of a few thousand terms; TF32 is off by default."""
+"""For fp32 sums of a few thousand terms; TF32 is off by default."""
 BF16_GRADIENT_BUDGET = 1.5e-2
-"""Slopes are rounded to bf16 before they are multiplied: 2^-8 each, and sums of them."""
+"""For slopes that are rounded to bf16, 2^-8 each, before they are multiplied and summed."""
 BF16_LOGP_FACTOR = 1.5
-"""Times what exact mathematics on logits rounded to bf16 is off."""
+"""Multiple of the error that exact arithmetic has on logits rounded to bf16."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ _CASES = [
 
 
 def check_exactness(setting: CheckSetting) -> Verdict:
-    """Every case's errors within their budgets."""
+    """Checks that the errors of every case are within their budgets."""
     worst, failed = 0.0, []
     errors = {}
     for case in _CASES:
@@ -119,7 +119,7 @@ def _in_float64(
 def _logp_budget(
     case: _Case, hidden: Tensor, weight: Tensor, rows: Tensor, targets: Tensor, exact: Tensor, vocab: int
 ) -> float:
-    """The error of exact mathematics on logits that are rounded once; in fp32 a fixed one, of values near 10."""
+    """The error of exact arithmetic on logits that are rounded once; in fp32 a constant, for values near 10."""
     if case.dtype == torch.float32 or not len(rows):
         return 10 * FP32_BUDGET
     with torch.no_grad():
@@ -137,7 +137,7 @@ def _largest(found: Tensor, expected: Tensor) -> float:
 
 
 def check_large_indices(setting: CheckSetting) -> Verdict:
-    """More logits than 32 bits count: sampled rows and columns against float64."""
+    """Checks sampled rows and columns against float64 where there are more logits than 32 bits count."""
     num_rows, hidden_size, vocab = setting.size(20_000, 40), setting.size(256, 16), setting.size(128_256, 1037)
     random = torch.Generator().manual_seed(1)
     hidden = torch.randn(num_rows, 1, hidden_size, generator=random).to(setting.device, torch.bfloat16).requires_grad_()
@@ -150,7 +150,7 @@ def check_large_indices(setting: CheckSetting) -> Verdict:
     )
     logp.sum().backward()
     assert hidden.grad is not None and weight.grad is not None
-    # The last ones are those that an index of 32 bits would miss.
+    # An index of 32 bits would miss the last ones.
     rows = torch.arange(num_rows)[:: max(1, num_rows // 50)].tolist() + [num_rows - 1]
     columns = torch.arange(vocab)[:: max(1, vocab // 50)].tolist() + [vocab - 1]
     with torch.no_grad():
@@ -160,7 +160,7 @@ def check_large_indices(setting: CheckSetting) -> Verdict:
         of_rows = _largest(logp.detach()[rows], sampled.gather(1, targets[rows, None])[:, 0])
         slopes = torch.nn.functional.one_hot(targets[rows], vocab) - sampled.exp()
         hidden_error = relative_error(hidden.grad[rows, 0], slopes @ weight_vH)
-        # A row's log-sum-exp follows from its log-prob, whose error is known by now.
+        # A row's log-sum-exp follows from its log-prob, which is checked above.
         log_sums = (rows_NH * weight_vH[targets]).sum(-1) - logp.detach().double()
         slopes = (targets[:, None] == torch.tensor(columns, device=setting.device)).double()
         slopes -= (rows_NH @ weight_vH[columns].t() - log_sums[:, None]).exp()

@@ -1,4 +1,4 @@
-"""Other people's losses of hidden states and the head, each where its package is here."""
+"""Losses of other packages from hidden states and the head, as far as they are installed."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from simpo_megatron.mcore import cpu_patches
 
 BETA, GAMMA = 2.0, 1.0
 Loss = Callable[[Tensor, Tensor], Tensor]
-"""A loss of hidden states [R, S, H] and the head [v, H], made for the labels [R, S] of responses in turn."""
+"""A loss of hidden states [R, S, H] and the head [v, H], for labels [R, S] of chosen and rejected rows in turn."""
 
 
 def peer_losses(labels: Tensor, setting: CheckSetting) -> tuple[dict[str, Loss], dict[str, str]]:
-    """(losses by name, of those that are missing why), for labels that are -100 where nothing is predicted.
+    """(losses by name, reasons by name of missing ones), for labels with -100 where nothing is predicted.
 
-    SimPO's loss on the log-probs of princeton's trainer, TRL, Cut Cross Entropy and megatron-core; Liger's own SimPO,
-    and of Liger's linear cross entropy the mean, for its gradients are made for one.
+    SimPO on the log-probs of princeton's trainer, TRL, Cut Cross Entropy and megatron-core; Liger's own SimPO;
+    the mean of Liger's linear cross entropy, whose gradients are those of a mean.
     """
     makers: dict[str, Callable[[Tensor, CheckSetting], Loss]] = {
         "princeton": lambda labels, _: partial(_princeton, labels),
@@ -45,7 +45,7 @@ def peer_losses(labels: Tensor, setting: CheckSetting) -> tuple[dict[str, Loss],
 
 
 def _princeton(labels: Tensor, hidden: Tensor, weight: Tensor) -> Tensor:
-    """A copy of the logits in fp32 and their log-softmax, as the authors' trainer has them."""
+    """The log-softmax of a fp32 copy of the logits, as in the authors' trainer."""
     logps = (hidden @ weight.t()).float().log_softmax(-1)
     return _simpo(logps.gather(-1, labels.clamp(min=0)[..., None])[..., 0], labels)
 
@@ -73,7 +73,7 @@ def _liger_linear_cross_entropy(labels: Tensor, setting: CheckSetting) -> Loss:
 
 def _cut_cross_entropy(labels: Tensor, setting: CheckSetting) -> Loss:
     linear_cross_entropy = importlib.import_module("cut_cross_entropy").linear_cross_entropy
-    # Its kernels are a GPU's; the same mathematics by torch, which its package also has, would compile for a minute.
+    # Its kernels need a GPU; its torch version would compile for a minute.
     if setting.rehearse:
         raise ImportError("its kernels are for GPUs alone")
     return lambda hidden, weight: _simpo(-linear_cross_entropy(hidden, weight, labels, reduction="none"), labels)

@@ -1,4 +1,4 @@
-"""Time and memory of the loss on the device, beside its three products and beside its peers."""
+"""Time and memory of the loss on the device, against its three products and its peers."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ FLOOR_BUDGET, TRL_BUDGET = 1.15, 0.4
 # Hidden size and columns of the vocabulary on a rank. Half of the positions of a batch are prompt.
 _SHAPES = {"70B tp8": (8192, 16_032), "8B tp1": (4096, 128_256), "1B tp1": (2048, 128_256)}
 _TINY = {"tiny": (16, 300)}
-# Columns of a block that a byte budget alone would give, whose rows begin at odd addresses, and a multiple of 256.
+# Columns of a block by the byte budget alone, with rows at odd addresses, and a multiple of 256.
 _BLOCK_WIDTHS = (2291, 2304)
 
 
 def measure_loss(setting: CheckSetting) -> Verdict:
-    """Ours within 1.15 of its three products, and 0.4 of TRL's time, at three shapes."""
+    """Checks for 1.15 times the three products and 0.4 of TRL's time, at three shapes."""
     ratios: dict[str, float] = {}
     details: dict[str, dict[str, float]] = {}
     missing: dict[str, str] = {}
@@ -77,14 +77,14 @@ def _measure_shape(hidden_size: int, width: int, setting: CheckSetting) -> tuple
         except Exception as error:
             if name.startswith("ours"):
                 raise
-            # A peer that this machine cannot run says nothing of ours.
+            # A peer that cannot run here is no failure of ours.
             missing[name] = f"{type(error).__name__}: {str(error).strip()[:200]}"
             found[f"{name} ms"] = float("inf")
     return found, missing
 
 
 def _products(hidden: Tensor, weight: Tensor, num_rows: int, columns: int) -> None:
-    """The three products over the response rows, so many columns at a time: what no loss can do without."""
+    """The three products over the response rows, `columns` at a time, which every exact loss needs."""
     with torch.no_grad():
         rows = hidden.flatten(0, 1)[:num_rows]
         for part in weight.split(columns):

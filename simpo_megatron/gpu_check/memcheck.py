@@ -25,12 +25,12 @@ raise SystemExit(bool(found))
 
 
 def check_memory_accesses(setting: CheckSetting) -> Verdict:
-    """Both kernels write to their rows and columns, and to nothing around them; in a process of its own."""
+    """Checks in a process of its own that both kernels write to their rows and columns only."""
     if importlib.util.find_spec("triton") is None:
         return Verdict.skip("triton is not installed")
     sanitizer = None if setting.rehearse else _sanitizer()
     prefix = [sanitizer, "--tool", "memcheck", "--error-exitcode", "9"] if sanitizer else []
-    # A CPU runs the kernels by Triton's interpreter, which is chosen before Triton is imported.
+    # A CPU runs the kernels in Triton's interpreter, which must be chosen before Triton is imported.
     environment = {**os.environ, **({"TRITON_INTERPRET": "1"} if setting.rehearse else {})}
     done = subprocess.run(  # noqa: S603 - our own script, or a tool of CUDA around it
         [*prefix, sys.executable, "-c", _SCRIPT.format(setting.device.type)],
@@ -52,7 +52,7 @@ def _sanitizer() -> str | None:
 
 
 def outside(device: str) -> list[str]:
-    """The cases in which a kernel wrote outside of its tensor, or not what it should."""
+    """The cases in which a kernel wrote outside of its tensor, or a wrong value."""
     found = []
     for width in _WIDTHS:
         for dtype in (torch.float32, torch.bfloat16):
@@ -89,7 +89,7 @@ def _faults(width: int, dtype: torch.dtype, cap: float, device: torch.device) ->
 
 
 class _Guarded:
-    """A tensor amid guards: rows before and after it and, where its stride leaves room, columns beside it."""
+    """A tensor between guards: rows before and after it, and columns beside it where the stride has room."""
 
     def __init__(
         self, num_rows: int, width: int, dtype: torch.dtype, device: torch.device, stride: int | None = None
@@ -98,7 +98,7 @@ class _Guarded:
         self.inside: Tensor = self._all[1:-1, :width]
 
     def is_intact(self) -> bool:
-        """True when every guard has its value, whatever lies inside."""
+        """True when every guard still has its value."""
         around = torch.ones_like(self._all, dtype=torch.bool)
         around[1:-1, : self.inside.shape[1]] = False
         guard = torch.tensor(_GUARD, dtype=self._all.dtype, device=self._all.device)

@@ -14,11 +14,11 @@ from simpo_megatron.mcore.batch import Microbatch
 from simpo_megatron.mcore.model import PreferenceGPTModel
 
 FP32_BUDGET, BF16_BUDGET = 2e-5, 3e-2
-"""Relative, of log-probs and of the embedding's gradient; fp32 kernels of attention sum in other orders."""
+"""Relative errors of log-probs and of the embedding's gradient; kernels sum in different orders."""
 
 
 def check_packs(setting: CheckSetting) -> Verdict:
-    """One pack gives the log-probs and the gradient that its pairs give one by one, in bf16 and in fp32."""
+    """Checks that a pack has the log-probs and gradient of its pairs one by one, in bf16 and fp32."""
     worst: dict[str, float] = {}
     for bf16, budget in ((True, BF16_BUDGET), (False, FP32_BUDGET)):
         with random_model(setting, bf16=bf16) as model:
@@ -48,7 +48,7 @@ def _log_probs_and_gradient(
 
 
 def measure_pack(setting: CheckSetting) -> Verdict:
-    """Seconds of forward and backward of a pack of many segments; no new plan or compilation for another pack."""
+    """Measures forward and backward of a pack of many segments, and that another pack needs no compilation."""
     with random_model(setting, bf16=True) as model:
         packs = [
             microbatch_of(random_pairs(setting, setting.size(8, 2), longest), setting)
@@ -74,7 +74,7 @@ def _first_seconds(work: Callable[[], object], setting: CheckSetting) -> float:
 
 
 def check_synchronizations(setting: CheckSetting) -> Verdict:
-    """A microbatch, forward and backward, in which the host waits for the device nowhere."""
+    """Checks that the host never waits for the device within a microbatch."""
     with random_model(setting, bf16=True) as model:
         pack = microbatch_of(random_pairs(setting, setting.size(8, 2), setting.size(300, 20)), setting)
         log_probs(model, pack).sum().backward()

@@ -1,4 +1,4 @@
-"""Runs checks one after the other in a process beside, which is ended when it exceeds a check's time."""
+"""Runs checks one after the other in a second process, which is killed when a check takes too long."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from typing import TextIO
 from simpo_megatron.gpu_check.verdict import Check, CheckSetting, Verdict
 
 _REHEARSAL_SECONDS = 900
-"""A check's time limit in a rehearsal, where the machine may be any and has neighbours."""
+"""A check's time limit in a rehearsal, on any machine under any load."""
 _LONGEST_START_SECONDS = 120
 _LEAST_SECONDS = 5
 _LOG = "log.txt"
@@ -30,7 +30,7 @@ _LOG = "log.txt"
 def run_checks(
     checks: Sequence[Check], setting: CheckSetting, out: TextIO, seconds: float, say: Callable[[str], None]
 ) -> int:
-    """The number of checks that failed.
+    """Runs `checks`; returns the number of those that failed.
 
     Args:
         out: gets one JSON object a line, on disk before the next check starts.
@@ -85,19 +85,19 @@ class _Worker:
         return verdict
 
     def _start(self) -> None:
-        # Nothing of this process's CUDA state, if it has any, may reach the child.
+        # The child must not inherit CUDA state of this process.
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs, self._setting))
         self._process.start()
         theirs.close()
-        # Its imports are no check's time. One that does not come up fails the check that it was started for.
+        # The time of its imports counts for no check. A process that does not start fails its check.
         with suppress(EOFError):
             if self._connection.poll(_LONGEST_START_SECONDS):
                 self._connection.recv()
 
     def end(self) -> None:
-        """End the process and all that it started."""
+        """Ends the process and its children."""
         if self._process is None or self._process.pid is None:
             return
         with suppress(ProcessLookupError):
@@ -109,7 +109,7 @@ class _Worker:
 
 
 def _serve(connection: Connection, setting: CheckSetting) -> None:
-    """Answer checks with their verdicts until the other end is closed."""
+    """Runs the checks that it receives and sends their verdicts, until the other end is closed."""
     os.setsid()
     log = os.open(setting.folder / _LOG, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
@@ -126,7 +126,7 @@ def _serve(connection: Connection, setting: CheckSetting) -> None:
 
 
 def _end_with_parent() -> None:
-    """End this process, and what it started, when the one that runs the checks is gone, however it went."""
+    """Ends this process and its children when its parent is gone."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     wait([parent.sentinel])
@@ -134,7 +134,7 @@ def _end_with_parent() -> None:
 
 
 def _verdict(check: Check, setting: CheckSetting) -> Verdict:
-    """The verdict of one check; what it raises is its failure, told with the type and the first line."""
+    """The verdict of one check; an exception is a failure with its type and first line."""
     try:
         verdict = check.run(setting)
     except Exception as error:

@@ -1,4 +1,4 @@
-"""A small random model in this process, with the layers that a run on this device has."""
+"""A small random model in this process, with the layers of a run on this device."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from simpo_megatron.parallel_sizes import ParallelSizes
 
 @contextmanager
 def random_model(setting: CheckSetting, *, bf16: bool) -> Iterator[PreferenceGPTModel]:
-    """A Llama of a few layers with eight query heads for each key head, its weights drawn from a fixed seed."""
+    """A Llama of a few layers with eight query heads for each key head, and weights of a fixed seed."""
     cpu_patches.install()
     heads = setting.size(16, 8)
     shape = {
@@ -53,7 +53,7 @@ def random_model(setting: CheckSetting, *, bf16: bool) -> Iterator[PreferenceGPT
 
 
 def random_pairs(setting: CheckSetting, num_pairs: int, longest: int) -> list[TokenizedPair]:
-    """Pairs of odd lengths up to `longest` tokens a part; a response of one token among them."""
+    """Pairs of odd lengths up to `longest` tokens a part, one response of a single token included."""
     random = np.random.default_rng(3)
     lengths = [(1, longest, 1), *random.integers(2, longest, (num_pairs - 1, 3)).tolist()]
     vocab = setting.size(32_000, 257)
@@ -62,7 +62,7 @@ def random_pairs(setting: CheckSetting, num_pairs: int, longest: int) -> list[To
 
 def microbatch_of(pairs: list[TokenizedPair], setting: CheckSetting, **options: bool) -> Microbatch:
     """The pairs in one pack on the check's device."""
-    # With room for a prompt in front of each response.
+    # The sequence has room for a prompt in front of each response.
     num_tokens = sum(2 * len(p.prompt_ids) + len(p.chosen_ids) + len(p.rejected_ids) for p in pairs)
     batch_options = BatchOptions(global_batch_size=len(pairs), tokens_per_microbatch=num_tokens, **options)
     return to_microbatch(collate(pairs, range(len(pairs)), batch_options), setting.device)

@@ -31,7 +31,7 @@ def median_seconds(work: Callable[[], object], setting: CheckSetting, repeats: i
 
 
 def peak_bytes(work: Callable[[], object], setting: CheckSetting) -> int:
-    """Bytes that `work` held at most beyond what was there before; 0 in a rehearsal, where nobody counts."""
+    """Peak bytes of `work` beyond those allocated before; 0 in a rehearsal, where nothing counts them."""
     if setting.rehearse:
         work()
         return 0
@@ -44,6 +44,6 @@ def peak_bytes(work: Callable[[], object], setting: CheckSetting) -> int:
 
 
 def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """The norm of the difference over that of `expected`, in float64; infinite where `found` has no numbers."""
+    """The norm of the difference over that of `expected`, in float64; infinite where `found` is not finite."""
     difference = (found.double() - expected.double()).norm() / expected.double().norm().clamp(min=1e-300)
     return float(difference) if bool(difference.isfinite()) else float("inf")

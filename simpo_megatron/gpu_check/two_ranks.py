@@ -1,4 +1,4 @@
-"""Two ranks on one GPU, over gloo: the loss with half of the vocabulary each is that of one rank."""
+"""Two ranks on one GPU over gloo, each with half of the vocabulary, against one rank."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from simpo_megatron.gpu_check.verdict import CheckSetting, Verdict
 from simpo_megatron.loss import ResponseTokens, VocabShard, fused_linear_log_probs
 
 BUDGET = 5e-6
-"""fp32, in two halves; relative."""
+"""Relative error in fp32 of sums in two halves."""
 
 
 def check_two_ranks(setting: CheckSetting) -> Verdict:
-    """Log-probs and both gradients of two tensor-parallel ranks against one rank."""
+    """Checks log-probs and both gradients of two tensor-parallel ranks against one rank."""
     path = str(setting.folder / "two_ranks.pt")
     expected = _loss(setting, None, 0, 1)
     multiprocessing.spawn(_rank, args=(setting, path), nprocs=2)

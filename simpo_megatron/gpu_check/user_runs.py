@@ -1,4 +1,4 @@
-"""Runs of `simpo train` by checks: started as a user starts them, their records read as a user reads them."""
+"""Runs of `simpo train` as a user starts them, and their records."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Ended = subprocess.CompletedProcess[str]
 
 @dataclass(frozen=True)
 class SmallRun:
-    """A run of `simpo train OPTIONS --save FOLDER`, with a fault of faults.py or without."""
+    """A run of `simpo train OPTIONS --save FOLDER`, with a fault of faults.py if one is given."""
 
     folder: Path
     options: tuple[str, ...]
@@ -32,7 +32,7 @@ def train(setting: CheckSetting, folder: Path, *options: str) -> Ended:
 
 
 def train_side_by_side(setting: CheckSetting, *runs: SmallRun) -> list[Ended]:
-    """The ends of runs that share this check's device: small ones, which take longer to start than to compute."""
+    """The results of small runs at the same time on this device; they take longer to start than to compute."""
     with ThreadPoolExecutor(len(runs)) as pool:
         return list(pool.map(lambda run: _start(setting, run), runs))
 
@@ -52,12 +52,12 @@ def _start(setting: CheckSetting, run: SmallRun) -> Ended:
 
 
 def records(folder: Path) -> list[dict[str, Any]]:
-    """The records of a run's metrics.jsonl, none of one that wrote none."""
+    """The records of a run's metrics.jsonl; none without a file."""
     file = folder / "metrics.jsonl"
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
 
 
 def last_line(done: Ended) -> str:
-    """The last line that a command printed, of its errors if there are any."""
+    """The last line of stderr, or of stdout where stderr is empty."""
     lines = (done.stderr.strip() or done.stdout.strip()).splitlines()
     return lines[-1][:300] if lines else ""

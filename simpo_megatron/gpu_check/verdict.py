@@ -14,12 +14,12 @@ Result = Literal["PASS", "FAIL", "SKIP"]
 
 @dataclass(frozen=True, kw_only=True)
 class CheckSetting:
-    """Device, size and folder that checks work with."""
+    """Device, size and folder of the checks."""
 
     folder: Path
-    """For what they write; it is theirs."""
+    """Folder for the checks' files alone."""
     rehearse: bool = False
-    """At tiny size on a CPU, where no speed is judged."""
+    """True for tiny sizes on a CPU, where no speed is judged."""
 
     @property
     def device(self) -> torch.device:
@@ -44,12 +44,12 @@ class Verdict:
 
     @classmethod
     def of(cls, holds: bool, value: str, budget: str, **details: Any) -> Verdict:
-        """PASS where what was found `holds`, else FAIL."""
+        """PASS when `holds`, else FAIL."""
         return cls("PASS" if holds else "FAIL", value, budget, details)
 
     @classmethod
     def skip(cls, why: str) -> Verdict:
-        """A check that this machine has not what it needs for."""
+        """The verdict of a check that this machine cannot run."""
         return cls("SKIP", why)
 
 

@@ -1,4 +1,4 @@
-"""Whole runs as a user starts them: the demo and its export, a resume, and what ends a run early."""
+"""Whole runs as a user starts them: the demo and its export, a resume, and runs that end early."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from simpo_megatron.gpu_check.user_runs import SmallRun, last_line, records, tra
 from simpo_megatron.gpu_check.verdict import CheckSetting, Verdict
 
 EXPORT_BUDGET = 2e-3
-"""Nats per token between the trainer's fp32 and transformers' fp32, both by kernels of the device."""
+"""Nats per token between the trainer and transformers, both in fp32 on the device."""
 _LOGPS = "eval/logps/chosen"
 
 
 def check_demo(setting: CheckSetting) -> Verdict:
-    """The demo learns, and transformers finds in its export the log-probs that the trainer found."""
+    """Checks that the demo learns, and that transformers computes the trainer's log-probs from its export."""
     folder, export = setting.folder / "demo", setting.folder / "demo_hf"
     steps = str(setting.size(40, 3))
     done = train(setting, folder, "--train-iters", steps, "--export-hf", str(export), "--export-dtype", "stored")
@@ -56,14 +56,14 @@ def _exported_log_probs(setting: CheckSetting, export: str) -> float:
 
 
 def _small(setting: CheckSetting) -> tuple[str, ...]:
-    """Options of a run on the demo's model and pairs that validates on none."""
+    """Options of a run on the demo's model and pairs, without validation."""
     demo = prepare_demo(setting.folder / "cache" / "demo")
     pairs = ("--data", str(demo.train_file), "--max-length", "512", "--max-prompt-length", "384")
     return ("--model", str(demo.model_dir), *pairs, "--global-batch-size", "8")
 
 
 def check_resume(setting: CheckSetting) -> Verdict:
-    """A run that a signal stopped is at its last step, resumed, where the run without a stop is, bit for bit."""
+    """Checks that a run that was stopped and resumed ends bit for bit like one without a stop."""
     straight, stopped = setting.folder / "straight", setting.folder / "stopped"
     common = (*_small(setting), "--train-iters", "4", "--save-interval", "4", "--log-interval", "1")
     common += ("--deterministic", "--resume", "latest", "--export-hf")
@@ -84,12 +84,12 @@ def check_resume(setting: CheckSetting) -> Verdict:
 
 
 def check_ends(setting: CheckSetting) -> Verdict:
-    """A NaN and too little memory end a run with the code that is documented; a signal did in `check_resume`."""
+    """Checks the exit codes of a NaN and of too little memory; `check_resume` has that of a signal."""
     steps = (*_small(setting), "--train-iters", "2")
     (nan,) = train_side_by_side(setting, SmallRun(setting.folder / "nan", steps, fault="backward@2:0:nan"))
     found, expected = {"NaN": nan.returncode}, {"NaN": 5}
     if not setting.rehearse:
-        # All pairs in one pack: a terabyte of activations, which the probe before step 1 tries in vain.
+        # All pairs in one pack: a terabyte of activations, which the probe before step 1 cannot allocate.
         huge = [*model_options(setting), "--global-batch-size", "768", "--tokens-per-microbatch", "10000000"]
         found["memory"] = train(setting, setting.folder / "memory", *huge).returncode
         expected["memory"] = 2

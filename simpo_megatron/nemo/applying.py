@@ -132,7 +132,8 @@ def _simpo_settings(
                 raise Obstacle(f"{where}: found {value.why}, expected {option.expected}", _line(key, option))
             if option.name in layer:
                 raise Obstacle(
-                    f"{where}: {option.name}: found twice, first in {layer[option.name].where}", f"{key}=null"
+                    f"{where}: {option.name}: found twice, expected once; first in {layer[option.name].where}",
+                    f"{key}=null",
                 )
             layer[option.name] = _setting(option.name, value, where)
             report.taken[key] = _shown(option.name, layer[option.name])

@@ -155,7 +155,7 @@ def _load(omegaconf: Any, path: Path) -> Any:
     except Exception as error:  # yaml's own errors, and what its constructors raise on malformed scalars
         line = getattr(getattr(error, "problem_mark", None), "line", 0) + 1
         problem = getattr(error, "problem", None) or _first_line(error)
-        raise ConfigError(f"{path}:{line}: not valid YAML: {problem}") from None
+        raise ConfigError(f"{path}:{line}: found invalid YAML ({problem}), expected a configuration of NeMo") from None
     if not isinstance(config, omegaconf.DictConfig):
         raise ConfigError(f"{path}: found a list, expected a mapping with sections such as model and trainer")
     return config

@@ -81,4 +81,4 @@ def _dialect(values: Mapping[str, Any], where: str) -> Dialect:
             if all(any(key.startswith(mark) for key in values) for mark in group):
                 return dialect
     marks = "; ".join(f"{' and '.join(dialect.marks[0])} ({dialect.name})" for dialect in DIALECTS)
-    raise ConfigError(f"{where}: not a recognised NeMo configuration, expected keys that start with {marks}")
+    raise ConfigError(f"{where}: found no configuration of NeMo, expected keys that start with {marks}")

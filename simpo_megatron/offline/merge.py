@@ -83,7 +83,8 @@ def _refuse_differences(first: Weights, other: Weights) -> None:
         problems = _tokenizer_differences(first.tokenizer, other.tokenizer)
     if problems:
         raise CheckpointError(
-            f"{other.named}: found a model that cannot be averaged with {first.named}: {listed(problems, 10, '; ')}"
+            f"{other.named}: found another kind of model than {first.named}, expected the same but for its weights: "
+            f"{listed(problems, 10, '; ')}"
         )
 
 

@@ -26,7 +26,7 @@ class Samples:
 
 
 def keep_samples(run_folder: Path, iteration: int, prompts: Sequence[str], samples: Sequence[str]) -> None:
-    """Write the samples of an evaluation into `run_folder`, those of step 0 beside the latest.
+    """Writes the samples of an evaluation into `run_folder`; those of step 0 and the latest are kept.
 
     Raises: ConfigError when the folder cannot be written.
     """
@@ -40,7 +40,7 @@ def keep_samples(run_folder: Path, iteration: int, prompts: Sequence[str], sampl
 
 
 def read_samples(run_folder: Path) -> Samples | None:
-    """The samples of the run in `run_folder`; None where it kept none that can be read."""
+    """The samples of the run in `run_folder`; None where there are none that can be read."""
     try:
         found = Samples(**json.loads((run_folder / SAMPLES_FILE).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):

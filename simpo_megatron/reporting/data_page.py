@@ -14,7 +14,7 @@ from simpo_megatron.reporting.rendering import render
 
 
 def write_data_page(inspection: DatasetInspection, shown: Sequence[ShownPair], path: str | Path) -> None:
-    """Write `inspection` and the `shown` pairs as one HTML file that needs nothing beside it."""
+    """Writes `inspection` and the `shown` pairs as one self-contained HTML file."""
     page = render(
         "data_page.html",
         title="Preference data",
@@ -22,12 +22,12 @@ def write_data_page(inspection: DatasetInspection, shown: Sequence[ShownPair], p
         picture=base64.b64encode(_draw_lengths(inspection.lengths)).decode(),
         pairs=[(pair.where, pair.pieces) for pair in shown],
     )
-    # A name of a file need not be text, which no encoding of the page could hold.
+    # A file's name may hold bytes that are no text, which the page could not encode.
     Path(path).write_text(page, encoding="utf-8", errors="backslashreplace")
 
 
 def _draw_lengths(lengths: np.ndarray) -> bytes:
-    """A PNG of 1200 x 420 pixels: how long responses are, and by how much the chosen one is the longer.
+    """A PNG of 1200 x 420 pixels: the lengths of responses, and the difference between chosen and rejected.
 
     Args:
         lengths: int32 [num_pairs, 3], tokens of prompt, chosen and rejected.

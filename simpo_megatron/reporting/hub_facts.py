@@ -1,4 +1,4 @@
-"""License and languages of the model that training began from, by its own card."""
+"""License and languages of the base model, from its model card."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from pathlib import Path
 from typing import Any
 
 _MAX_CARD_BYTES = 1 << 20
-# A license and its page, or languages, as one value or as the lines of a list.
+# A license and its page, or languages, as one value or as a list.
 _ENTRY = re.compile(r"^(license|license_name|license_link|language)[ \t]*:[ \t]*(\S.*)?$")
 _ITEM = re.compile(r"^[ \t]*-[ \t]+(\S+)[ \t]*$")
 
 
 def facts_of_card(path: Path | None) -> dict[str, Any]:
-    """License and languages by the front matter of the card `path`; nothing where there is none.
+    """License and languages in the front matter of the card `path`; empty where there is none.
 
-    The front matter is read line by line: it is of whoever wrote the model.
+    The front matter is not trusted, so it is read line by line, without a YAML loader.
     """
     if path is None:
         return {}
@@ -39,7 +39,7 @@ def facts_of_card(path: Path | None) -> dict[str, Any]:
 
 
 def _values(first: str | None, lines: list[str]) -> list[str]:
-    """The values of an entry: what stands beside its key, or the items below it."""
+    """The values of an entry: the one beside its key, or the items below it."""
     if first:
         return [value.strip().strip("'\"") for value in first.strip().strip("[]").split(",") if value.strip()]
     values: list[str] = []

@@ -1,4 +1,4 @@
-"""The sinks of a run's numbers: metrics.jsonl, TensorBoard, Weights & Biases, terminal. Only rank 0 writes."""
+"""The sinks of a run's metrics: metrics.jsonl, TensorBoard, Weights & Biases, terminal. Only rank 0 writes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ METRICS_FILE = "metrics.jsonl"
 CONFIG_FILE = "config.yaml"
 EVALUATION_PREFIX = "eval/"
 _EARLIER_PREFIX = "valid/"
-"""First part of the metrics of named validation sets in a metrics.jsonl of version 0.1."""
+"""Prefix of the metrics of named validation sets in a metrics.jsonl of version 0.1."""
 
 _HEADER_EVERY = 25
 _WIDTH_OF_A_FILE = 180
@@ -37,7 +37,7 @@ class _Column(NamedTuple):
     format: str
     metrics: tuple[str, ...]
     always: bool = True
-    """False where only some machines have it: left out unless the first step has."""
+    """False for a column that only some machines have; it is shown when the first step has it."""
 
 
 # c/r: chosen, then rejected.
@@ -63,17 +63,17 @@ _COLUMNS = (
         always=False,
     ),
 )
-# Taken from the clock of the terminal's sink, in seconds; they stand at the end of every step line.
+# From the clock of the terminal's sink, in seconds; the last columns of every step line.
 _ELAPSED, _LEFT = _Column("elapsed", 8, "", ()), _Column("left", 8, "", ())
 
 
 def set_prefix(name: str) -> str:
-    """The first part of the metrics of the validation set `name`; "" is the first or only one."""
+    """The prefix of the metrics of the validation set `name`; "" is the first or only one."""
     return f"{EVALUATION_PREFIX}{name}/" if name else EVALUATION_PREFIX
 
 
 def evaluation_metric(name: str) -> tuple[str, str] | None:
-    """(set, metric) of a metric of validation pairs, the set "" for the first or only one; None of another metric."""
+    """(set, metric) of a validation metric, with "" for the first or only set; None for any other metric."""
     prefix, _, rest = name.partition("/")
     first, slash, metric = rest.partition("/")
     if prefix + "/" not in (EVALUATION_PREFIX, _EARLIER_PREFIX) or not rest:
@@ -84,19 +84,19 @@ def evaluation_metric(name: str) -> tuple[str, str] | None:
 
 
 class Sink(Protocol):
-    """One place that records go to."""
+    """A destination of records."""
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Take one step's or one evaluation's numbers, `iteration` among them."""
+        """Writes the metrics of one step or evaluation, `iteration` included."""
 
     def close(self) -> None:
-        """Bring everything to where it stays."""
+        """Flushes everything."""
 
 
 class RunLog:
-    """The sinks of a run; a rank that does not log has none and every call is free.
+    """The sinks of a run; a rank that does not log has none.
 
-    Use as a context manager, so that a run that fails keeps what it logged.
+    A context manager, so that a run that fails keeps its log.
     """
 
     def __init__(self, sinks: Sequence[Sink], terminal: Terminal | None = None) -> None:
@@ -104,20 +104,20 @@ class RunLog:
         self._terminal = terminal
 
     def step(self, iteration: int, metrics: Mapping[str, Any]) -> None:
-        """Record a training step, counted from 1."""
+        """Records a training step, counted from 1."""
         self._write({"iteration": iteration, **metrics})
 
     def evaluation(self, iteration: int, metrics: Mapping[str, Any]) -> None:
-        """Record an evaluation after `iteration` steps; its metrics are called `eval/...` and `eval/NAME/...`."""
+        """Records an evaluation after `iteration` steps; its metrics are called `eval/...` and `eval/NAME/...`."""
         self._write({"iteration": iteration, **metrics})
 
     def advance(self, iteration: int) -> None:
-        """Move the progress bar, also for a step that is not recorded."""
+        """Advances the progress bar, also for a step that is not recorded."""
         if self._terminal is not None:
             self._terminal.advance(iteration)
 
     def say(self, *things: Any) -> None:
-        """Print texts or tables above the progress bar."""
+        """Prints texts or tables above the progress bar."""
         if self._terminal is not None:
             self._terminal.say(*things)
 
@@ -136,9 +136,9 @@ class RunLog:
 def open_run_log(
     config: Config, extra_sinks: Sequence[Sink] = (), *, train_iters: int, is_logging_rank: bool
 ) -> RunLog:
-    """The log of a run: what `config` asks for and `extra_sinks` on the logging rank, nothing on any other.
+    """The log of a run: the sinks of `config` and `extra_sinks` on the logging rank, none on others.
 
-    The run's folder is made, config.yaml is written into it, and metrics.jsonl is continued if it is there.
+    It makes the run's folder, writes config.yaml into it, and continues an existing metrics.jsonl.
 
     Raises: ConfigError when the folder cannot be written.
     """
@@ -166,7 +166,7 @@ def _made_run_folder(config: Config, folder: Path) -> Path:
 
 
 def check_sinks(config: Config) -> None:
-    """Raises ConfigError when a package is missing that a sink of `config` needs; before anything else was done."""
+    """Raises ConfigError when a sink of `config` needs a package that is missing."""
     for key, package, remedy in (
         ("tensorboard_dir", "tensorboard", "pip install tensorboard"),
         ("wandb_project", "wandb", "pip install 'simpo-megatron[wandb]', or leave it out"),
@@ -176,7 +176,7 @@ def check_sinks(config: Config) -> None:
 
 
 class Steady:
-    """A sink whose failures cost a warning and its records, not the run."""
+    """A sink whose failures cost a warning and its records, but not the run."""
 
     def __init__(self, sink: Sink, say: Callable[[str], None]) -> None:
         self._sink, self._say, self._num_lost = sink, say, 0
@@ -203,7 +203,7 @@ class Steady:
 
 
 class JsonLines:
-    """One JSON object per line, in the file when `write` returns; a float that is not finite is text."""
+    """One JSON object per line, flushed when `write` returns; a float that is not finite is text."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -235,9 +235,9 @@ def _json_value(value: Any) -> Any:
 
 
 def _end_last_line(path: Path) -> None:
-    """A process that was killed may have left half a line; what comes next starts on a line of its own.
+    """Ends an incomplete last line of a killed process, so that the next record has its own line.
 
-    Raises: OSError when `path` is no file: to write into a pipe waits for whoever may read it.
+    Raises: OSError when `path` is not a regular file; writing into a pipe would wait for a reader.
     """
     if not path.exists():
         return
@@ -267,7 +267,7 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """Scalars for Weights & Biases, which takes its key from the environment itself; the run has its folder's name."""
+    """Scalars for Weights & Biases; its client takes the key from the environment. The run has its folder's name."""
 
     def __init__(self, project: str, config: Config) -> None:
         import wandb
@@ -291,7 +291,7 @@ def _numbers(record: Mapping[str, Any]) -> dict[str, float]:
 
 
 class Terminal:
-    """A line per step under a heading, over a progress bar where the terminal redraws; else plain lines.
+    """A line per step under a heading, with a progress bar on a terminal.
 
     Args:
         clock: seconds, for the elapsed and the remaining time.
@@ -353,7 +353,7 @@ class Terminal:
         self._progress.stop()
 
     def _times(self, iteration: int) -> tuple[str, str]:
-        """Time since the run's log was opened, and that of the steps left, as fast as those of this start so far."""
+        """Time since the log was opened, and the time left at the mean speed of this start's steps."""
         assert self._first_step is not None
         now, num_taken = self._clock(), iteration - self._first_step + 1
         left = (now - self._steps_began) / num_taken * (self._train_iters - iteration)
@@ -366,9 +366,9 @@ class Terminal:
 
 
 def _columns_within(width: int, first_width: int, record: Mapping[str, Any]) -> Sequence[_Column]:
-    """The columns, from the left, that fit `width` characters beside a first one of `first_width` and the times.
+    """The columns, from the left, that fit into `width` characters beside the first one and the times.
 
-    Those that not every machine has are there when `record` has them.
+    Columns that only some machines have are included when `record` has them.
     """
     chosen, used = [], max(first_width, len("step")) + 2 + _ELAPSED.width + _LEFT.width
     for column in _COLUMNS:
@@ -388,7 +388,7 @@ def _cell(shape: str, values: Sequence[Any]) -> str:
 
 
 def _remarks(record: Mapping[str, Any]) -> list[str]:
-    """Remarks at the end of a step's line, for what is out of the ordinary."""
+    """Remarks at the end of a step's line, about anything unusual."""
     remarks = []
     if "slowest_rank" in record:
         remarks.append(f"rank {record['slowest_rank']} is {record['slowest_rank_behind']:.0%} behind")

@@ -1,4 +1,4 @@
-"""The model card of an exported model, in the form that Hugging Face reads: what it was made of, and how it went."""
+"""The model card of an exported model: its sources, settings and results, with the hub's metadata."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from simpo_megatron.reporting.rendering import render
 from simpo_megatron.reporting.run_report import Curves, Point, before_and_after, headline_of, read_curves
 
 _OF_TRAINING = ("loss", "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected")
-# Metric of an evaluation, and its type and its name in the card's front matter.
+# Metric of an evaluation; its type and name in the card's front matter.
 _RESULTS = (
     ("rewards/accuracies", "accuracy", "Reward accuracy"),
     ("rewards/margins", "rewards/margins", "Reward margin"),
@@ -52,7 +52,7 @@ def model_card(
         pipeline_tag="text-generation",
         tags=[objective.objective, *(["lora"] if config.lora.lora_rank is not None else []), "simpo_megatron"],
         **of_base,
-        # huggingface_hub wants a name for results, and drops one that comes without any.
+        # huggingface_hub needs a name for results, and drops a name without results.
         model_name=name if results else None,
         eval_results=results or None,
     )
@@ -79,7 +79,7 @@ def model_card(
 def card_of_checkpoint(
     options: Mapping[str, Any], metrics_file: Path | None, out_folder: str | Path, dtype: torch.dtype | None
 ) -> str:
-    """The card of a checkpoint exported to `out_folder`, from what it keeps of its run.
+    """The card of a checkpoint exported to `out_folder`, from the checkpoint's facts of its run.
 
     Args:
         options: of the run, as the checkpoint's manifest has them.
@@ -118,7 +118,7 @@ def _hub_datasets(config: Config) -> list[str]:
 
 
 def _template(config: Config) -> str:
-    """The chat template that was asked for by name, or by the name of its file; empty for the tokenizer's own."""
+    """The chat template's name or file name; empty for the tokenizer's own."""
     return Path(config.pairs.chat_template).name
 
 
@@ -130,7 +130,7 @@ def _eval_results(curves: Curves) -> list[EvalResult]:
             task_type="text-generation",
             dataset_type="preference-pairs",
             dataset_name=f"validation {name}".strip(),
-            # Results of one type and config are put together.
+            # The hub joins results of one type and config.
             dataset_config=name or None,
             metric_type=metric_type,
             metric_name=title,

@@ -1,4 +1,4 @@
-"""Text from the jinja2 templates of this room; in pages every value is escaped, in Markdown none is."""
+"""Text from the jinja2 templates of this folder. Values are escaped in pages, and not in Markdown."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The report of a run, from its metrics.jsonl and config.yaml: a picture of the curves and a page to open."""
+"""The report of a run, from its metrics.jsonl and config.yaml: loss.png and report.html."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ Point = tuple[int, float]
 
 
 class _Row(NamedTuple):
-    """A metric of validation pairs, in the table of before and after."""
+    """A validation metric in the table of before and after."""
 
     metric: str
     title: str
@@ -40,7 +40,7 @@ class _Row(NamedTuple):
     meaning: str
 
     def ends(self, metrics: Mapping[str, Sequence[Point]]) -> tuple[str, str] | None:
-        """(before, after); None of a metric that was never taken, or at the first evaluation alone."""
+        """(before, after); None for a metric with fewer than two evaluations."""
         points, start = metrics.get(self.metric, []), _first_iteration(metrics)
         if not points or points[-1][0] == start:
             return None
@@ -49,7 +49,7 @@ class _Row(NamedTuple):
 
 
 _NOT_THERE = "n/a"
-"""Stands for the accuracy before training under an objective whose reference is the model itself until then."""
+"""Shown instead of the accuracy before training where the reference still is the model itself."""
 
 _VALIDATION_ROWS = (
     _Row("rewards/accuracies", "accuracy", "{:.1%}", "share of pairs whose chosen response has the higher reward"),
@@ -81,7 +81,7 @@ _NAMED_SET_ROWS = _VALIDATION_ROWS[:3]
 
 @dataclass(frozen=True)
 class Curves:
-    """A run's numbers by metric, in order of the iterations, training steps and evaluations apart."""
+    """The points of a run by metric, in order of iterations; training and evaluations are separate."""
 
     training: dict[str, list[Point]]
     validation: dict[str, list[Point]]
@@ -92,7 +92,7 @@ class Curves:
 
 @dataclass(frozen=True)
 class Report:
-    """The files that were written, and the one sentence that says how it went."""
+    """The files of a report, and its headline."""
 
     page: Path
     picture: Path
@@ -101,9 +101,9 @@ class Report:
 
 
 def write_report(run_folder: str | Path) -> Report:
-    """The report, after loss.png and report.html were written into `run_folder`.
+    """Writes loss.png and report.html into `run_folder`; returns them with the headline.
 
-    Raises: ConfigError when the folder is not that of a run, or cannot be written.
+    Raises: ConfigError when the folder is not a run's, or cannot be written.
     """
     folder = Path(run_folder)
     curves = read_curves(folder / METRICS_FILE)
@@ -121,7 +121,7 @@ def write_report(run_folder: str | Path) -> Report:
 
 
 def read_curves(path: Path) -> Curves:
-    """The curves in a metrics.jsonl. Where a resumed run did a step again, the later line counts.
+    """The curves in a metrics.jsonl. Where a resumed run repeated a step, the later line is taken.
 
     Raises: ConfigError when the file is missing or holds no record.
     """
@@ -129,7 +129,7 @@ def read_curves(path: Path) -> Curves:
         lines = read_bounded(path, _MOST_BYTES).decode("utf-8", "replace").split("\n")
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}), expected the metrics of a run") from None
-    # By (set, metric), so that what an earlier version called otherwise continues in the same curve.
+    # By (set, metric), so that names of an earlier version continue in the same curve.
     values: dict[tuple[str, str] | str, dict[int, float]] = {}
     for record in map(_record, lines):
         for name, value in record.items():
@@ -149,7 +149,7 @@ def read_curves(path: Path) -> Curves:
 
 
 def _record(line: str) -> dict[str, float]:
-    """The numbers of one line; none of a line that a killed process left half-written."""
+    """The numbers of one line; none for an incomplete line of a killed process."""
     try:
         record = json.loads(line) if len(line) <= _MAX_LINE else None
     except (ValueError, RecursionError):
@@ -164,12 +164,12 @@ def _record(line: str) -> dict[str, float]:
 def _is_number(value: object) -> bool:
     if isinstance(value, str):
         return value in ("nan", "inf", "-inf")
-    # What is larger can be neither drawn nor added.
+    # Larger numbers can be neither drawn nor added.
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < _LARGEST
 
 
 def draw_curves(curves: Curves, config: Config, path: Path) -> None:
-    """Draw loss, reward margin and accuracy over the steps into a PNG of 1800 x 600 pixels."""
+    """Draws loss, reward margin and accuracy over the steps into a PNG of 1800 x 600 pixels."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
     from matplotlib.ticker import PercentFormatter
@@ -258,13 +258,13 @@ def _page(curves: Curves, config: Config, report: Report) -> str:
 
 
 def headline_of(curves: Curves) -> str:
-    """One sentence on how the validation pairs fared, or the training batches where nothing else tells."""
+    """One sentence on accuracy and margin of the validation pairs, or of training batches without any."""
     accuracy, margin = (row.ends(curves.validation) for row in _VALIDATION_ROWS[:2])
     if accuracy is None or margin is None:
         evaluated = "rewards/margins" in curves.validation
         why = "Validation pairs were evaluated only once" if evaluated else "No validation pairs were evaluated"
         return f"{why}{_of_training(curves)}."
-    # The first set that has a name is the one that is told of.
+    # The first set with a name is taken.
     count, error, of_set = "", "", "".join(f" {name}" for name in list(curves.named)[:1])
     if "num_pairs" in curves.validation:
         num_pairs, share = curves.validation["num_pairs"][-1][1], curves.validation["rewards/accuracies"][-1][1]
@@ -283,8 +283,8 @@ def headline_of(curves: Curves) -> str:
 def standard_error(share: float, num_pairs: float) -> float:
     """The standard error of a share of `num_pairs` pairs; of none and of all of them by Wilson's interval.
 
-    The plain one is 0 there, as if the next pair could not differ. Wilson's of one standard deviation is half as wide
-    as the shares that are compatible with what was found.
+    The plain error is 0 there, as if the next pair could not differ. Wilson's is half the width of the interval
+    of shares within one standard deviation.
 
     Source: E. B. Wilson, J. Am. Stat. Assoc. 22 (1927), 209.
     """
@@ -293,7 +293,7 @@ def standard_error(share: float, num_pairs: float) -> float:
 
 
 def _first_iteration(metrics: Mapping[str, Sequence[Point]]) -> int:
-    """The iteration of the first evaluation, by the metric that was taken earliest."""
+    """The iteration of the first evaluation."""
     return min((points[0][0] for points in metrics.values() if points), default=0)
 
 
@@ -310,20 +310,20 @@ def _of_training(curves: Curves) -> str:
 
 
 def before_and_after(metrics: Mapping[str, Sequence[Point]]) -> list[tuple[str, str, str, str]]:
-    """(title, before, after, meaning) of each metric of validation pairs that was taken twice or more."""
+    """(title, before, after, meaning) of each validation metric with two evaluations or more."""
     found = [(row, row.ends(metrics)) for row in _VALIDATION_ROWS]
     return [(row.title, *ends, row.meaning) for row, ends in found if ends is not None]
 
 
 def _named_sets(curves: Curves) -> list[tuple[str, list[tuple[str, str] | None]]]:
-    """(set, its numbers before and after by the rows of `_NAMED_SET_ROWS`); nothing where one set says it all."""
+    """(set, its numbers before and after by the rows of `_NAMED_SET_ROWS`); empty where there is only one set."""
     if len(curves.named) < 2:
         return []
     return [(name, [row.ends(metrics) for row in _NAMED_SET_ROWS]) for name, metrics in curves.named.items()]
 
 
 def _samples(folder: Path) -> Samples | None:
-    """The samples of the run, with nothing in them that a page cannot hold."""
+    """The samples of the run, with characters that a page cannot encode replaced."""
     found = read_samples(folder)
     if found is None:
         return None
@@ -354,7 +354,7 @@ def _facts(curves: Curves, config: Config) -> list[tuple[str, str]]:
     ):
         values = sorted(value for _, value in curves.training.get(name, []))
         if values:
-            # The median: a first step carries start-up costs. Peak memory only ever grows.
+            # The median, because a first step has start-up costs. Peak memory never falls.
             typical = values[-1] if name == "peak_memory_gib" else values[len(values) // 2]
             facts.append((title, shape.format(typical)))
     return facts

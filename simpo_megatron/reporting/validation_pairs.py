@@ -1,4 +1,4 @@
-"""The log-probs of every validation pair before and after a run: what runs are compared by, pair by pair."""
+"""The log-probs of every validation pair before and after a run, by which `simpo report` compares runs."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ VALIDATION_PAIRS_FILE = "validation_pairs.npz"
 
 @dataclass(frozen=True)
 class ValidationPairs:
-    """The first validation set of a run, under its model before step 1 and after the last evaluation."""
+    """The log-probs of a run's first validation set, before step 1 and at the last evaluation."""
 
     fingerprint: str
-    """Changes with any token of the pairs."""
+    """A hash of all tokens of the pairs."""
     lengths: np.ndarray
     """int [P, 2]: tokens of chosen and rejected that the assistant wrote."""
     before: np.ndarray | None
     """float32 [P, 2]: average log-probs of chosen and rejected, nats per token; None where step 0 was not evaluated."""
     after: np.ndarray
-    """The same after `iteration` steps."""
+    """The same, after `iteration` steps."""
     iteration: int
 
 
 def keep_validation_pairs(run_folder: Path, iteration: int, averages: np.ndarray, dataset: PreferenceDataset) -> None:
-    """Write the log-probs of an evaluation into `run_folder`, those of step 0 beside the latest.
+    """Writes the log-probs of an evaluation into `run_folder`; those of step 0 and the latest are kept.
 
     Raises: ConfigError when the folder cannot be written.
     """
@@ -54,7 +54,7 @@ def keep_validation_pairs(run_folder: Path, iteration: int, averages: np.ndarray
 
 
 def read_validation_pairs(run_folder: Path) -> ValidationPairs | None:
-    """The validation pairs of the run in `run_folder`; None where it kept none.
+    """The validation pairs of the run in `run_folder`; None where it has none.
 
     Raises: ConfigError when its file is damaged.
     """
@@ -75,7 +75,7 @@ def read_validation_pairs(run_folder: Path) -> ValidationPairs | None:
 
 
 def _before(path: Path, fingerprint: str) -> np.ndarray | None:
-    """The log-probs that an earlier start of the run has found at step 0, of the same pairs."""
+    """The log-probs of step 0 from an earlier start of the run, for the same pairs."""
     try:
         known = read_validation_pairs(path.parent)
     except ConfigError:

@@ -70,8 +70,8 @@ def check_same(facts: Mapping[str, Any]) -> None:
     ]
     if problems:
         raise ParallelError(
-            f"ranks: found them not started alike: {listed(problems, _MAX_SHOWN, '; ')}; start all ranks with the same "
-            "command, code and files"
+            f"ranks: found different starts, expected the same on each: {listed(problems, _MAX_SHOWN, '; ')}; start "
+            "all ranks with the same command, code and files"
         )
 
 
@@ -103,8 +103,9 @@ def check_same_model(folders: Sequence[Path]) -> None:
         f"{name} is {_ranks_by_value([digests.get(name, 'not there') for _, digests in every])}" for name in differing
     ]
     raise ParallelError(
-        f"model: found different files under the same name: {listed(shown, _MAX_SHOWN, '; ')}; the folder is "
-        f"{_ranks_by_value([where for where, _ in every])}; give every rank the same model"
+        "model: found different files under one name, expected the same on each rank: "
+        f"{listed(shown, _MAX_SHOWN, '; ')}; the folder is {_ranks_by_value([where for where, _ in every])}; give "
+        "every rank the same model"
     )
 
 

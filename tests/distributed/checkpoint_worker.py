@@ -85,7 +85,7 @@ class Run:
     kill_after_log: list | None = None
     """[text, seconds]: the whole job is killed so long after a rank has printed the text."""
     grace_seconds: float = 5.0
-    """How long ranks have to end by themselves once one has failed; torchrun gives 30."""
+    """Seconds in which ranks must end by themselves after one has failed; torchrun gives 30."""
     vanish: list | None = None
     """[rank, n]: that rank removes the run's folder at the start of its nth step."""
     by_command: bool = False
@@ -147,7 +147,7 @@ def do(run: Run, folder: Path) -> None:
 
 
 def start(run: Run, folder: Path) -> dict[str, Any]:
-    """What became of the ranks.
+    """The end of the ranks.
 
     `codes`: of each its exit code, negative for a signal; `since_phase`: of each the seconds from the last phase that
     any rank had begun to its end; `output`: what the first rank printed; `apart`: the seconds from the

@@ -185,7 +185,7 @@ def exact_masters(chunks, trainer: Trainer) -> dict[str, torch.Tensor]:
 
 
 def check_export(job: Job, chunks, trainer: Trainer, folder: Path) -> None:
-    """What is exported are the masters in bf16, and not what FP8 left of them."""
+    """Checks that an export holds the fp32 masters in bf16, not the FP8 weights."""
     model, groups = job.folder / "model", job.groups
     masters = whole_masters(trainer.optimizer)
     export_hf(chunks, job.description, model, folder, groups=groups, in_place_of=masters)

@@ -1,4 +1,4 @@
-"""What checkpoint_worker.py does to a rank before its run: note what it does, and let things go wrong.
+"""Hooks that checkpoint_worker.py puts into a rank before its run: records of its work, and faults.
 
 To be imported after `cpu_patches.install()`.
 """
@@ -225,7 +225,7 @@ def flip_byte(path: Path) -> None:
 
 
 def rename_tensor(checkpoint: Path, old: str, new: str) -> None:
-    """As if a model with another name for a tensor had written the checkpoint, which is whole and committed."""
+    """Renames a tensor in a committed checkpoint, as if a model with another name for it had written it."""
     saved, path = manifest.read(checkpoint), checkpoint / ".metadata"
     index = pickle.loads(path.read_bytes())
     index.state_dict_metadata[new] = index.state_dict_metadata.pop(old)

@@ -1,4 +1,4 @@
-"""What each of three gloo ranks checks of the loss; started by test_loss_parallel.py, one process a rank.
+"""Checks of the loss on each of three gloo ranks; started by test_loss_parallel.py, one process a rank.
 
 Every function `check_...` is one test: it runs on all ranks, and what it raises goes to a file per rank.
 """

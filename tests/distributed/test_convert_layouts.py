@@ -15,7 +15,7 @@ import pytest
 import torch
 from ranks import run_ranks
 from safetensors.torch import load_file
-from tiny_models import DENSE, FIRST_MIXTURES, MIXTURES, VOCAB, tokenizer_of_bytes, write_model
+from tiny_models import DENSE, FIRST_MOES, MOES, VOCAB, tokenizer_of_bytes, write_model
 from transformers import AutoModelForCausalLM
 
 from simpo_megatron.convert.files import stored_tensors
@@ -40,10 +40,10 @@ LAYOUTS = {
 # alone, is the same in all families.
 RUNS = [(name, layout) for name in DENSE for layout in ("tp2", "pp2")]
 RUNS += [(name, layout) for name in ("llama32_tied", "gemma2", "smollm3") for layout in ("tp1", "pp2_vpp2")]
-RUNS += [(name, layout) for name in MIXTURES for layout in ("pp2", "tp2_sequence_parallel_ep2")]
-RUNS += [(name, layout) for name in FIRST_MIXTURES for layout in ("tp2", "ep2")]
-MODELS = DENSE | MIXTURES
-# What the trainer, too, is to give the log-probs of: with tensor parallelism, it divides the sequence of a mixture.
+RUNS += [(name, layout) for name in MOES for layout in ("pp2", "tp2_sequence_parallel_ep2")]
+RUNS += [(name, layout) for name in FIRST_MOES for layout in ("tp2", "ep2")]
+MODELS = DENSE | MOES
+# What the trainer, too, is to give the log-probs of: with tensor parallelism, it divides the sequence of an MoE.
 SCORED = [(next(iter(family.tests)), "pp2") for family in FAMILIES.values()]
 SCORED += [(name, layout) for name, layout in RUNS if layout in ("tp1", "tp2_sequence_parallel_ep2")]
 
@@ -128,7 +128,7 @@ def test_average_log_probs_of_real_pairs_are_those_of_transformers(folder: Path,
     print(f"{name} {layout}: {worst:.1e}, {others[-1]:.1e}")
     # Among thousands of tokens one may have two experts whose router scores are equal to fp32's rounding. It then takes
     # either, and its response, of some hundred tokens, is off by a share of a nat.
-    assert worst <= (1e-2 if name in MIXTURES else 1e-4) and others[-1] <= 1e-4
+    assert worst <= (1e-2 if name in MOES else 1e-4) and others[-1] <= 1e-4
 
 
 @pytest.mark.parametrize(("name", "layout"), RUNS)

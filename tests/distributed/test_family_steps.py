@@ -1,4 +1,4 @@
-"""Models of every family take the float64 twin's training steps, divided over tensor-parallel ranks and over stages.
+"""Models of every family take the training steps of a float64 reference, over tensor-parallel ranks and stages.
 
 Budget: as in test_layouts, 1e-5 relative, of which two steps use less than ten do.
 """
@@ -15,7 +15,7 @@ import torch
 from ranks import run_ranks
 from safetensors.torch import load_file
 from test_layouts import RELATIVE, random_pairs
-from tiny_models import DENSE, MIXTURES
+from tiny_models import DENSE, MOES
 from transformers import AutoModelForCausalLM
 from twin import TwinSettings, train
 
@@ -55,7 +55,7 @@ def folder(tmp_path_factory) -> Path:
     for name in MODELS:
         # By its name, so that a model's weights do not change when another is added.
         torch.manual_seed(zlib.crc32(name.encode()))
-        config, _ = (DENSE | MIXTURES)[name]
+        config, _ = (DENSE | MOES)[name]
         model = AutoModelForCausalLM.from_config(config, experts_implementation="eager").eval()
         with torch.no_grad():
             biases = [buffer for name, buffer in model.named_buffers() if name.endswith("e_score_correction_bias")]

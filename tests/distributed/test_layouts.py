@@ -1,4 +1,4 @@
-"""The same pairs trained under every parallel layout give the same run, and it is the float64 twin's run.
+"""The same pairs trained under every parallel layout give the same run, and it is the float64 reference's run.
 
 Half of the pairs have responses of several turns: tokens of context stand among those that count.
 

@@ -1,4 +1,4 @@
-"""The load-balancing loss of a mixture is the same however its tokens are divided over ranks."""
+"""The load-balancing loss of an MoE is the same however its tokens are divided over ranks."""
 
 from __future__ import annotations
 

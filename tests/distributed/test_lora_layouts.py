@@ -1,4 +1,4 @@
-"""Adapters trained under every kind of layout take the steps of a float64 twin that holds W + scale * B A explicitly.
+"""Adapters trained under every kind of layout take the steps of a float64 reference with explicit W + scale * B A.
 
 Budgets are those of test_layouts.py. The twin knows one A for query, key and value (gate and up) and a B for each.
 """

@@ -16,7 +16,7 @@ NAMES = re.findall(r"^def check_(\w+)", WORKER.read_text(), re.MULTILINE)
 
 @pytest.fixture(scope="module")
 def reports(tmp_path_factory):
-    """What every rank found, by check: the traceback of its failure or nothing; all share one start."""
+    """The traceback of each failure, by check and rank; all checks share one start."""
     folder = tmp_path_factory.mktemp("loss")
     run_ranks(WORKER, NUM_RANKS, str(folder), timeout=240, fresh=True)
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(NUM_RANKS)]

@@ -1,4 +1,4 @@
-"""Training by every objective takes the steps of a float64 twin that keeps a copy of the initial model.
+"""Training by every objective takes the steps of a float64 reference that keeps a copy of the initial model.
 
 The trainer keeps no copy: it computes the reference log-probs before the first step, each data-parallel rank a share.
 Budget: 1e-5 relative, as in test_layouts.py; measured at most 5e-7.

@@ -21,7 +21,7 @@ import torch
 from ranks import REPOSITORY, run_ranks
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny_models import DENSE, FIRST_MIXTURES, MIXTURES, write_model
+from tiny_models import DENSE, FIRST_MOES, MOES, write_model
 from transformers import AutoModelForCausalLM
 
 from simpo_megatron.mcore import cpu_patches
@@ -45,10 +45,10 @@ LAYOUTS = {
     "ep2": {"expert_model_parallel_size": 2},
 }
 RUNS = [(name, layout) for name in DENSE_OF_RANKS for layout in ("tp2", "pp2")]
-RUNS += [(name, layout) for name in FIRST_MIXTURES for layout in ("pp2", "ep2")]
+RUNS += [(name, layout) for name in FIRST_MOES for layout in ("pp2", "ep2")]
 # What attention divides in ways of its own: the matrices behind latents, and sinks.
 RUNS += [(name, "tp2") for name in ("deepseek_v3", "gpt_oss")]
-MODELS = DENSE | MIXTURES
+MODELS = DENSE | MOES
 LLAMA = "llama31_scaled_rope"
 TOOL = [sys.executable, "-W", "ignore", "tools/convert_hf.py"]
 

@@ -1,4 +1,4 @@
-"""What the planner counts, against what megatron-core allocates at 70B and what steps of real training take."""
+"""The planner's bytes against megatron-core's allocations at 70B and the memory of real training steps."""
 
 import json
 from pathlib import Path

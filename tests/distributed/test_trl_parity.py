@@ -29,7 +29,7 @@ from simpo_megatron.demo import prepare_demo
 
 
 def has_trl() -> bool:
-    """Whether the trl that is installed has the CPOTrainer where it lives now, outside the stable API."""
+    """True when the installed trl has CPOTrainer in its experimental API."""
     try:
         return importlib.util.find_spec("trl.experimental.cpo") is not None
     except ImportError:

@@ -57,14 +57,14 @@ class Block(NamedTuple):
     language: str
     code: str
     reason: str | None
-    """Why it is not run."""
+    """The reason why it is not run."""
 
 
 def pages() -> list[str]:
     """The written pages, in the order of the site."""
 
     class Loader(yaml.SafeLoader):
-        """Of the site's file, whose tags name python functions."""
+        """Reads mkdocs.yml, whose tags name python functions."""
 
     Loader.add_multi_constructor("tag:yaml.org,2002:python/", lambda *_: None)
 
@@ -94,7 +94,7 @@ def commands(code: str) -> list[list[str]]:
 
 
 def entries() -> list[dict]:
-    """What is run: each command, each block of python, and the cells of the notebook."""
+    """The entries to run: each command, each block of python, and the cells of the notebook."""
     found: list[dict] = []
     for block in blocks():
         if block.reason is not None:

@@ -86,7 +86,7 @@ def test_a_node_that_waits_for_another_says_so_and_ends(tmp_path, monkeypatch):
 
 
 def nodes_last_line(nodes, text):
-    """Whether the log of the first rank's node ends with a line of ours, soon."""
+    """True when the log of rank 0's node soon ends with a line of ours."""
     deadline = time.monotonic() + 20
     while time.monotonic() < deadline:
         if any(log.read_text().splitlines()[-1].startswith(text) for _, log in nodes):

@@ -73,7 +73,7 @@ SETTINGS = ("beta: 2.5", "seed: 7", "train_iters: 3", "tokens_per_microbatch: 10
 
 
 def run(*command: str) -> str:
-    """What `python COMMAND` printed, started in the repository's folder."""
+    """The output of `python COMMAND` in the repository's folder."""
     done = subprocess.run(
         [sys.executable, *command],
         cwd=REPOSITORY,

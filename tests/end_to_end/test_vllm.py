@@ -39,7 +39,7 @@ def run(*command: str) -> None:
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory) -> Path:
-    """What a short run leaves that trains a Llama 3 of random weights; heads of 32, the smallest that vLLM serves."""
+    """The export of a short run on a random Llama 3, with heads of 32, the smallest that vLLM serves."""
     folder = tmp_path_factory.mktemp("vllm")
     write_llama3(
         folder / "source",

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(find_spec("build") is None, reason="the package 
 
 
 def run(*command: str | Path, cwd: Path, timeout: float = 300) -> str:
-    """What `command` prints, outside every checkout."""
+    """The output of `command`, outside of every checkout."""
     environment = {
         name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "RANK", "WORLD_SIZE")
     }

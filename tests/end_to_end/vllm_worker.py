@@ -1,4 +1,4 @@
-"""What vLLM makes of a model folder; run by a Python that has vLLM, which need not have this package.
+"""vLLM's answers from a model folder; runs under a Python with vLLM, which need not have this package.
 
 `vllm_worker.py FOLDER JOB`: JOB is a JSON file of `questions`, `max_tokens` and `forced`, ids that the answer to the
 first question is made to begin with, one after the other. FOLDER is served as it is, in fp32, greedily. Leaves in JOB

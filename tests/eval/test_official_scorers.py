@@ -105,7 +105,7 @@ def test_mt_bench(judge, tmp_path, capsys):
     judgments.write_text("".join(lines[:157]) + lines[157][:30])
     begun = len(judge.asked)
     assert run("mt-bench", "score", "--out", out) == 3
-    assert "found 3 verdicts missing" in capsys.readouterr().err
+    assert "found 3 turns without a verdict" in capsys.readouterr().err
     assert judged(judge, "mt-bench", out)["metrics"]["score of 10"]["value"] == pytest.approx(fmean(ratings), abs=1e-9)
     assert len(judge.asked) - begun == 1 + 3
 
@@ -207,7 +207,7 @@ def test_reproducing_a_published_score_says_infrastructure_or_not(judge, tmp_pat
     assert "greedily, at most 4,096 tokens: its YAML's do_sample meant a beam search of one beam" in said.out
     win_rate = json.loads((out / "score-gpt-4-1106-preview.json").read_text())["metrics"]["win rate"]["value"]
     assert f"published 65.9, here {win_rate:.1f}, {win_rate - 65.9:+.1f} points: win rate" in said.out
-    assert "it is the infrastructure" in said.err and "not comparable" not in said.out
+    assert "the set-up differs" in said.err and "not comparable" not in said.out
 
 
 def test_alpaca_eval_refuses_a_judge_without_logprobs(tmp_path, capsys):

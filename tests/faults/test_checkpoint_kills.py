@@ -81,7 +81,7 @@ def outcome(folder, name):
 
 
 def check_end(folder, name, layout):
-    """What the resumed run printed; it ended as the uninterrupted one."""
+    """The output of the resumed run, after a check that it ended like the uninterrupted one."""
     result = outcome(folder, name)
     assert result["codes"] == [0, 0], result["output"][-2000:]
     assert last_state(folder, name) == last_state(folder, layout)

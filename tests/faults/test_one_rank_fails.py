@@ -131,8 +131,9 @@ RUNS = {
         {"by_command": True, "folders": ["FOLDER/one", "FOLDER/other"], "options": {"model": "model"}},
         [6, 6],
         {
-            0: r"^ERROR simpo_megatron rank 0: model: found different files under the same name: model.safetensors is "
-            r"\w{16} on rank 1, \w{16} on rank 0; the folder is .*/other/model on rank 1, .*/one/model on rank 0; give"
+            0: r"^ERROR simpo_megatron rank 0: model: found different files under one name, expected the same on each "
+            r"rank: model.safetensors is \w{16} on rank 1, \w{16} on rank 0; the folder is .*/other/model on rank "
+            r"1, .*/one/model on rank 0; give"
         },
     ),
     "one_rank_is_told_to_stop_before_the_first_step": (
@@ -151,7 +152,10 @@ RUNS = {
     "one_rank_was_started_with_another_seed": (
         {"other_options": [1, {"seed": 43}]},
         [6, 6],
-        {0: r"ParallelError: ranks: found them not started alike: seed is 43 on rank 1, 42 on rank 0; start all ranks"},
+        {
+            0: r"ParallelError: ranks: found different starts, expected the same on each: seed is 43 on rank 1, 42 on "
+            r"rank 0; start all ranks"
+        },
     ),
     "one_rank_was_started_for_another_layout": (
         {"other_options": [1, DP2]},

@@ -61,7 +61,7 @@ def folder(tmp_path_factory):
 
 
 def outcome(folder, name, codes):
-    """What the first rank printed, after a look at the exit codes; no draft is left."""
+    """The output of rank 0, after checks of the exit codes and that no draft is left."""
     result = json.loads((folder / f"{name}.json").read_text())
     assert result["codes"] == codes, result["output"][-2000:]
     assert not list((folder / name).glob("*.tmp*"))

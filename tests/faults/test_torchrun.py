@@ -1,4 +1,4 @@
-"""What a user sees under torchrun: one line with the cause, in torchrun's own report too; a stop that saves."""
+"""The end of a run under torchrun: one line with the cause, also in torchrun's report; a stop that saves."""
 
 from __future__ import annotations
 

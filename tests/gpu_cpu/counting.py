@@ -1,4 +1,4 @@
-"""What operations on the meta device would read, write and multiply on a GPU."""
+"""Counts of bytes and multiplications on a GPU, from operations on the meta device."""
 
 from __future__ import annotations
 

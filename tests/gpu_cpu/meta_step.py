@@ -157,7 +157,7 @@ def chunk_of(folder: Path, config: Config, groups: ParallelGroups) -> torch.nn.M
 
 
 def play(folder: Path, case: dict) -> dict:
-    """What one forward and backward pass of a microbatch asked of a rank of `case`."""
+    """The operations of one forward and backward pass of a microbatch on a rank of `case`."""
     global work
     LlamaConfig(architectures=["LlamaForCausalLM"], **case["model"]).save_pretrained(folder)
     config = config_from(model=str(folder), data=("pairs",), **case["options"])

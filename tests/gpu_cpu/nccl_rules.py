@@ -89,7 +89,7 @@ Program = list[Call | Wait | Synchronize | Read]
 
 @dataclass(frozen=True, kw_only=True)
 class Rules:
-    """Which of the rules hold, beyond those that always do."""
+    """The optional rules that hold."""
 
     eager: bool = False
     """`init_process_group(device_id=...)`: communicators are there from the start, and messages run on the group's."""
@@ -105,7 +105,7 @@ STRICTEST = [Rules(eager=eager, one_queue=True, connects=True, idle_to_make=True
 
 
 class _Rank:
-    """How far one rank's host and its device's streams have come."""
+    """The progress of one rank's host and of its device's streams."""
 
     def __init__(self, program: Program) -> None:
         self.program = program
@@ -121,7 +121,7 @@ class _Rank:
 
 
 class Play:
-    """What becomes of `programs`, by rank: `stuck` lines where a rank waits for ever, and what met what."""
+    """The outcome of `programs`, by rank: `stuck` lines of ranks that wait for ever, and the calls that met."""
 
     def __init__(self, programs: dict[int, Program], rules: Rules) -> None:
         self.rules = rules
@@ -151,7 +151,7 @@ class Play:
         return len(self._connected) + len(self._made) + sum(map(len, self._came.values()))
 
     def _host(self, rank: int, state: _Rank) -> bool:
-        """Whether the host of `rank` took its next instruction."""
+        """True when the host of `rank` took its next instruction."""
         if state.at == len(state.program) or self._blocked(rank, state) is not None:
             return False
         instruction = state.program[state.at]
@@ -165,7 +165,7 @@ class Play:
         return True
 
     def _blocked(self, rank: int, state: _Rank) -> str | None:
-        """Why the host of `rank` cannot go on, if it cannot."""
+        """The reason why the host of `rank` cannot continue; None when it can."""
         instruction = state.program[state.at]
         if isinstance(instruction, Wait):
             return None
@@ -202,7 +202,7 @@ class Play:
         return f"{call}: connects to ranks {sorted(missing)}" if missing else None
 
     def _device(self, rank: int, state: _Rank) -> bool:
-        """Whether anything moved on the streams of `rank`."""
+        """True when anything moved on the streams of `rank`."""
         moved = False
         while state.caught_up < len(state.waited) and state.waited[state.caught_up].is_done:
             state.caught_up += 1
@@ -290,7 +290,7 @@ def in_order_of_issue(programs: dict[int, Program]) -> set[tuple[str, int, int, 
 
 
 def faults(programs: dict[int, Program], rules: Rules) -> list[str]:
-    """What goes wrong, in words; nothing is right only if every rank comes to its end with what was meant for it."""
+    """The faults, in words; none when every rank ends with the data that was meant for it."""
     for program in programs.values():
         for call in program:
             if isinstance(call, Call):

@@ -1,4 +1,4 @@
-"""What a rank asks of its communicators, written down while it runs alone over torch's fake backend.
+"""The calls of a rank to its communicators, recorded while it runs alone over torch's fake backend.
 
 The fake backend does nothing and never waits, so every rank of a layout runs in turn in one process. What a rank asks
 does not depend on what it receives, shapes apart: those are filled in, as are ones for data.

@@ -1,4 +1,4 @@
-"""What the loss would move and launch on a GPU, counted operation by operation on the meta device at real shapes."""
+"""Bytes and launches of the loss on a GPU, counted by operation on the meta device at real shapes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What megatron's schedules ask of NCCL under our settings, by every rank of a layout, never hangs and never crosses.
+"""The NCCL calls of megatron's schedules under our settings never hang and never cross, on any rank of a layout.
 
 The calls are those of the installed megatron-core, recorded over torch's fake backend and played by NCCL's rules; no
 GPU has run them.

@@ -139,7 +139,7 @@ def test_launches_of_a_layer_do_not_grow_with_its_segments():
 
 
 def contract(query_QAD, key_KGD, value_KGD, cu_seq_q, cu_seq_k, max_q, max_k, *, window_size, scale=None, cap=None):
-    """What variable-length kernels compute, one segment at a time, with the scores written out."""
+    """The contract of variable-length kernels, one segment at a time, with explicit scores."""
     outputs = []
     repeats = query_QAD.size(1) // key_KGD.size(1)
     assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32

@@ -148,7 +148,7 @@ def test_nothing_is_wrong_with_any_page(tmp_path):
 
 
 def test_an_axis_that_no_setting_has_gets_no_map():
-    """As gamma_beta_ratio where all that ended are of another objective."""
+    """Such an axis is gamma_beta_ratio when all finished trials have another objective."""
     assert sweep_page().count('alt="accuracy by') == 3
 
 

@@ -105,7 +105,7 @@ class Cluster:
 
 
 def missing() -> str | None:
-    """What keeps this machine from being such a cluster."""
+    """The reason why this machine cannot be such a cluster; None when it can."""
     if os.geteuid() != 0:
         return "root alone may start Slurm's daemons"
     absent = [name for name in PROGRAMS if shutil.which(name) is None]

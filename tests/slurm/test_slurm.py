@@ -77,7 +77,7 @@ def wait_for_end(cluster, number, log, seconds):
 
 
 def test_a_job_that_is_told_or_preempted_is_saved_queued_again_and_continues(cluster, place):
-    """Of an array, from a folder of its own, its environment activated by a variable, no GRES in the cluster."""
+    """The job is part of an array, in a folder of its own, activated by a variable, without GRES in the cluster."""
     array, _ = submit(cluster, place, "--save", "runs/seed_%a", "--seed", "4%a", before=["--array", "3-3"])
     number, run = f"{array}_3", place / "runs" / "seed_3"
     job = cluster.job(number)["JobId"]

@@ -23,7 +23,7 @@ TAKE_TRAINER_OPTIONS = {"train", "sweep", "plan", "inspect", "fp8-check"}
 
 
 def text_of(capsys, *argv: str) -> str:
-    """What `simpo argv` prints, which exits with 0."""
+    """The output of `simpo argv`, which must exit with 0."""
     try:
         code = cli.main(argv)
     except SystemExit as ended:

@@ -1,4 +1,4 @@
-"""How the objective and its constants are asked for: the margin in two ways, and what another objective refuses."""
+"""Options of the objective: the margin in two ways, and refusals of other objectives."""
 
 import re
 

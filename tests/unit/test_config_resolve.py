@@ -1,4 +1,4 @@
-"""What is refused before any process group exists: ranks, model and machine against the configuration."""
+"""Refusals before any process group exists: ranks, model and machine against the configuration."""
 
 import pytest
 

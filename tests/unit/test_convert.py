@@ -1,4 +1,4 @@
-"""What a rank reads of a Hugging Face folder, where it puts it, and which folders are refused.
+"""The slices that a rank reads of a Hugging Face folder, their places, and refused folders.
 
 Megatron itself is not needed here; the expected values come from qwen2_twin.
 """
@@ -101,7 +101,7 @@ def test_ranks_that_share_a_group_hold_the_rows_that_megatron_cuts(heads, groups
 @pytest.mark.parametrize("grouped", [False, True], ids=["an expert a module", "transformer engine's grouped experts"])
 def test_an_expert_parallel_rank_gets_its_experts_whole(tmp_path: Path, grouped: bool) -> None:
     width, num_experts, mine = 10, 6, (2, 3)
-    mixture = {"model_type": "qwen3_moe", "num_experts": num_experts, "num_experts_per_tok": 2}
+    moe = {"model_type": "qwen3_moe", "num_experts": num_experts, "num_experts_per_tok": 2}
     weights = {name: tensor for name, tensor in random_weights().items() if ".mlp." not in name and "bias" not in name}
     expected = {}
     for layer in range(LAYERS):
@@ -118,7 +118,7 @@ def test_an_expert_parallel_rank_gets_its_experts_whole(tmp_path: Path, grouped:
                 for name, tensor in (("linear_fc1", torch.cat((gate, up))), ("linear_fc2", down)):
                     alone, joined = f"local_experts.{local}.{name}.weight", f"{name}.weight{local}"
                     expected[f"{to}experts.{joined if grouped else alone}"] = tensor
-    description = write_folder(tmp_path, weights, **mixture, moe_intermediate_size=width)
+    description = write_folder(tmp_path, weights, **moe, moe_intermediate_size=width)
     chunk = stand_in(expected)
     for layer in chunk.decoder.layers:
         layer.mlp.local_expert_indices = list(mine)

@@ -382,7 +382,7 @@ def test_less_than_three_percent_of_a_packed_step_of_real_pairs_is_padding(tmp_p
 
 @pytest.fixture(scope="module")
 def cache_of_real_pairs(tmp_path_factory):
-    """Where pairs are tokenised once for all layouts."""
+    """The folder in which pairs are tokenised once for all layouts."""
     return tmp_path_factory.mktemp("real") / "cache"
 
 

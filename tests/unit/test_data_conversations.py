@@ -80,7 +80,7 @@ def check_turns(tokenizer, record, turns, tokens):
 
 
 def check_shape(shape, count):
-    """How many pairs were used, how many of them with several turns."""
+    """(Pairs used, those of them with several turns.)"""
     tokenizer = templated(with_tools(SHAPES[shape]))
     pair_tokenizer, used, several = PairTokenizer(tokenizer, OPTIONS), 0, 0
     records = (to_record(row, OPTIONS) for row in rows(count, seed=7))

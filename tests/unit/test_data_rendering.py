@@ -1,4 +1,4 @@
-"""What is trained on is what the template writes, one end token and all, or the pair stands under a reason."""
+"""Tokens are the template's own text with one end token, or the pair is dropped with a reason."""
 
 import pytest
 from chat_templates import SHAPES, with_tools

@@ -1,4 +1,4 @@
-"""What the device module answers with and without CUDA, and the options that our configuration gives megatron-core."""
+"""Answers of the device module with and without CUDA, and megatron-core's options from our configuration."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """The embedding's gradient reaches `main_grad` row by row, and is the one that autograd takes through megatron's own.
 
-Ranks that share the vocabulary or the sequence are compared with a float64 twin in tests/distributed/test_layouts.py.
+tests/distributed/test_layouts.py compares ranks that share the vocabulary or the sequence with a float64 reference.
 """
 
 from types import SimpleNamespace

@@ -180,13 +180,13 @@ def score_of(length_controlled, win_rate, *reasons, **other):
     return {"metrics": metrics, "not_comparable": list(reasons), "notes": [], **other}
 
 
-def test_a_reproduction_says_infrastructure_or_not():
+def test_a_reproduction_says_whether_the_set_up_differs():
     run = reproduction.published_run("alpaca-eval", "Llama-3-Instruct-8B-SimPO")
     *lines, verdict = reproduction.compare_with_published("it", run, score_of(43.9, 42.1))
     assert lines[0] == "published 44.7, here 43.9, -0.8 points: length-controlled win rate" and len(lines) == 2
-    assert "the infrastructure is sound" in verdict
+    assert "can be trusted" in verdict
     with pytest.raises(
-        GateClosed, match="found it -9.9 points from its published score, expected at most 3; it is the"
+        GateClosed, match="found it -9.9 points from its published score, expected at most 3; the set-up differs"
     ):
         list(reproduction.compare_with_published("it", run, score_of(34.8, 40.0)))
     with pytest.raises(ConfigError, match="found no score to compare \\(the judge is stub"):

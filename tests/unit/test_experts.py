@@ -1,4 +1,4 @@
-"""The load-balancing loss of a mixture, against its definition over transformers' router logits."""
+"""The load-balancing loss of an MoE, against its definition over transformers' router logits."""
 
 from __future__ import annotations
 

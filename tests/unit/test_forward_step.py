@@ -1,4 +1,4 @@
-"""What the forward step hands to megatron's schedules, which divide and scale it in place."""
+"""Returned tensors of the forward step, which megatron's schedules divide and scale in place."""
 
 from __future__ import annotations
 

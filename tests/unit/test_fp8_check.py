@@ -1,4 +1,4 @@
-"""What the FP8 check rounds to, how it counts, and that the command says which FP8 it was."""
+"""The FP8 check: its rounding, its counts, and the line that names the FP8 it used."""
 
 from __future__ import annotations
 

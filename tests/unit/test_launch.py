@@ -24,7 +24,7 @@ SCRIPT = "examples/pretrain_simpo.py"
 
 @pytest.fixture(autouse=True)
 def no_ranks(monkeypatch):
-    """Nothing of torchrun in the environment, and no process group, whatever happens."""
+    """Removes torchrun's variables from the environment, and any process group at the end."""
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(parallel, "initialize", lambda *_, **__: pytest.fail("a process group was made"))
@@ -180,7 +180,7 @@ def test_ranks_that_are_there_are_used(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("ranks", "expected"), [(1, ["starts"]), (2, ["environment", "cuda", "trains"])])
 def test_variables_are_set_by_a_rank_before_it_asks_for_cuda(monkeypatch, tmp_path, ranks, expected):
-    """What a process that starts ranks sets they would take for the user's."""
+    """Ranks would take variables of the process that starts them for the user's."""
     seen = []
     monkeypatch.setenv("WORLD_SIZE", str(ranks))
     monkeypatch.setattr(environment, "prepare_environment", lambda _: seen.append("environment"))

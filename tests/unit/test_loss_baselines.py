@@ -1,4 +1,4 @@
-"""CPO, ORPO, IPO and DPO against float64 twins of the published formulas, and against TRL's own code.
+"""CPO, ORPO, IPO and DPO against float64 references of the published formulas, and against TRL's own code.
 
 A twin takes the token log-probabilities of one pair and writes the paper's equation down with whole probabilities and
 logarithms; the package has averages and counts in fp32 alone.
@@ -79,7 +79,7 @@ def make_pairs(seed):
 
 
 def moved(pairs, scale=0.2):
-    """What a reference model near the policy gives the same tokens."""
+    """Log-probs of the same tokens under a reference model near the policy."""
     generator = torch.Generator().manual_seed(7)
     return [tuple(x + scale * torch.randn(x.shape, generator=generator, dtype=x.dtype) for x in pair) for pair in pairs]
 

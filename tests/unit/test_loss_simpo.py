@@ -1,4 +1,4 @@
-"""The objective and the averages against a slow float64 twin written from the paper, values and gradients."""
+"""The objective and the averages against a slow float64 reference written from the paper, values and gradients."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def make_pairs(lengths, seed=0, scale=1.0):
 
 
 def flat(pairs, dtype):
-    """What the package gets: all tokens in one vector, shuffled, and the response of each."""
+    """Inputs of the package: all tokens in one vector, shuffled, and the response of each."""
     responses = [response for pair in pairs for response in pair]
     logps = torch.cat(responses).to(dtype)
     sequence = torch.cat([torch.full((len(r),), i) for i, r in enumerate(responses)])

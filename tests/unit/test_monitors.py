@@ -46,7 +46,7 @@ def monitors(remembered=None, pairs: str | None = "validation", **options) -> Mo
 
 
 def said(watching: Monitors, tmp_path) -> list[str]:
-    """What the monitors print."""
+    """The lines that the monitors print."""
     with (tmp_path / "said").open("w") as file:
         terminal = Terminal(9, Console(file=file, width=400))
         assert watching.judge(7, RunLog([], terminal)) is None

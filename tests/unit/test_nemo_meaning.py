@@ -341,7 +341,10 @@ def test_the_command_takes_flags_beside_the_file():
     [
         (["--nemo-config"], "expected at least one argument"),
         (["--nemo-config", "a.yaml", "--config", "b.yaml"], "found both --config and --nemo-config"),
-        (["--nemo-config", "a.yaml", "--lrr", "1"], "found unknown argument '--lrr'; did you mean '--lr'"),
+        (
+            ["--nemo-config", "a.yaml", "--lrr", "1"],
+            "found unknown argument '--lrr', expected an option; did you mean '--lr'",
+        ),
     ],
 )
 def test_mistakes_in_the_command(argv, expected):

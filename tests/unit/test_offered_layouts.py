@@ -1,4 +1,4 @@
-"""What `resolve` takes of random models in random layouts can be built and loaded, and the planner offers nothing else.
+"""Layouts that `resolve` accepts for random models can be built and loaded; the planner offers no others.
 
 torch's fake process group gives one process any rank of any number of ranks: its collectives do nothing, and none is
 needed to build a model and to load weights.

@@ -1,4 +1,4 @@
-"""What the number formats become in the installed megatron-core; nothing of it can be executed without a GPU."""
+"""The options of the installed megatron-core for each dtype; none of them can be executed without a GPU."""
 
 from dataclasses import fields
 from types import SimpleNamespace

@@ -49,7 +49,7 @@ def test_what_can_be_profiled_is_not_refused():
 
 @pytest.fixture
 def calls(monkeypatch):
-    """What the profiler asked of CUDA and of PyTorch, in order; this process is rank 1 of 2."""
+    """The profiler's calls to CUDA and PyTorch, in order; this process is rank 1 of 2."""
     asked = []
     monkeypatch.setattr(profiling, "dist", SimpleNamespace(get_rank=lambda: 1, get_world_size=lambda: 2))
     cuda = SimpleNamespace(

@@ -1,4 +1,4 @@
-"""What is kept of the initial model: by whose weights it is known, and what the cache takes for it."""
+"""The cache of the initial model's log-probs: its key by weights, and refused files."""
 
 from __future__ import annotations
 

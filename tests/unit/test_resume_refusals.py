@@ -45,7 +45,7 @@ class Plan:
 
 @dataclass
 class Job:
-    """What `describe_run` reads of a job."""
+    """The parts of a job that `describe_run` reads."""
 
     plan: Plan
     tokenizer: Any
@@ -74,7 +74,7 @@ def other_template():
 
 
 def describe(folder: Path, *, model=None, tokenizer=None, pairs=None, **options) -> dict[str, Any]:
-    """What a run of these would write into its checkpoints."""
+    """The facts that a run of these writes into its checkpoints."""
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps({**MODEL, **(model or {})}))
     (folder / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs or PAIRS))

@@ -1,4 +1,4 @@
-"""What is unpickled of a checkpoint is looked at first: an index of tensors, and nothing that acts."""
+"""Pickles of a checkpoint are checked before they are read: an index of tensors, without calls."""
 
 import io
 import os
@@ -91,7 +91,7 @@ def saved(value):
 
 
 def load_settings(folder):
-    """What torch makes of the object `settings` in `folder`, read as this package lets it."""
+    """The object `settings` in `folder` as torch reads it under this package's restrictions."""
     state = {"settings": None}
     with cpu_patches.reading_by(read_index(folder), read_torch_file):
         dcp.load(state, checkpoint_id=folder, no_dist=True)

@@ -1,4 +1,4 @@
-"""What Transformer Engine is handed for a pack.
+"""The arguments of Transformer Engine for a pack.
 
 Transformer Engine cannot be imported without CUDA, so a stand-in takes its place that records its arguments and
 computes what they mean, one sequence at a time; the result must be the CPU attention's.

@@ -1,4 +1,4 @@
-"""What is said of ranks that did not arrive, from what each answered."""
+"""The line about ranks that did not arrive, from their answers."""
 
 from __future__ import annotations
 

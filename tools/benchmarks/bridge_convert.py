@@ -1,10 +1,10 @@
-"""Import and export by Megatron-Bridge, for convert.py: run by the Python that has megatron-bridge.
+"""Import and export by Megatron-Bridge, for convert.py; runs under the Python that has megatron-bridge.
 
     python bridge_convert.py HF_FOLDER OUT_FOLDER
 
 Prints {"import": {wall, cpu, peak}, "export": {...}} as JSON. Bridge fills a whole model in memory and writes no
-checkpoint here: what writes one needs a GPU's packages. Without Transformer Engine, whose classes Bridge names but does
-not use for this, empty classes stand in for it.
+checkpoint here, because its writer needs packages for GPUs. Bridge names classes of Transformer Engine that it does not
+use for this; empty classes stand in for them.
 """
 
 import importlib.machinery
@@ -43,7 +43,7 @@ class EmptyModule(types.ModuleType):
 
 
 def stand_in_for_transformer_engine() -> None:
-    """Lets `import transformer_engine.pytorch` pass; megatron-core, imported before, does without."""
+    """Makes `import transformer_engine.pytorch` succeed; megatron-core was imported before, without it."""
     parent = None
     for name in ("transformer_engine", "transformer_engine.pytorch", "transformer_engine.pytorch.ops"):
         module = EmptyModule(name)

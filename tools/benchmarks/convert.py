@@ -4,8 +4,8 @@
     python tools/benchmarks/convert.py --layers 4 --rounds 2 --folder /scratch
     python tools/benchmarks/convert.py --bridge-python bridge-venv/bin/python
 
-Every measurement is a process of its own; imports are no part of it, what it reads was read once just before, and
-everything written is on the disk at its end. A rate is divided by that of `dd` in the same round, the mean of the one
+Every measurement is a process of its own, without its imports. Its input was read once just before, and its output
+is on the disk at its end. A rate is divided by that of `dd` in the same round, the mean of the one
 just before and the one just after it, for the rate of a disk that others share changes within seconds. `dd` and
 `safetensors copy` (load_file, save_file) are what the disk and the library can do; the bar is 60 % of dd's rate, in
 every round, and 2 GiB of memory. Both conversions also hash what they write or read. Where other work shares the
@@ -58,14 +58,14 @@ def write_model(folder: Path, num_layers: int) -> None:
 
 
 def copy_by_dd(folder: Path) -> None:
-    """dd of the weights, synced."""
+    """A copy of the weights by dd, synced."""
     source, target = folder / "model" / "model.safetensors", folder / "out"
     command = ["dd", f"if={source}", f"of={target}", "bs=4M", "conv=fsync", "status=none"]
     subprocess.run(command, check=True)
 
 
 def copy_by_safetensors(folder: Path) -> None:
-    """The library's own reading and writing, synced."""
+    """A copy by safetensors' own load_file and save_file, synced."""
     from safetensors.torch import load_file, save_file
 
     save_file(load_file(folder / "model" / "model.safetensors"), folder / "out")
@@ -94,7 +94,7 @@ def convert_to_hf(folder: Path) -> None:
 
 
 def prepare(folder: Path, num_layers: int) -> None:
-    """Writes the model in a process of its own: a child would start with the memory of this one as its peak."""
+    """Writes the model in a process of its own, because a child would inherit this process's peak memory."""
     subprocess.run([sys.executable, "-W", "ignore", __file__, "--prepare", str(folder), str(num_layers)], check=True)
 
 
@@ -133,7 +133,7 @@ def cpu_seconds() -> float:
 
 
 def measure_apart(method: str, folder: Path) -> dict:
-    """Returns the same, of a process of its own, whose output is gone afterwards but for the first checkpoint."""
+    """Returns the same from a process of its own; its output is deleted, except for the first checkpoint."""
     taken = run([sys.executable, "-W", "ignore", __file__, "--measure", method, str(folder)])
     out, kept = folder / "out", folder / "megatron"
     if method == "hf-to-mcore" and not kept.exists():
@@ -152,7 +152,7 @@ def run(command: list[str]) -> dict:
 
 
 def measure_round(folder: Path, bridge_python: str | None) -> dict[str, dict]:
-    """Returns what every method took, `ratio` being its rate by that of the dd before and after it."""
+    """Returns the result of every method; `ratio` is its rate divided by that of the dd before and after it."""
     taken = {}
     before = first = measure_apart("dd", folder)
     for method in list(METHODS)[1:]:
@@ -197,7 +197,7 @@ def main() -> None:
 
 
 def report(rounds: list[dict[str, dict]], num_bytes: int) -> None:
-    """Prints medians of the rounds and the least ratio, and which bar was missed."""
+    """Prints the medians of the rounds, the lowest ratio, and every bar that was missed."""
     print(f"{num_bytes / 2**30:.2f} GiB of weights, median of {len(rounds)} rounds")
     print("| method | wall s | GiB/s | rate of dd's | least | CPU s | memory MiB |\n|---|---|---|---|---|---|---|")
     for method in rounds[0]:

@@ -1,9 +1,9 @@
-"""Time and memory of turning preference pairs into token ids: ours beside TRL's `dataset.map` of the same pairs.
+"""Time and memory of tokenising preference pairs, ours and TRL's `dataset.map` of the same pairs.
 
     python tools/benchmarks/data.py --data pairs.jsonl
     python tools/benchmarks/data.py --data pairs.jsonl --count 61000 --num-workers 1,2 --rounds 3
 
-The pairs of the file are repeated, each time with another number in the prompt, until there are --count. Both
+The pairs of the file are repeated to --count, each time with another number in the prompt. Both
 sides get conversations, one byte-level tokenizer trained on the file, and limits that cut nothing; the number of
 tokens is counted on both sides and must agree. TRL's side is the three maps of its CPOTrainer, with its own
 functions. Every measurement is a process of its own, the methods in turn in every round; the least of the rounds
@@ -159,7 +159,7 @@ def main() -> None:
                 environment = os.environ | {"HF_DATASETS_OFFLINE": "1", "HF_DATASETS_CACHE": folder}
                 run = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment)
                 results[method, num_workers].append(json.loads(run.stdout.splitlines()[-1]))
-    # The two cut pairs that are too long by rules of their own, so that their tokens may differ by a little.
+    # The two sides cut long pairs by different rules, so token counts may differ slightly.
     print(f"{arguments.count:,} pairs of {arguments.data}")
     print(f"{'method':<8}{'processes':>10}{'wall s':>9}{'CPU s':>9}{'pairs / CPU s':>15}{'peak MiB':>10}{'tokens':>12}")
     for (method, num_workers), runs in results.items():

@@ -1,10 +1,10 @@
-"""What the guards of a run cost, as shares of its steps: on the ranks, model and pairs of any run.
+"""The cost of a run's guards as shares of its steps, with the ranks, model and pairs of any run.
 
     torchrun --nproc-per-node 2 tools/benchmarks/guards.py --tp 2
     torchrun --nproc-per-node 8 tools/benchmarks/guards.py --config configs/llama3_8b_base_8xh100.yaml --model DIR ...
 
-The arguments are those of examples/pretrain_simpo.py. The run goes as it always does; then each guard is called again
-and again by itself, all ranks together, and its median time is set against the median step. During a step ranks also
+The arguments are those of examples/pretrain_simpo.py. After an ordinary run each guard is called
+many times by all ranks together, and its median time is divided by that of a step. During a step ranks also
 wait in `sync_status` for the slowest of them, which they would do in the step's next collective without it.
 """
 
@@ -31,7 +31,7 @@ NUM_CALLS = 30
 
 
 def main(argv: list[str]) -> None:
-    """Train, and measure on the way out, when all that the guards work on is there."""
+    """Trains, and measures at the end, when everything that the guards work on exists."""
     config, step_seconds, watches = load_config(argv), [], []
 
     def timed_step(*arguments: Any) -> Any:
@@ -49,7 +49,7 @@ def main(argv: list[str]) -> None:
         finish(config, job, log)
         rows = measure(config, job, watches[0])
         if dist.get_rank() == 0:
-            # The first step is not like the others.
+            # The first step has start-up costs.
             print(*table(rows, statistics.median(step_seconds[1:])), sep="\n", flush=True)
 
     finish, run_in = loop.finish, loop.run_in
@@ -70,7 +70,7 @@ def measure(config: Any, job: Any, watchdog: Watchdog) -> list[tuple[str, str, f
 
 
 def median_seconds(guard: Callable[[], Any]) -> float:
-    """Of a call by all ranks together."""
+    """The median seconds of a call by all ranks together."""
     times = []
     for _ in range(NUM_CALLS):
         dist.barrier()
@@ -82,7 +82,7 @@ def median_seconds(guard: Callable[[], Any]) -> float:
 
 
 def table(rows: list[tuple[str, str, float, int]], step_seconds: float) -> list[str]:
-    """Lines to print."""
+    """The lines to print."""
     lines = [f"the median step takes {1e3 * step_seconds:.1f} ms"]
     lines.append(f"{'guard':<26} {'each':>9}   {'calls':<8} {'of a step':>8}")
     for name, when, seconds, num_calls in rows:

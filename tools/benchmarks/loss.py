@@ -5,7 +5,7 @@
     python tools/benchmarks/loss.py --tp 2 --methods ours,megatron
 
 Every measurement is a process of its own, one thread a rank, the methods in turn in every round; a time is
-the least CPU time over the rounds (CPU time hardly notices what else the machine does), memory is the peak
+the lowest CPU time over the rounds (other work on the machine hardly changes it), memory is the peak
 above inputs and gradients, error is against float64, of both gradients, relative. Half of the positions are
 prompt or padding. A peer that cannot be imported is listed as not installed. Liger is `liger-kernel`, Cut
 Cross Entropy `cut-cross-entropy` (which imports triton), both from PyPI.
@@ -158,7 +158,7 @@ def gradients(run, hidden, weight, labels, where):
 
 
 def worker(args) -> dict:
-    """Returns what one process measures of one method: CPU seconds, peak MiB, relative gradient errors."""
+    """Returns the CPU seconds, peak MiB and relative gradient errors of one method, measured in this process."""
     torch.set_num_threads(1)
     if args.worker == "gemm":
         return measure_gemms(args.shape)
@@ -176,7 +176,7 @@ def worker(args) -> dict:
     weight = weight[rank * width : (rank + 1) * width].clone()
     where = (group, rank * width, size)
 
-    # Once in vain, at the shape itself: some methods compile for it. What that leaves in the heap goes back to the
+    # Once without measuring, because some methods compile for a shape. What this leaves in the heap goes back to the
     # system, or memory and time of the second run would profit from it, of each method by another amount.
     gradients(run, hidden, weight, labels, where)
     ctypes.CDLL(None).malloc_trim(0)
@@ -193,7 +193,7 @@ def worker(args) -> dict:
 
 
 def measure_gemms(shape: str) -> dict:
-    """Returns the CPU seconds of the three GEMMs that no exact method can do without, in their best shape."""
+    """Returns the CPU seconds of the three GEMMs that every exact method needs, in their best shape."""
     hidden, weight, labels = make_inputs(shape)
     rows = hidden[labels != IGNORE]
     weight = weight[: min(len(weight), 16384)]
@@ -230,7 +230,7 @@ def write_reference(shape: str, path: Path) -> None:
 
 
 def measure(method: str, shape: str, tp: int, reference: Path) -> dict:
-    """Returns the worst over ranks of what the processes of one measurement report."""
+    """Returns the worst value over the ranks of one measurement."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, __file__, "--worker", method, "--shape", shape, "--tp", str(tp)]
         command += ["--reference", str(reference), "--store", f"{folder}/store"]

@@ -1,4 +1,4 @@
-"""A model of the loss on an H100, ours and its peers: operations, bytes and launches, counted; time, modelled.
+"""A model of the loss on an H100, ours and its peers: counted operations, bytes and launches, modelled time.
 
     python tools/benchmarks/roofline.py                       # all shapes and methods of the loss, as a table
     python tools/benchmarks/roofline.py --whole               # whole microbatches: embedding, layers, head and back
@@ -7,7 +7,7 @@
 Each method runs forward and backward over one microbatch, from hidden states to the gradients of hidden states and
 head, on the meta device: every operation that would launch a kernel is counted, nothing is computed and nothing is
 timed. Time is products over a rate plus all other bytes over a bandwidth; launches are not in it. Ours packs pairs,
-the prompt once, and meets the vocabulary with response rows alone; the peers' rows hold a prompt with one response,
+the prompt once, and multiplies only response rows with the vocabulary; the peers' rows hold a prompt with one response,
 padded to the longest. They know no tensor parallelism: at tp 8 they are given the slice of the vocabulary that a rank
 would have, which is less than they need.
 
@@ -59,7 +59,7 @@ MODELS = {
         8,
     ),
 }
-# What an H100's best kernels reach of its data sheet's 989 Tflop/s in bf16 and 3.35 TB/s: assumed, not measured.
+# Rates of an H100's best kernels, of 989 Tflop/s in bf16 and 3.35 TB/s in its data sheet: assumed, not measured.
 FLOPS, BANDWIDTH = 700e12, 0.85 * 3.35e12
 _H100 = GPUS["h100-80gb"]
 ATTENTION_FLOPS = ASSUMED.attention * _H100.bf16_flops
@@ -97,7 +97,7 @@ def ours(batch: Microbatch, hidden_size: int, width: int) -> list[Operation]:
 
 
 def _padded(batch: Microbatch, hidden_size: int, width: int) -> tuple[Tensor, torch.nn.Parameter, Tensor, Tensor]:
-    """Returns hidden [R, L, H], the head, labels [R, L], and which of them count."""
+    """Returns hidden [R, L, H], the head, labels [R, L], and the mask of response labels."""
     rows, length = batch.padded_shape
     hidden = torch.empty(rows, length, hidden_size, dtype=torch.bfloat16, device=META, requires_grad=True)
     weight = torch.nn.Parameter(torch.empty(width, hidden_size, dtype=torch.bfloat16, device=META))
@@ -119,7 +119,7 @@ def princeton(batch: Microbatch, hidden_size: int, width: int) -> list[Operation
         labels = torch.where(mask, labels, 0)
         logps = torch.gather(shifted.log_softmax(-1), dim=2, index=labels.unsqueeze(2)).squeeze(2)
         loss = _simpo((logps * mask).sum(-1) / mask.sum(-1))
-        # What it logs of every microbatch: the mean logit of chosen and rejected rows.
+        # TRL logs the mean logit of chosen and rejected rows of every microbatch.
         for part in logits.detach().chunk(2):
             part.mean()
         loss.backward()
@@ -186,7 +186,7 @@ class Count:
     flops: float
     """Operations of matrix products."""
     elementwise_bytes: int
-    """Read and written by all but the products."""
+    """Bytes read and written by all kernels but the products."""
     launches: int
     collective_bytes: int = 0
     attention_flops: float = 0.0
@@ -246,7 +246,7 @@ def show_microbatches(chosen: argparse.Namespace) -> None:
 
 
 def whole_counts(shape: dict, batch: Microbatch, ranks: int) -> Iterator[tuple[str, int, Count]]:
-    """Yields (trainer, its GPUs, the count of one of them), ours first; a peer that is not installed is named."""
+    """Yields (trainer, its GPUs, the count of one of them), ours first; names a peer that is not installed."""
     count = Count.of(roofline_microbatch.ours(shape, batch, ranks))
     flops = roofline_microbatch.attention_flops(shape, batch, packed=True)
     yield "ours", ranks, replace(count, attention_flops=flops / ranks)
@@ -259,7 +259,7 @@ def whole_counts(shape: dict, batch: Microbatch, ranks: int) -> Iterator[tuple[s
 
 
 def main(argv: list[str]) -> int:
-    """Returns 0 after a table for each shape."""
+    """Prints a table for each shape; returns 0."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--whole", action="store_true", help="whole microbatches in the place of the loss alone")
     parser.add_argument(

@@ -1,4 +1,4 @@
-"""The pairs of a microbatch that the roofline counts, by their lengths."""
+"""The lengths of the pairs in a microbatch that the roofline counts."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ META = torch.device("meta")
 
 @dataclass(frozen=True)
 class Microbatch:
-    """Pairs by their lengths in tokens."""
+    """The pairs of a microbatch, by their lengths in tokens."""
 
     prompts: np.ndarray
     responses: np.ndarray
@@ -21,7 +21,7 @@ class Microbatch:
 
     @classmethod
     def of(cls, num_pairs: int, prompt_tokens: float, response_tokens: float) -> Microbatch:
-        """Returns pairs whose lengths are spread as those of chats are: log-normally, by a factor of 1.6."""
+        """Returns pairs with lengths like those of chats: log-normal, with a factor of 1.6."""
         random = np.random.default_rng(0)
 
         def spread(mean: float, size: tuple[int, ...]) -> np.ndarray:

@@ -1,7 +1,7 @@
 """A whole microbatch of each trainer, from token ids to gradients of all weights, counted on the meta device.
 
-Ours runs through Megatron's layers, as `tests/gpu_cpu/meta_step.py` plays them: on a GPU without Transformer Engine, a
-rank of the tensor-parallel ones, pairs in one pack. The peers run through transformers' Llama in bf16, whole on one
+Ours runs through Megatron's layers, by `tests/gpu_cpu/meta_step.py`: one tensor-parallel rank on a GPU without
+Transformer Engine, all pairs in one pack. The peers run through transformers' Llama in bf16, whole on one
 GPU, a row for each response, gradients added to those of a microbatch before. What they need beyond that is left out,
 in their favour: masks of padding, recomputation, and the gathering of weights that FSDP or ZeRO divide.
 """
@@ -56,7 +56,7 @@ def _counted_attention(module: Any, query: Tensor, key: Tensor, value: Tensor, *
 
 
 def _llama(shape: dict) -> torch.nn.Module:
-    """transformers' Llama of this shape on the meta device, its gradients there."""
+    """transformers' Llama of this shape with gradients, on the meta device."""
     from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
 
     AttentionInterface.register("counted", _counted_attention)
@@ -146,7 +146,7 @@ def liger(shape: dict, batch: Microbatch) -> list[Operation]:
     with Counter() as counter:
         rows = model.model(ids, use_cache=False).last_hidden_state[:, :-1]
         module(model.lm_head.weight, rows, labels[:, 1:])
-        # Its gradients are made by now. Its backward asks whether its slope is one, which the meta device cannot say.
+        # Its gradients exist after the forward. Its backward compares its slope with one, which the meta device cannot.
         model.lm_head.weight.grad.add_(torch.empty_like(model.lm_head.weight))
         rows.backward(torch.empty_like(rows))
     return counter.operations

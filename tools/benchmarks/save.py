@@ -1,11 +1,11 @@
-"""How long training stands still for a checkpoint, written at once and in the background (--async-save).
+"""The time that training waits for a checkpoint, written at once or in the background (--async-save).
 
     python tools/benchmarks/save.py
     python tools/benchmarks/save.py --layers 4 --rounds 1
 
 Runs of the trainer on one rank, a Llama of random weights in fp32 (33 million parameters, 12 bytes of state each, with
 10 layers), a checkpoint every second step but none of the last; the two ways in turn in every round. A step's time is
-that of steps without the wait; in the background it holds what the writer takes from it.
+without the wait; in the background it includes the slow-down by the writer.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Time from the command to the end of the first step: ours beside TRL's CPOTrainer, on the demo's model and pairs.
+"""Time from the command to the end of the first step: ours and TRL's CPOTrainer, on the demo's model and pairs.
 
     python tools/benchmarks/start.py
     python tools/benchmarks/start.py --rounds 5
@@ -27,7 +27,7 @@ MISTAKE = _COMMAND + "atexit.register(tell); run(['train', '--lr', 'abc'])"
 
 
 def tell() -> None:
-    """Print what this process has used so far."""
+    """Prints the CPU seconds and modules of this process so far."""
     import time
 
     print("\n" + json.dumps({"cpu": time.process_time(), "modules": len(sys.modules)}), flush=True)

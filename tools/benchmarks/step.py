@@ -4,7 +4,7 @@
     python tools/benchmarks/step.py --data pairs.jsonl --num-steps 3 --global-batch-size 16
     python tools/benchmarks/step.py --data pairs.jsonl --methods ours,ours-padded,trl-1,trl-2,trl-8
 
-`ours-norms-again` computes the norms again in the backward instead of keeping their outputs.
+`ours-norms-again` recomputes the norms in the backward pass.
 
 Both sides train the same Llama (8 layers, hidden 512, 32,000 ids, fp32) on the same token ids in the same
 global batches with AdamW, so their losses must agree. `trl-M` takes M pairs a microbatch, and gets them
@@ -51,13 +51,13 @@ class Meter:
     marks: list[tuple[float, float]] = field(default_factory=list)
 
     def mark(self) -> None:
-        """To be called after every step."""
+        """Ends one step; call it after every step."""
         if not self.marks:
             Path("/proc/self/clear_refs").write_text("5")  # restarts the kernel's peak
         self.marks.append((time.process_time(), time.perf_counter()))
 
     def result(self, losses: list[float], global_batch_size: int) -> dict:
-        """What the parent process reads: of the counted steps alone, but the losses are all steps'."""
+        """The result for the parent process: of the counted steps, with the losses of all."""
         num_pairs = global_batch_size * (len(self.marks) - 1)
         cpu, wall = (last - first for first, last in zip(self.marks[0], self.marks[-1], strict=True))
         return dict(
@@ -69,7 +69,7 @@ class Meter:
 
 
 def status_bytes(name: str) -> int:
-    """A line of /proc/self/status that is given in kB, in bytes."""
+    """A line of /proc/self/status in bytes; the kernel gives kB."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(name + ":"))
 
@@ -141,7 +141,7 @@ def config_of(job: dict, **options):
 
 
 def run_ours(job: dict, options: dict) -> dict:
-    """Our trainer's own pieces, on one rank."""
+    """Trains with our own trainer's parts, on one rank."""
     from simpo_megatron.mcore import cpu_patches, device
 
     cpu_patches.install()
@@ -168,7 +168,7 @@ def run_ours(job: dict, options: dict) -> dict:
 
 
 def run_trl(job: dict, micro_batch_size: int) -> dict:
-    """TRL's trainer over the same ids, which it gets in place of those that it would make of a text."""
+    """Trains with TRL's trainer on the same ids, in place of its own tokens."""
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
     from trl.experimental.cpo import CPOConfig, CPOTrainer
@@ -237,7 +237,7 @@ def run_trl(job: dict, micro_batch_size: int) -> dict:
 
 
 def write_records(job: dict) -> str:
-    """Writes the pairs of the steps for TRL, longest first within a step; a line about them is returned."""
+    """Writes the pairs of the steps for TRL, longest first within a step; returns a line about them."""
     from transformers import AutoTokenizer
 
     from simpo_megatron.data import BatchOptions, build_preference_dataset
@@ -298,7 +298,7 @@ def run_one(method: str, job: dict) -> dict:
 
 
 def report(methods: list[str], results: dict[str, list[dict]]) -> None:
-    """Prints a line a method, then the ratios of the first method to the best TRL there is."""
+    """Prints a line for each method, then the ratios of the first method to the best of TRL's."""
     best = {}
     print(f"{'method':18}{'pairs/s':>9}{'CPU s/pair':>12}{'memory MiB':>12}  losses")
     for method in methods:
