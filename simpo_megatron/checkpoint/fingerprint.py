@@ -64,8 +64,8 @@ def require_bases(source: ModelSource, memory: Path | None = None) -> None:
         beneath = ModelSource(source.base, source.adapters[:number])
         if is_of_this_form(expected) and source_fingerprint(beneath, memory) != expected:
             raise CheckpointError(
-                f"{folder}: found adapters that were trained on another model than {beneath.last}, expected that one; "
-                "put it in its place"
+                f"{folder}: found adapters that were trained on another model than {beneath.last}, expected the same; "
+                "restore that model"
             )
 
 

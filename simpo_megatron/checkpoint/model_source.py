@@ -82,8 +82,8 @@ def find_model(name: str | Path, hf_config: str | Path | None = None) -> ModelSo
             )
         if not os.path.isdir(model_folder(base)):
             raise CheckpointError(
-                f"{folder}: found adapters for the model {base!r}, which is not there, expected it to be found; name "
-                "it: --model BASE --adapter DIR"
+                f"{folder}: found adapters for the model {base!r}, which is not there, expected its folder or hub "
+                "name; name it: --model BASE --adapter DIR"
             )
         name, hf_config = base, hf_config or of_base
 

@@ -49,7 +49,7 @@ def lock(save: Path) -> RunLock:
         ) from None
     except OSError as error:
         raise CheckpointError(
-            f"save: found {save}, which cannot be written ({error.strerror}), expected a folder of yours"
+            f"save: found {save}, which cannot be written ({error.strerror}), expected a folder that can be written"
         ) from None
     nonce = f"process {os.getpid()} on {socket.gethostname()}, {uuid.uuid4().hex}"
     try:
@@ -58,8 +58,8 @@ def lock(save: Path) -> RunLock:
         held.release()
         if isinstance(error, OSError):
             raise CheckpointError(
-                f"save: found {save / _HOLDER_FILE}, which cannot be written ({error.strerror}), expected a folder of "
-                "yours; remove it"
+                f"save: found {save / _HOLDER_FILE}, which cannot be written ({error.strerror}), expected a file of "
+                "this user; remove it"
             ) from None
         raise
     return RunLock(nonce, held)

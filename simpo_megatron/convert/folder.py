@@ -56,8 +56,7 @@ def refuse_existing_export(out_folder: str | Path, *sources: str | Path) -> None
         return
     if not path.is_dir() or any(path.iterdir()):
         raise CheckpointError(
-            f"{path}: found what already exists and was not written by simpo_megatron, expected none; remove it "
-            "or name another folder"
+            f"{path}: found files that simpo_megatron did not write, expected none; remove them or name another folder"
         )
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from simpo_megatron.errors import ConfigError, DataError
+from simpo_megatron.generation.other_python import other_python
 
 EVAL_PYTHON = "SIMPO_EVAL_PYTHON"
 _DEFAULT_PYTHON = Path(".venv-eval/bin/python")
@@ -89,11 +90,8 @@ def official_environment() -> OfficialEnvironment:
 
     Raises: ConfigError where there is none.
     """
-    python = Path(os.environ.get(EVAL_PYTHON) or _DEFAULT_PYTHON)
-    if not python.is_file():
-        raise ConfigError(
-            f"official scorers: found no {python}, expected the Python of an environment that has them; run make "
-            f"eval-env, or name one by {EVAL_PYTHON}"
+    return OfficialEnvironment(
+        other_python(
+            "official scorers", EVAL_PYTHON, _DEFAULT_PYTHON, holds="the official scorers", remedy="run make eval-env"
         )
-    # Absolute, as children run elsewhere; not resolved, or it would be the Python that the environment was made with.
-    return OfficialEnvironment(python.absolute())
+    )

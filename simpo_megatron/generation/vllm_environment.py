@@ -6,7 +6,8 @@ import os
 from pathlib import Path
 from typing import NoReturn
 
-from simpo_megatron.errors import ConfigError, require
+from simpo_megatron.errors import require
+from simpo_megatron.generation.other_python import other_python
 
 VLLM_PYTHON = "SIMPO_VLLM_PYTHON"
 _DEFAULT_PYTHON = Path(".venv-vllm/bin/python")
@@ -17,14 +18,8 @@ def vllm_python() -> Path:
 
     Raises: ConfigError where there is none.
     """
-    python = Path(os.environ.get(VLLM_PYTHON) or _DEFAULT_PYTHON)
-    if not python.is_file():
-        raise ConfigError(
-            f"vllm: found no {python}, expected the Python of an environment that has vLLM; make one by python -m venv "
-            f".venv-vllm && .venv-vllm/bin/pip install vllm, or name one by {VLLM_PYTHON}"
-        )
-    # Not resolved, or it would be the Python that the environment was made with.
-    return python.absolute()
+    remedy = "make one by python -m venv .venv-vllm && .venv-vllm/bin/pip install vllm"
+    return other_python("vllm", VLLM_PYTHON, _DEFAULT_PYTHON, holds="vLLM", remedy=remedy)
 
 
 def serve(model: str, *, port: int, tensor_parallel_size: int) -> NoReturn:

@@ -70,7 +70,7 @@ def check_rope(hf_config: Mapping[str, Any], rope: Mapping[str, Any], rotary_siz
     try:
         found = scaled_frequencies(hf_config, max_length=1)
     except (KeyError, TypeError, ValueError, ZeroDivisionError, RuntimeError) as error:
-        raise ConfigError(f"rope_parameters: found {error} wanting or wrong, expected those of {kind}") from None
+        raise ConfigError(f"rope_parameters: found {error} missing or wrong, expected those of {kind}") from None
     if found is None:
         return
     if (

@@ -103,6 +103,6 @@ def _check_exports(config: Config, sources: Sources) -> None:
         path = Path(folder).resolve()
         if any(path in (other, *other.parents) for other in taken):
             raise ConfigError(
-                f"{key}: found {folder}, where the run or another export is, expected a folder of its own; name one"
+                f"{key}: found {folder}, where the run or another export is, expected a folder of its own; name another"
             )
         taken.append(path)

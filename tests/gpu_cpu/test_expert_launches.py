@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from counting import Counter
-from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
-from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.moe.experts import SequentialMLP
+from tiny_experts import experts_of
 
 from simpo_megatron import parallel
 from simpo_megatron.mcore import cpu_patches
-from simpo_megatron.mcore.architecture import ArchitectureConfig
 from simpo_megatron.mcore.grouped_experts import GroupedExperts
 
 # A layer of Qwen3-30B-A3B, and 4,096 tokens.
@@ -21,25 +17,8 @@ EXPERTS, HIDDEN, WIDTH, CHOSEN, TOKENS = 128, 2048, 768, 8, 4096
 
 def launches(kind: type) -> tuple[int, int]:
     """(forward, forward and backward)."""
-    config = ArchitectureConfig(
-        num_layers=1,
-        hidden_size=HIDDEN,
-        num_attention_heads=16,
-        num_moe_experts=EXPERTS,
-        moe_ffn_hidden_size=WIDTH,
-        ffn_hidden_size=WIDTH,
-        add_bias_linear=False,
-        gated_linear_unit=True,
-        activation_func=F.silu,
-        bias_activation_fusion=False,
-        perform_initialization=False,
-        use_cpu_initialization=True,
-        params_dtype=torch.bfloat16,
-    )
-    submodules = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
-    collection = ProcessGroupCollection.use_mpu_process_groups(["ep", "expt_tp", "expt_dp"])
     with torch.device("meta"):
-        experts = kind(EXPERTS, config, submodules, pg_collection=collection).to("meta")
+        experts = experts_of(kind, EXPERTS, hidden=HIDDEN, width=WIDTH, dtype=torch.bfloat16).to("meta")
     rows = torch.empty(TOKENS * CHOSEN, HIDDEN, dtype=torch.bfloat16, device="meta", requires_grad=True)
     probs = torch.empty(TOKENS * CHOSEN, device="meta", requires_grad=True)
     with Counter() as forward:

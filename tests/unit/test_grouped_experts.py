@@ -27,31 +27,10 @@ def groups():
 @pytest.fixture
 def experts(groups):
     """Makes megatron's experts of a kind, their weights drawn from one seed."""
-    from megatron.core.process_groups_config import ProcessGroupCollection
-    from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
-    from megatron.core.transformer.mlp import MLPSubmodules
-
-    from simpo_megatron.mcore.architecture import ArchitectureConfig
+    from tiny_experts import experts_of
 
     def make(kind: type, dtype: torch.dtype, *, is_fused: bool = False, has_bias: bool = False):
-        config = ArchitectureConfig(
-            num_layers=1,
-            hidden_size=HIDDEN,
-            num_attention_heads=2,
-            num_moe_experts=EXPERTS,
-            moe_ffn_hidden_size=WIDTH,
-            ffn_hidden_size=WIDTH,
-            add_bias_linear=has_bias,
-            gated_linear_unit=True,
-            activation_func=F.silu,
-            bias_activation_fusion=False,
-            perform_initialization=False,
-            use_cpu_initialization=True,
-            params_dtype=dtype,
-        )
-        collection = ProcessGroupCollection.use_mpu_process_groups(["ep", "expt_tp", "expt_dp"])
-        submodules = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
-        made = kind(EXPERTS, config, submodules, pg_collection=collection)
+        made = experts_of(kind, EXPERTS, hidden=HIDDEN, width=WIDTH, dtype=dtype, has_bias=has_bias)
         generator = torch.Generator().manual_seed(1)
         for parameter in made.parameters():
             drawn = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
@@ -59,7 +38,7 @@ def experts(groups):
             if is_fused:
                 parameter.main_grad = torch.zeros(parameter.shape, dtype=torch.promote_types(dtype, torch.float32))
                 parameter.grad_added_to_main_grad = False
-        config.gradient_accumulation_fusion = is_fused
+        made.config.gradient_accumulation_fusion = is_fused
         return made
 
     return make
