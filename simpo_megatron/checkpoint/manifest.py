@@ -15,14 +15,11 @@ import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from simpo_megatron.atomic import draft_name, draft_of, move_aside, remove_folder, rename, sync, write_text
 from simpo_megatron.errors import CheckpointError, listed
 from simpo_megatron.limits import read_bounded
-
-if TYPE_CHECKING:
-    from simpo_megatron.mcore.families import ModelDescription
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -32,12 +29,6 @@ LATEST_FILE = "latest_checkpointed_iteration.txt"
 """Megatron's pointer to the newest iteration, for its own readers; this package writes it and never follows it."""
 RELEASE = "release"
 """Megatron's name for the folder, and the pointer, of weights that no run of its own has trained."""
-_LLAMA_3_1_ROPE = {
-    "rope_type": "llama3",
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-}
 
 BEST_METRIC = "eval/rewards/accuracies"
 
@@ -74,30 +65,6 @@ class Checkpoint:
     @property
     def num_bytes(self) -> int:
         return sum(digest.size for digest in self.files.values())
-
-
-def model_facts(description: ModelDescription) -> dict[str, Any]:
-    """Facts of a model that a checkpoint keeps, as JSON values."""
-    shape = {**description.transformer, **description.gpt, **rope_facts(description.rope)}
-    return as_json({"family": description.family, "vocab_size": description.vocab_size, **shape})
-
-
-def rope_facts(rope: Mapping[str, Any]) -> dict[str, Any]:
-    """The rotary embedding in the keys that checkpoints of every version have, and in full if those are not enough."""
-    kind, factor = rope["rope_type"], rope.get("factor")
-    facts = {
-        "rope_scaling": kind == "llama3",
-        "rope_scaling_factor": factor if kind == "llama3" else 8.0,
-        "seq_len_interpolation_factor": factor if kind == "linear" else None,
-    }
-    is_of_llama_3_1 = {**rope, **_LLAMA_3_1_ROPE} == rope
-    return facts if kind in ("default", "linear") or is_of_llama_3_1 else {**facts, "rope_parameters": rope}
-
-
-def as_json(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """`facts` as JSON keeps them."""
-    # Functions, such as an activation, by their names.
-    return json.loads(json.dumps(facts, default=lambda value: getattr(value, "__name__", str(value))))
 
 
 def create_draft(save: Path, iteration: int) -> Path:

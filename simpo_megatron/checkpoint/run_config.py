@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import yaml
 
-from simpo_megatron.checkpoint.manifest import rope_facts
+from simpo_megatron.checkpoint.model_facts import rope_facts
 from simpo_megatron.mcore.architecture import ArchitectureConfig
 from simpo_megatron.mcore.families import ModelDescription
 from simpo_megatron.parallel import ParallelSizes

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from simpo_megatron import __version__
 from simpo_megatron.checkpoint import manifest
-from simpo_megatron.checkpoint.manifest import model_facts
+from simpo_megatron.checkpoint.model_facts import model_facts
 from simpo_megatron.checkpoint.run_config import write_run_config
 from simpo_megatron.checkpoint.torch_dist import write_parameters
 from simpo_megatron.convert.files import TensorSpec, require_finite, write_safetensors

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from simpo_megatron.checkpoint.manifest import model_facts
+from simpo_megatron.checkpoint.model_facts import model_facts
 from simpo_megatron.convert.folder import MAX_SHARD_BYTES, origin_of, refuse_existing_export
 from simpo_megatron.data import PairOptions
 from simpo_megatron.data.tokenization import load_tokenizer, tokenizer_identity

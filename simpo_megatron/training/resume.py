@@ -19,7 +19,8 @@ import torch.distributed as dist
 from simpo_megatron.atomic import move_aside, write_text
 from simpo_megatron.checkpoint import manifest
 from simpo_megatron.checkpoint.fingerprint import is_of_this_form, sampled_fingerprint, source_fingerprint
-from simpo_megatron.checkpoint.manifest import Checkpoint, as_json, model_facts
+from simpo_megatron.checkpoint.manifest import Checkpoint
+from simpo_megatron.checkpoint.model_facts import as_json, model_facts
 from simpo_megatron.checkpoint.model_source import ModelSource
 from simpo_megatron.checkpoint.run_lock import check_same_folder, lock
 from simpo_megatron.checkpoint.sharded_state import read_state
