@@ -15,7 +15,8 @@ from simpo_megatron.config import Config, load_config, to_yaml
 from simpo_megatron.errors import ConfigError, visible
 from simpo_megatron.limits import read_bounded
 from simpo_megatron.reporting.continuations import Samples, read_samples
-from simpo_megatron.reporting.loggers import CONFIG_FILE, METRICS_FILE, evaluation_metric
+from simpo_megatron.reporting.loggers import CONFIG_FILE, METRICS_FILE
+from simpo_megatron.reporting.metric_names import evaluation_metric
 from simpo_megatron.reporting.rendering import render
 
 if TYPE_CHECKING:

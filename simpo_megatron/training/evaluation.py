@@ -13,7 +13,7 @@ from torch import Tensor
 from simpo_megatron.data import PreferenceDataset, StepPlan
 from simpo_megatron.mcore import device
 from simpo_megatron.mcore.forward_step import AVERAGES
-from simpo_megatron.reporting.loggers import set_prefix
+from simpo_megatron.reporting.metric_names import set_prefix
 from simpo_megatron.training.metrics import reduce_sums
 from simpo_megatron.training.step import Trainer, pairs_per_token, run_pass
 

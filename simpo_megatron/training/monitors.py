@@ -22,7 +22,8 @@ from simpo_megatron.data.batching import step_pairs
 from simpo_megatron.data.ngrams import repetition
 from simpo_megatron.errors import ConfigError, StoppedByMonitor
 from simpo_megatron.ranks import sync_status
-from simpo_megatron.reporting.loggers import EVALUATION_PREFIX, RunLog
+from simpo_megatron.reporting.loggers import RunLog
+from simpo_megatron.reporting.metric_names import EVALUATION_PREFIX
 from simpo_megatron.training.monitor_memory import CHOSEN, LINES, PAIRS, REPETITION_AT_START, START, TOLD
 from simpo_megatron.training.repetition import first_prompts, greedy_samples
 from simpo_megatron.training.resume import Start

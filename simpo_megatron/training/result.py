@@ -9,7 +9,8 @@ from pathlib import Path
 from simpo_megatron.checkpoint.manifest import last_and_best
 from simpo_megatron.config import Config
 from simpo_megatron.errors import ConfigError, StoppedByMonitor, StoppedBySignal
-from simpo_megatron.reporting.loggers import EVALUATION_PREFIX, METRICS_FILE
+from simpo_megatron.reporting.loggers import METRICS_FILE
+from simpo_megatron.reporting.metric_names import EVALUATION_PREFIX
 from simpo_megatron.reporting.run_report import read_curves
 
 

@@ -14,6 +14,7 @@ import torch
 from packaging.requirements import Requirement
 
 from simpo_megatron.mcore import cpu_patches, device
+from simpo_megatron.mcore.patch_table import MODULES_NAMING_CUDA, PATCHES, Patch
 
 RESTORE = "_restore_adam_step_of_the_distributed_optimizer"
 
@@ -52,7 +53,7 @@ def test_where_cuda_is_there_install_patches_what_an_engine_would_do_and_torchs_
     gpu, monkeypatch, has_engine, adam, expected
 ):
     ran = []
-    for name in cpu_patches.PATCHES:
+    for name in PATCHES:
         monkeypatch.setattr(cpu_patches, name, lambda n=name: ran.append(n))
     monkeypatch.setattr(cpu_patches, "_compile_for_any_length", lambda: None)
     monkeypatch.setattr(device, "has_transformer_engine", lambda: has_engine)
@@ -62,7 +63,7 @@ def test_where_cuda_is_there_install_patches_what_an_engine_would_do_and_torchs_
     assert ran == expected
 
 
-def places(patch: cpu_patches.Patch) -> list[str]:
+def places(patch: Patch) -> list[str]:
     """Each dotted name of a patch, braces written out."""
     found = []
     for place in patch.places.split(" "):
@@ -71,12 +72,12 @@ def places(patch: cpu_patches.Patch) -> list[str]:
     return found
 
 
-def is_needed(patch: cpu_patches.Patch) -> bool:
+def is_needed(patch: Patch) -> bool:
     requirement = Requirement(patch.versions)
     return requirement.specifier.contains(version(requirement.name), prereleases=True)
 
 
-@pytest.mark.parametrize("patch", cpu_patches.PATCHES.values(), ids=list(cpu_patches.PATCHES))
+@pytest.mark.parametrize("patch", PATCHES.values(), ids=list(PATCHES))
 def test_every_place_that_is_listed_exists_in_the_versions_that_need_the_patch(patch):
     for place in places(patch) if is_needed(patch) else []:
         owner, _, name = place.rpartition(".")
@@ -95,9 +96,7 @@ def test_every_patch_stands_in_the_list_with_the_names_it_replaces():
             names.add("logger")
         if names:
             replaced[function.name] = names
-    listed = {
-        name: {place.rpartition(".")[2] for place in places(patch)} for name, patch in cpu_patches.PATCHES.items()
-    }
+    listed = {name: {place.rpartition(".")[2] for place in places(patch)} for name, patch in PATCHES.items()}
     assert replaced == listed
 
 
@@ -189,7 +188,7 @@ def test_only_the_modules_that_name_cuda_allocate_on_the_cpu_instead():
     assert not isinstance(torch, cpu_patches.TorchOnCpu)
 
 
-@pytest.mark.parametrize("module", cpu_patches.MODULES_NAMING_CUDA)
+@pytest.mark.parametrize("module", MODULES_NAMING_CUDA)
 def test_every_redirected_module_of_the_installed_megatron_still_names_cuda(module):
     """One that no longer does should leave the list; its allocations would not need us."""
     source = Path(importlib.import_module(module).__file__).read_text()

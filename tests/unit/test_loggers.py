@@ -15,13 +15,12 @@ from simpo_megatron.errors import ConfigError
 from simpo_megatron.reporting.loggers import (
     JsonLines,
     Steady,
-    Terminal,
     WeightsAndBiases,
     check_sinks,
-    evaluation_metric,
     open_run_log,
-    set_prefix,
 )
+from simpo_megatron.reporting.metric_names import evaluation_metric, set_prefix
+from simpo_megatron.reporting.terminal import Terminal
 
 STEP = {
     "loss": 0.6931,

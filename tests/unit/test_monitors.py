@@ -16,7 +16,8 @@ from simpo_megatron.data.batching import step_pairs
 from simpo_megatron.data.ngrams import repetition
 from simpo_megatron.errors import ConfigError, listed
 from simpo_megatron.loss import MONITORED, SimPOObjective, length_correlation, monitored_sums, preference_loss
-from simpo_megatron.reporting.loggers import RunLog, Terminal
+from simpo_megatron.reporting.loggers import RunLog
+from simpo_megatron.reporting.terminal import Terminal
 from simpo_megatron.training.monitors import DISPLACEMENT, Monitors, spike_limit
 from simpo_megatron.training.repetition import first_prompts
 from simpo_megatron.training.resume import Start
