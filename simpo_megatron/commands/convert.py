@@ -32,13 +32,19 @@ def parse_arguments(argv: Sequence[str], prog: str) -> argparse.Namespace:
     """The command line."""
     parser = CommandParser(prog, __doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    to_mcore = commands.add_parser("hf-to-mcore", help="a Hugging Face folder to a Megatron checkpoint")
-    to_mcore.add_argument("source", type=Path, metavar="HF_FOLDER")
-    to_hf = commands.add_parser("mcore-to-hf", help="a committed Megatron checkpoint to a Hugging Face folder")
-    to_hf.add_argument("source", type=Path, metavar="CHECKPOINT", help="it, or a folder whose newest one counts")
+    about = "Converts a Hugging Face folder to a Megatron checkpoint."
+    to_mcore = commands.add_parser("hf-to-mcore", description=about, help=about)
+    to_mcore.add_argument("source", type=Path, metavar="HF_FOLDER", help="folder to read")
+    about = "Converts a Megatron checkpoint to a Hugging Face folder."
+    to_hf = commands.add_parser("mcore-to-hf", description=about, help=about)
+    to_hf.add_argument(
+        "source", type=Path, metavar="CHECKPOINT", help="checkpoint, or folder of a run, whose newest one is taken"
+    )
     for command, default in ((to_mcore, "stored"), (to_hf, "bfloat16")):
-        command.add_argument("out", type=Path, metavar="OUT_FOLDER")
-        command.add_argument("--dtype", choices=DTYPES, default=default, help="of all weights; %(default)s by default")
+        command.add_argument("out", type=Path, metavar="OUT_FOLDER", help="folder to write")
+        command.add_argument(
+            "--dtype", choices=DTYPES, default=default, help="dtype of all weights, default %(default)s"
+        )
     return parser.parse_args(argv)
 
 

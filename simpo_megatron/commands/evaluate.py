@@ -7,8 +7,8 @@ simpo evaluate alpaca-eval reproduce DIR --as Llama-3-Instruct-8B-SimPO --questi
 simpo evaluate serve-judge DIR --port 8000        a judge of your own, by vLLM
 simpo evaluate leaderboard eval/* --page leaderboard.html
 
-Temperatures and the most tokens of an answer are the benchmark's. Judging and scoring are the official packages', in an
-environment of their own (`make eval-env`); arena-hard-auto is a checkout. Each step goes on where it was stopped.
+Temperatures and the most tokens of an answer are the benchmark's. The official packages judge and score, in an
+environment of their own (`make eval-env`); Arena-Hard needs a checkout. The same command continues a stopped step.
 """
 
 from __future__ import annotations
@@ -33,36 +33,52 @@ _OPENAI = "https://api.openai.com/v1"
 def parse_arguments(argv: Sequence[str], prog: str) -> argparse.Namespace:
     """The command line."""
     parser = CommandParser(prog, __doc__)
-    every = parser.add_subparsers(dest="what", required=True, metavar="BENCHMARK")
+    every = parser.add_subparsers(dest="what", required=True, metavar="BENCHMARK", title="benchmarks and other work")
     for name in BENCHMARKS:
-        steps = every.add_parser(name, description=f"Evaluates a model on {name}.").add_subparsers(
-            dest="step", required=True, metavar="STEP"
+        about = f"Evaluates a model on {name}."
+        steps = every.add_parser(name, description=about, help=", ".join(_steps(name))).add_subparsers(
+            dest="step", required=True, metavar="STEP", title="steps"
         )
-        _add_generate(steps.add_parser("generate", description="Answers the benchmark's questions."), name)
-        judge = steps.add_parser("judge", description="Has the answers judged.")
-        judge.add_argument("--judge", required=True, metavar="NAME", help="model that judges")
+        parsers = {step: steps.add_parser(step, description=text, help=text) for step, text in _steps(name).items()}
+        _add_generate(parsers["generate"], name)
+        judge = parsers["judge"]
+        judge.add_argument("--judge", required=True, metavar="NAME", help="name of the judge's model")
         _add_judge(judge, name)
-        _add_score(steps.add_parser("score", description="Scores the answers by their judgments."), name)
-        if name in PUBLISHED:
-            _add_reproduce(steps.add_parser("reproduce", description="Repeats a published evaluation."), name)
-    board = every.add_parser("leaderboard", description="Writes a page of many models' scores.")
+        _add_score(parsers["score"], name)
+        if "reproduce" in parsers:
+            _add_reproduce(parsers["reproduce"], name)
+    about = "Writes a page of many models' scores."
+    board = every.add_parser("leaderboard", description=about, help=about)
     board.add_argument("folders", nargs="+", type=Path, metavar="DIR", help="folders that were scored")
     board.add_argument("--page", type=Path, default=Path("leaderboard.html"), metavar="FILE", help="page to write")
-    serve = every.add_parser("serve-judge", description="Serves a model of yours as a judge, with vLLM.")
+    about = "Serves a model of yours as a judge, with vLLM."
+    serve = every.add_parser("serve-judge", description=about, help=about)
     serve.add_argument("model", metavar="DIR", help="Hugging Face folder or hub name of the judge")
-    serve.add_argument("--port", type=int, default=8000, metavar="N", help="default 8000")
+    serve.add_argument("--port", type=int, default=8000, metavar="N", help="port of the server, default 8000")
     serve.add_argument("--tp", type=int, default=1, metavar="N", help="GPUs for its weights, default 1")
     return parser.parse_args(argv)
+
+
+def _steps(benchmark: str) -> dict[str, str]:
+    """The steps of a benchmark, each with what it does."""
+    steps = {
+        "generate": "Answers the benchmark's questions.",
+        "judge": "Asks a judge for a verdict on each answer.",
+        "score": "Computes the score from the verdicts.",
+    }
+    return {**steps, "reproduce": "Repeats a published evaluation."} if benchmark in PUBLISHED else steps
 
 
 def _add_generate(parser: argparse.ArgumentParser, benchmark: str) -> None:
     parser.add_argument("--model", required=True, metavar="DIR", help="Hugging Face folder, or with --url a name")
     parser.add_argument("--name", required=True, help="name of the model in tables")
     _add_answering(parser, benchmark)
-    parser.add_argument("--max-new-tokens", type=int, metavar="N", help="of an answer; the benchmark's by default")
-    parser.add_argument("--partial", action="store_true", help="take a part of the questions, for a try")
     parser.add_argument(
-        "--emit", choices=("nemo-evaluator",), help="print the same task for NeMo Evaluator's launcher, and do nothing"
+        "--max-new-tokens", type=int, metavar="N", help="most tokens of an answer; the benchmark's by default"
+    )
+    parser.add_argument("--partial", action="store_true", help="allow a part of the questions, for a try")
+    parser.add_argument(
+        "--emit", choices=("nemo-evaluator",), help="only print the same task for NeMo Evaluator's launcher"
     )
 
 
@@ -72,10 +88,10 @@ def _add_answering(parser: argparse.ArgumentParser, benchmark: str) -> None:
         type=Path,
         metavar="FILE",
         required=benchmark == "alpaca-eval",
-        help=f"the benchmark's own: {BENCHMARKS[benchmark].questions_from}",
+        help=f"the benchmark's questions: {BENCHMARKS[benchmark].questions_from}",
     )
     add_engine_options(parser)
-    parser.add_argument("--seed", type=int, default=42, metavar="N", help="of sampling, default 42")
+    parser.add_argument("--seed", type=int, default=42, metavar="N", help="seed of sampling, default 42")
     _add_checkout(parser, benchmark)
 
 
@@ -88,20 +104,24 @@ def _add_judge(parser: argparse.ArgumentParser, benchmark: str, *, has_folder: b
         "--judge-url",
         default=_OPENAI,
         metavar="URL",
-        help=f"default {_OPENAI}; the key is OPENAI_API_KEY's",
+        help=f"server of the judge, default {_OPENAI}, with the key in OPENAI_API_KEY",
     )
 
 
 def _add_score(parser: argparse.ArgumentParser, benchmark: str) -> None:
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder of the answers")
-    parser.add_argument("--judge", metavar="NAME", help="whose judgments; not needed of one judge alone")
+    parser.add_argument("--judge", metavar="NAME", help="judge of the verdicts; needed only if there are several")
     _add_checkout(parser, benchmark)
     if benchmark == "arena-hard":
         parser.add_argument(
             "--against", type=Path, metavar="DIR", help="another model's folder; exit code 7 where this one is worse"
         )
         parser.add_argument(
-            "--margin", type=float, default=0.0, metavar="X", help="points that it may be worse by, beyond chance"
+            "--margin",
+            type=float,
+            default=0.0,
+            metavar="X",
+            help="with --against: points it may be worse beyond chance, default 0",
         )
 
 

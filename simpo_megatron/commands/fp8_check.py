@@ -24,8 +24,8 @@ RECIPES = ("tensorwise", "blockwise", "delayed")
 def main(argv: Sequence[str], prog: str = "simpo fp8-check") -> int:
     """The exit code, as the trainer's."""
     parser = CommandParser(prog, __doc__, takes_trainer_options=True)
-    parser.add_argument("--recipe", choices=RECIPES, default=RECIPES[0], help=f"default {RECIPES[0]}")
-    parser.add_argument("--pairs", type=int, default=64, metavar="N", help="pairs to judge, default 64")
+    parser.add_argument("--recipe", choices=RECIPES, default=RECIPES[0], help=f"FP8 recipe, default {RECIPES[0]}")
+    parser.add_argument("--pairs", type=int, default=64, metavar="N", help="pairs to compare, default 64")
     own, of_the_trainer = parser.parse_known_args(argv)
     if own.pairs < 1:
         parser.error(f"argument --pairs: found {own.pairs}, expected a number above 0")

@@ -1,13 +1,12 @@
-"""Lets a model answer the prompts of a file, by its own chat template and stop ids, and keeps how it was done.
+"""Answers the prompts of a file with a model, by its own chat template and stop ids, and records the settings.
 
 simpo generate --model DIR --prompts prompts.jsonl --out answers/mine
 simpo generate --model NAME --url http://host:8000/v1 --prompts questions.jsonl --out answers/mine
 simpo generate --model DIR --prompts pairs.jsonl --samples 5 --temperature 0.8 --out answers/policy
 
---model is a Hugging Face folder, which transformers runs in this process, or with --engine vllm vLLM in an environment
-of its own; with --url it is the name of a model behind any server that speaks OpenAI's protocol. Prompts have an id and
-messages, turns, or text; those of preference pairs serve too. The same command goes on where it was stopped, and one
-with other settings is refused.
+--model is a Hugging Face folder, which transformers runs in this process. With --engine vllm an environment of its own
+runs it. With --url it is the name of a model behind a server that speaks OpenAI's protocol. Prompts have messages,
+turns or text; preference pairs serve, too. The same command continues where it was stopped; other settings are refused.
 """
 
 from __future__ import annotations
@@ -30,37 +29,47 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 def parse_arguments(argv: Sequence[str], prog: str) -> argparse.Namespace:
     """The command line."""
     parser = CommandParser(prog, __doc__)
-    parser.add_argument("--prompts", required=True, type=Path, metavar="FILE", help="JSON Lines or a JSON list")
+    parser.add_argument(
+        "--prompts", required=True, type=Path, metavar="FILE", help="prompts, as JSON Lines or a JSON list"
+    )
     parser.add_argument("--model", required=True, metavar="DIR", help="Hugging Face folder, or with --url a name")
     add_engine_options(parser)
-    parser.add_argument("--max-new-tokens", type=int, default=1024, metavar="N", help="of an answer, default 1024")
-    parser.add_argument("--temperature", type=float, default=0.0, metavar="X", help="default 0, which is greedy")
+    parser.add_argument(
+        "--max-new-tokens", type=int, default=1024, metavar="N", help="most tokens of an answer, default 1024"
+    )
+    parser.add_argument(
+        "--temperature", type=float, default=0.0, metavar="X", help="sampling temperature, default 0 (greedy)"
+    )
     parser.add_argument(
         "--temperature-of",
         nargs="+",
         default=[],
         metavar="CATEGORY=X",
-        help="of prompts by their category, as MT-Bench has it: writing=0.7 roleplay=0.7 stem=0.1 humanities=0.1",
+        help="temperature of prompts of a category, as in MT-Bench: writing=0.7 roleplay=0.7 stem=0.1",
     )
     parser.add_argument("--samples", type=int, default=1, metavar="K", help="answers for each prompt, default 1")
-    parser.add_argument("--seed", type=int, default=42, metavar="N", help="of sampling, default 42")
+    parser.add_argument("--seed", type=int, default=42, metavar="N", help="seed of sampling, default 42")
     return parser.parse_args(argv)
 
 
 def add_engine_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of the engine, beside `--model`, and where its answers go."""
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder for answers and settings")
-    parser.add_argument("--url", metavar="URL", help="a server that speaks OpenAI's protocol, as http://host:8000/v1")
-    parser.add_argument("--at-once", type=int, default=16, metavar="N", help="requests at a time to it, default 16")
+    parser.add_argument("--url", metavar="URL", help="server with OpenAI's protocol, such as http://host:8000/v1")
+    parser.add_argument(
+        "--at-once", type=int, default=16, metavar="N", help="requests to the server at a time, default 16"
+    )
     parser.add_argument(
         "--engine",
         choices=ENGINES,
         default=ENGINES[0],
-        help="of a folder's model, default transformers; vllm has its own Python",
+        help="engine for a folder, default transformers; vllm runs under its own Python",
     )
-    parser.add_argument("--tp", type=int, default=1, metavar="N", help="of vllm: GPUs for one replica, default 1")
-    parser.add_argument("--dp", type=int, default=1, metavar="N", help="of vllm: replicas, default 1")
-    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="of a folder's model; auto is the stored one")
+    parser.add_argument("--tp", type=int, default=1, metavar="N", help="with vllm: GPUs of one replica, default 1")
+    parser.add_argument("--dp", type=int, default=1, metavar="N", help="with vllm: replicas, default 1")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="auto", help="dtype of a folder's model; auto keeps the stored one"
+    )
 
 
 def main(argv: Sequence[str], prog: str = "simpo generate") -> int:

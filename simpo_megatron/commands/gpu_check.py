@@ -25,8 +25,12 @@ def main(argv: Sequence[str], prog: str = "simpo gpu-check") -> int:
     parser = CommandParser(prog, __doc__)
     parser.add_argument("--only", nargs="+", metavar="NAME", help="checks to run, by name")
     parser.add_argument("--rehearse", action="store_true", help="run every check at tiny size on the CPU")
-    parser.add_argument("--out", default="runs/gpu_check.jsonl", metavar="FILE", help="results, runs/gpu_check.jsonl")
-    parser.add_argument("--minutes", type=float, default=8, metavar="N", help="time for all checks, 8")
+    parser.add_argument(
+        "--out", default="runs/gpu_check.jsonl", metavar="FILE", help="file of results, default runs/gpu_check.jsonl"
+    )
+    parser.add_argument(
+        "--minutes", type=float, default=8, metavar="N", help="minutes for all checks together, default 8"
+    )
     arguments = parser.parse_args(argv)
     if arguments.rehearse:
         # Before torch is imported: a rehearsal is the same on every machine.

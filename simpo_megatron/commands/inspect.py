@@ -40,7 +40,7 @@ def parse_arguments(argv: Sequence[str], prog: str) -> tuple[argparse.Namespace,
         action="extend",
         required=True,
         metavar="FILE",
-        help="preference files, or weights and files in turn",
+        help="preference files, with weights before them if wanted",
     )
     parser.add_argument(
         "--valid-data",
@@ -49,10 +49,16 @@ def parse_arguments(argv: Sequence[str], prog: str) -> tuple[argparse.Namespace,
         metavar="FILE",
         help="validation files, searched for training prompts",
     )
-    parser.add_argument("--show", type=int, default=0, metavar="N", help="print N pairs, response tokens marked")
+    parser.add_argument(
+        "--show", type=int, default=0, metavar="N", help="print N pairs with the response tokens marked"
+    )
     parser.add_argument("--html", metavar="FILE", help="also write the inspection with plots to FILE")
     parser.add_argument(
-        "--padded-batch", type=int, default=4, metavar="PAIRS", help="padded batch to compare with (default: 4)"
+        "--padded-batch",
+        type=int,
+        default=4,
+        metavar="PAIRS",
+        help="pairs of the padded batch to compare with, default 4",
     )
     return parser.parse_known_args(argv)
 

@@ -27,9 +27,11 @@ if TYPE_CHECKING:
 def parse_arguments(argv: Sequence[str], prog: str) -> argparse.Namespace:
     """The command line."""
     parser = CommandParser(prog, __doc__)
-    parser.add_argument("out", type=Path, metavar="OUT")
-    parser.add_argument("models", type=Path, nargs="+", metavar="MODEL", help="two or more")
-    parser.add_argument("--shares", type=float, nargs="+", metavar="S", help="of each model; equal when not given")
+    parser.add_argument("out", type=Path, metavar="OUT", help="Hugging Face folder to write")
+    parser.add_argument("models", type=Path, nargs="+", metavar="MODEL", help="models to average, two or more")
+    parser.add_argument(
+        "--shares", type=float, nargs="+", metavar="S", help="weight of each model in the average, default equal"
+    )
     return parser.parse_args(argv)
 
 

@@ -1,12 +1,12 @@
-"""Makes preference pairs of a model's own answers: scores them, and sets the best of each prompt against the worst.
+"""Makes preference pairs from a model's own answers: the best scored answer of each prompt against the worst.
 
 simpo generate --model DIR --prompts prompts.jsonl --samples 5 --temperature 0.8 --out answers
 simpo pairs --answers answers --reward-model RM_DIR --out pairs
 simpo train --model DIR --data pairs/pairs.jsonl --save runs/round1
 
 Answers are scored by a sequence classifier (--reward-model), by a chat model behind a URL (--judge-url), or by a file
-of scores. Identical answers are one, ties are no pair, and answers that were cut are left out. The same command goes on
-where it was stopped.
+of scores. Equal answers count once, ties make no pair, and answers that were cut are left out. The same command
+continues where it was stopped.
 """
 
 from __future__ import annotations
@@ -33,9 +33,13 @@ def parse_arguments(argv: Sequence[str], prog: str) -> argparse.Namespace:
     by.add_argument("--scores", type=Path, metavar="FILE", help="JSON Lines of id, sample and score")
     parser.add_argument("--judge", default="", metavar="NAME", help="name of the judge's model")
     parser.add_argument(
-        "--min-score-gap", type=float, default=0.0, metavar="X", help="least difference of a pair's scores, default 0"
+        "--min-score-gap",
+        type=float,
+        default=0.0,
+        metavar="X",
+        help="smallest difference of a pair's scores, default 0",
     )
-    parser.add_argument("--keep-cut", action="store_true", help="use answers that ended at the most tokens allowed")
+    parser.add_argument("--keep-cut", action="store_true", help="also use answers that ended at --max-new-tokens")
     return parser.parse_args(argv)
 
 

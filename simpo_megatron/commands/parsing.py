@@ -24,7 +24,7 @@ class CommandParser(argparse.ArgumentParser):
         if takes_trainer_options:
             self.add_argument("--help-all", action=_HelpAll, help="show the trainer's options too, and exit")
         else:
-            self.add_argument("--help-all", action="help", help="the same: every option is shown here")
+            self.add_argument("--help-all", action="help", help="the same as --help")
 
     def error(self, message: str) -> NoReturn:
         """Exit with 2 after one line, as every command does for a mistake in what was asked."""

@@ -27,14 +27,12 @@ def parse_arguments(argv: Sequence[str], prog: str) -> tuple[argparse.Namespace,
     """The planner's own options and, untouched, those of the trainer."""
     parser = CommandParser(prog, __doc__, takes_trainer_options=True)
     parser.add_argument("--model", required=True, metavar="NAME", help="folder, config.json, published name or preset")
-    parser.add_argument("--gpus", required=True, type=int, metavar="N", help="how many GPUs, over all nodes")
-    parser.add_argument("--gpu", default="h100-80gb", choices=sorted(GPUS), help="default h100-80gb")
+    parser.add_argument("--gpus", required=True, type=int, metavar="N", help="number of GPUs on all nodes together")
+    parser.add_argument("--gpu", default="h100-80gb", choices=sorted(GPUS), help="kind of GPU, default h100-80gb")
     parser.add_argument(
-        "--data", nargs="+", action="extend", metavar="FILE", help="your pairs: their lengths, and the cost of the run"
+        "--data", nargs="+", action="extend", metavar="FILE", help="plan for the lengths and the number of these pairs"
     )
-    parser.add_argument(
-        "--trials", type=int, default=1, metavar="N", help="runs to pay for, one after the other, default 1"
-    )
+    parser.add_argument("--trials", type=int, default=1, metavar="N", help="number of runs to cost, default 1")
     parser.add_argument(
         "--prompt-tokens", type=float, metavar="N", help=f"mean length of a prompt, default {PROMPT_TOKENS}"
     )
@@ -45,9 +43,9 @@ def parse_arguments(argv: Sequence[str], prog: str) -> tuple[argparse.Namespace,
         help=f"mean length of one response, default {RESPONSE_TOKENS}; --data takes both from your pairs",
     )
     parser.add_argument("--top", type=int, default=10, metavar="N", help="layouts to list, default 10")
-    parser.add_argument("--why-not", action="store_true", help="also say of every other layout why it does not fit")
-    parser.add_argument("--as-is", action="store_true", help="plan the layout of --config as it stands, search none")
-    parser.add_argument("--write", metavar="FILE", help="write the trainer's YAML of the recommended layout to FILE")
+    parser.add_argument("--why-not", action="store_true", help="also print why other layouts do not fit")
+    parser.add_argument("--as-is", action="store_true", help="plan the layout of --config, without a search")
+    parser.add_argument("--write", metavar="FILE", help="write the recommended layout as YAML for simpo train")
     return parser.parse_known_args(argv)
 
 

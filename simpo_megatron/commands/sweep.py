@@ -32,31 +32,33 @@ def parse_arguments(argv: Sequence[str], prog: str) -> tuple[argparse.Namespace,
         action="extend",
         default=[],
         metavar="OPTION=VALUE,VALUE",
-        help="values to try of options of the objective or the optimizer, or of seed; all combinations are trained",
+        help="values of options of the objective or the optimizer, or of seed; all combinations are trained",
     )
     parser.add_argument(
         "--order",
         choices=("grid", "staged"),
         default="grid",
-        help="staged tunes one option after the other, in the order given, each at the best of those before",
+        help="grid trains all combinations (the default), staged tunes one option after the other, in the order given",
     )
     parser.add_argument(
         "--halving",
         type=int,
         metavar="FACTOR",
-        help="train all settings for a short time first and keep one in FACTOR for runs FACTOR times as long",
+        help="train all settings briefly, then the best one in FACTOR for FACTOR times as long, and so on",
     )
     parser.add_argument("--keep", type=int, metavar="N", help="keep the checkpoints of the N best settings only")
     parser.add_argument(
         "--array",
         action="store_true",
-        help="share the sweep with other processes that got the same command, such as the tasks of a Slurm array",
+        help="share the trials with other processes of the same command, such as tasks of a Slurm array",
     )
-    parser.add_argument("--dry-run", action="store_true", help="print the trials and what they cost, train nothing")
+    parser.add_argument("--dry-run", action="store_true", help="print the trials and their cost, and train nothing")
     parser.add_argument(
-        "--gpus", type=int, metavar="N", help="of --dry-run: GPUs to plan for, default what the layout needs"
+        "--gpus", type=int, metavar="N", help="with --dry-run: GPUs to plan for, default those of the layout"
     )
-    parser.add_argument("--gpu", choices=sorted(GPUS), default="h100-80gb", help="of --dry-run: default h100-80gb")
+    parser.add_argument(
+        "--gpu", choices=sorted(GPUS), default="h100-80gb", help="with --dry-run: kind of GPU, default h100-80gb"
+    )
     return parser.parse_known_args(argv)
 
 

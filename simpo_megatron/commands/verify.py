@@ -38,9 +38,9 @@ BUDGET = 1e-4
 def parse_arguments(argv: Sequence[str], prog: str) -> argparse.Namespace:
     """The command line."""
     parser = CommandParser(prog, __doc__)
-    kinds = "a Hugging Face folder, a Megatron checkpoint, or a run's folder, whose newest one counts"
+    kinds = "a Hugging Face folder, a Megatron checkpoint, or a run's folder, whose newest one is taken"
     parser.add_argument("first", type=Path, metavar="A", help=kinds)
-    parser.add_argument("second", type=Path, metavar="B", help="the same")
+    parser.add_argument("second", type=Path, metavar="B", help="the same kinds")
     parser.add_argument("--pairs", nargs="+", metavar="FILE", help="preference files to compare log-probs on")
     parser.add_argument("--max-pairs", type=int, default=20, metavar="N", help="use the first N pairs, default 20")
     return parser.parse_args(argv)
