@@ -1,0 +1,91 @@
+"""Refusals of the loss: ids, rows, shapes and labels that do not fit, by name."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import distribute_tensor
+
+from simpo_megatron.errors import ConfigError, DataError
+from simpo_megatron.loss import (
+    ResponseTokens,
+    VocabShard,
+    fused_linear_log_probs,
+    fused_linear_simpo,
+)
+
+S, B, H, V, PADDED = 7, 2, 12, 300, 304
+ROWS = torch.tensor([1, 3, 3, 5, 8, 9, 13])
+TARGETS = torch.tensor([0, 299, 7, 7, 7, 128, 3])
+SEQUENCE = torch.tensor([0, 0, 1, 1, 2, 2, 3])
+TOKENS = ResponseTokens(ROWS, TARGETS, SEQUENCE, 2)
+VOCAB = VocabShard(start=0, size=V)
+HIDDEN, WEIGHT = torch.zeros(S, B, H, dtype=torch.float64), torch.zeros(PADDED, H, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("bad", [-1, V, PADDED, 2**40], ids=str)
+def test_an_id_outside_the_vocabulary_raises(bad):
+    targets = TARGETS.clone()
+    targets[4] = bad
+    tokens = ResponseTokens(ROWS, targets, SEQUENCE, 2)
+    with pytest.raises(DataError, match=f"response token 4: found id {bad}, expected one of a vocabulary of 300"):
+        fused_linear_log_probs(HIDDEN, WEIGHT, tokens, vocab=VOCAB, tp_group=None)
+
+
+@pytest.mark.parametrize("rows", [[3, 1], [-1, 2], [0, S * B]], ids=str)
+def test_unsorted_rows_and_rows_outside_the_sequence_raise(rows):
+    tokens = ResponseTokens(torch.tensor(rows), torch.tensor([1, 2]), torch.tensor([0, 1]), 1)
+    with pytest.raises(DataError, match="expected ascending rows below 14"):
+        fused_linear_log_probs(HIDDEN, WEIGHT, tokens, vocab=VOCAB, tp_group=None)
+
+
+def test_tensors_that_do_not_fit_are_refused():
+    for arguments, vocab, match in [
+        ((HIDDEN, WEIGHT.float()), VOCAB, "expected one dtype; cast one"),
+        ((HIDDEN, WEIGHT[:, :5]), VOCAB, "same H"),
+        ((HIDDEN[0], WEIGHT), VOCAB, "same H"),
+        ((HIDDEN, WEIGHT), VocabShard(start=0, size=PADDED + 1), "whole vocabulary"),
+        ((HIDDEN, WEIGHT), VocabShard(start=4, size=V), "whole vocabulary"),
+    ]:
+        with pytest.raises(ConfigError, match=match):
+            fused_linear_log_probs(*arguments, TOKENS, vocab=vocab, tp_group=None)
+
+
+@pytest.mark.parametrize(
+    ("labels", "hidden", "said"),
+    [
+        ((4, 9), (4, 10), r"found shape \(4, 9\), expected \(4, 10\).*labels\[:, 1:\] belong to hidden\[:, :-1\]"),
+        ((2, 10), (4, 10), "expected .* one label for each position"),
+        ((4, 10), (10, 4), "transpose the hidden states"),
+    ],
+)
+def test_labels_of_another_shape_than_the_hidden_states_are_refused(labels, hidden, said):
+    with pytest.raises(ConfigError, match=said):
+        fused_linear_simpo(torch.randn(*hidden, H), torch.randn(V, H), torch.ones(labels, dtype=torch.long))
+
+
+def test_a_row_without_a_response_is_refused_by_its_number():
+    labels = torch.ones(4, 6, dtype=torch.long)
+    labels[2] = -100
+    with pytest.raises(DataError, match="no response token in row 2"):
+        fused_linear_simpo(torch.randn(4, 6, H), torch.randn(V, H), labels)
+
+
+@pytest.fixture
+def mesh():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+def test_what_fsdp_has_divided_is_refused_in_one_sentence(mesh):
+    for found in (distribute_tensor(WEIGHT, mesh), WEIGHT.flatten()):
+        with pytest.raises(ConfigError, match="found a part of what other ranks share .* inside the forward"):
+            fused_linear_log_probs(HIDDEN, found, TOKENS, vocab=VOCAB, tp_group=None)
+
+
+def test_labels_need_two_rows_a_pair():
+    with pytest.raises(ConfigError, match="3 rows"):
+        ResponseTokens.from_labels(torch.zeros(3, 4, dtype=torch.long))
