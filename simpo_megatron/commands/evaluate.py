@@ -231,7 +231,7 @@ def _leaderboard(arguments: argparse.Namespace) -> Iterator[str]:
 def _serve_judge(arguments: argparse.Namespace) -> Iterator[str]:
     from simpo_megatron.generation.vllm_environment import serve
 
-    yield f"judge     {arguments.model} at http://127.0.0.1:{arguments.port}/v1, once vLLM says so; Ctrl-C ends it"
+    yield f"judge     {arguments.model} at http://127.0.0.1:{arguments.port}/v1 when vLLM is ready; Ctrl-C ends it"
     yield f"          simpo evaluate BENCHMARK judge --judge {arguments.model} --judge-url http://127.0.0.1:{arguments.port}/v1"
     serve(arguments.model, port=arguments.port, tensor_parallel_size=arguments.tp)
 

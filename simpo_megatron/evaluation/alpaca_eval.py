@@ -101,10 +101,12 @@ class AlpacaEvalScorer(OfficialScorer):
         """The reason why the length-controlled rate would be wrong; None where it is right."""
         rows = self.model.rows()
         if not self.model.is_whole():
-            return f"found {len(rows)} rows, expected the reference's 805, by whose places difficulties are looked up"
+            return f"found {len(rows)} rows, expected the reference's 805, whose order gives the difficulties"
         found = hashlib.sha256("\0".join(row["instruction"] for row in rows).encode()).hexdigest()
         if found != ORDER_OF_INSTRUCTIONS:
-            return "found 805 rows in another order or words than the reference's, by whose places difficulties go"
+            return (
+                "found 805 other rows, or another order, expected the reference's, whose order gives the difficulties"
+            )
         return None
 
     @property

@@ -38,4 +38,4 @@ def answer_benchmark(
     path = BENCHMARKS[benchmark].write(model.rows(), model.answers(), name, model.folder)
     yield f"written   {path}, for the official scorer of {benchmark}"
     if not model.is_whole():
-        yield f"WARNING   {len(model.rows())} questions are not {benchmark}: compare no score with a published one"
+        yield f"WARNING   {len(model.rows())} questions are a part of {benchmark}: published scores are of all"

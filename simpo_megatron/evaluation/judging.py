@@ -169,7 +169,7 @@ def reasons_against_comparing(scorer: OfficialScorer, judge: str, scored: Scored
     if judge not in scorer.published_judges:
         reasons.append(f"the judge is {judge}, theirs is {' or '.join(scorer.published_judges)}")
     if not model.is_whole():
-        reasons.append(f"{len(model.rows())} questions are not {model.benchmark}")
+        reasons.append(f"{len(model.rows())} questions are only a part of {model.benchmark}")
     if scored.num_missing > _MOST_MISSING * len(model.rows()):
         reasons.append(f"{scored.num_missing} verdicts could not be read and are left out")
     limits = {BENCHMARKS[model.benchmark].max_new_tokens} | {

@@ -34,7 +34,7 @@ def check_engine(engine: Engine, run: PublishedRun, question: str) -> Iterator[s
     """
     stops = engine.identity().get("stop_ids")
     if stops is None:
-        yield "WARNING   the server's template and stop ids count, which cannot be seen from here"
+        yield "WARNING   template and stop ids are the server's, which cannot be checked from here"
         return
     if missing := sorted(set(run.stop_ids) - set(stops)):
         raise ConfigError(

@@ -79,7 +79,7 @@ def answer_prompts(engine: Engine, prompts: Path, folder: Path, decoding: Decodi
         write_record(folder / RECORD_FILE, {"settings": settings, "answers": summary})
     shares = f"{summary['cut']:.1%} cut, {summary['empty']:.1%} empty, {summary['repetition']:.1%} of 4-grams repeated"
     yield f"answers   {summary['num_answers']:,}, {summary['mean_tokens']:.0f} tokens on average; {shares}"
-    yield f"written   {folder / ANSWERS_FILE}; {folder / RECORD_FILE} says how"
+    yield f"written   {folder / ANSWERS_FILE}; settings in {folder / RECORD_FILE}"
 
 
 def read_answers(folder: Path, **fields: type) -> list[dict[str, Any]]:

@@ -68,7 +68,7 @@ def make_pairs(scorer: Scorer, answers: Path, folder: Path, pairing: Pairing) ->
         write_record(folder / RECORD_FILE, {"settings": settings, "pairing": vars(pairing), "prompts": dict(became)})
     told = ", ".join(f"{count:,} {what}" for what, count in became.items())
     yield f"prompts   {sum(became.values()):,}: {told}"
-    yield f"written   {folder / PAIRS_FILE} ({len(pairs):,} pairs, for --data); {folder / RECORD_FILE} says how"
+    yield f"written   {folder / PAIRS_FILE} ({len(pairs):,} pairs, for --data); settings in {folder / RECORD_FILE}"
 
 
 def pair_up(
