@@ -53,8 +53,8 @@ def join(backend: str, timeout_minutes: float, store: dist.Store | None = None) 
     """Join the ranks that were started together, unless this process has already joined.
 
     `RANK`, `WORLD_SIZE`, `MASTER_ADDR` and `MASTER_PORT` come from torchrun. A process without any of them, such as a
-    notebook, is the only rank. NCCL gets the rank's GPU, so that each group's communicator is made with the group,
-    while all ranks are at the same place, and not at its first use.
+    notebook, is the only rank. NCCL gets the rank's GPU. So each group's communicator is made with the group, while all
+    ranks are at the same place, and not at its first use.
 
     Args:
         store: the store of the rendezvous; None: the one at MASTER_ADDR:MASTER_PORT.

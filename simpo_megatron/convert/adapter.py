@@ -2,7 +2,7 @@
 
 Hugging Face has separate layers for query, key and value (gate and up), megatron one, linear_qkv (linear_fc1). Its
 adapter has one A, and a B with the rows of that layer's weight. Each Hugging Face layer gets a copy of A and its rows
-of B, found like those of the weight, so B A is, row by row, what megatron adds. If the parts are separate targets, each
+of B, found like those of the weight. So B A is, row by row, what megatron adds. If the parts are separate targets, each
 has its own A in megatron too.
 """
 

@@ -1,8 +1,8 @@
 """All changes to modules of megatron-core and torch; `patch_table` lists each, and no other module makes any.
 
-Most let unmodified megatron-core run without CUDA. On a GPU, `install` only replaces functions of a Transformer Engine
-or apex that is not installed, compiles what megatron-core leaves uncompiled without it, and mends how torch's Adam is
-restored. Each patch is as narrow as the place it serves.
+Most let unmodified megatron-core run without CUDA. On a GPU, `install` only replaces functions of a missing Transformer
+Engine or apex, compiles what megatron-core leaves uncompiled without it, and corrects the restored state of torch's
+Adam. Each patch is as narrow as the place it serves.
 """
 
 from __future__ import annotations

@@ -14,8 +14,8 @@ from simpo_megatron.loss.main_grad import gradient_already_added
 class MainGradEmbedding(VocabParallelEmbedding):
     """Adds the gradient of each token to its row of `weight.main_grad`, in the dtype of `main_grad`.
 
-    megatron's own embedding makes, for every microbatch, a gradient of this rank's whole vocabulary slice in the dtype
-    of the weight, nearly all of it zeros, and DDP adds it to `main_grad`. Without a `main_grad` megatron's is used.
+    megatron's own embedding makes, for every microbatch, a gradient of this rank's whole vocabulary slice in the
+    weight's dtype. Nearly all of it is zeros, and DDP adds it to `main_grad`. Without a `main_grad` megatron's is used.
     """
 
     def forward(self, input_: Tensor) -> Tensor:

@@ -78,8 +78,8 @@ def _sums(lengths: list[int]) -> Tensor:
 class MicrobatchLayout(PackedSeqParams):
     """The segments and positions of one microbatch, which travel to megatron's layers as `packed_seq_params`.
 
-    `qkv_format` stays "sbhd" and the `cu_seqlens` stay None, so that megatron's own rotary embedding takes its
-    plain path over frequencies that the model has already put in the order of `position_ids_S`.
+    `qkv_format` stays "sbhd" and the `cu_seqlens` stay None. So megatron's own rotary embedding takes its plain path
+    over frequencies that are in the order of `position_ids_S` already.
     """
 
     position_ids_S: Tensor | None = None

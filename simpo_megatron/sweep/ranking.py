@@ -1,8 +1,8 @@
 """The ranking of settings: accuracy and gap of the same validation pairs, and the differences that chance explains.
 
-Rewards, margins and losses are never compared: they are beta times the gap, shifted by gamma. Accuracy (the share of
-pairs whose chosen response has the higher average log-prob) and the gap itself, in nats per token, mean the same for
-every setting and every objective.
+Rewards, margins and losses are never compared: they are beta times the gap, shifted by gamma. Accuracy is the share of
+pairs whose chosen response has the higher average log-prob. It and the gap, in nats per token, mean the same for every
+setting and every objective.
 
 Shapes: K settings, S seeds, P pairs, B resamples.
 """

@@ -54,8 +54,8 @@ def spike_limit(losses: Sequence[float], num_deviations: float) -> float:
     """The loss that lies `num_deviations` robust standard deviations above the median of `losses`.
 
     A deviation is 1.4826 times the median distance from the median, which for a normal distribution is the standard
-    deviation. It is at least 0.01 (the loss of a saturated pair) and at least a hundredth of the median, so that
-    losses which hardly vary, or are nearly 0, give no false alarm.
+    deviation. It is at least 0.01 (the loss of a saturated pair) and at least a hundredth of the median. So losses that
+    hardly vary, or are nearly 0, give no false alarm.
     """
     middle = median(losses)
     deviation = _MEDIAN_DISTANCE_TO_DEVIATION * median(abs(loss - middle) for loss in losses)

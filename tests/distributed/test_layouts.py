@@ -2,10 +2,10 @@
 
 Half of the pairs have responses of several turns: tokens of context stand among those that count.
 
-Budget. Each step's loss, gradient norm and margin, and the trained weights, must lie within 1e-5 of the twin,
-relative (weights: relative norm of the difference of all weights). fp32 rounds at 6e-8; sums over a few hundred
-terms in different orders, ten AdamW steps whose first ones divide by gradients near zero, and the softmax of
-the twin being exact make up the rest. Measured: at most 2e-6.
+Budget. Each step's loss, gradient norm and margin, and the trained weights, must lie within 1e-5 of the twin, relative
+(weights: relative norm of the difference of all weights). fp32 rounds at 6e-8; the rest is from sums over a few hundred
+terms in different orders, the twin's exact softmax, and ten AdamW steps whose first ones divide by gradients near zero.
+Measured: at most 2e-6.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Hugging Face folder -> Megatron checkpoint -> Hugging Face folder is every bit of every tensor, in any layout.
 
-Between the two, any layout reads the checkpoint as it would have read the folder, megatron-core reads it without this
-package, and what other layouts write comes back to the same folder.
+Between the two, any layout reads the checkpoint as it would have read the folder, and megatron-core reads it without
+this package. Checkpoints of other layouts come back to the same folder.
 """
 
 from __future__ import annotations

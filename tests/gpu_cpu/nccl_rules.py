@@ -1,8 +1,8 @@
 """Plays what ranks ask of NCCL, in the order they ask it: does a circle of waits form, and what meets what?
 
-A communicator runs its calls in the order of issue on a stream of its own, each after what the compute stream had been
-told to wait for when it was issued. A batch of messages is one call of its group's communicator; a message alone has a
-communicator of its two ranks, unless communicators are made eagerly. A send ends with its receive. The first use of a
+A communicator runs its calls in the order of issue on a stream of its own. Each call waits for what the compute stream
+waits for at that time. A batch of messages is one call of its group's communicator; a message alone has a communicator
+of its two ranks, unless communicators are made eagerly. A send ends with its receive. The first use of a
 communicator that is not there makes it: the host blocks until every member came. `Work.wait` orders the compute stream
 alone; a synchronize blocks the host until every call is done, a read until the compute stream has caught up.
 

@@ -76,7 +76,7 @@ def test_bf16_errs_no_more_than_torchs_backend(budget, logit_dtype, cap):
     options = {"logits_budget_bytes": budget, "logit_softcap": cap, "logit_dtype": logit_dtype}
     found, exact = fused(*inputs, **options), dense(*inputs, cap)
     for got, other, want in zip(found, fused(*inputs, backend="torch", **options), exact):
-        # Triton's backend rounds the gradient of the logits to bf16 (a step is 4e-3), as plain autograd does, and both
+        # Triton's backend rounds the gradient of the logits to bf16 (a step is 4e-3), as plain autograd does. Both
         # round once more at the end, by half a step.
         assert relative(got, want) <= max(relative(other, want), 4e-3) + 2e-3
 

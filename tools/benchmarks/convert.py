@@ -4,12 +4,11 @@
     python tools/benchmarks/convert.py --layers 4 --rounds 2 --folder /scratch
     python tools/benchmarks/convert.py --bridge-python bridge-venv/bin/python
 
-Every measurement is a process of its own, without its imports. Its input was read once just before, and its output
-is on the disk at its end. A rate is divided by that of `dd` in the same round, the mean of the one
-just before and the one just after it, for the rate of a disk that others share changes within seconds. `dd` and
-`safetensors copy` (load_file, save_file) are what the disk and the library can do; the bar is 60 % of dd's rate, in
-every round, and 2 GiB of memory. Both conversions also hash what they write or read. Where other work shares the
-machine, CPU time tells more than wall time.
+Every measurement is a process of its own, without its imports. Its input was read once just before, and its output is
+on the disk at its end. A rate is divided by that of `dd` in the same round, the mean of one just before and one just
+after. The rate of a shared disk changes within seconds. `dd` and `safetensors copy` (load_file, save_file) are what the
+disk and the library can do; the bar is 60 % of dd's rate, in every round, and 2 GiB of memory. Both conversions also
+hash what they write or read. Where other work shares the machine, CPU time tells more than wall time.
 """
 
 import argparse

@@ -4,11 +4,11 @@
     python tools/benchmarks/loss.py --shape 1024x128256:4x256 --methods ours,trl --rounds 5
     python tools/benchmarks/loss.py --tp 2 --methods ours,megatron
 
-Every measurement is a process of its own, one thread a rank, the methods in turn in every round; a time is
-the lowest CPU time over the rounds (other work on the machine hardly changes it), memory is the peak
-above inputs and gradients, error is against float64, of both gradients, relative. Half of the positions are
-prompt or padding. A peer that cannot be imported is listed as not installed. Liger is `liger-kernel`, Cut
-Cross Entropy `cut-cross-entropy` (which imports triton), both from PyPI.
+Every measurement is a process of its own, one thread a rank, the methods in turn in every round; a time is the lowest
+CPU time over the rounds, which other work on the machine hardly changes. Memory is the peak above inputs and gradients.
+Errors are of both gradients, relative to float64. Half of the positions are prompt or padding. A peer that cannot be
+imported is listed as not installed. Liger is `liger-kernel`, Cut Cross Entropy `cut-cross-entropy` (which imports
+triton), both from PyPI.
 """
 
 from __future__ import annotations

@@ -11,9 +11,9 @@ the prompt once, and multiplies only response rows with the vocabulary; the peer
 padded to the longest. They know no tensor parallelism: at tp 8 they are given the slice of the vocabulary that a rank
 would have, which is less than they need.
 
-TRL's functions are TRL's own; those of princeton's SimPO (scripts/simpo_trainer.py, over a transformers of its time,
-which returns fp32 logits) and of Liger (LigerFusedLinearSimPOLoss, one pair at a time) are written anew from their
-sources. On a GPU with Triton, TRL from 1.13 on may take kernels of its own; `trl, two passes` is a lower bound for
+TRL's functions are TRL's own; those of princeton's SimPO and of Liger are written anew from their sources
+(scripts/simpo_trainer.py, over a transformers that returns fp32 logits; LigerFusedLinearSimPOLoss, one pair at a time).
+On a GPU with Triton, TRL from 1.13 on may take kernels of its own; `trl, two passes` is a lower bound for
 that: its products, one read of the logits forward, one read and one write backward.
 """
 

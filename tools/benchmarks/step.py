@@ -6,8 +6,8 @@
 
 `ours-norms-again` recomputes the norms in the backward pass.
 
-Both sides train the same Llama (8 layers, hidden 512, 32,000 ids, fp32) on the same token ids in the same
-global batches with AdamW, so their losses must agree. `trl-M` takes M pairs a microbatch, and gets them
+Both sides train the same Llama (8 layers, hidden 512, 32,000 ids, fp32) with AdamW. They get the same token ids in the
+same global batches, so their losses must agree. `trl-M` takes M pairs a microbatch, and gets them
 better than it would take them itself: each global batch sorted by length, so that a microbatch pads
 little; its attention is scaled_dot_product_attention, its optimizer fused, gradient checkpointing off.
 
