@@ -196,7 +196,7 @@ def families_page() -> str:
         "is refused, and the line names the key. `simpo families` prints this table. With `--prove NAME` it compares",
         "small random models with transformers on your machine: logits, and every tensor of an export.",
         "",
-        "| family | models | proved by |",
+        "| family | models | small models that are compared |",
         "|---|---|---|",
     ]
     for name, family in FAMILIES.items():
