@@ -15,7 +15,7 @@ def test_an_export_folder_with_content_is_refused_beforehand(tmp_path: Path) -> 
     refuse_existing_export(tmp_path / "new")
     refuse_existing_export(tmp_path)
     (tmp_path / "kept").write_text("")
-    with pytest.raises(CheckpointError, match="was not written by simpo_megatron"):
+    with pytest.raises(CheckpointError, match="that simpo_megatron did not write"):
         refuse_existing_export(tmp_path)
 
 
