@@ -3,7 +3,7 @@
 #
 #   examples/iterative_simpo.sh MODEL_DIR REWARD_MODEL_DIR PROMPTS OUT ROUNDS [options of simpo train ...]
 #
-# Every stage goes on where it was stopped: start the same command again. SAMPLES, TEMPERATURE, MAX_NEW_TOKENS and
+# The same command continues a stage that was stopped. SAMPLES, TEMPERATURE, MAX_NEW_TOKENS and
 # PAIRS_OPTIONS are read from the environment.
 set -euo pipefail
 

@@ -213,7 +213,7 @@ def _parse_flags(argv: list[str], *, takes_words: bool = False) -> tuple[Layer, 
     layer: Layer = {}
     for name, value in vars(given).items():
         option = option_table().get(name)
-        if option is None:  # --config itself, and its likes
+        if option is None:  # --config and others that are no option of a run
             continue
         if option.is_list:
             value = tuple(option.parse(text, _COMMAND_LINE) for text in value)

@@ -275,7 +275,7 @@ def _setting(name: str, value: Any, where: str) -> Setting:
 
 
 def _parse(option: Option, value: Any, where: str) -> Any:
-    """A value of YAML's types, held to what the option takes; text is not a number here either."""
+    """A value of YAML's types, checked against the type of the option; text is not a number here either."""
     return option.parse(_text(value), where, quoted=isinstance(value, str))
 
 

@@ -22,7 +22,7 @@ FORWARD = "forward"
 """A microbatch's way through a chunk, within FORWARD_BACKWARD: no wait for other stages or replicas is in it."""
 
 BEHIND_LIMIT = 0.10
-"""A rank so much slower than its likes is named."""
+"""Share by which a rank is slower than its peers when it is named."""
 
 _Moment = float | torch.cuda.Event
 
