@@ -3,8 +3,8 @@
 #
 #   examples/iterative_simpo.sh MODEL_DIR REWARD_MODEL_DIR PROMPTS OUT ROUNDS [options of simpo train ...]
 #
-# The same command continues a stage that was stopped. SAMPLES, TEMPERATURE, MAX_NEW_TOKENS and
-# PAIRS_OPTIONS are read from the environment.
+# The same command continues a stage that was stopped. SAMPLES, TEMPERATURE, MAX_NEW_TOKENS and PAIRS_OPTIONS are read
+# from the environment.
 set -euo pipefail
 
 if (($# < 5)); then

@@ -95,7 +95,7 @@ class ChatTemplate:
             ) from None
         except StoppedBySignal:
             raise
-        except Exception as error:  # A template is a program: it may divide by zero, recurse or raise without a message.
+        except Exception as error:  # A template is a program: it may divide by zero, recurse or just raise.
             if (written := _with_written_arguments(messages)) != list(messages):
                 return self.render(written, tools, add_generation_prompt=add_generation_prompt)
             roles = " ".join(turn["role"] for turn in messages)
