@@ -8,7 +8,7 @@ import re
 import sys
 import typing
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import yaml
@@ -241,9 +241,19 @@ def _preset_layer(asked: Layer) -> Layer:
 
 
 def _merge(lower: Layer, upper: Layer) -> Layer:
-    """`upper` over `lower`; an option in `upper` removes the other options of its group from `lower`."""
+    """`upper` over `lower`; an option in `upper` removes the other options of its group from `lower`.
+
+    Exports that `lower` has below its `save` go below that of `upper`: runs saved apart would export onto each other.
+    """
     displaced = {name for group in ALTERNATIVES if any(name in upper for name in group) for name in group}
-    return {name: setting for name, setting in lower.items() if name not in displaced} | upper
+    kept = {name: setting for name, setting in lower.items() if name not in displaced}
+    if "save" in lower and "save" in upper and upper["save"].value is not None:
+        for name in kept.keys() & {"export_hf", "export_adapter"}:
+            path = Path(str(kept[name].value))
+            if path.is_relative_to(str(lower["save"].value)):
+                moved = Path(upper["save"].value) / path.relative_to(lower["save"].value)
+                kept[name] = replace(kept[name], value=str(moved))
+    return kept | upper
 
 
 def _build(layer: Layer) -> Config:

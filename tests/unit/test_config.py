@@ -395,3 +395,15 @@ def test_what_is_printed_marks_what_is_not_the_default_and_leaves_out_what_has_n
     bold = [text.plain[span.start : span.end] for span in text.spans if span.style == "bold"]
     assert {"0.5  (default 1)", "a" * 200} <= set(bold) and "42" not in bold
     assert not {"gamma", "lora_targets", "micro_batch_size", "eval_interval"} & {line[0] for line in lines}
+
+
+def test_an_export_below_save_moves_with_it(tmp_path):
+    assert load_config(["--preset", "demo", "--save", "runs/mine"]).model.export_hf == "runs/mine/hf"
+    own = load_config(["--preset", "demo", "--save", "runs/mine", "--export-hf", "out"])
+    assert own.model.export_hf == "out"
+    assert load_config(["--preset", "demo", "--lr", "1e-4"]).model.export_hf == "runs/demo/hf"
+    file = tmp_path / "run.yaml"
+    file.write_text("model: m\ndata: d\nsave: a/b\nexport_hf: a/b/c/hf\n")
+    assert load_config(["--config", str(file), "--save", "/x"]).model.export_hf == "/x/c/hf"
+    file.write_text("model: m\ndata: d\nsave: a/b\nexport_hf: a/hf\n")
+    assert load_config(["--config", str(file), "--save", "/x"]).model.export_hf == "a/hf", "it lies elsewhere"
