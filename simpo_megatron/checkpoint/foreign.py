@@ -21,7 +21,7 @@ from simpo_megatron.mcore.lora import ADAPTER_SUFFIX
 from simpo_megatron.mcore.meta_model import StoredPart, stored_parts
 from simpo_megatron.mcore.model import PreferenceGPTModel
 from simpo_megatron.parallel import ParallelGroups
-from simpo_megatron.ranks import gather_or_raise, raise_on_all_ranks
+from simpo_megatron.ranks import names_of_all_ranks, raise_on_all_ranks
 
 # How the names begin of the tensors that Megatron-LM and Megatron-Bridge store beside the weights.
 _NO_WEIGHTS = ("optimizer.", "chained_", "rng", "rerun_state", "opt_param_scheduler")
@@ -33,7 +33,7 @@ def read_foreign_weights(
 ) -> None:
     """Fill the weights of this rank's `model` from `folder`, each rank reading its shards; adapters stay as they are.
 
-    Collectives: three object gathers, world.
+    Collectives: those of two `raise_on_all_ranks` and of `names_of_all_ranks`, world.
 
     Raises:
         CheckpointError: on every rank alike, a weight is missing or has another shape, or there are some that are not
@@ -42,8 +42,8 @@ def read_foreign_weights(
     reader = raise_on_all_ranks(lambda: CheckpointReader(folder, lambda file: None))
     metadata = {**sharding_metadata(groups), "non_homogeneous_layers": any(map(_LAYER.match, reader.tensors))}
     parts = [part for chunk in model for part in _parts(chunk, metadata, vocab_size)]
-    expected = set().union(*gather_or_raise(lambda: {part.key for part in parts}))
     stored = {name for name in reader.tensors if not name.startswith(_NO_WEIGHTS)}
+    expected = names_of_all_ranks({part.key for part in parts}, stored)
 
     def read() -> None:
         refuse_other_names(stored, expected, folder)

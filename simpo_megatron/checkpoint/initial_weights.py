@@ -29,7 +29,7 @@ def fill_weights(
 ) -> None:
     """Fill this rank's `model` from `folder`, which holds safetensors or is a committed checkpoint.
 
-    Collectives: one object gather, world; for a checkpoint, another one and megatron's.
+    Collectives: that of `raise_on_all_ranks`, world; for a checkpoint, another one and megatron's.
 
     Raises:
         CheckpointError: on every rank alike, when the folder is damaged, or does not hold the model that its
@@ -54,7 +54,7 @@ def fill_model(
 ) -> None:
     """Fill this rank's `model` from the base of `source`, and add its adapters to the weights, sums in fp32.
 
-    Collectives: those of `fill_weights`, and for each adapter two object gathers, world.
+    Collectives: those of `fill_weights`, and for each adapter two `raise_on_all_ranks`, world.
 
     Raises:
         CheckpointError, NumericsError: as `fill_weights`.
@@ -72,7 +72,7 @@ def fill_adapters(
 ) -> None:
     """Fill the adapters of this rank's `model`, which has those that are in `folder`, from there.
 
-    Collectives: two object gathers, world; one more for a checkpoint.
+    Collectives: those of two `raise_on_all_ranks`, world; one more for a checkpoint.
 
     Raises:
         CheckpointError, NumericsError, ConfigError: as `fill_model`.

@@ -10,9 +10,10 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,8 +90,13 @@ def hash_text(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def commit_draft(draft: Path, iteration: int, files: Mapping[str, Digest], facts: Mapping[str, Any]) -> Checkpoint:
+def commit_draft(
+    draft: Path, iteration: int, files: Mapping[str, Digest], facts: Mapping[str, Any], *, synced: Container[str] = ()
+) -> Checkpoint:
     """Makes `draft` a checkpoint by one rename, after everything in it is on the disk; returns the checkpoint.
+
+    Args:
+        synced: names of files that their writers have put on the disk.
 
     Raises:
         CheckpointError: the draft's files are not those of `files`, or a checkpoint of this iteration exists.
@@ -99,7 +105,7 @@ def commit_draft(draft: Path, iteration: int, files: Mapping[str, Digest], facts
     if folder.exists():
         raise CheckpointError(f"{folder}: found a checkpoint, expected a free name; one is never overwritten")
     checkpoint = Checkpoint(folder, iteration, facts, files)
-    _seal(draft, checkpoint)
+    _seal(draft, checkpoint, synced)
     rename(draft, folder)
     write_latest(folder.parent, iteration)
     return checkpoint
@@ -132,11 +138,12 @@ def resolve_checkpoint(path: Path) -> Path | None:
     return in_it[-1] if in_it else None
 
 
-def _seal(folder: Path, checkpoint: Checkpoint) -> None:
+def _seal(folder: Path, checkpoint: Checkpoint, synced: Container[str] = ()) -> None:
     """Write the record of `checkpoint` into its `folder`, after everything else in it is on the disk."""
     _check_sizes(folder, checkpoint.files)
     for name in checkpoint.files:
-        sync(folder / name)
+        if name not in synced:
+            sync(folder / name)
     (folder / RECORD_FILE).write_text(_to_text(checkpoint), encoding="utf-8")
     sync(folder / RECORD_FILE)
     sync(folder)
@@ -394,14 +401,16 @@ def _read_or_none(folder: Path) -> Checkpoint | None:
 
 
 def _check_sizes(folder: Path, files: Mapping[str, Digest]) -> None:
-    found = {path.name: path for path in folder.iterdir() if path.name != RECORD_FILE}
+    # One listing, and one question for each of the files, which are as many as ranks.
+    with os.scandir(folder) as entries:
+        found = {entry.name: entry for entry in entries if entry.name != RECORD_FILE}
     for name, digest in files.items():
-        path = found.pop(name, None)
-        if path is None or path.is_symlink() or not path.is_file():
+        entry = found.pop(name, None)
+        if entry is None or not entry.is_file(follow_symlinks=False):
             raise CheckpointError(f"{folder / name}: found no plain file, expected the one that was committed")
-        size = path.stat().st_size
+        size = entry.stat(follow_symlinks=False).st_size
         if size != digest.size:
-            raise CheckpointError(f"{path}: found {size} bytes, expected {digest.size}, as were committed")
+            raise CheckpointError(f"{folder / name}: found {size} bytes, expected {digest.size}, as were committed")
     if found:
         raise CheckpointError(
             f"{folder / min(found)}: found a file that is not part of the checkpoint, expected what was committed"

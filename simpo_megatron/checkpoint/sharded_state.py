@@ -32,6 +32,7 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata
 
+from simpo_megatron.checkpoint.manifest import Checkpoint
 from simpo_megatron.checkpoint.tensor_index import read_index, refuse_other_names, refuse_other_weights
 from simpo_megatron.checkpoint.torch_files import read_torch_file
 from simpo_megatron.errors import CheckpointError, StoppedBySignal, listed
@@ -42,7 +43,7 @@ from simpo_megatron.mcore.lora import ADAPTER_SUFFIX
 from simpo_megatron.mcore.model import PreferenceGPTModel
 from simpo_megatron.mcore.optimizer import gather_parameters
 from simpo_megatron.parallel import ParallelGroups
-from simpo_megatron.ranks import gather_or_raise
+from simpo_megatron.ranks import names_of_all_ranks
 
 # What megatron's schedule reads of a group.
 _RATES = ("max_lr", "min_lr", "start_wd", "end_wd")
@@ -67,11 +68,17 @@ class RunState:
         return [chunk.module for chunk in self.chunks]
 
 
-def request_write(state: RunState, iteration: int, folder: Path) -> tuple[AsyncRequest, set[int]]:
+def request_write(
+    state: RunState, iteration: int, folder: Path, *, validates: bool = True
+) -> tuple[AsyncRequest, set[int]]:
     """(a request to write this rank's share of the run's tensors into the empty `folder`, the storages it reads).
 
     All ranks must see `folder`. The storages, by address, are the state itself where that lies in the host's memory: a
     step changes them.
+
+    Args:
+        validates: let megatron compare which rank writes which part of which tensor; every rank then gets what all
+            ranks say of theirs. The answer is the same at every save of a run.
 
     Collectives: megatron's, world.
 
@@ -93,7 +100,13 @@ def request_write(state: RunState, iteration: int, folder: Path) -> tuple[AsyncR
     options = {"async_strategy": "mcore"} if takes_strategy else {}
     with described(folder):
         request = dist_checkpointing.save(
-            sharded, str(folder), strategy, async_sharded_save=True, content_metadata=_content(), **options
+            sharded,
+            str(folder),
+            strategy,
+            validate_access_integrity=validates,
+            async_sharded_save=True,
+            content_metadata=_content(),
+            **options,
         )
     return request, storages
 
@@ -116,17 +129,19 @@ def described(folder: Path) -> Iterator[None]:
         raise FailedAloneError(f"{folder}: could not be written ({_reason(error)})") from error
 
 
-def read_state(state: RunState, iteration: int, folder: Path, *, same_layout: bool) -> None:
-    """Fill model, moments and schedule of `state` from `folder`, and with the `same_layout` the random states.
+def read_state(state: RunState, checkpoint: Checkpoint, *, same_layout: bool) -> None:
+    """Fill model, moments and schedule of `state` from `checkpoint`, and with the `same_layout` the random states.
 
     Hyper-parameters stay those of the configuration.
 
-    Collectives: megatron's, world.
+    Collectives: those of `names_of_all_ranks` and megatron's, world.
 
     Raises:
         CheckpointError: a tensor is missing or has another shape, or is no part of the model.
     """
-    index = read_index(folder)
+    folder = checkpoint.folder
+    # What rank 0 found: if every rank listed the folder, the listings would grow with the square of their number.
+    index = read_index(folder, {name: digest.size for name, digest in checkpoint.files.items()})
     optimizer = state.optimizer
     own_settings = [_settings(group) for group in optimizer.param_groups]
     sharded = _sharded_state(state, is_loading=True)
@@ -142,7 +157,7 @@ def read_state(state: RunState, iteration: int, folder: Path, *, same_layout: bo
     quantise_masters(state.chunks, optimizer)
     for group, settings in zip(optimizer.param_groups, own_settings, strict=True):
         group.update(settings)
-    state.scheduler.step(increment=iteration)
+    state.scheduler.step(increment=checkpoint.iteration)
     if same_layout:
         restore_rng(loaded["rng"])
 
@@ -179,7 +194,8 @@ def read_weights(model: list[PreferenceGPTModel], groups: ParallelGroups, folder
 def _load(state: dict[str, Any], index: Metadata, folder: Path) -> dict[str, Any]:
     """megatron's load, after a check of all ranks' names: its own does not work with torch 2.14 and later."""
     own = {tensor.key for tensor in _tensors(state)}
-    refuse_other_names(set(index.state_dict_metadata), set().union(*gather_or_raise(lambda: own)), folder)
+    stored = set(index.state_dict_metadata)
+    refuse_other_names(stored, names_of_all_ranks(own, stored), folder)
     try:
         with cpu_patches.reading_by(index, read_torch_file):
             return dist_checkpointing.load(state, str(folder))

@@ -43,8 +43,11 @@ _NAMES = {
 }
 
 
-def read_index(folder: Path) -> Metadata:
+def read_index(folder: Path, sizes: Mapping[str, int] | None = None) -> Metadata:
     """The index of tensors in `folder`, whose entries lie in files of `folder`.
+
+    Args:
+        sizes: of these files in bytes, by name, where they are known; else the folder is listed.
 
     Raises:
         CheckpointError: it names something that is no part of such an index, or a file elsewhere, or a value is not of
@@ -54,7 +57,8 @@ def read_index(folder: Path) -> Metadata:
     try:
         with path.open("rb") as file:
             root = InertUnpickler(file, _knows).load()
-        sizes = {entry.name: entry.stat().st_size for entry in folder.iterdir() if entry.is_file()}
+        if sizes is None:
+            sizes = {entry.name: entry.stat().st_size for entry in folder.iterdir() if entry.is_file()}
         return _metadata(root, sizes)
     except StoppedBySignal:
         raise

@@ -10,34 +10,38 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 
 from simpo_megatron.checkpoint.manifest import Digest, digest_file
 from simpo_megatron.checkpoint.sharded_state import RunState, described, request_write
 from simpo_megatron.errors import CheckpointError
-from simpo_megatron.ranks import gather_or_raise
+from simpo_megatron.ranks import gather_on_first_rank, raise_on_all_ranks, sum_over_ranks
 
 
-def begin_write(state: RunState, iteration: int, folder: Path, *, in_background: bool) -> Writing:
+def begin_write(
+    state: RunState, iteration: int, folder: Path, *, in_background: bool, validates: bool = True
+) -> Writing:
     """Starts writing the run's present tensors into the empty `folder`, which all ranks see.
 
     In the background, the host's memory holds a copy of this rank's shards until they are written.
 
-    Collectives: megatron's and one object gather, world.
+    Args:
+        validates: as `request_write` has it.
+
+    Collectives: megatron's, that of `raise_on_all_ranks` and one all-reduce of 8 bytes, world.
 
     Raises:
         CheckpointError: on every rank alike, memory did not suffice for the copies.
         FailedAloneError: on this rank.
     """
-    request, live = request_write(state, iteration, folder)
+    request, live = request_write(state, iteration, folder, validates=validates)
     arguments: list[Any] = []
 
     def stage() -> int:
         arguments.extend(_staged(request, live if in_background else set()))
         return _num_bytes(arguments) if request.async_fn is not None else 0
 
-    num_bytes = sum(gather_or_raise(stage, wrap=CheckpointError))
+    num_bytes = sum_over_ranks(raise_on_all_ranks(stage, wrap=CheckpointError))
     writing = Writing(request, arguments, folder, num_bytes)
     writing.start(in_background=in_background)
     return writing
@@ -67,9 +71,9 @@ class Writing:
         return self._thread.is_alive()
 
     def finish(self) -> dict[str, Digest]:
-        """Waits for this rank's write, writes the index, and returns the digests of all ranks' shard files.
+        """Waits for this rank's write, writes the index, and returns, on rank 0, the digests of all ranks' shard files.
 
-        Collectives: one object gather and megatron's, world.
+        Collectives: that of `gather_on_first_rank` and megatron's, world.
 
         Raises:
             CheckpointError: on every rank alike, a rank could not write its share.
@@ -77,7 +81,7 @@ class Writing:
         """
         if self._thread.is_alive():
             self._thread.join()
-        digests = gather_or_raise(self._result, wrap=CheckpointError)
+        digests = gather_on_first_rank(self._result, wrap=CheckpointError)
         with described(self._folder):
             for finalize in self._request.finalize_fns:
                 finalize()
@@ -87,8 +91,9 @@ class Writing:
         try:
             if self._request.async_fn is not None:
                 self._request.async_fn(*self._arguments, **self._request.async_fn_kwargs)
-            shards = sorted(self._folder.glob(f"__{dist.get_rank()}_*.distcp"))
-            self._digests = {path.name: digest_file(path) for path in shards if path.is_file()}
+                # By their names: if every rank listed the folder, listings would grow with the square of their number.
+                shards = sorted(self._folder / name for _, name, _ in self._arguments[1])
+                self._digests = {path.name: digest_file(path) for path in shards if path.is_file()}
         except Exception as error:
             self._problem = error
         self._arguments = []

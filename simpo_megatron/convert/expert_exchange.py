@@ -34,7 +34,7 @@ class ExpertExchange:
     def proceeds(self, says: bool) -> bool:
         """True when the group's first rank continues the export.
 
-        Collectives: one object gather over the group.
+        Collectives: those of `gather_or_raise` over the group.
         """
         return gather_or_raise(lambda: says, self.group)[0]
 

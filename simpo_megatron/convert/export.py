@@ -316,7 +316,7 @@ def _begin(out_folder: Path, stack: ExitStack, origin: str | None) -> Path:
 def _on_committer(work: Callable[[], Result], is_committer: bool, groups: ParallelGroups) -> Result:
     """The result of `work` on the rank that publishes the export, on every rank that takes part.
 
-    Collectives: one object gather over tp, one over pp.
+    Collectives: those of `gather_or_raise` over tp and pp.
 
     Raises:
         CheckpointError: on every rank alike, it failed.

@@ -17,7 +17,7 @@ from simpo_megatron.checkpoint import manifest
 from simpo_megatron.config import num_train_iters
 from simpo_megatron.data import load_tokenizer
 from simpo_megatron.errors import ConfigError, NumericsError, StoppedByMonitor, StoppedBySignal, visible
-from simpo_megatron.ranks import gather_or_raise, raise_on_all_ranks
+from simpo_megatron.ranks import on_first_rank, raise_on_all_ranks
 from simpo_megatron.sweep.comparison import Ranking, compare
 from simpo_megatron.sweep.evidence import Evidence, read_evidence
 from simpo_megatron.sweep.journal import Claim, Journal, Outcome
@@ -80,8 +80,7 @@ class _Driver:
         """Runs all turns; returns the stop by a signal, if one came. The journal has the results of trials."""
         while True:
             self._session.watchdog.enter_phase("the choice of the next trial", timeout=LONG_SECONDS)
-            turn = gather_or_raise(self._next_turn)[0]
-            assert turn is not None, "rank 0 has the journal"
+            turn = on_first_rank(self._next_turn)
             if turn.kind == "end":
                 return None
             if turn.kind == "wait":
@@ -92,10 +91,9 @@ class _Driver:
                 return ended
             self._note(ended)
 
-    def _next_turn(self) -> _Turn | None:
+    def _next_turn(self) -> _Turn:
         """The next turn, on the rank that has the journal."""
-        if self._journal is None:
-            return None
+        assert self._journal is not None, "rank 0 has the journal"
         ended = self._journal.outcomes()
         one = next_round(self._rounds(ended), set(ended))
         if one is None:
@@ -137,7 +135,7 @@ class _Driver:
     def _note(self, outcome: Outcome) -> None:
         """Record the trial's result in the journal, and write the results so far.
 
-        Collectives: one object gather, world.
+        Collectives: that of `raise_on_all_ranks`, world.
         """
         raise_on_all_ranks(lambda: self._note_here(outcome, self._journal))
 

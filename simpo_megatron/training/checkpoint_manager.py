@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import torch.distributed as dist
 
@@ -25,13 +25,11 @@ from simpo_megatron.errors import CheckpointError, NumericsError
 from simpo_megatron.limits import read_bounded
 from simpo_megatron.mcore.hub import hub_name
 from simpo_megatron.mcore.precision import parameter_dtype
-from simpo_megatron.ranks import gather_or_raise, sync_status
+from simpo_megatron.ranks import on_first_rank, sync_status
 from simpo_megatron.reporting.loggers import METRICS_FILE, RunLog
 from simpo_megatron.training.resume import describe_run
 from simpo_megatron.training.setup import Job
 from simpo_megatron.training.watchdog import Watchdog
-
-Result = TypeVar("Result")
 
 _MOST_METRICS = 1 << 28
 
@@ -63,6 +61,7 @@ class Saver:
         self._goes_on = config.run.on_save_failure == "continue"
         self._num_failed = 0
         self._failure: CheckpointError | None = None
+        self._is_validated = False
 
     def save(
         self,
@@ -82,7 +81,7 @@ class Saver:
             monitors: the state of the monitors, JSON values.
             in_background: return as soon as training may go on; `poll` and `finish` commit.
 
-        Collectives: megatron's for saving, and five object gathers, world.
+        Collectives: megatron's for saving, those of `begin_write`, and of two `on_first_rank`, world.
 
         Raises:
             CheckpointError: on every rank alike, unless `on_save_failure` is `continue`; the checkpoints before this
@@ -113,7 +112,7 @@ class Saver:
     def finish(self) -> None:
         """Wait for the checkpoint in the background, if there is one, and commit it.
 
-        Collectives: megatron's for saving, and three object gathers, world.
+        Collectives: those of `Writing.finish`, and of two `on_first_rank`, world.
 
         Raises:
             CheckpointError, FailedAloneError: as `save`.
@@ -123,10 +122,10 @@ class Saver:
             return
         with self._survived(draft.iteration, draft.writing.num_bytes):
             started = time.perf_counter()
-            checkpoint = self._commit(draft)
+            folder, num_bytes = self._commit(draft)
             now = time.perf_counter()
             self._log.say(
-                f"saved     {checkpoint.folder} ({checkpoint.num_bytes / 2**20:.1f} MiB in {now - draft.began:.1f} s; "
+                f"saved     {folder} ({num_bytes / 2**20:.1f} MiB in {now - draft.began:.1f} s; "
                 f"training waited {draft.waited_seconds + now - started:.1f} s)"
             )
 
@@ -168,26 +167,32 @@ class Saver:
     def _begin(self, iteration: int, facts: Mapping[str, Any], *, in_background: bool) -> _Draft:
         save, job = self._save, self._job
         began = time.perf_counter()
-        folder = _on_first_rank(lambda: manifest.create_draft(save, iteration))
+        folder = on_first_rank(lambda: manifest.create_draft(save, iteration), wrap=CheckpointError)
         with _whole_or_removed(folder):
             faults.at("save")
-            _on_first_rank(lambda: _add_small_files(save, folder, job))
-            writing = begin_write(job.trainer.state, iteration, folder, in_background=in_background)
+            on_first_rank(lambda: _add_small_files(save, folder, job), wrap=CheckpointError)
+            writing = begin_write(
+                job.trainer.state, iteration, folder, in_background=in_background, validates=not self._is_validated
+            )
+        self._is_validated = True
         waited = time.perf_counter() - began
         return _Draft(folder, iteration, facts, writing, began, waited)
 
-    def _commit(self, draft: _Draft) -> manifest.Checkpoint:
+    def _commit(self, draft: _Draft) -> tuple[Path, int]:
+        """(the committed folder, its size in bytes), on every rank."""
         with _whole_or_removed(draft.folder):
             shards = draft.writing.finish()
 
-            def seal() -> manifest.Checkpoint:
+            def seal() -> tuple[Path, int]:
                 small = {path.name for path in draft.folder.iterdir()} - shards.keys()
                 files = {**shards, **{name: manifest.digest_file(draft.folder / name) for name in sorted(small)}}
-                return manifest.commit_draft(draft.folder, draft.iteration, files, draft.facts)
+                checkpoint = manifest.commit_draft(draft.folder, draft.iteration, files, draft.facts, synced=shards)
+                # Not the checkpoint: its files are as many as ranks, and each rank would get them.
+                return checkpoint.folder, checkpoint.num_bytes
 
-            checkpoint = _on_first_rank(seal)
-        _on_first_rank(lambda: manifest.delete_old(self._save, self._config.run.keep_checkpoints))
-        return checkpoint
+            committed = on_first_rank(seal, wrap=CheckpointError)
+        on_first_rank(lambda: manifest.delete_old(self._save, self._config.run.keep_checkpoints), wrap=CheckpointError)
+        return committed
 
     @property
     def _save(self) -> Path:
@@ -216,18 +221,6 @@ def _free(save: Path) -> str:
         return f"{shutil.disk_usage(save).free / 2**30:.2f} GiB free"
     except OSError as error:
         return f"{save}: {error.strerror}"
-
-
-def _on_first_rank(work: Callable[[], Result]) -> Result:
-    """The result of `work`, done on rank 0 alone, on every rank.
-
-    Collectives: one object gather, world.
-
-    Raises:
-        CheckpointError: on every rank alike, it failed.
-    """
-    results = gather_or_raise(lambda: work() if dist.get_rank() == 0 else None, wrap=CheckpointError)
-    return cast(Result, results[0])
 
 
 @contextmanager

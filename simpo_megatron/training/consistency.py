@@ -23,7 +23,7 @@ from simpo_megatron.errors import CheckpointError, NumericsError, ParallelError,
 from simpo_megatron.mcore.fp8_weights import plain
 from simpo_megatron.mcore.optimizer import gather_parameters
 from simpo_megatron.parallel import ParallelGroups
-from simpo_megatron.ranks import gather_or_raise, raise_on_all_ranks, sync_status
+from simpo_megatron.ranks import are_equal, gather_or_raise, raise_on_all_ranks, sync_status
 from simpo_megatron.training.setup import Job
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32}
@@ -56,12 +56,15 @@ def job_facts(job: Job) -> dict[str, Any]:
 def check_same(facts: Mapping[str, Any]) -> None:
     """Return if `facts` are the same on every rank.
 
-    Collectives: one object gather, world.
+    Collectives: one all-reduce of 16 bytes, world; when a fact differs, one object gather.
 
     Raises:
         ParallelError: on every rank alike, with each fact that differs and the ranks on which it does.
     """
-    every = gather_or_raise(lambda: {name: _text(value) for name, value in facts.items()})
+    own = {name: _text(value) for name, value in facts.items()}
+    if are_equal(repr(sorted(own.items()))):
+        return
+    every = gather_or_raise(lambda: own)
     # The value that most ranks share is taken as the right one.
     problems = [
         f"{name} is {_ranks_by_value([stated.get(name, 'not there') for stated in every])}"
@@ -85,15 +88,15 @@ def check_same_model(folders: Sequence[Path]) -> None:
 
     Each rank reads its own slices: ranks that see different models would together train parts of each.
 
-    Collectives: two object gathers, world; when files differ, one more.
+    Collectives: that of `raise_on_all_ranks` and one all-reduce of 16 bytes, world; when files differ, one object
+    gather.
 
     Raises:
         CheckpointError: on every rank alike, a file cannot be read.
         ParallelError: on every rank alike, with the files that differ, and the ranks and folders in which they do.
     """
     own = raise_on_all_ranks(lambda: _digests(folders), wrap=CheckpointError)
-    digest = hashlib.sha256(repr(sorted(own.items())).encode()).hexdigest()
-    if len(set(gather_or_raise(lambda: digest))) == 1:
+    if are_equal(repr(sorted(own.items()))):
         return
     here = f"{socket.gethostname()}:{' + '.join(str(folder.resolve()) for folder in folders)}"
     every = gather_or_raise(lambda: (here, own))
@@ -128,7 +131,7 @@ def unchanged_model(folders: Sequence[Path]) -> Iterator[None]:
 
     Ranks that read a file before and after a change would together train parts of two models.
 
-    Collectives: two object gathers, world.
+    Collectives: those of two `raise_on_all_ranks`, world.
 
     Raises:
         CheckpointError: on every rank alike, with the files that did.

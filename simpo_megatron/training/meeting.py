@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import resource
 import signal
 import socket
 import time
@@ -20,7 +21,7 @@ import psutil
 import torch.distributed as dist
 
 from simpo_megatron.errors import ConfigError, ParallelError, PeerFailedError, SimPOError, StoppedBySignal, listed
-from simpo_megatron.launched import check_environment, has_agent, is_launched
+from simpo_megatron.launched import PARENT, check_environment, has_agent, is_launched
 from simpo_megatron.stop_signals import STOP_SIGNALS
 
 MEETING_SECONDS = 120.0
@@ -30,7 +31,10 @@ _SPEAKING_SECONDS = 10.0
 """Seconds that a rank that failed looks for the others, before it speaks for itself alone."""
 _OUTLIVES_SECONDS = 10.0
 _POLL_SECONDS = 0.3
-_FAILED, _NUM_ARRIVED, _NUM_PRESENT = "failed", "num_arrived", "num_present"
+# Ranks that wait for others ask at once, and then less and less often, for all of them ask the same store.
+_FIRST_PAUSE_SECONDS, _LAST_PAUSE_SECONDS, _PAUSE_GROWS = 0.05, 1.0, 1.5
+_ARRIVED, _NUM_ARRIVED, _NUM_PRESENT = "arrived", "num_arrived", "num_present"
+_OUTCOME, _ALL_MET = "outcome", "met"
 _MAX_NAMED = 8
 
 # Each run of a process has its own keys in the store, the same on all ranks.
@@ -48,14 +52,14 @@ def tell(error: Exception) -> None:
         store = _of_run(_connection(_SPEAKING_SECONDS), _num_runs)
         first = store.compare_set("said/" + hashlib.sha256(text.encode()).hexdigest()[:16], "", str(rank))
         said = {"rank": rank, "says": text, "exit_code": getattr(error, "exit_code", SimPOError.exit_code)}
-        cause = json.loads(store.compare_set(_FAILED, "", json.dumps(said)))
+        outcome = store.compare_set(_OUTCOME, "", json.dumps(said)).decode()
     except (SimPOError, dist.DistError):
         return
     if isinstance(error, SimPOError):
         error.speaker = int(first)
-    if isinstance(error, StoppedBySignal):
+    if isinstance(error, StoppedBySignal) and outcome != _ALL_MET:
         # The signal of a launcher that ends all ranks because one failed: not a job to start again.
-        error.exit_code = cause["exit_code"]
+        error.exit_code = json.loads(outcome)["exit_code"]
 
 
 @dataclass(frozen=True)
@@ -67,7 +71,7 @@ class Meeting:
     number: int
     """Counts the runs of this process."""
     store: dist.Store
-    """The store of the ranks, outside all collectives; for the main thread only."""
+    """The store of the ranks, outside all collectives; for the main thread and the process groups only."""
     first_of_node: int | None = None
     """Process id of the first rank of this node, unless that is this rank."""
 
@@ -96,6 +100,9 @@ class Meeting:
 def meet() -> Meeting:
     """The ranks of this run, once all have arrived.
 
+    Costs: two connections to the store, the other one for `another_connection`, and five messages; while ranks are
+    missing, one a second.
+
     Raises:
         ConfigError: the environment is incomplete, or rank 0 cannot listen at its port.
         PeerFailedError: a rank failed before it arrived; it has printed why.
@@ -106,20 +113,13 @@ def meet() -> Meeting:
         return Meeting(0, 1, 0, dist.HashStore())
     check_environment()
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    deadline = time.monotonic() + MEETING_SECONDS
+    local_rank, deadline = int(os.environ.get("LOCAL_RANK", 0)), time.monotonic() + MEETING_SECONDS
+    if has_agent() and local_rank == 0:
+        _allow_connections(PARENT)
     try:
         store = _of_run(_connection(MEETING_SECONDS), _num_runs)
-        store.set(f"arrived/{rank}", socket.gethostname())
         store.set(f"process/{rank}", str(os.getpid()))
-        store.add(_NUM_PRESENT, 1)
-        store.add(_NUM_ARRIVED, 1)
-        while store.add(_NUM_ARRIVED, 0) < world:
-            if store.check([_FAILED]):
-                raise _peer_failed(json.loads(store.get(_FAILED)), rank)
-            if time.monotonic() > deadline:
-                raise _not_met(store, rank, world)
-            time.sleep(_POLL_SECONDS)
-        local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        arrive(store, rank, world, deadline)
         first_of_node = int(store.get(f"process/{rank - local_rank}")) if 0 < local_rank <= rank else None
     except dist.DistError as error:
         raise _unreachable(str(error).splitlines()[0]) from error
@@ -131,7 +131,35 @@ def meet() -> Meeting:
     return meeting
 
 
-def _peer_failed(said: dict, rank: int) -> PeerFailedError:
+def arrive(store: dist.Store, rank: int, world: int, deadline: float) -> None:
+    """Return once all ranks have arrived at `store`; `deadline` is a time of time.monotonic.
+
+    Raises:
+        PeerFailedError, ParallelError: as `meet`.
+    """
+    # In no stub of torch, and in every store.
+    store.append(_ARRIVED, f"{rank} {socket.gethostname()}\n")  # type: ignore[attr-defined]
+    store.add(_NUM_PRESENT, 1)
+    if store.add(_NUM_ARRIVED, 1) == world:
+        store.compare_set(_OUTCOME, "", _ALL_MET)
+    pause = _FIRST_PAUSE_SECONDS
+    while not store.check([_OUTCOME]):
+        if time.monotonic() > deadline:
+            missing = {"rank": rank, "is_missing": _who_is_missing(store.get(_ARRIVED).decode(), world)}
+            store.compare_set(_OUTCOME, "", json.dumps(missing))
+        else:
+            time.sleep(pause)
+            pause = min(_PAUSE_GROWS * pause, _LAST_PAUSE_SECONDS)
+    outcome = store.get(_OUTCOME).decode()
+    if outcome != _ALL_MET:
+        raise _not_met(json.loads(outcome), rank)
+
+
+def _not_met(said: dict, rank: int) -> ParallelError:
+    if "is_missing" in said:
+        missing = ParallelError(said["is_missing"])
+        missing.speaker = said["rank"]
+        return missing
     error = PeerFailedError(f"stopped because rank {said['rank']} failed before all ranks had met: {said['says']}")
     error.exit_code = said["exit_code"]
     # The failed rank has printed it; rank 0 repeats it for those who keep only rank 0's log.
@@ -139,22 +167,19 @@ def _peer_failed(said: dict, rank: int) -> PeerFailedError:
     return error
 
 
-def _not_met(store: dist.Store, rank: int, world: int) -> ParallelError:
+def _who_is_missing(arrived: str, world: int) -> str:
+    """The message on ranks that are not among the lines `rank host` of `arrived`."""
+    host_of_rank = {int(rank): host for rank, host in map(str.split, arrived.splitlines())}
     hosts: dict[str, list[int]] = {}
-    missing = []
-    for other in range(world):
-        if store.check([f"arrived/{other}"]):
-            hosts.setdefault(store.get(f"arrived/{other}").decode(), []).append(other)
-        else:
-            missing.append(other)
+    for rank, host in sorted(host_of_rank.items()):
+        hosts.setdefault(host, []).append(rank)
+    missing = [rank for rank in range(world) if rank not in host_of_rank]
     came = (f"{host} (ranks {listed(ranks, _MAX_NAMED)})" for host, ranks in hosts.items())
-    error = ParallelError(
+    return (
         f"ranks: found {world - len(missing)} of {world} after {MEETING_SECONDS:.0f} s, expected all; "
         f"missing: rank{'s' if len(missing) > 1 else ''} {listed(missing, _MAX_NAMED)}; there: {listed(came, 4)}; see "
         f"whether the missing ones were started, what they say, and whether they reach {_address()}"
     )
-    error.speaker = int(store.compare_set("not_met", "", str(rank)))
-    return error
 
 
 def _address() -> str:
@@ -175,6 +200,17 @@ def _of_run(store: dist.Store, number: int) -> dist.Store:
     """`store` with the keys of run `number` of this process, and of this start of torchrun's."""
     restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     return dist.PrefixStore(f"simpo_megatron/{restart}/{number}", store)
+
+
+def _allow_connections(process: int) -> None:
+    """Let `process`, which keeps the ranks' store, open as many files as the system allows it.
+
+    Each rank has some connections there. The usual limit of 1,024 files ends that at some hundred ranks.
+    """
+    # Of Linux alone.
+    with suppress(AttributeError, OSError, ValueError):
+        _, at_most = resource.prlimit(process, resource.RLIMIT_NOFILE)
+        resource.prlimit(process, resource.RLIMIT_NOFILE, (at_most, at_most))
 
 
 def _connection(seconds: float) -> dist.Store:
@@ -231,6 +267,7 @@ def _serve(port: int, world: int, answers: int, lives: int) -> None:
     for descriptor in (0, 1, 2):
         # Close the inherited output, so that readers of rank 0's output see its end when rank 0 ends.
         os.dup2(nowhere, descriptor)
+    _allow_connections(os.getpid())
     deadline = time.monotonic() + _OUTLIVES_SECONDS
     while True:
         # The store of a run that has just ended stays for some seconds.

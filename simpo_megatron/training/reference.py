@@ -27,7 +27,7 @@ from simpo_megatron.errors import DataError, NumericsError
 from simpo_megatron.logs import LOGGER
 from simpo_megatron.mcore import device
 from simpo_megatron.mcore.forward_step import AverageLogProbs
-from simpo_megatron.ranks import gather_or_raise, raise_on_all_ranks, sync_status
+from simpo_megatron.ranks import on_first_rank, raise_on_all_ranks, sync_status
 from simpo_megatron.training.evaluation import gather_averages
 from simpo_megatron.training.inputs import cache_folder, hashes_file
 from simpo_megatron.training.setup import Job, fill_initial_weights
@@ -45,8 +45,8 @@ def with_reference(config: Config, job: Job, *, has_initial_weights: bool) -> tu
     Args:
         has_initial_weights: whether the model holds them; they are loaded otherwise, if anything is to be computed.
 
-    Collectives: two object gathers and one broadcast, world, for each set of pairs; those of one forward pass over the
-    pairs that were not in the cache, and one all-reduce of 8 bytes a pair over dp.
+    Collectives: those of `on_first_rank`, and for each set of pairs of `raise_on_all_ranks` and one broadcast, world;
+    those of one forward pass over the pairs that were not in the cache, and one all-reduce of 8 bytes a pair over dp.
 
     Raises:
         DataError: on every rank alike, when the cache cannot be read or written.
@@ -56,7 +56,7 @@ def with_reference(config: Config, job: Job, *, has_initial_weights: bool) -> tu
         return job, ()
     is_first = dist.get_rank() == 0
     memory = hashes_file(config)
-    model = gather_or_raise(lambda: "+".join(_fingerprints(job, memory)) if is_first else "")[0]
+    model = on_first_rank(lambda: "+".join(_fingerprints(job, memory)))
     notes: list[str] = []
 
     def with_cached_logps(dataset: PreferenceDataset) -> PreferenceDataset:

@@ -38,7 +38,7 @@ class Prompts:
 def first_prompts(dataset: PreferenceDataset, num_prompts: int, groups: ParallelGroups) -> Prompts:
     """The first prompts of `dataset` that differ and have at most 256 tokens; fewer where it holds no more.
 
-    Collectives: that of `read_pairs`, and one object gather, world.
+    Collectives: those of `read_pairs` and `raise_on_all_ranks`, world.
     """
     first_of_each: dict[int, int] = {}
     for index, (key, length) in enumerate(zip(dataset.prompt_keys.tolist(), dataset.lengths[:, 0], strict=True)):

@@ -31,7 +31,7 @@ from simpo_megatron.config.sections import OBJECTIVES
 from simpo_megatron.data.tokenization import tokenizer_identity
 from simpo_megatron.errors import CheckpointError, listed
 from simpo_megatron.mcore.hub import hub_name
-from simpo_megatron.ranks import gather_or_raise, raise_on_all_ranks
+from simpo_megatron.ranks import on_first_rank, raise_on_all_ranks
 from simpo_megatron.reporting.loggers import METRICS_FILE
 from simpo_megatron.training.inputs import hashes_file
 from simpo_megatron.training.monitor_memory import check_remembered
@@ -65,7 +65,7 @@ class Start:
 def held_run_folder(config: Config) -> Iterator[None]:
     """While the context lasts, the run's folder exists, is the same for every rank, and is locked by this run.
 
-    Collectives: two object gathers, world.
+    Collectives: those of two `raise_on_all_ranks` and of one `on_first_rank`, world.
 
     Raises:
         CheckpointError: on every rank alike, when another run holds it, or a rank sees another folder.
@@ -77,7 +77,7 @@ def held_run_folder(config: Config) -> Iterator[None]:
     is_first = dist.get_rank() == 0
     held = raise_on_all_ranks(lambda: lock(save) if is_first else None, wrap=CheckpointError)
     try:
-        nonce = gather_or_raise(lambda: held.nonce if held is not None else "")[0]
+        nonce = on_first_rank(lambda: held.nonce if held is not None else "")
         raise_on_all_ranks(lambda: check_same_folder(save, nonce), wrap=CheckpointError)
         yield
     finally:
@@ -88,7 +88,7 @@ def held_run_folder(config: Config) -> Iterator[None]:
 def find_checkpoint(config: Config) -> Found:
     """The checkpoint that `--resume` means, verified byte by byte, each rank reading a share of its files.
 
-    Collectives: one object gather for the search and one for each checkpoint tried, world.
+    Collectives: those of `on_first_rank`, and of `read_verified` for each checkpoint tried, world.
 
     Raises:
         CheckpointError: on every rank alike, when the one asked for is missing or damaged.
@@ -98,12 +98,10 @@ def find_checkpoint(config: Config) -> Found:
     save, resume = Path(config.run.save), config.run.resume
 
     def search() -> tuple[list[Path], list[Path], str | None]:
-        if dist.get_rank() != 0:
-            return [], [], None
         drafts, folders = manifest.remove_drafts(save), manifest.list_resumable(save, resume)
         return drafts, folders, manifest.stray_pointer(save) if folders else None
 
-    drafts, folders, said = gather_or_raise(search, wrap=CheckpointError)[0]
+    drafts, folders, said = on_first_rank(search, wrap=CheckpointError)
     notes = [f"resume    ignored {draft.name}, which was never completed" for draft in drafts]
     if said is not None:
         notes.append(f"WARNING   resume: ignored {manifest.LATEST_FILE}, which says {said!r} and not the newest step")
@@ -135,7 +133,7 @@ def start_run(config: Config, job: Job, found: Found) -> Start:
 
     Later checkpoints and the metrics of another run are renamed, so that the folder holds this run's history only.
 
-    Collectives: megatron's for loading, and one object gather, world.
+    Collectives: megatron's for loading, those of `read_state`, and of one `on_first_rank`, world.
 
     Raises:
         CheckpointError: on every rank alike, when the run is not the one that was saved.
@@ -155,7 +153,7 @@ def start_run(config: Config, job: Job, found: Found) -> Start:
         check_remembered(checkpoint.facts.get("monitors", {}), checkpoint.folder)
         iteration, consumed_pairs = checkpoint.iteration, checkpoint.facts["consumed_pairs"]
         same_layout = checkpoint.facts["layout"] == now["layout"]
-        read_state(job.trainer.state, iteration, checkpoint.folder, same_layout=same_layout)
+        read_state(job.trainer.state, checkpoint, same_layout=same_layout)
         source = job.plan.sources.model
         if config.lora.lora_rank is None:
             notes.append(f"resume    weights are those of the checkpoint, not those in {source}")
@@ -163,7 +161,7 @@ def start_run(config: Config, job: Job, found: Found) -> Start:
             notes.append(f"resume    adapters are those of the checkpoint, on the weights in {source}")
         if not same_layout:
             notes.append("resume    another layout: dropout, if any, draws other numbers from here on")
-    notes += gather_or_raise(lambda: _tidy(save, checkpoint) if dist.get_rank() == 0 else [], wrap=CheckpointError)[0]
+    notes += on_first_rank(lambda: _tidy(save, checkpoint), wrap=CheckpointError)
     monitors = checkpoint.facts.get("monitors", {}) if checkpoint is not None else {}
     return Start(iteration, consumed_pairs, tuple(notes), monitors)
 
@@ -213,7 +211,7 @@ def describe_run(config: Config, job: Job) -> dict[str, Any]:
 def _describe_adapters(config: Config, job: Job) -> dict[str, Any]:
     """The facts that a checkpoint of adapters, which holds no other weights, needs to be continued.
 
-    Collectives: one object gather, world, the first time.
+    Collectives: those of `on_first_rank`, world, the first time.
     """
     lora = config.lora
     if lora.lora_rank is None:
@@ -235,27 +233,20 @@ def _base(config: Config, job: Job) -> dict[str, str]:
 
 @functools.cache
 def _fingerprint(source: ModelSource, memory: Path) -> str:
-    """The fingerprint of a model's files, computed once per run.
-
-    Collectives: one object gather, world.
-    """
-    is_first = dist.get_rank() == 0
-    return gather_or_raise(lambda: source_fingerprint(source, memory) if is_first else "", wrap=CheckpointError)[0]
+    """The fingerprint of a model's files, computed once per run. Collectives: those of `on_first_rank`, world."""
+    return on_first_rank(lambda: source_fingerprint(source, memory), wrap=CheckpointError)
 
 
 @functools.cache
 def _earlier_fingerprint(folder: Path) -> str:
-    """The same as an earlier version computed it.
-
-    Collectives: one object gather, world.
-    """
-    return gather_or_raise(lambda: sampled_fingerprint(folder) if dist.get_rank() == 0 else "", wrap=CheckpointError)[0]
+    """The same as an earlier version computed it. Collectives: those of `on_first_rank`, world."""
+    return on_first_rank(lambda: sampled_fingerprint(folder), wrap=CheckpointError)
 
 
 def _with_present_fingerprints(saved: Mapping[str, Any], now: Mapping[str, Any], job: Job) -> dict[str, Any]:
     """The `saved` facts, with fingerprints of an earlier version's form replaced by the present ones if they match.
 
-    Collectives: one object gather, world, where there is such a model.
+    Collectives: those of `on_first_rank`, world, where there is such a model.
     """
     facts = dict(saved)
     for section, key in (("model", "base_model"), ("inputs", "reference_model")):

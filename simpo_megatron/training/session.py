@@ -63,7 +63,7 @@ class Session:
 def open_session(config: Config) -> Iterator[Session]:
     """A session of the ranks that were started, if their number fits `config`; a plain process is the only rank.
 
-    Collectives: those of `parallel.initialize`, and one object gather, world.
+    Collectives: those of `parallel.initialize` and `check_same`, world.
 
     Raises:
         SimPOError: a mistake that the user can mend; one in the configuration alone, before any collective.
@@ -104,7 +104,7 @@ def _met_ranks(config: Config, signals: StopSignals) -> Iterator[tuple[RunPlan, 
         plan = plan_run(config, _num_ranks(config))
     meeting = meet()
     with Watchdog(meeting, signals) as watchdog:
-        parallel.join(device.backend(), _GROUP_TIMEOUT_MINUTES, meeting.another_connection())
+        parallel.join(device.backend(), _GROUP_TIMEOUT_MINUTES, meeting.store)
         yield plan, watchdog
 
 

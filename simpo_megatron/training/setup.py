@@ -158,7 +158,7 @@ def build_job(
 def fill_initial_weights(model: list[PreferenceGPTModel], plan: RunPlan, groups: ParallelGroups) -> None:
     """Fill the weights of this rank's `model`, and the adapters that go on training, where there are some.
 
-    Collectives: those of `fill_model` and `fill_adapters`, and one object gather, world.
+    Collectives: those of `fill_model`, `fill_adapters` and `raise_on_all_ranks`, world.
 
     Raises: as they; CheckpointError, too, on every rank alike, when a run's adapters were trained on another model.
     """

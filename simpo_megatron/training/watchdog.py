@@ -35,10 +35,14 @@ from simpo_megatron.stop_signals import StopSignals
 from simpo_megatron.training.meeting import Meeting
 
 _PACKAGE = Path(__file__).parents[1]
-_ALARM, _TOLD = "alarm", "told"
+_ALARM, _TOLD, _ANSWERS = "alarm", "told", "answers"
 _POLL_SECONDS = 1.0
-# Within this time every living rank has seen an alarm, and has answered or ended.
-_ANSWER_SECONDS = 4.0
+# More ranks than that ask the store less often: it answers some ten thousand questions a second, and has more to do.
+_MOST_POLLS_A_SECOND, _MOST_POLL_SECONDS = 1000, 4.0
+# A rank that has seen an alarm answers within this time.
+_ANSWER_SECONDS = 3.0
+# A rank whose peer failed ends by itself within this time, or twice of it.
+_END_SECONDS = 4.0
 # A store that has not answered for so many polls is gone, or frozen with its machine.
 _MAX_UNANSWERED = 10
 _LOST = ("Connection closed", "Connection reset", "Broken pipe", "Timed out", "timeout", "NCCL", "gloo")
@@ -56,7 +60,7 @@ class Watchdog:
 
     A process that no launcher started is the only rank: a phase beyond its limit is printed, and the run goes on.
 
-    Costs: one message to the store for each phase, and, from a thread, one a second.
+    Costs: one message to the store for each phase, and, from a thread, one a second, of all ranks 1,000 a second.
     """
 
     def __init__(self, meeting: Meeting, signals: StopSignals) -> None:
@@ -68,6 +72,7 @@ class Watchdog:
         self._lost_at: FrameType | None = None
         self._leaving = threading.Event()
         self._num_unanswered, self._is_store_lost = 0, False
+        self._poll_seconds = poll_seconds(self._world)
         self._signals = signals
         signals.on_stuck = self._leave_stopped
         self._threads = [threading.Thread(target=self._ask, name="watch", daemon=True)]
@@ -115,7 +120,7 @@ class Watchdog:
 
     def _ask(self) -> None:
         store = self._thread_store
-        while not self._leaving.wait(_POLL_SECONDS):
+        while not self._leaving.wait(self._poll_seconds):
             try:
                 if store.check([_ALARM]):
                     self._heed(json.loads(store.get(_ALARM)))
@@ -175,12 +180,12 @@ class Watchdog:
         if alarm["kind"] == "stopped":
             # If the main thread runs Python code, this unwinds it and removes its drafts.
             _thread.interrupt_main(signal.SIGTERM)
-            if self._leaving.wait(2 * _ANSWER_SECONDS):
+            if self._leaving.wait(2 * _END_SECONDS):
                 return
             exit_code = alarm["exit_code"]
         elif alarm["kind"] == "failed":
             # What is ours the ranks have mostly agreed on: this one may be leaving already, closing what is open.
-            if self._leaving.wait(_ANSWER_SECONDS if alarm["already_reported"] else 2 * _ANSWER_SECONDS):
+            if self._leaving.wait(_END_SECONDS if alarm["already_reported"] else 2 * _END_SECONDS):
                 return
             exit_code = self._peer_error(alarm).exit_code
         else:
@@ -191,7 +196,8 @@ class Watchdog:
     def _tell_who_is_missing(self, alarm: dict[str, Any]) -> None:
         self._answer()
         # The rank that raised the alarm prints it; if that rank has ended, another one does.
-        time.sleep(_ANSWER_SECONDS if alarm["rank"] == self._rank else _ANSWER_SECONDS + _POLL_SECONDS)
+        answered = self._poll_seconds + _ANSWER_SECONDS
+        time.sleep(answered if alarm["rank"] == self._rank else answered + self._poll_seconds)
         self._num_unanswered = 0
         if int(self._thread_store.compare_set(_TOLD, "", str(self._rank))) == self._rank:
             report_error(ParallelError(f"{alarm['says']}: {self._verdict()}"), rank=self._rank)
@@ -218,18 +224,16 @@ class Watchdog:
     def _answer(self) -> None:
         frame = self._lost_at or sys._current_frames()[self._main]
         here = {"number": self._number, "where": self._where, "line": _own_line(frame), "waits": _waits(frame)}
-        self._thread_store.set(f"here/{self._rank}", json.dumps(here))
+        # One text of all ranks, which one message brings to the rank that reads it.
+        answer = json.dumps([self._rank, here]) + "\n"
+        self._thread_store.append(_ANSWERS, answer)  # type: ignore[attr-defined]
 
     def _verdict(self) -> str:
         store = self._thread_store
-        answers = {
-            rank: json.loads(store.get(f"here/{rank}")) for rank in range(self._world) if store.check([f"here/{rank}"])
-        }
-        silent = {
-            rank: store.get(f"at/{rank}").decode() if store.check([f"at/{rank}"]) else "start-up"
-            for rank in range(self._world)
-            if rank not in answers
-        }
+        answers = dict(map(json.loads, store.get(_ANSWERS).decode().splitlines()))
+        silent = {rank: "" for rank in range(self._world) if rank not in answers}
+        for rank in list(silent)[:_MAX_NAMED]:
+            silent[rank] = store.get(f"at/{rank}").decode() if store.check([f"at/{rank}"]) else "start-up"
         return verdict(answers, silent)
 
 
@@ -237,6 +241,11 @@ def _leave(exit_code: int) -> None:
     with suppress(OSError):
         sys.stdout.flush()
     os._exit(exit_code)
+
+
+def poll_seconds(world: int) -> float:
+    """Seconds after which a rank of `world` asks the store again whether there is an alarm."""
+    return min(max(_POLL_SECONDS, world / _MOST_POLLS_A_SECOND), _MOST_POLL_SECONDS)
 
 
 def verdict(answers: dict[int, dict[str, Any]], silent: dict[int, str]) -> str:

@@ -25,6 +25,7 @@ from layout_worker import ListDataset  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
 from simpo_megatron import parallel  # noqa: E402
+from simpo_megatron.checkpoint.manifest import Checkpoint, digest_file  # noqa: E402
 from simpo_megatron.checkpoint.sharded_state import read_state, read_weights  # noqa: E402
 from simpo_megatron.checkpoint.writer import begin_write  # noqa: E402
 from simpo_megatron.config import Machine, config_from, resolve  # noqa: E402
@@ -152,7 +153,8 @@ def check_resume(job: Job, chunks, trainer: Trainer, saved: Path) -> None:
     resumed = job.model(job.fp8)
     zero_weights(resumed)
     again = job.trainer(resumed)
-    read_state(again.state, 2, saved, same_layout=True)
+    files = {path.name: digest_file(path) for path in saved.iterdir()}
+    read_state(again.state, Checkpoint(saved, 2, {}, files), same_layout=True)
     check_masters(resumed, again, {name: w.float() for name, w in exact_masters(chunks, trainer).items()})
     check_values(resumed, masters)
     for one in (trainer, again):

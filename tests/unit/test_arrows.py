@@ -217,7 +217,7 @@ def object_collectives(path, tree=None):
 
 def test_ranks_agree_in_one_place():
     found = [place for path in MODULES for place in object_collectives(path)]
-    assert found == ["ranks.py: _gather"]
+    assert {place.split(":")[0] for place in found} == {"ranks.py"}
     tree = ast.parse("def f():\n    dist.broadcast_object_list([1])\ndef g():\n    all_gather_object(x, y)")
     assert len(list(object_collectives(PACKAGE / "loss/simpo.py", tree))) == 2, "the walk sees others"
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch.distributed.run
+from counts import check_counts
 from ranks import REPOSITORY
 
 import simpo_megatron.training.loop  # noqa: F401  # where it is first imported, megatron starts a process
@@ -268,5 +269,5 @@ print([name for name in ("torch", "megatron", "transformers", "datasets") if nam
     codes, loaded, num_modules, *of_all_commands = done.stdout.splitlines()
     assert codes == str([code for _, code in asked.values()])
     assert loaded == "[]"
-    assert int(num_modules) < 330, "a fifth more than there were: what is it that a wrong option needs?"
+    check_counts("modules", {"a wrong option": int(num_modules)}, may_rise=1 / 7)
     assert of_all_commands == ["0", "[]"], "the help of every command"
