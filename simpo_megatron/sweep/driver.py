@@ -195,8 +195,14 @@ class _Driver:
             judged = {row.name for row in found.rows[self._sweep.keep :]} | found.failed.keys()
             kept = {point.folder for point in points if point.setting.name not in judged}
             self._remove_checkpoints(self._sweep.folder / one.folder for one in ended if one.folder not in kept)
-        write_results(self._sweep.folder, found, self._sweep.axes)
+        shorter = begun[:-1] if self._sweep.halving else []
+        earlier = {self._title(number, one): self._compared(one.points, ended) for number, one in enumerate(shorter)}
+        write_results(self._sweep.folder, found, self._sweep.axes, earlier)
         return found
+
+    def _title(self, number: int, one: Round) -> str:
+        steps = self._sweep.steps_of(one.points[0], self._full_steps)
+        return f"Round {number + 1} of {self._sweep.num_rungs}: {steps:,} steps each"
 
     def _remove_checkpoints(self, folders: Iterable[Path]) -> None:
         for folder in folders:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from simpo_megatron.sweep.comparison import Row
+from simpo_megatron.sweep.ranking import Standing
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -50,8 +51,11 @@ def draw_heat_map(
     return figure
 
 
-def draw_scatter(rows: Sequence[Row]) -> Figure:
-    """Accuracy of every setting, with its interval, against the change of the chosen responses' log-prob."""
+def draw_scatter(rows: Sequence[Row], start: Standing | None) -> Figure:
+    """Accuracy of every setting, with its interval, against the change of the chosen responses' log-prob.
+
+    The model they started from, if it is known, is a hollow circle.
+    """
     from matplotlib.figure import Figure
     from matplotlib.ticker import PercentFormatter
 
@@ -66,11 +70,15 @@ def draw_scatter(rows: Sequence[Row]) -> Figure:
         errors = [[one.mean - one.low for one in accuracies], [one.high - one.mean for one in accuracies]]
         moved = [row.displacement or 0.0 for row in shown]
         axis.errorbar(moved, means, yerr=errors, fmt="o", color=color, label=verdict, capsize=3, elinewidth=1)
+    if start is not None:
+        one = start.accuracy
+        style = {"fmt": "o", "color": "#777777", "markerfacecolor": "white", "capsize": 3, "elinewidth": 1}
+        axis.errorbar([0], [one.mean], yerr=[[one.mean - one.low], [one.high - one.mean]], label="start", **style)
     axis.axvline(0, color="#777777", linewidth=1, linestyle=(0, (4, 3)))
     axis.grid(axis="y", color="#e6e6e6", linewidth=0.8)
     axis.set_axisbelow(True)
     axis.set_xlabel("change of chosen responses' log-prob since step 0, nats per token")
     axis.set_ylabel("accuracy")
     axis.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    figure.legend(loc="outside upper right", ncols=4, frameon=False, fontsize=9)
+    figure.legend(loc="outside upper right", ncols=5, frameon=False, fontsize=9)
     return figure

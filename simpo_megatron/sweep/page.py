@@ -38,32 +38,48 @@ class Picture:
     text: str
 
 
-def write_results(folder: Path, found: Ranking, axes: Axes) -> None:
-    """Write the page of a sweep into its folder, its data, and the configuration of the best setting."""
-    write_text(folder / DATA_FILE, json.dumps(_finite(as_json(found)), indent=1, allow_nan=False) + "\n")
-    write_text(folder / PAGE_FILE, page(found, title=f"Sweep {folder.resolve().name}", axes=axes))
+def write_results(folder: Path, found: Ranking, axes: Axes, earlier: Mapping[str, Ranking] | None = None) -> None:
+    """Write the page of a sweep into its folder, its data, and the configuration of the best setting.
+
+    Args:
+        earlier: rounds of shorter trials, by their titles.
+    """
+    data = as_json(found) | {"earlier_rounds": {title: as_json(one) for title, one in (earlier or {}).items()}}
+    write_text(folder / DATA_FILE, json.dumps(_finite(data), indent=1, allow_nan=False) + "\n")
+    html = page(found, title=f"Sweep {folder.resolve().name}", axes=axes, earlier=earlier)
+    write_text(folder / PAGE_FILE, html)
     if found.best is not None:
         write_text(folder / BEST_FILE, _best_yaml(folder, found.best.runs[0].config))
 
 
-def page(found: Ranking, *, title: str, axes: Axes) -> str:
+def page(found: Ranking, *, title: str, axes: Axes, earlier: Mapping[str, Ranking] | None = None) -> str:
     """The HTML page of a comparison, self-contained."""
-    varied = [name for name, values in axes.items() if len(values) > 1 and name != SEED]
+    every = [found, *(earlier or {}).values()]
     return render(
         "sweep.html",
         title=title,
         headline=found.headline,
-        maps=[drawn for pair in combinations(varied, 2) if (drawn := _heat_map(found, *pair)) is not None],
-        scatter=_picture(
-            draw_scatter(found.rows), "; ".join(f"{row.name} {_accuracy(row)}, {_moved(row)}" for row in found.rows)
-        )
-        if found.rows
-        else None,
-        rows=[cells(row) for row in found.rows],
-        ruled_out=[(row.name, "; ".join(row.ruled_out)) for row in found.rows if row.ruled_out],
-        failed=list(found.failed.items()),
+        scatter=_scatter(found) if found.rows else None,
+        last=_shown(found, axes),
+        earlier={name: _shown(one, axes) for name, one in (earlier or {}).items()},
+        ruled_out=[(row.name, "; ".join(row.ruled_out)) for one in every for row in one.rows if row.ruled_out],
+        failed=[failure for one in every for failure in one.failed.items()],
         gaps=_gap_lines(found),
     )
+
+
+def _shown(found: Ranking, axes: Axes) -> dict[str, Any]:
+    """The heat maps and the table's rows of one round."""
+    varied = [name for name, values in axes.items() if len(values) > 1 and name != SEED]
+    maps = [drawn for pair in combinations(varied, 2) if (drawn := _heat_map(found, *pair)) is not None]
+    return {"maps": maps, "rows": [cells(row) for row in found.rows]}
+
+
+def _scatter(found: Ranking) -> Picture:
+    said = [f"{row.name} {_accuracy(row)}, {_moved(row)}" for row in found.rows]
+    if found.against_start is not None:
+        said.append(f"the model they started from {found.against_start.accuracy.mean:.1%}")
+    return _picture(draw_scatter(found.rows, found.against_start), "; ".join(said))
 
 
 def lines(found: Ranking) -> list[str]:
@@ -161,7 +177,7 @@ def _gap_lines(found: Ranking) -> list[str]:
 
 
 def _heat_map(found: Ranking, down: str, across: str) -> Picture | None:
-    """The map of two options; None where no setting that ended has both, as other objectives may not."""
+    """The map of two options; None with fewer than two places in it. Settings of some objectives lack an option."""
     values = {
         name: sorted({row.options[name] for row in found.rows if name in row.options}, key=_order)
         for name in (down, across)
@@ -172,7 +188,7 @@ def _heat_map(found: Ranking, down: str, across: str) -> Picture | None:
         if down in row.options and across in row.options:
             place = (values[down].index(row.options[down]), values[across].index(row.options[across]))
             at.setdefault(place, row)
-    if not at:
+    if len(at) < 2:
         return None
     labels = {name: [written(value) for value in of_axis] for name, of_axis in values.items()}
     figure = draw_heat_map(at, down, labels[down], across, labels[across])

@@ -157,4 +157,8 @@ def test_halving_trains_the_better_part_longer_and_every_seed_at_the_end(inputs,
     assert schedule[-1] < schedule[1] / 2 < whole[len(schedule) - 1], "a whole schedule of its own"
     found = json.loads((tmp_path / "sweep.json").read_text())
     assert {row["name"]: len(row["accuracies"]) for row in found["settings"]} == {"lr=0.01": 2, "lr=1e-07": 2}
+    ((title, earlier),) = found["earlier_rounds"].items()
+    assert title == f"Round 1 of 2: {NUM_STEPS} steps each" and list(earlier["failed"]) == ["lr=1e+38"]
+    assert [row["name"] for row in earlier["settings"]][-1] == "lr=1e-07"
+    assert f"<h2>{title}</h2>" in (tmp_path / "sweep.html").read_text()
     assert len({path.parent for path in tmp_path.glob("rung-*/*/iter_*")}) == 2, "the best setting's seeds"

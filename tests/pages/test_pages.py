@@ -98,7 +98,7 @@ def sweep_page() -> str:
         "gamma_beta_ratio": (0.1, 0.5),
         "objective": ("simpo", "dpo"),
     }
-    return page(found, title=f"Sweep {LONG}", axes=axes)
+    return page(found, title=f"Sweep {LONG}", axes=axes, earlier={"Round 1 of 2: 30 steps each": found})
 
 
 def data_page(folder: Path) -> str:
@@ -149,7 +149,7 @@ def test_nothing_is_wrong_with_any_page(tmp_path):
 
 def test_an_axis_that_no_setting_has_gets_no_map():
     """Such an axis is gamma_beta_ratio when all finished trials have another objective."""
-    assert sweep_page().count('alt="accuracy by') == 3
+    assert sweep_page().count('alt="accuracy by') == 2 * 3, "of two rounds"
 
 
 def test_what_is_wrong_is_seen(tmp_path):

@@ -145,6 +145,7 @@ def test_what_displaces_the_chosen_repeats_or_goes_by_length_is_ruled_out():
     assert "failed    gone: seed=1 diverged: loss" in text
     assert as_json(ranking)["better_than_start"] is True
     html = page(ranking, title="t", axes={})
+    assert "the model they started from 50.0%" in html
     assert "chosen responses moved by -1.50" in html and "seed=1 diverged" in html and 'alt="accuracy against' in html
 
 
