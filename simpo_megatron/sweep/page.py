@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
