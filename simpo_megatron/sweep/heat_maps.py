@@ -72,8 +72,8 @@ def draw_scatter(rows: Sequence[Row], start: Standing | None) -> Figure:
         axis.errorbar(moved, means, yerr=errors, fmt="o", color=color, label=verdict, capsize=3, elinewidth=1)
     if start is not None:
         one = start.accuracy
-        style = {"fmt": "o", "color": "#777777", "markerfacecolor": "white", "capsize": 3, "elinewidth": 1}
-        axis.errorbar([0], [one.mean], yerr=[[one.mean - one.low], [one.high - one.mean]], label="start", **style)
+        error = [[one.mean - one.low], [one.high - one.mean]]
+        axis.errorbar([0], [one.mean], yerr=error, fmt="o", color="#777777", mfc="white", label="start", capsize=3)
     axis.axvline(0, color="#777777", linewidth=1, linestyle=(0, (4, 3)))
     axis.grid(axis="y", color="#e6e6e6", linewidth=0.8)
     axis.set_axisbelow(True)
