@@ -44,8 +44,13 @@ def hf_tensors(description: ModelDescription) -> dict[str, tuple[int, ...]]:
 
 
 def dtype_in_folder(name: str, description: ModelDescription, asked: torch.dtype) -> torch.dtype:
-    """The dtype of the tensor `name` in a folder whose weights are of dtype `asked`: a router's bias stays in fp32."""
-    return torch.float32 if name.endswith(description.names.router_bias) else asked
+    """The dtype of the tensor `name` in a folder whose weights are of dtype `asked`.
+
+    A router's bias stays in fp32, and in some families its weight.
+    """
+    names = description.names
+    kept = [names.router_bias] + [f"{names.router}.weight"] * description.transformer.get("router_in_fp32", False)
+    return torch.float32 if name.endswith(tuple(kept)) else asked
 
 
 def rules_of_layers(description: ModelDescription) -> list[tuple[Rule, int]]:

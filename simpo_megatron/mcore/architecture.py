@@ -48,6 +48,9 @@ class ArchitectureConfig(TransformerConfig):
     expert_choice: ExpertChoice | None = None
     """The rule of an MoE's routers, in the place of megatron's moe_router_* options; None: those."""
 
+    router_in_fp32: bool = False
+    """True where routers have fp32 weights in a bf16 model, as transformers keeps them."""
+
     yarn_rotary_scaling_factor: float = math.e
     yarn_mscale: float = 0.0
     yarn_mscale_all_dim: float = 0.0

@@ -76,6 +76,8 @@ class LoadBalancedRouter(TopKRouter):
 
     def __init__(self, config: ArchitectureConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
+        if config.router_in_fp32:
+            self.weight.data = self.weight.data.float()
         self.logged_loss: Tensor | None = None
         """Sum over microbatches since it was last taken, of this rank's tokens."""
         if config.expert_choice is not None and config.expert_choice.has_bias:
@@ -83,6 +85,11 @@ class LoadBalancedRouter(TopKRouter):
             del self.expert_bias
             bias_E = torch.zeros(config.num_moe_experts, dtype=torch.float32, device=self.weight.device)
             self.register_buffer("expert_bias", bias_E)
+
+    def gating(self, input: Tensor) -> Tensor:
+        """The logits [..., experts], in fp32 at least unless all is bf16 and megatron is told so."""
+        # Transformer Engine multiplies two matrices of one dtype only.
+        return super().gating(input.to(torch.promote_types(input.dtype, self.weight.dtype)))
 
     def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(weights, True for the chosen experts), both [tokens, experts], by the model's rule or else by megatron's."""

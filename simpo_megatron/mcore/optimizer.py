@@ -17,6 +17,7 @@ from simpo_megatron.config import Config, schedule_steps
 from simpo_megatron.errors import NumericsError
 from simpo_megatron.mcore import device
 from simpo_megatron.mcore.fp8_weights import gather, quantise_masters
+from simpo_megatron.mcore.fp32_weights import let_store, own_groups
 from simpo_megatron.mcore.precision import parameter_dtype
 
 
@@ -31,25 +32,23 @@ def build_optimizer(
     """
     settings, precision = config.optimizer, config.precision
     warmup_steps, decay_steps = schedule_steps(config, train_iters)
-    optimizer = get_megatron_optimizer(
-        OptimizerConfig(
-            optimizer="adam",
-            lr=settings.lr,
-            min_lr=settings.min_lr,
-            weight_decay=settings.weight_decay,
-            adam_beta1=settings.adam_beta1,
-            adam_beta2=settings.adam_beta2,
-            adam_eps=settings.adam_eps,
-            clip_grad=settings.clip_grad,
-            bf16=precision.bf16,
-            params_dtype=parameter_dtype(precision),
-            fp8_recipe=precision.fp8_recipe,
-            use_distributed_optimizer=config.parallel.use_distributed_optimizer,
-            overlap_param_gather=config.parallel.overlap_param_gather,
-        ),
-        chunks,
-        use_gloo_process_groups=False,
+    options = OptimizerConfig(
+        optimizer="adam",
+        lr=settings.lr,
+        min_lr=settings.min_lr,
+        weight_decay=settings.weight_decay,
+        adam_beta1=settings.adam_beta1,
+        adam_beta2=settings.adam_beta2,
+        adam_eps=settings.adam_eps,
+        clip_grad=settings.clip_grad,
+        bf16=precision.bf16,
+        params_dtype=parameter_dtype(precision),
+        fp8_recipe=precision.fp8_recipe,
+        use_distributed_optimizer=config.parallel.use_distributed_optimizer,
+        overlap_param_gather=config.parallel.overlap_param_gather,
     )
+    optimizer = get_megatron_optimizer(options, chunks, use_gloo_process_groups=False, **own_groups(options))
+    let_store(optimizer)
     scheduler = OptimizerParamScheduler(
         optimizer,
         init_lr=settings.lr_warmup_init,

@@ -39,6 +39,7 @@ def _moe(config: PretrainedConfig) -> dict[str, Any]:
         **_dense(config),
         **experts(config, config.moe_num_experts, width),
         **_moe_layers(config),
+        "router_in_fp32": True,
         "expert_choice": ExpertChoice(
             num_chosen=count(config, "moe_k"),
             has_bias=True,
