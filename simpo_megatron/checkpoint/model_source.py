@@ -6,8 +6,10 @@ All of it is found without torch.
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from simpo_megatron.checkpoint import manifest
 from simpo_megatron.convert.peft_files import base_model_of, is_peft_folder
@@ -140,7 +142,7 @@ def find_adapter(name: str | Path) -> Path:
     """
     path = model_folder(name)
     folder = manifest.resolve_checkpoint(path) or path
-    if base_of(folder) is None:
+    if not is_peft_folder(folder) and _run_of_adapters(folder) is None:
         raise CheckpointError(
             f"adapter: found no adapters in {folder}, expected a PEFT folder with adapter_config.json, or a run with "
             "adapters"
@@ -149,14 +151,23 @@ def find_adapter(name: str | Path) -> Path:
 
 
 def base_of(folder: Path) -> str | None:
-    """The name of the model that the adapters in `folder` belong to; None where it has none."""
-    if (folder / manifest.RECORD_FILE).is_file():
-        checkpoint = manifest.read(folder)
-        if checkpoint.facts.get("model", {}).get("lora_rank") is None:
-            return None
-        base = checkpoint.facts.get("base") or checkpoint.facts.get("config", {}).get("model")
-        return str(base)
+    """The name of the model that the adapters in `folder` belong to; None where it has none.
+
+    Raises:
+        CheckpointError: there are adapters, which name no model.
+    """
+    facts = _run_of_adapters(folder)
+    if facts is not None:
+        return str(facts.get("base") or facts.get("config", {}).get("model"))
     return base_model_of(folder) if is_peft_folder(folder) else None
+
+
+def _run_of_adapters(folder: Path) -> Mapping[str, Any] | None:
+    """The facts of the checkpoint in `folder` if it is one of adapters, else None."""
+    if not (folder / manifest.RECORD_FILE).is_file():
+        return None
+    facts = manifest.read(folder).facts
+    return None if facts.get("model", {}).get("lora_rank") is None else facts
 
 
 def hf_config_of(folder: Path) -> str | None:

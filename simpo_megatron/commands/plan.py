@@ -71,9 +71,9 @@ def _config(arguments: argparse.Namespace, of_the_trainer: list[str]) -> Config:
             raise ConfigError(f"{name}: found {found:g}, expected a number above 0")
     argv = [*of_the_trainer, "--model", arguments.model, "--data", *(arguments.data or ["pairs.jsonl"])]
     config = load_config(argv)
-    if config.lora.adapter is not None and config.lora.lora_rank is None:
-        raise ConfigError(
-            f"adapter: found {config.lora.adapter} without lora_rank, expected it in a plan, which reads no adapters; "
-            "add --lora-rank N"
-        )
-    return config
+    if config.lora.adapter is None:
+        return config
+    from simpo_megatron.planning.models import find_model
+    from simpo_megatron.training.run_plan import with_adapter_of
+
+    return with_adapter_of(config, config.lora.adapter, find_model(arguments.model))

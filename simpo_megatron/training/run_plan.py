@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from simpo_megatron.checkpoint.model_source import base_of
+from simpo_megatron.checkpoint.model_source import base_of, find_adapter
 from simpo_megatron.config import Config, Layout, resolve
 from simpo_megatron.config.lora_section import LoRAConfig
 from simpo_megatron.convert import check_model_files, refuse_existing_export
@@ -73,23 +73,35 @@ def with_adapter_settings(config: Config, sources: Sources, description: ModelDe
         )
     if sources.adapter is None:
         return config
+    named = config.model.model or base_of(sources.adapter)
+    settings = _settings_of(sources.adapter, asked, description)
+    return replace(config, lora=settings, model=replace(config.model, model=named))
+
+
+def with_adapter_of(config: Config, name: str, description: ModelDescription) -> Config:
+    """`config` with the rank, scale and targets of the adapters that `name` means, for a model of `description`.
+
+    Raises:
+        ConfigError: it asks for others, or such adapters are not supported.
+        CheckpointError: the adapters are not there, damaged, or of another model.
+    """
+    return replace(config, lora=_settings_of(find_adapter(name), config.lora, description))
+
+
+def _settings_of(folder: Path, asked: LoRAConfig, description: ModelDescription) -> LoRAConfig:
     # Their tensors are looked at, which takes torch.
     from simpo_megatron.checkpoint.adapter_checkpoint import open_adapter
 
-    found = open_adapter(sources.adapter, description).settings
+    found = open_adapter(folder, description).settings
     unset = LoRAConfig(lora_rank=found.lora_rank)
     for key in ("lora_rank", "lora_alpha", "use_rslora", "lora_targets"):
         value, expected = getattr(asked, key), getattr(found, key)
         is_unset = value is None or (key != "lora_rank" and value == getattr(unset, key))
         if not is_unset and value != expected:
             raise ConfigError(
-                f"{key}: found {value}, expected {expected}, that of the adapters in {sources.adapter}; leave it out"
+                f"{key}: found {value}, expected {expected}, that of the adapters in {folder}; leave it out"
             )
-    settings = replace(
-        found, lora_dropout=asked.lora_dropout, adapter=asked.adapter, export_adapter=asked.export_adapter
-    )
-    named = config.model.model or base_of(sources.adapter)
-    return replace(config, lora=settings, model=replace(config.model, model=named))
+    return replace(found, lora_dropout=asked.lora_dropout, adapter=asked.adapter, export_adapter=asked.export_adapter)
 
 
 def _check_exports(config: Config, sources: Sources) -> None:

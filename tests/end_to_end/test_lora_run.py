@@ -44,7 +44,7 @@ def test_adapters_learn_and_every_door_reads_what_they_leave(tmp_path, capsys):
     assert torch.equal(merged["lm_head.weight"], base["lm_head.weight"])
 
     doors_read_the_run(tmp_path, capsys)
-    runs_begin_where_it_ended(tmp_path, after)
+    runs_begin_where_it_ended(tmp_path, evaluations[-1])
     card = ModelCard.load(tmp_path / "adapter" / "README.md")
     assert card.data.library_name == "peft" and "Adapters (LoRA) for" in card.text
     assert AutoTokenizer.from_pretrained(tmp_path / "adapter").chat_template
@@ -64,9 +64,15 @@ def doors_read_the_run(folder, capsys):
 
 
 def runs_begin_where_it_ended(folder, after):
-    """The first evaluation of runs that start from the adapters is the last one of the run that left them."""
+    """The first evaluation of runs that start from the adapters is the last one of the run that left them.
+
+    Budget: fp32 on one rank, where the first run had two.
+    """
     for option, named in (("adapter", "adapter"), ("model", "run")):
         places = {"save": str(folder / f"from_{option}"), "export_hf": str(folder / f"from_{option}_hf")}
         begun = {"preset": "demo", "train_iters": 1, "data_cache": str(folder / "cache"), **places}
         result = train(load_config(**begun, **{option: str(folder / named)}))
-        assert result.before["eval/rewards/accuracies"] == pytest.approx(after, abs=0.005), option
+        figures = {key: value for key, value in after.items() if key.startswith("eval/") and "seconds" not in key}
+        assert "eval/loss" in figures and "eval/rewards/margins" in figures
+        for key, value in figures.items():
+            assert result.before[key] == pytest.approx(value, rel=1e-4, abs=1e-5), (option, key)

@@ -17,6 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Phi3Config  # noqa: E402
 
 from simpo_megatron.checkpoint.adapter_checkpoint import open_adapter  # noqa: E402
 from simpo_megatron.checkpoint.model_source import find_adapter, find_model  # noqa: E402
+from simpo_megatron.commands import plan  # noqa: E402
 from simpo_megatron.config import config_from  # noqa: E402
 from simpo_megatron.config.lora_section import LoRAConfig  # noqa: E402
 from simpo_megatron.convert import require_targets  # noqa: E402
@@ -169,15 +170,16 @@ def planned(folder, **options):
     pairs = folder / "pairs.jsonl"
     pairs.write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n')
     lengths = {"max_length": 64, "max_prompt_length": 32}
-    return plan_run(config_from(data=(str(pairs),), adapter=str(folder / "adapter"), **lengths, **options), 1)
+    options = {"adapter": str(folder / "adapter"), **options}
+    return plan_run(config_from(data=(str(pairs),), **lengths, **options), 1)
 
 
 def test_rank_scale_layers_and_model_come_from_the_adapters(folder):
-    plan = planned(folder)
-    assert plan.sources.model == folder / "base"
-    lora = plan.config.lora
+    found = planned(folder)
+    assert found.sources.model == folder / "base"
+    lora = found.config.lora
     assert (lora.lora_rank, lora.lora_alpha, lora.lora_targets) == (4, 6, ("linear_q", "linear_v"))
-    assert plan.config.model.model == str(folder / "base")
+    assert found.config.model.model == str(folder / "base")
     again = planned(folder, lora_rank=4, lora_alpha=6.0, lora_targets=("linear_q", "linear_v"))
     assert again.config.lora == lora
     for options, said in (
@@ -189,6 +191,25 @@ def test_rank_scale_layers_and_model_come_from_the_adapters(folder):
             planned(folder, **options)
     with pytest.raises(ConfigError, match="export_adapter: found out with a model that is itself adapters"):
         planned(folder, model=str(folder / "adapter"), export_adapter="out")
+
+
+def test_adapters_that_name_no_model_go_on_beside_one_that_is_named(folder, tmp_path):
+    nameless = edited(folder, tmp_path, base_model_name_or_path=None)
+    with pytest.raises(CheckpointError, match="expected the model .* train with --model BASE --adapter DIR"):
+        planned(folder, adapter=str(nameless))
+    assert planned(folder, adapter=str(nameless), model=str(folder / "base")).config.lora.lora_rank == 4
+
+
+def test_a_plan_counts_the_adapters_that_go_on_training(folder, capsys, monkeypatch):
+    monkeypatch.chdir(folder)
+    options = ["--model", "base", "--gpus", "1", "--max-length", "64", "--max-prompt-length", "32"]
+    assert plan.main([*options, "--adapter", "adapter"]) == 0
+    found = capsys.readouterr().out
+    assert "lora_rank: 4\nlora_alpha: 6.0\nlora_targets:\n- linear_q\n- linear_v\nadapter: adapter\n" in found
+    assert plan.main([*options, "--adapter", "adapter", "--lora-rank", "8"]) == 2
+    assert "lora_rank: found 8, expected 4, that of the adapters in adapter; leave it out" in capsys.readouterr().err
+    assert plan.main([*options, "--adapter", "base"]) == 4
+    assert "adapter: found no adapters in base" in capsys.readouterr().err
 
 
 def test_a_layer_that_is_one_in_hugging_faces_model_too_has_no_parts(tmp_path):
