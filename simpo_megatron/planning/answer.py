@@ -23,7 +23,7 @@ from simpo_megatron.planning.layouts import (
     recomputation,
     survey,
 )
-from simpo_megatron.planning.models import find_model
+from simpo_megatron.planning.models import find_model, source_of
 from simpo_megatron.planning.shapes import Pack
 from simpo_megatron.planning.tables import (
     assumptions,
@@ -55,7 +55,7 @@ def print_plan(arguments: argparse.Namespace, of_the_trainer: list[str], config:
     """
     pairs = _pairs(arguments, config)
     job = _job(arguments, config, pairs)
-    for line in describe_job(job):
+    for line in (*describe_job(job), f"sizes     {source_of(arguments.model)}"):
         _say(line, console)
     best = plan_one(job) if arguments.as_is else _show(survey(job), arguments, console)
     _explain(best, arguments, pairs, _whole_config(arguments, of_the_trainer), console)

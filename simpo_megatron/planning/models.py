@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +115,11 @@ PUBLISHED = {
         "granite", 40, 4096, 12800, 32, 8, 49159, 131072, tie_word_embeddings=True
     ),
 }
-"""The sizes in the config.json of models that the shipped configurations are for, and of other families."""
+"""The sizes in the config.json of models that the shipped configurations are for, and of other families.
+
+They are written down here, not read from the hub. A test builds each by transformers and compares the number of its
+parameters with the published one.
+"""
 
 
 def find_model(name: str) -> ModelDescription:
@@ -125,22 +130,41 @@ def find_model(name: str) -> ModelDescription:
         ConfigError: none of these, or a family that cannot be trained.
         CheckpointError: a folder or file that cannot be read.
     """
-    path = Path(name)
+    path, published = Path(name), _published_name(name)
     if path.is_dir():
         return describe_hf_model(path)
     if path.is_file():
         return describe_hf_config(read_hf_json(path.parent, path.name), name)
-    if name in PRESETS:
-        name = PRESETS[name].summary.split(" on ")[0]
-    wanted = name.lower().rpartition("/")[2]
-    for published, config in PUBLISHED.items():
-        short = published.lower().rpartition("/")[2]
-        if short == wanted or short.startswith((wanted + "-instruct", wanted + "-it")):
-            return describe_hf_config(config, published)
+    if published is not None:
+        return describe_hf_config(PUBLISHED[published], published)
     try:
         return describe_hf_model(model_folder(name, ("config.json",)))
     except CheckpointError as error:
+        known = [short for published in PUBLISHED for short in (published, published.rpartition("/")[2])]
+        close = ", ".join(difflib.get_close_matches(name, known, n=3, cutoff=0))
         raise ConfigError(
-            f"model: found {name!r}, expected a Hugging Face folder, a config.json, a name on the hub or one of "
-            f"{', '.join(PUBLISHED)} ({error})"
+            f"model: found {name!r}, expected a Hugging Face folder, a config.json, a preset, a name on the hub, or a "
+            f"published model such as {close} ({error})"
         ) from None
+
+
+def source_of(name: str) -> str:
+    """The place that `find_model` takes the sizes of `name` from, in words."""
+    path, published = Path(name), _published_name(name)
+    if path.exists():
+        return f"{path / 'config.json' if path.is_dir() else path}"
+    if published is not None:
+        return f"this program's own table, of {published}; --model DIR reads a config.json"
+    return f"config.json of {name} on the hub"
+
+
+def _published_name(name: str) -> str | None:
+    """The name in PUBLISHED that `name`, a preset or a part of it, means."""
+    if name in PRESETS:
+        name = PRESETS[name].summary.split(" on ")[0]
+    wanted = name.lower().rpartition("/")[2]
+    for published in PUBLISHED:
+        short = published.lower().rpartition("/")[2]
+        if short == wanted or short.startswith((wanted + "-instruct", wanted + "-it")):
+            return published
+    return None

@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from simpo_megatron.config import DEMO, PRESETS, config_from
 from simpo_megatron.errors import ConfigError
 from simpo_megatron.planning.gpus import peak_bf16_flops
-from simpo_megatron.planning.models import PUBLISHED, find_model
+from simpo_megatron.planning.models import PUBLISHED, find_model, source_of
 from simpo_megatron.planning.parameters import stage_parameters
 from simpo_megatron.planning.shapes import ModelShape
 
@@ -40,41 +40,45 @@ def test_a_published_model_has_the_parameters_its_name_promises(model, billions,
     assert summed == pytest.approx(billions + second_table, rel=2e-3)
 
 
-@pytest.mark.parametrize(
-    ("model", "billions"),
-    [
-        ("Llama-3.1-70B-Instruct", 70.55),
-        ("Qwen2.5-72B-Instruct", 72.71),
-        ("Meta-Llama-3-8B-Instruct", 8.03),
-        ("Mistral-7B-Instruct-v0.2", 7.24),
-        ("gemma-2-9b-it", 9.24),
-        ("Mixtral-8x7B-Instruct-v0.1", 46.70),
-        ("Mixtral-8x22B-Instruct-v0.1", 140.63),
-        ("Qwen3-30B-A3B", 30.53),
-        ("Qwen3-235B-A22B", 235.09),
-        ("gemma-7b-it", 8.54),
-        ("GLM-4-9B-0414", 9.40),
-        ("SmolLM3-3B", 3.08),
-        ("Seed-OSS-36B-Instruct", 36.15),
-        ("ERNIE-4.5-0.3B-PT", 0.36),
-        ("ERNIE-4.5-21B-A3B-PT", 21.83),
-        ("gemma-3-1b-it", 1.00),
-        ("GLM-4.5-Air", 106.85),
-        ("DeepSeek-V2-Lite-Chat", 15.71),
-        ("Moonlight-16B-A3B-Instruct", 15.96),
-        ("DeepSeek-V3", 671.03),
-        ("gpt-oss-20b", 20.91),
-        ("gpt-oss-120b", 116.83),
-        ("granite-3.3-8b-instruct", 8.17),
-    ],
-)
-def test_a_published_model_is_as_large_as_its_card_and_transformers_say(model, billions):
+# The weights of the files on the hub, as their metadata or the models' own reports count them; where a report rounds,
+# as it says.
+PUBLISHED_PARAMETERS = {
+    "meta-llama/Llama-3.1-70B-Instruct": 70_553_706_496,
+    "Qwen/Qwen2.5-72B-Instruct": 72_706_203_648,
+    "meta-llama/Meta-Llama-3-8B-Instruct": 8_030_261_248,
+    "princeton-nlp/Llama-3-Base-8B-SFT": 8_030_261_248,
+    "mistralai/Mistral-7B-Instruct-v0.2": 7_241_732_096,
+    "alignment-handbook/zephyr-7b-sft-full": 7_241_732_096,
+    "google/gemma-2-9b-it": 9_241_705_984,
+    "mistralai/Mixtral-8x7B-Instruct-v0.1": 46_702_792_704,
+    "mistralai/Mixtral-8x22B-Instruct-v0.1": 140_630_071_296,
+    "Qwen/Qwen3-30B-A3B": 30_532_122_624,
+    "Qwen/Qwen3-235B-A22B": 235_093_634_560,
+    "google/gemma-7b-it": 8_537_680_896,
+    "google/gemma-3-1b-it": 999_885_952,
+    "zai-org/GLM-4-9B-0414": 9_400_279_040,
+    "HuggingFaceTB/SmolLM3-3B": 3_075_098_624,
+    "ByteDance-Seed/Seed-OSS-36B-Instruct": 36_151_104_512,
+    "ibm-granite/granite-3.3-8b-instruct": 8_170_864_640,
+    "openai/gpt-oss-20b": 20_914_757_184,
+    "openai/gpt-oss-120b": 116_829_156_672,
+    "deepseek-ai/DeepSeek-V2-Lite-Chat": 15_706_484_224,
+    "baidu/ERNIE-4.5-0.3B-PT": 0.36e9,
+    "baidu/ERNIE-4.5-21B-A3B-PT": 21.8e9,
+    "zai-org/GLM-4.5-Air": 106.9e9,
+    "moonshotai/Moonlight-16B-A3B-Instruct": 16.0e9,
+    "deepseek-ai/DeepSeek-V3": 671.0e9,
+}
+
+
+@pytest.mark.parametrize("model", PUBLISHED)
+def test_a_published_model_is_as_large_as_its_card_and_transformers_say(model):
     """Without layers that predict further tokens. The planner leaves out norms and biases."""
-    description = find_model(model)
+    description, published = find_model(model), PUBLISHED_PARAMETERS[model]
     with torch.device("meta"):
         built = AutoModelForCausalLM.from_config(AutoConfig.for_model(**description.hf_config))
     size = sum(parameter.numel() for parameter in built.parameters())
-    assert size / 1e9 == pytest.approx(billions, abs=0.005)
+    assert size == published if isinstance(published, int) else size == pytest.approx(published, rel=3e-3)
     assert ModelShape.of(description).num_parameters == pytest.approx(size, rel=5e-4)
 
 
@@ -109,9 +113,12 @@ def test_a_model_is_found_by_name_or_preset(name):
 def test_a_model_nobody_knows_is_refused_and_a_file_is_as_good_as_its_folder(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(
-        ConfigError, match="found 'nobody/knows', expected a Hugging Face folder, a config.json, a name"
+        ConfigError, match="found 'nobody/knows', expected a Hugging Face folder, .* such as .*LocalEntryNotFoundError"
     ):
         find_model("nobody/knows")
     file = tmp_path / "config.json"
     file.write_text(json.dumps(HF_CONFIG))
     assert find_model(str(file)).transformer == find_model(str(tmp_path)).transformer
+    assert source_of(str(tmp_path)) == source_of(str(file)) == str(file)
+    assert source_of("nobody/knows") == "config.json of nobody/knows on the hub"
+    assert source_of("gemma-2-9b").startswith("this program's own table, of google/gemma-2-9b-it; --model DIR")
