@@ -7,6 +7,7 @@ written, and losses within 1e-5 relative of the uninterrupted run's, the budget 
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import shutil
@@ -19,7 +20,7 @@ import torch
 from checkpoints import stored_values, whole_tensors
 from ranks import run_ranks
 from run_records import read_records
-from tiny_models import MIXTURES
+from tiny_models import MOES
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from simpo_megatron.demo import prepare_demo
@@ -38,7 +39,7 @@ OVERLAPPED_DP2 = {**SHARDED, "overlap_grad_reduce": True, "overlap_param_gather"
 OVERLAPPED_DP2 |= {"bf16": True, "deterministic": True}
 
 # bf16 weights and fp32 ones, under each of megatron's optimizers.
-KEPT_IN_FP32 = {"model": "mixture", "bf16": True}
+KEPT_IN_FP32 = {"model": "moe", "bf16": True}
 
 NORM = "decoder.final_layernorm.weight"
 ONE_LARGE_PACK = {"data": "all", "global_batch_size": 384, "tokens_per_microbatch": 32768}
@@ -56,10 +57,10 @@ RUNS = [
     {"name": "dp2", "options": OVERLAPPED_DP2},
     {"name": "dp2_unprobed", "options": {**OVERLAPPED_DP2, "probe_memory": False}},
     resumed("dp2_at_2", "dp2", 2, OVERLAPPED_DP2),
-    {"name": "mixture", "options": KEPT_IN_FP32},
-    resumed("mixture_at_3", "mixture", 3, KEPT_IN_FP32),
-    {"name": "mixture_sharded", "options": {**KEPT_IN_FP32, **SHARDED}},
-    resumed("mixture_sharded_at_3", "mixture_sharded", 3, {**KEPT_IN_FP32, **SHARDED}),
+    {"name": "moe", "options": KEPT_IN_FP32},
+    resumed("moe_at_3", "moe", 3, KEPT_IN_FP32),
+    {"name": "moe_sharded", "options": {**KEPT_IN_FP32, **SHARDED}},
+    resumed("moe_sharded_at_3", "moe_sharded", 3, {**KEPT_IN_FP32, **SHARDED}),
     {"name": "plain", "options": TP2},
     resumed("plain_to_pp2", "plain", 2, PP2, write_again=True),
     resumed("plain_to_dp2", "plain", 2, {}, write_again=True),
@@ -122,10 +123,10 @@ def folder(tmp_path_factory):
         "eval_interval": 2,
     }
     shutil.copytree(folder / "model", folder / "bare", ignore=shutil.ignore_patterns("*.safetensors"))
-    shutil.copytree(folder / "bare", folder / "mixture")
-    mixture, _ = MIXTURES["ernie4_5_moe"]
-    mixture.update({"vocab_size": 1100, "num_hidden_layers": 2})
-    AutoModelForCausalLM.from_config(mixture).save_pretrained(folder / "mixture")
+    shutil.copytree(folder / "bare", folder / "moe")
+    moe = copy.deepcopy(MOES["ernie4_5_moe"][0])
+    moe.update({"vocab_size": 1100, "num_hidden_layers": 2})
+    AutoModelForCausalLM.from_config(moe).save_pretrained(folder / "moe")
     runs = [{**run, "options": {**options, **run["options"]}} for run in RUNS]
     for run in runs:
         if run["options"]["data"] == "other":
@@ -134,8 +135,8 @@ def folder(tmp_path_factory):
             run["options"]["data"] = [str(demo.train_file)]
         if run["options"]["model"] == "without weights":
             run["options"]["model"] = str(folder / "bare")
-        if run["options"]["model"] == "mixture":
-            run["options"]["model"] = str(folder / "mixture")
+        if run["options"]["model"] == "moe":
+            run["options"]["model"] = str(folder / "moe")
     (folder / "runs.json").write_text(json.dumps(runs))
     run_ranks(WORKER, 1, str(folder), timeout=900)
     return folder
@@ -175,8 +176,8 @@ def state(folder, name, step):
         ("tp2", "tp2_at_1", 1),
         ("tp2", "tp2_at_3", 3),
         ("dp2", "dp2_at_2", 2),
-        ("mixture", "mixture_at_3", 3),
-        ("mixture_sharded", "mixture_sharded_at_3", 3),
+        ("moe", "moe_at_3", 3),
+        ("moe_sharded", "moe_sharded_at_3", 3),
     ],
 )
 def test_a_resume_in_the_same_layout_is_bit_identical(folder, whole, name, at):
@@ -190,7 +191,7 @@ def test_a_resume_in_the_same_layout_is_bit_identical(folder, whole, name, at):
     assert pairs_seen(folder, name) == pairs_seen(folder, whole)[at:]
 
 
-@pytest.mark.parametrize("name", ["mixture", "mixture_sharded"])
+@pytest.mark.parametrize("name", ["moe", "moe_sharded"])
 def test_a_router_kept_in_fp32_is_stored_so_and_moves_by_less_than_bf16_could_show(folder, name):
     before, after = (whole_tensors(folder / name / f"iter_{step:07d}") for step in (3, 4))
     router = "decoder.layers.1.mlp.router.weight"

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny_models import DENSE, FIRST_MIXTURES, MIXTURES, write_model
+from tiny_models import DENSE, FIRST_MOES, MOES, write_model
 from transformers import AutoModelForCausalLM
 
 from simpo_megatron import parallel
@@ -22,7 +22,7 @@ from simpo_megatron.mcore.model import build_model  # noqa: E402
 from simpo_megatron.offline.weights import HfWeights  # noqa: E402
 
 # Of dense families none keeps any.
-NAMES = [*FIRST_MIXTURES, next(iter(FAMILIES["llama"].tests))]
+NAMES = [*FIRST_MOES, next(iter(FAMILIES["llama"].tests))]
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def chunk_of(groups, tmp_path_factory):
     def load(name: str) -> tuple[torch.nn.Module, Path, Path]:
         before, after = folder / name / "before", folder / name / "after"
         torch.manual_seed(2)
-        write_model((DENSE | MIXTURES)[name][0], before, "float32")
+        write_model((DENSE | MOES)[name][0], before, "float32")
         description = describe_hf_model(before)
         config = config_from(model=str(before), data=("unused",), max_length=32, max_prompt_length=16)
         chunks = build_model(description, config, groups)
