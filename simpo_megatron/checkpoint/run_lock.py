@@ -81,7 +81,8 @@ def check_same_folder(save: Path, nonce: str) -> None:
         tempfile.TemporaryFile(dir=save).close()
     except OSError as error:
         raise CheckpointError(
-            f"save: found {save}, which {socket.gethostname()} cannot write ({error.strerror}) although rank 0 can"
+            f"save: found {save}, which {socket.gethostname()} cannot write ({error.strerror}) although rank 0 can, "
+            "expected a folder that all can write"
         ) from None
 
 

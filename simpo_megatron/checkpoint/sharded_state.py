@@ -200,7 +200,9 @@ def _load(state: dict[str, Any], index: Metadata, folder: Path) -> dict[str, Any
         with cpu_patches.reading_by(index, read_torch_file):
             return dist_checkpointing.load(state, str(folder))
     except (Exception, CheckpointException) as error:
-        raise CheckpointError(f"{folder}: does not fit this run ({_reason(error)})") from error
+        raise CheckpointError(
+            f"{folder}: found a checkpoint that does not fit this run ({_reason(error)}), expected one of its model"
+        ) from error
 
 
 def _tensors(state: Mapping[str, Any]) -> Iterator[ShardedTensor]:

@@ -63,7 +63,9 @@ def read_index(folder: Path, sizes: Mapping[str, int] | None = None) -> Metadata
     except StoppedBySignal:
         raise
     except Exception as error:
-        raise CheckpointError(f"{path}: not an index of tensors ({error})") from None
+        raise CheckpointError(
+            f"{path}: found no index of tensors ({error}), expected that of a torch_dist checkpoint"
+        ) from None
 
 
 def _knows(module: str, name: str) -> bool:
@@ -190,7 +192,9 @@ def refuse_other_names(stored: set[str], expected: set[str], folder: Path) -> No
     found = ((missing, "tensors of this run are not in it"), (others, "tensors in it are no part of this run's model"))
     problems = [f"{len(names)} {what}: {listed(names, 10)}" for names, what in found if names]
     if problems:
-        raise CheckpointError(f"{folder}: {'; '.join(problems)}")
+        raise CheckpointError(
+            f"{folder}: found other tensors than this run's, expected the same names: {'; '.join(problems)}"
+        )
 
 
 def _weights_beside(stored: set[str], expected: set[str]) -> list[str]:

@@ -67,8 +67,9 @@ def map_in_processes(
         except BrokenProcessPool:
             pass  # How each process ended is known once all have.
     raise LostWorkersError(
-        f"{describe(sent[0], sent[-1])}: {_ended_first(workers)} while these records were being tokenised; those "
-        "before are done. The kernel kills a process where memory runs out: look at its log, and start again"
+        f"{describe(sent[0], sent[-1])}: found that {_ended_first(workers)} while it tokenised these records, "
+        "expected it to finish; look at the kernel's log for out of memory, and start again: records before these "
+        "are kept"
     )
 
 
@@ -107,6 +108,6 @@ def _work(item: Item) -> object:
         raise
     except Exception as error:
         raise DataError(
-            f"{describe(item, item)}: worker process {os.getpid()} failed on one of these records: "
-            f"{type(error).__name__}: {error}"
+            f"{describe(item, item)}: found one that worker process {os.getpid()} failed on ({type(error).__name__}: "
+            f"{error}), expected records that can be tokenised"
         ) from error

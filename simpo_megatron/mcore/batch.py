@@ -50,7 +50,8 @@ def read_pairs(
         ids = on_device.cpu()
     if failure is not None and not isinstance(failure, SimPOError):
         raise DataError(
-            f"rank {dist.get_rank()} could not read a batch: {type(failure).__name__}: {failure}"
+            f"batch: found one that rank {dist.get_rank()} could not read ({type(failure).__name__}: {failure}), "
+            "expected pairs of the token store"
         ) from failure
     if failure is not None:
         raise failure

@@ -27,12 +27,12 @@ RUNS = {
     "the_reader_of_one_copy_cannot_read": (
         {"fault": "data@2:1:raise", "options": DP2},
         [3, 3],
-        {0: r"DataError: rank 1 could not read a batch: InjectedError: injected at data by SIMPO_FAULT \(rank 1\)"},
+        {0: r"DataError: batch: found one that rank 1 could not read \(InjectedError: injected at data by SIMPO_FAULT"},
     ),
     "the_reader_of_two_ranks_cannot_read": (
         {"fault": "data@2:0:raise"},
         [3, 3],
-        {0: r"DataError: rank 0 could not read a batch: InjectedError: injected at data by SIMPO_FAULT \(rank 0\)"},
+        {0: r"DataError: batch: found one that rank 0 could not read \(InjectedError: injected at data by SIMPO_FAULT"},
     ),
     "the_reader_is_told_to_end_while_it_indexes": (
         {

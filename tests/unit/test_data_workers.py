@@ -18,7 +18,9 @@ pytestmark = pytest.mark.processes
 def test_results_come_in_order_and_an_unforeseen_error_names_the_process_and_its_records():
     results = jobs.mapped(jobs.double_but_of_9)
     assert [next(results) for _ in range(9)] == list(range(0, 18, 2))
-    with pytest.raises(DataError, match=r"^file:9 to 9: worker process \d+ failed on one .*: ValueError: nine$"):
+    with pytest.raises(
+        DataError, match=r"^file:9 to 9: found one that worker process \d+ failed on \(ValueError: nine\), expected"
+    ):
         next(results)
 
 
@@ -29,7 +31,7 @@ def test_a_killed_process_is_named_with_the_records_in_work():
     first = len(got)
     message = str(raised.value)
     assert first <= 9 and message.startswith(f"file:{first} to ")
-    assert f"to {min(19, first + 3)}: worker process " in message and "ended (SIGKILL) while these" in message
+    assert f"to {min(19, first + 3)}: found that worker process " in message and "ended (SIGKILL) while it" in message
 
 
 class NotForProcesses:
@@ -49,7 +51,7 @@ def test_a_build_whose_workers_die_names_the_lines_of_the_file_and_leaves_nothin
     path = tmp_path / "pairs.jsonl"
     path.write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n' * 100)
     tokenizer = NotForProcesses(llama_like())
-    with pytest.raises(DataError, match=rf"^{path}:1 to \d+: worker process \d+ ended \(exit code 3\)"):
+    with pytest.raises(DataError, match=rf"^{path}:1 to \d+: found that worker process \d+ ended \(exit code 3\)"):
         build_preference_dataset([str(path)], tokenizer, PairOptions(), tmp_path / "cache", num_workers=2)
     assert list((tmp_path / "cache").iterdir()) == []
 
