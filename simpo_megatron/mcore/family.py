@@ -242,7 +242,8 @@ def refuse(config: PretrainedConfig, refusals: Mapping[str, tuple[Callable[[Any]
     for key, (is_fine, reason) in refusals.items():
         found = getattr(config, key, None)
         if not is_fine(found):
-            raise ConfigError(f"{key}: found {found!r}: {reason}")
+            expected = reason if reason.startswith("expected") else f"expected another value: {reason}"
+            raise ConfigError(f"{key}: found {found!r}, {expected}")
 
 
 def count(config: PretrainedConfig, key: str, *, default: int | None = None, least: int = 1) -> int:
