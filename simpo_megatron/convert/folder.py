@@ -80,7 +80,7 @@ def new_output(out_folder: Path, origin: str | None = None) -> Iterator[Path]:
                 write_json(draft / MARKER_FILE, {**read_hf_json(draft, MARKER_FILE), _ORIGIN: own})
             if is_anothers:
                 aside = atomic.move_aside(out_folder)
-                _LOGGER.warning("%s: set aside as %s what another run has exported there", out_folder, aside.name)
+                _LOGGER.warning("%s: moved aside to %s, because another run exported it", out_folder, aside.name)
     except BlockingIOError:
         raise CheckpointError(
             f"{out_folder}: found another process writing it, expected none; wait for it or name another folder"

@@ -123,7 +123,7 @@ class Steady:
         except Exception as error:
             self._num_lost += 1
             if self._num_lost == 1:
-                self._say(f"WARNING   {self._name}: could not be written ({error}); the run goes on without")
+                self._say(f"WARNING   {self._name}: could not be written ({error}); the run continues without it")
 
     def close(self) -> None:
         try:

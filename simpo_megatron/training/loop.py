@@ -205,10 +205,10 @@ def _finite_step(config: Config, job: Job, log: RunLog, taken: _DataProgress, no
             taken.num_skipped_steps += 1
             if taken.num_skipped_steps > at_most:
                 raise NumericsError(
-                    f"{error}; {taken.num_skipped_steps - 1} such steps were left out in this run, and "
+                    f"{error}; {taken.num_skipped_steps - 1} such steps were skipped in this run, and "
                     f"skip_nonfinite_steps allows {at_most}"
                 ) from None
-            log.say(f"WARNING   left out ({taken.num_skipped_steps} of at most {at_most}): {error}")
+            log.say(f"WARNING   step skipped ({taken.num_skipped_steps} of at most {at_most}): {error}")
 
 
 def _stopped(config: Config, signal_name: str, iteration: int) -> StoppedBySignal:
@@ -238,5 +238,5 @@ def _evaluate(job: Job, monitors: Monitors, log: RunLog, iteration: int, save: s
                 keep_samples(Path(save), iteration, *zip(*monitors.samples, strict=True))
         except SimPOError as error:
             # Only the report misses them.
-            log.say(f"WARNING   {error}; the run goes on without")
+            log.say(f"WARNING   {error}; the run continues without it")
     return metrics

@@ -200,7 +200,7 @@ RUNS = {
             "options": {"skip_nonfinite_steps": 1, "save": "FOLDER/a_step_is_left_out_before_a_stop"},
         },
         [STOPPED, STOPPED],
-        {0: r"WARNING   left out \(1 of at most 1\): loss: found nan"},
+        {0: r"WARNING   step skipped \(1 of at most 1\): loss: found nan"},
     ),
     "another_one_after_the_resume_is_one_too_many": (
         {
@@ -208,7 +208,7 @@ RUNS = {
             "options": {"skip_nonfinite_steps": 1, "save": "FOLDER/a_step_is_left_out_before_a_stop"},
         },
         [5, 5],
-        {0: r"NumericsError: .*; 1 such steps were left out in this run, and skip_nonfinite_steps allows 1"},
+        {0: r"NumericsError: .*; 1 such steps were skipped in this run, and skip_nonfinite_steps allows 1"},
     ),
     "a_loss_is_not_a_number_and_the_step_is_left_out": (
         {
@@ -220,7 +220,10 @@ RUNS = {
             },
         },
         [0, 0],
-        {0: r"WARNING   left out \(1 of at most 1\): loss: found nan in the microbatch of pairs \w+:\d+, .*\(rank 1\)"},
+        {
+            0: r"WARNING   step skipped \(1 of at most 1\): loss: found nan in the microbatch of pairs "
+            r"\w+:\d+, .*\(rank 1\)"
+        },
     ),
 }
 

@@ -39,7 +39,7 @@ def test_an_export_of_another_run_is_set_aside_and_one_of_the_same_run_replaced(
         new = set(tmp_path.glob("out.aside-*")) - aside
         assert len(aside | new) == num_aside
         assert [(folder / "content").read_text() for folder in new] == [before] * len(new)
-        assert ("set aside as" in caplog.text) == bool(new)
+        assert ("moved aside to" in caplog.text) == bool(new)
 
 
 def test_an_export_that_fails_leaves_the_one_before_where_it_was(tmp_path: Path) -> None:
