@@ -14,7 +14,7 @@ SPEED_KEYS = {
     "optimizer_seconds",
     "peak_memory_gib",
 }
-# Said of a run only where one rank is slower than its likes.
+# Said of a run only where one rank is slower than its peers.
 STRAGGLER_KEYS = {"slowest_rank", "slowest_rank_behind"}
 
 

@@ -1,6 +1,6 @@
 """The head's log-probabilities in torch's own operations, vocabulary block by block: the reference, and the CPU's form.
 
-A block's exponentials are kept for the backward while a byte budget lasts and computed again past it.
+A block's exponentials are kept for the backward while a byte budget lasts, and recomputed past it.
 
 Shapes: S sequence (this rank's part under sequence parallelism), B batch, H hidden, v this rank's vocabulary
 slice, b one block of it, N response tokens, n those of them whose target lies in the block.

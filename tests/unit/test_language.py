@@ -32,6 +32,8 @@ HOUSE_WORDS = {
     r"\bmixtures?\b(?! of data)": "MoE",
     r"way to meet": "connect to",
     r"float64 twin": "float64 reference",
+    r"\bits likes\b": "its peers",
+    r"computed again": "recomputed",
 }
 
 
