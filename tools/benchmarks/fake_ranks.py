@@ -72,9 +72,13 @@ def stores_of(world: int) -> list[CountedStore]:
     return [CountedStore(store) for _ in range(world)]
 
 
-def messages_to_meet(world: int, *, late_seconds: float = 0.0) -> float:
-    """Messages that a rank sends until all have arrived, the mean over ranks; the last comes `late_seconds` late."""
-    stores = stores_of(world)
+def messages_to_meet(world: int, *, late_seconds: float = 0.0) -> tuple[float, float]:
+    """(Messages that a rank sends until all have arrived, the mean over ranks; the seconds that this took).
+
+    Args:
+        late_seconds: after the others, the last one arrives.
+    """
+    stores, begun = stores_of(world), time.monotonic()
 
     def arrive(rank: int) -> None:
         time.sleep(late_seconds if rank == world - 1 else 0.0)
@@ -82,7 +86,7 @@ def messages_to_meet(world: int, *, late_seconds: float = 0.0) -> float:
 
     with ThreadPoolExecutor(world) as ranks:
         list(ranks.map(arrive, range(world)))
-    return sum(store.messages.total() for store in stores) / world
+    return sum(store.messages.total() for store in stores) / world, time.monotonic() - begun
 
 
 @contextmanager
@@ -94,14 +98,15 @@ def watched(world: int) -> Iterator[tuple[list[CountedStore], list[Watchdog]]]:
         yield stores, [stack.enter_context(dog) for dog in dogs]
 
 
-def messages_of_a_watch(world: int, seconds: float, num_steps: int) -> float:
-    """Messages that a rank sends within `seconds` and so many steps, the mean over ranks."""
+def messages_of_a_watch(world: int, seconds: float, num_steps: int) -> tuple[float, float]:
+    """(Messages that a rank sends within `seconds` and so many steps, a mean over ranks; the seconds it took)."""
+    begun = time.monotonic()
     with watched(world) as (stores, dogs):
         for step in range(num_steps):
             for dog in dogs:
                 dog.enter_phase(f"step {step}", timeout=3600.0)
         time.sleep(seconds)
-        return sum(store.messages.total() for store in stores) / world
+        return sum(store.messages.total() for store in stores) / world, time.monotonic() - begun
 
 
 def messages_of_a_verdict(world: int, num_silent: int) -> tuple[int, int]:
@@ -248,7 +253,7 @@ def main() -> None:
     threading.stack_size(1 << 18)
     print(f"{'messages at the store':36}" + "".join(f"{world:>12,}" for world in worlds))
     rows: dict[str, Callable[[int], float]] = {
-        "to meet, a rank": messages_to_meet,
+        "to meet, a rank": lambda world: messages_to_meet(world)[0],
         "a watch, a rank and second": lambda world: 1 / poll_seconds(world),
         "a watch, all ranks a second": lambda world: world / poll_seconds(world),
         "to say who is missing": lambda world: messages_of_a_verdict(world, 1)[1],
