@@ -110,8 +110,10 @@ def summarize(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 def _answer(engine: Engine, left: Sequence[tuple[PromptItem, int]], decoding: Decoding, path: Path) -> None:
     """Appends an answer to `path` for each of `left`; the first error ends the others."""
     writing = threading.Lock()
+    # In the main thread, where the kernel's signals can interrupt a chat template, and before the first answer.
+    for item in {id(item): item for item, _ in left}.values():
+        engine.rendered(item.messages)
     if engine.num_at_once == 1:
-        # In the main thread, where the kernel's signals can interrupt a chat template.
         with appending(path) as file:
             for item, sample in left:
                 append(file, _converse(engine, item, sample, decoding))

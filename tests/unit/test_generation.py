@@ -14,7 +14,8 @@ from simpo_megatron.commands import generate, pairs
 from simpo_megatron.data.ngrams import repetition
 from simpo_megatron.demo import prepare_demo
 from simpo_megatron.errors import ConfigError, DataError
-from simpo_megatron.generation.engines import TransformersEngine, prompt_ids
+from simpo_megatron.generation.answering import Decoding, answer_prompts
+from simpo_megatron.generation.engines import Completion, Engine, TransformersEngine, prompt_ids
 from simpo_megatron.generation.lines import read_lines
 from simpo_megatron.generation.pairing import Pairing, pair_up
 from simpo_megatron.generation.prompts import PromptItem, read_prompts
@@ -167,6 +168,40 @@ def test_answers_are_the_same_whoever_was_killed_in_between(model, tmp_path, cap
     assert generate.main([*options, "--seed", "1", "--out", str(killed)]) == 2
     error = capsys.readouterr().err
     assert "begun with other settings (seed 42 before, 1 now)" in error
+
+
+class ThreadedEngine(Engine):
+    """Answers from two threads, and remembers the threads in which prompts were rendered."""
+
+    num_at_once = 2
+
+    def __init__(self):
+        self.did = []
+
+    def identity(self):
+        return {"engine": "threads"}
+
+    def rendered(self, messages):
+        self.did.append((threading.current_thread() is threading.main_thread(), messages[-1]["content"]))
+        if messages[-1]["content"] == "Refused?":
+            raise DataError("prompt: found a conversation that the chat template refuses: no")
+        return ""
+
+    def complete(self, messages, **settings):
+        self.did.append("answer")
+        return Completion("So.", 1, is_cut=False)
+
+
+def test_every_prompt_is_rendered_in_the_main_thread_before_the_first_answer(tmp_path):
+    engine, prompts = ThreadedEngine(), tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in ("Which?", "Why?", "Who?")))
+    list(answer_prompts(engine, prompts, tmp_path / "out", Decoding(num_samples=2, temperature=0.5)))
+    assert set(engine.did[: engine.did.index("answer")]) == {(True, text) for text in ("Which?", "Why?", "Who?")}
+    prompts.write_text(prompts.read_text() + json.dumps({"prompt": "Refused?"}) + "\n")
+    refusing = ThreadedEngine()
+    with pytest.raises(DataError, match="refuses"):
+        list(answer_prompts(refusing, prompts, tmp_path / "other", Decoding()))
+    assert "answer" not in refusing.did
 
 
 def test_several_greedy_answers_and_prompts_without_room_are_refused(model, tmp_path, capsys):
