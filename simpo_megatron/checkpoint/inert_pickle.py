@@ -14,6 +14,16 @@ import torch
 
 _MAX_DEPTH = 32
 _MAX_VALUES = 2_000_000
+_MAX_BITS = 256  # numpy's generators have states of 128
+# Of sets and byte arrays no checkpoint has any; one of these allocates as many bytes as the file asks for.
+_REFUSED = (
+    pickle.BYTEARRAY8,
+    pickle.NEXT_BUFFER,
+    pickle.READONLY_BUFFER,
+    pickle.EMPTY_SET,
+    pickle.FROZENSET,
+    pickle.ADDITEMS,
+)
 
 
 class Inert:
@@ -33,8 +43,45 @@ class Inert:
         self.state = state
 
 
+class _Table(Inert):
+    """Stands for collections.OrderedDict; an instance is a dict, to which the pickle adds its items one by one."""
+
+    def __new__(cls, *arguments: Any) -> Any:
+        if arguments:
+            raise pickle.UnpicklingError("it makes a table of other values")
+        return {}
+
+
+def _refuse(unpickler: Any) -> None:
+    raise pickle.UnpicklingError("it has an operation that no checkpoint needs")
+
+
+def _with_checked_keys(load: Callable[[Any], None], keys: slice) -> Callable[[Any], None]:
+    """Returns `load` behind a check of the keys on the stack: the hash of nested tuples takes 2**depth steps."""
+
+    def checked(unpickler: Any) -> None:
+        for key in unpickler.stack[keys]:
+            if type(key) not in (str, int) and not isinstance(key, Inert):
+                raise pickle.UnpicklingError(f"it has {shown(key)} for a key")
+        load(unpickler)
+
+    return checked
+
+
+_PYTHONS: Any = pickle._Unpickler
+_OPERATIONS = {
+    **_PYTHONS.dispatch,
+    **dict.fromkeys((operation[0] for operation in _REFUSED), _refuse),
+    pickle.SETITEM[0]: _with_checked_keys(_PYTHONS.load_setitem, slice(-2, -1)),
+    pickle.SETITEMS[0]: _with_checked_keys(_PYTHONS.load_setitems, slice(None, None, 2)),
+    pickle.DICT[0]: _with_checked_keys(_PYTHONS.load_dict, slice(None, None, 2)),
+}
+
+
 class InertUnpickler(pickle._Unpickler):
     """Makes an `Inert` of each (module, name) for which `knows` is true, and refuses all others by name."""
+
+    dispatch = _OPERATIONS
 
     def __init__(self, file: Any, knows: Callable[[str, str], bool]) -> None:
         super().__init__(file)
@@ -45,7 +92,7 @@ class InertUnpickler(pickle._Unpickler):
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
             return getattr(torch, name)
         if (module, name) == ("collections", "OrderedDict"):
-            return dict
+            return _Table
         if not self._knows(module, name):
             raise pickle.UnpicklingError(f"it refers to {module}.{name}")
         return self._kinds.setdefault(name, type(name, (Inert,), {"name": name, "__slots__": ("arguments", "state")}))
@@ -80,6 +127,8 @@ class PlainValues:
         self._left -= 1
         if not depth or not self._left:
             raise pickle.UnpicklingError("it is nested too deep, or too large")
+        if type(value) is int and value.bit_length() > _MAX_BITS:
+            raise pickle.UnpicklingError(f"it has a number of {value.bit_length()} bits")
         if value is None or type(value) in (bool, int, float, str, torch.dtype):
             return value
         if type(value) in (list, tuple):

@@ -9,6 +9,7 @@ Source: pytorch/pytorch, torch/serialization.py, `_save`: a zip archive of store
 from __future__ import annotations
 
 import io
+import math
 import pickle
 import sys
 import zipfile
@@ -129,7 +130,11 @@ class _Archive:
         if dtype is None:
             raise pickle.UnpicklingError(f"a tensor is stored as {kind or shown(pid[1])}")
         values = self._read(f"data/{pid[2]}").view(dtype)
-        return torch.as_strided(values, size_of(size), size_of(stride), number(offset))
+        shape = size_of(size)
+        if math.prod(shape) > values.numel():
+            # With strides of 0, a file of some bytes would be a tensor of any size.
+            raise pickle.UnpicklingError("a tensor has more elements than are stored")
+        return torch.as_strided(values, shape, size_of(stride), number(offset))
 
     def _read(self, name: str) -> Tensor:
         """The bytes of an entry: uint8."""

@@ -79,6 +79,11 @@ def nested(depth):
     return b"]" * depth + b"a" * (depth - 1) + b"."
 
 
+def doubled_tuples(depth):
+    """A tuple of two references to a tuple of two, and so on: its hash takes 2**depth steps."""
+    return b"()q\x00" + b"".join(b"h%ch%c\x86q%c" % (n, n, n + 1) for n in range(depth)) + b"1h%c" % depth
+
+
 DOUBLED = b"]q\x00" + b"".join(b"]q%c(h%ch%ce" % (n, n - 1, n - 1) for n in range(1, 31)) + b"."
 
 BOMBS = {
@@ -104,6 +109,19 @@ BOMBS = {
     "storage far beyond its bytes": tensor_pickle(offset=1 << 40),
     "negative offset": tensor_pickle(offset=-1),
     "negative size": tensor_pickle(size=(-1,)),
+    "a tensor of zero strides, larger than its bytes": tensor_pickle(size=(10**6, 10**6), stride=(0, 0)),
+    "a key that is hashed without an end": b"}" + doubled_tuples(60) + b"I1\ns.",
+    "keys that are hashed without an end": b"}(" + doubled_tuples(60) + b"I1\nu.",
+    "a dict of keys that are hashed without an end": b"(" + doubled_tuples(60) + b"I1\nd.",
+    "a table of such a key": b"ccollections\nOrderedDict\n(((" + doubled_tuples(60) + b"I1\ntttR.",
+    "a set of such values": b"\x8f(" + doubled_tuples(60) + b"\x90.",
+    "a frozen set of such values": b"(" + doubled_tuples(60) + b"\x91.",
+    "an array of a terabyte": b"\x96" + (1 << 40).to_bytes(8, "little") + b"a.",
+    "an array of sixty gigabytes": b"\x96" + (60 << 30).to_bytes(8, "little") + b"a.",
+    "a buffer outside of it": b"\x97.",
+    "a number of a million digits": b"\x8b" + (400_000).to_bytes(4, "little") + b"\x7f" * 400_000 + b".",
+    "build on a table's class": b"ccollections\nOrderedDict\nN}Vx\nI1\ns\x86b.",
+    "an object of a module's class": b"(ios\nmkdir\n.",
     "more dimensions than strides": tensor_pickle(size=(1, 1)),
     "no dtype": tensor_pickle(kind=b"torch\nStorage"),
     "a module for a storage": tensor_pickle(kind=b"os\nStorage"),
