@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 
 from simpo_megatron.config import Config
@@ -30,24 +31,22 @@ def finish(config: Config, job: Job, log: RunLog) -> None:
     gather_parameters(job.trainer.chunks)
     origin = None if config.run.save is None else origin_of(config.run.save)
     if config.model.export_hf is not None:
-        # A tenth of a second of the hub's client, which no step needs.
-        from simpo_megatron.reporting.model_card import model_card
-
+        dtype = export_dtype(config)
         export_hf(
             job.model,
             job.plan.description,
             job.plan.sources.model,
             config.model.export_hf,
             groups=job.trainer.groups,
-            dtype=export_dtype(config),
-            model_card=model_card(config, config.model.export_hf, curves, export_dtype(config)),
+            dtype=dtype,
+            model_card=_card(config, log, config.model.export_hf, curves, dtype),
             chat_template=job.chat_template,
             tokenizer_folder=job.plan.sources.tokenizer,
             in_place_of=whole_masters(job.trainer.optimizer),
             origin=origin,
         )
         log.say(f"model     {config.model.export_hf} (AutoModelForCausalLM loads it)")
-        said = rounding([parameter_dtype(config.precision)], export_dtype(config))
+        said = rounding([parameter_dtype(config.precision)], dtype)
         if said is not None:
             log.say(f"NOTE      {said} there; --export-dtype stored keeps every bit")
     if config.lora.export_adapter is not None:
@@ -63,8 +62,6 @@ def _export_adapters(
 
     Collectives and Raises: those of `export_adapter`.
     """
-    from simpo_megatron.reporting.model_card import model_card
-
     named, source = str(config.model.model), job.plan.sources.model
     base_model = hub_name(named) or str(source.absolute())
     export_adapter(
@@ -77,7 +74,7 @@ def _export_adapters(
         dtype=parameter_dtype(config.precision),
         revision=revision_of(named),
         tokenizer_folder=job.plan.sources.tokenizer,
-        model_card=model_card(config, folder, curves, parameter_dtype(config.precision), is_adapter=True),
+        model_card=_card(config, log, folder, curves, parameter_dtype(config.precision), is_adapter=True),
         chat_template=job.chat_template,
         origin=origin,
     )
@@ -103,6 +100,22 @@ def _push(config: Config, log: RunLog) -> None:
             f"WARNING   {folder} was not pushed to {name}: {type(error).__name__}: {reason}; "
             f"hf upload {name} {folder} does it"
         )
+
+
+def _card(
+    config: Config, log: RunLog, folder: str, curves: Curves | None, dtype: torch.dtype, *, is_adapter: bool = False
+) -> str | None:
+    """The model card, of which only rank 0's is written; None, and a warning, where it cannot be made."""
+    if dist.get_rank() != 0:
+        return None
+    # A tenth of a second of the hub's client, which no step needs.
+    from simpo_megatron.reporting.model_card import model_card
+
+    try:
+        return model_card(config, folder, curves, dtype, is_adapter=is_adapter)
+    except Exception as error:
+        log.say(f"WARNING   {folder} has no model card: {type(error).__name__}: {error}")
+        return None
 
 
 def _curves(config: Config, log: RunLog) -> Curves | None:
