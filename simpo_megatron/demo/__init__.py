@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from simpo_megatron.atomic import new_folder
+from simpo_megatron.errors import StoppedBySignal
 
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
@@ -44,13 +45,20 @@ def prepare_demo(folder: str | Path) -> DemoAssets:
     """The bundled preference pairs, and the demo's model, written to `folder` unless it is there.
 
     Safe to call from several processes at once: each writes the same model to a draft, and one rename wins.
+
+    Raises: OSError when it cannot be written.
     """
     bundled = Path(__file__).parent
     assets = DemoAssets(Path(folder) / "tiny-llama", bundled / "pairs.jsonl", bundled / "validation_pairs.jsonl")
     if not assets.model_dir.is_dir():
         with new_folder(assets.model_dir, first_wins=True) as draft:
-            _write_tokenizer(draft, assets.train_file)
-            _write_model(draft)
+            try:
+                _write_tokenizer(draft, assets.train_file)
+                _write_model(draft)
+            except StoppedBySignal:
+                raise
+            except Exception as error:  # The libraries in Rust raise bare errors where a disk is full.
+                raise error if isinstance(error, OSError) else OSError(str(error)) from None
     return assets
 
 

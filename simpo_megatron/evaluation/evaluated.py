@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 from simpo_megatron.errors import ConfigError, DataError, listed, require
 from simpo_megatron.evaluation.benchmarks import BENCHMARKS, Row
 from simpo_megatron.generation.answering import ANSWERS_FILE, RECORD_FILE, read_answers, summarize
-from simpo_megatron.generation.lines import keep_settings, write_record
+from simpo_megatron.generation.lines import keep_settings, read_record, read_settings, write_record
 from simpo_megatron.generation.prompts import read_prompts, read_rows
 
 EVALUATION_FILE = "evaluation.json"
@@ -58,9 +57,7 @@ class EvaluatedModel:
 
     def decoding(self) -> dict[str, Any]:
         """The settings that the answers were made with."""
-        kept = json.loads((self.folder / RECORD_FILE).read_text(encoding="utf-8"))
-        settings: dict[str, Any] = kept["settings"]
-        return settings
+        return _settings(self.folder / RECORD_FILE, max_new_tokens=int)
 
     def facts_of_answers(self) -> dict[str, float]:
         """Mean length in tokens and in characters, and the shares that were cut, are empty or repeat."""
@@ -70,7 +67,7 @@ class EvaluatedModel:
 
     def judges(self) -> list[str]:
         """The judges with verdicts in the folder, complete or not."""
-        return [json.loads(path.read_text(encoding="utf-8"))["settings"]["judge"] for path in self._judge_records()]
+        return [str(_settings(path, judge=str)["judge"]) for path in self._judge_records()]
 
     def keep_judge(self, judge: str, settings: Mapping[str, Any]) -> None:
         """Records the settings of `judge`.
@@ -116,7 +113,7 @@ def read_evaluated(folder: Path, benchmark: str) -> EvaluatedModel:
             f"out: found no {EVALUATION_FILE} in {folder}, expected a folder of answers; make it with "
             f"simpo evaluate {benchmark} generate --out {folder}"
         )
-    kept = json.loads(path.read_text(encoding="utf-8"))["settings"]
+    kept = _settings(path, benchmark=str, name=str, questions=str)
     require(kept["benchmark"] == benchmark, "out", str(folder), f"answers to {benchmark}, not to {kept['benchmark']}")
     return EvaluatedModel(folder.absolute(), benchmark, kept["name"], Path(kept["questions"]))
 
@@ -124,12 +121,32 @@ def read_evaluated(folder: Path, benchmark: str) -> EvaluatedModel:
 def read_scores(folder: Path) -> list[dict[str, Any]]:
     """The scores in a folder, one for each judge.
 
-    Raises: ConfigError where there is none.
+    Raises: ConfigError where there is none; DataError where a file of one holds none.
     """
-    found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob(_SCORE_FILE.format("*")))]
+    found = []
+    for path in sorted(folder.glob(_SCORE_FILE.format("*"))):
+        score = read_record(path)
+        if score is None or not all(isinstance(score.get(key), str) for key in ("benchmark", "judge", "model")):
+            raise DataError(f"{path}: found no score, expected one that simpo evaluate score wrote; score it again")
+        found.append(score)
     if not found:
         raise ConfigError(f"{folder}: found no score, expected one; make it with simpo evaluate BENCHMARK score")
     return found
+
+
+def _settings(path: Path, **fields: type) -> dict[str, Any]:
+    """The settings in the record `path`, each of `fields` of its type.
+
+    Raises: ConfigError naming the first that is not.
+    """
+    settings = read_settings(path)
+    for name, kind in fields.items():
+        if type(settings.get(name)) is not kind:
+            raise ConfigError(
+                f"{path}: found {str(settings.get(name))[:60]!r} for {name}, expected the record that simpo evaluate "
+                "wrote; name another folder"
+            )
+    return settings
 
 
 def slug(judge: str) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from simpo_megatron.atomic import write_text
-from simpo_megatron.errors import require
+from simpo_megatron.errors import DataError, require, visible
 from simpo_megatron.evaluation.evaluated import read_scores
 from simpo_megatron.evaluation.judging import shown
 from simpo_megatron.reporting.rendering import render
@@ -16,20 +16,32 @@ from simpo_megatron.reporting.rendering import render
 def write_leaderboard(folders: Sequence[Path], page: Path) -> Iterator[str]:
     """Writes `page` with a table for each benchmark and judge, best first; yields the lines to print.
 
-    Raises: ConfigError for a folder without a score.
+    Raises: ConfigError for a folder without a score; DataError for a score with values of other types.
     """
     require(page.suffix == ".html", "page", str(page), "a file that ends in .html")
     tables: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
-    for score in (score for folder in folders for score in read_scores(folder)):
+    for one, score in ((folder, score) for folder in folders for score in read_scores(folder)):
+        _check(one, score)
         tables.setdefault((score["benchmark"], score["judge"]), []).append(score)
     shown_tables = [_table(benchmark, judge, scores) for (benchmark, judge), scores in sorted(tables.items())]
     page.parent.mkdir(parents=True, exist_ok=True)
-    write_text(page, render("leaderboard.html", title="Leaderboard", tables=shown_tables))
+    # Names in scores are other people's, and a lone surrogate cannot be written.
+    write_text(page, visible(render("leaderboard.html", title="Leaderboard", tables=shown_tables), keep="\n\t"))
     for table in shown_tables:
         yield table["title"]
         for row in table["rows"]:
             yield f"  {row['model']:32} {row['cells'][0]:>26}  {row['characters']:>6} characters"
     yield f"written   {page}"
+
+
+def _check(folder: Path, score: Mapping[str, Any]) -> None:
+    try:
+        _table(score["benchmark"], score["judge"], [score])
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
+        raise DataError(
+            f"{folder}: found a score of {score['judge'][:60]!r} with values of other types ({type(error).__name__}: "
+            f"{error}), expected one that simpo evaluate score wrote; score it again"
+        ) from None
 
 
 def _table(benchmark: str, judge: str, scores: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

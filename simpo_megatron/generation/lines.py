@@ -113,13 +113,19 @@ def read_settings(path: Path) -> dict[str, Any]:
 
     Raises: ConfigError when it is not such a record.
     """
-    try:
-        settings = json.loads(read_bounded(path, MOST_BYTES))["settings"]
-    except (OSError, ValueError, RecursionError, KeyError, TypeError):
-        settings = None
+    settings = (read_record(path) or {}).get("settings")
     if not isinstance(settings, dict):
         raise ConfigError(f"{path}: found no settings in it, expected the record of a folder; name another folder")
     return settings
+
+
+def read_record(path: Path) -> dict[str, Any] | None:
+    """The object in the JSON file `path`; None where it is no such file."""
+    try:
+        record = json.loads(read_bounded(path, MOST_BYTES))
+    except (OSError, ValueError, RecursionError):
+        return None
+    return record if isinstance(record, dict) else None
 
 
 def write_record(path: Path, record: Mapping[str, Any]) -> None:

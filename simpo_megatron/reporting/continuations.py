@@ -9,8 +9,10 @@ from pathlib import Path
 
 from simpo_megatron.atomic import write_text
 from simpo_megatron.errors import ConfigError
+from simpo_megatron.limits import read_bounded
 
 SAMPLES_FILE = "samples.json"
+_MAX_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -42,9 +44,10 @@ def keep_samples(run_folder: Path, iteration: int, prompts: Sequence[str], sampl
 def read_samples(run_folder: Path) -> Samples | None:
     """The samples of the run in `run_folder`; None where there are none that can be read."""
     try:
-        found = Samples(**json.loads((run_folder / SAMPLES_FILE).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
+        found = Samples(**json.loads(read_bounded(run_folder / SAMPLES_FILE, _MAX_BYTES)))
+    except (OSError, ValueError, TypeError, RecursionError):
         return None
     columns = [found.prompts, found.after, *([] if found.before is None else [found.before])]
     is_sound = all(isinstance(column, list) and len(column) == len(found.prompts) for column in columns)
-    return found if is_sound and all(isinstance(text, str) for column in columns for text in column) else None
+    is_sound = is_sound and all(isinstance(text, str) for column in columns for text in column)
+    return found if is_sound and type(found.iteration) is int else None

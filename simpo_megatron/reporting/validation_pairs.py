@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,10 @@ import numpy as np
 from simpo_megatron.atomic import new_file
 from simpo_megatron.data import PreferenceDataset
 from simpo_megatron.errors import ConfigError
+from simpo_megatron.limits import check_plain
 
+# numpy's reader and zipfile have errors of many kinds.
+_UNREADABLE = (OSError, ValueError, TypeError, KeyError, EOFError, OverflowError, RuntimeError, BadZipFile, zlib.error)
 VALIDATION_PAIRS_FILE = "validation_pairs.npz"
 
 
@@ -62,16 +67,26 @@ def read_validation_pairs(run_folder: Path) -> ValidationPairs | None:
     if not path.exists():
         return None
     try:
+        check_plain(path, sys.maxsize)
         with np.load(path, allow_pickle=False) as file:
-            return ValidationPairs(
+            found = ValidationPairs(
                 fingerprint=str(file["fingerprint"]),
                 lengths=file["lengths"],
                 before=file.get("before"),
                 after=file["after"],
                 iteration=int(file["iteration"]),
             )
-    except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
+        _check(found)
+    except _UNREADABLE as error:
         raise ConfigError(f"{path}: cannot be read ({error}), expected the validation pairs of a run") from None
+    return found
+
+
+def _check(found: ValidationPairs) -> None:
+    """Raises: ValueError for arrays of other types and shapes."""
+    for values, kind in ((found.lengths, "iu"), (found.before, "f"), (found.after, "f")):
+        if values is not None and (values.dtype.kind not in kind or values.shape != (len(found.after), 2)):
+            raise ValueError(f"found {values.dtype} {list(values.shape)} where numbers of pairs stand")
 
 
 def _before(path: Path, fingerprint: str) -> np.ndarray | None:

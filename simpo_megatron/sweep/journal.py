@@ -7,13 +7,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from filelock import BaseFileLock
 
 from simpo_megatron.atomic import lock, write_text
 from simpo_megatron.config.options import option_table
 from simpo_megatron.errors import ConfigError, listed
+from simpo_megatron.limits import read_bounded
 from simpo_megatron.sweep.points import Point
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ JOURNAL_FILE = "journal.log"
 OUTCOME_FILE = "trial.json"
 _STUDY, _CLAIMS, _RUNG, _POINT, _SETTINGS = "sweep", ".claims", "rung", "point", "settings"
 _WAIT_SECONDS = 120.0
+_MAX_OUTCOME_BYTES = 1 << 20
 
 Status = Literal["done", "diverged", "stopped by monitor"]
 
@@ -75,8 +77,14 @@ class Journal:
                 before = self._study.user_attrs.get(_SETTINGS, {})
                 self._refuse_changes(before, json.loads(json.dumps(settings)))
                 self._study.set_user_attr(_SETTINGS, {**before, **settings})
+                self._trials(*optuna.trial.TrialState)
         except OSError as error:
             raise ConfigError(f"save: found {folder}, which cannot be written ({error.strerror})") from None
+        except (ValueError, TypeError, LookupError, AttributeError, AssertionError, RecursionError) as error:
+            raise ConfigError(
+                f"save: found {folder / JOURNAL_FILE} ({type(error).__name__}: {error}), expected the readable journal "
+                "of a sweep; start the sweep in another folder"
+            ) from None
 
     def _refuse_changes(self, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
         # An option that was an axis before, or is one now, differs between trials.
@@ -168,8 +176,12 @@ def read_outcome(run_folder: Path) -> Outcome:
     """
     path = run_folder / OUTCOME_FILE
     try:
-        return Outcome(**json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
+        found = Outcome(**json.loads(read_bounded(path, _MAX_OUTCOME_BYTES)))
+        is_accuracy = found.accuracy is None or (type(found.accuracy) in (int, float) and 0 <= found.accuracy <= 1)
+        if found.status not in get_args(Status) or not isinstance(found.why, str) or not is_accuracy:
+            raise ValueError("a value is of another type")
+        return found
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise ConfigError(
             f"{path}: cannot be read ({error}), expected the end of a trial that the journal knows; start the sweep "
             "in another folder"

@@ -13,13 +13,27 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from simpo_megatron.config import load_config
 from simpo_megatron.demo import MAX_LENGTH, VOCAB_SIZE, DemoAssets, prepare_demo
+from simpo_megatron.errors import DataError
+from simpo_megatron.training.inputs import locate_sources
 from tools.write_demo_pairs import write_pairs
 
 
 @pytest.fixture(scope="module")
 def assets(tmp_path_factory) -> DemoAssets:
     return prepare_demo(tmp_path_factory.mktemp("demo"))
+
+
+def test_a_full_disk_is_one_kind_of_error_whatever_library_finds_it(tmp_path: Path, monkeypatch) -> None:
+    def write(folder: Path, pairs: Path) -> None:
+        raise Exception("No space left on device (os error 28)")  # as the tokenizers library does
+
+    monkeypatch.setattr("simpo_megatron.demo._write_tokenizer", write)
+    config = load_config(["--data-cache", str(tmp_path / "cache")])
+    with pytest.raises(DataError, match="data_cache: found .*could not be written .No space left.*--data-cache"):
+        locate_sources(config)
+    assert not list(tmp_path.rglob("*llama*"))
 
 
 @pytest.mark.processes

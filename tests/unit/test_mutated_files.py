@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from mutated_files import mutated_bytes, mutated_file, mutated_json, odd_places, removed
@@ -42,10 +43,16 @@ from simpo_megatron.config.lora_section import LoRAConfig  # noqa: E402
 from simpo_megatron.convert.adapter import adapter_tensors  # noqa: E402
 from simpo_megatron.convert.folder import copy_model_files  # noqa: E402
 from simpo_megatron.convert.samples import sampled_digests  # noqa: E402
+from simpo_megatron.evaluation.evaluated import EvaluatedModel, read_evaluated  # noqa: E402
+from simpo_megatron.evaluation.leaderboard import write_leaderboard  # noqa: E402
 from simpo_megatron.offline.convert import _card, to_mcore  # noqa: E402
 from simpo_megatron.offline.weights import HfWeights, MegatronWeights, open_weights  # noqa: E402
 from simpo_megatron.reporting import run_report  # noqa: E402
+from simpo_megatron.reporting.continuations import read_samples  # noqa: E402
 from simpo_megatron.reporting.loggers import JsonLines  # noqa: E402
+from simpo_megatron.reporting.validation_pairs import VALIDATION_PAIRS_FILE, read_validation_pairs  # noqa: E402
+from simpo_megatron.sweep.journal import JOURNAL_FILE, Journal, Outcome, read_outcome  # noqa: E402
+from simpo_megatron.sweep.points import grid, parse_axes  # noqa: E402
 from simpo_megatron.training.monitor_memory import check_remembered  # noqa: E402
 from simpo_megatron.training.monitors import Monitors  # noqa: E402
 from simpo_megatron.training.resume import Start, _refuse_changes, _with_present_fingerprints  # noqa: E402
@@ -310,6 +317,69 @@ def test_the_metrics_of_a_run(tmp_path, monkeypatch):
         return "".join(json.dumps(line) + "\n" for line in mutated).encode()
 
     try_mutations("metrics.jsonl", mutate, path.write_bytes, lambda: run_report.write_report(tmp_path))
+
+
+def test_what_a_run_and_an_evaluation_keep(tmp_path):
+    """Pages and tables are made of these files."""
+    metric = {"value": 0.5, "low": 0.4, "high": 0.6}
+    facts = {"mean_characters": 10.0, "mean_tokens": 3.0, "cut": 0.0, "repetition": 0.0}
+    score = {
+        "benchmark": "mt-bench", "judge": "j", "model": "m", "metrics": {"score": metric}, "answers": facts,
+        "baseline_characters": 5.0, "num_questions": 80, "num_missing": 0, "not_comparable": ["few"], "package": "p",
+    }  # fmt: skip
+    kept = {"settings": {"benchmark": "mt-bench", "name": "m", "questions": "q", "judge": "j", "max_new_tokens": 9}}
+    evaluated = EvaluatedModel(tmp_path, "mt-bench", "m", tmp_path / "q")
+    files = {
+        "samples.json": ({"prompts": ["a"], "before": ["b"], "after": ["c"], "iteration": 3}, read_samples),
+        "trial.json": ({"status": "done", "why": "", "accuracy": 0.5}, read_outcome),
+        "evaluation.json": (kept, lambda folder: read_evaluated(folder, "mt-bench")),
+        "judge-j.json": (kept, lambda folder: evaluated.judges()),
+        "generation.json": (kept, lambda folder: evaluated.decoding()),
+        "score-j.json": (score, lambda folder: list(write_leaderboard([folder], tmp_path / "page.html"))),
+    }
+    for name, (content, read) in files.items():
+        path, whole = tmp_path / name, json.dumps(content).encode()
+        path.write_bytes(whole)
+        assert read(tmp_path)
+        try_mutations(
+            name, lambda n, whole=whole: mutated_file(whole, n), path.write_bytes, lambda read=read: read(tmp_path)
+        )
+        path.unlink()
+
+
+def test_the_validation_pairs_of_a_run(tmp_path):
+    path = tmp_path / VALIDATION_PAIRS_FILE
+    arrays = {"fingerprint": np.array("ab"), "lengths": np.ones((3, 2), np.int32), "iteration": np.array(4),
+              "before": np.zeros((3, 2), np.float32), "after": np.zeros((3, 2), np.float32)}  # fmt: skip
+    np.savez(path, **arrays)
+    whole = path.read_bytes()
+    odd = [np.array("x"), np.ones((3, 2)), np.ones(3), np.ones((9, 2), np.float32), np.array([1, 2]), np.array(3j)]
+
+    def mutate(numbers):
+        if numbers.randrange(2):
+            return mutated_bytes(whole, numbers)
+        np.savez(path, **{**arrays, numbers.choice(sorted(arrays)): numbers.choice(odd)})
+        return path.read_bytes()
+
+    assert len(read_validation_pairs(tmp_path).after) == 3
+    try_mutations(path.name, mutate, path.write_bytes, lambda: read_validation_pairs(tmp_path))
+
+
+def test_the_journal_of_a_sweep(tmp_path):
+    pytest.importorskip("optuna", reason="optuna is not installed: pip install simpo-megatron[sweep]")
+    points = grid(parse_axes(["lr=1e-3,2e-3"]))
+    journal = Journal(tmp_path, {"beta": 2.0})
+    journal.tell(journal.take(points), Outcome("done", accuracy=0.75))
+    path = tmp_path / JOURNAL_FILE
+    lines = path.read_bytes().splitlines(keepends=True)
+
+    def mutate(numbers):
+        changed = list(lines)
+        odd = numbers.randrange(len(lines))
+        changed[odd] = mutated_file(lines[odd], numbers) + b"\n"
+        return b"".join(changed)
+
+    try_mutations(path.name, mutate, path.write_bytes, lambda: Journal(tmp_path, {"beta": 2.0}).outcomes())
 
 
 FILES_OF_A_MODEL = (
