@@ -62,6 +62,7 @@ MAY_IMPORT = {
     },
     "sweep": {
         "errors",
+        "limits",
         "atomic",
         "loss",
         "data",
