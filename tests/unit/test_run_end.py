@@ -23,7 +23,7 @@ class Said(list):
 
 @pytest.fixture
 def config(tmp_path, monkeypatch):
-    """Of a run whose pages' templates are broken."""
+    """The configuration of a run whose pages have broken templates."""
     monkeypatch.setattr(finish.dist, "get_rank", lambda: 0)
     monkeypatch.setattr(run_report, "draw_curves", lambda curves, config, path: path.write_bytes(b""))
     monkeypatch.setattr(rendering, "_environment", lambda: Environment(loader=DictLoader(BROKEN), autoescape=True))
