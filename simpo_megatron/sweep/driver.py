@@ -197,7 +197,13 @@ class _Driver:
             self._remove_checkpoints(self._sweep.folder / one.folder for one in ended if one.folder not in kept)
         shorter = begun[:-1] if self._sweep.halving else []
         earlier = {self._title(number, one): self._compared(one.points, ended) for number, one in enumerate(shorter)}
-        write_results(self._sweep.folder, found, self._sweep.axes, earlier)
+        try:
+            write_results(self._sweep.folder, found, self._sweep.axes, earlier)
+        except StoppedBySignal:
+            raise
+        except Exception as error:
+            # The trials are whole, and the next that ends, or the same command, writes the results again.
+            _say(f"WARNING   no {PAGE_FILE} was written: {type(error).__name__}: {error}")
         return found
 
     def _title(self, number: int, one: Round) -> str:

@@ -140,7 +140,7 @@ def test_a_sweep_that_was_stopped_goes_on_in_the_trial_that_was_broken(inputs, t
     assert "trial     " not in capfd.readouterr().out, "nothing is left to do"
 
 
-def test_halving_trains_the_better_part_longer_and_every_seed_at_the_end(inputs, tmp_path):
+def test_halving_trains_the_better_part_longer_and_every_seed_at_the_end(inputs, tmp_path, monkeypatch, capfd):
     """One rank: three settings of four steps, then the better two of eight with both seeds."""
     from simpo_megatron.sweep.driver import run_sweep
     from simpo_megatron.sweep.request import read_sweep
@@ -156,6 +156,10 @@ def test_halving_trains_the_better_part_longer_and_every_seed_at_the_end(inputs,
     whole = [line["learning_rate"] for line in records(tmp_path / "rung-1" / "lr=0.01,seed=1") if "loss" in line]
     assert schedule[-1] < schedule[1] / 2 < whole[len(schedule) - 1], "a whole schedule of its own"
     found = json.loads((tmp_path / "sweep.json").read_text())
+    capfd.readouterr()
+    monkeypatch.setattr("simpo_megatron.sweep.page.render", lambda *_, **values: values["nothing"])
+    run_sweep(read_sweep(options, ["lr=1e-7,1e38,1e-2", "seed=1,2"], halving=2, keep=1))
+    assert "WARNING   no sweep.html was written: KeyError: 'nothing'\n" in capfd.readouterr().out, "and no more"
     assert {row["name"]: len(row["accuracies"]) for row in found["settings"]} == {"lr=0.01": 2, "lr=1e-07": 2}
     ((title, earlier),) = found["earlier_rounds"].items()
     assert title == f"Round 1 of 2: {NUM_STEPS} steps each" and list(earlier["failed"]) == ["lr=1e+38"]
