@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from simpo_megatron.atomic import draft_name, draft_of, move_aside, remove_folder, rename, sync, write_text
+from simpo_megatron.atomic import draft_name, draft_of, move_aside, rename, sync, write_text
 from simpo_megatron.errors import CheckpointError, listed
 from simpo_megatron.limits import read_bounded
 
@@ -30,8 +30,6 @@ LATEST_FILE = "latest_checkpointed_iteration.txt"
 """Megatron's pointer to the newest iteration, for its own readers; this package writes it and never follows it."""
 RELEASE = "release"
 """Megatron's name for the folder, and the pointer, of weights that no run of its own has trained."""
-
-BEST_METRIC = "eval/rewards/accuracies"
 
 _TABLES = ("model", "precision", "inputs", "training", "layout", "config", "versions", "metrics", "monitors")
 
@@ -261,22 +259,6 @@ def move_aside_newer(save: Path, iteration: int) -> list[Path]:
     return moved
 
 
-def delete_old(save: Path, num_newest: int) -> list[Path]:
-    """Removes all checkpoints but the newest `num_newest` and the one with the best validation accuracy; returns them.
-
-    Anything that is not a valid checkpoint of this format stays, and with -1 every checkpoint does. A removed folder
-    disappears in one rename.
-    """
-    if num_newest == -1:
-        return []
-    ours = [checkpoint for folder in committed(save) if (checkpoint := _read_or_none(folder)) is not None]
-    kept = {checkpoint.iteration for checkpoint in (*ours[-num_newest:], *_best(ours))}
-    removed = [checkpoint.folder for checkpoint in ours if checkpoint.iteration not in kept]
-    for folder in removed:
-        remove_folder(folder)
-    return removed
-
-
 def remove_drafts(save: Path) -> list[Path]:
     """Removes the drafts and half-removed folders that killed runs have left; returns them."""
     if not save.is_dir():
@@ -307,29 +289,6 @@ def iteration_of(folder: Path) -> int:
 
 def _is_real_folder(path: Path) -> bool:
     return path.is_dir() and not path.is_symlink()
-
-
-def last_and_best(save: Path) -> tuple[Path | None, Path | None]:
-    """The folders under `save` of the newest checkpoint and of the one with the best validation accuracy."""
-    ours = [checkpoint for folder in committed(save) if (checkpoint := _read_or_none(folder)) is not None]
-    last, best = ([checkpoint.folder for checkpoint in some] for some in (ours[-1:], _best(ours)))
-    return (last[0] if last else None), (best[0] if best else None)
-
-
-def _best(checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
-    """The checkpoint with the best validation accuracy, the later of equals; none where none was evaluated."""
-    scored = [
-        (accuracy, checkpoint.iteration, checkpoint)
-        for checkpoint in checkpoints
-        if (accuracy := _accuracy(checkpoint)) is not None
-    ]
-    return [max(scored, key=lambda entry: entry[:2])[2]] if scored else []
-
-
-def _accuracy(checkpoint: Checkpoint) -> float | None:
-    metrics = checkpoint.facts.get("metrics")
-    value = metrics.get(BEST_METRIC) if isinstance(metrics, dict) else None
-    return value if isinstance(value, float) else None
 
 
 def _to_text(checkpoint: Checkpoint) -> str:
@@ -391,13 +350,6 @@ def _checked_facts(facts: Any) -> Mapping[str, Any]:
     if type(pairs) is not int or not 0 <= pairs < 1 << 62:
         raise ValueError(f"its consumed_pairs is {pairs!r}")
     return facts
-
-
-def _read_or_none(folder: Path) -> Checkpoint | None:
-    try:
-        return read(folder)
-    except CheckpointError:
-        return None
 
 
 def _check_sizes(folder: Path, files: Mapping[str, Digest]) -> None:

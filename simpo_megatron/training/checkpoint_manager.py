@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from simpo_megatron import faults
 from simpo_megatron.atomic import draft_of
-from simpo_megatron.checkpoint import manifest
+from simpo_megatron.checkpoint import manifest, retention
 from simpo_megatron.checkpoint.run_config import write_run_config
 from simpo_megatron.checkpoint.sharded_state import FailedAloneError
 from simpo_megatron.checkpoint.writer import Writing, begin_write
@@ -191,7 +191,7 @@ class Saver:
                 return checkpoint.folder, checkpoint.num_bytes
 
             committed = on_first_rank(seal, wrap=CheckpointError)
-        on_first_rank(lambda: manifest.delete_old(self._save, self._config.run.keep_checkpoints), wrap=CheckpointError)
+        on_first_rank(lambda: retention.delete_old(self._save, self._config.run.keep_checkpoints), wrap=CheckpointError)
         return committed
 
     @property

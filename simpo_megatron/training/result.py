@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from simpo_megatron.checkpoint.manifest import last_and_best
+from simpo_megatron.checkpoint.retention import last_and_best
 from simpo_megatron.config import Config
 from simpo_megatron.errors import ConfigError, StoppedByMonitor, StoppedBySignal
 from simpo_megatron.reporting.loggers import METRICS_FILE

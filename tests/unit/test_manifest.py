@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from simpo_megatron.checkpoint import manifest, run_lock
+from simpo_megatron.checkpoint import manifest, retention, run_lock
 from simpo_megatron.errors import CheckpointError
 
 CONTENT = {"__0_0.distcp": b"a" * 1000, "__1_0.distcp": b"b" * 999, ".metadata": b"index", "empty": b""}
@@ -227,7 +227,7 @@ def test_only_exact_names_are_checkpoints_and_nothing_else_is_ever_removed(tmp_p
     checkpoint.folder.rename(tmp_path / name)
     kept = [save(tmp_path, iteration) for iteration in (8, 9)]
     assert steps(tmp_path) == [8, 9]
-    assert manifest.delete_old(tmp_path, 2) == [] and manifest.remove_drafts(tmp_path) == []
+    assert retention.delete_old(tmp_path, 2) == [] and manifest.remove_drafts(tmp_path) == []
     assert (tmp_path / name / manifest.RECORD_FILE).exists() and resumed(tmp_path)[0] == kept[-1]
 
 
@@ -242,15 +242,15 @@ def test_links_are_not_followed(tmp_path):
     save(run, 2)
     save(run, 3)
     assert steps(run) == [2, 3]
-    manifest.delete_old(run, 1)
+    retention.delete_old(run, 1)
     manifest.remove_drafts(run)
     assert verified(target).iteration == 1
 
 
 def test_pruning_keeps_the_newest_and_the_best(tmp_path):
     for iteration, accuracy in enumerate([0.5, 0.9, 0.6, None, 0.7, 0.8], start=1):
-        save(tmp_path, iteration, metrics={} if accuracy is None else {manifest.BEST_METRIC: accuracy})
-    removed = manifest.delete_old(tmp_path, 2)
+        save(tmp_path, iteration, metrics={} if accuracy is None else {retention.BEST_METRIC: accuracy})
+    removed = retention.delete_old(tmp_path, 2)
     assert [folder.name for folder in removed] == ["iter_0000001", "iter_0000003", "iter_0000004"]
     assert steps(tmp_path) == [2, 5, 6]
     assert sorted(entry.name for entry in tmp_path.iterdir() if entry.is_dir()) == [
@@ -263,7 +263,7 @@ def test_pruning_counts_and_removes_only_what_is_whole(tmp_path):
         save(tmp_path, iteration)
     truncate(tmp_path / "iter_0000004" / ".metadata")
     (tmp_path / "iter_0000005").mkdir()
-    manifest.delete_old(tmp_path, 2)
+    retention.delete_old(tmp_path, 2)
     assert sorted(entry.name[-1] for entry in tmp_path.glob("iter_*")) == ["2", "3", "4", "5"]
 
 
@@ -352,7 +352,7 @@ def save_and_die(folder, iteration, num_operations):
 def tidy_save_and_prune(folder, iteration):
     manifest.remove_drafts(folder)
     save(folder, iteration)
-    manifest.delete_old(folder, 2)
+    retention.delete_old(folder, 2)
 
 
 @pytest.mark.processes

@@ -35,7 +35,7 @@ from simpo_megatron.parallel import alone
 
 cpu_patches.install()
 
-from simpo_megatron.checkpoint import manifest  # noqa: E402
+from simpo_megatron.checkpoint import manifest, retention  # noqa: E402
 from simpo_megatron.checkpoint.adapter_checkpoint import open_adapter  # noqa: E402
 from simpo_megatron.checkpoint.fingerprint import model_fingerprint  # noqa: E402
 from simpo_megatron.checkpoint.model_source import find_adapter, find_model  # noqa: E402
@@ -273,7 +273,7 @@ def test_the_record_of_a_checkpoint(checkpoint, model, tmp_path):
         watching.evaluation(1, {"eval/logps/chosen": -1.0})
 
     def read():
-        manifest.last_and_best(folder.parent)
+        retention.last_and_best(folder.parent)
         refused = None
         for reader in (resume, go_on_watching, lambda: _card(MegatronWeights(folder, groups), tmp_path, None)):
             try:
