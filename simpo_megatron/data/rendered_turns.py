@@ -81,8 +81,11 @@ class TurnRenderer:
     """Renders conversations by a chat template; TEMPLATE_MARK precedes the special tokens that the template writes."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, template: ChatTemplate) -> None:
+        from simpo_megatron.data.template_frames import TemplateFrames  # Loads Jinja.
+
         specials = special_texts(tokenizer)
         self._template = template
+        self._frames = TemplateFrames(template)
         self._specials = re.compile("|".join(map(re.escape, specials)) or r"(?!)")
         marked = "|".join(re.escape(TEMPLATE_MARK + text) for text in specials) or r"(?!)"
         # The end of a turn: special tokens and blanks, with nothing behind them.
@@ -114,8 +117,8 @@ class TurnRenderer:
         if not asked:
             return []
         try:
-            prompts = self._template.render_all([messages for messages, _ in asked], add_generation_prompt=True)
-            wholes = self._template.render_all([[*before, turn] for before, turns in asked for turn in turns])
+            prompts = self._render_all([messages for messages, _ in asked], add_generation_prompt=True)
+            wholes = self._render_all([[*before, turn] for before, turns in asked for turn in turns])
         except EndlessTemplateError:
             return [None] * len(asked)
         except BadRecord:
@@ -126,6 +129,17 @@ class TurnRenderer:
             (self._marked(prompt), list(islice(of_turns, len(turns))))
             for prompt, (_, turns) in zip(prompts, asked, strict=True)
         ]
+
+    def _render_all(
+        self, conversations: Sequence[Sequence[Message]], *, add_generation_prompt: bool = False
+    ) -> list[str]:
+        """Returns the texts of conversations without tools: by frames, and else by the template itself."""
+        texts = [
+            self._frames.render(messages, add_generation_prompt=add_generation_prompt) for messages in conversations
+        ]
+        left = [messages for messages, text in zip(conversations, texts, strict=True) if text is None]
+        others = iter(self._template.render_all(left, add_generation_prompt=add_generation_prompt) if left else ())
+        return [next(others) if text is None else text for text in texts]
 
     def answers(
         self,

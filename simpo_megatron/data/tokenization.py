@@ -2,35 +2,36 @@
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from simpo_megatron.data.backends import (
+    NO_PROBLEMS,
+    as_is_backend,
+    backend_spec,
+    encode,
+    first_line,
+    marked_backend,
+    problems_named,
+)
+from simpo_megatron.data.boundaries import PairSplitter, SplitPair
 from simpo_megatron.data.pair_options import NO_TEMPLATE, PairOptions
 from simpo_megatron.data.records import ENDLESS_TEMPLATE, BadRecord, PreferenceRecord
 from simpo_megatron.data.rendered_pairs import PairRenderer, RenderedPair
-from simpo_megatron.data.rendered_turns import TEMPLATE_MARK, Spans
 from simpo_megatron.data.templates import EndlessTemplateError, bounds_of_templates, chat_template_of, special_texts
 from simpo_megatron.data.tokenizer_files import check_tokenizer_files
 from simpo_megatron.data.truncation import kept_tokens, princeton_kept_tokens
-from simpo_megatron.errors import ConfigError, DataError, SimPOError, StoppedBySignal
+from simpo_megatron.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
-    from tokenizers import Encoding, Tokenizer
     from transformers import PreTrainedTokenizerBase
 
 
-_NO_PROBLEMS = (StoppedBySignal, KeyboardInterrupt, SystemExit, GeneratorExit)
 _LONGEST_SPECIAL = 1000
-# Characters that seldom share a token with the next one.
-_BEFORE = "\n:0"
 
 
 @dataclass(frozen=True)
@@ -97,9 +98,9 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except BaseException as error:  # a panic of the tokenizers library is no Exception
-        if isinstance(error, _NO_PROBLEMS):
+        if isinstance(error, NO_PROBLEMS):
             raise
-        reason = _first_line(error)
+        reason = first_line(error)
         raise ConfigError(
             f"model: found no tokenizer in {folder} ({reason}), expected one that transformers loads"
         ) from error
@@ -130,19 +131,16 @@ class PairTokenizer:
         if self._eos is None:
             raise DataError("tokenizer: found no eos_token, expected one that ends a response; set one")
         self._princeton = options.template_mode == "princeton"
-        with _problems_named():
+        with problems_named():
             if self._princeton:
-                self._backend = _as_is_backend(tokenizer)
+                self._backend = as_is_backend(tokenizer)
             elif options.chat_template == NO_TEMPLATE:
-                self._backend = _as_is_backend(tokenizer, post_processor=None)
+                self._backend = as_is_backend(tokenizer, post_processor=None)
             else:
-                self._backend = _marked_backend(tokenizer)
-        specials = {i: added for i, added in self._backend.get_added_tokens_decoder().items() if added.special}
-        self._end_ids = set(specials)
-        # Tokenizers cut texts at such special tokens first, so that what stands before one is tokenised on its own.
-        self._cut_at_specials = not any(
-            added.lstrip or added.single_word or added.normalized for added in specials.values()
-        )
+                self._backend = marked_backend(tokenizer)
+        added = self._backend.get_added_tokens_decoder()
+        self._end_ids = {token_id for token_id, token in added.items() if token.special}
+        self._splitter = PairSplitter(self._backend)
 
     def encode(self, records: list[PreferenceRecord]) -> list[EncodedPair | BadRecord]:
         """Returns, for each record in turn, its token ids or the reason why it has none."""
@@ -163,81 +161,20 @@ class PairTokenizer:
                 results[index] = error
         return results
 
-    def _encode(self, texts: list[str]) -> list:
-        with _problems_named():
-            return self._backend.encode_batch(texts, add_special_tokens=False)
+    def _split_clean(self, pairs: list[RenderedPair]) -> list[SplitPair]:
+        return [
+            (self._one_bos(prompt), self._one_end(chosen), self._one_end(rejected), notes)
+            for prompt, chosen, rejected, notes in self._splitter.split(pairs)
+        ]
 
-    def _split_clean(self, pairs: list[RenderedPair]) -> list[tuple]:
-        """Returns (prompt, chosen and rejected ids, notes) of each pair, cut where the response begins.
-
-        Ids of context in a response are complements, as `TokenizedPair.marked` has them.
-        """
-        # What precedes the prompt's last special token is tokenised once for both responses.
-        shared = [max(pair.prompt.rfind(TEMPLATE_MARK), 0) if self._cut_at_specials else 0 for pair in pairs]
-        encodings = iter(
-            self._encode(
-                [
-                    text
-                    for pair, end in zip(pairs, shared, strict=True)
-                    for text in (pair.prompt[:end], pair.prompt[end:] + pair.chosen, pair.prompt[end:] + pair.rejected)
-                ]
-            )
-        )
-        parts = []
-        for pair, end, before, *both in zip(pairs, shared, encodings, encodings, encodings, strict=True):
-            start = len(pair.prompt) - end
-            cuts = [_token_at(encoding, start) for encoding in both]
-            chosen, rejected = (encoding.ids for encoding in both)
-            if None in cuts or chosen[: cuts[0]] != rejected[: cuts[1]]:
-                parts.append(self._apart(pair))
-                continue
-            prompt = before.ids + chosen[: cuts[0]]
-            if pair.spans is None:
-                parts.append((prompt, chosen[cuts[0] :], rejected[cuts[1] :], ()))
-            else:
-                marked = [_marked_ids(*response, start) for response in zip(both, pair.spans, strict=True)]
-                parts.append((prompt, *marked, ()) if None not in marked else self._apart(pair))
-        return [(self._one_bos(prompt), self._one_end(c), self._one_end(r), notes) for prompt, c, r, notes in parts]
-
-    def _apart(self, pair: RenderedPair) -> tuple:
-        """Returns what `_split_clean` does of one pair, in which a token would straddle a boundary.
-
-        Apart, the ids in front of a boundary are what the model is given at inference.
-        """
-        [prompt] = (encoding.ids for encoding in self._encode([pair.prompt]))
-        responses, notes = [], ["tokenized_apart"]
-        texts = pair.chosen, pair.rejected
-        for text, spans in zip(texts, pair.spans or [((0, len(text)),) for text in texts], strict=True):
-            pieces = list(_pieces(text, spans))
-            ids = [encoding.ids for encoding in self._encode([piece for piece, _ in pieces])]
-            if self._decode([*prompt, *chain(*ids)]) != pair.prompt + text:
-                ids = [self._ids_within(piece, found) for (piece, _), found in zip(pieces, ids, strict=True)]
-                if self._decode([*prompt, *chain(*ids)]) != pair.prompt + text:
-                    notes.append("text_changed_by_tokenizer")
-            of_pieces = zip(pieces, ids, strict=True)
-            responses.append([i if is_counted else ~i for (_, is_counted), found in of_pieces for i in found])
-        return prompt, *responses, tuple(dict.fromkeys(notes))
-
-    def _decode(self, ids: list[int]) -> str:
-        return self._backend.decode(ids, skip_special_tokens=False)
-
-    def _ids_within(self, text: str, otherwise: list[int]) -> list[int]:
-        """Returns the ids of `text` as it is inside a longer one, where tokenizers put no blank in front of it."""
-        for before in _BEFORE:
-            [encoding] = self._encode([before + text])
-            cut = _token_at(encoding, 1)
-            if cut is not None:
-                return encoding.ids[cut:]
-        return otherwise
-
-    def _split_princeton(self, pairs: list[RenderedPair]) -> list[tuple]:
+    def _split_princeton(self, pairs: list[RenderedPair]) -> list[SplitPair]:
         """Returns the same as `_split_clean`, by the paper's rule, which tokenises the prompt alone too.
 
         Source: princeton-nlp/SimPO, scripts/simpo_trainer.py, build_tokenized_answer and tokenize_row.
         """
         texts = [text for p in pairs for text in (p.prompt, p.prompt + p.chosen, p.prompt + p.rejected)]
-        encodings = self._encode(texts)
-        parts = []
+        encodings = encode(self._backend, texts)
+        parts: list[SplitPair] = []
         for index in range(len(pairs)):
             prompt, *whole = (encoding.ids for encoding in encodings[3 * index : 3 * index + 3])
             cuts = [len(prompt) - (prompt != ids[: len(prompt)]) for ids in whole]
@@ -249,8 +186,8 @@ class PairTokenizer:
             for ids in responses:
                 if ids[-1:] != [self._eos]:
                     ids.append(self._eos)
-            same_prompt = () if prompts[0] == prompts[1] else ("boundary_differs",)
-            parts.append((prompts[0], *responses, same_prompt))
+            differs = ("boundary_differs",) if prompts[0] != prompts[1] else ()
+            parts.append((prompts[0], responses[0], responses[1], differs))
         return parts
 
     def _one_bos(self, ids: list[int]) -> list[int]:
@@ -297,8 +234,8 @@ class PairTokenizer:
 def tokenizer_identity(tokenizer: PreTrainedTokenizerBase, options: PairOptions) -> dict:
     """Returns the identity of the tokenisation: vocabulary, rules, special tokens, template."""
     template = chat_template_of(tokenizer, options)
-    with _problems_named():
-        backend = _backend_spec(tokenizer)
+    with problems_named():
+        backend = backend_spec(tokenizer)
     identity = {
         "backend": backend,
         "bos": tokenizer.bos_token_id,
@@ -307,88 +244,6 @@ def tokenizer_identity(tokenizer: PreTrainedTokenizerBase, options: PairOptions)
     }
     # Without a template that was asked for, texts hold special tokens; without one at all, they are mere texts.
     return identity | ({"special_tokens": "in texts"} if options.chat_template == NO_TEMPLATE else {})
-
-
-@contextmanager
-def _problems_named() -> Iterator[None]:
-    """Raises errors and panics of the tokenizers library over a strange tokenizer.json as DataError."""
-    try:
-        yield
-    except BaseException as error:
-        if isinstance(error, (SimPOError, *_NO_PROBLEMS)):
-            raise
-        raise DataError(
-            f"tokenizer: found one that cannot be used ({_first_line(error)}), expected the tokenizer of the model"
-        ) from None
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def _backend_spec(tokenizer: PreTrainedTokenizerBase) -> dict:
-    """Returns the specification of the tokenizer's Rust part, without truncation and padding, which calls change."""
-    return json.loads(tokenizer.backend_tokenizer.to_str()) | {"truncation": None, "padding": None}
-
-
-def _as_is_backend(tokenizer: PreTrainedTokenizerBase, **changes: Any) -> Tokenizer:
-    """Returns a copy of the tokenizer's Rust part, with `changes` to its components."""
-    return tokenizer.backend_tokenizer.__class__.from_str(json.dumps(_backend_spec(tokenizer) | changes))
-
-
-def _marked_backend(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
-    """Returns a copy of the Rust part in which special tokens are matched by TEMPLATE_MARK + their text.
-
-    Text that only looks like a special token is then plain text; everything else, with the merges around it, is
-    tokenised as before. The post-processor is removed: it adds nothing here, and byte-level ones trim the offsets.
-    """
-    spec = _backend_spec(tokenizer)
-    names = {token["content"]: TEMPLATE_MARK + token["content"] for token in spec["added_tokens"] if token["special"]}
-    for token in spec["added_tokens"]:
-        token["content"] = names.get(token["content"], token["content"])
-    model = spec["model"]
-    if isinstance(model["vocab"], dict):
-        model["vocab"] = {names.get(piece, piece): index for piece, index in model["vocab"].items()}
-    else:
-        model["vocab"] = [[names.get(piece, piece), score] for piece, score in model["vocab"]]
-    if model.get("unk_token"):
-        model["unk_token"] = names.get(model["unk_token"], model["unk_token"])
-    spec["post_processor"] = None
-    backend = tokenizer.backend_tokenizer.__class__.from_str(json.dumps(spec))
-    for name, marked in names.items():
-        assert backend.token_to_id(marked) == tokenizer.backend_tokenizer.token_to_id(name), name
-    return backend
-
-
-def _token_at(encoding: Encoding, start: int) -> int | None:
-    """Returns the index of the token that begins at character `start`; None when one reaches across it."""
-    token = encoding.char_to_token(start)
-    span = None if token is None else encoding.token_to_chars(token)
-    return token if span is not None and span[0] == start else None
-
-
-def _marked_ids(encoding: Encoding, spans: Spans, start: int) -> list[int] | None:
-    """Returns the ids behind character `start`, those outside `spans` as complements; None when one is cut in two."""
-    first = _token_at(encoding, start)
-    marked = [~token_id for token_id in encoding.ids]
-    for span in spans:
-        begin, end = (_token_at(encoding, start + edge) for edge in span)
-        if span is spans[-1]:
-            end = len(marked)  # the end of the text
-        if begin is None or end is None:
-            return None
-        marked[begin:end] = encoding.ids[begin:end]
-    return marked[first:]
-
-
-def _pieces(text: str, spans: Spans) -> Iterator[tuple[str, bool]]:
-    """Yields the pieces of `text` in order, each with whether it is one of `spans`."""
-    last = 0
-    for begin, end in spans:
-        if begin > last:
-            yield text[last:begin], False
-        yield text[begin:end], True
-        last = end
 
 
 def _until_last_counted(ids: list[int]) -> list[int]:

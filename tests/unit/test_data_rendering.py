@@ -333,13 +333,13 @@ def test_a_prompt_tokenised_once_has_the_tokens_that_it_has_before_each_response
     if like is gemma_like:
         records.pop()  # it has no turn of system
     tokenizer = PairTokenizer(like(), PairOptions(**WIDE))
-    assert tokenizer._cut_at_specials
+    assert tokenizer._splitter._cut_at_specials
     once = tokenizer.encode(records)
-    monkeypatch.setattr(tokenizer, "_cut_at_specials", False)
+    monkeypatch.setattr(tokenizer._splitter, "_cut_at_specials", False)
     assert once == tokenizer.encode(records) and all(isinstance(found, EncodedPair) for found in once)
 
 
 def test_a_special_token_that_takes_blanks_in_front_is_no_place_to_cut():
     tokenizer = templated(SHAPES["plain"])
     tokenizer.add_special_tokens({"additional_special_tokens": [AddedToken("<|pad|>", lstrip=True)]})
-    assert not PairTokenizer(tokenizer, PairOptions())._cut_at_specials
+    assert not PairTokenizer(tokenizer, PairOptions())._splitter._cut_at_specials
