@@ -165,7 +165,11 @@ def _chunked(records: Iterable[RawRecord]) -> Iterator[list[RawRecord]]:
         yield chunk
 
 
+# Made once, for an encoder takes as long as a short prompt.
+_PROMPTS = json.JSONEncoder(default=str)
+
+
 def _prompt_key(record: PreferenceRecord) -> int:
     prompt = record.prompt if not record.tools else (record.prompt, record.tools)
-    text = prompt if isinstance(prompt, str) else json.dumps(prompt, default=str)
+    text = prompt if isinstance(prompt, str) else _PROMPTS.encode(prompt)
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")

@@ -50,8 +50,10 @@ _MIN_REPEATED = 8
 def split_reasoning(content: str) -> tuple[str, str]:
     """Returns (reasoning, answer) of a text with <think> or </think> in it, without blanks around; else ("", text)."""
     before, mark, answer = content.rpartition("</think>")
+    if not mark:
+        return "", content.strip()
     reasoning = before.partition("<think>")[2] or before
-    return (reasoning.strip(), answer.strip()) if mark else ("", content.strip())
+    return reasoning.strip(), answer.strip()
 
 
 def findings_of_texts(
@@ -64,7 +66,9 @@ def findings_of_texts(
     texts = [turn["content"] for turns in written for turn in turns]
     if len(last) >= _MIN_REPEATED and any(text.lstrip().startswith(last) for text in texts):
         found.append("repeats_prompt")
-    if any(_DIALOGUE.search(text) or (_ASKED.search(text) and _ANSWERED.search(text)) for text in texts):
+    # What they look for has a colon, which few texts have.
+    spoken = [text for text in texts if ":" in text]
+    if any(_DIALOGUE.search(text) or (_ASKED.search(text) and _ANSWERED.search(text)) for text in spoken):
         found.append("dialogue_in_response")
     if any(EMPTY_REASONING.match(text.lstrip()) for text in texts):
         found.append("empty_reasoning_in_text")

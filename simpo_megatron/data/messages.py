@@ -29,6 +29,7 @@ ROLES = {
 }  # fmt: skip
 """The name of each role here, by its name in lower case; a role that is not here is refused."""
 
+_PLAIN_KEYS, _PLAIN_ROLES = {"role", "content"}, ("user", "assistant", "system", "tool")
 # LLaMA-Factory's and GLM's name for a turn whose text is the call itself, in JSON.
 _CALL_ROLES = ("function_call", "tool_call")
 _REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
@@ -78,6 +79,8 @@ def dialogue(text: str, name: str) -> list[Message]:
 def _message(item: object, name: str, unread: dict[str, Any]) -> Message:
     if not isinstance(item, dict):
         raise BadRecord(f"bad_type:{name}", f"{name} holds {kind_of(item)} where a message is expected")
+    if item.keys() == _PLAIN_KEYS and isinstance(item["content"], str) and item["role"] in _PLAIN_ROLES:
+        return {"role": item["role"], "content": item["content"]}  # as most are
     said = "role" if item.get("role") else "from"
     role, called = _role(item.get(said), name)
     text = "content" if item.get("content") is not None else "value"

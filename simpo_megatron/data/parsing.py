@@ -64,7 +64,7 @@ def _decode(raw: bytes) -> str:
 
 def _parse(text: str, reason: str) -> Any:
     try:
-        return json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_refuse_constant)
+        return _DECODER.decode(text)
     except (ValueError, RecursionError) as error:
         raise BadRecord(reason, str(error) or type(error).__name__) from None
 
@@ -79,6 +79,10 @@ def _unique_keys(pairs: list[tuple]) -> dict:
 
 def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not JSON")
+
+
+# Made once: a decoder for each of many short lines would take as long as they do.
+_DECODER = json.JSONDecoder(object_pairs_hook=_unique_keys, parse_constant=_refuse_constant)
 
 
 def kind_of(value: object) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -114,7 +114,7 @@ def to_record(row: dict, options: PairOptions) -> PreferenceRecord:
     else:
         assert isinstance(chosen, list) and isinstance(rejected, list), "both are text, or neither"
         kind, record = "message lists", _from_messages(prompt, chosen, rejected, options)
-    if any(len(as_messages(response)) > 1 for response in (record.chosen, record.rejected)):
+    if any(not isinstance(found, str) and len(found) > 1 for found in (record.chosen, record.rejected)):
         kind += ", responses of several turns"
     record = _checked(record, options)
     record, context = _with_context(record, columns, unread)
@@ -301,24 +301,30 @@ def _checked(record: PreferenceRecord, options: PairOptions) -> PreferenceRecord
     messages = () if isinstance(record.prompt, str) else record.prompt
     prompt_texts = [record.prompt] if isinstance(record.prompt, str) else [m["content"] for m in messages]
     _refuse_bad_characters((record.prompt, record.chosen, record.rejected))
-    responses = [as_messages(response, "assistant") for response in (record.chosen, record.rejected)]
-    if messages and messages[-1]["role"] == "assistant" and any(turns[0]["role"] == "assistant" for turns in responses):
+    both = record.chosen, record.rejected
+    if (
+        messages
+        and messages[-1]["role"] == "assistant"
+        and any(isinstance(response, str) or response[0]["role"] == "assistant" for response in both)
+    ):
         raise BadRecord("bad_role:prompt", "the prompt ends in a turn of 'assistant', expected one of 'user'")
     if not options.allow_empty_prompt and not any(text.strip() for text in prompt_texts):
         raise BadRecord("empty_prompt", "the prompt is empty; allow_empty_prompt allows it")
-    written = [[turn for turn in turns if turn["role"] == "assistant"] for turns in responses]
-    for name, turns in zip(("chosen", "rejected"), written, strict=True):
-        if all(isinstance(turn, UntrainedTurn) for turn in turns):
-            raise _untrained(name)
-        if any(is_text_alone(turn) and not turn["content"].strip() for turn in turns):
-            raise BadRecord(f"empty_{name}", f"the {name} response is empty")
-    if len(written[0]) == len(written[1]) and _stripped(written[0]) == _stripped(written[1]):
+    said = [_said(response, name) for response, name in zip(both, ("chosen", "rejected"), strict=True)]
+    if said[0] == said[1]:
         raise BadRecord("identical_pair", "chosen and rejected are the same text")
     return record
 
 
-def _stripped(turns: list[Message]) -> list[Message]:
-    return [{**turn, "content": turn["content"].strip()} for turn in turns]
+def _said(response: str | Sequence[Message], name: str) -> list[Message]:
+    """Returns the turns of the assistant, without blanks around their texts; an empty one is refused."""
+    written = [turn for turn in as_messages(response, "assistant") if turn["role"] == "assistant"]
+    if all(isinstance(turn, UntrainedTurn) for turn in written):
+        raise _untrained(name)
+    said = [{**turn, "content": turn["content"].strip()} for turn in written]
+    if any(is_text_alone(turn) and not turn["content"] for turn in said):
+        raise BadRecord(f"empty_{name}", f"the {name} response is empty")
+    return said
 
 
 def _check_score_gap(gap: float, options: PairOptions) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -57,7 +58,7 @@ class _Place:
     turn: Message
     tools: Sequence[dict] | None
 
-    @property
+    @cached_property
     def answer(self) -> str:
         """The turn's text without its reasoning and blanks around it; of a turn that calls, where it stands is open."""
         return "" if self.turn.get("tool_calls") else split_reasoning(self.turn["content"])[1]

@@ -248,6 +248,8 @@ def tokenizer_identity(tokenizer: PreTrainedTokenizerBase, options: PairOptions)
 
 def _until_last_counted(ids: list[int]) -> list[int]:
     """Returns `ids` without context at their end, which no counted token sees."""
+    if ids and ids[-1] >= 0:
+        return ids
     end = next((place for place in range(len(ids), 0, -1) if ids[place - 1] >= 0), 0)
     return ids[:end]
 
