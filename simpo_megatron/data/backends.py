@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 _CUTTING = frozenset({"Split", "Digits", "Punctuation", "ByteLevel"})
 
 NO_PROBLEMS = (StoppedBySignal, KeyboardInterrupt, SystemExit, GeneratorExit)
-"""What ends a process, and says nothing about a tokenizer."""
+"""Errors that end a process, and say nothing about a tokenizer."""
 
 
 def encode(backend: Tokenizer, texts: list[str]) -> list[Encoding]:

@@ -14,7 +14,7 @@ from simpo_megatron.data.build_report import BuildReport
 from simpo_megatron.data.pair_options import PairOptions
 from simpo_megatron.data.shards import files_of
 from simpo_megatron.data.sources import Source, parse_sources
-from simpo_megatron.data.store import PairStore, open_store
+from simpo_megatron.data.store import PairStore, digest_of_tokenizer, open_store
 from simpo_megatron.data.tokenization import TokenizedPair
 from simpo_megatron.errors import DataError, listed, require
 
@@ -122,9 +122,18 @@ def build_preference_dataset(
     Raises: ConfigError: wrong files or weights; DataError: an error in a file.
     """
     sources = parse_sources(files)
+    digest = digest_of_tokenizer(tokenizer, options)
     groups = [
         [
-            open_store(file, tokenizer, options, str(cache_dir), build=build, num_workers=num_workers)
+            open_store(
+                file,
+                tokenizer,
+                options,
+                str(cache_dir),
+                build=build,
+                num_workers=num_workers,
+                tokenizer_digest=digest,
+            )
             for file in files_of(source.path)
         ]
         for source in sources

@@ -58,7 +58,9 @@ def _bar() -> Progress:
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (BarColumn(), TextColumn("{task.fields[records]:,} records"), TimeRemainingColumn())
-    return Progress(TextColumn("{task.description}"), *columns, console=Console(stderr=True), transient=True)
+    return Progress(
+        TextColumn("{task.description}"), *columns, console=Console(stderr=True), transient=True, refresh_per_second=2
+    )
 
 
 def _size_of_lines(path: str) -> int | None:

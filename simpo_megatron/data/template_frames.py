@@ -135,7 +135,7 @@ class _ContentFlow(NodeVisitor):
         self.kinds = {"messages": _MESSAGES}
 
     def generic_visit(self, node: nodes.Node, *args: object, **kwargs: object) -> _Kind:
-        """Of plain parts, any expression is plain."""
+        """The kind of any other expression: plain, for its parts must be."""
         if not isinstance(node, (nodes.Expr, nodes.Helper)):
             raise _UsesContentError
         self._require(node.iter_child_nodes(), _PLAIN)

@@ -1,4 +1,4 @@
-"""Where a response begins, shown by ids alone: the same cut as by offsets, and only where tokens are bytes."""
+"""The boundary of a response, shown by ids alone: the one that offsets show, and only where tokens are bytes."""
 
 import json
 import random

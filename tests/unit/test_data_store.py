@@ -79,6 +79,16 @@ def test_a_store_is_built_once_and_again_when_anything_changed(tmp_path):
     assert len(folders(tmp_path)) == len(fingerprints) == 5
 
 
+def test_the_tokenizer_is_hashed_once_for_all_shards(tmp_path, monkeypatch):
+    files = [str(write_pairs(tmp_path / f"{name}.jsonl", 10)) for name in "abc"]
+    identity, asked = store_module.tokenizer_identity, []
+    monkeypatch.setattr(store_module, "tokenizer_identity", lambda *of: asked.append(of) or identity(*of))
+    dataset = build(files, tmp_path)
+    assert len(asked) == 1 and len(dataset.stores) == 3
+    monkeypatch.undo()
+    assert build(files[0], tmp_path, build=False).stores[0].fingerprint == dataset.stores[0].fingerprint
+
+
 def test_the_fingerprint_depends_on_the_tokens_and_not_on_where_they_came_from(tmp_path):
     a = build(write_pairs(tmp_path / "a.jsonl", 10), tmp_path)
     b = build(write_pairs(tmp_path / "b.jsonl", 10), tmp_path / "elsewhere")
