@@ -40,6 +40,8 @@ READ_COLUMNS = frozenset(
 
 _MOST_PREFERRED = 3  # HelpSteer3's scale
 
+_BLANKS: tuple[Any, ...] = ("", [])
+
 _TEXT = re.compile(r"\S\s+\S")
 
 
@@ -67,12 +69,16 @@ class Columns:
     """Keys inside of columns that were read which were not, with what they hold."""
 
     def take(self, *names: str) -> tuple[str, Any]:
-        """Returns the first column of `names` that holds a value, and marks it as read; ("", None) for none."""
-        for name in names:
-            if self.row.get(name) is not None and name not in self.read:
-                self.read.add(name)
-                return name, self.row[name]
-        return "", None
+        """Returns the first column of `names` that holds a value, and marks it as read; ("", None) for none.
+
+        Tables have blank cells where a row has no value: one of them counts only where no other column holds one.
+        """
+        there = [name for name in names if self.row.get(name) is not None and name not in self.read]
+        found = next((name for name in there if self.row[name] not in _BLANKS), there[0] if there else None)
+        if found is None:
+            return "", None
+        self.read.add(found)
+        return found, self.row[found]
 
     def left(self) -> Iterator[tuple[str, Any]]:
         """Yields the columns that hold a value and were not read."""
@@ -145,6 +151,8 @@ def _find_prompt(columns: Columns, options: PairOptions) -> None:
     # A response that begins with its prompt needs no other; of other columns only `prompt` says that it is one.
     names: tuple[str, ...] = _PROMPT_COLUMNS[:1] if holds_prompt(columns.chosen) else _PROMPT_COLUMNS
     columns.conversation_key, columns.conversation = columns.take(*CONVERSATION_COLUMNS)
+    if columns.conversation in _BLANKS:
+        columns.conversation_key, columns.conversation = "", None
     if columns.conversation is not None and row.get("prompt") is None:
         names = ()
     columns.prompt_key, columns.prompt = columns.take(*names)

@@ -144,6 +144,17 @@ def test_messages_in_pythons_notation_are_refused_with_the_column(name):
         to_record(row, OPTIONS)
 
 
+@pytest.mark.parametrize("blank", ["", []])
+def test_a_blank_cell_of_a_table_stands_for_no_value(blank):
+    columns = {"conversations": blank, "messages": blank, "history": blank, "tools": blank}
+    record = to_record(PLAIN | columns, OPTIONS)
+    assert record.prompt == "Which way?" and record.reading.form.endswith("an explicit prompt")
+    asked = {key: value for key, value in PLAIN.items() if key != "prompt"} | {"prompt": blank, "question": "Why?"}
+    assert to_record(asked, OPTIONS).prompt == "Why?"
+    with pytest.raises(BadRecord, match="empty_prompt|prompt_mismatch|bad_type:prompt"):
+        to_record(PLAIN | {"prompt": blank}, OPTIONS)
+
+
 def test_the_two_columns_of_alpaca_are_one_question():
     row = {"instruction": "Point", "input": "to the north", "chosen": "There.", "rejected": "No."}
     assert to_record(row, OPTIONS).prompt == "Point\nto the north"
