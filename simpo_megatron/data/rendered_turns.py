@@ -325,7 +325,12 @@ class TurnRenderer:
             # Some templates put an empty reasoning in front of the last turn only.
             written = EMPTY_REASONING.sub("", written, count=1).lstrip()
         if not (written and room.startswith(written)):
-            end = self._end_of_answer(room, place.answer)
+            end = self._end_by_mark(text, start, place, following)
+            if end is None:
+                end = self._end_of_answer(room, place.answer)
+                # Where the answer stands twice, nothing shows which one is the turn's.
+                is_once = end is not None and self._end_of_answer(room[: end - 1], place.answer) is None
+                end = end if is_once else None
             special = None if end is None else self._special.search(room, end)
             if special is None:
                 raise mismatch("the template does not show where a turn of a response ends")
@@ -334,6 +339,16 @@ class TurnRenderer:
         if "reasoning_left_out" in findings:
             raise reasoning_left_out("a")
         return start, start + len(written), findings | ({"opened_reasoning_left_out"} if len(opened) > start else set())
+
+    def _end_by_mark(self, text: str, start: int, place: _Place, following: Message) -> int | None:
+        """Returns where the turn's content ends behind `start`, proven by a mark at its end; None where that fails."""
+        content = place.turn["content"].strip()
+        if not content or CONTENT_MARK in content:
+            return None
+        marked_turns = [*place.before, {**place.turn, "content": content + CONTENT_MARK}, following]
+        marked = self.render(marked_turns, place.tools)
+        end = marked.find(CONTENT_MARK, start)
+        return end - start if end >= 0 and marked[:end] == text[:end] else None
 
     def _until_end_token(self, place: _Place, response: str) -> str:
         """Returns `response` up to and with the special token that ends the turn, where the template writes one."""

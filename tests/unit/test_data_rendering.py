@@ -118,6 +118,33 @@ def test_turns_of_a_trajectory_whose_answers_stand_in_the_name_of_their_end_toke
         assert text == ["d<|im_end|>im<|im_end|>", "\n<|im_start|>user\nend<|im_end|>\n<|im_start|>assistant\n"], shape
 
 
+# Special tokens around the role, and another end for the last turn, as gpt-oss has.
+HEADERS = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}<|endoftext|>{{ m.content }}"
+    "{{ '<|endoftext|>' if loop.last and m.role == 'assistant' else '<|im_end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant<|endoftext|>{% endif %}"
+)
+
+
+@pytest.mark.parametrize("template", [SHAPES["channels"], SHAPES["capitals"], HEADERS])
+def test_an_answer_that_stands_in_the_header_of_the_next_turn_ends_before_it(template):
+    tokenizer, options = templated(template), PairOptions(responses="assistant", **WIDE)
+
+    def first_turn(answer):
+        said = ("user", "Who?"), ("assistant", answer), ("user", "Sure?"), ("assistant", "Quite.")
+        turns = [{"role": role, "content": content} for role, content in said]
+        row = {"chosen": turns, "rejected": [*turns[:1], {"role": "assistant", "content": "None."}]}
+        [result] = PairTokenizer(tokenizer, options).encode([to_record(row, options)])
+        ids, mask = result.pair.responses[0]
+        return tokenizer.decode(ids[: int(mask.argmin())])
+
+    usual = first_turn("7")
+    assert usual.endswith("7<|im_end|>")
+    for answer in ("user", "assistant", "final", "d", "the user"):
+        written = answer.upper() if template == SHAPES["capitals"] else answer
+        assert first_turn(answer) == usual.replace("7", written)
+
+
 def test_an_answer_may_end_in_several_special_tokens():
     ended = SHAPES["plain"].replace("<|im_end|>", "<|endoftext|><|im_end|>")
     assert encode(templated(ended), asked("a", "b"))[1:] == ("a<|endoftext|><|im_end|>", "b<|endoftext|><|im_end|>", ())

@@ -225,11 +225,6 @@ def test_a_call_without_a_text_begins_where_its_text_would():
     [
         (SHAPES["cuts"], [said("<think>two</think>4"), USER, said("5")], "template_leaves_out"),
         (SHAPES["opens"], [said("<think>two</think>4"), USER, said("5")], "template_leaves_out"),
-        (
-            SHAPES["plain"].replace("m.content", "(m.content if loop.last else m.content | upper)"),
-            [said("four"), USER, said("5")],
-            "template_mismatch",
-        ),
         (SHAPES["plain"].replace("<|im_end|>", ""), [said("4"), USER, said("5")], "template_mismatch"),
         (SHAPES["plain"], [CALL, FOUND, said("5")], "template_leaves_out"),
         ("none", [said("4"), USER, said("5")], "needs_template"),
@@ -240,6 +235,12 @@ def test_a_boundary_that_no_rendering_shows_refuses_the_pair(template, turns, re
     with pytest.raises(BadRecord) as refused:
         shown(templated(template), record_of(turns, [said("no")]), **options)
     assert refused.value.reason == reason
+
+
+def test_a_turn_that_is_rewritten_once_another_follows_ends_where_its_content_does_and_is_counted():
+    template = SHAPES["plain"].replace("m.content", "(m.content if loop.last else m.content | upper)")
+    chosen, notes = shown(templated(template), record_of([said("four"), USER, said("5")], [said("no")]))[1::2]
+    assert chosen.startswith("FOUR<|im_end|>[") and chosen.endswith("5<|im_end|>") and "text_rewritten" in notes
 
 
 def weighted(turn, **weights):
