@@ -44,7 +44,7 @@ _LOGGER = logging.getLogger(__name__)
 # Raised when older stores can no longer be read. Columns that were added to pairs.npy may be missing.
 FORMAT_VERSION = 3
 # Raised when records or templates are read otherwise, so that a store of the older reading is not taken for a new one.
-READING_VERSION = 2
+READING_VERSION = 3
 INDEX_MAGIC = b"MMIDIDX\x00\x00"
 INDEX_VERSION = 1
 INT32_CODE = 4
