@@ -6,12 +6,12 @@ import time
 from collections.abc import Callable
 
 import torch
+from megatron.core.distributed import DistributedDataParallel
 
 from simpo_megatron.gpu_check.small_model import log_probs, microbatch_of, random_model, random_pairs
 from simpo_megatron.gpu_check.timing import median_seconds, relative_error
 from simpo_megatron.gpu_check.verdict import CheckSetting, Verdict
 from simpo_megatron.mcore.batch import Microbatch
-from simpo_megatron.mcore.model import PreferenceGPTModel
 
 FP32_BUDGET, BF16_BUDGET = 2e-5, 3e-2
 """Relative errors of log-probs and of the embedding's gradient; kernels sum in different orders."""
@@ -34,17 +34,17 @@ def check_packs(setting: CheckSetting) -> Verdict:
 
 
 def _log_probs_and_gradient(
-    model: PreferenceGPTModel, microbatches: list[Microbatch]
+    model: DistributedDataParallel, microbatches: list[Microbatch]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(log-probs by pair, response and token; gradient of their sum in the embedding)."""
-    model.zero_grad()
+    model.zero_grad_buffer()
     found = []
     for microbatch in microbatches:
         log_probs_N = log_probs(model, microbatch)
         log_probs_N.sum().backward()
         order = torch.argsort(microbatch.response_tokens.sequence_N.cpu(), stable=True)
         found.append(log_probs_N.detach()[order.to(log_probs_N.device)])
-    return torch.cat(found), model.embedding.word_embeddings.weight.grad.float()
+    return torch.cat(found), model.module.embedding.word_embeddings.weight.main_grad.clone()
 
 
 def measure_pack(setting: CheckSetting) -> Verdict:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel
 
 from simpo_megatron import parallel
 from simpo_megatron.config import config_from
@@ -16,13 +17,16 @@ from simpo_megatron.gpu_check.verdict import CheckSetting
 from simpo_megatron.mcore import cpu_patches, device
 from simpo_megatron.mcore.batch import Microbatch, to_microbatch
 from simpo_megatron.mcore.families import describe_hf_config
-from simpo_megatron.mcore.model import PreferenceGPTModel, build_model
+from simpo_megatron.mcore.model import build_model, wrap_in_ddp
 from simpo_megatron.parallel_sizes import ParallelSizes
 
 
 @contextmanager
-def random_model(setting: CheckSetting, *, bf16: bool) -> Iterator[PreferenceGPTModel]:
-    """A Llama of a few layers with eight query heads for each key head, and weights of a fixed seed."""
+def random_model(setting: CheckSetting, *, bf16: bool) -> Iterator[DistributedDataParallel]:
+    """A Llama of a few layers with eight query heads for each key head, and weights of a fixed seed.
+
+    Its gradients go to `main_grad` as in a run: on a GPU megatron's layers add them there themselves.
+    """
     cpu_patches.install()
     heads = setting.size(16, 8)
     shape = {
@@ -43,11 +47,11 @@ def random_model(setting: CheckSetting, *, bf16: bool) -> Iterator[PreferenceGPT
         groups = parallel.initialize(ParallelSizes(), backend=device.backend())
         parallel.seed_everything(1)
         config = config_from(model="m", data=("d",), bf16=bf16)
-        (model,) = build_model(describe_hf_config(shape, "config.json"), config, groups)
+        (model,) = wrap_in_ddp(build_model(describe_hf_config(shape, "config.json"), config, groups), config)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 parameter.fill_(1.0) if "norm" in name else parameter.normal_(std=0.02)
-        yield model.bfloat16() if bf16 else model
+        yield model
     finally:
         parallel.shut_down()
 
@@ -68,7 +72,7 @@ def microbatch_of(pairs: list[TokenizedPair], setting: CheckSetting, **options: 
     return to_microbatch(collate(pairs, range(len(pairs)), batch_options), setting.device)
 
 
-def log_probs(model: PreferenceGPTModel, microbatch: Microbatch) -> torch.Tensor:
+def log_probs(model: DistributedDataParallel, microbatch: Microbatch) -> torch.Tensor:
     """Log-probs of the response tokens of one microbatch, [N], with gradients."""
     found: torch.Tensor = model(
         microbatch.tokens_BS,

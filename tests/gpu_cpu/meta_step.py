@@ -2,7 +2,7 @@
 
     meta_step.py FOLDER     FOLDER/job.json: {case: {"model": shape, "options": ..., "stage": ..., "pairs": lengths}}
 
-A case may `plant` what must not be, one of PLANTS.
+A case may `plant` what must not be, one of PLANTS. A `check` is gpu-check's own model, at the size of a GPU.
 
 The model is megatron's own on local layers, under its DDP, the ranks' peers are played by torch's fake backend. What
 makes the host wait for a GPU cannot be done with a tensor of the meta device and raises: item, tolist, bool, nonzero, a
@@ -69,6 +69,8 @@ from transformers import LlamaConfig  # noqa: E402
 from simpo_megatron import parallel  # noqa: E402
 from simpo_megatron.config import Config, config_from  # noqa: E402
 from simpo_megatron.data import BatchOptions, PreferenceBatch, TokenizedPair, collate  # noqa: E402
+from simpo_megatron.gpu_check.small_model import log_probs, microbatch_of, random_model, random_pairs  # noqa: E402
+from simpo_megatron.gpu_check.verdict import CheckSetting  # noqa: E402
 from simpo_megatron.mcore.batch import Microbatch, to_microbatch  # noqa: E402
 from simpo_megatron.mcore.families import describe_hf_model  # noqa: E402
 from simpo_megatron.mcore.forward_step import ForwardStep  # noqa: E402
@@ -194,6 +196,24 @@ def play(folder: Path, case: dict) -> dict:
         parallel.shut_down()
 
 
+class OnMeta(CheckSetting):
+    """What a check works with on a GPU, with the meta device in its place."""
+
+    device = META
+
+
+def play_check() -> dict:
+    """What the second pass through gpu-check's own model asked; the first one may ask for anything."""
+    device.backend = lambda: "fake"
+    setting = OnMeta(folder=Path())
+    with norms_of_a_gpu(), random_model(setting, bf16=True) as model:
+        pack = microbatch_of(random_pairs(setting, 8, 300), setting)
+        log_probs(model, pack).sum().backward()
+        with Asked() as asked:
+            log_probs(model, pack).sum().backward()
+    return {"copies": asked.copies, "forward": asked.operations}
+
+
 def run(chunk: torch.nn.Module, microbatch: Microbatch, config: Config, *, is_last: bool, is_first: bool) -> Tensor:
     if not is_first:
         rows, length = microbatch.tokens_BS.shape
@@ -210,7 +230,7 @@ if __name__ == "__main__":
     target = Path(sys.argv[1])
     for name, the_case in json.loads((target / "job.json").read_text()).items():
         try:
-            found = play(target / "model", the_case)
+            found = play_check() if the_case.get("check") else play(target / "model", the_case)
         except Exception as error:  # what a tensor of the meta device cannot do, a GPU waits for
             found = {"raised": f"{type(error).__name__}: {error}"}
         print(json.dumps({"case": name, **found}), flush=True)

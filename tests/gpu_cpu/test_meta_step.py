@@ -71,7 +71,7 @@ MOST = {"forward": 40, "backward": 48}
 def asked(tmp_path_factory) -> dict[str, dict]:
     """By case, what a rank's GPU would be asked."""
     folder = tmp_path_factory.mktemp("meta")
-    (folder / "job.json").write_text(json.dumps(CASES | PLANTED | WAITS))
+    (folder / "job.json").write_text(json.dumps(CASES | PLANTED | WAITS | {"check": {"check": True}}))
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
         [sys.executable, WORKER, folder], env=environment, capture_output=True, text=True, timeout=600
@@ -107,6 +107,12 @@ def test_a_layer_has_one_attention_two_norms_and_four_products_each_way(asked):
     for phase, expected in kernels.items():
         assert {name: (four[phase][name] - two[phase][name]) / 2 for name in expected} == expected
     assert "grad accumulation fusion: on" in two["kernels"]
+
+
+def test_the_model_of_gpu_check_runs_as_on_a_gpu_and_asks_nothing(asked):
+    """Checks B1, B2 and S1 compute with it; on a GPU megatron's layers want a `main_grad` there, on a CPU they do not."""
+    assert "raised" not in asked["check"], asked["check"]
+    assert asked["check"]["copies"] == [] and asked["check"]["forward"]["addmm.dtype_out"] == 4 * 4 + 1
 
 
 def test_what_is_planted_is_found(asked):
