@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from collections import Counter
 from pathlib import Path
 from statistics import median
@@ -11,7 +12,7 @@ from typing import Any
 from simpo_megatron.config import config_from
 from simpo_megatron.data import build_preference_dataset, load_tokenizer
 from simpo_megatron.demo import prepare_demo
-from simpo_megatron.gpu_check.user_runs import last_line, records, train
+from simpo_megatron.gpu_check.user_runs import SmallRun, last_line, records, train
 from simpo_megatron.gpu_check.verdict import CheckSetting, Verdict
 from simpo_megatron.mcore.families import describe_hf_model
 from simpo_megatron.planning.memory import stage_memory
@@ -21,19 +22,24 @@ from simpo_megatron.planning.workload import Workload
 MFU_BUDGET, BUSY_BUDGET, RESERVED_BUDGET = 0.45, 0.95, 1.15
 PLAN_BUDGET = 0.15
 """Largest difference between peak and planned memory, as a share of the plan."""
-_NUM_STEPS, _PROFILED = 12, (8, 10)
+_PROFILED = (8, 9)
+"""The step during which the profiler starts up, and the one that it records."""
 
 
 def measure_steps(setting: CheckSetting) -> Verdict:
     """Checks for 45 % MFU, memory as planned, little reserved beyond it, and no allocation retries."""
-    folder = setting.folder / "large"
-    options = model_options(setting)
-    done = train(setting, folder, *options)
-    if done.returncode:
-        return Verdict.of(False, f"exit code {done.returncode}: {last_line(done)}", "0")
+    folder, num_steps = setting.folder / "large", _num_steps(setting)
+    # Ended before the checkpoint of its last step, 21 GB that nobody reads, is written.
+    options = (*model_options(setting), "--train-iters", str(num_steps + 1))
+    done = train(setting, SmallRun(folder, options, fault=f"step@{num_steps + 1}:0:kill"))
     steps = [record for record in records(folder) if "grad_norm" in record]
-    # The first steps compile and warm up; profiled ones are slower.
-    steady = [step for step in steps if 3 < step["iteration"] <= _PROFILED[0]] or steps
+    if done.returncode != -signal.SIGKILL or len(steps) != num_steps:
+        return Verdict.of(
+            False,
+            f"exit code {done.returncode} after {len(steps)} steps: {last_line(done)}",
+            f"{num_steps} steps and SIGKILL",
+        )
+    steady = _steady(steps)
     found: dict[str, Any] = {
         key: median(step[key] for step in steady)
         for key in ("tokens_per_second", "tflops_per_gpu", "mfu", "data_seconds", "forward_backward_seconds")
@@ -78,16 +84,22 @@ def _planned_bytes(setting: CheckSetting) -> float:
 
 
 def measure_occupation(setting: CheckSetting) -> Verdict:
-    """Checks that the GPU works for 95 % of two steps, by the trace of `measure_steps`."""
+    """Checks that the GPU works for 95 % of a step, by the trace and the times of `measure_steps`.
+
+    The kernels are those of the profiled step, the time is that of the others: recording Python's stacks delays it.
+    """
     traces = list((setting.folder / "large" / "profile").glob("*.pt.trace.json"))
     if not traces:
         return Verdict.skip("no trace: the check of a model of 1B parameters has not run here")
     events = json.loads(traces[0].read_text(encoding="utf-8"))["traceEvents"]
     kernels = [e for e in events if e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
     steps = [e for e in events if e.get("cat") == "user_annotation" and e["name"].startswith("step ")]
-    if setting.rehearse or not kernels:
-        return Verdict.of(setting.rehearse and bool(steps), f"{len(steps)} steps, {len(kernels)} kernels", "not judged")
-    busy = _covered([(k["ts"], k["ts"] + k["dur"]) for k in kernels]) / sum(step["dur"] for step in steps)
+    if setting.rehearse or not steps or not kernels:
+        found = f"{len(steps)} steps, {len(kernels)} kernels in the trace"
+        return Verdict.of(setting.rehearse and bool(steps), found, "not judged" if setting.rehearse else "some of both")
+    covered = _covered([(k["ts"], k["ts"] + k["dur"]) for k in kernels]) / 1e6 / len(steps)
+    timed = _steady([record for record in records(setting.folder / "large") if "grad_norm" in record])
+    busy = covered * median(step["pairs_per_second"] for step in timed) / _shape(setting)["global_batch_size"]
     by_name: Counter[str] = Counter()
     for kernel in kernels:
         by_name[kernel["name"][:80]] += kernel["dur"]
@@ -95,7 +107,7 @@ def measure_occupation(setting: CheckSetting) -> Verdict:
     launches = len(kernels) / len(steps)
     return Verdict.of(
         busy >= BUSY_BUDGET,
-        f"{busy:.0%} busy, {launches:,.0f} launches a step",
+        f"{busy:.0%} of a step's time busy, {launches:,.0f} launches a step",
         f"{BUSY_BUDGET:.0%}",
         top_kernels_ms=top,
     )
@@ -110,13 +122,22 @@ def _covered(spans: list[tuple[float, float]]) -> float:
     return total
 
 
+def _steady(steps: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Those after the first ones, which compile and warm up, and before the profiler, which slows them."""
+    return [step for step in steps if 3 < step["iteration"] < _PROFILED[0]] or steps
+
+
+def _num_steps(setting: CheckSetting) -> int:
+    return setting.size(12, 3)
+
+
 def model_options(setting: CheckSetting) -> list[str]:
     """Options of a run of the large model on long pairs; writes both if they are missing."""
     model, pairs = model_and_pairs(setting)
     options = ["--model", str(model), "--data", str(pairs), "--log-interval", "1", "--lr", "1e-6"]
     for name, value in _shape(setting).items():
         options += [f"--{name.replace('_', '-')}", str(value)]
-    options += ["--train-iters", str(setting.size(_NUM_STEPS, 3)), "--profile", "--use-pytorch-profiler"]
+    options += ["--train-iters", str(_num_steps(setting)), "--profile", "--use-pytorch-profiler"]
     first, last = _PROFILED if not setting.rehearse else (1, 2)
     return [*options, "--profile-step-start", str(first), "--profile-step-end", str(last)]
 
@@ -128,7 +149,7 @@ def model_and_pairs(setting: CheckSetting) -> tuple[Path, Path]:
 
 def _shape(setting: CheckSetting) -> dict[str, int]:
     return {
-        "global_batch_size": setting.size(64, 8),
+        "global_batch_size": setting.size(32, 8),
         "tokens_per_microbatch": setting.size(8192, 1024),
         "max_length": setting.size(2048, 512),
         "max_prompt_length": setting.size(1024, 256),

@@ -14,6 +14,9 @@ from simpo_megatron.loss import ResponseTokens, VocabShard, fused_linear_log_pro
 
 FP32_BUDGET = 2e-6
 """For fp32 sums of a few thousand terms; TF32 is off by default."""
+FP32_HIDDEN_BUDGET = 1e-5
+"""For sums over the vocabulary. A GPU adds one column at a time: 2^-24 times the root of 32,061 of them. Such a product,
+imitated on a CPU, was off by 3e-6 to 4.5e-6; a CPU's own product adds in blocks and is more exact."""
 BF16_GRADIENT_BUDGET = 1.5e-2
 """For slopes that are rounded to bf16, 2^-8 each, before they are multiplied and summed."""
 BF16_LOGP_FACTOR = 1.5
@@ -62,7 +65,7 @@ def check_exactness(setting: CheckSetting) -> Verdict:
             if not error <= budget:
                 failed.append(f"{case}: {name} {error:.2g} > {budget:.2g}")
     value = "; ".join(failed[:3]) or f"{len(_CASES)} cases, the worst at {worst:.0%} of its budget"
-    return Verdict.of(not failed, value, "fp32 2e-6; bf16 1.5 x exact, gradients 1.5e-2", errors=errors)
+    return Verdict.of(not failed, value, "fp32 2e-6, dH 1e-5; bf16 1.5 x exact, gradients 1.5e-2", errors=errors)
 
 
 def _errors(case: _Case, setting: CheckSetting) -> dict[str, tuple[float, float]]:
@@ -97,12 +100,13 @@ def _errors(case: _Case, setting: CheckSetting) -> dict[str, tuple[float, float]
         (logp * slope).sum().backward()
     exact, *gradients = _in_float64(hidden, weight, rows, targets, slope, vocab, case.softcap)
     errors = {"logp": (_largest(logp.detach(), exact), _logp_budget(case, hidden, weight, rows, targets, exact, vocab))}
-    budget = FP32_BUDGET if case.dtype == torch.float32 else BF16_GRADIENT_BUDGET
+    is_wide = case.dtype == torch.float32
     assert hidden.grad is not None
+    budget = FP32_HIDDEN_BUDGET if is_wide else BF16_GRADIENT_BUDGET
     errors["dH"] = (relative_error(hidden.grad, times * gradients[0]), budget)
     if not case.freezes_weight:
         found = weight.main_grad if case.adds_to_main_grad else weight.grad
-        errors["dW"] = (relative_error(found, times * gradients[1]), budget)
+        errors["dW"] = (relative_error(found, times * gradients[1]), FP32_BUDGET if is_wide else BF16_GRADIENT_BUDGET)
     return errors
 
 

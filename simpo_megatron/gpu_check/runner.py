@@ -41,13 +41,14 @@ def run_checks(
     try:
         for check in checks:
             started = time.monotonic()
-            left = deadline - started
-            limit = min(_REHEARSAL_SECONDS if setting.rehearse else check.seconds, left)
-            verdict = worker.run(check, limit) if left > _LEAST_SECONDS else Verdict.skip("out of time")
+            limit = _REHEARSAL_SECONDS if setting.rehearse else check.seconds
+            verdict = worker.run(check, limit, deadline)
             num_failed += verdict.result == "FAIL"
             took = time.monotonic() - started
             line = {"check": check.name, "title": check.title, **asdict(verdict), "seconds": round(took, 1)}
-            out.write(json.dumps(line) + "\n")
+            # JSON has no numbers for an error that is infinite; they are written as words.
+            strict = json.loads(json.dumps(line), parse_constant=str)
+            out.write(json.dumps(strict) + "\n")
             out.flush()
             os.fsync(out.fileno())
             budget = f"  (budget: {verdict.budget})" if verdict.budget else ""
@@ -65,10 +66,13 @@ class _Worker:
         self._process: multiprocessing.process.BaseProcess | None = None
         self._connection: Connection | None = None
 
-    def run(self, check: Check, seconds: float) -> Verdict:
-        """The verdict of `check`, FAIL if there is none after so many seconds."""
-        if self._process is None or not self._process.is_alive():
-            self._start()
+    def run(self, check: Check, seconds: float, deadline: float) -> Verdict:
+        """The verdict of `check`, FAIL if there is none after so many seconds, SKIP if too few are left for it."""
+        if time.monotonic() < deadline and (self._process is None or not self._process.is_alive()):
+            self._start(deadline)
+        seconds = min(seconds, deadline - time.monotonic())
+        if seconds < _LEAST_SECONDS:
+            return Verdict.skip("out of time")
         assert self._connection is not None and self._process is not None
         try:
             self._connection.send(check)
@@ -84,7 +88,7 @@ class _Worker:
             )
         return verdict
 
-    def _start(self) -> None:
+    def _start(self, deadline: float) -> None:
         # The child must not inherit CUDA state of this process.
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
@@ -93,7 +97,7 @@ class _Worker:
         theirs.close()
         # The time of its imports counts for no check. A process that does not start fails its check.
         with suppress(EOFError):
-            if self._connection.poll(_LONGEST_START_SECONDS):
+            if self._connection.poll(min(_LONGEST_START_SECONDS, deadline - time.monotonic())):
                 self._connection.recv()
 
     def end(self) -> None:

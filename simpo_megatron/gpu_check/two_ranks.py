@@ -10,8 +10,8 @@ from simpo_megatron.gpu_check.timing import relative_error
 from simpo_megatron.gpu_check.verdict import CheckSetting, Verdict
 from simpo_megatron.loss import ResponseTokens, VocabShard, fused_linear_log_probs
 
-BUDGET = 5e-6
-"""Relative error in fp32 of sums in two halves."""
+BUDGET = 1e-5
+"""Relative error in fp32. A GPU adds 8,000 columns one at a time: 2^-24 times their root, on either side."""
 
 
 def check_two_ranks(setting: CheckSetting) -> Verdict:

@@ -24,23 +24,16 @@ class SmallRun:
     folder: Path
     options: tuple[str, ...]
     fault: str | None = None
+    compiles: bool = True
+    """False: megatron's fused functions run as they are written, for compiling them takes longer than the run."""
 
 
-def train(setting: CheckSetting, folder: Path, *options: str) -> Ended:
-    """`simpo train OPTIONS --save FOLDER` in a process of its own, on this check's device."""
-    return _start(setting, SmallRun(folder, options))
-
-
-def train_side_by_side(setting: CheckSetting, *runs: SmallRun) -> list[Ended]:
-    """The results of small runs at the same time on this device; they take longer to start than to compute."""
-    with ThreadPoolExecutor(len(runs)) as pool:
-        return list(pool.map(lambda run: _start(setting, run), runs))
-
-
-def _start(setting: CheckSetting, run: SmallRun) -> Ended:
+def train(setting: CheckSetting, run: SmallRun) -> Ended:
+    """The result of `run` in a process of its own, on this check's device."""
     environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
     environment |= {"CUDA_VISIBLE_DEVICES": ""} if setting.rehearse else {}
     environment |= {} if run.fault is None else {faults.VARIABLE: run.fault}
+    environment |= {} if run.compiles else {"TORCH_COMPILE_DISABLE": "1"}
     cache = ["--data-cache", str(setting.folder / "cache")]
     return subprocess.run(  # noqa: S603 - our own command
         [sys.executable, "-m", "simpo_megatron", "train", *run.options, *cache, "--save", str(run.folder)],
@@ -49,6 +42,12 @@ def _start(setting: CheckSetting, run: SmallRun) -> Ended:
         capture_output=True,
         text=True,
     )
+
+
+def train_side_by_side(setting: CheckSetting, *runs: SmallRun) -> list[Ended]:
+    """The results of small runs at the same time on this device; they take longer to start than to compute."""
+    with ThreadPoolExecutor(len(runs)) as pool:
+        return list(pool.map(lambda run: train(setting, run), runs))
 
 
 def records(folder: Path) -> list[dict[str, Any]]:

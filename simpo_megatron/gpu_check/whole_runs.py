@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from simpo_megatron.data import PairOptions, build_preference_dataset, load_tokenizer
@@ -18,8 +20,8 @@ _LOGPS = "eval/logps/chosen"
 def check_demo(setting: CheckSetting) -> Verdict:
     """Checks that the demo learns, and that transformers computes the trainer's log-probs from its export."""
     folder, export = setting.folder / "demo", setting.folder / "demo_hf"
-    steps = str(setting.size(40, 3))
-    done = train(setting, folder, "--train-iters", steps, "--export-hf", str(export), "--export-dtype", "stored")
+    options = ("--train-iters", str(setting.size(40, 3)), "--export-hf", str(export), "--export-dtype", "stored")
+    done = train(setting, SmallRun(folder, options))
     if done.returncode:
         return Verdict.of(False, f"exit code {done.returncode}: {last_line(done)}", "0")
     evaluations = [record for record in records(folder) if _LOGPS in record]
@@ -67,12 +69,10 @@ def check_resume(setting: CheckSetting) -> Verdict:
     straight, stopped = setting.folder / "straight", setting.folder / "stopped"
     common = (*_small(setting), "--train-iters", "4", "--save-interval", "4", "--log-interval", "1")
     common += ("--deterministic", "--resume", "latest", "--export-hf")
-    ends = train_side_by_side(
-        setting,
-        SmallRun(straight, (*common, str(setting.folder / "straight_hf"))),
-        SmallRun(stopped, (*common, str(setting.folder / "stopped_hf")), fault="step@3:0:sigterm"),
-    )
-    ends.append(train(setting, stopped, *common, str(setting.folder / "stopped_hf")))
+    without_a_stop = SmallRun(straight, (*common, str(setting.folder / "straight_hf")), compiles=False)
+    resumed = SmallRun(stopped, (*common, str(setting.folder / "stopped_hf")), compiles=False)
+    ends = train_side_by_side(setting, without_a_stop, replace(resumed, fault="step@3:0:sigterm"))
+    ends.append(train(setting, resumed))
     codes = [end.returncode for end in ends]
     if codes != [0, 75, 0]:
         said = next(last_line(end) for end, code in zip(ends, (0, 75, 0), strict=True) if end.returncode != code)
@@ -86,12 +86,12 @@ def check_resume(setting: CheckSetting) -> Verdict:
 def check_ends(setting: CheckSetting) -> Verdict:
     """Checks the exit codes of a NaN and of too little memory; `check_resume` has that of a signal."""
     steps = (*_small(setting), "--train-iters", "2")
-    (nan,) = train_side_by_side(setting, SmallRun(setting.folder / "nan", steps, fault="backward@2:0:nan"))
+    nan = train(setting, SmallRun(setting.folder / "nan", steps, fault="backward@2:0:nan", compiles=False))
     found, expected = {"NaN": nan.returncode}, {"NaN": 5}
     if not setting.rehearse:
         # All pairs in one pack: a terabyte of activations, which the probe before step 1 cannot allocate.
-        huge = [*model_options(setting), "--global-batch-size", "768", "--tokens-per-microbatch", "10000000"]
-        found["memory"] = train(setting, setting.folder / "memory", *huge).returncode
+        huge = (*model_options(setting), "--global-batch-size", "768", "--tokens-per-microbatch", "10000000")
+        found["memory"] = train(setting, SmallRun(setting.folder / "memory", huge, compiles=False)).returncode
         expected["memory"] = 2
     value = ", ".join(f"{name} {code}" for name, code in found.items())
     return Verdict.of(found == expected, value, ", ".join(f"{name} {code}" for name, code in expected.items()))

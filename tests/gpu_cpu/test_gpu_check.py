@@ -15,9 +15,9 @@ import pytest
 from odd_checks import dies, hangs, passes, raises
 
 from simpo_megatron.commands import gpu_check
-from simpo_megatron.gpu_check import whole_runs
+from simpo_megatron.gpu_check import large_model, whole_runs
 from simpo_megatron.gpu_check.listing import CHECKS, START_SECONDS
-from simpo_megatron.gpu_check.runner import run_checks
+from simpo_megatron.gpu_check.runner import _Worker, run_checks
 from simpo_megatron.gpu_check.verdict import Check, CheckSetting
 
 pytestmark = pytest.mark.processes
@@ -71,6 +71,7 @@ def test_a_check_that_hangs_dies_or_raises_fails_alone(tmp_path, monkeypatch):
     num_failed, results, said = run(tmp_path, passes, raises, dies, passes, hangs, passes)
     assert [result["result"] for result in results] == ["PASS", "FAIL", "FAIL", "PASS", "FAIL", "PASS"]
     assert num_failed == 3 and len(said) == 6
+    assert results[0]["details"] == {"error": "Infinity"}, "a word, for JSON has no such number"
     assert results[1]["value"] == "ValueError: a sentence" and "exit code 3" in results[2]["value"]
     assert results[4]["value"] == "no verdict after 20 s" and 20 <= results[4]["seconds"] < 60
     assert len({results[place]["value"] for place in (0, 3, 5)}) == 3, "each failure but one cost a process"
@@ -111,6 +112,42 @@ def test_checks_that_the_time_does_not_reach_are_skipped_by_name(tmp_path):
         ("T0", "SKIP", "out of time"),
         ("T1", "SKIP", "out of time"),
     ]
+
+
+def test_no_process_is_started_when_the_time_is_over(tmp_path):
+    worker = _Worker(CheckSetting(folder=tmp_path))
+    assert worker.run(Check("T0", "a test", 20, passes), 20, time.monotonic() - 1).result == "SKIP"
+    assert worker._process is None
+
+
+def large_run(folder: Path, *, steps: int, pairs_per_second: float = 32) -> CheckSetting:
+    """A setting on a GPU in which the run of the large model has left steps and, of one, 0.9 s of kernels."""
+    (folder / "large" / "profile").mkdir(parents=True)
+    lines = [{"iteration": n + 1, "grad_norm": 1.0, "pairs_per_second": pairs_per_second} for n in range(steps)]
+    (folder / "large" / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    kernels = [{"cat": "kernel", "name": "k", "ts": 4e5 * n, "dur": 5e5} for n in range(2)]
+    kernels += [{"cat": "gpu_memset", "name": "m", "ts": 1e5, "dur": 1e5}]
+    step = {"cat": "user_annotation", "name": "step 9", "ts": 0, "dur": 9e6}
+    trace = {"traceEvents": [step, {"cat": "cpu_op", "name": "mm", "ts": 0, "dur": 9e6}, *kernels]}
+    (folder / "large" / "profile" / "rank0000.1.pt.trace.json").write_text(json.dumps(trace))
+    return CheckSetting(folder=folder)
+
+
+@pytest.mark.parametrize(("pairs_per_second", "result"), [(34, "PASS"), (32, "FAIL")])
+def test_a_gpu_is_busy_by_its_kernels_and_the_time_of_steps_without_the_profiler(pairs_per_second, result, tmp_path):
+    """0.9 s of kernels in steps of 32 pairs: 96 % of them at 34 pairs a second, 90 % at 32."""
+    verdict = large_model.measure_occupation(large_run(tmp_path, steps=12, pairs_per_second=pairs_per_second))
+    assert verdict.result == result and f"{0.9 * pairs_per_second / 32:.0%} of a step" in verdict.value
+    assert verdict.details["top_kernels_ms"] == {"k": 1000.0, "m": 100.0}
+
+
+@pytest.mark.parametrize(("code", "steps"), [(0, 12), (-9, 4), (1, 12)])
+def test_a_large_run_that_ends_otherwise_than_after_its_steps_fails(code, steps, monkeypatch, tmp_path):
+    setting = large_run(tmp_path, steps=steps)
+    monkeypatch.setattr(large_model, "model_options", lambda _: [])
+    monkeypatch.setattr(large_model, "train", lambda *_: subprocess.CompletedProcess([], code, "", "a reason"))
+    verdict = large_model.measure_steps(setting)
+    assert verdict.result == "FAIL" and verdict.value == f"exit code {code} after {steps} steps: a reason"
 
 
 @pytest.mark.parametrize(
