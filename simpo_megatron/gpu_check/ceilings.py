@@ -8,6 +8,7 @@ import torch
 
 from simpo_megatron.gpu_check.timing import median_seconds
 from simpo_megatron.gpu_check.verdict import CheckSetting, Verdict
+from simpo_megatron.loss.triton_needs import missing_for_triton
 from simpo_megatron.planning.gpus import peak_bf16_flops
 
 _PACKAGES = ("torch", "triton", "megatron-core", "transformers", "transformer-engine", "liger-kernel")
@@ -24,6 +25,7 @@ def measure_ceilings(setting: CheckSetting) -> Verdict:
     product = median_seconds(lambda: left @ right, setting)
     copy = median_seconds(lambda: target.copy_(source), setting)
     flops, bandwidth = 2 * size**3 / product, 2 * num_bytes / copy
+    missing = missing_for_triton()
     details = {
         "versions": {name: _version(name) for name in _PACKAGES},
         "gemm_tflops": flops / 1e12,
@@ -37,11 +39,12 @@ def measure_ceilings(setting: CheckSetting) -> Verdict:
     foreign = (total - free - torch.cuda.memory_reserved()) / 2**30
     peak = peak_bf16_flops(name)
     details |= {"device": name, "cuda": torch.version.cuda, "memory_gib": total / 2**30, "foreign_gib": foreign}
-    holds = foreign < _FOREIGN_GIB and (peak is None or flops > 0.5 * peak)
+    holds = foreign < _FOREIGN_GIB and (peak is None or flops > 0.5 * peak) and missing is None
+    value += f", Triton lacks {missing}" if missing else ""
     return Verdict.of(
         holds,
         f"{name}: {value}, {foreign:.1f} GiB in use beside torch's",
-        f"half of the peak, {_FOREIGN_GIB:g} GiB for CUDA itself",
+        f"half of the peak, {_FOREIGN_GIB:g} GiB for CUDA itself, what Triton compiles with",
         **details,
     )
 

@@ -21,8 +21,6 @@ slice, b one block of it, N response tokens, n those of them whose target lies i
 
 from __future__ import annotations
 
-import functools
-import importlib.util
 from types import ModuleType
 from typing import Literal
 
@@ -36,6 +34,7 @@ from simpo_megatron.loss.head import HeadCall
 from simpo_megatron.loss.rows import RowSelection
 from simpo_megatron.loss.softcap import SoftCap
 from simpo_megatron.loss.tokens import ResponseTokens, VocabShard, check_targets
+from simpo_megatron.loss.triton_needs import missing_for_triton
 
 Backend = Literal["torch", "triton"]
 
@@ -82,7 +81,7 @@ def fused_linear_log_probs(
             likely token a probability above 1.
         accumulate_into_main_grad: add the weight gradient to `weight_vH.main_grad` where there is one, as
             Megatron's linear layers do under gradient accumulation fusion, and set `grad_added_to_main_grad`.
-        backend: "triton" or "torch"; None: Triton for fp32 and bf16 on a GPU where it is installed, else torch.
+        backend: "triton" or "torch"; None: Triton for fp32 and bf16 on a GPU where it can compile, else torch.
 
     Collectives: forward one all-gather of [2, N] fp32 over `tp_group`; backward one all-reduce of [N, H] in
     the hidden dtype, when the hidden states need a gradient. With `sequence_parallel` the forward also
@@ -122,13 +121,8 @@ def fused_linear_log_probs(
 def _backend_for(hidden_SBH: Tensor) -> Backend:
     """Triton where its kernels can be compiled (meta tensors count as a GPU's), else torch."""
     is_on_gpu = hidden_SBH.device.type in ("cuda", "meta")
-    has_kernels = hidden_SBH.dtype in (torch.float32, torch.bfloat16) and _has_triton()
+    has_kernels = hidden_SBH.dtype in (torch.float32, torch.bfloat16) and missing_for_triton() is None
     return "triton" if is_on_gpu and has_kernels else "torch"
-
-
-@functools.cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
 
 
 def _module_of(backend: Backend) -> ModuleType:

@@ -10,7 +10,12 @@ from torch import Tensor
 
 @functools.cache
 def has_wide_products() -> bool:
-    """Returns whether torch can write a product of bf16 matrices in fp32 on a GPU (2.10 and newer do)."""
+    """Returns whether torch can write a product of bf16 matrices in fp32 on a GPU, and add it to fp32.
+
+    Before 2.10 its kernel refuses to add to fp32, which its shapes on the meta device do not tell (pytorch #167931).
+    """
+    if torch.__version__ < "2.10":
+        return False
     empty = torch.empty(1, 1, dtype=torch.bfloat16, device="meta")
     wide = empty.float()
     try:

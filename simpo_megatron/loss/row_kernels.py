@@ -2,7 +2,8 @@
 
 Importable only where Triton is installed. As operators they have shapes on the meta device and names in a profile.
 The width of a block is a constant of the kernel. A head has one or two widths, so the kernel is compiled once or
-twice, and every version of Triton's interpreter can run the loop over it.
+twice, and every version of Triton's interpreter can run the loop over it. Triton launches on the current GPU, which is
+not always that of the tensors.
 
 Shapes: N response tokens, b columns of a block.
 """
@@ -24,7 +25,11 @@ def _capped(logits, CAP: tl.constexpr):
     return CAP * (1.0 - 2.0 / (1.0 + tl.exp(2.0 * logits / CAP)))
 
 
-@triton.jit
+# Numbers of a microbatch: compiled once whether or not 16 divides them, and not again at some later step.
+_VARYING = ["first_id", "num_rows"]
+
+
+@triton.jit(do_not_specialize=_VARYING)
 def _row_stats(
     logits,
     stride,
@@ -68,7 +73,7 @@ def _row_stats(
         tl.store(stats + 2 * num_rows + n, at_target)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_id"])
 def _slopes(
     logits,
     stride,
@@ -108,18 +113,19 @@ def row_stats(logits_Nb: Tensor, targets_N: Tensor, first_id: int, stats_3N: Ten
         cap: the soft cap; 0 for none.
     """
     num_rows, width = logits_Nb.shape
-    _row_stats[(num_rows,)](
-        logits_Nb,
-        logits_Nb.stride(0),
-        targets_N,
-        first_id,
-        stats_3N,
-        num_rows,
-        WIDTH=width,
-        CAP=cap,
-        BLOCK=columns_at_once(width),
-        num_warps=_NUM_WARPS,
-    )
+    with torch.cuda.device_of(logits_Nb):
+        _row_stats[(num_rows,)](
+            logits_Nb,
+            logits_Nb.stride(0),
+            targets_N,
+            first_id,
+            stats_3N,
+            num_rows,
+            WIDTH=width,
+            CAP=cap,
+            BLOCK=columns_at_once(width),
+            num_warps=_NUM_WARPS,
+        )
 
 
 @row_stats.register_fake
@@ -151,20 +157,21 @@ def slopes(
     logits_Nb = out_Nb if logits_Nb is None else logits_Nb
     num_rows, width = logits_Nb.shape
     block = columns_at_once(width)
-    _slopes[(num_rows, triton.cdiv(width, block))](
-        logits_Nb,
-        logits_Nb.stride(0),
-        out_Nb,
-        out_Nb.stride(0),
-        targets_N,
-        first_id,
-        lse_N,
-        grad_N,
-        WIDTH=width,
-        CAP=cap,
-        BLOCK=block,
-        num_warps=_NUM_WARPS,
-    )
+    with torch.cuda.device_of(logits_Nb):
+        _slopes[(num_rows, triton.cdiv(width, block))](
+            logits_Nb,
+            logits_Nb.stride(0),
+            out_Nb,
+            out_Nb.stride(0),
+            targets_N,
+            first_id,
+            lse_N,
+            grad_N,
+            WIDTH=width,
+            CAP=cap,
+            BLOCK=block,
+            num_warps=_NUM_WARPS,
+        )
 
 
 @slopes.register_fake

@@ -15,6 +15,7 @@ import torch
 from simpo_megatron.config import Machine
 from simpo_megatron.errors import ConfigError
 from simpo_megatron.loss.products import has_wide_products
+from simpo_megatron.loss.triton_needs import missing_for_triton
 from simpo_megatron.mcore.varlen_kernels import attention_name
 
 
@@ -98,7 +99,7 @@ def has_transformer_engine() -> bool:
 
 
 def kernels() -> str:
-    """A line on the installed implementations of layers and Adam, and on gradient accumulation fusion."""
+    """A line on the installed implementations of layers, Adam and, on a GPU, the loss, and on weight gradients."""
     layers = "Transformer Engine" if has_cuda() and has_transformer_engine() else "torch"
     if has_cuda() and layers == "torch":
         layers += f", attention: {attention_name()}"
@@ -106,7 +107,11 @@ def kernels() -> str:
         adam().__module__.split(".")[0], "torch"
     )
     fusion = "on" if fuses_weight_gradients() else "off"
-    return f"layers: {layers}, Adam: {optimizer}, grad accumulation fusion: {fusion}"
+    loss = ""
+    if has_cuda():
+        missing = missing_for_triton()
+        loss = ", loss: Triton" if missing is None else f", loss: torch, for Triton lacks {missing}"
+    return f"layers: {layers}, Adam: {optimizer}, grad accumulation fusion: {fusion}{loss}"
 
 
 def has_apex() -> bool:

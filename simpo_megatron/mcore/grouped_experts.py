@@ -10,6 +10,8 @@ Shapes: T tokens of a rank's experts, in their order; E experts; H hidden size, 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,6 +22,7 @@ from torch import Tensor
 
 from simpo_megatron.loss.main_grad import gradient_already_added
 from simpo_megatron.loss.products import add_product
+from simpo_megatron.mcore.transfer import copied_together
 
 # The rows of the operands must start at multiples of 16 bytes.
 _MULTIPLE = 8
@@ -56,12 +59,12 @@ class GroupedExperts(SequentialMLP):
             return super().forward(rows_TH, tokens_per_expert, probs_T)
         counts = tokens_per_expert.tolist()
         self._wait_for_weights(experts)
-        ordered = experts[::step]
+        ordered, groups = experts[::step], _Groups.of(counts[::step], rows_TH.device)
         mlp = SimpleNamespace(
             config=self.config,
             activation_func=experts[0].activation_func,
-            linear_fc1=_GroupedLinear([expert.linear_fc1.weight for expert in ordered], counts[::step], self.config),
-            linear_fc2=_GroupedLinear([expert.linear_fc2.weight for expert in ordered], counts[::step], self.config),
+            linear_fc1=_GroupedLinear([expert.linear_fc1.weight for expert in ordered], groups, self.config),
+            linear_fc2=_GroupedLinear([expert.linear_fc2.weight for expert in ordered], groups, self.config),
         )
         if step == 1:
             return MLP.forward(mlp, rows_TH, probs_T)
@@ -85,28 +88,44 @@ class GroupedExperts(SequentialMLP):
                     hook(layer, ())
 
 
+@dataclass(frozen=True)
+class _Groups:
+    """The tokens of each expert, in the order of its rows."""
+
+    counts: list[int]
+    offsets_E: Tensor
+    """int32, on the device: the tokens up to the end of each group."""
+
+    @classmethod
+    def of(cls, counts: list[int], device: torch.device) -> _Groups:
+        """The groups of these sizes, whose ends go to the device in a copy that the host does not wait for."""
+        ends_E = torch.tensor(list(accumulate(counts)), dtype=torch.int32)
+        (offsets_E,) = copied_together((ends_E,), device)
+        assert offsets_E is not None
+        return cls(counts, offsets_E)
+
+
 class _GroupedLinear(torch.nn.Module):
     """In the place of megatron's linear layer for one call: the products of each expert's rows and its weight."""
 
-    def __init__(self, weights: list[Tensor], counts: list[int], config: Any) -> None:
+    def __init__(self, weights: list[Tensor], groups: _Groups, config: Any) -> None:
         super().__init__()
         # Not as parameters of its own.
-        self._call = weights, counts, config.gradient_accumulation_fusion
+        self._call = weights, groups, config.gradient_accumulation_fusion
 
     def forward(self, rows_TK: Tensor) -> tuple[Tensor, None]:
-        weights, counts, is_fused = self._call
-        return _GroupedProduct.apply(rows_TK, counts, is_fused, *weights), None
+        weights, groups, is_fused = self._call
+        return _GroupedProduct.apply(rows_TK, groups, is_fused, *weights), None
 
 
 class _GroupedProduct(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows_TK: Tensor, counts: list[int], is_fused: bool, *weights: Tensor) -> Tensor:
-        ctx.counts, ctx.is_fused = counts, is_fused
-        ctx.offsets_E = torch.tensor(counts).cumsum(0).to(rows_TK.device, torch.int32, non_blocking=True)
+    def forward(ctx: Any, rows_TK: Tensor, groups: _Groups, is_fused: bool, *weights: Tensor) -> Tensor:
+        ctx.groups, ctx.is_fused = groups, is_fused
         ctx.save_for_backward(rows_TK, *weights)
         weight_ENK = _together(weights)
         assert weight_ENK is not None, "looked at before"
-        return grouped_product(rows_TK, weight_ENK.transpose(1, 2), ctx.offsets_E)
+        return grouped_product(rows_TK, weight_ENK.transpose(1, 2), groups.offsets_E)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -117,8 +136,9 @@ class _GroupedProduct(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             weight_ENK = _together(weights)
             assert weight_ENK is not None, "weights do not move between a forward and its backward"
-            rows_grad = grouped_product(grad_TN, weight_ENK, ctx.offsets_E)
-        of_experts = zip(weights, grad_TN.split(ctx.counts), rows_TK.split(ctx.counts), strict=True)
+            rows_grad = grouped_product(grad_TN, weight_ENK, ctx.groups.offsets_E)
+        counts = ctx.groups.counts
+        of_experts = zip(weights, grad_TN.split(counts), rows_TK.split(counts), strict=True)
         weight_grads = [
             _weight_gradient(*parts, is_fused=ctx.is_fused) if needed else None
             for parts, needed in zip(of_experts, ctx.needs_input_grad[3:], strict=True)

@@ -185,12 +185,16 @@ def _moe(description: ModelDescription, config: Config) -> dict[str, Any]:
     """Arguments for the routing and the experts of an MoE; none for a dense model."""
     if "num_moe_experts" not in description.transformer:
         return {}
+    has_engine = device.has_cuda() and device.machine().has_transformer_engine
     return {
         "moe_aux_loss_coeff": load_balancing_coefficient(description, config.model.moe_aux_loss_coeff),
         "moe_router_load_balancing_type": "aux_loss",
         "moe_router_dtype": "fp32" if config.precision.bf16 else None,
         # All experts of a rank in one kernel, which only Transformer Engine has.
-        "moe_grouped_gemm": device.has_cuda() and device.machine().has_transformer_engine,
+        "moe_grouped_gemm": has_engine,
+        # Without its kernels, megatron's permutation of tokens waits for the device twice a layer to learn the number
+        # of its outputs. They are not known to be deterministic.
+        "moe_permute_fusion": has_engine and not config.run.deterministic,
     }
 
 

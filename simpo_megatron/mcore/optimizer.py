@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -122,9 +123,23 @@ def update(optimizer: MegatronOptimizer, scheduler: OptimizerParamScheduler) -> 
         )
     learning_rate = max(group["lr"] for group in optimizer.param_groups)
     faults.at("update")
-    optimizer.step()
+    with _known_norm(optimizer, grad_norm):
+        optimizer.step()
     scheduler.step(increment=1)
     return grad_norm, learning_rate
+
+
+@contextmanager
+def _known_norm(optimizer: Any, grad_norm: float) -> Iterator[None]:
+    """While the context lasts, the optimizer has this norm.
+
+    megatron's step would compute it again: one more pass over all gradients, reduction and wait for the device.
+    """
+    optimizer.get_grad_norm = lambda: grad_norm
+    try:
+        yield
+    finally:
+        del optimizer.get_grad_norm
 
 
 def reserve_moments(optimizer: MegatronOptimizer) -> list[Tensor]:

@@ -37,7 +37,8 @@ def compiled(kernel, dtype: str, capability: int, width: int, cap: float) -> dic
         else:
             signature[name] = POINTERS.get(name, "*fp32").format(dtype=dtype)
     # Triton marks by itself, at a launch, the pointers and strides that 16 divides; those of a block are such.
-    aligned = {(names.index(n),): [["tt.divisibility", 16]] for n in names if not n.isupper() and n != "num_rows"}
+    marked = [n for n in names if not n.isupper() and n not in kernel.do_not_specialize]
+    aligned = {(names.index(n),): [["tt.divisibility", 16]] for n in marked}
     source = ASTSource(
         fn=kernel,
         signature=signature,

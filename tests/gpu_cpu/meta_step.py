@@ -2,6 +2,8 @@
 
     meta_step.py FOLDER     FOLDER/job.json: {case: {"model": shape, "options": ..., "stage": ..., "pairs": lengths}}
 
+Where megatron's dispatcher of a mixture waits for its counts, it is listed, and gets even ones.
+
 A case may `plant` what must not be, one of PLANTS. A `check` is gpu-check's own model, at the size of a GPU.
 
 The model is megatron's own on local layers, under its DDP, the ranks' peers are played by torch's fake backend. What
@@ -16,7 +18,8 @@ import json
 import sys
 import traceback
 from collections import Counter
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -61,10 +64,14 @@ torch.compile = compiled
 from simpo_megatron.mcore import cpu_patches, device  # noqa: E402
 
 device.current_device = lambda: META
+for _name in ("Stream", "Event", "current_stream"):
+    setattr(torch.cuda, _name, cpu_patches._NullStream)
+torch.cuda.stream = lambda *_: nullcontext()
 cpu_patches.install()
 cpu_patches._replace_random_state()
 
-from transformers import LlamaConfig  # noqa: E402
+from megatron.core.transformer.moe import token_dispatcher  # noqa: E402
+from transformers import AutoConfig  # noqa: E402
 
 from simpo_megatron import parallel  # noqa: E402
 from simpo_megatron.config import Config, config_from  # noqa: E402
@@ -135,6 +142,31 @@ def place() -> str:
     return f"{ours[-1].filename.rpartition('/')[2]}:{ours[-1].lineno}" if ours else "elsewhere"
 
 
+@contextmanager
+def even_routing(num_routed: int) -> Iterator[list[str]]:
+    """While the context lasts, experts get equally many tokens; yields where the host waited to be told."""
+    waits: list[str] = []
+
+    def counts(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        if not isinstance(tensor, Tensor) or not tensor.is_meta:
+            return tensor
+        waits.append(place())
+        told = torch.full(tensor.shape, num_routed // tensor.numel())
+        assert told.sum() == num_routed, "a test routes numbers that the experts divide"
+        return told.numpy() if as_numpy else told
+
+    def chosen(self: Tensor, mask: Tensor) -> Tensor:
+        waits.append(place())
+        return self.flatten()[:num_routed]
+
+    before = token_dispatcher.maybe_move_tensor_to_cpu, Tensor.masked_select
+    token_dispatcher.maybe_move_tensor_to_cpu, Tensor.masked_select = counts, chosen
+    try:
+        yield waits
+    finally:
+        token_dispatcher.maybe_move_tensor_to_cpu, Tensor.masked_select = before
+
+
 # What the tests plant, to see it found.
 PLANTS = {
     None: lambda tensor: None,
@@ -161,7 +193,9 @@ def chunk_of(folder: Path, config: Config, groups: ParallelGroups) -> torch.nn.M
 def play(folder: Path, case: dict) -> dict:
     """The operations of one forward and backward pass of a microbatch on a rank of `case`."""
     global work
-    LlamaConfig(architectures=["LlamaForCausalLM"], **case["model"]).save_pretrained(folder)
+    kind = case.get("kind", "llama")
+    of_model = AutoConfig.for_model(kind, architectures=[f"{kind.title()}ForCausalLM"], **case["model"])
+    of_model.save_pretrained(folder)
     config = config_from(model=str(folder), data=("pairs",), **case["options"])
     sizes, stage = config.parallel.sizes, case.get("stage", 0)
     # Ranks of one stage stand together.
@@ -175,7 +209,9 @@ def play(folder: Path, case: dict) -> dict:
         with Asked() as transfer:
             microbatch = to_microbatch(batch, META, cp_group=groups.cp)
         work = Operations() if case.get("counts_work") else None
-        with norms_of_a_gpu(), Asked() as forward, work or nullcontext():
+        num_rows = microbatch.tokens_BS.numel() // (sizes.tensor if config.parallel.sequence_parallel else 1)
+        routed = even_routing(num_rows * getattr(of_model, "num_experts_per_tok", 0))
+        with routed as waits, norms_of_a_gpu(), Asked() as forward, work or nullcontext():
             PLANTS[case.get("plant")](microbatch.tokens_BS)
             output = run(chunk, microbatch, config, is_last=groups.is_last_stage, is_first=groups.is_first_stage)
         with norms_of_a_gpu(), Asked() as backward, work or nullcontext():
@@ -186,6 +222,7 @@ def play(folder: Path, case: dict) -> dict:
             "copies": forward.copies + backward.copies,
             "forward": forward.operations,
             "backward": backward.operations,
+            "waits": waits,
             "collectives": forward.collectives + backward.collectives,
             "work": work.operations if work else [],
             "tokens": batch.num_tokens,

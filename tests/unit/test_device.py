@@ -12,6 +12,7 @@ import torch
 
 from simpo_megatron.config import Machine, config_from
 from simpo_megatron.errors import ConfigError
+from simpo_megatron.loss import products, triton_needs
 from simpo_megatron.mcore import cpu_patches, device
 
 
@@ -33,17 +34,40 @@ class TransformerEnginesAdam:
 def test_what_computes_is_told_by_what_is_installed(gpu, monkeypatch):
     optimizer = importlib.import_module("megatron.core.optimizer")
     of_torch = "layers: torch, attention: FlashAttention 2, Adam: torch, grad accumulation fusion:"
-    assert device.kernels() == f"{of_torch} on"
+    monkeypatch.setattr(device, "missing_for_triton", lambda: "a C compiler")
+    assert device.kernels() == f"{of_torch} on, loss: torch, for Triton lacks a C compiler"
     monkeypatch.setattr(device, "has_wide_products", lambda: False)
-    assert device.kernels() == f"{of_torch} off"
+    monkeypatch.setattr(device, "missing_for_triton", lambda: None)
+    assert device.kernels() == f"{of_torch} off, loss: Triton"
     monkeypatch.setattr(device, "has_transformer_engine", lambda: True)
     monkeypatch.setattr(optimizer, "Adam", TransformerEnginesAdam)
     engines = "layers: Transformer Engine, Adam: Transformer Engine, grad accumulation fusion:"
-    assert device.kernels() == f"{engines} off"
+    assert device.kernels() == f"{engines} off, loss: Triton"
     monkeypatch.setattr(device, "has_apex", lambda: True)
-    assert device.kernels() == f"{engines} on"
+    assert device.kernels() == f"{engines} on, loss: Triton"
     monkeypatch.setattr(device, "has_cuda", lambda: False)
     assert device.kernels() == "layers: torch, Adam: Transformer Engine, grad accumulation fusion: off"
+
+
+def test_triton_needs_a_compiler_and_pythons_header(tmp_path, monkeypatch):
+    monkeypatch.setattr(triton_needs.importlib.util, "find_spec", lambda name: None)
+    assert triton_needs.missing_for_triton.__wrapped__() == "the package triton"
+    monkeypatch.setattr(triton_needs.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    assert triton_needs.missing_for_triton.__wrapped__() == "a C compiler"
+    (tmp_path / "gcc").touch(mode=0o755)
+    assert triton_needs.missing_for_triton.__wrapped__() is None
+    monkeypatch.setattr(triton_needs.sysconfig, "get_config_var", lambda name: None)
+    monkeypatch.setattr(triton_needs.sysconfig, "get_path", lambda name: str(tmp_path))
+    assert triton_needs.missing_for_triton.__wrapped__().startswith("Python.h")
+
+
+def test_weight_gradients_are_added_in_fp32_where_torchs_kernel_takes_it(monkeypatch):
+    """Before 2.10 the kernel refuses a total in fp32, though its shapes are taken."""
+    for version, expected in (("2.13.0+cpu", True), ("2.10.0", True), ("2.10.0a0+git", False), ("2.9.1+cu128", False)):
+        monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion(version))
+        assert products.has_wide_products.__wrapped__() is expected, version
 
 
 def test_the_device_of_a_machine_without_cuda():

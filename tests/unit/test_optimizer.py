@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from simpo_megatron.config import config_from
 from simpo_megatron.mcore import cpu_patches, device
-from simpo_megatron.mcore.optimizer import build_optimizer, reserve_moments
+from simpo_megatron.mcore.optimizer import build_optimizer, reserve_moments, update
 
 
 class Allocated(TorchDispatchMode):
@@ -54,6 +56,30 @@ def chunk(tp_group):
     for parameter in chunk.parameters():
         parameter.main_grad.fill_(0.25)
     return chunk
+
+
+def test_an_update_computes_the_norm_once_and_clips_by_it_as_megatrons_step_does(chunk, monkeypatch):
+    """A second one would read all gradients again, and make the host wait for the device again."""
+    calls: list[float] = []
+    module = importlib.import_module("megatron.core.optimizer.optimizer")
+    real = module.get_grad_norm_fp32
+    monkeypatch.setattr(module, "get_grad_norm_fp32", lambda *a, **k: calls.append(real(*a, **k)) or calls[-1])
+    config = config_from(model="m", data=("d",), lr=0.1, clip_grad=1.0)
+    weights = [parameter.detach().clone() for parameter in chunk.parameters()]
+
+    def after(change: Callable[..., Any]) -> list[torch.Tensor]:
+        for parameter, weight in zip(chunk.parameters(), weights, strict=True):
+            parameter.data.copy_(weight)
+            parameter.main_grad.fill_(0.25)
+        change(*build_optimizer([chunk], config, train_iters=4))
+        return [parameter.detach().clone() for parameter in chunk.parameters()]
+
+    expected = after(lambda optimizer, scheduler: optimizer.step())
+    calls.clear()
+    found = after(update)
+    num_weights = sum(weight.numel() for weight in weights)
+    assert calls == [pytest.approx(0.25 * num_weights**0.5)] and calls[0] > 1
+    assert all(map(torch.equal, found, expected))
 
 
 @pytest.mark.parametrize("has_cuda", [False, True], ids=["CPU", "GPU"])
