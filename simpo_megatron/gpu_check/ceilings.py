@@ -13,7 +13,7 @@ from simpo_megatron.planning.gpus import peak_bf16_flops
 
 _PACKAGES = ("torch", "triton", "megatron-core", "transformers", "transformer-engine", "liger-kernel")
 _FOREIGN_GIB = 2.0
-"""Of memory that torch has not reserved; CUDA's own context of this process is some 0.6 of it."""
+"""The most memory in use that torch has not reserved; CUDA's context of this process is some 0.6 GiB of it."""
 
 
 def measure_ceilings(setting: CheckSetting) -> Verdict:

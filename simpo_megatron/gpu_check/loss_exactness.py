@@ -15,8 +15,8 @@ from simpo_megatron.loss import ResponseTokens, VocabShard, fused_linear_log_pro
 FP32_BUDGET = 2e-6
 """For fp32 sums of a few thousand terms; TF32 is off by default."""
 FP32_HIDDEN_BUDGET = 1e-5
-"""For sums over the vocabulary. A GPU adds one column at a time: 2^-24 times the root of 32,061 of them. Such a product,
-imitated on a CPU, was off by 3e-6 to 4.5e-6; a CPU's own product adds in blocks and is more exact."""
+"""For sums over the vocabulary. A GPU adds one column at a time: 2^-24 times the root of 32,061 of them. Such a
+product, imitated on a CPU, was off by 3e-6 to 4.5e-6; a CPU's own product adds in blocks and is more exact."""
 BF16_GRADIENT_BUDGET = 1.5e-2
 """For slopes that are rounded to bf16, 2^-8 each, before they are multiplied and summed."""
 BF16_LOGP_FACTOR = 1.5

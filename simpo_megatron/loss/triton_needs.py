@@ -1,4 +1,4 @@
-"""What Triton needs on this machine to compile a kernel."""
+"""The needs of Triton on a machine where it compiles kernels."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
     meta_step.py FOLDER     FOLDER/job.json: {case: {"model": shape, "options": ..., "stage": ..., "pairs": lengths}}
 
-Where megatron's dispatcher of a mixture waits for its counts, it is listed, and gets even ones.
+Where megatron's dispatcher of an MoE waits for its counts, it is listed, and gets even ones.
 
 A case may `plant` what must not be, one of PLANTS. A `check` is gpu-check's own model, at the size of a GPU.
 
@@ -234,13 +234,13 @@ def play(folder: Path, case: dict) -> dict:
 
 
 class OnMeta(CheckSetting):
-    """What a check works with on a GPU, with the meta device in its place."""
+    """The setting of a check on a GPU, with the meta device in its place."""
 
     device = META
 
 
 def play_check() -> dict:
-    """What the second pass through gpu-check's own model asked; the first one may ask for anything."""
+    """The second pass through gpu-check's own model, and what it asked; the first one may ask for anything."""
     device.backend = lambda: "fake"
     setting = OnMeta(folder=Path())
     with norms_of_a_gpu(), random_model(setting, bf16=True) as model:

@@ -52,7 +52,7 @@ def of_70b(stage: int, **options) -> dict:
 NUM_EXPERTS = 8
 
 
-def mixture(num_layers: int, **options) -> dict:
+def moe(num_layers: int, **options) -> dict:
     """Packs of one length, whose tokens the experts divide."""
     shape = {**TINY, "num_hidden_layers": num_layers, "num_local_experts": NUM_EXPERTS, "num_experts_per_tok": 2}
     batch = {**PACKED, "sequence_multiple": 16, "fixed_pack_length": True}
@@ -71,10 +71,10 @@ CASES = {
     "70B, stage 1, recomputed": of_70b(1, recompute="full"),
     "2 layers, padded, cp 2": one_rank(2, **PADDED, sequence_multiple=4) | {"options": {"cp": 2}},
 }
-MIXTURES = {
-    "2 layers, mixture": mixture(2),
-    "4 layers, mixture": mixture(4),
-    "2 layers, mixture over 2 ranks": mixture(2, tp=2, ep=2, sequence_parallel=True),
+MOE_CASES = {
+    "2 layers, MoE": moe(2),
+    "4 layers, MoE": moe(4),
+    "2 layers, MoE over 2 ranks": moe(2, tp=2, ep=2, sequence_parallel=True),
 }
 PLANTED = {plant: one_rank(1, **PACKED) | {"plant": plant} for plant in ("a number", "a tensor", "an index")}
 WAITS = {plant: one_rank(1, **PACKED) | {"plant": plant} for plant in ("a wait", "a question")}
@@ -83,14 +83,14 @@ WAITS = {plant: one_rank(1, **PACKED) | {"plant": plant} for plant in ("a wait",
 # rotary embedding's and 3 SwiGLU's, all of which are compiled to three kernels.
 MOST = {"forward": 40, "backward": 48}
 # A router and a permutation more, and instead of an MLP's two weight gradients two of each expert.
-MOST_OF_A_MIXTURE = {"forward": 70, "backward": 74 + 2 * NUM_EXPERTS}
+MOST_OF_MOE = {"forward": 70, "backward": 74 + 2 * NUM_EXPERTS}
 
 
 @pytest.fixture(scope="module")
 def asked(tmp_path_factory) -> dict[str, dict]:
     """By case, what a rank's GPU would be asked."""
     folder = tmp_path_factory.mktemp("meta")
-    (folder / "job.json").write_text(json.dumps(CASES | MIXTURES | PLANTED | WAITS | {"check": {"check": True}}))
+    (folder / "job.json").write_text(json.dumps(CASES | MOE_CASES | PLANTED | WAITS | {"check": {"check": True}}))
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
         [sys.executable, WORKER, folder], env=environment, capture_output=True, text=True, timeout=600
@@ -105,14 +105,14 @@ def test_nothing_is_copied_or_waited_for_within_a_microbatch(asked):
         assert asked[case]["copies"] == [], case
 
 
-def test_a_mixture_waits_for_the_counts_of_megatrons_dispatcher_alone(asked):
+def test_an_moe_waits_for_the_counts_of_megatrons_dispatcher_alone(asked):
     """A layer sends its experts' counts to the host, which splits tokens by them, and one copy of them back.
 
     megatron-core 0.16 waits twice more, for the number of permuted tokens, unless Transformer Engine permutes.
     """
-    for case in MIXTURES:
+    for case in MOE_CASES:
         assert "raised" not in asked[case], (case, asked[case])
-        num_layers = MIXTURES[case]["model"]["num_hidden_layers"]
+        num_layers = MOE_CASES[case]["model"]["num_hidden_layers"]
         copies = [(copy["where"].partition(":")[0], copy["waits"]) for copy in asked[case]["copies"]]
         assert copies == [("transfer.py", False)] * num_layers, case
         waits = Counter(place.partition(":")[0] for place in asked[case]["waits"])
@@ -122,15 +122,15 @@ def test_a_mixture_waits_for_the_counts_of_megatrons_dispatcher_alone(asked):
         assert waits == {"token_dispatcher.py": of_counts * num_layers, **of_permutation}, case
 
 
-def test_a_layer_of_a_mixture_takes_few_operations(asked):
-    for phase, most in MOST_OF_A_MIXTURE.items():
-        two, four = (sum(asked[f"{layers} layers, mixture"][phase].values()) for layers in (2, 4))
+def test_an_moe_layer_takes_few_operations(asked):
+    for phase, most in MOST_OF_MOE.items():
+        two, four = (sum(asked[f"{layers} layers, MoE"][phase].values()) for layers in (2, 4))
         assert (four - two) / 2 <= most, (phase, two, four)
-    assert asked["4 layers, mixture"]["forward"]["_grouped_mm"] == 4 * 2
+    assert asked["4 layers, MoE"]["forward"]["_grouped_mm"] == 4 * 2
 
 
 def test_one_copy_brings_a_microbatch_and_nobody_waits(asked):
-    for case in (*CASES, *MIXTURES):
+    for case in (*CASES, *MOE_CASES):
         assert [copy["waits"] for copy in asked[case]["transfers"]] == [False], case
         assert asked[case]["to_microbatch"] == {}, case
 
