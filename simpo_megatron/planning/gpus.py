@@ -112,6 +112,9 @@ class Assumptions:
     """The share of NVLink's and the network's rates, in collectives."""
     elementwise: float = 0.7
     """The share of the memory's rate, in norms, SwiGLU, rotation and the optimizer."""
+    tensor_overlap: float = 0.6
+    """The share of tensor-parallel collectives that userbuffers hide behind the products beside them, with
+    tp_comm_overlap. Pieces at either end of a product stay visible; hidden time is at most that of the products."""
     padding: float = 0.01
     """The padding of a pipeline's packs, to the longest of their step, as real pairs showed it."""
     shape_exchange_seconds: float = 1e-4

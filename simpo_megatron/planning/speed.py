@@ -1,6 +1,6 @@
 """Seconds of a training step by part, from operations and bytes over assumed rates.
 
-Tensor- and context-parallel collectives are not overlapped with compute; data-parallel ones are where the options say
+Context-parallel collectives are not overlapped with compute; tensor- and data-parallel ones are where the options say
 so. The slowest pipeline stage sets the pace. The loss is counted as on a GPU: its products, and two passes over the
 logits. A multiplication and an addition count as two operations.
 """
@@ -48,6 +48,8 @@ def step_time(load: Workload, tokens: float, gpu: Gpu, assumed: Assumptions = AS
     # In a pipeline all packs of a step are as long as the longest, an MoE's apart.
     is_padded = sizes.pipeline > 1 and not load.asks_for_shapes
     share = tokens / load.pack.tokens * (1 + assumed.padding if is_padded else 1)
+    if load.config.batch.fixed_pack_length:
+        share = 1.0
     stage = _forward_backward(load, share, gpu, assumed)
     busy = sum(stage.values())
     # Warm-up and cool-down of the pipeline, in units of a microbatch's time on a stage.
@@ -117,6 +119,8 @@ def _forward_backward(load: Workload, share: float, gpu: Gpu, assumed: Assumptio
     gathered = tokens * shape.hidden_size * e * (sizes.tensor - 1) / sizes.tensor
     nvlink, network = gpu.nvlink_bytes_rate * assumed.links, gpu.network_bytes_rate * assumed.links
     tensor_parallel = (4 if shape.num_moe_experts else 8) * gathered * layers / nvlink
+    if load.config.parallel.tp_comm_overlap:
+        tensor_parallel -= min(assumed.tensor_overlap * tensor_parallel, matrices)
     # One all-to-all to the experts and one back, forward as backward, of every token as often as it has experts.
     routed = tokens / load.sequence_ranks * shape.moe_router_topk * shape.hidden_size * e
     elsewhere = routed * (sizes.expert - 1) / sizes.expert

@@ -138,8 +138,8 @@ def assumptions() -> list[str]:
         f"{ASSUMED.usable_memory:.0%} of a GPU is usable",
         f"speed: matrix products at {ASSUMED.bf16:.0%} of the bf16 and {ASSUMED.fp8:.0%} of the FP8 rate, attention at "
         f"{ASSUMED.attention:.0%}, links at {ASSUMED.links:.0%}, memory at {ASSUMED.elementwise:.0%}; packs of a "
-        f"pipeline padded by {ASSUMED.padding:.0%}; tensor-parallel collectives not overlapped. An estimate to compare "
-        "layouts by; nothing here was measured on a GPU",
+        f"pipeline padded by {ASSUMED.padding:.0%}; tensor-parallel collectives not overlapped, with --tp-comm-overlap "
+        f"{ASSUMED.tensor_overlap:.0%} of them. An estimate to compare layouts by; nothing here was measured on a GPU",
     ]
 
 

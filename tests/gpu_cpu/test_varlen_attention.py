@@ -7,6 +7,7 @@ with the operator's contract, written out, in its place.
 from __future__ import annotations
 
 import importlib
+import inspect
 import sys
 from itertools import pairwise
 from types import SimpleNamespace
@@ -246,9 +247,32 @@ def of_torch_2_11(
 
 
 def of_torch_2_12(
-    query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1), enable_gqa=0
+    query,
+    key,
+    value,
+    cu_seq_q,
+    cu_seq_k,
+    max_q,
+    max_k,
+    *,
+    return_aux=None,
+    scale=None,
+    window_size=(-1, -1),
+    enable_gqa=False,
+    seqused_k=None,
+    block_table=None,
+    num_splits=None,
 ):
     return {"window_size": window_size, "scale": scale, "enable_gqa": enable_gqa}
+
+
+def test_the_newest_form_is_that_of_the_installed_torch():
+    """The forms above are those of the wheels 2.10.0, 2.11.0, 2.12.0 and 2.14.0; 2.12 to 2.14 have one.
+
+    From 2.14 on torch takes cuDNN where no window is given, which would plan for every pack; causal is a window.
+    """
+    names = list(inspect.signature(varlen.varlen_attn).parameters)
+    assert names == list(inspect.signature(of_torch_2_12).parameters)
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from simpo_megatron.planning.memory import chunks_in_flight, head_bytes, stage_m
 from simpo_megatron.planning.models import find_model
 from simpo_megatron.planning.shapes import ModelShape, Pack
 from simpo_megatron.planning.speed import pairs_flops, step_time, useful_flops
-from simpo_megatron.planning.tables import run_yaml
+from simpo_megatron.planning.tables import run_line, run_yaml
 from simpo_megatron.planning.workload import Workload
 
 PACK = Pack(tokens=8192, prompt=300, response=400)
@@ -137,6 +137,30 @@ def test_sizes_that_are_given_are_kept_and_the_others_searched():
     found = survey(job(tp=8, cp=2))
     assert {c.config.parallel.context_parallel_size for c in found.candidates} == {2}
     assert all(c.time.context_parallel > 0 for c in found.candidates)
+
+
+def test_userbuffers_hide_the_assumed_share_of_tensor_parallel_collectives():
+    options = dict(tp=8, pp=4, vpp=5, sequence_parallel=True, fixed_pack_length=True)
+    plain, overlapped = (survey(job(**options, tp_comm_overlap=overlaps)).candidates[0] for overlaps in (False, True))
+    assert overlapped.time.tensor_parallel == pytest.approx((1 - ASSUMED.tensor_overlap) * plain.time.tensor_parallel)
+    assert overlapped.time.matrices == plain.time.matrices and overlapped.time.total < plain.time.total
+    hours = [run_line(candidate, 1000) for candidate in (plain, overlapped)]
+    assert hours[0] != hours[1]
+    # Not more than the products that they hide behind.
+    load = overlapped.load
+    slow = replace(GPUS["h100-80gb"], nvlink_bytes_rate=1e9)
+    before, after = (step_time(replace(load, config=c.config), PACK.tokens, slow) for c in (plain, overlapped))
+    assert before.tensor_parallel - after.tensor_parallel == pytest.approx(after.matrices)
+
+
+def test_packs_of_one_length_cost_as_much_as_full_ones():
+    options = dict(tp=8, pp=4, vpp=5)
+    fixed, of_steps = (
+        survey(job(**options, fixed_pack_length=is_fixed)).candidates[0].time for is_fixed in (True, False)
+    )
+    assert fixed.matrices > of_steps.matrices
+    full = step_time(survey(job(**options)).candidates[0].load, PACK.tokens, GPUS["h100-80gb"])
+    assert fixed.matrices == pytest.approx(full.matrices / (1 + ASSUMED.padding))
 
 
 def test_of_layouts_as_fast_as_the_fastest_the_one_with_the_most_memory_left_is_recommended():
