@@ -135,7 +135,7 @@ def _simpo_settings(
                     f"{where}: {option.name}: found twice, expected once; first in {layer[option.name].where}",
                     f"{key}=null",
                 )
-            layer[option.name] = _setting(option.name, value, where)
+            layer[option.name] = _setting(option.name, value, where, key)
             report.taken[key] = _shown(option.name, layer[option.name])
     return layer
 
@@ -158,7 +158,12 @@ def _enter(
         return
     asked_for = outcome.settings if isinstance(outcome, Different) else outcome
     where = f"{report.path}: {key}"
-    settings = {name: _setting(name, value, where) for name, value in asked_for.items() if name not in decided}
+    own = key if isinstance(rule, str) else None
+    settings = {
+        name: _setting(name, value, where, own or f"{simpo}{name}")
+        for name, value in asked_for.items()
+        if name not in decided
+    }
     for name, setting in settings.items():
         if layer.setdefault(name, setting).value != setting.value:
             raise Obstacle(
@@ -242,8 +247,10 @@ def _translated(rule: Translated, key: str, asked: Asked, where: str, simpo: str
         raise Obstacle(f"{where}: found {cut(repr(value))}, expected a value of another kind", f"{key}=null") from None
     except ConfigError as error:
         remedies = getattr(error, "remedies", ())
-        if not remedies:
-            remedies = tuple(_line(f"{simpo}{name}", find_option(name, where)) for name in rule.options[:1])
+        if not remedies and len(rule.options) > 1 and rule.example != Translated.example:
+            remedies = (f"{key}={rule.example}",)
+        elif not remedies:
+            remedies = tuple(_line(f"{simpo}{name}", find_option(name, where)) for name in rule.options)
         raise Obstacle(f"{where}: {error}", *remedies) from None
 
 
@@ -266,12 +273,19 @@ def _line(key: str, option: Option) -> str:
     return f"{key}={option.choices[0] if option.choices else option.metavar or kinds[option.kind]}"
 
 
-def _setting(name: str, value: Any, where: str) -> Setting:
+def _setting(name: str, value: Any, where: str, key: str) -> Setting:
+    """The value of the option `name`, which `key` can give.
+
+    Raises: Obstacle when it is of another kind than the option takes.
+    """
     option = find_option(name, where)
-    if not option.is_list:
-        return Setting(_parse(option, value, where), where)
-    items = value if isinstance(value, list | tuple) else [value]
-    return Setting(tuple(_parse(option, item, where) for item in items), where)
+    try:
+        if not option.is_list:
+            return Setting(_parse(option, value, where), where)
+        items = value if isinstance(value, list | tuple) else [value]
+        return Setting(tuple(_parse(option, item, where) for item in items), where)
+    except ConfigError as error:
+        raise Obstacle(str(error), _line(key, option)) from None
 
 
 def _parse(option: Option, value: Any, where: str) -> Any:

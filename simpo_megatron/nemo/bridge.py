@@ -73,7 +73,7 @@ def _resume(value: Any, asked: Asked) -> dict[str, Any]:
 
 
 _MODEL: dict[str, Rule] = {
-    **transformer("model."),
+    **transformer("model.", "model."),
     **to.taken(
         "model.",
         """tensor_model_parallel_size pipeline_model_parallel_size virtual_pipeline_model_parallel_size
@@ -251,6 +251,7 @@ BRIDGE = Dialect(
         **to.ignored(to.OF_THE_MACHINE, "", "dist dist.*"),
         "tokenizer.tokenizer_model": Differs(to.OF_THE_TOKENIZER),
         **to.ignored(to.OF_THE_TOKENIZER, "", "tokenizer tokenizer.*"),
+        **to.tp_comm_overlap_of("comm_overlap.", "tp_comm_overlap", "model.", "tp_comm_*"),
         **to.ignored(to.OF_KERNELS, "", "comm_overlap comm_overlap.*"),
         **to.ignored(
             _OTHER_PARTS,

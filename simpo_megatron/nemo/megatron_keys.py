@@ -13,6 +13,7 @@ from simpo_megatron.nemo.translations import (
     ignored,
     of_the_model,
     taken,
+    tp_comm_overlap_of,
 )
 
 
@@ -213,9 +214,13 @@ def weight_decay_unless(scheduler: str) -> Translated:
     return Translated(weight_decay, ("weight_decay",), (scheduler,))
 
 
-def transformer(prefix: str) -> dict[str, Rule]:
-    """The keys of megatron-core's TransformerConfig and of the GPT models built on it, layout and precision apart."""
+def transformer(prefix: str, parallel: str) -> dict[str, Rule]:
+    """The keys of megatron-core's TransformerConfig and of the GPT models built on it, layout and precision apart.
+
+    The sizes of the layout are under `parallel`.
+    """
     return {
+        **tp_comm_overlap_of(prefix, "tp_comm_overlap", parallel, "tp_comm_*"),
         **taken(prefix, "hidden_dropout attention_dropout recompute_modules moe_aux_loss_coeff"),
         **recompute(prefix),
         **of_the_model(prefix, _ARCHITECTURE),
@@ -251,7 +256,7 @@ gtp_remat_opt_in_modules gdp_*
 _KERNELS = """
 transformer_impl attention_backend apply_rope_fusion fused_* bias_activation_fusion bias_dropout_fusion
 masked_softmax_fusion persist_layer_norm memory_efficient_layer_norm gradient_accumulation_fusion cross_entropy_*
-activation_func_fp8_input_store distribute_saved_activations tp_comm_* overlap_* batch_p2p_* batch_invariant_mode
+activation_func_fp8_input_store distribute_saved_activations overlap_* batch_p2p_* batch_invariant_mode
 use_ring_exchange_p2p deallocate_pipeline_outputs defer_embedding_wgrad_compute wgrad_deferral_limit
 delay_wgrad_compute variable_seq_lengths microbatch_group_size_per_vp_stage
 num_microbatches_with_partial_activation_checkpoints pipeline_model_parallel_comm_backend

@@ -198,12 +198,13 @@ _MODEL: Mapping[str, Rule] = {
         masked_softmax_fusion get_attention_mask_from_fusion cross_entropy_loss_fusion transformer_engine
         use_flash_attention gradient_accumulation_fusion gradient_as_bucket_view megatron_amp_O2
         megatron_amp_o2 grad_allreduce_chunk_size_mb grad_div_ar_fusion native_amp_* hysteresis
-        fp32_residual_connection fp16_lm_cross_entropy use_cpu_initialization use_emha ub_tp_comm_overlap
-        ub_tp_comm_overlap_cfg.* tp_comm_* overlap_p2p_comm batch_p2p_comm sync_batch_comm
-        activations_checkpoint_layers_per_pipeline dist_ckpt_* deterministic_mode
+        fp32_residual_connection fp16_lm_cross_entropy use_cpu_initialization use_emha
+        overlap_p2p_comm batch_p2p_comm sync_batch_comm activations_checkpoint_layers_per_pipeline
+        dist_ckpt_* deterministic_mode
         num_micro_batches_with_partial_activation_checkpoints use_te_rng_tracker enable_cuda_graph fsdp*
         inference.* context_parallel_comm_type defer_embedding_wgrad_compute wgrad_deferral_limit""",
     ),
+    **to.tp_comm_overlap_of("model.", "ub_tp_comm_overlap", "model.", "ub_tp_comm_overlap_cfg.* tp_comm_*"),
     **to.ignored(
         to.OF_LOGS, "model.", "apex_transformer_log_level onnx_safe nsys_profile.* memory_profile.* gc_interval"
     ),

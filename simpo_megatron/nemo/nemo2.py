@@ -18,6 +18,11 @@ def _save(value: Any, asked: Asked) -> dict[str, Any]:
     return {"save": explicit or f"{asked.get('log.log_dir')}/{asked.get('log.name') or 'default'}"}
 
 
+def _save_interval(value: Any, asked: Asked) -> dict[str, Any] | str:
+    has_folder = asked.simpo.get("save") or asked.get(*_FOLDERS[:2])
+    return {"save_interval": value} if has_folder else f"nothing is saved without {_FOLDERS[1]}"
+
+
 def dataset_folder(validation: str) -> Translated:
     """NeMo's folder of training.jsonl and validation.jsonl; `validation` false leaves the second alone."""
 
@@ -123,7 +128,7 @@ _DATA: dict[str, Rule] = {
 _RUN: dict[str, Rule] = {
     **to.each("log.", "explicit_log_dir log_dir", Translated(_save, ("save",), _FOLDERS, "DIR")),
     "log.name": With(("default",)),
-    "log.ckpt.every_n_train_steps": "save_interval",
+    "log.ckpt.every_n_train_steps": Translated(_save_interval, ("save_interval",), _FOLDERS[:2]),
     "log.ckpt.save_top_k": to.KEEP_CHECKPOINTS,
     "log.tensorboard.save_dir": "tensorboard_dir",
     "log.wandb.project": "wandb_project",
@@ -153,7 +158,7 @@ NEMO_2 = Dialect(
         **_OPTIM,
         **_DATA,
         **_RUN,
-        **transformer("model.config."),
+        **transformer("model.config.", "trainer.strategy."),
         **to.each("model.config.", "bf16 fp16", With((False,))),
         "model.config.fp8": Only((None, False), "give it as trainer.plugins.fp8"),
         **to.ignored("of FP8 that trainer.plugins asks for", "model.config.", "fp8_*"),

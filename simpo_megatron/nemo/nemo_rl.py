@@ -58,6 +58,9 @@ def _length(value: Any, asked: Asked) -> Different:
 def _dataset(option: str) -> Translated:
     """The kind of a data set, which has to be one of files of pairs, in either of NeMo-RL's two forms."""
 
+    section = "train" if option == "data" else "validation"
+    files = ("data.validation.data_path", "data.val_data_path")
+
     def dataset(value: Any, asked: Asked) -> str:
         if value not in _OF_FILES and option not in asked.simpo:
             raise Obstacle(
@@ -65,10 +68,12 @@ def _dataset(option: str) -> Translated:
                 f"data_path; or give files of pairs as the SimPO key {option}",
                 f"simpo.{option}=FILE",
             )
+        # A missing training file is told for any dialect.
+        if option == "valid_data" and option not in asked.simpo and asked.get(*files) is None:
+            raise Obstacle(f"found {value!r} without {files[0]}, expected both or none", f"{files[0]}=FILE")
         return "pairs are read as they are"
 
-    section = "train" if option == "data" else "validation"
-    return Translated(dataset, (), (f"data.{section}.split",), "BinaryPreferenceDataset")
+    return Translated(dataset, (), (f"data.{section}.split", *files), "BinaryPreferenceDataset")
 
 
 def _tokenizer(value: Any, asked: Asked) -> str:

@@ -120,6 +120,28 @@ def sequence_parallel_of(tensor_parallel: str) -> Translated:
     return Translated(sequence_parallel, ("sequence_parallel",), (tensor_parallel,))
 
 
+def tp_comm_overlap_of(prefix: str, key: str, parallel: str, others: str) -> dict[str, Rule]:
+    """The rules of overlapped tensor-parallel collectives: `key`, and `others` of its buffers, all below `prefix`.
+
+    The sizes of the layout are under `parallel`.
+    """
+    sizes = tuple(parallel + name for name in ("tensor_model_parallel_size", "sequence_parallel"))
+
+    def overlap(value: Any, asked: Asked) -> Different | str:
+        if not value:
+            return "nothing overlaps"
+        tp = asked.simpo.get("tensor_model_parallel_size") or asked.get(sizes[0]) or 1
+        if tp == 1 or not asked.simpo.get("sequence_parallel", asked.get(sizes[1])):
+            return "nothing to overlap without sequence parallelism"
+        here = "packs then have one length, that of its buffers; the SimPO key tp_comm_overlap=false does without"
+        return Different(here, {"tp_comm_overlap": True, "fixed_pack_length": True})
+
+    return {
+        prefix + key: Translated(overlap, ("tp_comm_overlap",), sizes, "true"),
+        **ignored("its buffers are set up as Transformer Engine does by default", prefix, others),
+    }
+
+
 def constant_steps_of(*steps: str) -> Translated:
     """Steps at the end that stay at min_lr: warm-up and decay take those before, of a run of `steps`.
 

@@ -18,6 +18,9 @@ from simpo_megatron.nemo.rules import Asked, Dialect, Ignored, Obstacle, Transla
 CONFIGS = Path(__file__).parent / "nemo_configs"
 MEGATRON = "policy.megatron_cfg."
 DPO = ("simpo.beta=null", "simpo.gamma_beta_ratio=null", "simpo.loss_type=null", "simpo.objective=dpo")
+TP2 = ("model.tensor_model_parallel_size=2", "model.sequence_parallel=true")
+OVERLAPS = {"tp_comm_overlap": True, "fixed_pack_length": True}
+OVERLAPS_NOT = {"tp_comm_overlap": False, "fixed_pack_length": False}
 PAIRS = [
     pytest.param(dialect, key, rule, id=f"{dialect.name}: {key}")
     for dialect in DIALECTS
@@ -177,15 +180,26 @@ MEANINGS = {
         (["checkpoint.most_recent_k=-1"], {"keep_checkpoints": -1}),
         (["mixed_precision.fp8_param_gather=true"], {"fp8_recipe": "blockwise", "fp8_param_gather": True}),
         (["model.moe_aux_loss_coeff=0.001"], {"moe_aux_loss_coeff": 0.001}),
+        (["comm_overlap.tp_comm_overlap=true", "comm_overlap.tp_comm_bootstrap_backend=nccl", *TP2], OVERLAPS),
+        (["model.tp_comm_overlap=true", "model.tp_comm_overlap_ag=true", *TP2], OVERLAPS),
+        (["model.tp_comm_overlap=true", "model.tensor_model_parallel_size=1"], OVERLAPS_NOT),
+        (["model.tp_comm_overlap=true", *TP2, "model.sequence_parallel=false"], OVERLAPS_NOT),
+        (["model.tp_comm_overlap=true", *TP2, "simpo.tp_comm_overlap=false"], OVERLAPS_NOT),
+        (["model.tp_comm_overlap=null", "comm_overlap.tp_comm_overlap=false", *TP2], OVERLAPS_NOT),
     ],
     "nemo2_finetune.yaml": [
+        (["log.log_dir=null", "log.name=null"], {"save": None, "save_interval": None}),
         (["trainer.val_check_interval=0.25"], {"eval_epochs": 0.25, "eval_interval": None}),
         (["trainer.max_epochs=2"], {"epochs": 2, "train_iters": 1000}),
         (["optim.lr_scheduler.constant_steps=100"], {"lr_decay_iters": 900, "lr_warmup_iters": 50}),
         (["optim.lr_scheduler.max_steps=2000"], {"lr_decay_iters": 2000}),
         (["trainer.plugins.fp8_param_gather=true"], {"fp8_recipe": "tensorwise", "fp8_param_gather": True}),
+        (["model.config.tp_comm_overlap=true", "trainer.strategy.tensor_model_parallel_size=2",
+          "trainer.strategy.sequence_parallel=true"], OVERLAPS),
     ],
     "aligner_dpo.yaml": [
+        (["model.ub_tp_comm_overlap=true", "model.ub_tp_comm_overlap_cfg.qkv_fprop.method=ring_exchange", *TP2],
+         OVERLAPS),
         ([], {"chat_template": "none", "epochs": 3, "train_iters": 400}),
         (["trainer.dpo.val_check_interval=0.1"], {"eval_epochs": 0.1, "eval_interval": None}),
         (["model.optim.sched.constant_steps=50"], {"lr_decay_iters": 350}),
@@ -225,6 +239,21 @@ REFUSED = {
     "a prompt file": ("rl_megatron.yaml", ["data.train.prompt_file=a.txt"], "simpo.data=FILE"),
     "an early end": ("bridge_container.yaml", ["train.exit_interval=10"], "train.exit_interval=null"),
     "two learning rates": ("bridge_container.yaml", ["optimizer.decoupled_lr=1e-3"], "optimizer.decoupled_lr=null"),
+    "a text in the place of a number": (
+        "bridge_container.yaml", ["train.train_iters=some"], "train.train_iters=N",
+    ),
+    "a text that a rule passes on": (
+        "bridge_container.yaml", ["train.global_batch_size=some"], "simpo.global_batch_size=N",
+    ),
+    "one of two numbers": ("aligner_dpo.yaml", ["model.optim.betas=[0.9]"], "model.simpo.adam_beta2=X"),
+    "another kind of adapter": (
+        "nemo2_finetune.yaml", ["peft._target_=nemo.DoRA"], "peft._target_=nemo.collections.llm.peft.lora.LoRA",
+    ),
+    "validation of no file": (
+        "rl_megatron.yaml",
+        ["data.validation.dataset_name=PreferenceDataset", "data.validation.data_path=null"],
+        "data.validation.data_path=FILE",
+    ),
     "no model": ("rl_megatron.yaml", ["policy.model_name=null"], "simpo.model=DIR"),
 }  # fmt: skip
 
