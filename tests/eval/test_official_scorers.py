@@ -163,7 +163,7 @@ def test_alpaca_eval(judge, tmp_path, monkeypatch, capsys):
     begun = len(judge.asked)
     assert run("alpaca-eval", "judge", "--out", out, "--judge", NAME, "--judge-url", judge.url) == 0
     assert len(judge.asked) == begun and run("alpaca-eval", "score", "--out", out) == 0
-    assert "another order or words than the reference's" in capsys.readouterr().out
+    assert "found 805 other rows, or another order, expected the reference's" in capsys.readouterr().out
     order = "\0".join(row["instruction"] for row in rows).encode()
     monkeypatch.setattr(alpaca_eval, "ORDER_OF_INSTRUCTIONS", hashlib.sha256(order).hexdigest())
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "empty"))
@@ -192,7 +192,7 @@ def test_alpaca_eval(judge, tmp_path, monkeypatch, capsys):
     assert "found instructions in another order" in capsys.readouterr().err
 
 
-def test_reproducing_a_published_score_says_infrastructure_or_not(judge, tmp_path, monkeypatch, capsys):
+def test_reproducing_a_published_score_says_whether_the_set_up_differs(judge, tmp_path, monkeypatch, capsys):
     out, questions, number = tmp_path / "ae", tmp_path / "reference.json", 12
     order = "\0".join(row["instruction"] for row in alpaca_reference(questions, number)).encode()
     monkeypatch.setattr(alpaca_eval, "ORDER_OF_INSTRUCTIONS", hashlib.sha256(order).hexdigest())
