@@ -11,7 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from simpo_megatron.checkpoint import manifest
+from simpo_megatron.config.yaml_tree import read_yaml_tree
 from simpo_megatron.convert.peft_files import base_model_of, is_peft_folder
 from simpo_megatron.errors import CheckpointError, ConfigError
 from simpo_megatron.mcore.hf_files import read_hf_json
@@ -20,6 +23,7 @@ from simpo_megatron.mcore.hub import FILES_BESIDE_WEIGHTS, model_folder
 HASHES_FILE = "hashes.json"
 """The file that keeps the hashes of models' files."""
 _MAX_ADAPTERS = 8
+_RUN_CONFIG_FILE = "run_config.yaml"
 _FORM_FILE, _FORM = "metadata.json", "torch_dist"
 _MAX_POINTER_BYTES = 64
 
@@ -113,7 +117,8 @@ def find_foreign(path: Path) -> Path | None:
     A folder with a config.json or record of its own is none.
 
     Raises:
-        CheckpointError: it is a checkpoint in another format than torch_dist.
+        CheckpointError: it is a checkpoint in another format than torch_dist, or of Megatron-Bridge's adapters.
+        ConfigError: the configuration beside it is not such YAML.
     """
     if any((path / name).is_file() for name in ("config.json", manifest.RECORD_FILE)):
         return None
@@ -131,7 +136,23 @@ def find_foreign(path: Path) -> Path | None:
     form = read_hf_json(folder, _FORM_FILE).get("sharded_backend")
     if form != _FORM:
         raise CheckpointError(f"{folder / _FORM_FILE}: sharded_backend: found {form!r}, expected {_FORM!r}")
+    _refuse_adapters_of_bridge(folder)
     return folder
+
+
+def _refuse_adapters_of_bridge(folder: Path) -> None:
+    """Return unless the checkpoint in `folder` is one of adapters alone, by the configuration that is kept with it.
+
+    Source: Megatron-Bridge 0.6.2, training/checkpointing.py (apply_peft_adapter_filter_to_state_dict).
+    """
+    path = folder / _RUN_CONFIG_FILE
+    _, root = read_yaml_tree(path) if path.is_file() else ("", None)
+    sections = root.value if isinstance(root, yaml.MappingNode) else []
+    if any(key.value == "peft" and isinstance(section, yaml.MappingNode) for key, section in sections):
+        raise CheckpointError(
+            f"{folder}: found adapters of Megatron-Bridge (peft in {_RUN_CONFIG_FILE}), expected them in PEFT's form; "
+            "write them so by its AutoBridge.export_adapter_ckpt, and name that folder"
+        )
 
 
 def find_adapter(name: str | Path) -> Path:
@@ -143,6 +164,7 @@ def find_adapter(name: str | Path) -> Path:
     path = model_folder(name)
     folder = manifest.resolve_checkpoint(path) or path
     if not is_peft_folder(folder) and _run_of_adapters(folder) is None:
+        find_foreign(folder)
         raise CheckpointError(
             f"adapter: found no adapters in {folder}, expected a PEFT folder with adapter_config.json, or a run with "
             "adapters"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from simpo_megatron.checkpoint.model_source import find_foreign, find_model
+from simpo_megatron.checkpoint.model_source import find_adapter, find_foreign, find_model
 from simpo_megatron.errors import CheckpointError, ConfigError
 
 
@@ -48,6 +48,16 @@ def test_another_format_is_refused_by_its_name(theirs: Path, form: str | None) -
     (theirs / "metadata.json").write_text(json.dumps({"sharded_backend": form}))
     with pytest.raises(CheckpointError, match=f"sharded_backend: found {form!r}, expected 'torch_dist'"):
         find_foreign(theirs)
+
+
+def test_adapters_of_megatron_bridge_are_refused_by_name_with_the_way_to_peft(theirs: Path, tmp_path: Path) -> None:
+    config = theirs / "run_config.yaml"
+    config.write_text("model: {hf_model_id: a/b}\npeft: null\n")
+    assert find_foreign(theirs) == theirs
+    config.write_text("model: {}\npeft:\n  _target_: megatron.bridge.peft.lora.LoRA\n  dim: 8\n")
+    for find in (lambda: find_model(theirs.parent, tmp_path), lambda: find_adapter(theirs.parent)):
+        with pytest.raises(CheckpointError, match="adapters of Megatron-Bridge .*AutoBridge.export_adapter_ckpt"):
+            find()
 
 
 def test_the_pickles_of_the_legacy_format_are_refused(theirs: Path) -> None:
