@@ -5,6 +5,7 @@ computes what they mean, one sequence at a time; the result must be the CPU atte
 """
 
 import importlib
+import inspect
 import sys
 from itertools import pairwise
 from types import SimpleNamespace
@@ -170,6 +171,36 @@ def test_the_kernel_is_told_lengths_format_and_mask(attention):
     assert arguments["cu_seqlens_q"].dtype == arguments["cu_seqlens_kv"].dtype == torch.int32
     assert (arguments["max_seqlen_q"], arguments["max_seqlen_kv"]) == (256, 256), "bounds, in steps"
     assert attention.attention_type == "cross", "keys are masked by their own lengths, not by those of the queries"
+
+
+# Source: DotProductAttention of the wheels transformer-engine 2.9.0 and 2.20.2, which has all of these and more.
+def forward_of_2_9(
+    query_layer,
+    key_layer,
+    value_layer,
+    attention_mask=None,
+    qkv_format=None,
+    cu_seqlens_q=None,
+    cu_seqlens_kv=None,
+    cu_seqlens_q_padded=None,
+    cu_seqlens_kv_padded=None,
+    max_seqlen_q=None,
+    max_seqlen_kv=None,
+    attn_mask_type=None,
+    window_size=None,
+): ...
+
+
+def set_context_parallel_group_of_2_9(cp_group, cp_global_ranks, cp_stream, cp_comm_type="p2p"): ...
+
+
+def test_transformer_engine_has_every_argument_that_a_pack_is_computed_with(attention):
+    """Megatron itself gives those of the constructor but `attention_type`, which both versions have."""
+    attention.config.context_parallel_size = 2
+    attention(rows(HEADS), rows(GROUPS), rows(GROUPS), packed_seq_params=layout())
+    inspect.signature(forward_of_2_9).bind("query", "key", "value", None, **attention.arguments)
+    (divided_over,) = attention.divided_over
+    inspect.signature(set_context_parallel_group_of_2_9).bind(*divided_over)
 
 
 def test_padded_rows_take_megatrons_own_path(attention):
