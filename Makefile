@@ -79,10 +79,12 @@ test-fast: $(VENV)/.ready-test
 
 # Writes tests/counts.yaml: one test after the other, for they write one file.
 COUNTING_TESTS := tests/unit/test_guard_counts.py tests/unit/test_launch.py tests/end_to_end/test_plain_process.py
+COUNTING_GPU_CPU_TESTS := $(addprefix tests/gpu_cpu/,test_loss_counts.py test_meta_step.py test_expert_launches.py)
 
-counts: $(VENV)/.ready-test
+counts: .venv-gpu/.ready-test
 	@echo "== counts of tests/counts.yaml"
 	@SIMPO_RENEW_COUNTS=1 $(BIN)/python -m pytest -q $(COUNTING_TESTS)
+	@SIMPO_RENEW_COUNTS=1 .venv-gpu/bin/python -m pytest -q $(COUNTING_GPU_CPU_TESTS)
 
 # What has a target of its own, for it needs more than the tests' environment.
 ELSEWHERE := gpu_cpu eval pages
