@@ -28,7 +28,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .PHONY: help demo demo-sweep demo-smollm2 eval-env test-fast test test-newest test-nemo test-eval test-pages test-gpu-cpu \
-  test-gpu test-slurm lint format clean docs counts
+  test-gpu test-slurm lint format clean docs bench counts
 
 help:
 	@echo "make demo          train a tiny model on bundled preference pairs, on two ranks, or one GPU (ARGS='--beta 2.5 --resume none ...')"
@@ -44,6 +44,7 @@ help:
 	@echo "make test-gpu-cpu  run what can be run of the GPU path without a GPU: Triton's interpreter and compiler, the meta device"
 	@echo "make test-gpu      check the GPU path on one GPU, in eight minutes (WHEELS=FOLDER: no network; ARGS='--only C1 --rehearse')"
 	@echo "make test-slurm    run what needs Slurm, on one of this machine's own (root, and Debian's packages, which it installs)"
+	@echo "make bench         run every benchmark in short, under 20 minutes on two quiet cores: build/bench.json (ARGS='--only step,data')"
 	@echo "make counts        write the counts that tests compare with, tests/counts.yaml, after a rise that is meant"
 	@echo "make docs          build the documentation as a site, build/site; a broken link or a missing docstring fails"
 	@echo "make lint          check the style and the types"
@@ -76,6 +77,10 @@ SLOWEST := --durations=10 --durations-min=1
 test-fast: $(VENV)/.ready-test
 	@echo "== tests that start no process"
 	@$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal -m "not processes" tests/unit $(PYTEST)
+
+# All benchmarks in short: build/bench.json has machine, commit, results and ratios.
+bench: .venv-gpu/.ready-test
+	@$(BIN)/python tools/benchmarks/bench.py build/bench.json --triton-python .venv-gpu/bin/python $(ARGS)
 
 # Writes tests/counts.yaml: one test after the other, for they write one file.
 COUNTING_TESTS := tests/unit/test_guard_counts.py tests/unit/test_launch.py tests/end_to_end/test_plain_process.py

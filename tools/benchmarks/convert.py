@@ -23,6 +23,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from results import keep
+
 RATE_BAR, MEMORY_BAR = 0.60, 2 << 30
 
 
@@ -190,6 +192,7 @@ def main() -> None:
         prepare(folder / "model", arguments.layers)
         num_bytes = (folder / "model" / "model.safetensors").stat().st_size
         rounds = [measure_round(folder, arguments.bridge_python) for _ in range(arguments.rounds)]
+    keep("convert", rounds)
     report(rounds, num_bytes)
     if arguments.bridge_python is None:
         print("Megatron-Bridge: not measured; --bridge-python names the Python that has it")

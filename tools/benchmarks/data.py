@@ -20,11 +20,14 @@ import tempfile
 import time
 from pathlib import Path
 
+from results import keep
+
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m['role'] }}<|end_header_id|>\n\n"
     "{{ m['content'] }}<|eot_id|>{% endfor %}"
     "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
 )
+BUNDLED = str(Path(__file__).parents[2] / "simpo_megatron" / "demo" / "pairs.jsonl")
 SPECIAL_TOKENS = ["<|begin_of_text|>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>"]
 MAX_LENGTH, MAX_PROMPT_LENGTH = 1 << 20, 1 << 19
 
@@ -137,7 +140,7 @@ def cpu_seconds() -> float:
 def main() -> None:
     """Prepares the pairs, measures every method in processes of their own and prints a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", help="preference file to take the pairs from")
+    parser.add_argument("--data", help="preference file to take the pairs from; the bundled one when not given")
     parser.add_argument("--count", type=int, default=4000, help="pairs to tokenise, default 4000")
     parser.add_argument("--num-workers", default="1,2", help="numbers of processes, default 1,2")
     parser.add_argument("--rounds", type=int, default=2, help="measurements of each, default 2")
@@ -147,10 +150,9 @@ def main() -> None:
         method, folder, num_workers = arguments.measure
         print(json.dumps(measure(method, Path(folder), int(num_workers))))
         return
-    if not arguments.data:
-        parser.error("--data is needed")
+    data = arguments.data or BUNDLED
     with tempfile.TemporaryDirectory() as folder:
-        prepare(arguments.data, arguments.count, Path(folder))
+        prepare(data, arguments.count, Path(folder))
         cells = [(m, int(w)) for w in arguments.num_workers.split(",") for m in METHODS]
         results = {cell: [] for cell in cells}
         for _ in range(arguments.rounds):
@@ -160,7 +162,8 @@ def main() -> None:
                 run = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment)
                 results[method, num_workers].append(json.loads(run.stdout.splitlines()[-1]))
     # The two sides cut long pairs by different rules, so token counts may differ slightly.
-    print(f"{arguments.count:,} pairs of {arguments.data}")
+    keep("data", {f"{method}, {workers} processes": runs for (method, workers), runs in results.items()})
+    print(f"{arguments.count:,} pairs of {data}")
     print(f"{'method':<8}{'processes':>10}{'wall s':>9}{'CPU s':>9}{'pairs / CPU s':>15}{'peak MiB':>10}{'tokens':>12}")
     for (method, num_workers), runs in results.items():
         best = {key: min(run[key] for run in runs) for key in ("wall", "cpu", "peak")}

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from results import keep
 
 from simpo_megatron.config import load_config
 from simpo_megatron.ranks import sync_status
@@ -49,6 +50,7 @@ def main(argv: list[str]) -> None:
         finish(config, job, log)
         rows = measure(config, job, watches[0])
         if dist.get_rank() == 0:
+            keep("guards", {"step seconds": statistics.median(step_seconds[1:]), "rows": rows})
             # The first step has start-up costs.
             print(*table(rows, statistics.median(step_seconds[1:])), sep="\n", flush=True)
 

@@ -26,6 +26,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from results import keep
 
 BETA, GAMMA = 2.0, 1.0
 IGNORE = -100
@@ -262,6 +263,7 @@ def compare(shape: str, args) -> None:
                 best = results.setdefault(method, report)
                 if "seconds" in report and report["seconds"] < best.get("seconds", math.inf):
                     results[method] = report | {"peak": max(report.get("peak", 0), best.get("peak", 0))}
+    keep(f"loss {shape}", results)
     print_table(shape, args.tp, results)
 
 

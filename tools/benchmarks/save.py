@@ -17,8 +17,11 @@ import sys
 import tempfile
 from pathlib import Path
 
+from results import keep
+
 REPOSITORY = Path(__file__).parents[2]
 SAVED = re.compile(r"^saved .*?\(([\d.]+) MiB in ([\d.]+) s; training waited ([\d.]+) s\)", re.MULTILINE)
+FIRST_STEP = re.compile(r"^start +first step done [\d.]+ s .*\(([\d.]+) s of CPU\)", re.MULTILINE)
 NUM_STEPS, PAIRS = 7, 4
 
 
@@ -47,6 +50,20 @@ def write_model(folder: Path, num_layers: int) -> tuple[Path, Path]:
 def run(folder: Path, name: str, model: Path, pairs: Path, *flags: str) -> tuple[list[tuple[float, ...]], list[float]]:
     """([(MiB, seconds until committed, seconds waited) of each checkpoint but the last], seconds of steps 2 on)."""
     save = folder / name
+    saves = [tuple(map(float, found)) for found in SAVED.findall(train(save, model, pairs, *flags))]
+    records = map(json.loads, (save / "metrics.jsonl").read_text().splitlines())
+    steps = [PAIRS / record["pairs_per_second"] for record in records if record.get("iteration", 0) > 1]
+    return saves[:-1], steps
+
+
+def start_of_run(folder: Path, name: str, model: Path, pairs: Path, *flags: str) -> float:
+    """CPU seconds of a run in `folder` / `name` until its first step is done; it takes one step more than before."""
+    printed = train(folder / name, model, pairs, "--train-iters", str(NUM_STEPS + 1), *flags, "--override-on-resume")
+    return float(FIRST_STEP.findall(printed)[0])
+
+
+def train(save: Path, model: Path, pairs: Path, *flags: str) -> str:
+    """The output of a run that saves in `save`."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"]
     command += [str(REPOSITORY / "examples/pretrain_simpo.py"), "--model", str(model), "--data", str(pairs), "--fp32"]
     command += ["--global-batch-size", str(PAIRS), "--train-iters", str(NUM_STEPS), "--save", str(save)]
@@ -54,10 +71,7 @@ def run(folder: Path, name: str, model: Path, pairs: Path, *flags: str) -> tuple
     done = subprocess.run([*command, *flags], capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(done.stdout[-2000:] + done.stderr[-2000:])
-    saves = [tuple(map(float, found)) for found in SAVED.findall(done.stdout)]
-    records = map(json.loads, (save / "metrics.jsonl").read_text().splitlines())
-    steps = [PAIRS / record["pairs_per_second"] for record in records if record.get("iteration", 0) > 1]
-    return saves[:-1], steps
+    return done.stdout
 
 
 def main() -> None:
@@ -75,6 +89,7 @@ def main() -> None:
                 saved, stepped = run(Path(scratch), f"{way} {number}", model, pairs, *flags)
                 saves[way] += saved
                 steps[way] += stepped
+    keep("save", {way: {"saves": saves[way], "steps": steps[way]} for way in ways})
     for way in ways:
         sizes, written, waited = zip(*saves[way], strict=True)
         print(

@@ -115,6 +115,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.side:
         return SIDES[arguments.side](arguments.folder)
+    from results import keep
+
     from simpo_megatron.demo import prepare_demo
 
     with tempfile.TemporaryDirectory() as scratch:
@@ -124,6 +126,7 @@ def main() -> None:
         (folder / "demo.json").write_text(json.dumps(files))
         sides = ("help", "mistake", *SIDES)
         rounds = [{side: measure(side, folder) for side in sides} for _ in range(arguments.rounds + 1)][1:]
+    keep("start", {side: [one[side] for one in rounds] for side in sides})
     print(f"{'':10}{'CPU s':>8}{'modules':>9}")
     for side in sides:
         print(f"{side:10}{min(r[side]['cpu'] for r in rounds):8.2f}{rounds[0][side]['modules']:9}")

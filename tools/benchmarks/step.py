@@ -30,6 +30,8 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from results import keep
+
 BETA, GAMMA, LEARNING_RATE = 2.0, 1.0, 1e-5
 LAYERS, HIDDEN, MLP_WIDTH, HEADS, VOCAB = 8, 512, 1408, 8, 32000
 SEED = 42
@@ -76,9 +78,8 @@ def status_bytes(name: str) -> int:
 
 def prepare(data: str, folder: Path) -> None:
     """A tokenizer trained on the pairs and a Llama with random weights, in `folder`."""
-    import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
     from simpo_megatron.demo import CHAT_TEMPLATE, SPECIAL_TOKENS
 
@@ -99,16 +100,24 @@ def prepare(data: str, folder: Path) -> None:
         additional_special_tokens=list(SPECIAL_TOKENS[3:]),
         chat_template=CHAT_TEMPLATE,
     ).save_pretrained(folder)
+    write_llama(folder)
+
+
+def write_llama(folder: Path, *, vocab_size: int = VOCAB, num_layers: int = LAYERS, hidden_size: int = HIDDEN) -> None:
+    """A Llama with random weights, in `folder`."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
     torch.manual_seed(SEED)
     LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=VOCAB,
-            hidden_size=HIDDEN,
-            intermediate_size=MLP_WIDTH,
-            num_hidden_layers=LAYERS,
+            vocab_size=vocab_size,
+            hidden_size=hidden_size,
+            intermediate_size=hidden_size * MLP_WIDTH // HIDDEN,
+            num_hidden_layers=num_layers,
             num_attention_heads=HEADS,
             num_key_value_heads=HEADS,
-            max_position_embeddings=4096,
+            max_position_embeddings=8192,
             tie_word_embeddings=False,
         )
     ).save_pretrained(folder)
@@ -127,6 +136,7 @@ def config_of(job: dict, **options):
         gamma_beta_ratio=GAMMA / BETA,
         max_length=job["max_length"],
         max_prompt_length=job["max_length"] * 3 // 4,
+        chat_template=job.get("chat_template", ""),
         bad_record="skip",
         max_bad_fraction=1.0,
         global_batch_size=job["global_batch_size"],
@@ -299,7 +309,7 @@ def run_one(method: str, job: dict) -> dict:
 
 def report(methods: list[str], results: dict[str, list[dict]]) -> None:
     """Prints a line for each method, then the ratios of the first method to the best of TRL's."""
-    best = {}
+    best: dict[str, dict] = {}
     print(f"{'method':18}{'pairs/s':>9}{'CPU s/pair':>12}{'memory MiB':>12}  losses")
     for method in methods:
         runs = results[method]
@@ -314,6 +324,7 @@ def report(methods: list[str], results: dict[str, list[dict]]) -> None:
             f"{method:18}{values['pairs_per_second']:9.2f}{values['cpu_per_pair']:12.3f}"
             f"{values['memory'] / MIB:12.0f}  {losses}"
         )
+    keep("step", best)
     rivals = [best[method] for method in methods if method.startswith("trl")]
     if not rivals or methods[0].startswith("trl"):
         return

@@ -1,0 +1,280 @@
+"""The growth of each cost, as a table and, with --picture, as a picture.
+
+    python tools/benchmarks/scaling.py --quick
+    python tools/benchmarks/scaling.py --picture docs/reference/scaling.png
+    python tools/benchmarks/scaling.py --only data --pairs 1000,10000,100000,1000000
+
+A step: CPU seconds a pair and peak memory against the length of pairs, the pack size, the share of prompt, the
+vocabulary and the layers, each alone, on made-up pairs of exact lengths (step.py measures). Data: building the token
+store, and opening it again, against the number of pairs (data.py). Save and resume against parameters (save.py).
+Guards: messages and bytes against the number of ranks (fake_ranks.py); these are counted, and alike on all machines.
+
+Each point is a process of its own. `grows` is the exponent between the first and the last point: 1.0 is in proportion.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import data
+import save
+import step
+from results import keep
+
+MIB = 2**20
+# A step of which one thing is changed at a time.
+BASE = {"length": 512, "pack": 2048, "share": 0.5, "vocabulary": 8192, "layers": 4}
+HIDDEN, PAIRS_A_STEP, NUM_STEPS = 256, 8, 3
+STEPS = {
+    "length": ("tokens of a pair", (256, 512, 1024, 2048), (256, 1024)),
+    "pack": ("tokens of a pack", (512, 1024, 2048, 4096), (512, 2048)),
+    "share": ("prompt's share of a pair", (0.1, 0.25, 0.5, 0.75, 0.9), (0.1, 0.9)),
+    "vocabulary": ("ids", (2048, 8192, 32768, 131072), (2048, 32768)),
+    "layers": ("layers", (2, 4, 8, 16), (2, 8)),
+}
+PAIRS, QUICK_PAIRS = (1000, 10_000, 100_000), (300, 3000)
+LAYERS_SAVED, QUICK_LAYERS_SAVED = (1, 4, 10, 20), (1, 4)
+WORLDS, QUICK_WORLDS = (1, 2, 8, 64, 256, 1024, 4096), (2, 64, 1024)
+
+
+@dataclass
+class Curve:
+    """A cost at each value of what grows."""
+
+    name: str
+    against: str
+    values: list[float] = field(default_factory=list)
+    found: dict[str, list[float]] = field(default_factory=dict)
+    """By measure with its unit, one number for each value."""
+
+    def add(self, value: float, found: dict[str, float]) -> None:
+        """Add the point at `value`."""
+        self.values.append(value)
+        for measure, number in found.items():
+            self.found.setdefault(measure, []).append(number)
+
+    def exponent(self, measure: str) -> float:
+        """The power of the value with which a measure grows from the first point to the last; 0 where one is none."""
+        numbers = self.found[measure]
+        if numbers[0] <= 0 or numbers[-1] <= 0:
+            return 0.0
+        return math.log(numbers[-1] / numbers[0]) / math.log(self.values[-1] / self.values[0])
+
+    def rows(self) -> list[str]:
+        """Lines of a table in Markdown, one a measure."""
+        points = ", ".join(map(_shown, self.values))
+        return [
+            f"| {self.name} | {measure} | {points} {self.against} | {', '.join(map(_shown, numbers))} "
+            f"| {self.exponent(measure):.2f} |"
+            for measure, numbers in self.found.items()
+        ]
+
+
+def _shown(number: float) -> str:
+    return f"{number:,.0f}" if number >= 100 or number == int(number) else f"{number:.3g}"
+
+
+def write_pairs(folder: Path, *, count: int, length: int, share: float, vocabulary: int) -> None:
+    """Pairs of `length` tokens, and a tokenizer that makes one token of a word, in `folder`."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    special = ("<pad>", "<s>", "</s>", "<unk>")
+    num_words = vocabulary - len(special)
+    ids = {word: number for number, word in enumerate((*special, *(f"w{number}" for number in range(num_words))))}
+    names = dict(zip(("pad_token", "bos_token", "eos_token", "unk_token"), special, strict=True))
+    tokenizer = Tokenizer(models.WordLevel(ids, special[-1]))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(folder / "model")
+    num_prompt = round(share * length)
+    sizes = {"prompt": num_prompt, "chosen": (length - num_prompt) // 2, "rejected": (length - num_prompt + 1) // 2}
+    with (folder / "pairs.jsonl").open("w") as file:
+        for pair in range(count):
+            row = {
+                key: " ".join(f" w{(7 * pair + 31 * side + 3 * place) % num_words}" for place in range(sizes[key]))
+                for side, key in enumerate(sizes)
+            }
+            file.write(json.dumps(row) + "\n")
+
+
+def step_curve(name: str, quick: bool) -> Curve:
+    """The cost of a step against one of its numbers."""
+    against, values, few = STEPS[name]
+    curve = Curve(f"step: {name}", against)
+    for value in few if quick else values:
+        chosen = {**BASE, name: value}
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = Path(scratch)
+            count = PAIRS_A_STEP * NUM_STEPS
+            shape = {key: chosen[key] for key in ("length", "share", "vocabulary")}
+            write_pairs(folder, count=count, **shape)
+            step.write_llama(
+                folder / "model", vocab_size=chosen["vocabulary"], num_layers=chosen["layers"], hidden_size=HIDDEN
+            )
+            job = {
+                "data": str(folder / "pairs.jsonl"),
+                "model": str(folder / "model"),
+                "cache": str(folder / "cache"),
+                "chat_template": "none",
+                "global_batch_size": PAIRS_A_STEP,
+                "tokens_per_microbatch": max(chosen["pack"], chosen["length"] + 8),
+                "max_length": 2 * chosen["length"],
+                "num_steps": NUM_STEPS,
+            }
+            (folder / "job.json").write_text(json.dumps(job))
+            found = step.measure("ours", folder / "job.json")
+        curve.add(value, {"CPU ms a pair": 1e3 * found["cpu_per_pair"], "peak MiB": found["memory"] / MIB})
+    return curve
+
+
+def data_curve(counts: Iterable[int]) -> Curve:
+    """The cost of a token store against its pairs."""
+    curve = Curve("data", "pairs")
+    for count in counts:
+        with tempfile.TemporaryDirectory() as folder:
+            data.prepare(data.BUNDLED, count, Path(folder))
+            built, opened = (_in_a_process("data", what, folder) for what in ("build", "open"))
+        curve.add(
+            count,
+            {
+                "CPU s to build": built["cpu"],
+                "MiB to build": built["peak"],
+                "CPU s to open and plan a step": opened["cpu"],
+                "MiB to open": opened["peak"],
+            },
+        )
+    return curve
+
+
+def measure_data(what: str, folder: Path) -> dict[str, float]:
+    """CPU seconds and the peak of memory to build the store of the pairs in `folder`, or to open it and plan a step."""
+    from simpo_megatron.data import BatchOptions, PairOptions, build_preference_dataset
+    from simpo_megatron.data.batching import step_pairs
+
+    options = PairOptions(max_length=data.MAX_LENGTH, max_prompt_length=data.MAX_PROMPT_LENGTH)
+    tokenizer, before = data.load_tokenizer(folder), data.cpu_seconds()
+    dataset = build_preference_dataset(
+        [str(folder / "pairs.jsonl")], tokenizer, options, folder / "cache", num_workers=1
+    )
+    if what == "open":
+        indices = step_pairs(len(dataset), 0, BatchOptions(global_batch_size=128, seed=1))
+        assert dataset.lengths[indices].all()
+    return {"cpu": data.cpu_seconds() - before, "peak": step.status_bytes("VmHWM") / MIB}
+
+
+def save_curve(layers: Iterable[int]) -> Curve:
+    """The cost of a checkpoint, and of a start from one, against parameters."""
+    curve = Curve("save and resume", "million parameters")
+    for num_layers in layers:
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = Path(scratch)
+            model, pairs = save.write_model(folder, num_layers)
+            saves, _ = save.run(folder, "saved", model, pairs)
+            mib, seconds, waited = saves[-1]
+            starts = [
+                save.start_of_run(folder, name, model, pairs, *flags)
+                for name, flags in (("anew", ()), ("saved", ("--resume", "required")))
+            ]
+        curve.add(
+            # 12 bytes of state for each, in fp32.
+            mib * MIB / 12e6,
+            {
+                "s to save, all waiting": waited,
+                "s until it is committed": seconds,
+                "CPU s more to start from it": starts[1] - starts[0],
+            },
+        )
+    return curve
+
+
+def ranks_curve(worlds: Iterable[int]) -> Curve:
+    """The messages and bytes of guards against ranks."""
+    import fake_ranks
+
+    curve = Curve("guards", "ranks")
+    with tempfile.TemporaryDirectory() as folder:
+        model = fake_ranks.write_model(Path(folder))
+        for world in worlds:
+            received = fake_ranks.bytes_of_guards(world, model)
+            when: dict[str, int] = {}
+            for name, number in received.items():
+                when[name.split(":")[0]] = when.get(name.split(":")[0], 0) + number
+            watch = world / fake_ranks.poll_seconds(world)
+            curve.add(
+                world,
+                {"messages a second at the store": watch, **{f"bytes at a {name}": n for name, n in when.items()}},
+            )
+    return curve
+
+
+def _in_a_process(*arguments: str) -> dict[str, float]:
+    command = [sys.executable, "-W", "ignore", __file__, "--measure", *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(arguments)} failed:\n{done.stderr[-4000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def draw(curves: list[Curve], path: Path) -> None:
+    """Each measure against what grows, relative to the first point, both on logarithmic axes."""
+    from matplotlib.figure import Figure
+
+    columns = min(3, len(curves))
+    rows = math.ceil(len(curves) / columns)
+    figure = Figure(figsize=(4 * columns, 2.8 * rows), layout="constrained")
+    panels = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for axes, curve in zip(panels, curves, strict=False):
+        for measure, numbers in curve.found.items():
+            first = next((number for number in numbers if number > 0), 1.0)
+            axes.plot(curve.values, [number / first for number in numbers], marker=".", label=measure)
+        in_proportion = [value / curve.values[0] for value in curve.values]
+        axes.plot(curve.values, in_proportion, ":", color="gray", linewidth=1, label="in proportion")
+        axes.set(xscale="log", yscale="log", title=curve.name, xlabel=curve.against, ylabel="times the first")
+        axes.legend(fontsize=6)
+    for axes in panels[len(curves) :]:
+        axes.remove()
+    figure.savefig(path, dpi=80)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="few points of each")
+    parser.add_argument("--only", default="step,data,save,ranks", help="of step, data, save, ranks")
+    parser.add_argument("--pairs", help="numbers of pairs of the data")
+    parser.add_argument("--picture", type=Path, help="where to draw the table")
+    parser.add_argument("--measure", nargs=3, help=argparse.SUPPRESS)
+    asked = parser.parse_args()
+    if asked.measure:
+        print(json.dumps(measure_data(asked.measure[1], Path(asked.measure[2]))))
+        return
+    quick = asked.quick
+    counts = [int(count) for count in asked.pairs.split(",")] if asked.pairs else QUICK_PAIRS if quick else PAIRS
+    parts: dict[str, list[Callable[[], Curve]]] = {
+        "step": [lambda name=name: step_curve(name, quick) for name in STEPS],
+        "data": [lambda: data_curve(counts)],
+        "save": [lambda: save_curve(QUICK_LAYERS_SAVED if quick else LAYERS_SAVED)],
+        "ranks": [lambda: ranks_curve(QUICK_WORLDS if quick else WORLDS)],
+    }
+    print("| | measure | against | found | grows |\n|---|---|---|---|---|")
+    curves = []
+    for part in asked.only.split(","):
+        for measure in parts[part]:
+            curves.append(measure())
+            print(*curves[-1].rows(), sep="\n", flush=True)
+    keep("scaling", [{**asdict(one), "grows": {what: one.exponent(what) for what in one.found}} for one in curves])
+    if asked.picture:
+        draw(curves, asked.picture)
+
+
+if __name__ == "__main__":
+    main()
