@@ -80,7 +80,7 @@ MOE_CASES = {
 PLANTED = {plant: one_rank(1, **PACKED) | {"plant": plant} for plant in ("a number", "a tensor", "an index")}
 WAITS = {plant: one_rank(1, **PACKED) | {"plant": plant} for plant in ("a wait", "a question")}
 
-# A router and a permutation more than a dense layer has, and instead of an MLP's two weight gradients two of each expert.
+# A router and a permutation more than in a dense layer, and two weight gradients of each expert, not an MLP's two.
 MOST_OF_MOE = {"forward": 70, "backward": 74 + 2 * NUM_EXPERTS}
 
 

@@ -51,6 +51,8 @@ def run(name: str, kept: Path, triton_python: str | None) -> float | None:
         print("not run: --triton-python names a Python that has Triton", flush=True)
         return 0.0
     launcher = TORCHRUN if name == "guards" else ()
+    # A run of its own, not that of `make demo`.
+    options = [*options, "--save", str(kept.parent / "run")] if name == "guards" else options
     environment = {
         **os.environ,
         VARIABLE: str(kept),
