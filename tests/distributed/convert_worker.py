@@ -98,7 +98,7 @@ def refuse_on_all_ranks(chunks: list, description, model: Path, out: Path, group
     """Each failure strikes the first rank only; the others must hear of it instead of waiting."""
     full = Path(f"{out}-full")
     inside_a_file = Path(f"{out}.safetensors") / "export"
-    for target, expected in ((model, "already exists"), (inside_a_file, "Not a directory"), (full, "too large")):
+    for target, expected in ((model, "did not write"), (inside_a_file, "Not a directory"), (full, "too large")):
         dist.barrier()
         with smaller_files(30_000) if target == full and dist.get_rank() == 0 else nullcontext():
             try:
