@@ -44,9 +44,9 @@ def test_an_option_of_another_objective_is_refused_by_name_and_place(tmp_path):
     assert found == (
         "run.yaml:1: gamma_beta_ratio: found with objective cpo, expected an option that cpo has: beta, sft_weight"
     )
-    for flag in ("--gamma", "--alpha", "--beta", "--sft-weight", "--label-smoothing"):
-        found = refusal(tmp_path, "objective: orpo\n", flag, "0.3")
-        assert found.startswith(f"command line: {flag}: ") and "odds_ratio_weight" in found
+    for option in ("gamma", "alpha", "beta", "sft_weight", "label_smoothing"):
+        found = refusal(tmp_path, "objective: orpo\n", f"--{option.replace('_', '-')}", "0.3")
+        assert found.startswith(f"command line: {option}: ") and "odds_ratio_weight" in found
     assert "found with objective simpo" in refusal(tmp_path, "lr: 1e-6\n", "--odds-ratio-weight", "0.1")
 
 
