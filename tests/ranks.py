@@ -79,13 +79,14 @@ class _Rank(NamedTuple):
 
 
 def _start_fresh(command: list[str], variables: dict[str, str], log: Path) -> _Rank:
-    process = subprocess.Popen(
-        [sys.executable, *command],
-        env=os.environ | variables,
-        stdout=log.open("w"),
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-    )
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            [sys.executable, *command],
+            env=os.environ | variables,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
     return _Rank(process.pid, process.poll)
 
 

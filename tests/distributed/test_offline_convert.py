@@ -124,7 +124,7 @@ def test_what_is_damaged_or_would_be_overwritten_is_refused(folder: Path, tmp_pa
         to_mcore(weights, tmp_path / "megatron", groups)
         with pytest.raises(CheckpointError, match="already exists"):
             to_mcore(weights, tmp_path / "megatron", groups)
-        with pytest.raises(CheckpointError, match="not written by simpo_megatron"):
+        with pytest.raises(CheckpointError, match="that simpo_megatron did not write"):
             to_hf(weights, folder / "llama32_tied")
         shard = tmp_path / "megatron" / "release" / "__0_0.distcp"
         content = bytearray(shard.read_bytes())

