@@ -28,7 +28,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .PHONY: help demo demo-sweep demo-smollm2 eval-env test-fast test test-newest test-nemo test-eval test-pages test-gpu-cpu \
-  test-gpu test-slurm lint format clean docs bench counts
+  test-gpu test-slurm test-smollm2 lint format clean docs bench counts
 
 help:
 	@echo "make demo          train a tiny model on bundled preference pairs, on two ranks, or one GPU (ARGS='--beta 2.5 --resume none ...')"
@@ -36,6 +36,7 @@ help:
 	@echo "make demo-smollm2  train SmolLM2-135M-Instruct (a 93 MB download) on SIMPO_REAL_PAIRS=FILE or the bundled pairs"
 	@echo "make test-fast     run the tests that start no process: a minute"
 	@echo "make test          run all that a change must pass (PYTEST='-k loss -x', or PYTEST='-m \"not slow\"')"
+	@echo "make test-smollm2  run what needs a real model, SmolLM2-135M-Instruct (a 93 MB download)"
 	@echo "make test-newest   run a selection on the newest megatron-core, given Python 3.12 (NEWEST_PYTHON=PATH; PYTEST_ALL=1: all)"
 	@echo "make test-nemo     run what needs NeMo and NeMo-Run, each in an environment of its own"
 	@echo "make eval-env      make .venv-eval, with the official scorers that simpo evaluate calls"
@@ -92,11 +93,15 @@ counts: .venv-gpu/.ready-test
 	@SIMPO_RENEW_COUNTS=1 .venv-gpu/bin/python -m pytest -q $(COUNTING_GPU_CPU_TESTS)
 
 # What has a target of its own, for it needs more than the tests' environment.
-ELSEWHERE := gpu_cpu eval pages
+ELSEWHERE := gpu_cpu eval pages smollm2
 
 test: $(VENV)/.ready-test
 	@echo "== tests"
 	@$(BIN)/python -m pytest $(AT_ONCE) $(SLOWEST) $(ELSEWHERE:%=--ignore tests/%) $(PYTEST)
+
+test-smollm2: $(VENV)/.ready-test
+	@echo "== tests with SmolLM2-135M-Instruct"
+	@$(BIN)/python -m pytest -rs $(AT_ONCE) $(SLOWEST) tests/smollm2 $(PYTEST)
 
 # What a new megatron-core may break first: names of its options, layer specs, attention, routing, what it allocates, a
 # run and its resume; and Megatron-LM's own training, which only comes with it.

@@ -10,12 +10,9 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
 from multiprocessing.process import BaseProcess
-from pathlib import Path
 from typing import Any
 
 import pytest
-from extras import installed_alone
-from filelock import FileLock
 from ranks import REPOSITORY
 
 # Before torch is imported, and for every process that a test starts: numbers are those of the CPU, wherever tests run,
@@ -27,7 +24,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 # These folders exist for tests of several processes; elsewhere a test bears the mark itself.
-_FOLDERS_OF_PROCESSES = {"distributed", "faults", "end_to_end", "slurm"}
+_FOLDERS_OF_PROCESSES = {"distributed", "faults", "end_to_end", "slurm", "smollm2"}
 _running: list[pytest.Item] = []
 _cache = pytest.StashKey[str]()
 
@@ -85,23 +82,6 @@ for _owner, _name in (
     (os, "posix_spawn"),
 ):
     setattr(_owner, _name, _guarded(getattr(_owner, _name)))
-
-
-@pytest.fixture(scope="session")
-def smollm2(tmp_path_factory) -> Path:
-    """SmolLM2-135M-Instruct: the folder SIMPO_SMOLLM2 names, or one made from the package that carries the model."""
-    own = tmp_path_factory.getbasetemp()
-    # Workers of one session have folders of their own in one that they share.
-    shared = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
-    folder = Path(os.environ.get("SIMPO_SMOLLM2") or shared / "smollm2")
-    tool = REPOSITORY / "tools" / "prepare_smollm2.py"
-    with FileLock(shared / "smollm2.lock"):
-        # As `make demo-smollm2` does, with the packages of this extra and no others.
-        python = installed_alone(own / "packages_of_gguf", "gguf")
-        done = subprocess.run([*python, str(tool), str(folder)], capture_output=True, text=True, timeout=600)
-    if done.returncode:
-        pytest.skip(done.stderr.strip().splitlines()[-1])
-    return folder
 
 
 @pytest.fixture

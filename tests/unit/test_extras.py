@@ -1,6 +1,6 @@
 """Each extra alone is enough for what it is for.
 
-The extra gguf makes the model of test_smollm2 (conftest.py), and without any the whole package is imported
+The extra gguf makes the model of tests/smollm2, and without any the whole package is imported
 (test_logs.py). `make test-nemo` and `make docs` install theirs alone.
 """
 

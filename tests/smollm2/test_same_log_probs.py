@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from simpo_megatron.convert.files import stored_tensors
 
 pytestmark = pytest.mark.slow
+WORKER = REPOSITORY / "tests" / "distributed" / "convert_worker.py"
 
 LAYOUTS = {
     "tp1": {},
@@ -69,7 +70,7 @@ def test_log_probs_agree_and_every_weight_comes_back(smollm2: Path, tmp_path: Pa
         "max_shard_bytes": 100 << 20,
     }
     (tmp_path / "job.json").write_text(json.dumps(job))
-    run_ranks(Path(__file__).with_name("convert_worker.py"), 3, str(tmp_path), timeout=500)
+    run_ranks(WORKER, 3, str(tmp_path), timeout=500)
     with torch.no_grad():
         expected = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)(tokens).logits
     weights = contents(smollm2)
