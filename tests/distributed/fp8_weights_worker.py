@@ -140,6 +140,7 @@ def main(folder: Path) -> None:
 
         check_resume(job, chunks, trainer, folder / f"checkpoint {overlap}")
         check_export(job, chunks, trainer, folder / f"exported {overlap}")
+    parallel.shut_down()
 
 
 def check_resume(job: Job, chunks, trainer: Trainer, saved: Path) -> None:
