@@ -17,6 +17,7 @@ def check_counts(section: str, found: dict[str, int], *, may_rise: float = 0.0) 
     Args:
         may_rise: by this share of itself.
     """
+    assert found, f"{section}: found no count"
     counts = yaml.safe_load(FILE.read_text())
     kept = counts.setdefault(section, {})
     if os.environ.get(_RENEW):

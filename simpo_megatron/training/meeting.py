@@ -137,7 +137,7 @@ def arrive(store: dist.Store, rank: int, world: int, deadline: float) -> None:
     Raises:
         PeerFailedError, ParallelError: as `meet`.
     """
-    # In no stub of torch, and in every store.
+    # torch's stubs lack `append`, which every store has.
     store.append(_ARRIVED, f"{rank} {socket.gethostname()}\n")  # type: ignore[attr-defined]
     store.add(_NUM_PRESENT, 1)
     if store.add(_NUM_ARRIVED, 1) == world:
@@ -207,7 +207,7 @@ def _allow_connections(process: int) -> None:
 
     Each rank has some connections there. The usual limit of 1,024 files ends that at some hundred ranks.
     """
-    # Of Linux alone.
+    # Only Linux has prlimit.
     with suppress(AttributeError, OSError, ValueError):
         _, at_most = resource.prlimit(process, resource.RLIMIT_NOFILE)
         resource.prlimit(process, resource.RLIMIT_NOFILE, (at_most, at_most))

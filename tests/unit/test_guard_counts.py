@@ -21,7 +21,7 @@ from tools.benchmarks.fake_ranks import (
     write_model,
 )
 
-# Of a clock that runs so much faster.
+# The pauses of the guards are this many times shorter here.
 FASTER = 10
 
 

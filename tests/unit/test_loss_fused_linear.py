@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from seven_tokens import PADDED, ROWS, SEQUENCE, TARGETS, TOKENS, VOCAB, B, H, S, V
 
 from simpo_megatron.errors import ConfigError
 from simpo_megatron.loss import (
@@ -16,13 +17,6 @@ from simpo_megatron.loss import (
     preference_loss,
 )
 
-# Row 3 predicts two tokens, as under prefix sharing; targets hold both ends of the vocabulary and repeat.
-S, B, H, V, PADDED = 7, 2, 12, 300, 304
-ROWS = torch.tensor([1, 3, 3, 5, 8, 9, 13])
-TARGETS = torch.tensor([0, 299, 7, 7, 7, 128, 3])
-SEQUENCE = torch.tensor([0, 0, 1, 1, 2, 2, 3])
-TOKENS = ResponseTokens(ROWS, TARGETS, SEQUENCE, 2)
-VOCAB = VocabShard(start=0, size=V)
 # float64 bytes of all logits of the seven tokens, and budgets that keep all, some and none of them; blocks
 # are of 64 columns at the least, so that the vocabulary is cut into five at most.
 ALL_BYTES = 7 * V * 8

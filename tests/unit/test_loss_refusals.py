@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.distributed as dist
+from seven_tokens import PADDED, ROWS, SEQUENCE, TARGETS, TOKENS, VOCAB, B, H, S, V
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import distribute_tensor
 
@@ -16,12 +17,6 @@ from simpo_megatron.loss import (
     fused_linear_simpo,
 )
 
-S, B, H, V, PADDED = 7, 2, 12, 300, 304
-ROWS = torch.tensor([1, 3, 3, 5, 8, 9, 13])
-TARGETS = torch.tensor([0, 299, 7, 7, 7, 128, 3])
-SEQUENCE = torch.tensor([0, 0, 1, 1, 2, 2, 3])
-TOKENS = ResponseTokens(ROWS, TARGETS, SEQUENCE, 2)
-VOCAB = VocabShard(start=0, size=V)
 HIDDEN, WEIGHT = torch.zeros(S, B, H, dtype=torch.float64), torch.zeros(PADDED, H, dtype=torch.float64)
 
 
