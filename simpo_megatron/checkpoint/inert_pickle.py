@@ -15,7 +15,7 @@ import torch
 _MAX_DEPTH = 32
 _MAX_VALUES = 2_000_000
 _MAX_BITS = 256  # numpy's generators have states of 128
-# Of sets and byte arrays no checkpoint has any; one of these allocates as many bytes as the file asks for.
+# Sets and byte arrays, which no checkpoint has; one of these allocates as many bytes as the file asks for.
 _REFUSED = (
     pickle.BYTEARRAY8,
     pickle.NEXT_BUFFER,

@@ -21,7 +21,7 @@ def delete_old(save: Path, num_newest: int) -> list[Path]:
     """
     if num_newest == -1:
         return []
-    ours = [checkpoint for folder in manifest.committed(save) if (checkpoint := _read_or_none(folder)) is not None]
+    ours = _valid(save)
     kept = {checkpoint.iteration for checkpoint in (*ours[-num_newest:], *_best(ours))}
     removed = [checkpoint.folder for checkpoint in ours if checkpoint.iteration not in kept]
     for folder in removed:
@@ -31,9 +31,14 @@ def delete_old(save: Path, num_newest: int) -> list[Path]:
 
 def last_and_best(save: Path) -> tuple[Path | None, Path | None]:
     """The folders under `save` of the newest checkpoint and of the one with the best validation accuracy."""
-    ours = [checkpoint for folder in manifest.committed(save) if (checkpoint := _read_or_none(folder)) is not None]
+    ours = _valid(save)
     last, best = ([checkpoint.folder for checkpoint in some] for some in (ours[-1:], _best(ours)))
     return (last[0] if last else None), (best[0] if best else None)
+
+
+def _valid(save: Path) -> list[Checkpoint]:
+    """The valid checkpoints under `save`, the oldest first."""
+    return [checkpoint for folder in manifest.committed(save) if (checkpoint := _read_or_none(folder)) is not None]
 
 
 def _best(checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:

@@ -140,7 +140,7 @@ def read_state(state: RunState, checkpoint: Checkpoint, *, same_layout: bool) ->
         CheckpointError: a tensor is missing or has another shape, or is no part of the model.
     """
     folder = checkpoint.folder
-    # What rank 0 found: if every rank listed the folder, the listings would grow with the square of their number.
+    # Rank 0 listed the folder. Listings by every rank would cost the square of the number of ranks.
     index = read_index(folder, {name: digest.size for name, digest in checkpoint.files.items()})
     optimizer = state.optimizer
     own_settings = [_settings(group) for group in optimizer.param_groups]

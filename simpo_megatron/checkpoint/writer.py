@@ -91,7 +91,7 @@ class Writing:
         try:
             if self._request.async_fn is not None:
                 self._request.async_fn(*self._arguments, **self._request.async_fn_kwargs)
-                # By their names: if every rank listed the folder, listings would grow with the square of their number.
+                # The names are known. Listings by every rank would cost the square of the number of ranks.
                 shards = sorted(self._folder / name for _, name, _ in self._arguments[1])
                 self._digests = {path.name: digest_file(path) for path in shards if path.is_file()}
         except Exception as error:

@@ -66,7 +66,7 @@ def findings_of_texts(
     texts = [turn["content"] for turns in written for turn in turns]
     if len(last) >= _MIN_REPEATED and any(text.lstrip().startswith(last) for text in texts):
         found.append("repeats_prompt")
-    # What they look for has a colon, which few texts have.
+    # Each of these patterns needs a colon, which few texts have.
     spoken = [text for text in texts if ":" in text]
     if any(_DIALOGUE.search(text) or (_ASKED.search(text) and _ANSWERED.search(text)) for text in spoken):
         found.append("dialogue_in_response")

@@ -25,8 +25,8 @@ print(json.dumps([version, list(spec.submodule_search_locations)[0] if spec else
 """
 
 
-# Runs a command, and kills what is left of it when the other end of stdin is closed, also by the death of its owner: a
-# scorer that runs on would ask a paid judge, beside the one that the same command starts again.
+# A shell that runs a command, and kills the command and its children when stdin is closed, as the death of this process
+# does. Otherwise a scorer would go on asking a paid judge, beside the scorer that the next call starts.
 _OWNED = 'exec 3<&0; "$@" 3<&- </dev/null & child=$!; { cat <&3; kill -9 0; } >/dev/null 2>&1 & wait $child'
 
 

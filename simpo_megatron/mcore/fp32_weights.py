@@ -41,7 +41,7 @@ class _Optimizer(Float16OptimizerWithFloat16Params):
         megatron looks for the places of bf16 weights alone, and cannot load a group that has no masters.
         """
         before = self.float16_groups, self.fp32_from_float16_groups
-        # Of each group either all weights are fp32 or none is.
+        # The weights of one group are all fp32, or none is.
         self.float16_groups, self.fp32_from_float16_groups = (
             [bf16 or fp32 for bf16, fp32 in zip(groups, self.fp32_from_fp32_groups, strict=True)] for groups in before
         )

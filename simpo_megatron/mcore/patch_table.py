@@ -128,4 +128,4 @@ PATCHES = {
         "it runs `make` and exits where that fails; a wheel has the helpers compiled and no Makefile",
     ),
 }
-"""By the function that makes it."""
+"""The patches of this table, by the function that makes each."""
