@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -131,8 +131,3 @@ def read_record(path: Path) -> dict[str, Any] | None:
 def write_record(path: Path, record: Mapping[str, Any]) -> None:
     """Writes `record` as the whole file, atomically."""
     atomic.write_text(path, json.dumps(record, indent=1) + "\n")
-
-
-def keys_of(rows: list[dict[str, Any]], *names: str) -> set[Hashable]:
-    """The values of `names` in each row."""
-    return {tuple(row.get(name) for name in names) for row in rows}

@@ -73,7 +73,6 @@ class Watchdog:
         self._leaving = threading.Event()
         self._num_unanswered, self._is_store_lost = 0, False
         self._poll_seconds = poll_seconds(self._world)
-        self._signals = signals
         signals.on_stuck = self._leave_stopped
         self._threads = [threading.Thread(target=self._ask, name="watch", daemon=True)]
         if is_launched():
