@@ -17,7 +17,6 @@ from simpo_megatron.ranks import sync_status
 from simpo_megatron.reporting.continuations import keep_samples
 from simpo_megatron.reporting.loggers import RunLog, Sink, open_run_log
 from simpo_megatron.reporting.validation_pairs import keep_validation_pairs
-from simpo_megatron.stop_signals import StopSignals
 from simpo_megatron.training.checkpoint_manager import Saver
 from simpo_megatron.training.consistency import check_replicas, check_same, check_same_model, job_facts, unchanged_model
 from simpo_megatron.training.evaluation import evaluate
@@ -43,7 +42,6 @@ from simpo_megatron.training.save_schedule import SaveSchedule
 from simpo_megatron.training.session import LONG_SECONDS, Session
 from simpo_megatron.training.setup import Job
 from simpo_megatron.training.step import Step, train_step
-from simpo_megatron.training.watchdog import Watchdog
 
 _start_is_told = False
 
@@ -80,9 +78,9 @@ def run_in(
             evaluations: dict[int, dict[str, float]] = {}
             saver = Saver(config, job, log, watchdog)
             if start.iteration < job.train_iters:
-                profiler = Profiler(config, start.iteration + 1)
-                with saver, profiler:
-                    stopped, evaluations = _run_steps(config, job, start, log, signals, watchdog, saver, profiler)
+                with saver, Profiler(config, start.iteration + 1) as profiler:
+                    steps = _Steps(config, job, start, log, session, saver)
+                    stopped, evaluations = steps.run(profiler), steps.evaluations
             else:
                 log.say(f"resume    all {job.train_iters:,} steps were taken before; --resume none trains again")
             if isinstance(stopped, StoppedBySignal):
@@ -97,79 +95,110 @@ def run_in(
     return stopped, evaluations
 
 
-def _run_steps(
-    config: Config,
-    job: Job,
-    start: Start,
-    log: RunLog,
-    signals: StopSignals,
-    watchdog: Watchdog,
-    saver: Saver,
-    profiler: Profiler,
-) -> tuple[Stopped | None, dict[int, dict[str, float]]]:
-    """Runs the steps; returns why they ended early, if they did, and the evaluations by iteration.
+class _Steps:
+    """The steps of a run from its start to its last, with the evaluations and checkpoints that are due among them."""
 
-    The reason is the same on every rank, after the same step.
-    """
-    trainer, run = job.trainer, config.run
-    evaluations: dict[int, dict[str, float]] = {}
-    signals.note_from_now_on()
-    monitors, due = Monitors(config, job, start), SaveSchedule(run.save_interval, job.train_iters)
-    watchdog.enter_phase("the memory probe", timeout=LONG_SECONDS)
-    for line in probe_memory(config, job, start):
-        log.say(line)
-    if start.iteration == 0:
-        watchdog.enter_phase("the evaluation before step 1", timeout=LONG_SECONDS)
-        evaluations[0] = _evaluate(job, monitors, log, 0, run.save)
-    taken = _DataProgress(start.consumed_pairs, start.monitors.get(NUM_SKIPPED, 0))
-    for line in describe_profile(config, start.iteration + 1, job.train_iters):
-        log.say(line)
-    window = LogWindow(config, job)
-    for iteration in range(start.iteration + 1, job.train_iters + 1):
+    def __init__(self, config: Config, job: Job, start: Start, log: RunLog, session: Session, saver: Saver) -> None:
+        self._config, self._job, self._start, self._log, self._saver = config, job, start, log, saver
+        self._signals, self._watchdog = session.signals, session.watchdog
+        self._monitors = Monitors(config, job, start)
+        self._window = LogWindow(config, job)
+        self._due = SaveSchedule(config.run.save_interval, job.train_iters)
+        self._taken = _DataProgress(start.consumed_pairs, start.monitors.get(NUM_SKIPPED, 0))
+        self.evaluations: dict[int, dict[str, float]] = {}
+        """The validation metrics by iteration."""
+
+    def run(self, profiler: Profiler) -> Stopped | None:
+        """Takes the steps; returns why they ended early, if they did: on every rank alike, after the same step."""
+        start, last = self._start.iteration, self._job.train_iters
+        self._signals.note_from_now_on()
+        self._watchdog.enter_phase("the memory probe", timeout=LONG_SECONDS)
+        for line in probe_memory(self._config, self._job, self._start):
+            self._log.say(line)
+        if start == 0:
+            self._evaluate(0, "the evaluation before step 1")
+        for line in describe_profile(self._config, start + 1, last):
+            self._log.say(line)
+        self._window.restart_clock()
+        for iteration in range(start + 1, last + 1):
+            stopped = self._step(iteration, profiler)
+            if stopped is not None:
+                return stopped
+        return None
+
+    def _step(self, iteration: int, profiler: Profiler) -> Stopped | None:
+        run, due, watchdog = self._config.run, self._due, self._watchdog
         watchdog.enter_phase(f"step {iteration}", timeout=run.distributed_timeout_seconds_after_init)
         faults.at("step")
         with profiler.step(iteration):
-            computed, grad_norm, learning_rate, noted = _finite_step(config, job, log, taken, due.asked_with(signals))
-        window.add(computed)
-        _tell_start(log)
-        is_last, stop = iteration == job.train_iters, due.signal_in(noted)
-        saves = run.save is not None and (is_last or stop or due.at(iteration, noted))
-        # A checkpoint does not hold a window's sums, so a window ends at every checkpoint.
-        if saves or is_last or _is_due(iteration, run.log_interval):
-            metrics = window.close() | {"grad_norm": grad_norm, "learning_rate": learning_rate}
-            metrics |= saver.metrics()
-            log.step(iteration, monitors.step(iteration, metrics, taken.pairs))
-        else:
-            log.advance(iteration)
-        evaluated: dict[str, float] = {}
-        if is_last or _is_due(iteration, job.eval_interval) or (saves and not stop and monitors.evaluate_before_saving):
-            watchdog.enter_phase(f"the evaluation after step {iteration}", timeout=LONG_SECONDS)
-            evaluated = evaluations[iteration] = _evaluate(job, monitors, log, iteration, run.save)
-        found = monitors.judge(iteration, log)
-        if found is not None:
-            return found, evaluations
-        if saves:
-            watchdog.enter_phase(f"the checkpoint of step {iteration}", timeout=LONG_SECONDS)
-            check_replicas(trainer.chunks, trainer.groups)
-            saver.save(
-                iteration=iteration,
-                consumed_pairs=taken.pairs,
-                metrics=evaluated,
-                # What was left out before a resume counts.
-                monitors=monitors.remembered() | {NUM_SKIPPED: taken.num_skipped_steps},
-                in_background=run.async_save and not (is_last or stop),
+            step, grad_norm, learning_rate, noted = _finite_step(
+                self._config, self._job, self._log, self._taken, due.asked_with(self._signals)
             )
+        self._window.add(step)
+        _tell_start(self._log)
+        is_last, stop = iteration == self._job.train_iters, due.signal_in(noted)
+        saves = run.save is not None and (is_last or stop > 0 or due.at(iteration, noted))
+        self._log_step(iteration, grad_norm, learning_rate, is_window_end=saves or is_last)
+        evaluates = is_last or _is_due(iteration, self._job.eval_interval)
+        if evaluates or (saves and not stop and self._monitors.evaluate_before_saving):
+            self._evaluate(iteration, f"the evaluation after step {iteration}")
+        found = self._monitors.judge(iteration, self._log)
+        if found is not None:
+            return found
+        if saves:
+            self._save(iteration, in_background=run.async_save and not (is_last or stop))
         else:
-            saver.poll()
+            self._saver.poll()
         if saves or is_last:
             # A signal that came while this checkpoint was written needs no second one.
-            stop = stop or sync_status(None, signals.noted())
+            stop = stop or sync_status(None, self._signals.noted())
             due.restart_clock()
         if stop:
-            return _stopped(config, signal.Signals(stop).name, iteration), evaluations
-        if saves or evaluated:
-            window.restart_clock()
-    return None, evaluations
+            return _stopped(self._config, signal.Signals(stop).name, iteration)
+        if saves or self.evaluations.get(iteration):
+            self._window.restart_clock()
+        return None
+
+    def _log_step(self, iteration: int, grad_norm: float, learning_rate: float, *, is_window_end: bool) -> None:
+        """Log the window that ends with this step: at its interval, and at every checkpoint, which holds no sums."""
+        if not (is_window_end or _is_due(iteration, self._config.run.log_interval)):
+            self._log.advance(iteration)
+            return
+        metrics = self._window.close() | {"grad_norm": grad_norm, "learning_rate": learning_rate}
+        metrics |= self._saver.metrics()
+        self._log.step(iteration, self._monitors.step(iteration, metrics, self._taken.pairs))
+
+    def _save(self, iteration: int, *, in_background: bool) -> None:
+        self._watchdog.enter_phase(f"the checkpoint of step {iteration}", timeout=LONG_SECONDS)
+        check_replicas(self._job.trainer.chunks, self._job.trainer.groups)
+        self._saver.save(
+            iteration=iteration,
+            consumed_pairs=self._taken.pairs,
+            metrics=self.evaluations.get(iteration, {}),
+            # What was left out before a resume counts.
+            monitors=self._monitors.remembered() | {NUM_SKIPPED: self._taken.num_skipped_steps},
+            in_background=in_background,
+        )
+
+    def _evaluate(self, iteration: int, phase: str) -> None:
+        """Take the validation metrics under the names they are logged by; none without validation pairs.
+
+        The log-probs of each pair of the first set and the samples of the repetition probe are kept in the run folder.
+        """
+        self._watchdog.enter_phase(phase, timeout=LONG_SECONDS)
+        job, monitors, save = self._job, self._monitors, self._config.run.save
+        found = evaluate(job.trainer, job.valid_data, is_untrained=iteration == 0)
+        metrics = self.evaluations[iteration] = monitors.evaluation(iteration, found.metrics)
+        if metrics:
+            self._log.evaluation(iteration, metrics)
+        if found.averages is not None and save is not None and dist.get_rank() == 0:
+            try:
+                keep_validation_pairs(Path(save), iteration, found.averages, next(iter(job.valid_data.values())))
+                if monitors.samples:
+                    keep_samples(Path(save), iteration, *zip(*monitors.samples, strict=True))
+            except SimPOError as error:
+                # Only the report misses them.
+                self._log.say(f"WARNING   {error}; the run continues without it")
 
 
 def _tell_start(log: RunLog) -> None:
@@ -220,23 +249,3 @@ def _stopped(config: Config, signal_name: str, iteration: int) -> StoppedBySigna
 
 def _is_due(iteration: int, interval: int | None) -> bool:
     return interval is not None and iteration % interval == 0
-
-
-def _evaluate(job: Job, monitors: Monitors, log: RunLog, iteration: int, save: str | None) -> dict[str, float]:
-    """The validation metrics under the names they are logged by; none without validation pairs.
-
-    The log-probs of each pair of the first set and the samples of the repetition probe are kept in `save`, if given.
-    """
-    found = evaluate(job.trainer, job.valid_data, is_untrained=iteration == 0)
-    metrics = monitors.evaluation(iteration, found.metrics)
-    if metrics:
-        log.evaluation(iteration, metrics)
-    if found.averages is not None and save is not None and dist.get_rank() == 0:
-        try:
-            keep_validation_pairs(Path(save), iteration, found.averages, next(iter(job.valid_data.values())))
-            if monitors.samples:
-                keep_samples(Path(save), iteration, *zip(*monitors.samples, strict=True))
-        except SimPOError as error:
-            # Only the report misses them.
-            log.say(f"WARNING   {error}; the run continues without it")
-    return metrics
