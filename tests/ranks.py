@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -101,6 +102,7 @@ def _start_forked(command: list[str], variables: dict[str, str], log: Path) -> _
 def _run_script(command: list[str], variables: dict[str, str], log: str) -> None:
     """Runs `python *command` in a forked rank, as far as the script can tell."""
     os.setsid()
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     file = os.open(log, os.O_WRONLY | os.O_CREAT)
     os.dup2(file, 1)
     os.dup2(file, 2)
@@ -109,6 +111,14 @@ def _run_script(command: list[str], variables: dict[str, str], log: str) -> None
     sys.argv[:] = command
     sys.path.insert(0, str(Path(command[0]).parent))
     runpy.run_path(command[0], run_name="__main__")
+
+
+def _end_with_parent() -> None:
+    """End this rank and what it started when the tests were killed, or it waits for its peers on a busy core."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "the rank was forked for a test process"
+    parent.join()
+    os.killpg(0, signal.SIGKILL)
 
 
 def leave_groups() -> None:
