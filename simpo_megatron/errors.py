@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 # Characters that move a cursor, colour, hide or reverse text: C0 and C1, bidirectional marks, other line ends, the byte
 # order mark, tags, and lone surrogates, which no terminal can encode.
@@ -35,6 +36,35 @@ class ConfigError(SimPOError):
     """A key, a value or a combination of values that cannot be run."""
 
     exit_code = 2
+    parts: tuple[ConfigError, ...] = ()
+    """The errors that this one tells together."""
+
+
+class Refusals:
+    """The errors of one input, so that they are told together."""
+
+    def __init__(self) -> None:
+        self.found: list[ConfigError] = []
+
+    @contextmanager
+    def collected(self) -> Iterator[None]:
+        """Keeps a ConfigError that is raised in the context, and goes on behind it."""
+        try:
+            yield
+        except ConfigError as error:
+            self.found.extend(error.parts or (error,))
+
+    def raise_any(self) -> None:
+        """Raises: ConfigError: the only error as it was raised, or the first with the others in its `details`."""
+        if not self.found:
+            return
+        first, *others = self.found
+        if not others:
+            raise first from None
+        told = ConfigError(f"{first} (and {len(others)} more, below)")
+        told.parts = tuple(self.found)
+        told.details = tuple(f"  {other}" for other in others)
+        raise told from None
 
 
 class DataError(SimPOError):

@@ -12,10 +12,9 @@ resumes from its checkpoint. The results are sweep.html, sweep.json and best.yam
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from simpo_megatron.commands.parsing import CommandParser
-from simpo_megatron.config import Config
 from simpo_megatron.errors import SimPOError, report_error, visible
 from simpo_megatron.planning.gpus import GPUS
 from simpo_megatron.sweep.request import Sweep, read_sweep
@@ -83,7 +82,7 @@ def _dry_run(own: argparse.Namespace, of_the_trainer: Sequence[str]) -> int:
     return 0
 
 
-def _read(argv: Sequence[str]) -> tuple[Config, Callable[[], None]]:
+def _read(argv: Sequence[str]) -> launch.RankJob:
     """The configuration that all trials share, and the sweep."""
     sweep = _sweep(*parse_arguments(argv, "simpo sweep"))
     check_inputs(sweep.base)
@@ -94,7 +93,7 @@ def _read(argv: Sequence[str]) -> tuple[Config, Callable[[], None]]:
 
         run_sweep(sweep)
 
-    return sweep.base, work
+    return launch.RankJob(sweep.base, work)
 
 
 def _sweep(own: argparse.Namespace, of_the_trainer: Sequence[str]) -> Sweep:

@@ -28,7 +28,7 @@ from simpo_megatron.config.presets import PRESETS
 from simpo_megatron.config.python_values import python_value
 from simpo_megatron.config.sections import DEMO, OBJECTIVES, Config
 from simpo_megatron.config.yaml_tree import PLAIN_TAG, read_yaml_tree
-from simpo_megatron.errors import ConfigError, require
+from simpo_megatron.errors import ConfigError, Refusals, require
 
 _COMMAND_LINE = "command line"
 _SECTIONS_OF_NEMO = ("dpo", "policy", "checkpointing", "trainer", "exp_manager", "train", "scheduler")
@@ -110,30 +110,39 @@ def read_yaml(path: str | Path, axes: Axes | None = None) -> Layer:
     Raises: ConfigError for anything else: duplicate or unknown keys, tags, nesting, wrong types, tabs.
     """
     layer: Layer = {}
+    refusals = Refusals()
     for key, value in _yaml_items(Path(path)):
-        where = f"{path}:{key.start_mark.line + 1}"
-        if not isinstance(key, yaml.ScalarNode) or not key.tag.startswith(PLAIN_TAG + "str"):
-            raise ConfigError(f"{where}: found a key that is not a plain name, expected an option such as lr")
-        if isinstance(value, yaml.MappingNode) and key.value in typing.get_type_hints(Config):
-            raise ConfigError(f"{where}: {key.value}: found a section, expected its options without it, not indented")
-        if key.value == SWEEP_KEY:
-            if axes is None:
-                raise ConfigError(
-                    f"{where}: {SWEEP_KEY}: found values to try, expected the options of one run; start them with "
-                    "simpo sweep"
-                )
-            axes |= _yaml_axes(value, path, where)
-            continue
-        if isinstance(value, yaml.MappingNode) and key.value in _SECTIONS_OF_NEMO:
-            raise ConfigError(
-                f"{where}: {key.value}: found a section, expected options of a run; --nemo-config reads NeMo files"
-            )
-        option = find_option(key.value, where)
-        if option.name in layer:
-            raise ConfigError(f"{where}: {key.value}: found twice, expected once; first in {layer[option.name].where}")
-        layer[option.name] = Setting(_yaml_value(value, option, where), where)
-    refuse_both({name: setting.where for name, setting in layer.items()})
+        with refusals.collected():
+            _read_yaml_item(key, value, path, layer, axes)
+    with refusals.collected():
+        refuse_both({name: setting.where for name, setting in layer.items()})
+    refusals.raise_any()
     return layer
+
+
+def _read_yaml_item(key: yaml.Node, value: yaml.Node, path: str | Path, layer: Layer, axes: Axes | None) -> None:
+    """Put a key's value into `layer`, or into `axes` what stands under `sweep`."""
+    where = f"{path}:{key.start_mark.line + 1}"
+    if not isinstance(key, yaml.ScalarNode) or not key.tag.startswith(PLAIN_TAG + "str"):
+        raise ConfigError(f"{where}: found a key that is not a plain name, expected an option such as lr")
+    if isinstance(value, yaml.MappingNode) and key.value in typing.get_type_hints(Config):
+        raise ConfigError(f"{where}: {key.value}: found a section, expected its options without it, not indented")
+    if key.value == SWEEP_KEY:
+        if axes is None:
+            raise ConfigError(
+                f"{where}: {SWEEP_KEY}: found values to try, expected the options of one run; start them with "
+                "simpo sweep"
+            )
+        axes |= _yaml_axes(value, path, where)
+        return
+    if isinstance(value, yaml.MappingNode) and key.value in _SECTIONS_OF_NEMO:
+        raise ConfigError(
+            f"{where}: {key.value}: found a section, expected options of a run; --nemo-config reads NeMo files"
+        )
+    option = find_option(key.value, where)
+    if option.name in layer:
+        raise ConfigError(f"{where}: {key.value}: found twice, expected once; first in {layer[option.name].where}")
+    layer[option.name] = Setting(_yaml_value(value, option, where), where)
 
 
 def _yaml_axes(node: yaml.Node, path: str | Path, where: str) -> Axes:
@@ -205,22 +214,28 @@ def _parse_flags(argv: list[str], *, takes_words: bool = False) -> tuple[Layer, 
         print(parser.format_help() if hasattr(given, "help_all") else short_help())
         sys.exit(0)
     given.words = [word for word in unknown if takes_words and not word.startswith("--")]
-    if len(unknown) > len(given.words):
-        flag = next(word for word in unknown if word not in given.words).split("=")[0]
-        raise ConfigError(
-            f"{_COMMAND_LINE}: found unknown argument {flag[:60]!r}, expected an option{nearest(flag, flag_names())}"
+    others = [word.split("=")[0] for word in unknown if word not in given.words]
+    refusals = Refusals()
+    # What follows an unknown flag may be its value.
+    for flag in [word for word in others if word.startswith("--")] or others[:1]:
+        meant = nearest(flag, flag_names())
+        refusals.found.append(
+            ConfigError(f"{_COMMAND_LINE}: found unknown argument {flag[:60]!r}, expected an option{meant}")
         )
     layer: Layer = {}
     for name, value in vars(given).items():
         option = option_table().get(name)
         if option is None:  # --config and others that are no option of a run
             continue
-        if option.is_list:
-            value = tuple(option.parse(text, _COMMAND_LINE) for text in value)
-        elif option.kind is not bool:
-            value = option.parse(value, _COMMAND_LINE)
-        layer[name] = Setting(value, _COMMAND_LINE)
-    refuse_both({name: setting.where for name, setting in layer.items()})
+        with refusals.collected():
+            if option.is_list:
+                value = tuple(option.parse(text, _COMMAND_LINE) for text in value)
+            elif option.kind is not bool:
+                value = option.parse(value, _COMMAND_LINE)
+            layer[name] = Setting(value, _COMMAND_LINE)
+    with refusals.collected():
+        refuse_both({name: setting.where for name, setting in layer.items()})
+    refusals.raise_any()
     return layer, given
 
 
@@ -259,23 +274,39 @@ def _merge(lower: Layer, upper: Layer) -> Layer:
 def _build(layer: Layer) -> Config:
     """The sections from their defaults and `layer`; a section's error gets the place where its value was set.
 
-    Raises: ConfigError of the first section that refuses its options, those of the others in its `details`.
+    Raises: ConfigError: every option that its section refuses; without it, the next one of the section is looked for.
     """
-    sections, refused = {}, []
-    for section, section_type in typing.get_type_hints(Config).items():
+    sections, refusals = {}, Refusals()
+    for section in typing.get_type_hints(Config):
         own = {name: setting for name, setting in layer.items() if option_table()[name].section == section}
-        if section == "objective":
-            section_type = _objective_type(own)
-        try:
-            sections[section] = section_type(**_field_values(own))
-        except ConfigError as error:
-            refused.append(_with_origin(str(error), own))
-    if refused:
-        first, *others = refused
-        told = ConfigError(first + (f" (and {len(others)} more, below)" if others else ""))
-        told.details = tuple(f"  {other}" for other in others)
-        raise told from None
+        sections[section] = _section(section, own, refusals)
+    refusals.raise_any()
     return Config(**sections)
+
+
+def _section(section: str, settings: Layer, refusals: Refusals) -> typing.Any:
+    """The section of `settings`; None after refusals, which are added to `refusals`."""
+    section_type, left_out = typing.get_type_hints(Config)[section], set[str]()
+    while True:
+        try:
+            own = dict(settings)
+            if section == "objective":
+                section_type = _objective_type(own)
+            made = section_type(**_field_values(own))
+            return None if left_out else made
+        except ConfigError as error:
+            words = re.findall(r"[a-z_0-9]+", str(error))
+            blamed = next((name for name in words if name in settings), None)
+            if blamed is None and len(settings) == 1:
+                blamed = next(iter(settings))
+            # What is left may miss what was taken out.
+            if left_out.isdisjoint(words):
+                place = "" if blamed is None else f"{settings[blamed].where}: "
+                refusals.found.append(ConfigError(f"{place}{error}"))
+            if blamed is None:
+                return None
+            left_out.add(blamed)
+            settings = {name: setting for name, setting in settings.items() if name != blamed}
 
 
 def _objective_type(settings: Layer) -> type:
@@ -287,10 +318,10 @@ def _objective_type(settings: Layer) -> type:
     name = option_table()["objective"].parse(asked.value, asked.where)
     options = [entry.name for entry in fields(OBJECTIVES[name]) if entry.init]
     second_names = ["gamma"] if "gamma_beta_ratio" in options else []
-    for key, setting in settings.items():
+    for key in settings:
         if key not in options + second_names:
             expected = f"an option that {name} has: {', '.join(options)}"
-            raise ConfigError(f"{setting.where}: {key}: found with objective {name}, expected {expected}")
+            raise ConfigError(f"{key}: found with objective {name}, expected {expected}")
     return OBJECTIVES[name]
 
 
@@ -307,10 +338,3 @@ def _field_values(settings: Layer) -> dict[str, typing.Any]:
         require(beta > 0, "beta", beta, "a number above 0")
         values["gamma_beta_ratio"] = gamma / beta
     return values
-
-
-def _with_origin(message: str, settings: Layer) -> str:
-    """`message` after the place where the first option it names was set, or the only option that can have caused it."""
-    named = [name for name in re.findall(r"[a-z_0-9]+", message) if name in settings]
-    to_blame = named[:1] or (list(settings) if len(settings) == 1 else [])
-    return "".join(f"{settings[name].where}: " for name in to_blame) + message

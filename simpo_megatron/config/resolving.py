@@ -10,7 +10,7 @@ from typing import Any
 from simpo_megatron.config.presets import PRESETS
 from simpo_megatron.config.sections import Config
 from simpo_megatron.data import BatchOptions, check_global_batch_size
-from simpo_megatron.errors import ConfigError, DataError, require
+from simpo_megatron.errors import ConfigError, DataError, Refusals, require
 
 # Transformer Engine's FP8 matrix products need rows and columns in multiples of this.
 FP8_MULTIPLE = {"delayed": 16, "tensorwise": 16, "mxfp8": 32, "blockwise": 128}
@@ -49,17 +49,25 @@ def resolve(config: Config, *, world_size: int, model: Mapping[str, Any], machin
     as many as heads), hidden_size, ffn_hidden_size and, for an MoE, num_moe_experts and
     moe_ffn_hidden_size.
 
-    Raises: ConfigError naming the option, when ranks, model or machine cannot serve it.
+    Raises: ConfigError naming the options that ranks, model or machine cannot serve.
     """
     _check_inputs_are_named(config)
-    data_parallel_size = _data_parallel_size(config, world_size)
-    _check_model(config, model)
-    _check_exports(config)
-    _check_lora(config, model)
-    _check_fp8_weights(config, model)
-    _check_fp8(config, model, machine)
-    _check_tp_comm_overlap(config, machine)
-    _check_profiling(config, world_size, machine)
+    refusals = Refusals()
+    for check in (
+        lambda: _check_ranks(config, world_size),
+        lambda: _check_tensor_parallelism(config, model),
+        lambda: _check_stages(config, model),
+        lambda: _check_experts(config, model),
+        lambda: _check_exports(config),
+        lambda: _check_lora(config, model),
+        lambda: _check_fp8_weights(config, model),
+        lambda: _check_fp8(config, model, machine),
+        lambda: _check_tp_comm_overlap(config, model, machine),
+        lambda: _check_profiling(config, world_size, machine),
+    ):
+        with refusals.collected():
+            check()
+    refusals.raise_any()
     sizes = config.parallel.sizes
     multiple = sequence_multiple(
         fp8_recipe=config.precision.fp8_recipe,
@@ -70,7 +78,7 @@ def resolve(config: Config, *, world_size: int, model: Mapping[str, Any], machin
     if rows_are_padded and machine.has_cuda and machine.has_transformer_engine:
         multiple = math.lcm(multiple, PLANNED_WIDTH_MULTIPLE)
     layout = Layout(
-        data_parallel_size=data_parallel_size,
+        data_parallel_size=world_size // sizes.model,
         microbatch_multiple=_microbatch_multiple(config),
         sequence_multiple=multiple,
         # An MoE routes padding like any token, so it would count in the load-balancing loss.
@@ -140,7 +148,7 @@ def _check_inputs_are_named(config: Config) -> None:
         raise ConfigError("data: found none, expected preference files; add --data FILE")
 
 
-def _data_parallel_size(config: Config, world_size: int) -> int:
+def _check_ranks(config: Config, world_size: int) -> None:
     sizes = config.parallel.sizes
     if world_size % sizes.model:
         raise ConfigError(
@@ -156,16 +164,12 @@ def _data_parallel_size(config: Config, world_size: int) -> int:
         sizes.expert,
         f"a divisor of the {of_stage} ranks of a pipeline stage",
     )
-    return world_size // sizes.model
 
 
-def _check_model(config: Config, model: Mapping[str, Any]) -> None:
-    sizes = config.parallel.sizes
-    heads, layers, width = model["num_attention_heads"], model["num_layers"], model["ffn_hidden_size"]
+def _check_tensor_parallelism(config: Config, model: Mapping[str, Any]) -> None:
+    heads, width = model["num_attention_heads"], model["ffn_hidden_size"]
     groups = model.get("num_query_groups") or heads
-    experts = model.get("num_moe_experts") or 0
-    tp, pp, vpp, ep = sizes.tensor, sizes.pipeline, sizes.virtual_pipeline, sizes.expert
-    tp_key = "tensor_model_parallel_size"
+    tp_key, tp = "tensor_model_parallel_size", config.parallel.tensor_model_parallel_size
     require(heads % tp == 0, tp_key, tp, f"a divisor of the model's {heads} attention heads")
     require(
         groups % tp == 0 or tp % groups == 0,
@@ -176,10 +180,15 @@ def _check_model(config: Config, model: Mapping[str, Any]) -> None:
     rows = (heads + 2 * groups) * model.get("kv_channels", tp)
     require(groups >= tp or rows % tp == 0, tp_key, tp, f"a divisor of the {rows} rows of query, key and value")
     # In an MoE, layers without experts and experts that all tokens pass are divided as well; others are whole.
-    has_mlp = experts == 0 or 0 in (model.get("moe_layer_freq") or ())
+    has_mlp = not model.get("num_moe_experts") or 0 in (model.get("moe_layer_freq") or ())
     require(not has_mlp or width % tp == 0, tp_key, tp, f"a divisor of the model's MLP width, {width}")
     shared = model.get("moe_shared_expert_intermediate_size") or 0
     require(shared % tp == 0, tp_key, tp, f"a divisor of the width of the experts that all tokens pass, {shared}")
+
+
+def _check_stages(config: Config, model: Mapping[str, Any]) -> None:
+    layers, sizes = model["num_layers"], config.parallel.sizes
+    pp, vpp = sizes.pipeline, sizes.virtual_pipeline
     require(layers % pp == 0, "pipeline_model_parallel_size", pp, f"a divisor of the model's {layers} layers")
     require(
         layers % (pp * (vpp or 1)) == 0,
@@ -187,6 +196,10 @@ def _check_model(config: Config, model: Mapping[str, Any]) -> None:
         vpp,
         f"a divisor of the {layers // pp} layers of a pipeline stage",
     )
+
+
+def _check_experts(config: Config, model: Mapping[str, Any]) -> None:
+    experts, ep = model.get("num_moe_experts") or 0, config.parallel.expert_model_parallel_size
     require(
         ep == 1 or (experts > 0 and experts % ep == 0),
         "expert_model_parallel_size",
@@ -236,7 +249,7 @@ def _check_moe(config: Config) -> None:
         "true with tensor parallelism, as each rank of an MoE routes its own tokens; add --sequence-parallel",
     )
     require(
-        not config.batch.fixed_pack_length,
+        not config.batch.fixed_pack_length or parallel.tp_comm_overlap,
         "fixed_pack_length",
         True,
         "false with an MoE, in whose load-balancing loss the padding would count",
@@ -286,7 +299,7 @@ def _check_fp8(config: Config, model: Mapping[str, Any], machine: Machine) -> No
         require(size % multiple == 0, key, recipe, f"the model's {name}, {size}, to be a multiple of {multiple}")
 
 
-def _check_tp_comm_overlap(config: Config, machine: Machine) -> None:
+def _check_tp_comm_overlap(config: Config, model: Mapping[str, Any], machine: Machine) -> None:
     """Userbuffers are Transformer Engine's, have the shape of a microbatch, and know two kinds of FP8 tensors."""
     if not config.parallel.tp_comm_overlap:
         return
@@ -294,6 +307,7 @@ def _check_tp_comm_overlap(config: Config, machine: Machine) -> None:
     rows = config.batch.tokens_per_microbatch // (sizes.context * sizes.tensor)
     for holds, expected in (
         (machine.has_cuda and machine.has_transformer_engine, "Transformer Engine on a GPU; leave it out without"),
+        (not model.get("num_moe_experts"), "a dense model; packs of an MoE have no padding, and so no one length"),
         (config.batch.fixed_pack_length, "fixed_pack_length with it; its buffers have the shape of one microbatch"),
         (config.precision.bf16, "bf16; its buffers hold nothing wider"),
         (config.lora.lora_rank is None, "no lora_rank beside it; adapters gather their inputs themselves"),

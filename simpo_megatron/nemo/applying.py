@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
-from simpo_megatron.config import DEMO
-from simpo_megatron.config.options import ALTERNATIVES, Option, cut, find_option
-from simpo_megatron.config.reading import Layer, Setting
-from simpo_megatron.errors import ConfigError
+from simpo_megatron.config import DEMO, Config
+from simpo_megatron.config.options import ALIASES, ALTERNATIVES, Option, cut, find_option
+from simpo_megatron.config.reading import Layer, Setting, config_of
+from simpo_megatron.errors import ConfigError, Refusals
 from simpo_megatron.nemo.keys import Unset
 from simpo_megatron.nemo.rules import (
     Asked,
@@ -26,6 +26,7 @@ from simpo_megatron.nemo.rules import (
     Translated,
     With,
 )
+from simpo_megatron.nemo.spelling import HOW_TO_GO_ON, Spelling, line
 from simpo_megatron.nemo.translation_report import TranslationReport
 
 # Last parts of keys that name classes or calls for another program.
@@ -42,57 +43,69 @@ class Unknown:
     instead: str
 
 
-@dataclass
-class _Obstacles:
+class _Obstacles(Refusals):
     """The refusals so far, and the lines key=value that resolve them."""
 
-    found: list[ConfigError] = field(default_factory=list)
-
-    @contextmanager
-    def collected(self) -> Iterator[None]:
-        try:
-            yield
-        except ConfigError as error:
-            self.found.append(error)
-
-    def raise_any(self, path: str) -> None:
+    def raise_those_of(self, path: str) -> None:
         """Raises: ConfigError: the only refusal with its remedy, or the first with the others below, remedies last."""
         if not self.found:
             return
         first, *others = self.found
-        remedies = dict.fromkeys(line for error in self.found for line in getattr(error, "remedies", ()))
+        remedies = dict.fromkeys(remedy for error in self.found for remedy in getattr(error, "remedies", ()))
         if not others:
             raise Obstacle(f"{first}; add {' '.join(remedies)}" if remedies else str(first), *remedies) from None
         raised = Obstacle(f"{first} (and {len(others)} more, below)", *remedies)
         lines = [f"  {str(error).removeprefix(f'{path}: ')}" for error in others]
         if remedies:
-            lines += ["to go on, add these behind the file's name:", *(f"  {line}" for line in remedies)]
+            lines += [HOW_TO_GO_ON, *(f"  {remedy}" for remedy in remedies)]
         raised.details = tuple(lines)
         raise raised from None
 
 
 def apply(
     dialect: Dialect, values: Mapping[str, Any], path: str, flags: Layer | None = None
-) -> tuple[Layer, TranslationReport]:
-    """The settings of `values` in `dialect`, and a report on each key.
+) -> tuple[Config, TranslationReport, Spelling]:
+    """The configuration that `values` in `dialect` ask for, a report on each key, and how the file spells options.
 
     An option given under `dialect.simpo` wins over every other key for it; `flags` win over both.
 
     Raises: ConfigError: unknown keys, unsupported values, keys whose partner is missing, keys that disagree on an
-        option, or no model or data; `details` names them all.
+        option, values out of range, or no model or data; `details` names them all.
     """
     obstacles, report = _Obstacles(), TranslationReport(dialect.name, path)
     layer = _simpo_settings(dialect, values, report, obstacles) | (flags or {})
     asked = Asked(values, {name: setting.value for name, setting in layer.items()})
     decided = set(layer).union(*(group for group in ALTERNATIVES if set(group) & set(layer)))
     report.differs.update(dialect.remarks(asked))
+    unread = {key.removeprefix(dialect.simpo) for key in values if key.startswith(dialect.simpo)}
+    unread = {ALIASES.get(name, name) for name in unread} - set(layer)
     for key, rule in _rules(dialect, values).items():
         with obstacles.collected():
             outcome = _outcome(rule, key, asked, decided, f"{path}: {key}", dialect.simpo)
             _enter(outcome, key, rule, layer, decided, report, dialect.simpo)
+            continue
+        unread.update(_options_of(rule))
+    spelling = Spelling.of(report, layer, flags or {}, dialect.simpo)
+    config = _checked(layer, unread, spelling, obstacles)
     _require_inputs(layer, path, dialect.simpo, obstacles)
-    obstacles.raise_any(path)
-    return layer, report
+    obstacles.raise_those_of(path)
+    assert config is not None, "what refuses a configuration is an obstacle"
+    return config, report, spelling
+
+
+def _checked(layer: Layer, unread: set[str], spelling: Spelling, obstacles: _Obstacles) -> Config | None:
+    """The configuration of `layer`; None where it is refused, which `obstacles` then has.
+
+    What a refusal says of an option among `unread`, whose value was refused before, may be wrong: it is left out.
+    """
+    refusals = Refusals()
+    with refusals.collected():
+        return config_of(layer)
+    for error in refusals.found:
+        if unread.isdisjoint(re.findall(r"[a-z_0-9]+", str(error))):
+            remedy = spelling.remedy(error)
+            obstacles.found.append(Obstacle(str(error), *([remedy] if remedy else [])))
+    return None
 
 
 def _rules(dialect: Dialect, values: Mapping[str, Any]) -> dict[str, Rule | Unknown]:
@@ -129,7 +142,7 @@ def _simpo_settings(
                 report.ignored[key] = _NULL
                 continue
             if isinstance(value, Unset):
-                raise Obstacle(f"{where}: found {value.why}, expected {option.expected}", _line(key, option))
+                raise Obstacle(f"{where}: found {value.why}, expected {option.expected}", line(key, option))
             if option.name in layer:
                 raise Obstacle(
                     f"{where}: {option.name}: found twice, expected once; first in {layer[option.name].where}",
@@ -187,7 +200,7 @@ def _outcome(
     value = asked.values[key]
     if isinstance(rule, Ignored):
         return rule.reason
-    options = (rule,) if isinstance(rule, str) else getattr(rule, "options", ())
+    options = _options_of(rule)
     if options and decided.issuperset(options):
         return f"{simpo}* decides"
     if value is None and not (isinstance(rule, Translated) and rule.takes_null):
@@ -200,13 +213,17 @@ def _outcome(
         return "agrees with what is done here" if value in rule.agreeing else Different(rule.here, {})
     if isinstance(value, Unset):
         wanted = f"; or give {simpo}{options[0]}" if options else ""
-        remedy = _line(f"{simpo}{options[0]}", find_option(options[0], where)) if options else f"{key}=VALUE"
+        remedy = line(f"{simpo}{options[0]}", find_option(options[0], where)) if options else f"{key}=VALUE"
         raise Obstacle(f"{where}: found {value.why}, expected a value{wanted}", remedy)
     if isinstance(rule, str):
         return {rule: value}
     if isinstance(rule, Only):
         return _only(rule, key, value, where, simpo)
     return _translated(rule, key, asked, where, simpo)
+
+
+def _options_of(rule: Rule | Unknown) -> tuple[str, ...]:
+    return (rule,) if isinstance(rule, str) else getattr(rule, "options", ())
 
 
 def _read_with(rule: With, key: str, asked: Asked, where: str) -> str:
@@ -235,7 +252,7 @@ def _only(rule: Only, key: str, value: Any, where: str, simpo: str) -> str:
     wanted = [_text(entry) for entry in rule.values if entry is not None]
     remedy = f"{key}={wanted[0] if wanted else 'null'}"
     if rule.options:
-        remedy = _line(f"{simpo}{rule.options[0]}", find_option(rule.options[0], where))
+        remedy = line(f"{simpo}{rule.options[0]}", find_option(rule.options[0], where))
     raise Obstacle(f"{where}: found {_text(value)}, expected {' or '.join(wanted) or 'null'}: {rule.instead}", remedy)
 
 
@@ -250,7 +267,7 @@ def _translated(rule: Translated, key: str, asked: Asked, where: str, simpo: str
         if not remedies and len(rule.options) > 1 and rule.example != Translated.example:
             remedies = (f"{key}={rule.example}",)
         elif not remedies:
-            remedies = tuple(_line(f"{simpo}{name}", find_option(name, where)) for name in rule.options)
+            remedies = tuple(line(f"{simpo}{name}", find_option(name, where)) for name in rule.options)
         raise Obstacle(f"{where}: {error}", *remedies) from None
 
 
@@ -259,18 +276,14 @@ def _require_inputs(layer: Layer, path: str, simpo: str, obstacles: _Obstacles) 
     if "preset" in layer and layer["preset"].value == DEMO:
         return
     for name, what in (("model", "the model"), ("data", "the preference files")):
-        told = any(f"{simpo}{name}=" in line for error in obstacles.found for line in getattr(error, "remedies", ()))
+        told = any(
+            f"{simpo}{name}=" in remedy for error in obstacles.found for remedy in getattr(error, "remedies", ())
+        )
         if name not in layer and not told:
             option = find_option(name, path)
             obstacles.found.append(
-                Obstacle(f"{path}: found no key that names {what}, expected {simpo}{name}", _line(simpo + name, option))
+                Obstacle(f"{path}: found no key that names {what}, expected {simpo}{name}", line(simpo + name, option))
             )
-
-
-def _line(key: str, option: Option) -> str:
-    """`key=` and a value of `option`, or the form of one."""
-    kinds = {bool: "true", int: "N", float: "X", str: "TEXT"}
-    return f"{key}={option.choices[0] if option.choices else option.metavar or kinds[option.kind]}"
 
 
 def _setting(name: str, value: Any, where: str, key: str) -> Setting:
@@ -285,7 +298,7 @@ def _setting(name: str, value: Any, where: str, key: str) -> Setting:
         items = value if isinstance(value, list | tuple) else [value]
         return Setting(tuple(_parse(option, item, where) for item in items), where)
     except ConfigError as error:
-        raise Obstacle(str(error), _line(key, option)) from None
+        raise Obstacle(str(error), line(key, option)) from None
 
 
 def _parse(option: Option, value: Any, where: str) -> Any:

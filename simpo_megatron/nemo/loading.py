@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from simpo_megatron.config import Config
-from simpo_megatron.config.reading import Layer, config_of, read_nemo_command_line
+from simpo_megatron.config.reading import Layer, read_nemo_command_line
 from simpo_megatron.errors import ConfigError
 from simpo_megatron.nemo.applying import apply
 from simpo_megatron.nemo.bridge import BRIDGE
@@ -17,6 +17,7 @@ from simpo_megatron.nemo.nemo1 import NEMO_1
 from simpo_megatron.nemo.nemo2 import NEMO_2
 from simpo_megatron.nemo.nemo_rl import NEMO_RL
 from simpo_megatron.nemo.rules import Dialect
+from simpo_megatron.nemo.spelling import Spelling
 from simpo_megatron.nemo.translation_report import TranslationReport
 
 if TYPE_CHECKING:
@@ -40,13 +41,15 @@ def load_nemo_config(
     Raises: ConfigError naming file and key: no known dialect, unknown keys, unsupported values, two keys that disagree
     on one option; or omegaconf is not installed.
     """
-    return _load(source, overrides, {})
+    config, report, _ = _load(source, overrides, {})
+    return config, report
 
 
-def _load(source: str | Path | DictConfig, overrides: Sequence[str], flags: Layer) -> tuple[Config, TranslationReport]:
+def _load(
+    source: str | Path | DictConfig, overrides: Sequence[str], flags: Layer
+) -> tuple[Config, TranslationReport, Spelling]:
     values, where = read_flat(source, overrides), place_of(source)
-    layer, report = apply(_dialect(values, where), values, where, flags)
-    return config_of(layer), report
+    return apply(_dialect(values, where), values, where, flags)
 
 
 def names_nemo_config(argv: Sequence[str]) -> bool:
@@ -63,6 +66,8 @@ class NemoCommand:
     """The report on the file's keys, to be printed."""
     only_explains: bool
     """True when only the report is asked for (`--explain-config`)."""
+    spelling: Spelling
+    """The file's keys of our options, for what is refused later."""
 
 
 def load_nemo_command(argv: Sequence[str]) -> NemoCommand:
@@ -71,8 +76,8 @@ def load_nemo_command(argv: Sequence[str]) -> NemoCommand:
     Raises: ConfigError as `load_nemo_config` does, for a second file, and for flags that are wrong.
     """
     flags, file, overrides, only_explains = read_nemo_command_line(list(argv))
-    config, report = _load(file, overrides, flags)
-    return NemoCommand(config, report.lines(every_key=only_explains), only_explains)
+    config, report, spelling = _load(file, overrides, flags)
+    return NemoCommand(config, report.lines(every_key=only_explains), only_explains, spelling)
 
 
 def _dialect(values: Mapping[str, Any], where: str) -> Dialect:

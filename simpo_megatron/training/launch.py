@@ -13,10 +13,10 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from simpo_megatron import stop_signals
 from simpo_megatron.collector import collector_at_rest
@@ -36,34 +36,45 @@ _QUIET_AGENT = "SIMPO_QUIET_AGENT"
 _ELASTIC_LOGGERS = ("api", "errors.error_handler")
 
 
+class RankJob(NamedTuple):
+    """The job of a command line."""
+
+    config: Config
+    """It tells how many ranks to start."""
+    work: Callable[[], None]
+    """One rank's part."""
+    told: Callable[[], AbstractContextManager[None]] = nullcontext
+    """The context of all that may refuse the configuration, which says there how to change it."""
+
+
 def main(argv: Sequence[str], *program: str) -> int:
     """The exit code of one process of the training run `program argv`, as `launch` has it."""
     return launch(argv, _read_training, *program)
 
 
-def launch(
-    argv: Sequence[str], read: Callable[[Sequence[str]], tuple[Config, Callable[[], None]]], *program: str
-) -> int:
+def launch(argv: Sequence[str], read: Callable[[Sequence[str]], RankJob], *program: str) -> int:
     """The exit code of one process of the job `program argv`: 0 done, else the error's own (errors.py), 1 unexpected.
 
     Every rank reads the same configuration and finds the same mistake in it before any collective; rank 0 prints it.
 
     Args:
-        read: returns, from `argv`, the configuration (which tells how many ranks to start) and one rank's job.
+        read: returns the job that `argv` asks for.
         program: a script, or -m, a module and its first arguments, as torchrun takes them to start further ranks.
     """
     try:
         with errors_told():
-            config, work = read(argv)
+            config, work, told = read(argv)
         num_ranks = config.parallel.sizes.min_world_size
         starts_ranks = _world_size() == 1 and num_ranks > 1
         _prepare_process(config, starts_ranks)
         if starts_ranks:
             from simpo_megatron.training.run_plan import plan_run
 
-            plan_run(config, num_ranks)
+            with told():
+                plan_run(config, num_ranks)
             return _start_local_ranks(num_ranks, [*program, *argv])
-        work()
+        with told():
+            work()
     except SimPOError as error:
         # A rank that stops because of another's error, or shares rank 0's, prints nothing.
         if error.speaker == _rank():
@@ -100,33 +111,34 @@ def _prepare_process(config: Config, starts_ranks: bool) -> None:
         load_libraries()
 
 
-def _read_training(argv: Sequence[str]) -> tuple[Config, Callable[[], None]]:
-    """The configuration of a training run, and the run."""
-    config, notes, only_explains = _read(argv)
-    if not only_explains:
+def _read_training(argv: Sequence[str]) -> RankJob:
+    """The training run of a command line, or the explanation of a NeMo file."""
+    if not names_nemo_config(argv):
+        config = load_config(argv)
         check_inputs(config)
+        return RankJob(config, lambda: _train(config))
+    command = load_nemo_command(argv)
 
     def explain() -> None:
         if _rank() == 0:
-            print(*map(visible, notes), sep="\n", flush=True)
+            print(*map(visible, command.lines), sep="\n", flush=True)
 
     def work() -> None:
-        from simpo_megatron.training.run import train
+        explain()
+        _train(command.config)
 
-        if notes:
-            explain()
-        train(config)
+    if command.only_explains:
+        # One rank explains as well as many, and needs no model.
+        return RankJob(Config(), explain)
+    with command.spelling.told():
+        check_inputs(command.config)
+    return RankJob(command.config, work, command.spelling.told)
 
-    # One rank explains as well as many, and needs no model.
-    return (Config(), explain) if only_explains else (config, work)
 
+def _train(config: Config) -> None:
+    from simpo_megatron.training.run import train
 
-def _read(argv: Sequence[str]) -> tuple[Config, list[str], bool]:
-    """The configuration, how a NeMo file's keys were read, if it is one, and whether only that is asked for."""
-    if not names_nemo_config(argv):
-        return load_config(argv), [], False
-    command = load_nemo_command(argv)
-    return command.config, command.lines, command.only_explains
+    train(config)
 
 
 def _rank() -> int:

@@ -9,7 +9,7 @@ from simpo_megatron.checkpoint.model_source import base_of, find_adapter
 from simpo_megatron.config import Config, Layout, resolve
 from simpo_megatron.config.lora_section import LoRAConfig
 from simpo_megatron.convert import check_model_files, refuse_existing_export
-from simpo_megatron.errors import ConfigError
+from simpo_megatron.errors import ConfigError, Refusals, require
 from simpo_megatron.mcore import device
 from simpo_megatron.mcore.families import ModelDescription, describe_hf_model
 from simpo_megatron.reporting.loggers import check_sinks
@@ -49,13 +49,18 @@ def plan_run(config: Config, world_size: int) -> RunPlan:
         from simpo_megatron.convert import require_targets
 
         require_targets(description, config.lora)
-    most_positions = description.gpt["max_sequence_length"]
-    if config.pairs.max_length > most_positions:
-        raise ConfigError(
-            f"max_length: found {config.pairs.max_length}, expected at most {most_positions}, the positions of the "
-            f"model in {sources.model}; lower it, and max_prompt_length ({config.pairs.max_prompt_length}) below it"
+    most_positions, refusals = description.gpt["max_sequence_length"], Refusals()
+    with refusals.collected():
+        require(
+            config.pairs.max_length <= most_positions,
+            "max_length",
+            config.pairs.max_length,
+            f"at most {most_positions}, the positions of the model in {sources.model}; lower it, and "
+            f"max_prompt_length ({config.pairs.max_prompt_length}) below it",
         )
-    layout = resolve(config, world_size=world_size, model=description.transformer, machine=device.machine())
+    with refusals.collected():
+        layout = resolve(config, world_size=world_size, model=description.transformer, machine=device.machine())
+    refusals.raise_any()
     return RunPlan(config=config, sources=sources, description=description, layout=layout)
 
 

@@ -40,11 +40,12 @@ def logits_of(chunks: list, tokens: torch.Tensor, groups: parallel.ParallelGroup
     """[B, S, V] fp32 on every rank: stages take turns, chunk by chunk, and broadcast what they computed."""
     num_sequences, length = tokens.shape
     position_ids = torch.arange(length).expand(num_sequences, -1)
+    own_length = length // groups.tp.size() if chunks[0].config.sequence_parallel else length
     for index, chunk in enumerate(chunks):
         for stage in range(groups.pp.size()):
             is_last = index == len(chunks) - 1 and stage == groups.pp.size() - 1
             size = chunk.vocab_size // groups.tp.size() if is_last else chunk.config.hidden_size
-            shape = (num_sequences, length, size) if is_last else (length, num_sequences, size)
+            shape = (num_sequences, length, size) if is_last else (own_length, num_sequences, size)
             if groups.pp.rank() == stage:
                 if index or stage:
                     chunk.set_input_tensor(output)  # noqa: F821 - the stage before has set it

@@ -30,6 +30,23 @@ def test_sections_that_refuse_their_options_are_all_told():
     assert "tensor_model_parallel_size: found 0" in "".join((str(refused.value), *refused.value.details))
 
 
+def test_all_mistakes_of_a_file_or_of_the_flags_are_told(tmp_path):
+    def told(run):
+        with pytest.raises(ConfigError) as refused:
+            run()
+        return [str(refused.value), *refused.value.details]
+
+    (tmp_path / "run.yaml").write_text("lr: fast\nbetta: 2\nseed: 1\nfp32: true\nbf16: true\n")
+    of_file = told(lambda: load_config(["--config", str(tmp_path / "run.yaml")]))
+    assert len(of_file) == 3 and of_file[0].endswith("(and 2 more, below)")
+    assert [line.partition("run.yaml:")[2][0] for line in of_file] == ["1", "2", "4"]
+    of_flags = told(lambda: load_config(["--betta", "2", "--lr", "fast", "--tp", "x"]))
+    assert ["--betta" in of_flags[0], "lr: found" in of_flags[1], "parallel_size: found" in of_flags[2]] == [True] * 3
+    # Two of one section; and what follows only from the value that was refused is not told.
+    of_values = told(lambda: config_from(lr=-1.0, clip_grad=-2.0, tp=0, sequence_parallel=True))
+    assert len(of_values) == 3 and not any("sequence_parallel" in line for line in of_values)
+
+
 def test_defaults_are_the_papers_family():
     config = Config()
     assert (config.objective.beta, config.objective.gamma_beta_ratio, config.objective.gamma) == (

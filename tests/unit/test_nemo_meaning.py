@@ -64,7 +64,7 @@ def test_a_key_switched_off_by_the_one_that_reads_it_is_passed_over(dialect, key
     key, reader = key.replace("*", "part"), rule.readers[0]
     if reader.endswith("_target_"):
         pytest.skip("a class is there or not")
-    _, report = apply(dialect, {key: "something", reader: None, f"{dialect.simpo}preset": "demo"}, "file")
+    _, report, _ = apply(dialect, {key: "something", reader: None, f"{dialect.simpo}preset": "demo"}, "file")
     assert report.ignored[key] == f"read together with {reader}"
 
 
@@ -115,6 +115,45 @@ def test_all_obstacles_are_told_at_once_and_their_remedies_go_into_the_command()
     config, report = load("rl_base.yaml", f"{MEGATRON}optimizer.lrr=1", f"{MEGATRON}peft.dim=8", *remedies)
     assert (config.lora.lora_rank, config.data.data) == (8, ("FILE",))
     assert report.ignored[f"{MEGATRON}optimizer.lrr"] == "null, which asks for nothing"
+
+
+def test_values_out_of_range_are_told_with_the_other_obstacles_each_with_its_line():
+    wrong = (f"{MEGATRON}optimizer.lr=-1", f"{MEGATRON}optimizer.clip_grad=-3", "policy.train_global_batch_size=0")
+    messages, remedies = obstacles("rl_megatron.yaml", *wrong, "policy.unheard=1", "simpo.tp=0")
+    assert len(messages) == len(remedies) == 5
+    assert remedies == [
+        "policy.unheard=null",
+        "simpo.global_batch_size=N",
+        f"{MEGATRON}optimizer.lr=X",
+        f"{MEGATRON}optimizer.clip_grad=X",
+        "simpo.tp=N",
+    ]
+    assert "policy.megatron_cfg.optimizer.lr: lr: found -1.0" in "".join(messages)
+
+
+def test_what_is_refused_of_an_option_whose_value_is_refused_already_is_not_told():
+    messages, _ = obstacles("rl_megatron.yaml", f"{MEGATRON}tensor_model_parallel_size=two")
+    assert len(messages) == 1, messages
+
+
+@pytest.mark.parametrize(
+    ("refused", "line"),
+    [
+        ("tensor_model_parallel_size: found 3, expected a divisor", f"{MEGATRON}tensor_model_parallel_size=N"),
+        ("max_length: found 1024, expected at most 512", "simpo.max_length=N"),
+        ("fp8_recipe: found 'blockwise', expected a CUDA device", f"{MEGATRON}fp8_cfg.enabled=null"),
+        ("sequence_parallel: found True, expected nothing", "simpo.sequence_parallel=false"),
+        ("use_distributed_optimizer: found True, expected", f"{MEGATRON}optimizer.use_distributed_optimizer=false"),
+        ("clip_grad: found 1.0, and a flag has set it", None),
+        ("pairs/train.jsonl:1: found no JSON", None),
+    ],
+)
+def test_what_model_and_machine_refuse_is_answered_in_the_files_spelling(refused, line):
+    argv = ["--nemo-config", str(CONFIGS / "rl_megatron.yaml"), "--clip-grad", "1"]
+    error = ConfigError(refused)
+    with pytest.raises(ConfigError), load_nemo_command(argv).spelling.told():
+        raise error
+    assert error.details == (("to go on, add these behind the file's name:", f"  {line}") if line else ())
 
 
 def test_details_are_printed_below_the_line_with_what_a_terminal_obeys_escaped(capsys):
