@@ -97,8 +97,17 @@ def encode_chunk(raw: list[RawRecord], path: str, pair_tokenizer: PairTokenizer,
         report.dropped[problem.reason] += 1
         report.first.setdefault(problem.reason, f"{path}:{line}: {problem.reason}: {problem.detail}")
     num_bytes = sum(len(item.row) for item in raw if isinstance(item.row, bytes))
-    of_pairs = np.array(lengths, np.int32).reshape(-1, 3), np.array(rows, PAIR_DTYPE)
-    return Chunk(np.array(tokens, np.int32), *of_pairs, report, num_bytes)
+    return Chunk(
+        np.array(tokens, np.int32), np.array(lengths, np.int32).reshape(-1, 3), _pairs(rows), report, num_bytes
+    )
+
+
+def _pairs(rows: list[tuple]) -> np.ndarray:
+    """Returns the rows as PAIR_DTYPE, column by column, which is several times as fast."""
+    pairs = np.empty(len(rows), PAIR_DTYPE)
+    for name, column in zip(PAIR_DTYPE.names or (), zip(*rows, strict=True), strict=False):
+        pairs[name] = np.array(column, PAIR_DTYPE[name].base)
+    return pairs
 
 
 _PARTS = ("prompt", "chosen", "rejected")

@@ -73,6 +73,8 @@ class Columns:
 
         Tables have blank cells where a row has no value: one of them counts only where no other column holds one.
         """
+        if self.row.keys().isdisjoint(names):
+            return "", None
         there = [name for name in names if self.row.get(name) is not None and name not in self.read]
         found = next((name for name in there if self.row[name] not in _BLANKS), there[0] if there else None)
         if found is None:
@@ -91,7 +93,7 @@ def pair_columns(row: dict, options: PairOptions) -> Columns:
     Raises: BadRecord: they are not a pair, or the pair is a tie.
     """
     names = options.chosen_column or "chosen", options.rejected_column or "rejected"
-    if not row.keys() & set(names):
+    if row.keys().isdisjoint(names):
         if "completions" in row:
             return _ranked(row)
         if {"response1", "response2", "overall_preference"} <= row.keys():

@@ -87,14 +87,24 @@ class PairRenderer:
         asked = [_attempted(self._asked, record) for record in records]
         ahead = self._rendered_ahead(asked)
         for place, found in enumerate(asked):
-            yield found if isinstance(found, BadRecord) else _attempted(self._clean, found, ahead.get(place))
+            if isinstance(found, _Asked):
+                yield _attempted(self._clean, found, ahead.get(place))
+            else:
+                yield found
 
-    def _asked(self, record: PreferenceRecord) -> _Asked:
-        """Raises: BadRecord when a response is nothing but special tokens."""
+    def _asked(self, record: PreferenceRecord) -> _Asked | RenderedPair:
+        """Returns the record as turns, or already as text where a frame shows how.
+
+        Raises: BadRecord when a response is nothing but special tokens.
+        """
         prompt, responses, findings = self._texts(record)
         if "special_token_text" in findings:
             self._refuse_specials_alone(responses)
         elif not record.tools and all(map(is_text_alone, chain(prompt, *responses))):
+            if self._turns is not None and len(responses[0]) == len(responses[1]) == 1:
+                joined = self._turns.framed_pairs.join(prompt, responses[0][0], responses[1][0])
+                if joined is not None:
+                    return RenderedPair(*joined, notes=tuple(sorted(findings)))
             return _Asked(record, responses, findings, list(prompt), *map(list, responses))
         if self._turns is None:
             return _Asked(record, responses, findings)
@@ -106,7 +116,9 @@ class PairRenderer:
             if texts and not self._specials.sub("", texts).strip() and not any(map(says_more, turns)):
                 raise BadRecord(f"empty_{name}", f"the {name} response holds nothing but special tokens")
 
-    def _rendered_ahead(self, asked: Sequence[_Asked | BadRecord]) -> dict[int, tuple[str, list[str]] | None]:
+    def _rendered_ahead(
+        self, asked: Sequence[_Asked | RenderedPair | BadRecord]
+    ) -> dict[int, tuple[str, list[str]] | None]:
         """Returns the renderings of most records by their places, made in one call, which is faster."""
         if self._turns is None:
             return {}

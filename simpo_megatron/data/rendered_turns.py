@@ -82,11 +82,14 @@ class TurnRenderer:
     """Renders conversations by a chat template; TEMPLATE_MARK precedes the special tokens that the template writes."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, template: ChatTemplate) -> None:
-        from simpo_megatron.data.template_frames import TemplateFrames  # Loads Jinja.
+        # They load Jinja.
+        from simpo_megatron.data.framed_pairs import FramedPairs
+        from simpo_megatron.data.template_frames import TemplateFrames
 
         specials = special_texts(tokenizer)
         self._template = template
         self._frames = TemplateFrames(template)
+        self.framed_pairs = FramedPairs(self._frames, specials, TEMPLATE_MARK)
         self._specials = re.compile("|".join(map(re.escape, specials)) or r"(?!)")
         marked = "|".join(re.escape(TEMPLATE_MARK + text) for text in specials) or r"(?!)"
         # The end of a turn: special tokens and blanks, with nothing behind them.

@@ -23,7 +23,7 @@ _MOST_FRAMES = 4096
 _BLANK, _MARK = "\u2003", "\ufdd1"
 _MARKED = re.compile(rf"({_BLANK}?){_MARK}(\d+){_MARK}({_BLANK}?)")
 
-_Frame = tuple[str | tuple[int, bool], ...]
+Frame = tuple[str | tuple[int, bool], ...]
 """Texts of the template and, between them, numbers of turns, each with whether its content is trimmed."""
 
 
@@ -33,29 +33,36 @@ class TemplateFrames:
     def __init__(self, template: ChatTemplate) -> None:
         self._template = template
         self._joins = joins_contents(template.default)
-        self._frames: dict[tuple, _Frame | None] = {}
+        self._frames: dict[tuple, Frame | None] = {}
 
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str | None:
         """Returns what the template renders of turns that are text alone; None where no frame is proven.
 
         Raises: EndlessTemplateError.
         """
-        if not self._joins:
-            return None
         roles = tuple(turn["role"] for turn in messages if len(turn) == 2)
         if len(roles) != len(messages):
+            return None
+        frame = self.of(roles, add_generation_prompt=add_generation_prompt)
+        if frame is None:
+            return None
+        return "".join([piece if isinstance(piece, str) else _content(messages, *piece) for piece in frame])
+
+    def of(self, roles: tuple[str, ...], *, add_generation_prompt: bool) -> Frame | None:
+        """Returns the frame of conversations of these roles, whose turns are text alone; None where none is proven.
+
+        Raises: EndlessTemplateError.
+        """
+        if not self._joins:
             return None
         shape = (add_generation_prompt, roles)
         if shape not in self._frames:
             if len(self._frames) >= _MOST_FRAMES:
                 self._frames.clear()
             self._frames[shape] = self._frame(roles, add_generation_prompt)
-        frame = self._frames[shape]
-        if frame is None:
-            return None
-        return "".join([piece if isinstance(piece, str) else _content(messages, *piece) for piece in frame])
+        return self._frames[shape]
 
-    def _frame(self, roles: Sequence[str], add_generation_prompt: bool) -> _Frame | None:
+    def _frame(self, roles: Sequence[str], add_generation_prompt: bool) -> Frame | None:
         contents = (f"{_BLANK}{_MARK}{number}{_MARK}{_BLANK}" for number in range(len(roles)))
         messages = [{"role": role, "content": content} for role, content in zip(roles, contents, strict=True)]
         try:

@@ -9,6 +9,8 @@ from simpo_megatron.data.forms import Columns
 from simpo_megatron.data.messages import is_written_message
 from simpo_megatron.data.parsing import BadRecord
 
+# What JSON and Python's notation of messages begin with.
+_OPENS = re.compile(r"\s*[\[{]")
 # A list of messages as Python or pandas prints it, which no reader of JSON can take.
 _PYTHON = re.compile(r"\s*\[\s*\{\s*'(role|from|content|value)'\s*:")
 
@@ -21,6 +23,8 @@ def read_written(columns: Columns) -> None:
     Raises: BadRecord for messages in Python's notation.
     """
     responses = columns.chosen, columns.rejected
+    if not any(map(_opens, (*responses, columns.prompt, columns.conversation))):
+        return
     if all(_is_python(text) for text in responses):
         raise _in_python("chosen")
     chosen, rejected = map(_messages, responses)
@@ -36,6 +40,10 @@ def read_written(columns: Columns) -> None:
             columns.written.append(key)
 
 
+def _opens(text: object) -> bool:
+    return isinstance(text, str) and _OPENS.match(text) is not None
+
+
 def _is_python(text: object) -> bool:
     return isinstance(text, str) and _PYTHON.match(text) is not None
 
@@ -48,7 +56,7 @@ def _in_python(name: str) -> BadRecord:
 
 def _messages(text: object) -> list | None:
     """Returns the messages in a text that is one or a list of them in JSON, else None."""
-    if not isinstance(text, str) or text.lstrip()[:1] not in ("[", "{"):
+    if not isinstance(text, str) or not _opens(text):
         return None
     try:
         value = json.loads(text)

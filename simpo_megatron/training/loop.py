@@ -24,7 +24,6 @@ from simpo_megatron.training.finish import finish
 from simpo_megatron.training.introduction import introduce
 from simpo_megatron.training.log_window import LogWindow
 from simpo_megatron.training.memory_check import probe_memory
-from simpo_megatron.training.metrics import time_of_start
 from simpo_megatron.training.monitor_memory import NUM_SKIPPED
 from simpo_megatron.training.monitors import Monitors
 from simpo_megatron.training.profiling import Profiler, describe_profile
@@ -41,9 +40,8 @@ from simpo_megatron.training.run_plan import RunPlan
 from simpo_megatron.training.save_schedule import SaveSchedule
 from simpo_megatron.training.session import LONG_SECONDS, Session
 from simpo_megatron.training.setup import Job
+from simpo_megatron.training.start_times import describe_start, end_phase
 from simpo_megatron.training.step import Step, train_step
-
-_start_is_told = False
 
 Stopped = StoppedBySignal | StoppedByMonitor
 
@@ -112,6 +110,7 @@ class _Steps:
         """Takes the steps; returns why they ended early, if they did: on every rank alike, after the same step."""
         start, last = self._start.iteration, self._job.train_iters
         self._signals.note_from_now_on()
+        end_phase("checks")
         self._watchdog.enter_phase("the memory probe", timeout=LONG_SECONDS)
         for line in probe_memory(self._config, self._job, self._start):
             self._log.say(line)
@@ -119,6 +118,7 @@ class _Steps:
             self._evaluate(0, "the evaluation before step 1")
         for line in describe_profile(self._config, start + 1, last):
             self._log.say(line)
+        end_phase("evaluation")
         self._window.restart_clock()
         for iteration in range(start + 1, last + 1):
             stopped = self._step(iteration, profiler)
@@ -135,7 +135,8 @@ class _Steps:
                 self._config, self._job, self._log, self._taken, due.asked_with(self._signals)
             )
         self._window.add(step)
-        _tell_start(self._log)
+        if end_phase("first step"):
+            self._log.say(describe_start())
         is_last, stop = iteration == self._job.train_iters, due.signal_in(noted)
         saves = run.save is not None and (is_last or stop > 0 or due.at(iteration, noted))
         self._log_step(iteration, grad_norm, learning_rate, is_window_end=saves or is_last)
@@ -199,15 +200,6 @@ class _Steps:
             except SimPOError as error:
                 # Only the report misses them.
                 self._log.say(f"WARNING   {error}; the run continues without it")
-
-
-def _tell_start(log: RunLog) -> None:
-    """Say how long this process took to its first step, after that step alone."""
-    global _start_is_told
-    if not _start_is_told:
-        seconds, cpu_seconds = time_of_start()
-        log.say(f"start     first step done {seconds:.1f} s after this process began ({cpu_seconds:.1f} s of CPU)")
-        _start_is_told = True
 
 
 @dataclass

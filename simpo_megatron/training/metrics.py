@@ -7,10 +7,8 @@ rewards in beta times that, lengths in tokens, accuracies as shares.
 from __future__ import annotations
 
 import resource
-import time
 from collections.abc import Sequence
 
-import psutil
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -96,11 +94,6 @@ def memory_use() -> dict[str, float]:
         use["reserved_memory_gib"] = torch.cuda.max_memory_reserved() / 2**30
         use["allocation_retries"] = torch.cuda.memory_stats()["num_alloc_retries"]
     return use
-
-
-def time_of_start() -> tuple[float, float]:
-    """(Seconds since this process began, the CPU seconds that it has used)."""
-    return time.time() - psutil.Process().create_time(), time.process_time()
 
 
 def peak_memory_bytes() -> int:

@@ -9,6 +9,7 @@ from simpo_megatron.collector import collector_at_rest
 from simpo_megatron.config import Config
 from simpo_megatron.reporting.loggers import Sink
 from simpo_megatron.training.result import RunResult, result_of
+from simpo_megatron.training.start_times import end_phase
 
 
 def load_libraries() -> None:
@@ -20,6 +21,7 @@ def load_libraries() -> None:
         # torch's optimizers load it when they are made.
         importlib.import_module("torch._dynamo")
         importlib.import_module("simpo_megatron.training.loop")
+    end_phase("imports")
 
 
 def train(config: Config, sinks: Sequence[Sink] = ()) -> RunResult:

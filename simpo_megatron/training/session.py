@@ -23,6 +23,7 @@ from simpo_megatron.training.meeting import meet
 from simpo_megatron.training.resume import how_to_continue
 from simpo_megatron.training.run_plan import RunPlan, plan_run
 from simpo_megatron.training.setup import Job, WarmPieces, build_job, warm_pieces
+from simpo_megatron.training.start_times import end_phase
 from simpo_megatron.training.telling import errors_told
 from simpo_megatron.training.watchdog import Watchdog
 
@@ -81,6 +82,7 @@ def open_session(config: Config) -> Iterator[Session]:
                 groups = parallel.initialize(
                     config.parallel.sizes, backend=device.backend(), timeout_minutes=_GROUP_TIMEOUT_MINUTES
                 )
+                end_phase("groups")
                 session = Session(plan, groups, watchdog, signals)
                 try:
                     with userbuffers(config, plan.description.transformer["hidden_size"]):
@@ -102,9 +104,11 @@ def _met_ranks(config: Config, signals: StopSignals) -> Iterator[tuple[RunPlan, 
     with errors_told():
         faults.arm()
         plan = plan_run(config, _num_ranks(config))
+    end_phase("plan")
     meeting = meet()
     with Watchdog(meeting, signals) as watchdog:
         parallel.join(device.backend(), _GROUP_TIMEOUT_MINUTES, meeting.store)
+        end_phase("rendezvous")
         yield plan, watchdog
 
 

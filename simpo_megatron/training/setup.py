@@ -31,6 +31,7 @@ from simpo_megatron.parallel import ParallelGroups
 from simpo_megatron.ranks import build_on_first_ranks, raise_on_all_ranks
 from simpo_megatron.training.inputs import Sources, cache_folder, hashes_file
 from simpo_megatron.training.run_plan import RunPlan
+from simpo_megatron.training.start_times import end_phase
 from simpo_megatron.training.step import Trainer, batch_options
 
 if TYPE_CHECKING:
@@ -131,17 +132,21 @@ def build_job(
         dp_size=layout.data_parallel_size,
         microbatch_multiple=layout.microbatch_multiple,
     )
+    end_phase("data")
 
     if warm is None:
         model, chunks = build_model(description, config, groups), None
     else:
         model, chunks = warm.model, warm.chunks
         _forget_run(warm, config)
+    end_phase("model")
     if load_weights or config.lora.lora_rank is not None:
         fill_initial_weights(model, plan, groups)
     else:
         zero_weights(model)
+    end_phase("weights")
     trainer = build_trainer(model, config, groups, layout, options, train_iters=train_iters, chunks=chunks)
+    end_phase("optimizer")
     return Job(
         plan=plan,
         tokenizer=tokenizer,

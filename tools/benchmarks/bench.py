@@ -28,7 +28,7 @@ from results import VARIABLE
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-MOST_SECONDS = 300
+MOST_SECONDS = 400
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 BENCHMARKS: dict[str, Sequence[str]] = {
     "start": ("start.py", "--rounds", "1"),

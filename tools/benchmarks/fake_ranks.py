@@ -12,6 +12,7 @@ collectives move nothing: all that they would bring to this rank. So nothing of 
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import socket
 import tempfile
@@ -32,8 +33,11 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from simpo_megatron import parallel
 from simpo_megatron.checkpoint.manifest import Digest
 from simpo_megatron.config import Config
+from simpo_megatron.mcore import cpu_patches
+from simpo_megatron.parallel_sizes import ParallelSizes
 from simpo_megatron.ranks import gather_on_first_rank, names_of_all_ranks, on_first_rank, sync_status
 from simpo_megatron.training import meeting
 from simpo_megatron.training.consistency import check_same, check_same_model, startup_facts, unchanged_model
@@ -182,6 +186,20 @@ def bytes_of_guards(world: int, model: Path) -> dict[str, int]:
             guard()
         found[name] = received.num_bytes
     return found
+
+
+def seconds_of_groups(world: int) -> float:
+    """CPU seconds of rank 0 of `world` to make its process groups, of which none connects; up to tp 8 and pp 8."""
+    cpu_patches.import_uncompiled()
+    tensor = math.gcd(world, 8)
+    sizes = ParallelSizes(tensor=tensor, pipeline=math.gcd(world // tensor, 8))
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)
+    begun = time.process_time()
+    try:
+        parallel.initialize(sizes, backend="fake")
+        return time.process_time() - begun
+    finally:
+        parallel.shut_down()
 
 
 def write_model(folder: Path) -> Path:

@@ -1,13 +1,14 @@
 """The growth of each cost, as a table and, with --picture, as a picture.
 
     python tools/benchmarks/scaling.py --quick
-    python tools/benchmarks/scaling.py --picture docs/reference/scaling.png
-    python tools/benchmarks/scaling.py --only data --pairs 1000,10000,100000,1000000
+    python tools/benchmarks/scaling.py --picture docs/reference/scaling.png --page docs/reference/benchmarks.md
+    python tools/benchmarks/scaling.py --only data --pairs 1000,10000
 
 A step: CPU seconds a pair and peak memory against the length of pairs, the pack size, the share of prompt, the
 vocabulary and the layers, each alone, on made-up pairs of exact lengths (step.py measures). Data: building the token
-store, and opening it again, against the number of pairs (data.py). Save and resume against parameters (save.py).
-Guards: messages and bytes against the number of ranks (fake_ranks.py); these are counted, and alike on all machines.
+store, and opening it again, against the number of pairs (data.py). Save and resume against parameters (save.py). The
+start against ranks on this machine, whose cores they share, so that CPU seconds count. Guards: messages and bytes
+against any number of ranks (fake_ranks.py); these are counted, and alike on all machines.
 
 Each point is a process of its own. `grows` is the exponent between the first and the last point: 1.0 is in proportion.
 """
@@ -18,10 +19,11 @@ import argparse
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -41,9 +43,24 @@ STEPS = {
     "vocabulary": ("ids", (2048, 8192, 32768, 131072), (2048, 32768)),
     "layers": ("layers", (2, 4, 8, 16), (2, 8)),
 }
-PAIRS, QUICK_PAIRS = (1000, 10_000, 100_000), (300, 3000)
+PAIRS, QUICK_PAIRS = (1000, 10_000, 100_000, 1_000_000), (300, 3000)
 LAYERS_SAVED, QUICK_LAYERS_SAVED = (1, 4, 10, 20), (1, 4)
+RANKS, QUICK_RANKS = (1, 2, 4, 8), (1, 2)
 WORLDS, QUICK_WORLDS = (1, 2, 8, 64, 256, 1024, 4096), (2, 64, 1024)
+# Phases that a run prints, put together.
+PHASES = {
+    "imports": ("imports",),
+    "the rendezvous and groups": ("plan", "rendezvous", "groups"),
+    "opening the data": ("data",),
+    "model, weights and optimizer": ("model", "weights", "optimizer"),
+    "checks and first evaluation": ("checks", "evaluation"),
+    "the first step": ("first step",),
+}
+_START = re.compile(r"^start +first step done ([\d.]+) s .*?\(([\d.]+) s of CPU\): (.*), in s", re.MULTILINE)
+_PHASE = re.compile(r"([a-z ]+) [\d.]+ \(([\d.]+)\)")
+# Lines of a page between which the table stands.
+_BEGIN, _END = "<!-- the table of tools/benchmarks/scaling.py -->", "<!-- the end of the table -->"
+_HEAD = ["| cost | measure | against | found | grows |", "|---|---|---|---|---|"]
 
 
 @dataclass
@@ -196,6 +213,33 @@ def save_curve(layers: Iterable[int]) -> Curve:
     return curve
 
 
+def start_curve(numbers: Iterable[int]) -> Curve:
+    """The cost of a start, from a rank's first moment to its first step, against ranks; as rank 0 prints it."""
+    from simpo_megatron.demo import prepare_demo
+
+    curve = Curve("start", "ranks on this machine")
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        demo = prepare_demo(folder / "demo")
+        options = ["--model", str(demo.model_dir), "--data", str(demo.train_file), "--valid-data", str(demo.valid_file)]
+        options += ["--data-cache", str(folder), "--fp32", "--global-batch-size", "16", "--train-iters", "1"]
+        # The first start tokenises, and is not counted.
+        for number, ranks in enumerate((1, *numbers)):
+            found = _started(ranks, *options)
+            if number:
+                curve.add(ranks, found)
+    return curve
+
+
+def _started(ranks: int, *options: str) -> dict[str, float]:
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    printed = _output([*command, str(save.REPOSITORY / "examples/pretrain_simpo.py"), *options])
+    ((seconds, cpu_seconds, phases),) = _START.findall(printed)
+    of_phase = {name.strip(): float(cpu) for name, cpu in _PHASE.findall(phases)}
+    parts = {f"CPU s a rank: {name}": sum(map(of_phase.__getitem__, parts)) for name, parts in PHASES.items()}
+    return {"s to the first step": float(seconds), "CPU s a rank to it": float(cpu_seconds), **parts}
+
+
 def ranks_curve(worlds: Iterable[int]) -> Curve:
     """The messages and bytes of guards against ranks."""
     import fake_ranks
@@ -208,21 +252,32 @@ def ranks_curve(worlds: Iterable[int]) -> Curve:
             when: dict[str, int] = {}
             for name, number in received.items():
                 when[name.split(":")[0]] = when.get(name.split(":")[0], 0) + number
-            watch = world / fake_ranks.poll_seconds(world)
-            curve.add(
-                world,
-                {"messages a second at the store": watch, **{f"bytes at a {name}": n for name, n in when.items()}},
-            )
+            found = {"messages a second at the store": world / fake_ranks.poll_seconds(world)}
+            found |= {f"bytes at a {name}": number for name, number in when.items()}
+            curve.add(world, {**found, "CPU s to make the groups": fake_ranks.seconds_of_groups(world)})
     return curve
 
 
 def _in_a_process(*arguments: str) -> dict[str, float]:
-    command = [sys.executable, "-W", "ignore", __file__, "--measure", *arguments]
+    return json.loads(_output([__file__, "--measure", *arguments]).splitlines()[-1])
+
+
+def _output(arguments: Sequence[str]) -> str:
+    command = [sys.executable, "-W", "ignore", *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
-        raise SystemExit(f"{' '.join(arguments)} failed:\n{done.stderr[-4000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+        raise SystemExit(f"{' '.join(arguments)} failed:\n{done.stdout[-2000:]}{done.stderr[-4000:]}")
+    return done.stdout
+
+
+def write_table(page: Path, rows: Sequence[str]) -> None:
+    """Write the table between the two lines of `page` that mark its place."""
+    before, begin, rest = page.read_text().partition(f"{_BEGIN}\n")
+    _, end, after = rest.partition(f"\n{_END}\n")
+    if not (begin and end):
+        raise SystemExit(f"{page}: found no lines {_BEGIN} and {_END}, expected both; write them where the table goes")
+    page.write_text("".join([before, begin, "\n", *(f"{row}\n" for row in rows), end, after]))
 
 
 def draw(curves: list[Curve], path: Path) -> None:
@@ -249,9 +304,10 @@ def draw(curves: list[Curve], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="few points of each")
-    parser.add_argument("--only", default="step,data,save,ranks", help="of step, data, save, ranks")
+    parser.add_argument("--only", default="step,data,save,start,ranks", help="of step, data, save, start, ranks")
     parser.add_argument("--pairs", help="numbers of pairs of the data")
     parser.add_argument("--picture", type=Path, help="where to draw the table")
+    parser.add_argument("--page", type=Path, help="a page of the documentation, whose table is replaced")
     parser.add_argument("--measure", nargs=3, help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.measure:
@@ -263,9 +319,10 @@ def main() -> None:
         "step": [lambda name=name: step_curve(name, quick) for name in STEPS],
         "data": [lambda: data_curve(counts)],
         "save": [lambda: save_curve(QUICK_LAYERS_SAVED if quick else LAYERS_SAVED)],
+        "start": [lambda: start_curve(QUICK_RANKS if quick else RANKS)],
         "ranks": [lambda: ranks_curve(QUICK_WORLDS if quick else WORLDS)],
     }
-    print("| | measure | against | found | grows |\n|---|---|---|---|---|")
+    print(*_HEAD, sep="\n")
     curves = []
     for part in asked.only.split(","):
         for measure in parts[part]:
@@ -274,6 +331,8 @@ def main() -> None:
     keep("scaling", [{**asdict(one), "grows": {what: one.exponent(what) for what in one.found}} for one in curves])
     if asked.picture:
         draw(curves, asked.picture)
+    if asked.page:
+        write_table(asked.page, [*_HEAD, *(row for curve in curves for row in curve.rows())])
 
 
 if __name__ == "__main__":

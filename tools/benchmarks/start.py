@@ -6,7 +6,8 @@
 Both train the same tiny Llama in fp32 on one rank and one thread, 16 pairs a step, from the same files of text. Each
 measurement is a process of its own; the sides take turns, and the first round, which fills caches, is not counted.
 `help` is `simpo train --help`, `mistake` a wrong value of an option. CPU seconds are those of the process, at the end
-of its first step or at its own, the least over the rounds; modules are counted at the same moment.
+of its first step or at its own, the least over the rounds; modules are counted at the same moment. Seconds are those
+from the command to that moment. Below them are the phases of ours, as a run prints them, too.
 """
 
 from __future__ import annotations
@@ -17,8 +18,10 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 PAIRS = 16
 _COMMAND = "import atexit, sys; from simpo_megatron.cli import run; from tools.benchmarks.start import tell; "
@@ -26,11 +29,10 @@ HELP = _COMMAND + "atexit.register(tell); run(['train', '--help'])"
 MISTAKE = _COMMAND + "atexit.register(tell); run(['train', '--lr', 'abc'])"
 
 
-def tell() -> None:
-    """Prints the CPU seconds and modules of this process so far."""
-    import time
-
-    print("\n" + json.dumps({"cpu": time.process_time(), "modules": len(sys.modules)}), flush=True)
+def tell(phases: dict[str, tuple[float, float]] | None = None) -> None:
+    """Prints the CPU seconds and modules of this process so far, and the (seconds, CPU seconds) of each phase."""
+    found = {"cpu": time.process_time(), "modules": len(sys.modules), "phases": phases or {}}
+    print("\n" + json.dumps(found), flush=True)
     os._exit(0)
 
 
@@ -40,8 +42,10 @@ def ours(folder: Path) -> None:
 
     class AfterFirstStep:
         def write(self, record: dict) -> None:
+            from simpo_megatron.training.start_times import phases
+
             if "grad_norm" in record:
-                tell()
+                tell(phases())
 
         def close(self) -> None:
             pass
@@ -94,17 +98,19 @@ def trl(folder: Path) -> None:
 SIDES: dict[str, Callable[[Path], None]] = {"ours": ours, "trl": trl}
 
 
-def measure(side: str, folder: Path) -> dict[str, float]:
+def measure(side: str, folder: Path) -> dict[str, Any]:
     """The JSON that a process of `side` prints."""
     script = {"help": ["-c", HELP], "mistake": ["-c", MISTAKE]}.get(side, [__file__, "--side", side, str(folder)])
     own = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "TRL_EXPERIMENTAL_SILENCE": "1"}
     root = str(Path(__file__).parents[2])
     environment = {**os.environ, **own, "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
+    begun = time.perf_counter()
     done = subprocess.run([sys.executable, "-W", "ignore", *script], env=environment, capture_output=True, text=True)
+    seconds = time.perf_counter() - begun
     lines = [line for line in done.stdout.splitlines() if line.startswith('{"cpu"')]
     if not lines:
         raise SystemExit(f"{side} failed:\n{done.stderr[-4000:]}")
-    return json.loads(lines[-1])
+    return {**json.loads(lines[-1]), "seconds": seconds}
 
 
 def main() -> None:
@@ -127,9 +133,13 @@ def main() -> None:
         sides = ("help", "mistake", *SIDES)
         rounds = [{side: measure(side, folder) for side in sides} for _ in range(arguments.rounds + 1)][1:]
     keep("start", {side: [one[side] for one in rounds] for side in sides})
-    print(f"{'':10}{'CPU s':>8}{'modules':>9}")
+    print(f"{'':22}{'seconds':>8}{'CPU s':>8}{'modules':>9}")
     for side in sides:
-        print(f"{side:10}{min(r[side]['cpu'] for r in rounds):8.2f}{rounds[0][side]['modules']:9}")
+        seconds, cpu = (min(one[side][what] for one in rounds) for what in ("seconds", "cpu"))
+        print(f"{side:22}{seconds:8.2f}{cpu:8.2f}{rounds[0][side]['modules']:9}")
+    for phase in rounds[0]["ours"]["phases"]:
+        seconds, cpu = (min(one["ours"]["phases"][phase][clock] for one in rounds) for clock in (0, 1))
+        print(f"{'  ours, ' + phase:22}{seconds:8.2f}{cpu:8.2f}")
 
 
 if __name__ == "__main__":
