@@ -58,7 +58,7 @@ class Saver:
     def __init__(self, config: Config, job: Job, log: RunLog, watchdog: Watchdog) -> None:
         self._config, self._job, self._log, self._watchdog = config, job, log, watchdog
         self._draft: _Draft | None = None
-        self._goes_on = config.run.on_save_failure == "continue"
+        self._goes_on, self._is_last = config.run.on_save_failure == "continue", False
         self._num_failed = 0
         self._failure: CheckpointError | None = None
         self._is_validated = False
@@ -71,6 +71,7 @@ class Saver:
         metrics: Mapping[str, float],
         monitors: Mapping[str, Any],
         in_background: bool,
+        is_last: bool = False,
     ) -> None:
         """Save the run after `iteration` steps; once committed, older checkpoints may be deleted.
 
@@ -80,14 +81,16 @@ class Saver:
             metrics: the latest metrics, those of validation under `eval/`; they decide which checkpoint is best.
             monitors: the state of the monitors, JSON values.
             in_background: return as soon as training may go on; `poll` and `finish` commit.
+            is_last: no step follows. A failure then waits for `require_last`, and the model is exported before.
 
         Collectives: megatron's for saving, those of `begin_write`, and of two `on_first_rank`, world.
 
         Raises:
-            CheckpointError: on every rank alike, unless `on_save_failure` is `continue`; the checkpoints before this
-                one are as they were.
+            CheckpointError: on every rank alike, unless `is_last`, or `on_save_failure` is `continue`; the checkpoints
+                before this one are as they were.
             FailedAloneError: on this rank.
         """
+        self._is_last = is_last
         self.finish()
         facts = {
             **describe_run(self._config, self._job),
@@ -133,14 +136,18 @@ class Saver:
         """The number of checkpoints that could not be written, where the run goes on without them."""
         return {"failed_saves": self._num_failed} if self._goes_on else {}
 
-    def require_last(self) -> None:
-        """Return if the last checkpoint could be written, in a run that goes on when one cannot.
+    def require_last(self, exported: str | None = None) -> None:
+        """Return if the last checkpoint could be written, in a run that went on when one could not.
+
+        Args:
+            exported: the folder that has the trained model, if one has.
 
         Raises:
             CheckpointError: it could not, on every rank alike.
         """
         if self._failure is not None:
-            raise self._failure
+            kept = "" if exported is None else f"; the trained model is in {exported}"
+            raise type(self._failure)(f"{self._failure}{kept}") from self._failure
 
     def __enter__(self) -> Saver:
         return self
@@ -208,11 +215,12 @@ class Saver:
         except CheckpointError as error:
             needed = "" if num_bytes is None else f", {num_bytes / 2**30:.2f} GiB needed"
             told = type(error)(f"no checkpoint of step {iteration} ({_free(self._save)}{needed}): {error}")
-            if isinstance(error, FailedAloneError) or not self._goes_on:
+            if isinstance(error, FailedAloneError) or not (self._goes_on or self._is_last):
                 raise told from error
             self._num_failed += 1
             self._failure = told
-            self._log.say(f"WARNING   {told}; the run goes on ({self._num_failed} not saved so far)")
+            then = "ends without it" if self._is_last else f"goes on ({self._num_failed} not saved so far)"
+            self._log.say(f"WARNING   {told}; the run {then}")
 
 
 def _free(save: Path) -> str:

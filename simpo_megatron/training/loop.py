@@ -88,8 +88,7 @@ def run_in(
             if stopped is None:
                 watchdog.enter_phase("the end", timeout=LONG_SECONDS)
                 finish(config, job, log)
-            if not isinstance(stopped, StoppedByMonitor):
-                saver.require_last()
+                saver.require_last(config.model.export_hf or config.lora.export_adapter)
     return stopped, evaluations
 
 
@@ -147,7 +146,7 @@ class _Steps:
         if found is not None:
             return found
         if saves:
-            self._save(iteration, in_background=run.async_save and not (is_last or stop))
+            self._save(iteration, in_background=run.async_save and not (is_last or stop), is_last=is_last)
         else:
             self._saver.poll()
         if saves or is_last:
@@ -155,6 +154,7 @@ class _Steps:
             stop = stop or sync_status(None, self._signals.noted())
             due.restart_clock()
         if stop:
+            self._saver.require_last()
             return _stopped(self._config, signal.Signals(stop).name, iteration)
         if saves or self.evaluations.get(iteration):
             self._window.restart_clock()
@@ -169,7 +169,7 @@ class _Steps:
         metrics |= self._saver.metrics()
         self._log.step(iteration, self._monitors.step(iteration, metrics, self._taken.pairs))
 
-    def _save(self, iteration: int, *, in_background: bool) -> None:
+    def _save(self, iteration: int, *, in_background: bool, is_last: bool) -> None:
         self._watchdog.enter_phase(f"the checkpoint of step {iteration}", timeout=LONG_SECONDS)
         check_replicas(self._job.trainer.chunks, self._job.trainer.groups)
         self._saver.save(
@@ -179,6 +179,7 @@ class _Steps:
             # What was left out before a resume counts.
             monitors=self._monitors.remembered() | {NUM_SKIPPED: self._taken.num_skipped_steps},
             in_background=in_background,
+            is_last=is_last,
         )
 
     def _evaluate(self, iteration: int, phase: str) -> None:

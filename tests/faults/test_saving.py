@@ -20,6 +20,7 @@ TP2 = {"tensor_model_parallel_size": 2, "hidden_dropout": 0.1}
 DP2 = {"use_distributed_optimizer": True, "overlap_grad_reduce": True, "overlap_param_gather": True, "bf16": True}
 BACKGROUND = {"async_save": True}
 GOES_ON = {"on_save_failure": "continue"}
+LAST = {"train_iters": 3, "save_interval": 1000}
 SHARD_OF_2 = r"iter_0000002\.tmp-.*/__1_0\.distcp"
 # The writer of step 2 waits until step 3 is over, or too long for it.
 HELD = [1, SHARD_OF_2, 3, 60]
@@ -36,10 +37,15 @@ RUNS = [
     {"name": "killed", "options": TP2, "kill": [1, "open", SHARD_OF_2, 1]},
     {"name": "stop", "options": TP2 | BACKGROUND, "file_limit": [1, 20_000]},
     {"name": "goes_on", "options": TP2 | BACKGROUND | GOES_ON, "full_disk": [1, SHARD_OF_2]},
-    {"name": "small_files", "options": TP2 | GOES_ON | {"train_iters": 2}, "full_disk": [0, r"tmp-\w+/config\.json"]},
+    {
+        "name": "told_full",
+        "options": TP2 | GOES_ON,
+        "full_disk": [0, r"tmp-\w+/config\.json"],
+        "signals": [0, 1, ["SIGTERM"]],
+    },
     {"name": "index", "options": TP2 | GOES_ON, "full_disk": [0, r"iter_0000002\.tmp-\w+/\.metadata"]},
     {"name": "gone", "options": TP2 | GOES_ON | {"train_iters": 3, "export_hf": "EXPORT_gone"}, "vanish": [0, 2]},
-    {"name": "last", "options": TP2 | GOES_ON | {"train_iters": 3, "export_hf": "EXPORT"}, "file_limit": [1, 20_000]},
+    {"name": "last", "options": TP2 | LAST | {"export_hf": "EXPORT"}, "file_limit": [1, 20_000]},
 ]
 
 
@@ -149,9 +155,14 @@ def test_told_so_the_run_goes_on_without_a_checkpoint_that_does_not_fit(folder):
     assert counts[2] == 0 and counts[6] == 1
 
 
-def test_the_last_checkpoint_must_be_written(folder):
-    assert "no checkpoint of step 2" in outcome(folder, "small_files", [4, 4])
-    assert "no checkpoint of step 3" in outcome(folder, "last", [4, 4])
+def test_a_run_that_was_told_to_stop_ends_with_the_checkpoint_that_could_not_be_written(folder):
+    assert "CheckpointError: no checkpoint of step 1" in outcome(folder, "told_full", [4, 4])
+
+
+def test_the_model_is_exported_where_the_last_checkpoint_cannot_be_written_and_that_is_the_end(folder):
+    *_, line = outcome(folder, "last", [4, 4]).splitlines()
+    assert line.startswith("CheckpointError: no checkpoint of step 3")
+    assert line.endswith(f"the trained model is in {folder / 'export'}")
     assert (folder / "export" / "model.safetensors").is_file()
 
 
