@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from simpo_megatron.data.rendered_turns import TEMPLATE_MARK
+from simpo_megatron.data.records import TEMPLATE_MARK
 from simpo_megatron.errors import DataError, SimPOError, StoppedBySignal
 
 if TYPE_CHECKING:

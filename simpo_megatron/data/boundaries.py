@@ -7,8 +7,9 @@ from itertools import chain
 from typing import TYPE_CHECKING
 
 from simpo_megatron.data.backends import encode, has_byte_tokens, problems_named
+from simpo_megatron.data.records import TEMPLATE_MARK
 from simpo_megatron.data.rendered_pairs import RenderedPair
-from simpo_megatron.data.rendered_turns import TEMPLATE_MARK, Spans
+from simpo_megatron.data.rendered_turns import Spans
 
 if TYPE_CHECKING:
     from tokenizers import Encoding, Tokenizer

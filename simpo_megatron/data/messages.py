@@ -258,3 +258,8 @@ def from_json(value: object, name: str, reason: str, what: str) -> list:
     if not isinstance(value, list) or not value:
         raise BadRecord(f"{reason}:{name}", f"{name}: {what} is {kind_of(value)}, expected a list of objects")
     return value
+
+
+def says_more(turn: Message) -> bool:
+    """Returns whether a turn calls a tool or has a reasoning beside its text."""
+    return any(turn.get(key) for key in ("tool_calls", "reasoning_content"))

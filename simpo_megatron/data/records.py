@@ -56,8 +56,10 @@ ENDLESS_TEMPLATE = "endless_template"
 # Roles of turns that may continue a prompt.
 _ANSWERING = ("assistant", "tool")
 
-# Two noncharacters are this package's own marks (see templates.py); lone surrogates have no UTF-8 form.
-_BAD_CHARACTER = re.compile("[\x00\ufdd0\ufdd1\ud800-\udfff]")
+# Unicode noncharacters, refused in records, so they can mark what belongs to whom in a rendered text.
+TEMPLATE_MARK, CONTENT_MARK = "\ufdd0", "\ufdd1"
+# Lone surrogates have no UTF-8 form.
+_BAD_CHARACTER = re.compile(f"[\x00{TEMPLATE_MARK}{CONTENT_MARK}\ud800-\udfff]")
 
 
 @dataclass(frozen=True)

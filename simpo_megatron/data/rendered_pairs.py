@@ -10,18 +10,17 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from simpo_megatron.data.coverage import check_turn
 from simpo_megatron.data.findings import findings_of_texts, has_template_marks
-from simpo_megatron.data.messages import UntrainedTurn, as_messages, is_text_alone
+from simpo_megatron.data.marked_rendering import MarkedRenderer
+from simpo_megatron.data.messages import UntrainedTurn, as_messages, is_text_alone, says_more
 from simpo_megatron.data.pair_options import PairOptions
-from simpo_megatron.data.records import BadRecord, Message, PreferenceRecord
+from simpo_megatron.data.records import CONTENT_MARK, BadRecord, Message, PreferenceRecord
 from simpo_megatron.data.rendered_turns import (
-    CONTENT_MARK,
     Conversation,
     Spans,
-    TurnRenderer,
+    TurnFinder,
     mismatch,
     num_shared,
     reasoning_left_out,
-    says_more,
 )
 from simpo_megatron.data.templates import chat_template_of, special_texts
 
@@ -73,7 +72,8 @@ class PairRenderer:
         self._is_princeton = options.template_mode == "princeton"
         self._bos = tokenizer.bos_token or ""
         self._template = chat_template_of(tokenizer, options)
-        self._turns = None if self._template is None else TurnRenderer(tokenizer, self._template)
+        self._marked = None if self._template is None else MarkedRenderer(tokenizer, self._template)
+        self._turns = None if self._marked is None else TurnFinder(self._marked)
         self._specials = re.compile("|".join(map(re.escape, special_texts(tokenizer))) or r"(?!)")
 
     def render(self, records: Sequence[PreferenceRecord]) -> Iterator[RenderedPair | BadRecord]:
@@ -101,14 +101,14 @@ class PairRenderer:
         if "special_token_text" in findings:
             self._refuse_specials_alone(responses)
         elif not record.tools and all(map(is_text_alone, chain(prompt, *responses))):
-            if self._turns is not None and len(responses[0]) == len(responses[1]) == 1:
-                joined = self._turns.framed_pairs.join(prompt, responses[0][0], responses[1][0])
+            if self._marked is not None and len(responses[0]) == len(responses[1]) == 1:
+                joined = self._marked.framed_pairs.join(prompt, responses[0][0], responses[1][0])
                 if joined is not None:
                     return RenderedPair(*joined, notes=tuple(sorted(findings)))
             return _Asked(record, responses, findings, list(prompt), *map(list, responses))
-        if self._turns is None:
+        if self._marked is None:
             return _Asked(record, responses, findings)
-        return _Asked(record, responses, findings, *map(self._turns.as_text, (prompt, *responses, record.tools)))
+        return _Asked(record, responses, findings, *map(self._marked.as_text, (prompt, *responses, record.tools)))
 
     def _refuse_specials_alone(self, responses: Sequence[Sequence[Message]]) -> None:
         for name, turns in zip(("chosen", "rejected"), responses, strict=True):
@@ -120,14 +120,14 @@ class PairRenderer:
         self, asked: Sequence[_Asked | RenderedPair | BadRecord]
     ) -> dict[int, tuple[str, list[str]] | None]:
         """Returns the renderings of most records by their places, made in one call, which is faster."""
-        if self._turns is None:
+        if self._marked is None:
             return {}
         most = {
             place: (found.prompt, [*found.chosen, *found.rejected])
             for place, found in enumerate(asked)
             if isinstance(found, _Asked) and found.has_one_turn_each and not found.tools
         }
-        return dict(zip(most, self._turns.render_answers(list(most.values())), strict=True))
+        return dict(zip(most, self._marked.render_answers(list(most.values())), strict=True))
 
     def _clean(self, asked: _Asked, rendered: tuple[str, list[str]] | None) -> RenderedPair:
         """Returns the pair with the assistant header in the prompt and the template's end token last.
@@ -167,14 +167,14 @@ class PairRenderer:
 
         Raises: BadRecord when the template refuses the conversation or leaves out text of it.
         """
-        assert self._template is not None and self._turns is not None, "chat_template_of refuses princeton without one"
+        assert self._template is not None and self._marked is not None, "chat_template_of refuses princeton without one"
         prompt, responses, findings = self._texts(record)
         assert all(len(turns) == 1 for turns in responses), "PairOptions refuses several turns in princeton mode"
         messages, source = list(prompt), self._template.default
         if messages[0]["role"] != "system" and ("system" in source or "<|im_start|>" in source):
             messages.insert(0, {"role": "system", "content": ""})
         rendered = self._template.render(messages, record.tools)
-        findings |= self._turns.check(rendered, messages, record.tools)
+        findings |= self._marked.check(rendered, messages, record.tools)
         texts = [self._template.render(turns).removeprefix(self._bos) for turns in responses]
         for name, text, turns in zip(("chosen", "rejected"), texts, responses, strict=True):
             found = check_turn(text, 0, turns[-1])[1]
@@ -217,10 +217,10 @@ class PairRenderer:
         template opens belongs to it only if both responses continue it. Otherwise it ends at the last special token
         that they share, which no tokenizer merges with what follows.
         """
-        assert self._turns is not None, "what has no template is concatenated"
+        assert self._marked is not None, "what has no template is concatenated"
         start = min(chosen.spans[0][0], rejected.spans[0][0])
         if not both_answer:
-            special = self._turns.last_special(chosen.text, min(start, num_shared(chosen.text, rejected.text)))
+            special = self._marked.last_special(chosen.text, min(start, num_shared(chosen.text, rejected.text)))
             if special is None:
                 raise mismatch("the template writes no special token in front of the turn at which two responses part")
             return special

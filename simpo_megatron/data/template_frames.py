@@ -14,14 +14,14 @@ from enum import Enum, auto
 from jinja2 import Environment, TemplateError, nodes
 from jinja2.visitor import NodeVisitor
 
-from simpo_megatron.data.records import BadRecord, Message
+from simpo_megatron.data.records import CONTENT_MARK, BadRecord, Message
 from simpo_megatron.data.templates import ChatTemplate, bounds_of_templates
 from simpo_megatron.limits import LimitError
 
 _MOST_FRAMES = 4096
-# A blank that `trim` takes away, and a noncharacter, which records cannot hold.
-_BLANK, _MARK = "\u2003", "\ufdd1"
-_MARKED = re.compile(rf"({_BLANK}?){_MARK}(\d+){_MARK}({_BLANK}?)")
+# A blank that `trim` takes away.
+_BLANK = "\u2003"
+_MARKED = re.compile(rf"({_BLANK}?){CONTENT_MARK}(\d+){CONTENT_MARK}({_BLANK}?)")
 
 Frame = tuple[str | tuple[int, bool], ...]
 """Texts of the template and, between them, numbers of turns, each with whether its content is trimmed."""
@@ -63,7 +63,7 @@ class TemplateFrames:
         return self._frames[shape]
 
     def _frame(self, roles: Sequence[str], add_generation_prompt: bool) -> Frame | None:
-        contents = (f"{_BLANK}{_MARK}{number}{_MARK}{_BLANK}" for number in range(len(roles)))
+        contents = (f"{_BLANK}{CONTENT_MARK}{number}{CONTENT_MARK}{_BLANK}" for number in range(len(roles)))
         messages = [{"role": role, "content": content} for role, content in zip(roles, contents, strict=True)]
         try:
             rendered = self._template.render(messages, add_generation_prompt=add_generation_prompt)
@@ -89,7 +89,7 @@ def joins_contents(template: str) -> bool:
 
     That holds for messages of a role and a content alone. Templates with macros or other blocks are not looked at.
     """
-    if _BLANK in template or _MARK in template:
+    if _BLANK in template or CONTENT_MARK in template:
         return False
     try:
         with bounds_of_templates():
