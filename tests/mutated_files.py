@@ -1,4 +1,7 @@
-"""Mutations of JSON files: values of other types and sizes, keys lost and doubled, bytes cut, turned and put in."""
+"""Mutations of JSON files: values of other types and sizes, keys lost and doubled, bytes cut, turned and put in.
+
+SIMPO_MUTATIONS=1000 tries as many of each file; SIMPO_SEED another sequence.
+"""
 
 import copy
 import json
@@ -7,9 +10,19 @@ import random
 import re
 import shutil
 import socket
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import torch
+from tiny_models import write_llama3
+
+from simpo_megatron.errors import SimPOError, status_line
+from simpo_megatron.limits import LimitError, limited
+
+NUM_MUTATIONS = int(os.environ.get("SIMPO_MUTATIONS", 25))
+SEED = int(os.environ.get("SIMPO_SEED", 1))
 
 JUNK = (
     None, True, False, 0, -1, 1, 3, 0.5, -0.0, float("nan"), float("inf"), 1e308, 2**31, 2**63, 10**30, -(2**63),
@@ -24,6 +37,38 @@ _LITERALS = (
     b'"\\ud800"', b'"\xc3"', b'"\xed\xa0\x80"', b'"\x00"',
 )  # fmt: skip
 _SCALAR, _KEY = re.compile(rb'(?<=[:,\[] )(?:"[^"]*"|[-0-9.e]+|true|false|null)'), re.compile(rb'"[^"]+": ')
+
+
+def try_mutations(
+    name: str, mutate: Callable[[random.Random], Any], write: Callable[[Any], Any], read: Callable[[], Any]
+) -> int:
+    """Asserts that each mutation is read or refused, and returns how many were refused."""
+    numbers = random.Random(zlib.crc32(name.encode()) + SEED)
+    num_refused, problems = 0, []
+    for number in range(NUM_MUTATIONS):
+        content = mutate(numbers)
+        write(content)
+        try:
+            with limited(cpu_seconds=20, num_bytes=2 << 30):
+                read()
+        except SimPOError as error:
+            num_refused += 1
+            line = status_line("ERROR", error)
+            assert "\n" not in line and len(line) <= 500
+        except (Exception, LimitError) as error:
+            text = content if isinstance(content, bytes) else json.dumps(content).encode()
+            problems.append(f"{name} {number}: {type(error).__name__}: {str(error)[:200]}: {text[:300]!r}")
+    assert not problems, f"{len(problems)} of {NUM_MUTATIONS}:\n" + "\n".join(problems[:20])
+    print(f"{name}: {num_refused} of {NUM_MUTATIONS} refused")
+    return num_refused
+
+
+def write_model(folder: Path) -> Path:
+    """Writes a small Llama 3 into `folder`, to mutate its files; returns the folder."""
+    torch.manual_seed(0)
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 2}
+    write_llama3(folder, hidden_size=64, intermediate_size=96, max_position_embeddings=256, **heads)
+    return folder
 
 
 def mutated_json(content: Any, numbers: random.Random) -> Any:
