@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,8 +18,6 @@ from simpo_megatron.loss import (
     preference_loss,
 )
 from simpo_megatron.mcore.batch import Microbatch
-
-AVERAGES = "_averages"
 
 LossFunction = Callable[[Tensor], tuple[Tensor, Tensor, Any]]
 
@@ -50,50 +48,66 @@ class MicrobatchStep(ABC):
         """(sum of the loss over pairs, pairs, results to keep), as schedules want with `calculate_per_token_loss`."""
 
 
+class ResponseLogProbs(NamedTuple):
+    """The responses of one microbatch, the chosen and the rejected one of each pair in turn."""
+
+    avg_R: Tensor
+    """fp32 [2 * pairs]: average log-probs, nats per token."""
+    counts_R: Tensor
+    """int64 [2 * pairs]: tokens that count."""
+
+
 @dataclass(frozen=True)
 class ForwardStep(MicrobatchStep):
-    """The pass of a training or evaluation step, which keeps the sums of the metrics."""
+    """The pass of a training step, which keeps the sums of the metrics."""
 
     objective: PreferenceObjective
     pairs_per_chosen_token: float
     """Pairs over chosen response tokens of the whole global batch; the weight of a token in the `token` SFT term."""
-    keeps_averages: bool = False
-    """Keep the average log-prob of every response as well, [2 * pairs] under AVERAGES."""
 
     def loss(self, log_probs_N: Tensor, microbatch: Microbatch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """(sum of the loss over pairs, pairs, metric sums).
 
         The sums are new tensors: schedules scale the returned loss in place.
         """
-        avg_R, counts_R = _averages(log_probs_N, microbatch)
-        result = preference_loss(
-            avg_R,
-            counts_R,
-            objective=self.objective,
-            reference_avg_R=microbatch.reference_avg_R,
-            pairs_per_chosen_token=self.pairs_per_chosen_token,
+        loss, sums = loss_and_sums(
+            _of_responses(log_probs_N, microbatch),
+            self.objective,
+            microbatch.reference_avg_R,
+            self.pairs_per_chosen_token,
         )
-        kept = result.sums | monitored_sums(result, counts_R)
-        if self.keeps_averages:
-            kept[AVERAGES] = avg_R.detach()
-        return result.loss, _num_pairs(log_probs_N, microbatch), kept
+        return loss, _num_pairs(log_probs_N, microbatch), sums
 
 
-class AverageLogProbs(MicrobatchStep):
-    """A pass without gradients that keeps the average log-prob of every response."""
+class LogProbsStep(MicrobatchStep):
+    """A pass without gradients that keeps what the responses' log-probs are."""
 
-    def loss(self, log_probs_N: Tensor, microbatch: Microbatch) -> tuple[Tensor, Tensor, Tensor]:
-        """(0, pairs, averages [2 * pairs], nats per token)."""
-        averages_R, _ = _averages(log_probs_N, microbatch)
-        return log_probs_N.new_zeros(()), _num_pairs(log_probs_N, microbatch), averages_R
+    def loss(self, log_probs_N: Tensor, microbatch: Microbatch) -> tuple[Tensor, Tensor, ResponseLogProbs]:
+        """(0, pairs, the log-probs of the responses)."""
+        return log_probs_N.new_zeros(()), _num_pairs(log_probs_N, microbatch), _of_responses(log_probs_N, microbatch)
 
 
-def _averages(log_probs_N: Tensor, microbatch: Microbatch) -> tuple[Tensor, Tensor]:
-    """(average log-prob, tokens) of each response of the microbatch."""
+def loss_and_sums(
+    responses: ResponseLogProbs,
+    objective: PreferenceObjective,
+    reference_avg_R: Tensor | None,
+    pairs_per_chosen_token: float,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """(sum of the loss over the pairs of a microbatch, the metric sums of the same)."""
+    result = preference_loss(
+        *responses,
+        objective=objective,
+        reference_avg_R=reference_avg_R,
+        pairs_per_chosen_token=pairs_per_chosen_token,
+    )
+    return result.loss, result.sums | monitored_sums(result, responses.counts_R)
+
+
+def _of_responses(log_probs_N: Tensor, microbatch: Microbatch) -> ResponseLogProbs:
     tokens, context = microbatch.response_tokens, microbatch.layout.context
     cp_group = None if context is None else context.group
     sequence_N = tokens.on(log_probs_N.device).sequence_N
-    return average_log_probs(log_probs_N, sequence_N, 2 * tokens.num_pairs, cp_group)
+    return ResponseLogProbs(*average_log_probs(log_probs_N, sequence_N, 2 * tokens.num_pairs, cp_group))
 
 
 def _num_pairs(log_probs_N: Tensor, microbatch: Microbatch) -> Tensor:

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from simpo_megatron.data import PreferenceDataset, StepPlan
 from simpo_megatron.mcore import device
-from simpo_megatron.mcore.forward_step import AVERAGES
+from simpo_megatron.mcore.forward_step import LogProbsStep, ResponseLogProbs, loss_and_sums
 from simpo_megatron.reporting.metric_names import set_prefix
 from simpo_megatron.training.metrics import reduce_sums
-from simpo_megatron.training.step import Trainer, pairs_per_token, run_pass
+from simpo_megatron.training.step import Trainer, pairs_per_token, run_microbatches
 
 ACCURACY = "rewards/accuracies"
 
@@ -31,8 +31,51 @@ class Evaluation:
     validation pairs."""
 
 
-def evaluate(trainer: Trainer, datasets: Mapping[str, PreferenceDataset], *, is_untrained: bool = False) -> Evaluation:
-    """The evaluation of the validation sets `datasets`.
+class MicrobatchLogProbs(NamedTuple):
+    """The log-probs of one microbatch of this rank; only the last pipeline stage has any."""
+
+    pairs: Sequence[int]
+    """Their numbers in the data set."""
+    responses: ResponseLogProbs
+
+
+LogProbs = Mapping[str, Sequence[MicrobatchLogProbs]]
+"""The log-probs of this rank's microbatches, by the name of the validation set."""
+
+
+def validation_log_probs(trainer: Trainer, datasets: Mapping[str, PreferenceDataset]) -> LogProbs:
+    """The log-probs of the validation sets `datasets`, which every objective's metrics are made of.
+
+    Collectives: those of one forward pass for each global batch.
+    """
+    return {
+        name: log_probs_of(trainer, dataset, trainer.plan_evaluation(dataset)) for name, dataset in datasets.items()
+    }
+
+
+def log_probs_of(trainer: Trainer, dataset: PreferenceDataset, plans: Iterable[StepPlan]) -> list[MicrobatchLogProbs]:
+    """The log-probs of `dataset` under the present weights, computed as `plans` divide it.
+
+    Collectives: those of one forward pass for each plan.
+    """
+    for chunk in trainer.chunks:
+        chunk.eval()
+    found: list[MicrobatchLogProbs] = []
+    for plan in plans:
+        computed = run_microbatches(trainer, dataset, plan, LogProbsStep(), forward_only=True)
+        if trainer.groups.is_last_stage:
+            found += map(MicrobatchLogProbs, plan[trainer.groups.dp.rank()], computed)
+    return found
+
+
+def evaluate(
+    trainer: Trainer,
+    datasets: Mapping[str, PreferenceDataset],
+    log_probs: LogProbs,
+    *,
+    is_untrained: bool = False,
+) -> Evaluation:
+    """The evaluation of the validation sets `datasets`, from their `validation_log_probs`.
 
     The metrics of the first set are `eval/...`; those of every set that has a name are `eval/NAME/...`.
 
@@ -40,61 +83,45 @@ def evaluate(trainer: Trainer, datasets: Mapping[str, PreferenceDataset], *, is_
         is_untrained: no step was taken yet. An objective with a reference then compares a model with itself: all
             rewards are equal up to rounding, so the metrics have no accuracy.
 
-    Collectives: those of one forward pass for each global batch, one reduction of the sums for each set, and for the
-    first one all-reduce of 8 bytes a pair over dp on the last pipeline stage and one broadcast over pp.
+    Collectives: one reduction of the sums for each set, and for the first one all-reduce of 8 bytes a pair over dp on
+    the last pipeline stage and one broadcast over pp.
     """
     metrics: dict[str, float] = {}
     averages: np.ndarray | None = None
     for name, dataset in datasets.items():
         is_first = not metrics
-        means, of_pairs = _pass_over(trainer, dataset)
+        means = _means(trainer, dataset, log_probs[name])
         if is_untrained and trainer.objective.needs_reference:
             del means[ACCURACY]
         prefixes = {set_prefix(""), set_prefix(name)} if is_first else {set_prefix(name)}
         metrics |= {prefix + metric: value for prefix in sorted(prefixes) for metric, value in means.items()}
         if is_first:
-            averages = gather_averages(trainer, of_pairs, len(dataset))
+            averages = gather_averages(trainer, log_probs[name], len(dataset))
     return Evaluation(metrics, averages)
 
 
-def _pass_over(
-    trainer: Trainer, dataset: PreferenceDataset
-) -> tuple[dict[str, float], list[tuple[Sequence[int], Tensor]]]:
-    """Means over all pairs of `dataset`, by the names of the training metrics, and `num_pairs`; and of each microbatch
-    of this rank its pairs and their average log-probs."""
-    for chunk in trainer.chunks:
-        chunk.eval()
-    sums, of_pairs = [], []
+def _means(trainer: Trainer, dataset: PreferenceDataset, log_probs: Sequence[MicrobatchLogProbs]) -> dict[str, float]:
+    """Means over all pairs of `dataset`, by the names of the training metrics, and `num_pairs`."""
     # The SFT term is a mean over the chosen tokens of the whole set, however it is split into batches.
     ratio = pairs_per_token(dataset.counted)
-    for plan in trainer.plan_evaluation(dataset):
-        computed = run_pass(trainer, dataset, plan, forward_only=True, pairs_per_chosen_token=ratio).sums
-        of_pairs += _of_microbatches(trainer, plan, computed)
-        sums += computed
-    return reduce_sums(sums, len(dataset), trainer.groups) | {"num_pairs": len(dataset)}, of_pairs
+    sums = []
+    for pairs, responses in log_probs:
+        reference_avg_R = None
+        if dataset.reference_avg is not None:
+            reference_avg_R = torch.from_numpy(dataset.reference_avg[list(pairs)]).flatten().to(responses.avg_R.device)
+        sums.append(loss_and_sums(responses, trainer.objective, reference_avg_R, ratio)[1])
+    return reduce_sums(sums, len(dataset), trainer.groups) | {"num_pairs": len(dataset)}
 
 
-def _of_microbatches(
-    trainer: Trainer, plan: StepPlan, computed: Sequence[Mapping[str, Tensor]]
-) -> list[tuple[Sequence[int], Tensor]]:
-    if not trainer.groups.is_last_stage:
-        return []
-    own = plan[trainer.groups.dp.rank()]
-    return [(pairs, kept[AVERAGES]) for pairs, kept in zip(own, computed, strict=True)]
-
-
-def gather_averages(trainer: Trainer, of_pairs: Sequence[tuple[Sequence[int], Tensor]], num_pairs: int) -> np.ndarray:
+def gather_averages(trainer: Trainer, log_probs: Sequence[MicrobatchLogProbs], num_pairs: int) -> np.ndarray:
     """float32 [num_pairs, 2]: the average log-probs of chosen and rejected of every pair, the same on every rank.
-
-    Args:
-        of_pairs: pairs of this rank and their averages [2 * pairs]; only the last pipeline stage has any.
 
     Collectives: one all-reduce of 8 bytes a pair over dp on the last pipeline stage, one broadcast over pp.
     """
     groups = trainer.groups
     averages = torch.zeros(num_pairs, 2, device=device.current_device())
-    for pairs, averages_R in of_pairs:
-        averages[list(pairs)] = averages_R.view(-1, 2)
+    for pairs, responses in log_probs:
+        averages[list(pairs)] = responses.avg_R.view(-1, 2)
     if groups.is_last_stage:
         dist.all_reduce(averages, group=groups.dp)
     return groups.broadcast_from_last_stage(averages).cpu().numpy()

@@ -19,7 +19,7 @@ from simpo_megatron.reporting.loggers import RunLog, Sink, open_run_log
 from simpo_megatron.reporting.validation_pairs import keep_validation_pairs
 from simpo_megatron.training.checkpoint_manager import Saver
 from simpo_megatron.training.consistency import check_replicas, check_same, check_same_model, job_facts, unchanged_model
-from simpo_megatron.training.evaluation import evaluate
+from simpo_megatron.training.evaluation import evaluate, validation_log_probs
 from simpo_megatron.training.finish import finish
 from simpo_megatron.training.introduction import introduce
 from simpo_megatron.training.log_window import LogWindow
@@ -97,7 +97,7 @@ class _Steps:
 
     def __init__(self, config: Config, job: Job, start: Start, log: RunLog, session: Session, saver: Saver) -> None:
         self._config, self._job, self._start, self._log, self._saver = config, job, start, log, saver
-        self._signals, self._watchdog = session.signals, session.watchdog
+        self._session, self._signals, self._watchdog = session, session.signals, session.watchdog
         self._monitors = Monitors(config, job, start)
         self._window = LogWindow(config, job)
         self._due = SaveSchedule(config.run.save_interval, job.train_iters)
@@ -189,7 +189,11 @@ class _Steps:
         """
         self._watchdog.enter_phase(phase, timeout=LONG_SECONDS)
         job, monitors, save = self._job, self._monitors, self._config.run.save
-        found = evaluate(job.trainer, job.valid_data, is_untrained=iteration == 0)
+        is_untrained = iteration == 0
+        log_probs = (
+            self._session.initial_log_probs(job) if is_untrained else validation_log_probs(job.trainer, job.valid_data)
+        )
+        found = evaluate(job.trainer, job.valid_data, log_probs, is_untrained=is_untrained)
         metrics = self.evaluations[iteration] = monitors.evaluation(iteration, found.metrics)
         if metrics:
             self._log.evaluation(iteration, metrics)

@@ -60,7 +60,7 @@ def _rehearse(trainer: Trainer, dataset: PreferenceDataset, plan: StepPlan) -> N
     for chunk in trainer.chunks:
         chunk.train()
     zero_gradients(trainer.chunks, trainer.optimizer)
-    run_pass(trainer, dataset, plan, forward_only=False)
+    run_pass(trainer, dataset, plan)
     zero_gradients(trainer.chunks, trainer.optimizer)
     del moments
     restore_rng(states)

@@ -16,7 +16,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from simpo_megatron.atomic import new_file
 from simpo_megatron.checkpoint.fingerprint import model_fingerprint
@@ -26,12 +25,11 @@ from simpo_megatron.data.batching import StepPlan
 from simpo_megatron.errors import DataError, NumericsError
 from simpo_megatron.logs import LOGGER
 from simpo_megatron.mcore import device
-from simpo_megatron.mcore.forward_step import AverageLogProbs
 from simpo_megatron.ranks import on_first_rank, raise_on_all_ranks, sync_status
-from simpo_megatron.training.evaluation import gather_averages
+from simpo_megatron.training.evaluation import gather_averages, log_probs_of
 from simpo_megatron.training.inputs import cache_folder, hashes_file
 from simpo_megatron.training.setup import Job, fill_initial_weights
-from simpo_megatron.training.step import Trainer, run_microbatches
+from simpo_megatron.training.step import Trainer
 
 FORMAT_VERSION = 1
 _SECONDS_BETWEEN_LINES = 30.0
@@ -91,14 +89,8 @@ def reference_log_probs(trainer: Trainer, dataset: PreferenceDataset) -> np.ndar
     Raises:
         NumericsError: a log-prob is not finite.
     """
-    for chunk in trainer.chunks:
-        chunk.eval()
-    of_pairs: list[tuple[Sequence[int], Tensor]] = []
-    for plan in _with_progress(trainer.plan_evaluation(dataset), len(dataset)):
-        computed = run_microbatches(trainer, dataset, plan, AverageLogProbs(), forward_only=True)
-        if trainer.groups.is_last_stage:
-            of_pairs += zip(plan[trainer.groups.dp.rank()], computed, strict=True)
-    found = gather_averages(trainer, of_pairs, len(dataset))
+    plans = _with_progress(trainer.plan_evaluation(dataset), len(dataset))
+    found = gather_averages(trainer, log_probs_of(trainer, dataset, plans), len(dataset))
     bad = np.flatnonzero(~np.isfinite(found).all(axis=1))
     if len(bad):
         raise NumericsError(

@@ -19,6 +19,7 @@ from simpo_megatron.mcore.userbuffers import userbuffers
 from simpo_megatron.stop_signals import StopSignals
 from simpo_megatron.training.consistency import check_same, startup_facts
 from simpo_megatron.training.environment import deterministic, prepare_environment
+from simpo_megatron.training.evaluation import LogProbs, validation_log_probs
 from simpo_megatron.training.meeting import meet
 from simpo_megatron.training.resume import how_to_continue
 from simpo_megatron.training.run_plan import RunPlan, plan_run
@@ -45,6 +46,7 @@ class Session:
     told: set[str] = field(default_factory=set)
     """First lines of its runs, which are printed once."""
     _warm: WarmPieces | None = None
+    _initial_log_probs: LogProbs | None = None
 
     def build_job(self, config: Config, plan: RunPlan, *, load_weights: bool) -> Job:
         """The pieces of the run of `config`, as `setup.build_job`, with the model and pairs of the previous run."""
@@ -55,9 +57,23 @@ class Session:
             self._warm = warm_pieces(job)
         return job
 
+    def initial_log_probs(self, job: Job) -> LogProbs:
+        """The validation log-probs of `job`, in which no step was taken yet; of the first run, where it is reused.
+
+        Its objective, optimizer and seed change none: adapters that were just drawn add nothing.
+
+        Collectives: those of `validation_log_probs`, the first time.
+        """
+        if self._initial_log_probs is None:
+            found = validation_log_probs(job.trainer, job.valid_data)
+            if self._warm is None:
+                return found
+            self._initial_log_probs = found
+        return self._initial_log_probs
+
     def close(self) -> None:
         """Free what a next run would have reused."""
-        self._warm = None
+        self._warm = self._initial_log_probs = None
 
 
 @contextmanager

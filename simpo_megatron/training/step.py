@@ -101,8 +101,7 @@ class Pass:
     """The results of one pass over a step's microbatches on this rank."""
 
     sums: list[dict[str, Tensor]]
-    """Metric sums over pairs, one dict per microbatch; filled on the last pipeline stage, empty elsewhere. Without
-    gradients each holds the responses' AVERAGES too."""
+    """Metric sums over pairs, one dict per microbatch; filled on the last pipeline stage, empty elsewhere."""
     num_pairs: int
     """Pairs of the whole step, over all data-parallel ranks."""
     pairs: StepPairs
@@ -126,21 +125,10 @@ def batch_options(config: Config, layout: Layout, pad_id: int) -> BatchOptions:
     )
 
 
-def run_pass(
-    trainer: Trainer,
-    dataset: PreferenceDataset,
-    plan: StepPlan,
-    *,
-    forward_only: bool,
-    pairs_per_chosen_token: float | None = None,
-) -> Pass:
-    """The metric sums of one step's pairs.
+def run_pass(trainer: Trainer, dataset: PreferenceDataset, plan: StepPlan) -> Pass:
+    """The metric sums of one step's pairs, forward and backward.
 
-    Unless `forward_only`, the DDP buffers then hold the gradients, reduced over every group and divided by the
-    pairs of the step.
-
-    Args:
-        pairs_per_chosen_token: for the pairs over which the SFT term is a mean; None: the pairs of the step.
+    The DDP buffers then hold the gradients, reduced over every group and divided by the pairs of the step.
 
     Collectives: those of `run_microbatches` and `take_load_balancing_loss`.
 
@@ -150,16 +138,10 @@ def run_pass(
     of_ranks = [StepPairs.of(dataset, [index for microbatch in rank for index in microbatch]) for rank in plan]
     pairs = StepPairs(*map(np.concatenate, zip(*of_ranks, strict=True)))
     num_pairs = len(pairs.lengths)
-    if pairs_per_chosen_token is None:
-        pairs_per_chosen_token = pairs_per_token(pairs.counted)
-    forward_step = ForwardStep(
-        objective=trainer.objective,
-        pairs_per_chosen_token=pairs_per_chosen_token,
-        keeps_averages=forward_only,
-    )
+    forward_step = ForwardStep(objective=trainer.objective, pairs_per_chosen_token=pairs_per_token(pairs.counted))
     num_microbatches = sum(map(len, plan))
     weigh_load_balancing(trainer.chunks[0].module.config, num_pairs=num_pairs, num_microbatches=num_microbatches)
-    sums = run_microbatches(trainer, dataset, plan, forward_step, forward_only=forward_only)
+    sums = run_microbatches(trainer, dataset, plan, forward_step, forward_only=False)
     return Pass(
         sums=sums,
         num_pairs=num_pairs,
@@ -257,7 +239,7 @@ def train_step(trainer: Trainer, dataset: PreferenceDataset, plan: StepPlan, not
     for chunk in trainer.chunks:
         chunk.train()
     zero_gradients(trainer.chunks, trainer.optimizer)
-    computed = run_pass(trainer, dataset, plan, forward_only=False)
+    computed = run_pass(trainer, dataset, plan)
     # A loss can be infinite while its gradient is finite, so checking the norm is not enough.
     largest = sync_status(_not_finite(computed.sums, plan[trainer.groups.dp.rank()], dataset), noted())
     try:

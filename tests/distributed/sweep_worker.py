@@ -26,7 +26,7 @@ from megatron.core.optimizer import MegatronOptimizer  # noqa: E402
 from simpo_megatron.config import Config, Machine, load_config  # noqa: E402
 from simpo_megatron.sweep import driver  # noqa: E402
 from simpo_megatron.sweep.request import read_sweep  # noqa: E402
-from simpo_megatron.training import run_plan, setup  # noqa: E402
+from simpo_megatron.training import run_plan, session, setup  # noqa: E402
 from simpo_megatron.training.run import train  # noqa: E402
 
 
@@ -63,6 +63,16 @@ def counting_optimizers(run_in, found: list[int]):
     return run_and_count
 
 
+def counting_calls(function, calls: list[int]):
+    """`function`, whose calls are counted in `calls`."""
+
+    def called(*arguments):
+        calls[0] += 1
+        return function(*arguments)
+
+    return called
+
+
 if __name__ == "__main__":
     what, *rest = sys.argv[1:]
     if what == "run":
@@ -73,10 +83,13 @@ if __name__ == "__main__":
         asked = json.loads(Path(rest[0]).read_text())
         counts: list[int] = []
         driver.run_in = counting_optimizers(driver.run_in, counts)
+        passes = [0]
+        session.validation_log_probs = counting_calls(session.validation_log_probs, passes)
         sweep = read_sweep(asked.pop("argv"), asked.pop("axes"), **asked)
         stand_in_for_fp8(sweep.base)
         is_first = os.environ["RANK"] == "0"
         driver.run_sweep(sweep)
         assert not dist.is_initialized()
         if is_first:
-            (sweep.folder / "optimizers.json").write_text(json.dumps(counts))
+            kept = {"optimizers": counts, "initial_passes": passes[0]}
+            (sweep.folder / "counts.json").write_text(json.dumps(kept))

@@ -13,7 +13,7 @@ from simpo_megatron.config import Machine, config_from, resolve
 from simpo_megatron.convert import load_hf_weights
 from simpo_megatron.mcore.families import describe_hf_model
 from simpo_megatron.mcore.model import build_model
-from simpo_megatron.training.evaluation import Evaluation, evaluate
+from simpo_megatron.training.evaluation import Evaluation, evaluate, validation_log_probs
 from simpo_megatron.training.setup import build_trainer
 from simpo_megatron.training.step import batch_options
 
@@ -26,7 +26,8 @@ def evaluation(folder: str, pairs: ListDataset, groups: parallel.ParallelGroups,
     chunks = build_model(description, config, groups)
     load_hf_weights(chunks, folder, description, tp_rank=0, tp_size=1)
     trainer = build_trainer(chunks, config, groups, layout, batch_options(config, layout, pad_id=0), train_iters=1)
-    return evaluate(trainer, {"": pairs})
+    sets = {"": pairs}
+    return evaluate(trainer, sets, validation_log_probs(trainer, sets))
 
 
 def test_the_held_out_likelihood_is_the_mean_over_all_chosen_tokens_in_batches_of_any_size(tmp_path) -> None:
