@@ -105,7 +105,7 @@ def new_folder(path: Path, *, first_wins: bool = False) -> Iterator[Path]:
         _publish(draft, path, replaces=not first_wins)
     finally:
         held.release()
-        shutil.rmtree(draft, ignore_errors=True)
+        _remove_draft(draft)
 
 
 def rename(draft: Path, path: Path) -> None:
@@ -150,6 +150,15 @@ def _publish(draft: Path, path: Path, *, replaces: bool) -> None:
         if replaces or not path.exists():
             raise
     shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _remove_draft(draft: Path) -> None:
+    """Delete `draft`, which may be gone already."""
+    for _ in range(_MOST_ATTEMPTS):
+        shutil.rmtree(draft, ignore_errors=True)
+        if not draft.exists():
+            return
+        # Whoever looks for abandoned drafts has just made a lock in it.
 
 
 def _remove_abandoned(path: Path, *, apart_from: Path) -> list[Path]:
