@@ -95,6 +95,14 @@ def world_of_one():
 
 
 @pytest.fixture
+def gpu(monkeypatch):
+    """A machine with a GPU, as far as it shows before anything is computed."""
+    from simpo_megatron.mcore import device
+
+    monkeypatch.setattr(device, "has_cuda", lambda: True)
+
+
+@pytest.fixture
 def tp_group():
     """The tensor-parallel group of a process that trains alone, its random state seeded."""
     from simpo_megatron import parallel

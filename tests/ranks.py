@@ -121,6 +121,21 @@ def _end_with_parent() -> None:
     os.killpg(0, signal.SIGKILL)
 
 
+def python_output(*command: str, timeout: float = 400.0) -> str:
+    """The output of `python COMMAND` in the repository's folder, an error unless it ends well."""
+    done = subprocess.run(
+        [sys.executable, *command],
+        cwd=REPOSITORY,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout
+
+
 def leave_groups() -> None:
     """Destroy every group but the world, so that the next layout finds none and none of their threads stays awake.
 

@@ -8,10 +8,10 @@ from collections.abc import Callable
 import torch
 from megatron.core.distributed import DistributedDataParallel
 
-from simpo_megatron.gpu_check.small_model import log_probs, microbatch_of, random_model, random_pairs
+from simpo_megatron.gpu_check.small_model import microbatch_of, random_model, random_pairs
 from simpo_megatron.gpu_check.timing import median_seconds, relative_error
 from simpo_megatron.gpu_check.verdict import CheckSetting, Verdict
-from simpo_megatron.mcore.batch import Microbatch
+from simpo_megatron.mcore.batch import Microbatch, output_of
 
 FP32_BUDGET, BF16_BUDGET = 2e-5, 3e-2
 """Relative errors of log-probs and of the embedding's gradient; kernels sum in different orders."""
@@ -40,7 +40,7 @@ def _log_probs_and_gradient(
     model.zero_grad_buffer()
     found = []
     for microbatch in microbatches:
-        log_probs_N = log_probs(model, microbatch)
+        log_probs_N = output_of(model, microbatch)
         log_probs_N.sum().backward()
         order = torch.argsort(microbatch.response_tokens.sequence_N.cpu(), stable=True)
         found.append(log_probs_N.detach()[order.to(log_probs_N.device)])
@@ -56,7 +56,7 @@ def measure_pack(setting: CheckSetting) -> Verdict:
         ]
 
         def step(pack: Microbatch) -> None:
-            log_probs(model, pack).sum().backward()
+            output_of(model, pack).sum().backward()
 
         usual = median_seconds(lambda: step(packs[0]), setting)
         first = _first_seconds(lambda: step(packs[1]), setting)
@@ -77,14 +77,14 @@ def check_synchronizations(setting: CheckSetting) -> Verdict:
     """Checks that the host never waits for the device within a microbatch."""
     with random_model(setting, bf16=True) as model:
         pack = microbatch_of(random_pairs(setting, setting.size(8, 2), setting.size(300, 20)), setting)
-        log_probs(model, pack).sum().backward()
+        output_of(model, pack).sum().backward()
         if setting.rehearse:
-            log_probs(model, pack).sum().backward()
+            output_of(model, pack).sum().backward()
             return Verdict.of(True, "ran", "not judged")
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode("error")
         try:
-            log_probs(model, pack).sum().backward()
+            output_of(model, pack).sum().backward()
         except RuntimeError as error:
             return Verdict.of(False, str(error).splitlines()[0][:200], "no synchronization")
         finally:

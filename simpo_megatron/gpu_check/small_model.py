@@ -70,15 +70,3 @@ def microbatch_of(pairs: list[TokenizedPair], setting: CheckSetting, **options: 
     num_tokens = sum(2 * len(p.prompt_ids) + len(p.chosen_ids) + len(p.rejected_ids) for p in pairs)
     batch_options = BatchOptions(global_batch_size=len(pairs), tokens_per_microbatch=num_tokens, **options)
     return to_microbatch(collate(pairs, range(len(pairs)), batch_options), setting.device)
-
-
-def log_probs(model: DistributedDataParallel, microbatch: Microbatch) -> torch.Tensor:
-    """Log-probs of the response tokens of one microbatch, [N], with gradients."""
-    found: torch.Tensor = model(
-        microbatch.tokens_BS,
-        microbatch.position_ids_BS,
-        None,
-        labels=microbatch.labels,
-        packed_seq_params=microbatch.layout,
-    )
-    return found

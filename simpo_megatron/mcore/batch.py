@@ -97,6 +97,18 @@ class Microbatch:
         return self.labels
 
 
+def output_of(model: torch.nn.Module, microbatch: Microbatch) -> Tensor:
+    """The output of a model chunk: fp32 [N] log-probs of the labels on the last pipeline stage, else hidden states."""
+    output: Tensor = model(
+        microbatch.tokens_BS,
+        microbatch.position_ids_BS,
+        None,
+        labels=microbatch.labels,
+        packed_seq_params=microbatch.layout,
+    )
+    return output
+
+
 def to_microbatch(
     batch: PreferenceBatch,
     device: torch.device,

@@ -17,7 +17,7 @@ from simpo_megatron.loss import (
     monitored_sums,
     preference_loss,
 )
-from simpo_megatron.mcore.batch import Microbatch
+from simpo_megatron.mcore.batch import Microbatch, output_of
 
 LossFunction = Callable[[Tensor], tuple[Tensor, Tensor, Any]]
 
@@ -30,13 +30,7 @@ class MicrobatchStep(ABC):
 
     def __call__(self, data_iterator: Iterator[Microbatch], model: torch.nn.Module) -> tuple[Tensor, LossFunction]:
         microbatch = next(data_iterator)
-        output = model(
-            microbatch.tokens_BS,
-            microbatch.position_ids_BS,
-            None,
-            labels=microbatch.labels,
-            packed_seq_params=microbatch.layout,
-        )
+        output = output_of(model, microbatch)
 
         def loss(log_probs_N: Tensor) -> tuple[Tensor, Tensor, Any]:
             return self.loss(log_probs_N, microbatch)

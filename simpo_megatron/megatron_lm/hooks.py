@@ -16,7 +16,7 @@ from torch import Tensor
 from simpo_megatron.loss import ResponseTokens, average_log_probs, preference_loss
 from simpo_megatron.mcore import device
 from simpo_megatron.mcore.architecture import ArchitectureConfig
-from simpo_megatron.mcore.batch import to_microbatch
+from simpo_megatron.mcore.batch import output_of, to_microbatch
 from simpo_megatron.mcore.model import PreferenceGPTModel
 from simpo_megatron.mcore.specs import block_spec
 from simpo_megatron.megatron_lm.arguments import check_pipeline, objective_of, true_vocab_size
@@ -66,14 +66,7 @@ def forward_step(data_iterator: Iterator[Sample], model: torch.nn.Module) -> tup
     """(the model's output for the next microbatch, `loss_func` of it)."""
     sample = next(data_iterator)
     microbatch = to_microbatch(sample.batch, device.current_device())
-    output = model(
-        microbatch.tokens_BS,
-        microbatch.position_ids_BS,
-        None,
-        labels=microbatch.labels,
-        packed_seq_params=microbatch.layout,
-    )
-    return output, partial(loss_func, microbatch.response_tokens, sample.pairs_per_chosen_token)
+    return output_of(model, microbatch), partial(loss_func, microbatch.response_tokens, sample.pairs_per_chosen_token)
 
 
 def loss_func(

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from ranks import python_output
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone")
 SIMPO = (
     "{preset: demo, beta: 2.5, log_interval: 1, lr_warmup_init: 1e-4, export_hf: FOLDER/hf, data_cache: FOLDER/cache}"
@@ -72,21 +69,6 @@ simpo: SIMPO
 SETTINGS = ("beta: 2.5", "seed: 7", "train_iters: 3", "tokens_per_microbatch: 1024", "bf16: false", "adam_beta2: 0.98")
 
 
-def run(*command: str) -> str:
-    """The output of `python COMMAND` in the repository's folder."""
-    done = subprocess.run(
-        [sys.executable, *command],
-        cwd=REPOSITORY,
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=400,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return done.stdout
-
-
 def write(dialect: str, folder: Path) -> str:
     """The path of a file of `dialect` whose run lies in `folder`."""
     path = folder / "nemo.yaml"
@@ -110,7 +92,7 @@ def losses(folder: Path) -> list[float]:
 def test_the_script_trains_what_a_nemo_file_says(tmp_path):
     overrides = ["model.seed=7", "+model.tensor_model_parallel_size=2"]
     file = write("NeMo 1 / Aligner", tmp_path)
-    printed = run(*TORCHRUN, "examples/pretrain_simpo.py", "--nemo-config", file, *overrides)
+    printed = python_output(*TORCHRUN, "examples/pretrain_simpo.py", "--nemo-config", file, *overrides)
     assert printed.count("NeMo 1 / Aligner configuration") == 1, "two ranks run, and one of them speaks"
     assert len(losses(tmp_path)) == 3
 
@@ -128,7 +110,7 @@ def test_dialects_that_say_the_same_train_the_same(tmp_path):
         "    sys.exit(max(main(['--nemo-config', file], '') for file in sys.argv[1:]))\n"
     )
     (tmp_path / "script.py").write_text(script)
-    printed = run(*TORCHRUN, str(tmp_path / "script.py"), *files)
+    printed = python_output(*TORCHRUN, str(tmp_path / "script.py"), *files)
     for dialect in dialects:
         assert f"{dialect} configuration, keys: " in printed
     first, *others = [losses(folder) for folder in folders]

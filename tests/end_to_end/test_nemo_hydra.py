@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
+from ranks import python_output
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 MISSING = [name for name in ("nemo", "hydra", "lightning", "einops", "sentencepiece") if find_spec(name) is None]
 
 pytestmark = pytest.mark.skipif(
@@ -24,17 +20,8 @@ def test_two_ranks_train_as_a_nemo_experiment(tmp_path):
     overrides = ["trainer.devices=2", "trainer.max_steps=3", "trainer.log_every_n_steps=1"]
     overrides += ["model.tensor_model_parallel_size=2", "model.simpo.beta=2.5", f"exp_manager.exp_dir={tmp_path}"]
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [sys.executable, *torchrun, "examples/nemo_hydra.py", *overrides],
-        cwd=REPOSITORY,
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=580,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    assert "taken       model.simpo.beta -> beta=2.5" in done.stdout
+    printed = python_output(*torchrun, "examples/nemo_hydra.py", *overrides, timeout=580)
+    assert "taken       model.simpo.beta -> beta=2.5" in printed
     experiment = tmp_path / "simpo"
     assert "model.simpo.beta=2.5" in (experiment / "cmd-args.log").read_text()
     records = map(json.loads, (experiment / "megatron" / "metrics.jsonl").read_text().splitlines())

@@ -76,9 +76,9 @@ from transformers import AutoConfig  # noqa: E402
 from simpo_megatron import parallel  # noqa: E402
 from simpo_megatron.config import Config, config_from  # noqa: E402
 from simpo_megatron.data import BatchOptions, PreferenceBatch, TokenizedPair, collate  # noqa: E402
-from simpo_megatron.gpu_check.small_model import log_probs, microbatch_of, random_model, random_pairs  # noqa: E402
+from simpo_megatron.gpu_check.small_model import microbatch_of, random_model, random_pairs  # noqa: E402
 from simpo_megatron.gpu_check.verdict import CheckSetting  # noqa: E402
-from simpo_megatron.mcore.batch import Microbatch, to_microbatch  # noqa: E402
+from simpo_megatron.mcore.batch import Microbatch, output_of, to_microbatch  # noqa: E402
 from simpo_megatron.mcore.families import describe_hf_model  # noqa: E402
 from simpo_megatron.mcore.forward_step import ForwardStep  # noqa: E402
 from simpo_megatron.mcore.model import build_model, wrap_in_ddp  # noqa: E402
@@ -245,9 +245,9 @@ def play_check() -> dict:
     setting = OnMeta(folder=Path())
     with norms_of_a_gpu(), random_model(setting, bf16=True) as model:
         pack = microbatch_of(random_pairs(setting, 8, 300), setting)
-        log_probs(model, pack).sum().backward()
+        output_of(model, pack).sum().backward()
         with Asked() as asked:
-            log_probs(model, pack).sum().backward()
+            output_of(model, pack).sum().backward()
     return {"copies": asked.copies, "forward": asked.operations}
 
 

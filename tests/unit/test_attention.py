@@ -212,17 +212,11 @@ def ragged_pairs() -> list[TokenizedPair]:
 
 def log_probs_of(model, pairs, **options) -> torch.Tensor:
     """Log-probs of all response tokens in the order of pairs, chosen and rejected, tokens."""
-    from simpo_megatron.mcore.batch import to_microbatch
+    from simpo_megatron.mcore.batch import output_of, to_microbatch
 
     batch = collate(pairs, range(len(pairs)), BatchOptions(global_batch_size=len(pairs), **options))
     microbatch = to_microbatch(batch, torch.device("cpu"))
-    log_probs_N = model(
-        microbatch.tokens_BS,
-        microbatch.position_ids_BS,
-        None,
-        labels=microbatch.labels,
-        packed_seq_params=microbatch.layout,
-    )
+    log_probs_N = output_of(model, microbatch)
     return log_probs_N[torch.argsort(batch.sequence_N, stable=True)]
 
 

@@ -24,12 +24,6 @@ def installed():
     cpu_patches.install()
 
 
-@pytest.fixture
-def gpu(monkeypatch):
-    """A machine with a GPU, as far as it shows before anything is computed."""
-    monkeypatch.setattr(device, "has_cuda", lambda: True)
-
-
 class TransformerEnginesAdam:
     __module__ = "transformer_engine.pytorch.optimizers.fused_adam"
 

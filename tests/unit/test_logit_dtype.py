@@ -20,7 +20,7 @@ def installed():
 def error_of(logit_dtype: str | None, folder) -> float:
     """The relative error of a bf16 model's log-probs against float64 log-probs from the same hidden states."""
     from simpo_megatron import parallel
-    from simpo_megatron.mcore.batch import to_microbatch
+    from simpo_megatron.mcore.batch import output_of, to_microbatch
     from simpo_megatron.mcore.families import describe_hf_model
     from simpo_megatron.mcore.model import build_model
 
@@ -46,13 +46,7 @@ def error_of(logit_dtype: str | None, folder) -> float:
         microbatch = to_microbatch(collate([pair], [0], BatchOptions(global_batch_size=1)), torch.device("cpu"))
         labels = microbatch.response_tokens
         with torch.no_grad():
-            found = model(
-                microbatch.tokens_BS,
-                microbatch.position_ids_BS,
-                None,
-                labels=labels,
-                packed_seq_params=microbatch.layout,
-            )
+            found = output_of(model, microbatch)
         logits = seen[0][labels.rows_N, 0].double() @ model.output_layer.weight[:257].double().t()
         expected = logits.log_softmax(-1).gather(1, labels.targets_N[:, None])[:, 0]
     return float((found.double() - expected).norm() / expected.norm())

@@ -23,7 +23,6 @@ from simpo_megatron.mcore import cpu_patches
 
 cpu_patches.install()
 
-from megatron.core import parallel_state  # noqa: E402
 
 from simpo_megatron.convert.load_weights import fill  # noqa: E402
 from simpo_megatron.convert.mapping import hf_tensors, pieces  # noqa: E402
@@ -76,17 +75,8 @@ def random_layout(draw: random.Random) -> tuple[dict, int]:
 def load_on(rank: int, world_size: int, description: ModelDescription, config) -> None:
     """Build the model on one rank and fill every parameter of it from tensors of the shapes that a folder has."""
     dist.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
-    sizes = config.parallel.sizes
     try:
-        parallel_state.initialize_model_parallel(
-            tensor_model_parallel_size=sizes.tensor,
-            pipeline_model_parallel_size=sizes.pipeline,
-            virtual_pipeline_model_parallel_size=sizes.virtual_pipeline,
-            expert_model_parallel_size=sizes.expert,
-            expert_tensor_parallel_size=1,
-            create_gloo_process_groups=False,
-        )
-        groups = parallel.initialize(sizes, backend="fake")
+        groups = parallel.initialize(config.parallel.sizes, backend="fake")
         tensors = {name: torch.randn(shape) for name, shape in hf_tensors(description).items()}
         for chunk in build_model(description, config, groups):
             for parameter in chunk.parameters():
