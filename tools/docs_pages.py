@@ -18,9 +18,10 @@ from simpo_megatron.config import Config
 from simpo_megatron.config.bundled import bundled_configs
 from simpo_megatron.config.options import ALIASES, Option, option_table
 from simpo_megatron.config.presets import PRESETS
+from simpo_megatron.data.findings import FINDINGS
 
 PACKAGE = Path(simpo_megatron.__file__).parent
-ROOMS_MARK = "<!-- rooms -->"
+ROOMS_MARK, FINDINGS_MARK = "<!-- rooms -->", "<!-- findings -->"
 # Files of the package's top that a reader should know; the others serve one room each.
 _LONE_FILES = ("atomic", "cli", "parallel", "ranks")
 
@@ -36,8 +37,11 @@ def on_files(files: typing.Any, config: typing.Any) -> typing.Any:
 
 
 def on_page_markdown(markdown: str, **_: typing.Any) -> str:
-    """Puts the picture of the rooms where a page asks for it."""
-    return markdown.replace(ROOMS_MARK, rooms_picture()) if ROOMS_MARK in markdown else markdown
+    """Puts the picture of the rooms, and the table of findings, where a page asks for it."""
+    for mark, make in ((ROOMS_MARK, rooms_picture), (FINDINGS_MARK, findings_table)):
+        if mark in markdown:
+            markdown = markdown.replace(mark, make())
+    return markdown
 
 
 def generated_pages() -> dict[str, str]:
@@ -48,6 +52,13 @@ def generated_pages() -> dict[str, str]:
         "reference/presets.md": presets_page(),
         "reference/families.md": families_page(),
     }
+
+
+def findings_table() -> str:
+    """The oddities of pairs that are counted."""
+    return "\n".join(
+        ["| name | meaning |", "|---|---|", *(f"| `{name}` | {text} |" for name, text in FINDINGS.items())]
+    )
 
 
 def check_public_names() -> None:

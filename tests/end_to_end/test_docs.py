@@ -19,6 +19,7 @@ import yaml
 
 from simpo_megatron.cli import COMMANDS
 from simpo_megatron.config.options import find_option
+from simpo_megatron.data.records import ENDLESS_TEMPLATE, UNUSABLE_REASONS
 from simpo_megatron.training.metrics import SUMMED
 
 ROOT = Path(__file__).parents[2]
@@ -131,6 +132,8 @@ def test_every_metric_of_a_run_is_in_the_glossary(session):
     records = [json.loads(line) for line in (folder / "runs/demo/metrics.jsonl").read_text().splitlines()]
     logged = {key.removeprefix("eval/") for record in records for key in record}
     named = {name for name in SUMMED if not name.startswith("_")}
+    # What only some runs log.
+    named |= {"repetition", "load_balancing_loss", "failed_saves", "pair_ids", "slowest_rank_behind", "mfu"}
     assert (logged | named) - glossary == set()
 
 
@@ -158,6 +161,19 @@ def test_lines_that_troubleshooting_explains_are_said_somewhere():
     for line in lines:
         for piece in re.split(r"\d+|\bN\b|\.\.\.", line):
             assert piece.strip() in constants, f"{line!r}: {piece!r} is said nowhere"
+
+
+def test_every_reason_for_which_a_record_is_dropped_is_explained():
+    first_words = {
+        re.match(r"[a-z_0-9]*", ast.unparse(node.args[0]).strip("f'\""))[0]
+        for path in (ROOT / "simpo_megatron" / "data").rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "BadRecord"
+    }
+    explained = set(re.findall(r"`([a-z_0-9]+)`", (DOCS / "reference" / "reasons.md").read_text()))
+    handed_on = {"", "reason", "empty_"}
+    assert len(first_words) > 30 and first_words - handed_on - explained == set()
+    assert {*UNUSABLE_REASONS, ENDLESS_TEMPLATE, "bad_json", "truncated_json", "empty_chosen"} <= explained
 
 
 def test_the_readme_is_short_and_its_links_lead_somewhere():
