@@ -6,6 +6,7 @@ of a group, D head size; heads and groups are this tensor-parallel rank's.
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -28,11 +29,21 @@ class TwoRotarySelfAttention(SelfAttention):
 
     config: ArchitectureConfig
 
+    def __init__(
+        self, config: ArchitectureConfig, submodules: Any, layer_number: int, *args: Any, **kwargs: Any
+    ) -> None:
+        assert config.windowed_rotary_freq is not None, "a model of two embeddings names the layers of each"
+        is_windowed = config.windowed_rotary_freq[layer_number - 1]
+        if is_windowed:
+            # The factor of sine and cosine goes with the other layers' frequencies, which alone are scaled.
+            config = copy.copy(config)
+            config.yarn_mscale = 0.0
+        super().__init__(config, submodules, layer_number, *args, **kwargs)
+        self.is_windowed = is_windowed
+
     def forward(self, *args: Any, rotary_pos_emb: Tensor, **kwargs: Any) -> Any:
         """megatron's outputs, by the frequencies [2, S, 1, 1, D] of both kinds of layers, those with a window last."""
-        assert self.config.windowed_rotary_freq is not None, "a model of two embeddings names the layers of each"
-        own = rotary_pos_emb[self.config.windowed_rotary_freq[self.layer_number - 1]]
-        return super().forward(*args, rotary_pos_emb=own, **kwargs)
+        return super().forward(*args, rotary_pos_emb=rotary_pos_emb[self.is_windowed], **kwargs)
 
 
 class SegmentedAttention(torch.nn.Module):

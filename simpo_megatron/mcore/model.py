@@ -278,11 +278,13 @@ def _mark_experts(chunk: PreferenceGPTModel) -> None:
 
     megatron marks them only under expert parallelism. But without it, too, every tensor-parallel rank has a replica of
     each expert, with the gradient of its own tokens only. It also marks their biases as those of a layer that ranks
-    share; their gradients would then be summed twice.
+    share; their gradients would then be summed twice. And up to megatron-core 0.16 the gradient norm would leave out
+    the second bias of experts on all tensor-parallel ranks but the first.
     """
     for name, parameter in chunk.named_parameters():
         if ".mlp.experts." in name:
             parameter.allreduce = parameter.sequence_parallel = False
+            parameter.tensor_model_parallel = True
     for name, module in chunk.named_modules():
         if ".mlp.experts." in name and isinstance(module, RowParallelLinear) and module.bias is not None:
             # megatron adds the bias in place, which autograd forbids for the view that a group of one rank returns.

@@ -278,7 +278,8 @@ def _refuse_changes(checkpoint: Checkpoint, now: Mapping[str, Any], *, override:
     if fixed or (told and not override):
         shown = listed(fixed + told, _MAX_SHOWN, "; ")
         remedy = (
-            "these cannot change within a run: start a new one in another folder, or here with --resume none"
+            "these cannot change within a run: start a new one in another folder, with --model of this one to keep its "
+            "weights, or here with --resume none"
             if fixed
             else "restore them, start anew in another folder or here with --resume none, or accept them with "
             "--override-on-resume"

@@ -76,6 +76,10 @@ def run(name: str, config: Config, job: dict, folder: Path) -> None:
     for step in range(job["num_steps"]):
         plan = trainer.plan_step(dataset, step * config.batch.global_batch_size)
         computed, grad_norm, *_ = train_step(trainer, dataset, plan)
+        norms: list = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(norms, grad_norm)
+        # Each rank clips by its own: where they differ, replicas would no longer be the same.
+        assert len(set(norms)) == 1, f"gradient norms differ over ranks: {norms}"
         metrics = reduce_sums(computed.sums, computed.num_pairs, groups)
         records.append({**metrics, "grad_norm": grad_norm})
     if "prompts" in job:

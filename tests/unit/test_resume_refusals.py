@@ -116,7 +116,7 @@ def test_another_model_or_precision_is_refused_whatever_is_said(saved, tmp_path,
     now = describe(tmp_path / "now", **changes)
     for override in (False, True):
         message = refused(saved, now, override=override)
-        assert said in message and "cannot change within a run" in message
+        assert said in message and "cannot change within a run" in message and "--model of this one" in message
 
 
 @pytest.mark.parametrize(

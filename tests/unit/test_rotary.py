@@ -56,10 +56,7 @@ SCALINGS: tuple[dict[str, Any], ...] = (
 # Names of transformers 5, of 4, and both in one file, as where the block of a model card is added by hand.
 FORMS = ("rope_parameters", "rope_scaling", "both")
 # What these families do not have in transformers either, or is refused by design.
-REFUSED = {
-    "phi3": {"linear", "llama3", "yarn"},
-    "gemma3_text": {"yarn", "longrope"},
-}
+REFUSED = {"phi3": {"linear", "llama3", "yarn"}}
 OF_ROPE = ("rope_parameters", "rope_scaling", "rope_theta", "layer_types")
 
 
@@ -110,9 +107,11 @@ def rotary_of_transformers(config: dict[str, Any]) -> tuple[torch.Tensor, float]
     hf_config = AutoConfig.for_model(**config)
     hf_config._experts_implementation = "eager"
     rotary = AutoModelForCausalLM.from_config(hf_config).model.rotary_emb
+    inputs = torch.zeros(1, MAX_LENGTH, 8), torch.arange(MAX_LENGTH)[None]
     if hasattr(rotary, "full_attention_inv_freq"):
+        rotary(*inputs, layer_type="full_attention")
         return rotary.full_attention_inv_freq, rotary.full_attention_attention_scaling
-    rotary(torch.zeros(1, MAX_LENGTH, 8), torch.arange(MAX_LENGTH)[None])
+    rotary(*inputs)
     return rotary.inv_freq, rotary.attention_scaling
 
 
@@ -133,5 +132,8 @@ def test_every_rotary_embedding_is_transformers(groups, model_type: str) -> None
         torch.testing.assert_close(chunk.rotary_pos_emb.inv_freq, inverse, rtol=1e-6, atol=0, msg=str(config))
         found = yarn._yarn_get_concentration_factor_from_config(chunk.config)
         assert found == pytest.approx(factor, rel=1e-6), config
+        if model_type == "gemma3_text":
+            own = [layer.self_attention for layer in chunk.decoder.layers if layer.self_attention.is_windowed]
+            assert own and {yarn._yarn_get_concentration_factor_from_config(each.config) for each in own} == {1.0}
         num_compared += 1
     assert num_compared >= 4

@@ -43,6 +43,12 @@ _REFUSALS = {
 }
 """Keys that are refused in any family."""
 
+_ELSEWHERE = {"kimi_k2": "deepseek_v3"}
+"""Names that only code in the folder knows, by the family that the code copies.
+
+Source: vllm.transformers_utils.config, which reads them so.
+"""
+
 
 @dataclass(frozen=True)
 class ModelDescription:
@@ -100,9 +106,7 @@ def describe_hf_config(config: dict[str, Any], where: str) -> ModelDescription:
 def _described(config: dict[str, Any], where: str) -> ModelDescription:
     family = FAMILIES.get(str(config.get("model_type")))
     if family is None:
-        raise ConfigError(
-            f"{where}: model_type: found {config.get('model_type')!r}, expected one of {', '.join(sorted(FAMILIES))}"
-        )
+        raise ConfigError(f"{where}: model_type: found {_of_no_family(config)}")
     try:
         check_counts(config)
         normalised = configuration(config)
@@ -126,6 +130,20 @@ def _described(config: dict[str, Any], where: str) -> ModelDescription:
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from None
     return ModelDescription(family.model_type, transformer, gpt, vocab_size, config, rope)
+
+
+def _of_no_family(config: dict[str, Any]) -> str:
+    """The model_type, and what is expected in its place."""
+    found = config.get("model_type")
+    if found in _ELSEWHERE:
+        return (
+            f"{found!r}, expected {_ELSEWHERE[found]}, whose architecture it has; write that into config.json, and "
+            "take auto_map out"
+        )
+    families = ", ".join(sorted(FAMILIES))
+    if "text_config" in config:
+        return f"{found!r}, a model of more than text, expected its text model alone, of one of {families}"
+    return f"{found!r}, expected one of {families}"
 
 
 def padded_vocab_size(vocab_size: int, tensor_model_parallel_size: int, divisor: int = 128) -> int:

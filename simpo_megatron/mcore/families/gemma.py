@@ -18,7 +18,7 @@ from simpo_megatron.mcore.family import (
     same_window_everywhere,
     sliding_window,
 )
-from simpo_megatron.mcore.hf_config import WINDOWED, rope_parameters, windowed_rope_parameters
+from simpo_megatron.mcore.hf_config import WINDOWED, windowed_rope_parameters
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -80,15 +80,17 @@ def _gemma3(config: PretrainedConfig) -> dict[str, Any]:
 
 
 def _windowed_rotary(config: PretrainedConfig) -> dict[str, Any]:
-    """The rotary embedding of the layers with a window, whose frequencies are not scaled.
+    """The rotary embedding of the layers with a window.
 
     Raises:
-        ConfigError: they are; or those of the other layers are in a way that goes with a factor for all layers.
+        ConfigError: its frequencies are scaled.
     """
-    rope, others = windowed_rope_parameters(config), rope_parameters(config)
-    for found, expected in ((rope, ("default",)), (others, ("default", "linear", "llama3"))):
-        if found["rope_type"] not in expected:
-            raise ConfigError(f"rope_type: found {found['rope_type']!r}, expected {' or '.join(expected)}")
+    rope = windowed_rope_parameters(config)
+    if rope["rope_type"] != "default":
+        raise ConfigError(
+            f"rope_type of {WINDOWED}: found {rope['rope_type']!r}, expected default: no model scales the frequencies "
+            "of layers with a window, and none was compared"
+        )
     base = rope["rope_theta"]
     if isinstance(base, bool) or not isinstance(base, int | float) or not base >= 1:
         raise ConfigError(f"rope_theta of {WINDOWED}: found {base!r}, expected a number of at least 1")
@@ -144,8 +146,9 @@ FAMILIES = (
                 "sliding_window_pattern": 2,
                 "rope_scaling": {"rope_type": "linear", "factor": 8.0},
             },
-            # A window wider than any sequence, whose layers turn as their kind does.
+            # A window wider than any sequence, whose layers turn as their kind does, without the others' factor.
             "gemma3_wide_window": {
+                "rope_scaling": {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 32},
                 "head_dim": 12,
                 "sliding_window": 256,
                 "sliding_window_pattern": 3,
