@@ -223,7 +223,7 @@ def _evaluate(job: PlanRequest, config: Config) -> Candidate | Refusal:
     try:
         layout = resolve(config, world_size=job.num_gpus, model=job.description.transformer, machine=job.gpu.machine)
     except ConfigError as error:
-        return Refusal(name=layout_name(config), reason=str(error))
+        return Refusal(name=layout_name(config), reason="; ".join(map(str, error.parts or (error,))))
     dp = layout.data_parallel_size
     step_tokens = config.batch.global_batch_size * job.pack.pair_tokens
     multiple = layout.microbatch_multiple
