@@ -27,7 +27,7 @@ export OMP_NUM_THREADS TOKENIZERS_PARALLELISM PIP_DISABLE_PIP_VERSION_CHECK SIMP
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-sweep demo-smollm2 eval-env test-fast test test-newest test-nemo test-eval test-pages test-gpu-cpu \
+.PHONY: help demo demo-sweep demo-smollm2 eval-env test-fast test test-newest test-nemo test-extras test-eval test-pages test-gpu-cpu \
   test-gpu test-slurm test-smollm2 lint format clean docs bench counts
 
 help:
@@ -39,6 +39,7 @@ help:
 	@echo "make test-smollm2  run what needs a real model, SmolLM2-135M-Instruct (a 93 MB download)"
 	@echo "make test-newest   run a selection on the newest megatron-core, given Python 3.12 (NEWEST_PYTHON=PATH; PYTEST_ALL=1: all)"
 	@echo "make test-nemo     run what needs NeMo and NeMo-Run, each in an environment of its own"
+	@echo "make test-extras   run what needs the extras te and bench: Transformer Engine's wheels as text, and the loss's peers"
 	@echo "make eval-env      make .venv-eval, with the official scorers that simpo evaluate calls"
 	@echo "make test-eval     run what needs the official scorers (SIMPO_ARENA_HARD=DIR: a checkout of arena-hard-auto)"
 	@echo "make test-pages    open every page in headless Chromium (root: Debian's package, which it installs)"
@@ -79,9 +80,10 @@ test-fast: $(VENV)/.ready-test
 	@echo "== tests that start no process"
 	@$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal -m "not processes" tests/unit $(PYTEST)
 
-# All benchmarks in short: build/bench.json has machine, commit, results and ratios.
-bench: .venv-gpu/.ready-test
-	@$(BIN)/python tools/benchmarks/bench.py build/bench.json --triton-python .venv-gpu/bin/python $(ARGS)
+# All benchmarks in short, beside the peers of the extra bench: build/bench.json has machine, commit, results and ratios.
+bench: $(VENV)/.ready-test
+	@$(MAKE) --no-print-directory .venv-bench/.ready-test
+	@.venv-bench/bin/python tools/benchmarks/bench.py build/bench.json --triton-python .venv-bench/bin/python $(ARGS)
 
 # Writes tests/counts.yaml: one test after the other, for they write one file.
 COUNTING_TESTS := tests/unit/test_guard_counts.py tests/unit/test_launch.py tests/end_to_end/test_plain_process.py
@@ -143,6 +145,18 @@ OUT_OF_REACH := No matching distribution|[Cc]onnection|[Tt]imed? ?out|name resol
 BRIDGE := build/bridge
 BRIDGE_PYTHONS := 3.11 3.12
 
+# Tests under an extra's environment, or the reason why there are none.
+define TEST_UNDER
+$(MAKE) --no-print-directory .venv-$(1)/.ready-test || exit 1; \
+if [ -s .venv-$(1)/missing ]; then \
+  echo "== NOT TESTED under the extra $(1), which cannot be installed here:"; grep -Em 1 '$(OUT_OF_REACH)' .venv-$(1)/missing; \
+else \
+  echo "== tests under the extra $(1)"; \
+  PATH="$$PWD/.venv-$(1)/bin:$$PATH" .venv-$(1)/bin/python -m pytest -rs --disable-warnings $(2) $(PYTEST); \
+fi
+endef
+
+test-nemo: export SIMPO_BRIDGE_WHEELS = $(BRIDGE)
 test-nemo: $(VENV)/.ready-test
 	@rm -rf $(BRIDGE); \
 	for version in $(BRIDGE_PYTHONS); do \
@@ -151,31 +165,43 @@ test-nemo: $(VENV)/.ready-test
 	    { rm -rf $(BRIDGE)/$$version; echo "== NOT COMPARED with the Megatron-Bridge of Python $$version, which cannot be fetched"; }; \
 	done
 	@failed=; \
-	for extra in nemo nemo-run; do \
-	  case $$extra in nemo) tests="$(NEMO_TESTS)";; *) tests="$(NEMO_RUN_TESTS)";; esac; \
-	  $(MAKE) --no-print-directory .venv-$$extra/.ready-test EXTRA=$$extra || { failed="$$failed $$extra"; continue; }; \
-	  if [ -s .venv-$$extra/missing ]; then \
-	    echo "== NOT TESTED under the extra $$extra, which cannot be installed here:"; grep -Em 1 '$(OUT_OF_REACH)' .venv-$$extra/missing; \
-	    continue; \
-	  fi; \
-	  echo "== tests under the extra $$extra"; \
-	  PATH="$$PWD/.venv-$$extra/bin:$$PATH" SIMPO_BRIDGE_WHEELS="$(BRIDGE)" .venv-$$extra/bin/python -m pytest -rs --disable-warnings $$tests $(PYTEST) || \
-	    failed="$$failed $$extra"; \
-	done; \
+	( $(call TEST_UNDER,nemo,$(NEMO_TESTS)) ) || failed="$$failed nemo"; \
+	( $(call TEST_UNDER,nemo-run,$(NEMO_RUN_TESTS)) ) || failed="$$failed nemo-run"; \
 	test -z "$$failed"
+
+# Transformer Engine's Python, the oldest and the newest that the extra te allows, is read and never installed: its
+# compiled cores, of which only the versions are looked up, need a GPU.
+TE := build/transformer-engine
+
+test-extras: export SIMPO_TE_WHEELS = $(TE)
+test-extras: $(VENV)/.ready-test
+	@rm -rf $(TE); mkdir -p $(TE); \
+	{ for version in '==2.9.0' '>=2.9'; do \
+	    $(BIN)/pip download -qq --no-deps --only-binary=:all: --dest $(TE) "transformer-engine$$version" || exit 1; \
+	  done; \
+	  for part in cu12 cu13 torch; do \
+	    $(BIN)/pip index versions transformer-engine-$$part > $(TE)/transformer-engine-$$part.txt || exit 1; \
+	  done; } 2>/dev/null || { rm -rf $(TE); echo "== NOT COMPARED with Transformer Engine, which cannot be fetched"; }
+	@failed=; \
+	echo "== tests of the extra te"; \
+	$(BIN)/python -m pytest -rs $(SLOWEST) tests/unit/test_te_wheels.py $(PYTEST) || failed=te; \
+	( $(call TEST_UNDER,bench,tests/unit/test_extras.py -k bench) ) || failed="$$failed bench"; \
+	test -z "$$failed"
+
+EXTRAS := nemo nemo-run docs eval bench
 
 # A package index that is out of reach is no fault of the extra's; anything else that pip refuses is. NeMo-Run's executor
 # looks for torchrun on the PATH.
-.venv-nemo/.ready-test .venv-nemo-run/.ready-test .venv-docs/.ready-test .venv-eval/.ready-test: constraints.txt setup.py pyproject.toml
+$(EXTRAS:%=.venv-%/.ready-test): constraints.txt setup.py pyproject.toml
 	@rm -rf $(@D)
-	@echo "== environment for the extra $(EXTRA): $(@D) (once; as long as the download takes)"
+	@echo "== environment for the extra $(@D:.venv-%=%): $(@D) (once; as long as the download takes)"
 	@$(BIN)/python -m venv --without-pip $(@D)
 	@$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > \
 	  "$$($(@D)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/behind.pth"
 	@grep '^torch==' $(VENV)/constraints.txt > $(@D)/constraints.txt || :
 	@printf '#!%s\nfrom torch.distributed.run import main\nmain()\n' "$$PWD/$(@D)/bin/python" > $(@D)/bin/torchrun
 	@chmod +x $(@D)/bin/torchrun
-	@if $(@D)/bin/python -m pip install -qq --no-compile --constraint $(@D)/constraints.txt --editable '.[$(EXTRA)]' \
+	@if $(@D)/bin/python -m pip install -qq --no-compile --constraint $(@D)/constraints.txt --editable '.[$(@D:.venv-%=%)]' \
 	  2> $(@D)/missing; then rm $(@D)/missing; touch $@; \
 	elif ! grep -Eq '$(OUT_OF_REACH)' $(@D)/missing; then \
 	  cat $(@D)/missing; exit 1; \
@@ -230,7 +256,7 @@ test-gpu: $(if $(WHEELS),.venv-gpu-check/.ready,$(VENV)/.ready)
 eval-env: .venv-eval/.ready
 
 .venv-eval/.ready: $(VENV)/.ready
-	@$(MAKE) --no-print-directory .venv-eval/.ready-test EXTRA=eval
+	@$(MAKE) --no-print-directory .venv-eval/.ready-test
 	@if [ -s $(@D)/missing ]; then \
 	  echo "== NOT INSTALLED, for the official scorers are out of reach:"; grep -Em 1 '$(OUT_OF_REACH)' $(@D)/missing; exit 1; \
 	fi
@@ -251,7 +277,7 @@ test-pages: $(VENV)/.ready-test
 	@$(BIN)/python -m pytest -rs $(SLOWEST) tests/pages $(PYTEST)
 
 docs: $(VENV)/.ready-test
-	@$(MAKE) --no-print-directory .venv-docs/.ready-test EXTRA=docs
+	@$(MAKE) --no-print-directory .venv-docs/.ready-test
 	@echo "== documentation: build/site/index.html"
 	@if [ -s .venv-docs/missing ]; then \
 	  echo "== NOT BUILT, for mkdocs cannot be installed here:"; grep -Em 1 '$(OUT_OF_REACH)' .venv-docs/missing; \
@@ -270,7 +296,7 @@ format: $(VENV)/.ready-test
 	@$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(NEWEST) .venv-nemo .venv-nemo-run .venv-docs .venv-eval .venv-vllm .venv-gpu .venv-gpu-check runs build *.egg-info \
+	rm -rf $(VENV) $(NEWEST) .venv-nemo .venv-nemo-run .venv-bench .venv-docs .venv-eval .venv-vllm .venv-gpu .venv-gpu-check runs build *.egg-info \
 	  .pytest_cache .ruff_cache .mypy_cache .hypothesis
 
 # A CUDA torch that is there stays as it is, with everything it came with. Elsewhere the versions are those of

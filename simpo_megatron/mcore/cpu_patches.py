@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import importlib.util
 import logging
 import multiprocessing.dummy
 import os
@@ -23,6 +24,7 @@ import torch
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata
 
+from simpo_megatron.errors import ConfigError
 from simpo_megatron.loss.products import add_product
 from simpo_megatron.mcore import device
 from simpo_megatron.mcore.patch_table import MODULES_NAMING_CUDA
@@ -38,6 +40,7 @@ def install() -> None:
     """Make megatron-core run on this machine. Call it before building anything with megatron."""
     # torch's own switch, read at its first tensor: large CPU tensors use huge pages, whose page faults cost a fifth.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    hide_unloadable_transformer_engine()
     if device.has_cuda():
         _compile_for_any_length()
     else:
@@ -51,6 +54,30 @@ def install() -> None:
             _compile_rotary_embedding()
     if device.adam() is torch.optim.AdamW:
         _restore_adam_step_of_the_distributed_optimizer()
+
+
+def hide_unloadable_transformer_engine() -> None:
+    """Let megatron-core run on a CPU beside a Transformer Engine that is installed and cannot be loaded.
+
+    megatron-core only expects one to be absent, and its import fails with any other error. Call it before that import.
+
+    Raises:
+        ConfigError: there is a GPU, for which Transformer Engine was installed.
+    """
+    name = "transformer_engine"
+    failure = device.transformer_engine_failure() if importlib.util.find_spec(name) is not None else None
+    if failure is None:
+        return
+    if device.has_cuda():
+        raise ConfigError(
+            f"{name}: found an installed one that cannot be loaded ({failure}), expected one with its core for this "
+            "CUDA; install it with pip install 'simpo-megatron[te]', or leave it out with pip uninstall "
+            "transformer-engine"
+        )
+    for part in [part for part in sys.modules if part.split(".")[0] == name]:
+        del sys.modules[part]
+    # As import itself marks a module that is not there.
+    sys.modules[name] = None  # type: ignore[assignment]
 
 
 def _run_without_cuda() -> None:

@@ -18,6 +18,8 @@ from simpo_megatron.loss.products import has_wide_products
 from simpo_megatron.loss.triton_needs import missing_for_triton
 from simpo_megatron.mcore.varlen_kernels import attention_name
 
+_MOST_SHOWN = 160
+
 
 def has_cuda() -> bool:
     """True when this process trains on a GPU."""
@@ -90,12 +92,17 @@ def own_gpu() -> int:
 
 def has_transformer_engine() -> bool:
     """True when Transformer Engine is installed and can be loaded."""
+    return importlib.util.find_spec("transformer_engine") is not None and transformer_engine_failure() is None
+
+
+def transformer_engine_failure() -> str | None:
+    """The reason why Transformer Engine cannot be loaded, in one line; None where it is loaded."""
     try:
         importlib.import_module("transformer_engine.pytorch")
-    except (ImportError, RuntimeError, OSError):
-        # PyPI's bare meta package raises RuntimeError; a build for another CUDA cannot load its libraries.
-        return False
-    return True
+    except Exception as error:
+        # PyPI's bare meta package raises RuntimeError, a build for another CUDA OSError, one without torch ImportError.
+        return " ".join(f"{type(error).__name__}: {error}".split())[:_MOST_SHOWN]
+    return None
 
 
 def kernels() -> str:

@@ -24,8 +24,8 @@ def run_command(work: Callable[[ParallelGroups], int]) -> int:
         from simpo_megatron.parallel import alone
 
         ignore_known_warnings(has_cuda=device.has_cuda())
-        cpu_patches.install()
     try:
+        cpu_patches.install()
         with logged(), alone() as groups:
             return work(groups)
     except SimPOError as error:

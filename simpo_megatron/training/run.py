@@ -17,6 +17,7 @@ def load_libraries() -> None:
     with collector_at_rest():
         from simpo_megatron.mcore import cpu_patches
 
+        cpu_patches.hide_unloadable_transformer_engine()
         cpu_patches.import_uncompiled()
         # torch's optimizers load it when they are made.
         importlib.import_module("torch._dynamo")

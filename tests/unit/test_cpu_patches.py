@@ -6,6 +6,7 @@ import ast
 import importlib
 import inspect
 import pkgutil
+import sys
 from importlib.metadata import version
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import pytest
 import torch
 from packaging.requirements import Requirement
 
+from simpo_megatron.errors import ConfigError
 from simpo_megatron.mcore import cpu_patches, device
 from simpo_megatron.mcore.patch_table import MODULES_NAMING_CUDA, PATCHES, Patch
 
@@ -205,3 +207,35 @@ def test_gradients_are_scaled_where_they_are_by_megatrons_rule(factor):
     local_multi_tensor_scale(0, None, [[source], [expected]], factor)
     clip_grads.multi_tensor_scale_impl(0, None, [[in_place, source], [in_place, rounded]], factor)
     assert torch.equal(in_place, expected) and torch.equal(rounded, expected.to(torch.bfloat16))
+
+
+@pytest.fixture(params=["RuntimeError('empty meta package')", "OSError('libcudart.so.12: no such file')"])
+def unloadable_engine(request, tmp_path, monkeypatch):
+    """An installed Transformer Engine whose import ends with an error that is no ImportError."""
+    (tmp_path / "transformer_engine").mkdir()
+    (tmp_path / "transformer_engine" / "common.py").write_text("")
+    (tmp_path / "transformer_engine" / "__init__.py").write_text(
+        f"import transformer_engine.common\nraise {request.param}"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in [name for name in sys.modules if name.split(".")[0] == "transformer_engine"]:
+        monkeypatch.delitem(sys.modules, name)
+    yield request.param
+    for name in ("transformer_engine", "transformer_engine.common"):
+        sys.modules.pop(name, None)
+
+
+def test_without_a_gpu_an_engine_that_cannot_be_loaded_is_as_none_at_all(unloadable_engine):
+    cpu_patches.hide_unloadable_transformer_engine()
+    for name in ("transformer_engine", "transformer_engine.pytorch", "transformer_engine.common"):
+        with pytest.raises(ImportError):
+            importlib.import_module(name)
+    assert not device.has_transformer_engine()
+    cpu_patches.hide_unloadable_transformer_engine()
+
+
+def test_on_a_gpu_an_engine_that_cannot_be_loaded_is_a_configuration_error(unloadable_engine, gpu):
+    kind = unloadable_engine.split("(")[0]
+    with pytest.raises(ConfigError, match=rf"^transformer_engine: .*\({kind}: .*pip install 'simpo-megatron\[te\]'"):
+        cpu_patches.hide_unloadable_transformer_engine()
+    assert "transformer_engine" not in sys.modules

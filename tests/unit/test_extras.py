@@ -1,13 +1,15 @@
 """Each extra alone is enough for what it is for.
 
 The extra gguf makes the model of tests/smollm2, and without any the whole package is imported
-(test_logs.py). `make test-nemo` and `make docs` install theirs alone.
+(test_logs.py). `make test-nemo`, `make test-extras`, `make test-eval` and `make docs` install theirs alone, and
+test_te_wheels.py reads the wheels of the extra te.
 """
 
 import subprocess
 
 import pytest
 from extras import installed_alone
+from ranks import REPOSITORY
 
 A_SWEEP = """
 from pathlib import Path
@@ -25,9 +27,22 @@ sink = WeightsAndBiases("simpo", load_config(preset="demo"))
 sink.write({"iteration": 1, "loss": 1.0})
 sink.close()
 """
+# A small shape of the benchmark of the loss: every peer computes the gradients of the float64 reference.
+BESIDE_ITS_PEERS = f"""
+import sys
+from argparse import Namespace
+from pathlib import Path
+sys.path.insert(0, {str(REPOSITORY / "tools" / "benchmarks")!r})
+import loss
+shape, reference = "32x512:4x64", Path("reference.pt")
+loss.write_reference(shape, reference)
+for method in ("ours", "trl", "liger", "cce"):
+    report = loss.worker(Namespace(worker=method, shape=shape, tp=1, rank=0, reference=reference))
+    assert report.get("error", 1) < 1e-5, (method, report)
+"""
 pytestmark = pytest.mark.processes
 
-USES = {"sweep": A_SWEEP, "wandb": ON_WEIGHTS_AND_BIASES}
+USES = {"sweep": A_SWEEP, "wandb": ON_WEIGHTS_AND_BIASES, "bench": BESIDE_ITS_PEERS}
 
 
 @pytest.mark.parametrize("extra", USES)
