@@ -9,15 +9,17 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from simpo_megatron import __version__, atomic
 from simpo_megatron.convert.chat_templates import NAMED_FOLDER, complete_templates
-from simpo_megatron.convert.files import INDEX_FILE, SINGLE_FILE, TensorSpec
 from simpo_megatron.data.tokenizer_files import MOST_BYTES, TOKENIZER_FILES
 from simpo_megatron.errors import CheckpointError
 from simpo_megatron.limits import check_plain
-from simpo_megatron.mcore.hf_files import own_file, read_hf_json, without_code
+from simpo_megatron.mcore.hf_files import INDEX_FILE, SINGLE_FILE, own_file, read_hf_json, without_code
+
+if TYPE_CHECKING:
+    from simpo_megatron.convert.files import TensorSpec
 
 _LOGGER = logging.getLogger(__name__)
 

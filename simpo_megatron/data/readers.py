@@ -46,6 +46,16 @@ def read_raw(path: str, options: PairOptions) -> Iterator[RawRecord]:
             yield from _read_file(file, options)
 
 
+def check_kind(path: str) -> None:
+    """Returns if the local files of `path` are of kinds that are read; of text only the first lines are looked at.
+
+    Raises: DataError: one is not.
+    """
+    for file in files_of(path):
+        if not (is_on_hub(file) or os.path.isdir(file)):
+            _read_file(file, PairOptions())
+
+
 def _read_file(path: str, options: PairOptions) -> Iterator[RawRecord]:
     max_bytes = options.max_record_bytes
     with open(path, "rb") as file:

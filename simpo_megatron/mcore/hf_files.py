@@ -10,6 +10,8 @@ from typing import Any
 from simpo_megatron.errors import CheckpointError, StoppedBySignal
 from simpo_megatron.limits import read_bounded
 
+SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
+
 MAX_JSON_BYTES = 16 << 20
 """No JSON file of a model folder is parsed past this size; an index of a hundred thousand tensors has 10 MB."""
 

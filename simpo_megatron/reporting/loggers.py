@@ -8,12 +8,14 @@ import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, TextIO
+from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
 from simpo_megatron.config import Config, to_yaml
 from simpo_megatron.errors import ConfigError
 from simpo_megatron.limits import check_plain
-from simpo_megatron.reporting.terminal import Terminal
+
+if TYPE_CHECKING:
+    from simpo_megatron.reporting.terminal import Terminal
 
 METRICS_FILE = "metrics.jsonl"
 CONFIG_FILE = "config.yaml"
@@ -80,6 +82,8 @@ def open_run_log(
     """
     if not is_logging_rank:
         return RunLog([])
+    from simpo_megatron.reporting.terminal import Terminal  # loads rich
+
     run = config.run
     sinks: list[Sink] = []
     if run.save is not None:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from simpo_megatron.checkpoint.manifest import list_resumable
 from simpo_megatron.checkpoint.model_source import (
     HASHES_FILE,
     ModelSource,
@@ -16,11 +17,15 @@ from simpo_megatron.checkpoint.model_source import (
     hf_config_of,
 )
 from simpo_megatron.config import DEMO, Config
+from simpo_megatron.convert import check_model_files, refuse_existing_export
+from simpo_megatron.data.readers import check_kind
 from simpo_megatron.data.sources import check_readable, parse_named_sources, parse_sources
 from simpo_megatron.demo import demo_version, prepare_demo
-from simpo_megatron.errors import ConfigError, DataError
+from simpo_megatron.errors import CheckpointError, ConfigError, DataError
+from simpo_megatron.launched import is_launched
 from simpo_megatron.mcore.hf_files import read_hf_json
 from simpo_megatron.mcore.hub import is_hub_name
+from simpo_megatron.reporting.loggers import check_sinks
 
 STARTS_AGAIN = "SIMPO_STARTS_AGAIN"
 """Set by a launcher whose scheduler starts a job again that was stopped."""
@@ -59,17 +64,44 @@ def check_inputs(config: Config) -> None:
     It takes no torch, so that a wrong name is told at once. `plan_run` looks again, and at all of it.
 
     Raises:
-        ConfigError: no model or no data was named, or a job that starts again could not continue.
-        CheckpointError: the model's folder is not one.
+        ConfigError: no model or no data was named, a job that starts again could not continue, or a package that logs
+            is not installed.
+        CheckpointError: the model's folder is not one, an export would overwrite something, or the checkpoint to resume
+            from is not there.
         DataError: a preference file is not there or cannot be read.
     """
+    check_sinks(config)
     check_starting_again(config)
     model, train, valid = _named(config)
-    if model is not None and model != DEMO and not is_hub_name(model) and not os.path.exists(model):
-        read_hf_json(model, "config.json")
+    here = None if model is None or model == DEMO or is_hub_name(model) else model
+    if here is not None and not os.path.exists(here):
+        read_hf_json(here, "config.json")
     for files in (train, *parse_named_sources(valid).values()):
         if DEMO not in files:
             check_files(files)
+            if not is_launched():
+                for source in parse_sources(files):
+                    check_kind(source.path)
+    folders: list[Path] = []
+    if here is not None:
+        found = find_model(here, config.model.hf_config)
+        folders = [found.files, found.base, *found.adapters]
+        read_hf_json(found.files, "config.json")
+        for folder in {found.files, found.tokenizer}:
+            check_model_files(folder)
+    check_exports(config, *folders)
+    # Of many ranks rank 0 alone looks, once they have met.
+    if config.run.save is not None and not is_launched():
+        _check_save(Path(config.run.save), config.run.resume)
+
+
+def _check_save(save: Path, resume: str) -> None:
+    above = next(path for path in (save, *save.absolute().parents) if path.exists())
+    if not (above.is_dir() and os.access(above, os.W_OK)):
+        raise CheckpointError(
+            f"save: found {save}, which cannot be written, expected a folder that can be written; name another"
+        )
+    list_resumable(save, resume)
 
 
 def check_starting_again(config: Config) -> None:
@@ -87,6 +119,29 @@ def check_starting_again(config: Config) -> None:
             f"resume: found {config.run.resume} in a job that starts again after a stop, expected latest, or each "
             f"start would be from there; leave it out, {remedy}"
         )
+
+
+def check_exports(config: Config, *sources: Path) -> None:
+    """Refuse exports that would replace the model, the run's own folder or each other.
+
+    Args:
+        sources: folders of the model, where they are known.
+
+    Raises:
+        ConfigError, CheckpointError: which export, and what is there.
+    """
+    exports = {"export_hf": config.model.export_hf, "export_adapter": config.lora.export_adapter}
+    taken = [] if config.run.save is None else [Path(config.run.save).resolve()]
+    for key, folder in exports.items():
+        if folder is None:
+            continue
+        refuse_existing_export(folder, *sources)
+        path = Path(folder).resolve()
+        if any(path in (other, *other.parents) for other in taken):
+            raise ConfigError(
+                f"{key}: found {folder}, where the run or another export is, expected a folder of its own; name another"
+            )
+        taken.append(path)
 
 
 def check_files(files: Sequence[str]) -> None:

@@ -8,12 +8,12 @@ from pathlib import Path
 from simpo_megatron.checkpoint.model_source import base_of, find_adapter
 from simpo_megatron.config import Config, Layout, resolve
 from simpo_megatron.config.lora_section import LoRAConfig
-from simpo_megatron.convert import check_model_files, refuse_existing_export
+from simpo_megatron.convert import check_model_files
 from simpo_megatron.errors import ConfigError, Refusals, require
 from simpo_megatron.mcore import device
 from simpo_megatron.mcore.families import ModelDescription, describe_hf_model
 from simpo_megatron.reporting.loggers import check_sinks
-from simpo_megatron.training.inputs import Sources, check_files, check_starting_again, locate_sources
+from simpo_megatron.training.inputs import Sources, check_exports, check_files, check_starting_again, locate_sources
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +38,7 @@ def plan_run(config: Config, world_size: int) -> RunPlan:
     check_sinks(config)
     check_starting_again(config)
     sources = locate_sources(config)
-    _check_exports(config, sources)
+    check_exports(config, sources.model, *sources.folders)
     for files in (sources.train, *sources.valid.values()):
         check_files(files)
     for folder in {sources.model, sources.tokenizer}:
@@ -107,19 +107,3 @@ def _settings_of(folder: Path, asked: LoRAConfig, description: ModelDescription)
                 f"{key}: found {value}, expected {expected}, that of the adapters in {folder}; leave it out"
             )
     return replace(found, lora_dropout=asked.lora_dropout, adapter=asked.adapter, export_adapter=asked.export_adapter)
-
-
-def _check_exports(config: Config, sources: Sources) -> None:
-    """Refuse exports that would replace the model, the run's own folder or each other."""
-    exports = {"export_hf": config.model.export_hf, "export_adapter": config.lora.export_adapter}
-    taken = [] if config.run.save is None else [Path(config.run.save).resolve()]
-    for key, folder in exports.items():
-        if folder is None:
-            continue
-        refuse_existing_export(folder, sources.model, *sources.folders)
-        path = Path(folder).resolve()
-        if any(path in (other, *other.parents) for other in taken):
-            raise ConfigError(
-                f"{key}: found {folder}, where the run or another export is, expected a folder of its own; name another"
-            )
-        taken.append(path)

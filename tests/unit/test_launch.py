@@ -235,6 +235,9 @@ def test_help_and_mistakes_are_told_before_torch_is_imported(tmp_path):
     """Its import takes five times as long as all that precedes it, and megatron's three times as long again."""
     pairs, none = str(tmp_path / "pairs.jsonl"), str(tmp_path / "none")
     Path(pairs).write_text("{}\n")
+    (tmp_path / "pointer.jsonl").write_text("version https://git-lfs.github.com/spec/v1\n")
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "config.json").write_text("{")
     model = ["--model", str(tmp_path), "--data"]
     asked = {
         "--help": (["--help"], 0),
@@ -247,6 +250,12 @@ def test_help_and_mistakes_are_told_before_torch_is_imported(tmp_path):
             [*model, str(tmp_path / "pairs.jsonl"), "--valid-data", "none.jsonl"],
             3,
         ),
+        "a pointer to data": ([*model, str(tmp_path / "pointer.jsonl")], 3),
+        "a config.json that is none": (["--model", str(tmp_path / "broken"), "--data", pairs], 4),
+        "a step that is not there": (["--resume", "7", "--save", none], 4),
+        "a file for a folder": (["--save", pairs], 4),
+        "an export over other files": (["--export-hf", str(tmp_path)], 4),
+        "an export into the run": (["--save", none, "--export-hf", none], 2),
     }
     script = f"""
 import contextlib, io, sys
