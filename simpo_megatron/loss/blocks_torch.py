@@ -129,16 +129,16 @@ class _FusedLinearLogProbs(torch.autograd.Function):
                 kept.append(stored_Nb if exps_Nb is stored_Nb else stored_Nb.copy_(exps_Nb))
                 shifts.append(shift_N)
         lse_N, target_N = merge_shards(max_N + torch.log(sum_N), target_N, head.call.tp_group)
-        ctx.head = head
+        ctx.head, ctx.shape_SBH = head, hidden_SBH.shape
         ctx.main_grad = head.call.main_grad(weight_vH)
-        ctx.save_for_backward(hidden_SBH, weight_vH, rows_NH, lse_N, target_N, *kept, *shifts)
+        ctx.save_for_backward(weight_vH, rows_NH, lse_N, target_N, *kept, *shifts)
         return target_N - lse_N
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         head, layout, softcap = ctx.head, ctx.head.layout, ctx.head.call.softcap
-        hidden_SBH, weight_vH, rows_NH, lse_N, target_N, *saved = ctx.saved_tensors
+        weight_vH, rows_NH, lse_N, target_N, *saved = ctx.saved_tensors
         kept, shifts = saved[: layout.num_kept], saved[layout.num_kept :]
         work = _BlockWork(rows_NH, weight_vH, head)
         slope_N = softcap.slope(target_N) if softcap else None
@@ -170,7 +170,7 @@ class _FusedLinearLogProbs(torch.autograd.Function):
             for block, exps_Nb, scale_N in kept_blocks:
                 weight_grad.add(block, exps_Nb, scale_N)
         return (
-            head.call.selection.finish_reduce(pending, hidden_SBH) if pending else None,
+            head.call.selection.finish_reduce(pending, ctx.shape_SBH) if pending else None,
             weight_grad.result() if weight_grad else None,
             None,
         )

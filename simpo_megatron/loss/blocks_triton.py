@@ -39,14 +39,14 @@ class _KernelLogProbs(torch.autograd.Function):
         stats_3N[1].zero_()
         kept = [work.read(block, stats_3N, keep=index < work.num_kept) for index, block in enumerate(work.blocks)]
         lse_N, target_N = merge_shards(stats_3N[0] + stats_3N[1].log_(), stats_3N[2], call.tp_group)
-        ctx.call, ctx.main_grad = call, call.main_grad(weight_vH)
-        ctx.save_for_backward(hidden_SBH, weight_vH, rows_NH, lse_N, *kept[: work.num_kept])
+        ctx.call, ctx.shape_SBH, ctx.main_grad = call, hidden_SBH.shape, call.main_grad(weight_vH)
+        ctx.save_for_backward(weight_vH, rows_NH, lse_N, *kept[: work.num_kept])
         return target_N - lse_N
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        hidden_SBH, weight_vH, rows_NH, lse_N, *kept = ctx.saved_tensors
+        weight_vH, rows_NH, lse_N, *kept = ctx.saved_tensors
         work, selection = _Work(rows_NH, weight_vH, ctx.call), ctx.call.selection
         needs_hidden, needs_weight, _ = ctx.needs_input_grad
         hidden_grad = _RowsGradient(work) if needs_hidden else None
@@ -63,7 +63,7 @@ class _KernelLogProbs(torch.autograd.Function):
         if weight_grad and waiting is not None:
             weight_grad.add(work.blocks[-1], waiting)
         return (
-            selection.finish_reduce(pending, hidden_SBH) if pending else None,
+            selection.finish_reduce(pending, ctx.shape_SBH) if pending else None,
             weight_grad.result() if weight_grad else None,
             None,
         )

@@ -104,13 +104,13 @@ class RowSelection:
         )
         return parts_TMH, work
 
-    def finish_reduce(self, pending: tuple[Tensor, dist.Work | None], like_SBH: Tensor) -> Tensor:
+    def finish_reduce(self, pending: tuple[Tensor, dist.Work | None], shape_SBH: torch.Size) -> Tensor:
         """Returns the gradient of this rank's hidden states, zero at every row that was not selected."""
         grad, work = pending
         if work is not None:
             work.wait()
         if grad.dim() == 3:
             grad = grad.sum(0, dtype=torch.promote_types(grad.dtype, torch.float32)).to(grad.dtype)
-        grad_SBH = torch.zeros_like(like_SBH, memory_format=torch.contiguous_format)
+        grad_SBH = grad.new_zeros(shape_SBH)
         grad_SBH.flatten(0, 1).index_add_(0, self.own_M, grad)
         return grad_SBH

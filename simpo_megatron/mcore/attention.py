@@ -21,6 +21,7 @@ from torch import Tensor
 from simpo_megatron.mcore import device
 from simpo_megatron.mcore.architecture import ArchitectureConfig
 from simpo_megatron.mcore.layout import MicrobatchLayout, Segment
+from simpo_megatron.mcore.segments_on_cpu import attend_segments, cpu_kernel_has
 from simpo_megatron.mcore.varlen_kernels import Kernel, Scores, prepare_torch, varlen_kernel
 
 
@@ -73,6 +74,8 @@ class SegmentedAttention(torch.nn.Module):
             window=config.window_size[0] + 1 if is_windowed else None,
             softcap=config.attn_logit_softcapping,
         )
+        self.keeps_projection = config.qk_layernorm
+        """True where norms keep the whole projection, for their inputs are slices of it."""
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         self.softmax_offset: torch.nn.Parameter | None = None
         """The score of each head's sink, a key without a value; under the name of megatron's core attention."""
@@ -107,12 +110,23 @@ class SegmentedAttention(torch.nn.Module):
             return out.unflatten(-1, (query_SBAD.size(2), -1))[..., :size].flatten(2)
         length, num_rows = query_SBAD.shape[:2]
         layout = packed_seq_params or MicrobatchLayout.of_padded_rows(length, num_rows).on(query_SBAD.device)
-        key_TBGD, value_TBGD = layout.segment_keys(key_SBGD, value_SBGD)
         scores = self.scores._replace(dropout=self.dropout if self.training else 0.0)
+        if layout.context is None and self.softmax_offset is None and cpu_kernel_has(scores, query_SBAD, key_SBGD):
+            return self._attend_on_cpu(query_SBAD, key_SBGD, value_SBGD, layout)
+        key_TBGD, value_TBGD = layout.segment_keys(key_SBGD, value_SBGD)
         kernel = None if self.softmax_offset is not None else varlen_kernel(query_SBAD, key_TBGD, scores)
         if kernel is not None:
             return _attend_at_once(kernel, query_SBAD, key_TBGD, value_TBGD, layout)
         return _attend_by_segment(scores, query_SBAD, key_TBGD, value_TBGD, layout, self.softmax_offset)
+
+    def _attend_on_cpu(
+        self, query_SBAD: Tensor, key_SBGD: Tensor, value_SBGD: Tensor, layout: MicrobatchLayout
+    ) -> Tensor:
+        segments = layout.segments or (Segment(0, len(query_SBAD), 0, 0),)
+        masks = [layout.added_mask(segment, self.scores.window, query_SBAD) for segment in segments]
+        # A value is a slice of the layer's whole projection, which the backward would keep alive.
+        value_SBGD = value_SBGD if self.keeps_projection else value_SBGD.contiguous()
+        return attend_segments(query_SBAD, key_SBGD, value_SBGD, segments, masks, self.scores.scale)
 
     def sharded_state_dict(
         self,

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import NamedTuple
+from weakref import WeakValueDictionary
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -93,6 +94,7 @@ class MicrobatchLayout(PackedSeqParams):
     context: ContextShare | None = None
     """This rank's rows, where others hold the rest of every sequence: then S above counts this rank's rows."""
     _masks: dict[tuple[Segment, int | None], Tensor] = field(default_factory=dict)
+    _added_masks: WeakValueDictionary[tuple[Segment, int | None], Tensor] = field(default_factory=WeakValueDictionary)
 
     @classmethod
     def of_padded_rows(
@@ -158,18 +160,27 @@ class MicrobatchLayout(PackedSeqParams):
 
         Cached for the microbatch: every layer of this rank asks for the same masks.
         """
-        num_before = segment.num_keys - segment.num_queries
-        if window is not None and window >= segment.num_keys:
-            window = None
-        if num_before == 0 and window is None:
+        window = _narrow(window, segment)
+        if segment.num_keys == segment.num_queries and window is None:
             return None
         if (segment, window) not in self._masks:
-            visible = torch.ones(segment.num_queries, segment.num_keys, dtype=torch.bool, device=device)
-            visible.tril_(diagonal=num_before)
-            if window is not None:
-                visible.triu_(diagonal=num_before - window + 1)
-            self._masks[segment, window] = visible
+            self._masks[segment, window] = _visible(segment, window, device)
         return self._masks[segment, window]
+
+    def added_mask(self, segment: Segment, window: int | None, like: Tensor) -> Tensor | None:
+        """`mask` as numbers in the dtype of `like`, which are added to scores: 0 where a query sees a key, else -inf.
+
+        Layers share it while one of them holds it. torch's kernels would make one for each layer of a bool mask.
+        """
+        window = _narrow(window, segment)
+        if segment.num_keys == segment.num_queries and window is None:
+            return None
+        added = self._added_masks.get((segment, window))
+        if added is None:
+            hidden = _visible(segment, window, like.device).logical_not_()
+            added = torch.zeros(hidden.shape, dtype=like.dtype, device=like.device).masked_fill_(hidden, -torch.inf)
+            self._added_masks[segment, window] = added
+        return added
 
     def segment_keys(self, key_SBGD: Tensor, value_SBGD: Tensor) -> tuple[Tensor, Tensor]:
         """(keys, values) of the segments, one after the other, [T, B, G, D], from those of this rank's rows.
@@ -186,6 +197,20 @@ class MicrobatchLayout(PackedSeqParams):
             return key_SBGD, value_SBGD
         rows_T = self.lengths.key_rows_T
         return key_SBGD.index_select(0, rows_T), value_SBGD.index_select(0, rows_T)
+
+
+def _narrow(window: int | None, segment: Segment) -> int | None:
+    """`window` where it hides keys of `segment`, else None."""
+    return None if window is not None and window >= segment.num_keys else window
+
+
+def _visible(segment: Segment, window: int | None, device: torch.device) -> Tensor:
+    num_before = segment.num_keys - segment.num_queries
+    visible = torch.ones(segment.num_queries, segment.num_keys, dtype=torch.bool, device=device)
+    visible.tril_(diagonal=num_before)
+    if window is not None:
+        visible.triu_(diagonal=num_before - window + 1)
+    return visible
 
 
 def _own(segments: tuple[Segment, ...], context: ContextShare) -> tuple[Segment, ...]:

@@ -1,4 +1,4 @@
-"""RMSNorm and SwiGLU that save only their inputs for the backward, and recompute the rest.
+"""RMSNorm and SwiGLU that save only their inputs for the backward, and the layer that does not save their outputs.
 
 On the CPU they use torch's operations; on a GPU, torch's kernel for the norm and megatron's for SwiGLU.
 Shapes: H hidden size, F the MLP's width on this tensor-parallel rank, `...` any before.
@@ -11,9 +11,23 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
 from simpo_megatron.mcore.architecture import ArchitectureConfig
+from simpo_megatron.mcore.recomputed import computed_by, recomputing
+
+
+class LeanTransformerLayer(TransformerLayer):
+    """megatron's transformer layer, whose matrices keep no outputs of norms and of SwiGLU for their gradients.
+
+    Each is computed again in the backward, which costs a pass over a tensor that is then in use anyway.
+    """
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """megatron's outputs."""
+        with recomputing():
+            return super().forward(*args, **kwargs)
 
 
 class RMSNorm(torch.nn.RMSNorm):
@@ -35,7 +49,8 @@ class RMSNorm(torch.nn.RMSNorm):
         # One plus a small weight would lose the weight in bf16.
         weight = 1 + self.weight.to(_wide(hidden.dtype)) if self.is_zero_centered else self.weight
         if hidden.device.type == "cpu":
-            return _NormedRows.apply(hidden, weight, self.eps)
+            normed, rstd = _NormedRows.apply(hidden, weight, self.eps)
+            return computed_by(normed, _scaled, hidden, rstd, weight)
         if weight.dtype == hidden.dtype:
             return F.rms_norm(hidden, self.normalized_shape, weight, self.eps)
         return _WidenedRows.apply(hidden, weight, self.eps)
@@ -43,15 +58,16 @@ class RMSNorm(torch.nn.RMSNorm):
 
 class _NormedRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight_H: Tensor, eps: float) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight_H: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         wide = hidden.to(_wide(hidden.dtype))
         rstd = (torch.linalg.vecdot(wide, wide)[..., None] / hidden.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(hidden, weight_H, rstd)
-        return (wide * rstd).mul_(weight_H).to(hidden.dtype)
+        ctx.mark_non_differentiable(rstd)
+        return _scaled(hidden, rstd, weight_H), rstd
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         hidden, weight_H, rstd = ctx.saved_tensors
         hidden_grad = weight_grad = None
         wide, grad = hidden.to(rstd.dtype), grad.to(rstd.dtype)
@@ -62,6 +78,10 @@ class _NormedRows(torch.autograd.Function):
             along = torch.linalg.vecdot(scaled, wide)[..., None] * rstd**3 / hidden.shape[-1]
             hidden_grad = scaled.mul_(rstd).addcmul_(wide, along, value=-1).to(hidden.dtype)
         return hidden_grad, weight_grad, None
+
+
+def _scaled(hidden: Tensor, rstd: Tensor, weight_H: Tensor) -> Tensor:
+    return (hidden.to(rstd.dtype) * rstd).mul_(weight_H).to(hidden.dtype)
 
 
 class _WidenedRows(torch.autograd.Function):
@@ -96,15 +116,14 @@ class SwiGLU(MegatronModule):
 
     def forward(self, gate_and_up: Tensor) -> Tensor:
         """silu(gate) * up in the dtype of the input, whose first half is the gate."""
-        return _GatedRows.apply(gate_and_up)
+        return computed_by(_GatedRows.apply(gate_and_up), _gated, gate_and_up)
 
 
 class _GatedRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate_and_up: Tensor) -> Tensor:
         ctx.save_for_backward(gate_and_up)
-        gate, up = gate_and_up.chunk(2, dim=-1)
-        return F.silu(gate).mul_(up)
+        return _gated(gate_and_up)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -116,6 +135,11 @@ class _GatedRows(torch.autograd.Function):
         torch.mul(F.silu(gate), grad, out=up_grad)
         torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=gate_grad)
         return both
+
+
+def _gated(gate_and_up: Tensor) -> Tensor:
+    gate, up = gate_and_up.chunk(2, dim=-1)
+    return F.silu(gate).mul_(up)
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

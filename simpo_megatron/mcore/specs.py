@@ -24,7 +24,7 @@ from simpo_megatron.mcore.attention import SegmentedAttention, TwoRotarySelfAtte
 from simpo_megatron.mcore.experts import LoadBalancedRouter
 from simpo_megatron.mcore.grouped_experts import GroupedExperts, has_grouped_product
 from simpo_megatron.mcore.latent_attention import LatentAttention, LatentAttentionSubmodules
-from simpo_megatron.mcore.lean_layers import RMSNorm, SwiGLU
+from simpo_megatron.mcore.lean_layers import LeanTransformerLayer, RMSNorm, SwiGLU
 
 
 @functools.cache
@@ -94,6 +94,8 @@ def local_layer_spec(config: ArchitectureConfig, *, num_experts: int | None = No
         qk_layernorm=config.qk_layernorm,
         normalization=config.normalization,
     )
+    if not device.has_cuda():
+        spec.module = LeanTransformerLayer
     layer = spec.submodules
     layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
     attention = layer.self_attention.submodules

@@ -103,11 +103,13 @@ def fp8_bytes(load: Workload, stage: int) -> float:
 
 
 def layer_activation_bytes(load: Workload) -> dict[str, float]:
-    """The bytes that one layer keeps of a pack for its backward, by part, nothing recomputed.
+    """The bytes that one layer keeps of a pack for its backward, by part, with nothing that an option recomputes.
 
-    Source: for the torch engine the tensors that autograd saves in megatron.core's local layer; for Transformer
-    Engine those of its LayerNormLinear, Linear and fused attention and of megatron's fused SwiGLU and rotary
-    embedding. FP8 keeps the inputs of matrix products in one byte. A frozen layer keeps none, but its adapter does.
+    FP8 keeps the inputs of matrix products in one byte. A frozen layer keeps none, but its adapter does.
+
+    Source: for the torch engine the tensors that autograd saves in `lean_layers.LeanTransformerLayer`, where matrices
+    keep no outputs of norms and of SwiGLU; for Transformer Engine those of its LayerNormLinear, Linear and fused
+    attention and of megatron's fused SwiGLU and rotary embedding.
     """
     shape, e, tp = load.shape, load.itemsize, load.sizes.tensor
     query, _ = _query_key_bytes(load)
@@ -117,14 +119,15 @@ def layer_activation_bytes(load: Workload) -> dict[str, float]:
     needs = {name: not is_lora or name in own_parts for name in LORA_TARGETS}
     low = load.tokens * (load.config.lora.lora_rank or 0) * sum(len(parts or (0,)) for parts in own_parts.values()) * e
     num_norms = 4 if shape.post_layernorms else 2
-    # Latents are kept by their norms and by the matrices behind these, whole unless ranks divide the sequence.
-    latents = 2 * load.tokens * shape.latent_width / load.sequence_ranks * e
+    # Latents are kept by their norms and, of Transformer Engine, by the matrices behind these, whole unless ranks
+    # divide the sequence.
+    latents = load.tokens * shape.latent_width / load.sequence_ranks * e
     if load.engine == "transformer_engine":
         is_fp8 = load.config.precision.fp8_recipe is not None
         product = 0.5 if is_fp8 and not is_lora else 1.0  # bytes of a matrix product's input, in units of e
         return {
             "norms": num_norms * load.hidden_bytes,
-            "attention in": product * load.hidden_bytes * needs["linear_qkv"] + latents,
+            "attention in": product * load.hidden_bytes * needs["linear_qkv"] + 2 * latents,
             "attention": _attention_bytes(load),
             "attention out": query + (0.5 * query if is_fp8 else 0),
             "mlp in": product * load.hidden_bytes * needs["linear_fc1"],
@@ -132,14 +135,15 @@ def layer_activation_bytes(load: Workload) -> dict[str, float]:
             "adapters": low,
         }
     # Rotation keeps its cosines and sines, an activation that is not fused each factor, an expert that times its
-    # router's weight; attention its outputs before they are put together, and the masks of its segments.
+    # router's weight.
+    product = 0.0 if _fuses_activation(load) else 1.0
     return {
         "norms": num_norms * load.hidden_bytes,
-        "attention in": load.hidden_bytes * needs["linear_qkv"] + 4 * load.tokens * shape.head_size * e + latents,
+        "attention in": 4 * load.tokens * shape.head_size * e + latents,
         "attention": _attention_bytes(load),
-        "attention out": query * needs["linear_proj"],
-        "mlp in": load.hidden_bytes * needs["linear_fc1"],
-        "mlp": (_kept_of_activation(load) + needs["linear_fc2"] + bool(shape.num_moe_experts)) * mlp
+        "attention out": query if _keeps_its_outputs(load) else query * needs["linear_proj"],
+        "mlp in": 0.0,
+        "mlp": (_kept_of_activation(load) + product * needs["linear_fc2"] + bool(shape.num_moe_experts)) * mlp
         + _routing_bytes(load, 1.0),
         "adapters": low,
     }
@@ -171,11 +175,16 @@ def _routing_bytes(load: Workload, product: float) -> float:
     return inputs + 12 * load.tokens / load.sequence_ranks * shape.num_moe_experts
 
 
-def _attention_bytes(load: Workload) -> float:
-    """The bytes that the core attention keeps: queries, the gathered keys and values of all segments, and its own sums.
+def _keeps_its_outputs(load: Workload) -> bool:
+    """True where core attention on the CPU keeps the very outputs that the next matrix keeps, and each key once."""
+    return load.engine == "torch" and load.shape.attn_logit_softcapping is None and load.sizes.context == 1
 
-    A prompt's keys are gathered a second time for the rejected response. With soft-capped scores, torch's operations
-    keep scores and weights in fp32, and keys and values for each head.
+
+def _attention_bytes(load: Workload) -> float:
+    """The bytes that the core attention keeps: queries, keys and values of all segments, and its own sums.
+
+    Where `_keeps_its_outputs` does not hold, a prompt's keys are gathered a second time for the rejected response. With
+    soft-capped scores, torch's operations keep scores and weights in fp32, and keys and values for each head.
     """
     shape, e, tp, pack = load.shape, load.itemsize, load.sizes.tensor, load.pack
     query, key = _query_key_bytes(load)
@@ -186,8 +195,15 @@ def _attention_bytes(load: Workload) -> float:
     log_sum_exp = 4 * load.tokens * shape.num_attention_heads / tp
     if load.engine == "transformer_engine":
         return query + 2 * key * gathered + log_sum_exp
-    masks = pack.num_pairs * pack.response * (pack.prompt + pack.response) * e if pack.prefix_sharing else 0.0
-    return query + 2 * key * gathered + log_sum_exp + query + masks
+    if _keeps_its_outputs(load):
+        return query + 2 * key + log_sum_exp
+    return query + 2 * key * gathered + log_sum_exp + query + _mask_bytes(load)
+
+
+def _mask_bytes(load: Workload) -> float:
+    """The bytes of the masks of a pack's rejected responses, which see keys of their prompt before their own."""
+    pack = load.pack
+    return pack.num_pairs * pack.response * (pack.prompt + pack.response) * load.itemsize if pack.prefix_sharing else 0.0
 
 
 def _keys_per_token(load: Workload) -> float:
@@ -257,6 +273,8 @@ def activation_bytes(load: Workload, stage: int) -> float:
             kept = checkpointed * load.hidden_bytes + (num_layers - checkpointed) * kept_layer_bytes(load)
         else:
             kept = math.ceil(num_layers / unit) * load.hidden_bytes
+    elif _keeps_its_outputs(load) and "core_attn" not in load.recomputed:
+        kept += _mask_bytes(load)
     if load.sizes.pipeline > 1:
         kept += load.hidden_bytes
     return kept * chunks_in_flight(load, stage)
@@ -301,7 +319,7 @@ def head_bytes(load: Workload) -> tuple[float, float]:
     logits, block, scratch, backward = _triton_blocks(load, rows) if load.is_on_gpu else _torch_blocks(load, rows)
     returned = rows * (2 if load.sequence_ranks > 1 else 1) + load.hidden_bytes
     returned += 0 if is_frozen else load.vocab_slice * shape.hidden_size * load.itemsize
-    return 2 * load.hidden_bytes + rows + logits, max(block, scratch + max(backward, returned))
+    return load.hidden_bytes + rows + logits, max(load.hidden_bytes + block, scratch + max(backward, returned))
 
 
 def _triton_blocks(load: Workload, rows: float) -> tuple[float, float, float, float]:

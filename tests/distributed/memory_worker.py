@@ -1,7 +1,7 @@
 """Measure what steps of real training take in memory, on the ranks this script is started on.
 
 `memory_worker.py FOLDER`: FOLDER/job.json names the cases; each rank leaves FOLDER/<case>.<rank>.json with the bytes
-that autograd keeps of one forward (`kept`, without pipelining) and the allocator's peak over one step (`peak`), both
+that one forward leaves allocated (`kept`, without pipelining) and the allocator's peak over one step (`peak`), both
 beyond weights, gradients and optimizer.
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from itertools import accumulate
 from pathlib import Path
 
 from simpo_megatron.mcore import cpu_patches, device
@@ -43,33 +44,28 @@ def build(case: dict, world_size: int) -> Trainer:
 
 
 def kept_bytes(trainer: Trainer, dataset: ListDataset) -> int:
-    """Storages that autograd saves in the forward of one microbatch, weights apart, each counted once."""
-    weights = {p.untyped_storage().data_ptr() for chunk in trainer.chunks for p in chunk.parameters()}
-    saved: dict[int, torch.UntypedStorage] = {}
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        saved[storage.data_ptr()] = storage
-        return tensor
-
+    """The bytes that the forward of one microbatch leaves allocated, with its loss."""
     (microbatch, *_) = _materialise(trainer, dataset, trainer.plan_step(dataset, 0)[0])
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        step = ForwardStep(objective=trainer.objective, pairs_per_chosen_token=1.0)
+    step = ForwardStep(objective=trainer.objective, pairs_per_chosen_token=1.0)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         output, loss = step(iter([microbatch]), trainer.chunks[0])
-        loss(output)
-    return sum(storage.nbytes() for pointer, storage in saved.items() if pointer not in weights)
+        result = loss(output)
+    left = levels(profiled)[-1]
+    del result
+    return left
 
 
 def peak_bytes(trainer: Trainer, dataset: ListDataset) -> int:
     """The allocator's highest level over one whole step, above where the step began."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         train_step(trainer, dataset, trainer.plan_step(dataset, 0))
-    level = highest = 0
-    for event in profiled.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            level += event.nbytes()
-            highest = max(highest, level)
-    return highest
+    return max(levels(profiled))
+
+
+def levels(profiled: profile) -> list[int]:
+    """The allocator's bytes after each event, above those at the start."""
+    events = profiled.profiler.kineto_results.events()
+    return list(accumulate(event.nbytes() for event in events if event.name() == "[memory]"))
 
 
 def measure(case: dict, world_size: int) -> dict[str, int]:
@@ -78,6 +74,8 @@ def measure(case: dict, world_size: int) -> dict[str, int]:
     train_step(trainer, dataset, trainer.plan_step(dataset, 0))  # allocates the optimizer's state
     measured = {"peak": peak_bytes(trainer, dataset)}
     if world_size == 1:
+        # Experts hold tensors of a step until the next one. Those of a profiled step would count as freed.
+        train_step(trainer, dataset, trainer.plan_step(dataset, 0))
         measured["kept"] = kept_bytes(trainer, dataset)
     measured["microbatches"] = len(trainer.plan_step(dataset, 0)[0])
     return measured

@@ -52,6 +52,7 @@ def attention(window=None, cap=None, scale=None, dropout=0.0) -> SegmentedAttent
         window_attn_skip_freq=None,
         attn_logit_softcapping=cap,
         softmax_type="vanilla",
+        qk_layernorm=False,
     )
     return SegmentedAttention(config, 1, None, "self", softmax_scale=scale)
 

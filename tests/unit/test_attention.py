@@ -45,6 +45,7 @@ def attention(
         window_size=None if window is None else (window - 1, 0),
         window_attn_skip_freq=None,
         attn_logit_softcapping=cap,
+        qk_layernorm=False,
     )
     groups = SimpleNamespace(tp=SimpleNamespace(size=lambda: 1))
     module = SegmentedAttention(config, 1, None, "self", pg_collection=groups)

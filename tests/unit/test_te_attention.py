@@ -86,6 +86,7 @@ def configuration(window_size):
         window_attn_skip_freq=None,
         attn_logit_softcapping=None,
         softmax_type="vanilla",
+        qk_layernorm=False,
     )
 
 
