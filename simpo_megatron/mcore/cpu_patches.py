@@ -28,6 +28,7 @@ from simpo_megatron.errors import ConfigError
 from simpo_megatron.loss.products import add_product
 from simpo_megatron.mcore import device
 from simpo_megatron.mcore.patch_table import MODULES_NAMING_CUDA
+from simpo_megatron.mcore.rotation import rotated
 
 CONFIGURATIONS = "transformers.models.llama.configuration_llama"
 """A module whose imports are those of every model's configuration."""
@@ -88,6 +89,7 @@ def _run_without_cuda() -> None:
     _name_cpu_tensors_as_the_optimizers_expect()
     _route_tokens_on_the_cpu()
     _scale_tensors_where_they_are()
+    _rotate_in_one_pass()
 
 
 def _replace(owner: Any, **replacements: Any) -> None:
@@ -226,6 +228,21 @@ def _scale_tensors_where_they_are() -> None:
 
     for name in ("clip_grads", "optimizer"):
         _replace(importlib.import_module(f"megatron.core.optimizer.{name}"), multi_tensor_scale_impl=scale)
+
+
+def _rotate_in_one_pass() -> None:
+    utils = importlib.import_module("megatron.core.models.common.embeddings.rope_utils")
+    as_megatron = utils._apply_rotary_pos_emb_bshd
+
+    @functools.wraps(as_megatron)
+    def rotate(
+        t: torch.Tensor, freqs: torch.Tensor, rotary_interleaved: bool = False, mscale: float = 1.0, **latent: Any
+    ) -> torch.Tensor:
+        if any(latent.values()):
+            return as_megatron(t, freqs, rotary_interleaved=rotary_interleaved, mscale=mscale, **latent)
+        return rotated(t, freqs, interleaved=rotary_interleaved, factor=mscale)
+
+    _replace(utils, _apply_rotary_pos_emb_bshd=rotate)
 
 
 def _recompute_parts_without_transformer_engine() -> None:

@@ -77,6 +77,12 @@ PATCHES = {
         "no CUDA",
         "its torch form makes a scaled copy of every gradient and copies it back",
     ),
+    "_rotate_in_one_pass": Patch(
+        "megatron.core.models.common.embeddings.rope_utils._apply_rotary_pos_emb_bshd",
+        _ALL,
+        "no CUDA",
+        "six tensors for queries and six for keys of every layer, and cosines and sines anew, which autograd keeps",
+    ),
     "_recompute_parts_without_transformer_engine": Patch(
         "megatron.core.tensor_parallel.random.{FP8GlobalStateManager,activation_recompute_forward,fp8_autocast}",
         _ALL,

@@ -134,12 +134,11 @@ def layer_activation_bytes(load: Workload) -> dict[str, float]:
             "mlp": (_kept_of_activation(load) + product * needs["linear_fc2"]) * mlp + _routing_bytes(load, product),
             "adapters": low,
         }
-    # Rotation keeps its cosines and sines, an activation that is not fused each factor, an expert that times its
-    # router's weight.
+    # An activation that is not fused keeps each factor, an expert that times its router's weight.
     product = 0.0 if _fuses_activation(load) else 1.0
     return {
         "norms": num_norms * load.hidden_bytes,
-        "attention in": 4 * load.tokens * shape.head_size * e + latents,
+        "attention in": latents,
         "attention": _attention_bytes(load),
         "attention out": query if _keeps_its_outputs(load) else query * needs["linear_proj"],
         "mlp in": 0.0,
@@ -203,7 +202,8 @@ def _attention_bytes(load: Workload) -> float:
 def _mask_bytes(load: Workload) -> float:
     """The bytes of the masks of a pack's rejected responses, which see keys of their prompt before their own."""
     pack = load.pack
-    return pack.num_pairs * pack.response * (pack.prompt + pack.response) * load.itemsize if pack.prefix_sharing else 0.0
+    scores = pack.num_pairs * pack.response * (pack.prompt + pack.response) if pack.prefix_sharing else 0
+    return scores * load.itemsize
 
 
 def _keys_per_token(load: Workload) -> float:
@@ -273,8 +273,10 @@ def activation_bytes(load: Workload, stage: int) -> float:
             kept = checkpointed * load.hidden_bytes + (num_layers - checkpointed) * kept_layer_bytes(load)
         else:
             kept = math.ceil(num_layers / unit) * load.hidden_bytes
-    elif _keeps_its_outputs(load) and "core_attn" not in load.recomputed:
-        kept += _mask_bytes(load)
+    elif _keeps_its_outputs(load):
+        # All layers share the masks of a pack, and three factors for its rotation.
+        kept += _mask_bytes(load) * ("core_attn" not in load.recomputed)
+        kept += 3 * load.tokens * load.shape.head_size * load.itemsize
     if load.sizes.pipeline > 1:
         kept += load.hidden_bytes
     return kept * chunks_in_flight(load, stage)

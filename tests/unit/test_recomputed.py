@@ -139,6 +139,6 @@ def test_a_layer_keeps_eight_tensors_of_a_pack(sharing, monkeypatch):
     assert out.requires_grad
     heads, groups_, size, hidden, width = 6, 2, 8, 48, 80
     of_tensors = 2 * hidden + 2 * heads * size + 2 * groups_ * size + 2 * width
-    # The scale of each norm's row, the log-sum-exp of each head, cosines and sines for queries and for keys.
-    small = 2 + heads + 4 * size
+    # The scale of each norm's row, and the log-sum-exp of each head.
+    small = 2 + heads
     assert sum(kept.values()) == 4 * num_tokens * (of_tensors + small)
