@@ -14,8 +14,9 @@ little; its attention is scaled_dot_product_attention, its optimizer fused, grad
 Every measurement is a process of its own on one thread, the methods in turn in every round. The first
 step is not counted. CPU seconds a pair are the least over the rounds (they hardly notice what else the
 machine does), pairs a second the most. Memory is the peak of the resident set during the counted steps,
-less what the process held before it made the model: weights, gradients, optimizer state (the same on both
-sides) and all that a step needs beside them. TRL is `trl` from PyPI, 0.29 or later.
+less what the process held before it made the model: weights, gradients, optimizer state (16 bytes a
+parameter on both sides) and all that a step needs beside them, which is `beyond`. TRL is `trl` from PyPI,
+0.29 or later.
 """
 
 from __future__ import annotations
@@ -29,8 +30,12 @@ import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from results import keep
+
+if TYPE_CHECKING:
+    from torch.nn import Module
 
 BETA, GAMMA, LEARNING_RATE = 2.0, 1.0, 1e-5
 LAYERS, HIDDEN, MLP_WIDTH, HEADS, VOCAB = 8, 512, 1408, 8, 32000
@@ -58,15 +63,17 @@ class Meter:
             Path("/proc/self/clear_refs").write_text("5")  # restarts the kernel's peak
         self.marks.append((time.process_time(), time.perf_counter()))
 
-    def result(self, losses: list[float], global_batch_size: int) -> dict:
+    def result(self, losses: list[float], global_batch_size: int, model: Module) -> dict:
         """The result for the parent process: of the counted steps, with the losses of all."""
+        held = 16 * sum(parameter.numel() for parameter in model.parameters())
         num_pairs = global_batch_size * (len(self.marks) - 1)
         cpu, wall = (last - first for first, last in zip(self.marks[0], self.marks[-1], strict=True))
         return dict(
             losses=losses,
             cpu_per_pair=cpu / num_pairs,
             pairs_per_second=num_pairs / wall,
-            memory=status_bytes("VmHWM") - self.memory_before,
+            memory=(memory := status_bytes("VmHWM") - self.memory_before),
+            beyond=memory - held,
         )
 
 
@@ -174,7 +181,7 @@ def run_ours(job: dict, options: dict) -> dict:
         computed, *_ = train_step(trainer, pairs, microbatches)
         losses.append(reduce_sums(computed.sums, computed.num_pairs, groups)["loss"])
         meter.mark()
-    return meter.result(losses, job["global_batch_size"])
+    return meter.result(losses, job["global_batch_size"], trainer.chunks[0])
 
 
 def run_trl(job: dict, micro_batch_size: int) -> dict:
@@ -243,7 +250,7 @@ def run_trl(job: dict, micro_batch_size: int) -> dict:
         sum(trainer.losses[start : start + accumulation]) / accumulation
         for start in range(0, len(trainer.losses), accumulation)
     ]
-    return meter.result(losses, job["global_batch_size"])
+    return meter.result(losses, job["global_batch_size"], trainer.model)
 
 
 def write_records(job: dict) -> str:
@@ -310,19 +317,20 @@ def run_one(method: str, job: dict) -> dict:
 def report(methods: list[str], results: dict[str, list[dict]]) -> None:
     """Prints a line for each method, then the ratios of the first method to the best of TRL's."""
     best: dict[str, dict] = {}
-    print(f"{'method':18}{'pairs/s':>9}{'CPU s/pair':>12}{'memory MiB':>12}  losses")
+    print(f"{'method':18}{'pairs/s':>9}{'CPU s/pair':>12}{'memory MiB':>12}{'beyond':>8}  losses")
     for method in methods:
         runs = results[method]
         best[method] = dict(
             pairs_per_second=max(run["pairs_per_second"] for run in runs),
             cpu_per_pair=min(run["cpu_per_pair"] for run in runs),
             memory=min(run["memory"] for run in runs),
+            beyond=min(run["beyond"] for run in runs),
         )
         losses = " ".join(f"{loss:.6f}" for loss in runs[0]["losses"])
         values = best[method]
         print(
             f"{method:18}{values['pairs_per_second']:9.2f}{values['cpu_per_pair']:12.3f}"
-            f"{values['memory'] / MIB:12.0f}  {losses}"
+            f"{values['memory'] / MIB:12.0f}{values['beyond'] / MIB:8.0f}  {losses}"
         )
     keep("step", best)
     rivals = [best[method] for method in methods if method.startswith("trl")]
@@ -336,7 +344,8 @@ def report(methods: list[str], results: dict[str, list[dict]]) -> None:
         f"{methods[0]} against the fastest TRL: {fastest['cpu_per_pair'] / mine['cpu_per_pair']:.2f} times the "
         f"pairs per CPU second, {mine['pairs_per_second'] / fastest['pairs_per_second']:.2f} times the pairs per "
         f"second, {mine['memory'] / fastest['memory']:.2f} of its memory "
-        f"({mine['memory'] / smallest:.2f} of the smallest TRL's); losses differ by at most {difference:.1e}"
+        f"({mine['memory'] / smallest:.2f} of the smallest TRL's), beyond weights, gradients and Adam "
+        f"{mine['beyond'] / fastest['beyond']:.2f}; losses differ by at most {difference:.1e}"
     )
 
 
