@@ -21,7 +21,7 @@ from simpo_megatron.mcore.recomputed import computed_by, recomputing
 class LeanTransformerLayer(TransformerLayer):
     """megatron's transformer layer, whose matrices keep no outputs of norms and of SwiGLU for their gradients.
 
-    Each is computed again in the backward, which costs a pass over a tensor that is then in use anyway.
+    Each is recomputed in the backward, which costs a pass over a tensor that is then in use anyway.
     """
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

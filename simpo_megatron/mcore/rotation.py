@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_NAME = "_turns"
+_NAME = "_rotary_factors"
 
 
 def rotated(heads: Tensor, frequencies: Tensor, *, interleaved: bool, factor: float) -> Tensor:
@@ -22,11 +22,11 @@ def rotated(heads: Tensor, frequencies: Tensor, *, interleaved: bool, factor: fl
 
     Source: megatron.core.models.common.embeddings.rope_utils._apply_rotary_pos_emb_bshd.
     """
-    return _Rotated.apply(heads, _Turn.of(frequencies, factor, heads.dtype, interleaved))
+    return _Rotated.apply(heads, _Factors.of(frequencies, factor, heads.dtype, interleaved))
 
 
 @dataclass(frozen=True)
-class _Turn:
+class _Factors:
     """Factors of each element and of the other one of its pair, in the forward and in the backward, [S, 1, 1, R]."""
 
     own: Tensor
@@ -35,12 +35,12 @@ class _Turn:
     interleaved: bool
 
     @classmethod
-    def of(cls, frequencies: Tensor, factor: float, dtype: torch.dtype, interleaved: bool) -> _Turn:
-        """The turn by `frequencies`, made once for all layers that are given the same tensor."""
+    def of(cls, frequencies: Tensor, factor: float, dtype: torch.dtype, interleaved: bool) -> _Factors:
+        """Those of the angles `frequencies`, made once for all layers that are given the same tensor."""
         known = frequencies.__dict__.setdefault(_NAME, {})
         key = factor, dtype, interleaved
         if key not in known:
-            cosines, sines = ((turn(frequencies) * factor).to(dtype) for turn in (torch.cos, torch.sin))
+            cosines, sines = ((function(frequencies) * factor).to(dtype) for function in (torch.cos, torch.sin))
             _pairs(sines, interleaved)[0].neg_()
             known[key] = cls(cosines, sines, _swapped(sines, interleaved), interleaved)
         return known[key]
@@ -55,14 +55,14 @@ class _Turn:
 
 class _Rotated(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, heads: Tensor, turn: _Turn) -> Tensor:
-        ctx.turn = turn
-        return turn(heads, turn.other)
+    def forward(ctx: Any, heads: Tensor, factors: _Factors) -> Tensor:
+        ctx.factors = factors
+        return factors(heads, factors.other)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return ctx.turn(grad, ctx.turn.other_of_gradient), None
+        return ctx.factors(grad, ctx.factors.other_of_gradient), None
 
 
 def _swapped(x: Tensor, interleaved: bool) -> Tensor:

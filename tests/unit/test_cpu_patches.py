@@ -140,7 +140,7 @@ def test_the_rotary_embedding_compiles_once_for_queries_and_keys_of_all_lengths(
         graphs.append(graph)
         return graph.forward
 
-    plain, compile_ = rope_utils._apply_rotary_pos_emb_bshd, torch.compile
+    plain, compile_ = rope_utils._apply_rotary_pos_emb_bshd.__wrapped__, torch.compile
     monkeypatch.setattr(rope_utils, "_apply_rotary_pos_emb_bshd", plain)
     monkeypatch.setattr(torch, "compile", lambda function: compile_(function, backend=count, fullgraph=True))
     cpu_patches._compile_for_any_length()

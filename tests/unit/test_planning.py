@@ -74,7 +74,7 @@ def test_the_head_on_a_gpu_holds_the_logits_of_all_response_rows_and_their_gradi
         num_microbatches=1,
     )
     kept, beyond = head_bytes(load)
-    norm = 2 * rows * hidden * 2 / 8
+    norm = rows * hidden * 2 / 8
     assert kept == norm + rows * hidden * 2 + rows * 16128 * (4 if logit_dtype else 2)
     # The slopes; rows that come back from all ranks, the gradient of this rank's, and the stand-in of the weight's.
     assert beyond == rows * 16128 * 2 + 2 * rows * hidden * 2 + rows * hidden * 2 / 8 + 16128 * hidden * 2
@@ -322,8 +322,8 @@ def test_a_gpus_loss_is_its_products_and_two_passes_over_the_logits_it_keeps():
         # What is kept and worked on stays within the budget, the gradient of rows apart.
         kept, _ = head_bytes(load)
         rows = 2 * load.pack.response_rows * 8192
-        assert kept - rows - 2 * load.hidden_bytes <= 2**31
-        assert (kept - rows - 2 * load.hidden_bytes >= 1.999 * logits) == is_kept
+        assert kept - rows - load.hidden_bytes <= 2**31
+        assert (kept - rows - load.hidden_bytes >= 1.999 * logits) == is_kept
 
 
 def test_pipelines_of_dense_models_pay_for_padding_and_those_of_experts_for_questions():

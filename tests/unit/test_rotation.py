@@ -57,4 +57,4 @@ def test_layers_share_the_factors_and_keep_no_tensor_of_their_own():
     heads = torch.randn(S, B, A, D, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
         outs = [rotated(heads, frequencies, interleaved=False, factor=1.0) for _ in range(2)]
-    assert kept == [] and outs[0].grad_fn.turn is outs[1].grad_fn.turn
+    assert kept == [] and outs[0].grad_fn.factors is outs[1].grad_fn.factors
