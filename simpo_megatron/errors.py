@@ -68,13 +68,13 @@ class Refusals:
 
 
 class DataError(SimPOError):
-    """A preference file or record that cannot be used; the message starts with `file:line`."""
+    """A preference file, record or token cache that cannot be used; of a record the message names file and line."""
 
     exit_code = 3
 
 
 class CheckpointError(SimPOError):
-    """A checkpoint or Hugging Face folder that is missing, incomplete or damaged."""
+    """A checkpoint or model folder that is missing, damaged or of another run, or that cannot be written."""
 
     exit_code = 4
 

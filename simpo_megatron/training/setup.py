@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from simpo_megatron.checkpoint.fingerprint import require_bases
 from simpo_megatron.checkpoint.initial_weights import fill_adapters, fill_model
+from simpo_megatron.collector import release_memory
 from simpo_megatron.config import Config, Layout, num_train_iters, steps_between_evaluations
 from simpo_megatron.data import (
     BatchOptions,
@@ -194,7 +194,7 @@ def _forget_run(warm: WarmPieces, config: Config) -> None:
     """
     gather_parameters(warm.chunks)
     forget_optimizer(warm.chunks)
-    gc.collect()
+    release_memory()
     for chunk, buffers in zip(warm.model, warm.buffers, strict=True):
         for name, buffer in chunk.named_buffers():
             buffer.copy_(buffers[name])
