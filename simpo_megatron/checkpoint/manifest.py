@@ -101,7 +101,7 @@ def commit_draft(
     """
     folder = draft.parent / _name(iteration)
     if folder.exists():
-        raise CheckpointError(f"{folder}: found a checkpoint, expected a free name; one is never overwritten")
+        raise CheckpointError(f"{folder}: found a checkpoint, expected a free name; a checkpoint is never overwritten")
     checkpoint = Checkpoint(folder, iteration, facts, files)
     _seal(draft, checkpoint, synced)
     rename(draft, folder)

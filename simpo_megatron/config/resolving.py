@@ -98,13 +98,13 @@ def num_train_iters(config: Config, num_pairs: int) -> int:
     epochs, num_steps = config.optimizer.epochs, config.optimizer.train_iters
     if epochs is not None:
         of_epochs = epochs * num_pairs // config.batch.global_batch_size
+        if of_epochs == 0:
+            raise DataError(
+                f"global_batch_size: found {config.batch.global_batch_size}, expected at most "
+                f"{epochs * num_pairs}, the pairs of {epochs} epoch(s); lower it or raise epochs"
+            )
         num_steps = of_epochs if num_steps is None else min(num_steps, of_epochs)
     assert num_steps is not None, "without train_iters there is one epoch"
-    if num_steps == 0:
-        raise DataError(
-            f"global_batch_size: found {config.batch.global_batch_size}, expected at most the pairs of "
-            f"{epochs} epoch(s) of {num_pairs}; lower it or raise epochs"
-        )
     schedule_steps(config, num_steps)
     return num_steps
 

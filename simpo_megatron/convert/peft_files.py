@@ -31,7 +31,7 @@ def base_model_of(folder: Path) -> str:
     if not isinstance(name, str) or not name:
         raise CheckpointError(
             f"{folder / CONFIG_FILE}: base_model_name_or_path: found {str(name)[:60]!r}, expected the model that the "
-            "belong to; write it there, or train with --model BASE --adapter DIR"
+            "adapters belong to; write it there, or train with --model BASE --adapter DIR"
         )
     is_path = os.path.isdir(name)
     return f"{name}@{revision}" if isinstance(revision, str) and revision and not is_path else name

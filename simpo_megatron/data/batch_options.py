@@ -31,7 +31,7 @@ class BatchConfig:
             self.packing or not self.fixed_pack_length,
             "fixed_pack_length",
             True,
-            "packing with it; other microbatches have no most tokens",
+            "packing with it; padded rows have no largest number of tokens",
         )
 
 

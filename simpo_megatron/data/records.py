@@ -129,7 +129,7 @@ def to_record(row: dict, options: PairOptions) -> PreferenceRecord:
 def _refuse_media(columns: Columns) -> None:
     for name in MEDIA_COLUMNS:
         if columns.row.get(name) and name not in columns.read:
-            raise BadRecord(f"not_text:{name}", f"the column {name} holds something, expected text alone")
+            raise BadRecord(f"not_text:{name}", f"the column {name} is not empty; only text is trained on")
 
 
 def _from_texts(
@@ -178,7 +178,7 @@ def _from_messages(
         )
     before = chosen[:parted]
     if not before:
-        raise BadRecord("prompt_mismatch", "chosen and rejected share no turn, expected a prompt of both")
+        raise BadRecord("prompt_mismatch", "chosen and rejected share no turn, expected one prompt for both")
     if not goes_on:
         _check_prompt(prompt, before)
     return PreferenceRecord(tuple(before), _response(chosen[parted:]), _response(rejected[parted:]))
