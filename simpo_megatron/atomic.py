@@ -108,6 +108,22 @@ def new_folder(path: Path, *, first_wins: bool = False) -> Iterator[Path]:
         _remove_draft(draft)
 
 
+@contextmanager
+def scratch_folder(path: Path) -> Iterator[Path]:
+    """Yields an empty folder, a draft of `path` that is deleted at the end; those that killed processes left go first.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    draft, held = _locked_draft(path)
+    try:
+        _remove_abandoned(path, apart_from=draft)
+        yield draft
+    finally:
+        held.release()
+        shutil.rmtree(draft, ignore_errors=True)
+
+
 def rename(draft: Path, path: Path) -> None:
     """Rename the file or folder `draft`, which is on the disk, to the free name `path`; return once that is there too.
 

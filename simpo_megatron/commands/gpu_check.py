@@ -16,6 +16,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from simpo_megatron.atomic import scratch_folder
 from simpo_megatron.commands.parsing import CommandParser
 from simpo_megatron.errors import ConfigError, SimPOError, report_error
 
@@ -60,8 +61,9 @@ def _run(only: Sequence[str] | None, out: Path, seconds: float, *, rehearse: boo
         f"{len(chosen)} checks, at most {seconds if rehearse else allowed:.0f} s; seconds of each: {limits}", flush=True
     )
     started = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="gpu-check-") as folder, open_results(out) as results:
-        setting = CheckSetting(folder=Path(folder), rehearse=rehearse)
+    # Up to 3 GB, which a killed command leaves and the next one removes.
+    with scratch_folder(Path(tempfile.gettempdir()) / "gpu-check") as folder, open_results(out) as results:
+        setting = CheckSetting(folder=folder, rehearse=rehearse)
         num_failed = run_checks(chosen, setting, results, seconds, lambda line: print(line, flush=True))
     print(f"{len(chosen)} checks, {num_failed} failed, {time.monotonic() - started:.0f} s; {out}")
     return int(num_failed > 0)

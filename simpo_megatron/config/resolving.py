@@ -81,8 +81,7 @@ def resolve(config: Config, *, world_size: int, model: Mapping[str, Any], machin
         data_parallel_size=world_size // sizes.model,
         microbatch_multiple=_microbatch_multiple(config),
         sequence_multiple=multiple,
-        # An MoE routes padding like any token, so it would count in the load-balancing loss.
-        one_shape_per_step=sizes.pipeline > 1 and not model.get("num_moe_experts"),
+        one_shape_per_step=sizes.pipeline > 1,
     )
     _check_batches(config, layout)
     return layout
@@ -248,12 +247,6 @@ def _check_moe(config: Config) -> None:
         False,
         "true with tensor parallelism, as each rank of an MoE routes its own tokens; add --sequence-parallel",
     )
-    require(
-        not config.batch.fixed_pack_length or parallel.tp_comm_overlap,
-        "fixed_pack_length",
-        True,
-        "false with an MoE, in whose load-balancing loss the padding would count",
-    )
     recomputed = config.recompute.recompute_modules
     require(
         "mlp" not in recomputed,
@@ -307,7 +300,7 @@ def _check_tp_comm_overlap(config: Config, model: Mapping[str, Any], machine: Ma
     rows = config.batch.tokens_per_microbatch // (sizes.context * sizes.tensor)
     for holds, expected in (
         (machine.has_cuda and machine.has_transformer_engine, "Transformer Engine on a GPU; leave it out without"),
-        (not model.get("num_moe_experts"), "a dense model; packs of an MoE have no padding, and so no one length"),
+        (not model.get("num_moe_experts"), "a dense model; layers of experts are not known to share its buffers"),
         (config.batch.fixed_pack_length, "fixed_pack_length with it; its buffers have the shape of one microbatch"),
         (config.precision.bf16, "bf16; its buffers hold nothing wider"),
         (config.lora.lora_rank is None, "no lora_rank beside it; adapters gather their inputs themselves"),

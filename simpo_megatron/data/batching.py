@@ -53,8 +53,20 @@ class PreferenceBatch:
     """None: plain causal rows. Otherwise B == 1 and int32 [G, 4] of (q_start, q_end, prefix_start,
     prefix_end), which tile [0, S): the queries of a segment see causally, bottom-right, the keys of its
     prefix and then its own."""
-    num_tokens: int
-    """Real tokens, padding apart."""
+    row_lengths_B: Tensor
+    """int64 [B]: the real tokens of each row; the rest of it is padding."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Real tokens, padding apart."""
+        return int(self.row_lengths_B.sum())
+
+    @property
+    def padding_BS(self) -> Tensor | None:
+        """bool [B, S], True for padding; None where there is none."""
+        width = self.tokens_BS.shape[1]
+        padding_BS = torch.arange(width) >= self.row_lengths_B[:, None]
+        return padding_BS if padding_BS.any() else None
 
     @property
     def num_pairs(self) -> int:
@@ -192,7 +204,7 @@ def _padded_rows(
         predicting = np.arange(len(prompt) - 1, sizes[row] - 1) * num_rows + row
         rows.append(_counted(predicting, mask))
         targets.append(_counted(response, mask))
-    return _batch(tokens, position_ids, (rows, targets), pair_ids, None, int(sizes.sum()))
+    return _batch(tokens, position_ids, (rows, targets), pair_ids, None, sizes)
 
 
 def _one_row(
@@ -230,8 +242,7 @@ def _one_row(
         tokens.append(np.full(width - end, options.pad_id))
         position_ids.append(np.zeros(width - end, np.int64))
     tokens_1S, position_ids_1S = (np.concatenate(parts)[None].astype(np.int64) for parts in (tokens, position_ids))
-    num_tokens = sum(len(s) for s in tokens[: len(tokens) - (end < width)])
-    return _batch(tokens_1S, position_ids_1S, (rows, targets), pair_ids, segments, num_tokens)
+    return _batch(tokens_1S, position_ids_1S, (rows, targets), pair_ids, segments, np.array([end]))
 
 
 def _counted(of_response: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
@@ -244,7 +255,7 @@ def _batch(
     responses: tuple[Sequence[np.ndarray], Sequence[np.ndarray]],
     pair_ids: Sequence[int],
     segments: Sequence[tuple[int, int, int, int]] | None,
-    num_tokens: int,
+    row_lengths: np.ndarray,
 ) -> PreferenceBatch:
     rows, targets = responses
     sequence = np.repeat(np.arange(len(rows)), [len(r) for r in rows])
@@ -259,7 +270,7 @@ def _batch(
         sequence_N=torch.from_numpy(sequence[order].astype(np.int64)),
         pair_ids_P=torch.tensor(pair_ids, dtype=torch.int64),
         segments_G4=None if segments is None else torch.tensor(segments, dtype=torch.int32),
-        num_tokens=num_tokens,
+        row_lengths_B=torch.from_numpy(row_lengths),
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -123,7 +123,7 @@ def to_microbatch(
     gets its share of the tokens.
     """
     labels = ResponseTokens(batch.rows_N, batch.targets_N, batch.sequence_N, num_pairs=batch.num_pairs)
-    tokens_BS, position_ids_BS = batch.tokens_BS, batch.position_ids_BS
+    tokens_BS, position_ids_BS, padding_BS = batch.tokens_BS, batch.position_ids_BS, batch.padding_BS
     num_rows, length = tokens_BS.shape
     context = None if cp_group is None or cp_group.size() == 1 else ContextShare(cp_group, length)
     if batch.segments_G4 is None:
@@ -135,6 +135,8 @@ def to_microbatch(
         rows = context.rows()
         labels = labels.of_rows(rows, length, num_rows)
         tokens_BS, position_ids_BS = tokens_BS[:, rows], position_ids_BS[:, rows]
+        padding_BS = None if padding_BS is None else padding_BS[:, rows]
+    layout = replace(layout, padding_BS=padding_BS)
     reference_avg_R = None
     if reference_avg is not None:
         reference_avg_R = torch.from_numpy(reference_avg[batch.pair_ids_P.numpy()]).flatten()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 
 from simpo_megatron.mcore.architecture import ArchitectureConfig
+from simpo_megatron.mcore.expert_choice import ExpertChoice
 from simpo_megatron.mcore.families import ModelDescription
 
 LOAD_BALANCING_LOSS = "load_balancing_loss"
@@ -92,17 +94,42 @@ class LoadBalancedRouter(TopKRouter):
         return super().gating(input.to(torch.promote_types(input.dtype, self.weight.dtype)))
 
     def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """(weights, True for the chosen experts), both [tokens, experts], by the model's rule or else by megatron's."""
+        """(weights, True for the chosen experts), both [tokens, experts], by the model's rule or else by megatron's.
+
+        Padding, for which the mask [S, B] is True, counts in no loss and no statistic. It goes to all experts in turn
+        with weight zero: its tokens are alike, and their own choice would load a few experts alone.
+        """
         choice = self.config.expert_choice
         if choice is None:
-            return super().routing(logits, padding_mask)
-        assert padding_mask is None, "our layers name no padding"
-        logits_NE = logits.flatten(0, -2)
+            weights_NE, chosen_NE = super().routing(logits, padding_mask)
+        else:
+            weights_NE, chosen_NE = self._routing_by(choice, logits.flatten(0, -2), padding_mask)
+        if padding_mask is None:
+            return weights_NE, chosen_NE
+        padding_N1 = padding_mask.reshape(-1, 1)
+        in_turn_NE = experts_in_turn(*padding_mask.shape, self.topk, chosen_NE.size(1), padding_mask.device)
+        return weights_NE.masked_fill(padding_N1, 0.0), torch.where(padding_N1, in_turn_NE, chosen_NE)
+
+    def _routing_by(
+        self, choice: ExpertChoice, logits_NE: Tensor, padding_mask: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         weights_NE, chosen_NE = choice.weigh(logits_NE, self.expert_bias)
         if self.training and torch.is_grad_enabled() and self.is_aux_loss_enabled():
-            most_likely_NE, scores_NE = compute_routing_scores_for_aux_loss(logits_NE, self.topk, choice.scores)
-            weights_NE = self._apply_aux_loss(weights_NE, scores_NE, most_likely_NE)
+            padding_N = None if padding_mask is None else padding_mask.reshape(-1)
+            most_likely_NE, scores_NE = compute_routing_scores_for_aux_loss(
+                logits_NE, self.topk, choice.scores, padding_mask=padding_N
+            )
+            weights_NE = self._apply_aux_loss(
+                weights_NE, scores_NE, most_likely_NE, with_padding_mask=padding_N is not None
+            )
         return weights_NE, chosen_NE
+
+    def _apply_expert_bias(self, routing_map: Tensor, padding_mask: Tensor | None = None) -> None:
+        """Count the tokens of each expert, without padding, where a bias is moved by them."""
+        if self.enable_expert_bias and padding_mask is not None:
+            # megatron (0.16 to 0.19) broadcasts the mask of tokens over experts.
+            routing_map = routing_map & ~padding_mask[:, None]
+        super()._apply_expert_bias(routing_map)
 
     def attach_and_log_load_balancing_loss(
         self, activation: Tensor, aux_loss_coeff: float, aux_loss: Tensor, *_: Any, **__: Any
@@ -111,6 +138,16 @@ class LoadBalancedRouter(TopKRouter):
         unweighted = aux_loss.detach() / aux_loss_coeff
         self.logged_loss = unweighted if self.logged_loss is None else self.logged_loss + unweighted
         return MoEAuxLossAutoScaler.apply(activation, aux_loss * self.config.moe_aux_loss_scale)
+
+
+# Made once for all layers and microbatches of a shape; a step has one.
+@functools.lru_cache(maxsize=4)
+def experts_in_turn(length: int, num_rows: int, num_chosen: int, num_experts: int, device: torch.device) -> Tensor:
+    """bool [S * B, experts]: for each token the next `num_chosen` experts, so that the end of a row loads all alike."""
+    places_SB = torch.arange(length * num_rows, device=device).view(num_rows, length).T
+    next_NK = places_SB.reshape(-1, 1) * num_chosen + torch.arange(num_chosen, device=device)
+    chosen_NE = torch.zeros(length * num_rows, num_experts, dtype=torch.bool, device=device)
+    return chosen_NE.scatter_(1, next_NK % num_experts, True)
 
 
 def weigh_load_balancing(config: ArchitectureConfig, *, num_pairs: int, num_microbatches: int) -> None:

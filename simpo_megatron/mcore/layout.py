@@ -93,6 +93,8 @@ class MicrobatchLayout(PackedSeqParams):
     """The same for variable-length kernels; of padded rows, too."""
     context: ContextShare | None = None
     """This rank's rows, where others hold the rest of every sequence: then S above counts this rank's rows."""
+    padding_BS: Tensor | None = None
+    """bool [B, S], True for padding, which an MoE must not count; None where the whole microbatch has none."""
     _masks: dict[tuple[Segment, int | None], Tensor] = field(default_factory=dict)
     _added_masks: WeakValueDictionary[tuple[Segment, int | None], Tensor] = field(default_factory=WeakValueDictionary)
 
@@ -134,7 +136,8 @@ class MicrobatchLayout(PackedSeqParams):
     def tensors(self) -> tuple[Tensor | None, ...]:
         """The layout's tensors, in the order of `with_tensors`."""
         assert self.lengths is not None, "of_pack and of_padded_rows make layouts"
-        return self.position_ids_S, self.lengths.key_rows_T, self.lengths.cu_seqlens_q, self.lengths.cu_seqlens_kv
+        lengths = self.lengths
+        return self.position_ids_S, lengths.key_rows_T, lengths.cu_seqlens_q, lengths.cu_seqlens_kv, self.padding_BS
 
     def with_tensors(
         self,
@@ -142,11 +145,12 @@ class MicrobatchLayout(PackedSeqParams):
         key_rows_T: Tensor | None,
         cu_seqlens_q: Tensor,
         cu_seqlens_kv: Tensor,
+        padding_BS: Tensor | None,
     ) -> MicrobatchLayout:
         """The layout with its tensors' copies on a device."""
         assert self.lengths is not None, "of_pack and of_padded_rows make layouts"
         lengths = replace(self.lengths, key_rows_T=key_rows_T, cu_seqlens_q=cu_seqlens_q, cu_seqlens_kv=cu_seqlens_kv)
-        return replace(self, position_ids_S=position_ids_S, lengths=lengths)
+        return replace(self, position_ids_S=position_ids_S, lengths=lengths, padding_BS=padding_BS)
 
     def on(self, device: torch.device) -> MicrobatchLayout:
         """The layout on `device`, by one copy."""

@@ -111,7 +111,9 @@ class PreferenceGPTModel(GPTModel):
 
     def _preprocess(self, input_ids: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any) -> tuple:
         """megatron's embedding, scaled, and rotary frequencies, put in the order of the pack's positions."""
-        hidden, frequencies, *rest = super()._preprocess(input_ids, position_ids, *args, **kwargs)
+        hidden, frequencies, cosine, sine, offset, _, *rest = super()._preprocess(
+            input_ids, position_ids, *args, **kwargs
+        )
         multiplier = self.config.embedding_multiplier
         if hidden is not None and multiplier != 1:
             hidden = hidden * torch.tensor(multiplier, dtype=hidden.dtype)
@@ -124,7 +126,19 @@ class PreferenceGPTModel(GPTModel):
         if isinstance(layout, MicrobatchLayout) and layout.position_ids_S is not None:
             # The positions are the fourth dimension from the right, [S, 1, 1, D].
             frequencies = frequencies.index_select(-4, layout.position_ids_S)
-        return hidden, frequencies, *rest
+        return hidden, frequencies, cosine, sine, offset, self._padding(layout), *rest
+
+    def _padding(self, layout: Any) -> Tensor | None:
+        """bool [B, S], True for padding among the tokens that this rank routes; None of a dense model.
+
+        megatron's own argument for it is divided over tensor-parallel ranks on the first pipeline stage only.
+        """
+        if self.config.num_moe_experts is None or not isinstance(layout, MicrobatchLayout) or layout.padding_BS is None:
+            return None
+        if not self.config.sequence_parallel:
+            return layout.padding_BS
+        tp_group = self.pg_collection.tp
+        return layout.padding_BS.chunk(tp_group.size(), dim=1)[tp_group.rank()]
 
     def _postprocess(
         self, hidden_states: Tensor, *args: Any, labels: ResponseTokens | None = None, **kwargs: Any
@@ -141,7 +155,6 @@ def transformer_config(description: ModelDescription, config: Config) -> Archite
     """megatron's TransformerConfig: the architecture from `description`, everything else from `config`."""
     sizes = config.parallel.sizes
     interleaved = sizes.virtual_pipeline is not None
-    asks_for_shapes = sizes.pipeline > 1 and "num_moe_experts" in description.transformer
     rotary = scaled_frequencies(description.hf_config, config.pairs.max_length)
     attention_factor = 1.0 if rotary is None else rotary.attention_factor
     return ArchitectureConfig(
@@ -164,15 +177,15 @@ def transformer_config(description: ModelDescription, config: Config) -> Archite
         recompute_modules=config.recompute.recompute_modules,
         # The step's loss is a sum over pairs; finalize_model_grads divides by the pairs of the whole global batch.
         calculate_per_token_loss=True,
-        # Of a dense model all microbatches of a step have one shape, so stages need not ask for it before each message.
-        variable_seq_lengths=asks_for_shapes,
+        # All microbatches of a step have one shape, so stages need not ask for it before each message.
+        variable_seq_lengths=False,
         moe_token_dispatcher_type="alltoall",  # noqa: S106 - no secret, whatever its name says
         # With two stages, interleaving over megatron's default batched p2p gives silently wrong gradients.
         overlap_p2p_comm=interleaved,
         batch_p2p_comm=not interleaved,
         # Synchronises the device after every message, for a bug in versions of torch older than ours. The schedule
         # waits for each message anyway.
-        batch_p2p_sync=asks_for_shapes,
+        batch_p2p_sync=False,
         deterministic_mode=config.run.deterministic,
         use_cpu_initialization=not device.has_cuda(),
         perform_initialization=False,

@@ -117,8 +117,6 @@ class Assumptions:
     tp_comm_overlap. Pieces at either end of a product stay visible; hidden time is at most that of the products."""
     padding: float = 0.01
     """The padding of a pipeline's packs, to the longest of their step, as real pairs showed it."""
-    shape_exchange_seconds: float = 1e-4
-    """Added to a message whose shape stages ask for: the host waits for the answer and for the device."""
     speed_error: float = 0.03
     """Share of a step's time below which two layouts count as equally fast."""
 

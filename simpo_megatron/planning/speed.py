@@ -45,9 +45,8 @@ class StepTime:
 def step_time(load: Workload, tokens: float, gpu: Gpu, assumed: Assumptions = ASSUMED) -> StepTime:
     """The parts of a step whose microbatches hold `tokens` tokens each, on average."""
     num, sizes = load.num_microbatches, load.sizes
-    # In a pipeline all packs of a step are as long as the longest, an MoE's apart.
-    is_padded = sizes.pipeline > 1 and not load.asks_for_shapes
-    share = tokens / load.pack.tokens * (1 + assumed.padding if is_padded else 1)
+    # In a pipeline all packs of a step are as long as the longest.
+    share = tokens / load.pack.tokens * (1 + assumed.padding if sizes.pipeline > 1 else 1)
     if load.config.batch.fixed_pack_length:
         share = 1.0
     stage = _forward_backward(load, share, gpu, assumed)
@@ -132,7 +131,6 @@ def _forward_backward(load: Workload, share: float, gpu: Gpu, assumed: Assumptio
     num_messages = 2 * num_chunks if sizes.pipeline > 1 else 0
     # Plain 1F1B waits for its messages; interleaving sends more of them and is assumed to hide half.
     messages = num_messages * load.hidden_bytes * share / network * (0.5 if num_chunks > 1 else 1.0)
-    messages += num_messages * assumed.shape_exchange_seconds if load.asks_for_shapes else 0.0
     return {
         "matrices": matrices,
         "attention": attention,

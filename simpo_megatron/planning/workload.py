@@ -41,11 +41,6 @@ class Workload:
         return self.engine == "transformer_engine"
 
     @property
-    def asks_for_shapes(self) -> bool:
-        """True when pipeline stages exchange the shape of each message, because packs keep their own lengths."""
-        return self.sizes.pipeline > 1 and self.shape.num_moe_experts > 0
-
-    @property
     def sequence_ranks(self) -> int:
         return self.sizes.tensor if self.config.parallel.sequence_parallel else 1
 

@@ -182,14 +182,12 @@ def run_schedule(
 ) -> list[Any]:
     """The results that `forward_step` kept of each of `microbatches`; none before the last pipeline stage.
 
-    Under pipeline parallelism all of them have one shape, except with an MoE. So stages know the shapes they receive
-    and exchange none.
+    Under pipeline parallelism all of them have one shape. So stages know the shapes they receive and exchange none.
 
     Collectives: those of megatron's schedule.
     """
     shapes = {microbatch.tokens_BS.shape for microbatch in microbatches}
-    may_differ = trainer.groups.pp.size() == 1 or trainer.chunks[0].module.config.variable_seq_lengths
-    assert len(shapes) == 1 or may_differ, f"microbatches of one pass differ in shape: {shapes}"
+    assert len(shapes) == 1 or trainer.groups.pp.size() == 1, f"microbatches of one pass differ in shape: {shapes}"
     num_rows, width = microbatches[0].tokens_BS.shape
 
     def timed(*arguments: Any) -> Any:

@@ -81,7 +81,8 @@ def run(name: str, config: Config, job: dict, folder: Path) -> None:
         # Each rank clips by its own: where they differ, replicas would no longer be the same.
         assert len(set(norms)) == 1, f"gradient norms differ over ranks: {norms}"
         metrics = reduce_sums(computed.sums, computed.num_pairs, groups)
-        records.append({**metrics, "grad_norm": grad_norm})
+        balance = computed.load_balancing_loss
+        records.append({**metrics, "grad_norm": grad_norm, "load_balancing_loss": balance})
     if "prompts" in job:
         samples = greedy_samples(trainer, job["prompts"], num_tokens=8, end_ids=(), vocab_size=description.vocab_size)
         (folder / f"{name}.samples{torch.distributed.get_rank()}.json").write_text(json.dumps(samples))

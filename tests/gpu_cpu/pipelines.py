@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
 from megatron.core.enums import ModelType
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer.moe import token_dispatcher
 from nccl_rules import Program
 from recorded_calls import Recorder, fake_rank
 
@@ -16,6 +20,7 @@ from simpo_megatron.config import Config, Machine, config_from, resolve
 from simpo_megatron.data import TokenizedPair, collate
 from simpo_megatron.loss import SimPOObjective
 from simpo_megatron.mcore.batch import to_microbatch
+from simpo_megatron.mcore.experts import LoadBalancedRouter
 from simpo_megatron.mcore.families import ModelDescription, describe_hf_config
 from simpo_megatron.mcore.forward_step import ForwardStep
 from simpo_megatron.mcore.model import build_model, transformer_config, zero_weights
@@ -103,11 +108,38 @@ def _record_chunks(rank: int, own: Any, config: Config, num_microbatches: int, n
     return recorder.program
 
 
-def record_model(world_size: int, num_microbatches: int, *, tied: bool = False, **options: Any) -> dict[int, Program]:
+@contextmanager
+def even_counts() -> Iterator[None]:
+    """While this lasts, each expert gets as many tokens as the others: the fake backend gathers no counts of them."""
+    num_routed = 0
+    route = LoadBalancedRouter.routing
+
+    def routing(router: LoadBalancedRouter, logits: torch.Tensor, **mask: torch.Tensor | None) -> tuple:
+        nonlocal num_routed
+        num_routed = logits.shape[0] * logits.shape[1] * router.topk
+        return route(router, logits, **mask)
+
+    def counts(tensor: Any, as_numpy: bool = False, **_: Any) -> Any:
+        if not isinstance(tensor, torch.Tensor):
+            return tensor
+        even = torch.full(tensor.shape, num_routed // tensor.numel())
+        return even.tolist() if as_numpy else even
+
+    with (
+        mock.patch.object(LoadBalancedRouter, "routing", routing),
+        mock.patch.object(token_dispatcher, "maybe_move_tensor_to_cpu", counts),
+    ):
+        yield
+
+
+def record_model(
+    world_size: int, num_microbatches: int, *, tied: bool = False, num_experts: int = 0, **options: Any
+) -> dict[int, Program]:
     """The programs of all ranks of a step of our model: schedule, reduction of gradients, update."""
     config = config_from(model="m", data=("d",), fp32=True, **options)
     sizes = config.parallel.sizes
-    description = description_of(sizes.pipeline * (sizes.virtual_pipeline or 1), tied=tied)
+    num_layers = sizes.pipeline * (sizes.virtual_pipeline or 1)
+    description = description_of(num_layers, tied=tied, num_experts=num_experts)
     return {rank: _record_model(rank, world_size, config, description, num_microbatches) for rank in range(world_size)}
 
 
@@ -127,7 +159,7 @@ def _record_model(
         trainer = build_trainer(model, config, groups, layout, options, train_iters=2)
         batch = collate([TokenizedPair(ids[:2], ids[:3], ids[3:])], [0], options)
         microbatches = [to_microbatch(batch, torch.device("cpu"))] * num_microbatches
-        with recorder.active():
+        with recorder.active(), even_counts():
             for _ in range(2):
                 zero_gradients(trainer.chunks, trainer.optimizer)
                 step = ForwardStep(objective=SimPOObjective(), pairs_per_chosen_token=1.0)

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from odd_checks import dies, hangs, passes, raises
 
+from simpo_megatron.atomic import scratch_folder
 from simpo_megatron.commands import gpu_check
 from simpo_megatron.gpu_check import large_model, whole_runs
 from simpo_megatron.gpu_check.listing import CHECKS, START_SECONDS
@@ -79,15 +80,17 @@ def test_a_check_that_hangs_dies_or_raises_fails_alone(tmp_path, monkeypatch):
     assert processes_of(tmp_path) == [], "what a check started ends with it"
 
 
-def test_results_so_far_stay_and_nothing_runs_on_when_the_command_is_killed(tmp_path):
+def test_of_a_killed_command_results_stay_nothing_runs_on_and_the_next_one_removes_its_folder(tmp_path):
     script = (
         "import sys; from pathlib import Path; import odd_checks\n"
+        "from simpo_megatron.atomic import scratch_folder\n"
         "from simpo_megatron.gpu_check.runner import run_checks\n"
         "from simpo_megatron.gpu_check.verdict import Check, CheckSetting\n"
         "if __name__ == '__main__':\n"
         "    folder = Path(sys.argv[1])\n"
         "    checks = [Check(str(n), '', 200, f) for n, f in enumerate((odd_checks.passes, odd_checks.hangs))]\n"
-        "    run_checks(checks, CheckSetting(folder=folder), (folder / 'out').open('w'), 600, print)\n"
+        "    with scratch_folder(folder / 'work') as work:\n"
+        "        run_checks(checks, CheckSetting(folder=work), (folder / 'out').open('w'), 600, print)\n"
     )
     (tmp_path / "script.py").write_text(script)
     path = os.pathsep.join([str(Path(__file__).parent), os.environ["PYTHONPATH"]])
@@ -97,6 +100,8 @@ def test_results_so_far_stay_and_nothing_runs_on_when_the_command_is_killed(tmp_
     deadline = time.monotonic() + 120
     while not any("time.sleep" in text for text in processes_of(tmp_path)) and time.monotonic() < deadline:
         time.sleep(0.2)
+    with scratch_folder(tmp_path / "work"):
+        assert len(list(tmp_path.glob("work.tmp-*"))) == 2, "that of a living command stays"
     running.kill()
     running.wait()
     while processes_of(tmp_path) and time.monotonic() < deadline + 20:
@@ -104,6 +109,10 @@ def test_results_so_far_stay_and_nothing_runs_on_when_the_command_is_killed(tmp_
     assert processes_of(tmp_path) == []
     (line,) = (tmp_path / "out").read_text().splitlines()
     assert json.loads(line)["result"] == "PASS"
+    (left,) = tmp_path.glob("work.tmp-*")
+    assert (left / "log.txt").exists()
+    with scratch_folder(tmp_path / "work") as own:
+        assert list(tmp_path.glob("work.tmp-*")) == [own]
 
 
 def test_checks_that_the_time_does_not_reach_are_skipped_by_name(tmp_path):

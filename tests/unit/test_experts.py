@@ -112,6 +112,65 @@ def test_when_nothing_is_said_the_loss_weighs_what_it_weighs_in_transformers(mod
     assert times_transformers(description) == LAYERS / CHOSEN
 
 
+ROUTERS = {
+    "softmax": {},
+    "sigmoid, a bias": {"moe_router_score_function": "sigmoid", "moe_router_enable_expert_bias": True},
+    "a rule of ours": {
+        "expert_choice": {"scores": "sigmoid", "has_bias": True, "num_groups": 3, "num_chosen_groups": 2}
+    },
+}
+
+
+@pytest.mark.parametrize("kind", ROUTERS)
+def test_padding_counts_in_no_loss_and_no_statistic_and_loads_all_experts_alike(models, kind):
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+    from simpo_megatron.mcore.architecture import ArchitectureConfig
+    from simpo_megatron.mcore.expert_choice import ExpertChoice
+    from simpo_megatron.mcore.experts import LoadBalancedRouter
+
+    options = dict(ROUTERS[kind])
+    if "expert_choice" in options:
+        options["expert_choice"] = ExpertChoice(num_chosen=CHOSEN, **options["expert_choice"])
+    config = ArchitectureConfig(
+        num_layers=1, num_attention_heads=2, hidden_size=8, ffn_hidden_size=8, num_moe_experts=EXPERTS,
+        moe_router_topk=CHOSEN, moe_aux_loss_coeff=COEFFICIENT, moe_router_load_balancing_type="aux_loss",
+        add_bias_linear=False, perform_initialization=False, use_cpu_initialization=True, **options,
+    )  # fmt: skip
+    torch.manual_seed(6)
+    hidden = torch.randn(12, 3, 8, dtype=torch.float64)
+    is_padding = torch.arange(12)[:, None] >= torch.tensor([12, 7, 4])
+    hidden[is_padding] = 5.0
+    groups = ProcessGroupCollection.use_mpu_process_groups(["tp", "cp", "tp_cp", "tp_dp_cp", "ep", "expt_tp"])
+    router = LoadBalancedRouter(config, pg_collection=groups).double().train()
+    torch.nn.init.normal_(router.weight)
+    found = []
+    for tokens, mask in ((hidden, is_padding), (hidden[~is_padding][:, None], None)):
+        router.weight.grad, router.logged_loss = None, None
+        if router.local_tokens_per_expert is not None:
+            router.local_tokens_per_expert.zero_()
+        weights, chosen = router(tokens, mask)
+        (weights * 0).sum().backward()
+        counts = None if router.local_tokens_per_expert is None else router.local_tokens_per_expert.clone()
+        found.append((weights, chosen, router.logged_loss, router.weight.grad, counts))
+    (weights, chosen, *of_padded), (*of_tokens, loss, gradient, counts) = found
+    real = ~is_padding.reshape(-1)
+    torch.testing.assert_close([weights[real], chosen[real]], of_tokens)
+    assert not weights[~real].any() and (chosen.sum(1) == CHOSEN).all()
+    # Two rows have some, of 5 and 8 tokens.
+    loads = chosen[~real].sum(0)
+    assert loads.sum() == CHOSEN * 13 and loads.max() - loads.min() <= 2
+    torch.testing.assert_close(of_padded[:2], [loss, gradient])
+    if counts is not None:
+        assert counts.sum() == 23 * CHOSEN and torch.equal(of_padded[2], counts), "by these a bias is moved"
+    # The definition, a token at a time; a bias takes no part in it.
+    logits = hidden[~is_padding] @ router.weight.detach().T
+    scores = logits.softmax(-1) if kind == "softmax" else logits.sigmoid() / logits.sigmoid().sum(-1, keepdim=True)
+    share = sum(torch.zeros(EXPERTS).index_fill(0, row.topk(CHOSEN).indices, 1 / (23 * CHOSEN)) for row in scores)
+    expected = EXPERTS * (share * scores.mean(0)).sum()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+
+
 class Names(TorchDispatchMode):
     """Keeps the names of torch's operations while the context lasts."""
 

@@ -141,9 +141,11 @@ def test_where_it_cannot_be_it_is_refused_by_name(options, machine, message):
     assert "tp_comm_overlap: found True, expected " in str(refused.value) and message in str(refused.value)
 
 
-def test_an_moe_refuses_it_with_its_pack_length():
-    with pytest.raises(ConfigError, match="^fixed_pack_length: .*false with an MoE"):
-        resolve(config_from(**OPTIONS), world_size=8, model=SHAPE | {"num_moe_experts": 4}, machine=HOPPER)
+def test_an_moe_refuses_it_but_not_its_pack_length():
+    moe = SHAPE | {"num_moe_experts": 4}
+    with pytest.raises(ConfigError, match="^tp_comm_overlap: .*expected a dense model"):
+        resolve(config_from(**OPTIONS), world_size=8, model=moe, machine=HOPPER)
+    resolve(config_from(**OPTIONS | {"tp_comm_overlap": False}), world_size=8, model=moe, machine=HOPPER)
 
 
 @pytest.mark.parametrize(("options", "machine"), [({}, HOPPER), ({"fp8": "mxfp8"}, BLACKWELL)])
