@@ -11,12 +11,10 @@ cannot tell of parallelism over NCCL, Transformer Engine's FP8, or several nodes
 from __future__ import annotations
 
 import os
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from simpo_megatron.atomic import scratch_folder
 from simpo_megatron.commands.parsing import CommandParser
 from simpo_megatron.errors import ConfigError, SimPOError, report_error
 
@@ -44,7 +42,7 @@ def main(argv: Sequence[str], prog: str = "simpo gpu-check") -> int:
 
 def _run(only: Sequence[str] | None, out: Path, seconds: float, *, rehearse: bool) -> int:
     from simpo_megatron.gpu_check.listing import CHECKS, START_SECONDS
-    from simpo_megatron.gpu_check.runner import open_results, run_checks
+    from simpo_megatron.gpu_check.runner import open_results, run_checks, working_folder
     from simpo_megatron.gpu_check.verdict import CheckSetting
     from simpo_megatron.mcore import device
 
@@ -61,8 +59,7 @@ def _run(only: Sequence[str] | None, out: Path, seconds: float, *, rehearse: boo
         f"{len(chosen)} checks, at most {seconds if rehearse else allowed:.0f} s; seconds of each: {limits}", flush=True
     )
     started = time.monotonic()
-    # Up to 3 GB, which a killed command leaves and the next one removes.
-    with scratch_folder(Path(tempfile.gettempdir()) / "gpu-check") as folder, open_results(out) as results:
+    with working_folder() as folder, open_results(out) as results:
         setting = CheckSetting(folder=folder, rehearse=rehearse)
         num_failed = run_checks(chosen, setting, results, seconds, lambda line: print(line, flush=True))
     print(f"{len(chosen)} checks, {num_failed} failed, {time.monotonic() - started:.0f} s; {out}")

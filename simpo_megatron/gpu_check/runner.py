@@ -8,16 +8,18 @@ import multiprocessing
 import os
 import signal
 import sys
+import tempfile
 import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import TextIO
 
+from simpo_megatron.atomic import scratch_folder
 from simpo_megatron.gpu_check.verdict import Check, CheckSetting, Verdict
 
 _REHEARSAL_SECONDS = 900
@@ -157,6 +159,11 @@ def _free_memory(setting: CheckSetting) -> None:
         import torch
 
         torch.cuda.empty_cache()
+
+
+def working_folder() -> AbstractContextManager[Path]:
+    """A folder for the checks of a run: up to 3 GB, which a killed command leaves and the next one removes."""
+    return scratch_folder(Path(tempfile.gettempdir()) / "gpu-check")
 
 
 def open_results(path: Path) -> TextIO:

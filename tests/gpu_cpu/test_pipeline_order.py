@@ -193,7 +193,7 @@ def test_a_step_of_our_model_neither_hangs_nor_crosses(of_model):
 
 
 def questions(program: Program) -> list[Synchronize | Read]:
-    """Where a stage waits for an answer, such as that for the shape of a message."""
+    """The places where a stage waits for an answer, such as that for the shape of a message."""
     return [step for step in program if isinstance(step, (Synchronize, Read)) and step.where.startswith("p2p_")]
 
 

@@ -90,6 +90,7 @@ MAY_IMPORT = {
     },
     "gpu_check": {
         "errors",
+        "atomic",
         "faults",
         "loss",
         "data",
