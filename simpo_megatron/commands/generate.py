@@ -68,6 +68,12 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tp", type=int, default=1, metavar="N", help="with vllm: GPUs of one replica, default 1")
     parser.add_argument("--dp", type=int, default=1, metavar="N", help="with vllm: replicas, default 1")
     parser.add_argument(
+        "--gpu-memory-utilization",
+        type=float,
+        metavar="X",
+        help="with vllm: share of a GPU's memory, or of the machine's without one, that it takes; default is vLLM's",
+    )
+    parser.add_argument(
         "--dtype", choices=DTYPES, default="auto", help="dtype of a folder's model; auto keeps the stored one"
     )
 
@@ -113,10 +119,13 @@ def engine_of(arguments: argparse.Namespace) -> Engine:
             dtype=arguments.dtype,
             tensor_parallel_size=arguments.tp,
             data_parallel_size=arguments.dp,
+            gpu_memory_utilization=arguments.gpu_memory_utilization,
         )
     require(
         arguments.tp == arguments.dp == 1, "tp, dp", f"{arguments.tp}, {arguments.dp}", "1 with the engine transformers"
     )
+    share = arguments.gpu_memory_utilization
+    require(share is None, "gpu_memory_utilization", share, "none with the engine transformers")
     return TransformersEngine(folder, dtype=arguments.dtype)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
 import subprocess
 import threading
 from collections.abc import Mapping, Sequence
@@ -20,6 +21,7 @@ from simpo_megatron.generation.vllm_environment import vllm_python
 
 _CHILD = Path(__file__).with_name("vllm_child.py")
 _AT_ONCE_PER_REPLICA = 512
+_RAISED = re.compile(r"\b[A-Za-z_.]*(?:Error|Exception): .*")
 
 
 class VllmEngine(FolderEngine):
@@ -32,6 +34,7 @@ class VllmEngine(FolderEngine):
         log: file for vLLM's own output.
         tensor_parallel_size: GPUs that share one replica's weights.
         data_parallel_size: replicas, each on GPUs of its own.
+        gpu_memory_utilization: share of a GPU's memory that vLLM takes, on a CPU of the machine's; None is its default.
     """
 
     def __init__(
@@ -42,9 +45,12 @@ class VllmEngine(FolderEngine):
         dtype: str = "auto",
         tensor_parallel_size: int = 1,
         data_parallel_size: int = 1,
+        gpu_memory_utilization: float | None = None,
     ) -> None:
         require(tensor_parallel_size > 0, "tp", tensor_parallel_size, "a number above 0")
         require(data_parallel_size > 0, "dp", data_parallel_size, "a number above 0")
+        share = gpu_memory_utilization
+        require(share is None or 0 < share <= 1, "gpu_memory_utilization", share, "a share above 0 and at most 1")
         python = vllm_python()
         super().__init__(folder)
         self._dtype, self._tensor_parallel_size = dtype, tensor_parallel_size
@@ -56,6 +62,7 @@ class VllmEngine(FolderEngine):
             "skip_tokenizer_init": True,
             # The folder's top_p or repetition_penalty would apply unnoticed.
             "generation_config": "vllm",
+            **({} if share is None else {"gpu_memory_utilization": share}),
         }
         log.parent.mkdir(parents=True, exist_ok=True)
         devices = [_devices(number, tensor_parallel_size, data_parallel_size) for number in range(data_parallel_size)]
@@ -100,6 +107,7 @@ class _Replica:
         replies, reply_end = os.pipe()
         variables = {} if devices is None else {"CUDA_VISIBLE_DEVICES": devices}
         with log.open("ab") as output:
+            self._log_begun = output.tell()
             self._process = subprocess.Popen(  # noqa: S603 - the user's own environment
                 [python, _CHILD, str(reply_end), json.dumps(engine_args)],
                 stdin=subprocess.PIPE,
@@ -171,11 +179,20 @@ class _Replica:
                 future.set_exception(self._ended())
 
     def _ended(self) -> DataError:
-        lines = self._log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["nothing"]
+        with self._log.open("rb") as output:
+            output.seek(self._log_begun)
+            said = output.read().decode(errors="replace").strip().splitlines()
         return DataError(
-            f"vllm: found its process ended with {self._process.poll()} ({lines[-1]}), expected answers; {self._log} "
-            "has its output"
+            f"vllm: found its process ended with {self._process.poll()} ({_cause(said)}), expected answers; "
+            f"{self._log} has its output"
         )
+
+
+def _cause(lines: Sequence[str]) -> str:
+    """The last line, or the last exception before those by which vLLM's processes say that another one failed."""
+    last = lines[-1] if lines else "nothing"
+    raised = [found[0] for line in lines if (found := _RAISED.search(line)) and "root cause" not in found[0]]
+    return raised[-1] if raised and "root cause" in last else last
 
 
 def _devices(replica: int, tensor_parallel_size: int, data_parallel_size: int) -> str | None:

@@ -1,6 +1,6 @@
 """A trained Llama-3 is served by vLLM as its folder was exported, and answers token for token as in transformers.
 
-Needs vLLM, whose torch need not be this package's: SIMPO_VLLM_PYTHON names a Python that has it.
+Needs vLLM, whose torch need not be this package's: `make test-vllm`, or SIMPO_VLLM_PYTHON names a Python that has it.
 """
 
 from __future__ import annotations
@@ -90,7 +90,6 @@ def test_the_engine_of_simpo_generate_answers_as_transformers_does(
 ) -> None:
     """Both turns of a conversation too; and an answer ends at any stop id of the folder."""
     monkeypatch.setenv("SIMPO_VLLM_PYTHON", str(PYTHON))
-    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
     monkeypatch.setenv("DO_NOT_TRACK", "1")
     prompts = tmp_path / "prompts.jsonl"
     rows = [{"prompt": question} for question in QUESTIONS] + [{"turns": QUESTIONS[:2]}]
@@ -109,6 +108,7 @@ def test_the_engine_of_simpo_generate_answers_as_transformers_does(
     for engine in ("transformers", "vllm"):
         options = ["--prompts", str(prompts), "--max-new-tokens", str(MAX_TOKENS), "--dtype", "float32"]
         out = ["--engine", engine, "--out", str(tmp_path / engine)]
+        out += ["--gpu-memory-utilization", "0.3"] if engine == "vllm" else []
         assert generate.main(["--model", str(folder), *options, *out]) == 0
         found[engine] = sorted(read_lines(tmp_path / engine / "answers.jsonl"), key=lambda row: row["id"])
     assert found["vllm"] == found["transformers"]

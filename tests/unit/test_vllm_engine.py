@@ -12,6 +12,7 @@ from transformers import AutoTokenizer
 from simpo_megatron.commands import evaluate, generate
 from simpo_megatron.demo import prepare_demo
 from simpo_megatron.generation.lines import read_lines
+from simpo_megatron.generation.vllm_engine import _cause
 
 pytestmark = pytest.mark.processes
 
@@ -93,11 +94,28 @@ def run(model, folder, *options):
 
 
 def test_vllm_gets_the_ids_the_stop_ids_and_the_settings_of_the_other_engines(model, recorded, tmp_path):
-    assert run(model, tmp_path, "--tp", "2", "--dp", "2", "--temperature-of", "writing=0.7", "--dtype", "bfloat16") == 0
+    assert (
+        run(
+            model,
+            tmp_path,
+            "--tp",
+            "2",
+            "--dp",
+            "2",
+            "--temperature-of",
+            "writing=0.7",
+            "--dtype",
+            "bfloat16",
+            "--gpu-memory-utilization",
+            "0.5",
+        )
+        == 0
+    )
     rows = read_lines(recorded)
     engines, requests = ([row for row in rows if row["what"] == what] for what in ("engine", "request"))
     assert sorted(row.pop("devices") for row in engines) == ["0,1", "2,3"]
     told = {"model": str(model), "dtype": "bfloat16", "tensor_parallel_size": 2, "skip_tokenizer_init": True}
+    told["gpu_memory_utilization"] = 0.5
     assert engines == [{"what": "engine", **told, "generation_config": "vllm"}] * 2
     assert len(requests) == 8 and {row["devices"] for row in requests} == {"0,1", "2,3"}
     tokenizer, answers = AutoTokenizer.from_pretrained(model), read_lines(tmp_path / "out" / "answers.jsonl")
@@ -140,6 +158,8 @@ def test_what_goes_wrong_in_vllm_is_said_and_does_not_hang(model, recorded, tmp_
     (tmp_path / "out").rename(tmp_path / "before2")
     assert run(broken, tmp_path) == 3
     assert "(RuntimeError: no such model here)" in capsys.readouterr().err
+    assert run(model, tmp_path, "--gpu-memory-utilization", "1.5") == 2
+    assert "gpu_memory_utilization: found 1.5, expected a share" in capsys.readouterr().err
     monkeypatch.setenv("SIMPO_VLLM_PYTHON", str(tmp_path / "none"))
     assert run(model, tmp_path) == 2
     assert "pip install vllm, or name one by SIMPO_VLLM_PYTHON" in capsys.readouterr().err
@@ -172,3 +192,16 @@ def test_a_judge_of_one_s_own_is_served_with_five_logprobs(recorded, monkeypatch
         "--tensor-parallel-size": "4",
     }
     assert "--judge models/judge --judge-url http://127.0.0.1:8123/v1" in capsys.readouterr().out
+
+
+def test_the_exception_that_is_told_is_that_of_the_process_that_failed_first():
+    cause = "ValueError: Available memory (18.22/23.54 GiB) is less than desired, decrease `--gpu-memory-utilization`"
+    said = [
+        "INFO starting",
+        '(VllmWorker-0 pid=30) ERROR 11-29 14:33:10 [multiproc.py:953]   File "worker.py", line 83, in __init__',
+        f"(VllmWorker-0 pid=30) ERROR 11-29 14:33:10 [multiproc.py:953] {cause}",
+        "(EngineCore pid=27) ERROR [core.py:15] Exception: WorkerProc failed. See stack trace for root cause.",
+        "RuntimeError: Engine core initialization failed. See root cause above. Failed core proc(s): {'EngineCore': 1}",
+    ]
+    assert _cause(said) == cause
+    assert _cause(said[:3] + ["killed"]) == "killed" and _cause(said[-1:]) == said[-1] and _cause([]) == "nothing"
