@@ -6,6 +6,7 @@ import hashlib
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
@@ -112,7 +113,8 @@ def _answer(engine: Engine, left: Sequence[tuple[PromptItem, int]], decoding: De
     writing = threading.Lock()
     # In the main thread, where the kernel's signals can interrupt a chat template, and before the first answer.
     for item in {id(item): item for item, _ in left}.values():
-        engine.rendered(item.messages)
+        with _naming(item):
+            engine.check(item.messages, decoding.max_new_tokens)
     if engine.num_at_once == 1:
         with appending(path) as file:
             for item, sample in left:
@@ -133,6 +135,15 @@ def _answer(engine: Engine, left: Sequence[tuple[PromptItem, int]], decoding: De
             pool.shutdown(cancel_futures=True)
 
 
+@contextmanager
+def _naming(item: PromptItem) -> Iterator[None]:
+    """An error on the data of a prompt begins with the prompt's id."""
+    try:
+        yield
+    except DataError as error:
+        raise DataError(f"id {item.id}: {error}") from None
+
+
 def _converse(engine: Engine, item: PromptItem, sample: int, decoding: Decoding) -> dict[str, Any]:
     """One line of the answers: every turn of the prompt answered in order, after the answers before it."""
     temperature, seed = decoding.temperature_of(item), decoding.seed_of(item, sample)
@@ -140,9 +151,10 @@ def _converse(engine: Engine, item: PromptItem, sample: int, decoding: Decoding)
     for turn in (None, *item.later_turns):
         if turn is not None:
             messages.append({"role": "user", "content": turn})
-        completions.append(
-            engine.complete(messages, max_new_tokens=decoding.max_new_tokens, temperature=temperature, seed=seed)
-        )
+        with _naming(item):
+            completions.append(
+                engine.complete(messages, max_new_tokens=decoding.max_new_tokens, temperature=temperature, seed=seed)
+            )
         messages.append({"role": "assistant", "content": completions[-1].text})
     return {
         "id": item.id,

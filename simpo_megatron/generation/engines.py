@@ -42,6 +42,13 @@ class Engine(ABC):
     def rendered(self, messages: Sequence[Message]) -> str | None:
         """The rendered text of a conversation; None where only the server knows it."""
 
+    def check(self, messages: Sequence[Message], max_new_tokens: int) -> None:
+        """Returns where a conversation can be answered.
+
+        Raises: DataError, as `complete` would.
+        """
+        self.rendered(messages)
+
     @abstractmethod
     def complete(
         self, messages: Sequence[Message], *, max_new_tokens: int, temperature: float, seed: int
@@ -100,6 +107,9 @@ class FolderEngine(Engine):
             raise DataError(
                 f"prompt: found a conversation that the chat template refuses ({error}), expected one that it takes"
             ) from None
+
+    def check(self, messages: Sequence[Message], max_new_tokens: int) -> None:
+        self.prompt_of(messages, max_new_tokens)
 
     def prompt_of(self, messages: Sequence[Message], max_new_tokens: int) -> list[int]:
         """The prompt's token ids of a conversation.

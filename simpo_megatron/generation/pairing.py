@@ -24,10 +24,10 @@ from simpo_megatron.generation.lines import (
     read_settings,
     write_record,
 )
+from simpo_megatron.generation.prompts import is_unicode
 from simpo_megatron.generation.scoring import Scorer
 
 PAIRS_FILE, SCORES_FILE, RECORD_FILE = "pairs.jsonl", "scores.jsonl", "pairs.json"
-_SCORE = {"id": str, "sample": int, "score": float}
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def make_pairs(scorer: Scorer, answers: Path, folder: Path, pairing: Pairing) ->
 
     Raises:
         ConfigError: the folder was begun with another scorer or other answers, or is another process's.
-        DataError: there are no answers, or one cannot be scored.
+        DataError: there are no answers, one cannot be scored, or they make no pair.
     """
     rows = read_answers(answers)
     if not rows:
@@ -56,17 +56,26 @@ def make_pairs(scorer: Scorer, answers: Path, folder: Path, pairing: Pairing) ->
     several = next((row["id"] for row in rows if len(row["answers"]) > 1), None)
     if several is not None:
         raise DataError(f"{several}: found answers to several turns, expected one; samples differ in the earlier ones")
+    scorer.check(rows)
     record = answers / ANSWERS_RECORD
     provenance = read_settings(record) if record.exists() else None
     with held_folder(folder):
         keep_settings(folder / RECORD_FILE, {"answers": provenance, **scorer.identity()})
         yield from _score(scorer, rows, folder / SCORES_FILE)
-        scores = {(row["id"], row["sample"]): row["score"] for row in read_lines(folder / SCORES_FILE, **_SCORE)}
+        scored = _read_scores(folder / SCORES_FILE)
+        scores = {key: score for key, score in scored.items() if score is not None}
+        if len(scores) < len(scored):
+            yield f"scores    {len(scored) - len(scores):,} of {len(scored):,} answers got none and are left out"
         pairs, became = pair_up(rows, scores, pairing)
         write_text(folder / PAIRS_FILE, "".join(json.dumps(pair) + "\n" for pair in pairs))
         settings = {"answers": provenance, **scorer.identity()}
         write_record(folder / RECORD_FILE, {"settings": settings, "pairing": vars(pairing), "prompts": dict(became)})
     told = ", ".join(f"{count:,} {what}" for what, count in became.items())
+    if not pairs:
+        raise DataError(
+            f"{answers}: found no pair among {sum(became.values()):,} prompts ({told}), expected some; sample more "
+            "answers of each prompt, at a higher temperature"
+        )
     yield f"prompts   {sum(became.values()):,}: {told}"
     yield f"written   {folder / PAIRS_FILE} ({len(pairs):,} pairs, for --data); settings in {folder / RECORD_FILE}"
 
@@ -76,13 +85,15 @@ def pair_up(
 ) -> tuple[list[dict[str, Any]], Counter[str]]:
     """(pairs, counts of prompts by outcome): the best answer of each prompt against the worst.
 
-    Among equal scores the first sample is taken. Equal texts are one answer, with the score of the first sample.
+    Among equal scores the first sample is taken. Equal texts are one answer, with the score of the first sample. An
+    answer without a score, such as one with half of a surrogate pair, is in no pair.
     """
     pairs, became = [], Counter[str]()
     in_order = sorted(rows, key=lambda row: (row["id"], row["sample"]))
     for identity, group in groupby(in_order, key=lambda row: row["id"]):
         every = list(group)
-        usable = [row for row in every if row["answers"][0] and (pairing.keeps_cut or not row["is_cut"])]
+        ended = [row for row in every if row["answers"][0] and (pairing.keeps_cut or not row["is_cut"])]
+        usable = [row for row in ended if (identity, row["sample"]) in scores]
         distinct = list({row["answers"][0]: row for row in reversed(usable)}.values())[::-1]
         if len(distinct) < 2:
             became["without two answers that end and differ"] += 1
@@ -115,16 +126,30 @@ def _pair(
     }
 
 
+def _read_scores(path: Path) -> dict[tuple[str, int], float | None]:
+    """The score of each (id, sample) in the file, None for an answer that got none."""
+    scores = {}
+    for number, row in enumerate(read_lines(path, id=str, sample=int), 1):
+        score = row.get("score")
+        if score is not None and not (type(score) in (int, float) and math.isfinite(score)):
+            raise DataError(
+                f"{path}:{number}: score: found {str(score)[:80]!r}, expected a finite number; remove the line"
+            )
+        scores[row["id"], row["sample"]] = score
+    return scores
+
+
 def _score(scorer: Scorer, rows: Sequence[Mapping[str, Any]], path: Path) -> Iterator[str]:
-    """Appends the score of each answer without one."""
-    known = {(row["id"], row["sample"]) for row in read_lines(path, **_SCORE)}
+    """Appends the score of each answer without a line."""
+    known = _read_scores(path).keys()
+    rows = [row for row in rows if is_unicode(*row["answers"])]
     left = [row for row in rows if (row["id"], row["sample"]) not in known]
     if len(left) < len(rows):
         yield f"resume    {len(rows) - len(left):,} of {len(rows):,} scores are there already"
     with appending(path) as file:
         for row in left:
             score = scorer.score(row)
-            if not math.isfinite(score):
+            if score is not None and not math.isfinite(score):
                 raise DataError(
                     f"{row['id']}: found the score {score} of sample {row['sample']}, expected a finite one"
                 )

@@ -44,12 +44,23 @@ def read_prompts(path: Path) -> list[PromptItem]:
         if not isinstance(row, dict):
             raise DataError(f"{where}: found {type(row).__name__}, expected an object with a prompt")
         item = _item(row, number, where)
+        if not is_unicode(item.id, *item.later_turns, *(turn["content"] for turn in item.messages)):
+            raise DataError(f"{where}: found half of a surrogate pair, expected text; mend the prompt or leave it out")
         if item.id in items:
             raise DataError(f"{where}: found the id {item.id!r} a second time, expected ids that differ")
         items[item.id] = item
     if not items:
         raise DataError(f"{path}: found no row, expected prompts")
     return list(items.values())
+
+
+def is_unicode(*texts: str) -> bool:
+    """True where no text has a lone surrogate, which JSON's escapes can hold and no tokenizer takes."""
+    try:
+        "".join(texts).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def read_rows(path: Path) -> list[Any]:
@@ -64,10 +75,16 @@ def read_rows(path: Path) -> list[Any]:
     try:
         if text.lstrip().startswith("["):
             return json.loads(text)
-        # Not splitlines, which splits at characters that JSON allows inside a text.
-        return [json.loads(line) for line in text.split("\n") if line.strip()]
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: found no JSON ({error}), expected an object in each line or one list") from None
+        raise DataError(f"{path}: found no JSON ({error}), expected one list or an object in each line") from None
+    rows = []
+    # Not splitlines, which splits at characters that JSON allows inside a text.
+    for number, line in enumerate(text.split("\n"), 1):
+        try:
+            rows += [json.loads(line)] if line.strip() else []
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{path}:{number}: found no JSON ({error}), expected an object in each line") from None
+    return rows
 
 
 def _item(row: dict[str, Any], number: int, where: str) -> PromptItem:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -32,9 +34,15 @@ class Scorer(ABC):
     def identity(self) -> dict[str, Any]:
         """Facts that determine the scores, as JSON values."""
 
+    def check(self, rows: Sequence[Mapping[str, Any]]) -> None:  # noqa: B027 - only a file can be known beforehand
+        """Returns where `rows` can be scored.
+
+        Raises: DataError.
+        """
+
     @abstractmethod
-    def score(self, row: Mapping[str, Any]) -> float:
-        """The score of one line of the answers; its conversation ends with the answer."""
+    def score(self, row: Mapping[str, Any]) -> float | None:
+        """The score of one line of the answers, whose conversation ends with the answer; None where it gets none."""
 
 
 class RewardModel(Scorer):
@@ -90,13 +98,11 @@ class Judge(Scorer):
     def identity(self) -> dict[str, Any]:
         return {"scorer": "judge", "url": self._server.url, "model": self._server.model}
 
-    def score(self, row: Mapping[str, Any]) -> float:
+    def score(self, row: Mapping[str, Any]) -> float | None:
         asked = [{"role": "system", "content": _INSTRUCTION}, {"role": "user", "content": _as_text(row["messages"])}]
         said = self._server.chat(asked, max_tokens=_JUDGE_TOKENS, temperature=0.0, seed=0).text
-        ratings = _RATING.findall(said)
-        if not ratings:
-            raise DataError(f"{row['id']}: found no rating in {said[-80:]!r}, expected [[1]] to [[10]] of the judge")
-        return float(ratings[-1])
+        rating = float(([0.0] + _RATING.findall(said))[-1])
+        return rating if 1 <= rating <= 10 else None
 
 
 class ScoresOfFile(Scorer):
@@ -105,18 +111,24 @@ class ScoresOfFile(Scorer):
     def __init__(self, path: Path) -> None:
         self._path = path
         rows = read_lines(path, id=str, sample=int)
+        self._digest = hashlib.sha256(path.read_bytes()).hexdigest() if rows else ""
         self._scores = {(row["id"], row["sample"]): row.get("score") for row in rows}
         if not self._scores:
             raise ConfigError(f"scores: found nothing in {path}, expected lines of id, sample and score")
 
     def identity(self) -> dict[str, Any]:
-        return {"scorer": "file", "file": self._path.name}
+        return {"scorer": "file", "file": self._path.name, "scores": self._digest}
+
+    def check(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        for row in rows:
+            self.score(row)
 
     def score(self, row: Mapping[str, Any]) -> float:
         found = self._scores.get((row["id"], row["sample"]))
-        if isinstance(found, bool) or not isinstance(found, (int, float)):
+        if isinstance(found, bool) or not isinstance(found, (int, float)) or not math.isfinite(found):
             raise DataError(
-                f"{self._path}: found no score of id {row['id']!r}, sample {row['sample']}, expected one of each answer"
+                f"{self._path}: found {'no score' if found is None else repr(found)[:80]} of id {row['id']!r}, sample "
+                f"{row['sample']}, expected a finite score of each answer"
             )
         return float(found)
 

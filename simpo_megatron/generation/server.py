@@ -91,4 +91,10 @@ class ChatServer:
                     raise ConfigError(f"{self.url}: found {said}, expected an answer of model {self.model}") from None
             except (OSError, ValueError) as error:
                 said = str(error)
+                if isinstance(error, TimeoutError):
+                    # A server that takes so long would be asked the same five times, in silence.
+                    raise DataError(
+                        f"{self.url}: found no answer in {_TIMEOUT_SECONDS:.0f} s, expected one; look at the server, "
+                        "or ask it less at once"
+                    ) from None
         raise DataError(f"{self.url}: found {said} in {_TRIES} tries, expected an answer; start the server")

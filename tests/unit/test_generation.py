@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -20,7 +21,7 @@ from simpo_megatron.generation.lines import read_lines
 from simpo_megatron.generation.pairing import Pairing, pair_up
 from simpo_megatron.generation.prompts import PromptItem, read_prompts
 from simpo_megatron.generation.scoring import Judge, RewardModel, ScoresOfFile
-from simpo_megatron.generation.server import ChatServer
+from simpo_megatron.generation.server import ChatServer, Reply
 
 QUESTION = ({"role": "user", "content": "How do I boil an egg?"},)
 
@@ -83,7 +84,10 @@ def test_prompts_come_in_the_forms_that_benchmarks_and_pairs_have(tmp_path, row,
     ("text", "said"),
     [
         ("", "found no row"),
-        ("{", "found no JSON"),
+        ("{", "p.jsonl:1: found no JSON"),
+        ('{"prompt": "a"}\n\n{"prompt": "b\n', "p.jsonl:3: found no JSON"),
+        ('{"prompt": "half \\ud83d of a pair"}\n', "p.jsonl:1: found half of a surrogate pair"),
+        ('{"id": "\\udc00", "prompt": "a"}\n', "p.jsonl:1: found half of a surrogate pair"),
         ("3\n", "p.jsonl:1: found int"),
         ('{"id": 1}\n', "p.jsonl:1: found no prompt that ends with a turn of the user"),
         ('{"messages": [{"role": "assistant", "content": "a"}]}\n', "found no prompt that ends"),
@@ -211,6 +215,7 @@ def test_several_greedy_answers_and_prompts_without_room_are_refused(model, tmp_
     assert generate.main([*options, "--max-new-tokens", "500"]) == 3
     error = capsys.readouterr().err
     assert "samples: found 2, expected 1 at temperature 0" in error and "expected at most 512 together" in error
+    assert "simpo_megatron: id 1: prompt: found 6" in error
     assert generate.main(["--model", str(tmp_path), *options[2:]]) == 2
     assert "simpo convert mcore-to-hf" in capsys.readouterr().err
 
@@ -263,7 +268,7 @@ def test_a_server_answers_with_settings_as_given_and_is_asked_again(server, tmp_
     assert generate.main(["--model", "nobody", *options[2:-1], str(tmp_path / "other")]) == 2
 
 
-def test_scores_come_from_a_reward_model_a_judge_or_a_file(reward_model, server, tmp_path):
+def test_scores_come_from_a_reward_model_a_judge_or_a_file(reward_model, server, tmp_path, monkeypatch):
     messages = [*QUESTION, {"role": "assistant", "content": "In water, for eight minutes."}]
     row = {"id": "a", "sample": 0, "messages": messages}
     tokenizer = AutoTokenizer.from_pretrained(reward_model)
@@ -274,6 +279,12 @@ def test_scores_come_from_a_reward_model_a_judge_or_a_file(reward_model, server,
     assert RewardModel(reward_model).score(row) == expected
     judge = Judge(ChatServer(server, "judge"))
     assert judge.score(row) == 7.5, "the last rating counts"
+    for said in ("nan", "11", "0", "-3"):
+        monkeypatch.setattr(
+            "simpo_megatron.generation.server.ChatServer.chat", lambda *_, s=said, **__: Reply(f"[[{s}]]", 1, None)
+        )
+        assert judge.score(row) is None
+    monkeypatch.undo()
     assert "[assistant]\nIn water, for eight minutes." in Stub.asked[-1]["messages"][1]["content"]
     scores = ScoresOfFile(written(tmp_path / "s.jsonl", {"id": "a", "sample": 0, "score": -2}))
     assert scores.score(row) == -2.0
@@ -324,12 +335,55 @@ def test_scoring_goes_on_where_it_was_stopped_and_mixes_no_scorers(reward_model,
     assert pairs.main([*options, "--reward-model", str(reward_model)]) == 0
     assert "4 of 6 scores are there already" in capsys.readouterr().out
     assert (out / "pairs.jsonl").read_text() == whole and whole.count("\n") == 3
-    by_file = written(tmp_path / "scores.jsonl", {"id": "0", "sample": 0, "score": 1})
+    numbers = [(str(n), sample) for n in range(3) for sample in range(2)]
+    by_file = written(tmp_path / "s.jsonl", *({"id": n, "sample": sample, "score": sample} for n, sample in numbers))
     assert pairs.main([*options, "--scores", str(by_file)]) == 2
     assert "begun with other settings" in capsys.readouterr().err
     written(answers / "answers.jsonl", {**answer("a", 0, "x"), "answers": ["x", "y"]})
     assert pairs.main([*options, "--reward-model", str(reward_model)]) == 3
     assert "a: found answers to several turns" in capsys.readouterr().err
+
+
+def test_scores_of_a_file_are_those_in_it_now_and_all_there_before_the_first_is_used(tmp_path, capsys):
+    answers = tmp_path / "answers"
+    answers.mkdir()
+    written(answers / "answers.jsonl", *(answer("a", sample, f"answer {sample}") for sample in range(2)))
+
+    def made(out, *scores):
+        by_file = written(tmp_path / "s.jsonl", *({"id": "a", "sample": n, "score": s} for n, s in enumerate(scores)))
+        return pairs.main(["--answers", str(answers), "--out", str(tmp_path / out), "--scores", str(by_file)])
+
+    assert made("out", 1) == 3 and made("out", 1, float("nan")) == 3 and not (tmp_path / "out").exists()
+    assert "found no score of id 'a', sample 1" in (error := capsys.readouterr().err) and "found nan of id 'a'" in error
+    assert made("out", 1, 2) == made("out", 1, 2) == 0
+    assert made("out", 2, 1) == 2 and "begun with other settings (scores " in capsys.readouterr().err
+    assert made("tied", 1, 1) == 3
+    assert "found no pair among 1 prompts (1 with scores too near), expected some" in capsys.readouterr().err
+
+
+def test_answers_that_get_no_score_are_in_no_pair(tmp_path, monkeypatch, capsys):
+    """A judge who names no rating, and half of a surrogate pair, which is not asked for."""
+    answers, texts = tmp_path / "answers", ["one", "two", "none", "half \ud83d"]
+    answers.mkdir()
+    written(answers / "answers.jsonl", *(answer("a", sample, text) for sample, text in enumerate(texts)))
+    ratings = {"one": "[[3]]", "two": "[[9.5]]", "none": "I cannot rate this."}
+    monkeypatch.setattr(
+        ChatServer, "chat", lambda _, asked, **__: Reply(ratings[asked[1]["content"].split()[-1]], 1, None)
+    )
+    options = ["--answers", str(answers), "--judge-url", "http://127.0.0.1:9/v1", "--judge", "stub"]
+    for _ in range(2):
+        assert pairs.main([*options, "--out", str(tmp_path / "out")]) == 0
+        assert "1 of 3 answers got none and are left out" in capsys.readouterr().out
+    (pair,) = read_lines(tmp_path / "out" / "pairs.jsonl")
+    assert (pair["chosen_score"], pair["rejected_score"], pair["num_answers"]) == (9.5, 3.0, 4)
+
+
+def test_a_server_that_does_not_answer_in_time_is_asked_once(monkeypatch):
+    monkeypatch.setattr("simpo_megatron.generation.server._TIMEOUT_SECONDS", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        server = ChatServer(f"http://127.0.0.1:{silent.getsockname()[1]}/v1", "m")
+        with pytest.raises(DataError, match="found no answer in 0 s, expected one; look at the server"):
+            server.chat(QUESTION, max_tokens=1, temperature=0.0, seed=0)
 
 
 def test_repetition_counts_grams_that_were_there_before():
