@@ -17,16 +17,19 @@ _LATENT = {
 }
 
 
-def random_config(model_type: str, draw: random.Random) -> dict[str, Any]:
-    """Keys of a config.json: odd heads, groups, widths and vocabulary, tied or not, head size apart from the width."""
+def random_config(model_type: str, draw: random.Random, *, num_ranks: int = 1) -> dict[str, Any]:
+    """Keys of a config.json: odd heads, groups, widths and vocabulary, tied or not, head size apart from the width.
+
+    Heads, groups and widths are such that `num_ranks` tensor-parallel ranks, one or four, can divide a layer.
+    """
     keys = dict(draw.choice(list(FAMILIES[model_type].tests.values())))
-    groups = draw.choice((1, 3, 5))
-    heads = groups * draw.choice((1, 2, 3))
+    groups = draw.choice((1, 3, 5)) if num_ranks == 1 else draw.choice((1, 2, 4))
+    heads = groups * draw.choice((1, 2, 3)) if num_ranks == 1 else draw.choice((4, 12))
     sizes: dict[str, Any] = {
         "num_attention_heads": heads,
         "num_key_value_heads": groups,
-        "hidden_size": heads * draw.choice((6, 10)),
-        "intermediate_size": draw.choice((33, 47, 50)),
+        "hidden_size": heads * draw.choice((6, 10) if num_ranks == 1 else (5, 9)),
+        "intermediate_size": draw.choice((33, 47, 50) if num_ranks == 1 else (36, 44, 52)),
         "vocab_size": draw.choice((31, 257, 384)),
         "tie_word_embeddings": draw.random() < 0.5,
         # An odd number would leave an element of a head without a partner to turn with.
@@ -34,7 +37,7 @@ def random_config(model_type: str, draw: random.Random) -> dict[str, Any]:
     }
     for key in ("moe_intermediate_size", "shared_expert_intermediate_size"):
         if key in keys:
-            sizes[key] = draw.choice((11, 30))
+            sizes[key] = draw.choice((11, 30) if num_ranks == 1 else (12, 20))
     if "kv_lora_rank" in keys:
         sizes |= {key: draw.choice(values) for key, values in _LATENT.items()}
         sizes["num_key_value_heads"] = heads

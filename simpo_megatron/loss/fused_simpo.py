@@ -5,6 +5,7 @@ Shapes: R rows (two per pair), S sequence, H hidden, v this rank's vocabulary sl
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
@@ -57,6 +58,10 @@ def fused_linear_simpo(
 
 def _check_labels(labels_RS: Tensor, hidden_RSH: Tensor, ignore_index: int) -> None:
     """Raises ConfigError unless there is one label for each position, DataError unless every row has a response."""
+    if hidden_RSH.dim() != 3:
+        raise ConfigError(f"hidden_RSH: found shape {tuple(hidden_RSH.shape)}, expected [rows, sequence, hidden]")
+    if labels_RS.is_floating_point() or labels_RS.dtype == torch.bool:
+        raise ConfigError(f"labels_RS: found {labels_RS.dtype}, expected token ids in int64")
     if labels_RS.shape != hidden_RSH.shape[:2]:
         shape, expected = tuple(labels_RS.shape), tuple(hidden_RSH.shape[:2])
         what_to_do = "give one label for each position, the token that is predicted there"

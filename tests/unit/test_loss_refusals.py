@@ -61,6 +61,15 @@ def test_labels_of_another_shape_than_the_hidden_states_are_refused(labels, hidd
         fused_linear_simpo(torch.randn(*hidden, H), torch.randn(V, H), torch.ones(labels, dtype=torch.long))
 
 
+def test_rows_in_one_and_labels_that_are_no_ids_are_refused():
+    labels = torch.ones(40, dtype=torch.long)
+    with pytest.raises(ConfigError, match=r"hidden_RSH: found shape \(40, 6\), expected \[rows, sequence, hidden\]"):
+        fused_linear_simpo(torch.randn(40, 6), torch.randn(V, 6), labels)
+    for dtype in (torch.float32, torch.bool):
+        with pytest.raises(ConfigError, match=f"labels_RS: found {dtype}, expected token ids"):
+            fused_linear_simpo(torch.randn(4, 10, H), torch.randn(V, H), labels.view(4, 10).to(dtype))
+
+
 def test_a_row_without_a_response_is_refused_by_its_number():
     labels = torch.ones(4, 6, dtype=torch.long)
     labels[2] = -100

@@ -34,6 +34,9 @@ def test_a_model_of_any_shape_is_computed_as_transformers_does(groups, model_typ
     draw = random.Random(f"shapes of {model_type}")
     for _ in range(NUM_MODELS):
         config = random_config(model_type, draw)
+        if model_type == "deepseek_v2":
+            # transformers reads pairs of fp32 numbers as complex ones, which have to lie at even places.
+            config |= {key: config[key] + config[key] % 2 for key in ("qk_nope_head_dim", "kv_lora_rank")}
         proof = prove_model("random", config, groups)
         assert proof.largest_difference <= BUDGET, f"{proof} of {config}"
         assert proof.num_tensors == proof.num_equal > 0, f"{proof} of {config}"
