@@ -223,6 +223,7 @@ def start_curve(numbers: Iterable[int]) -> Curve:
         demo = prepare_demo(folder / "demo")
         options = ["--model", str(demo.model_dir), "--data", str(demo.train_file), "--valid-data", str(demo.valid_file)]
         options += ["--data-cache", str(folder), "--fp32", "--global-batch-size", "16", "--train-iters", "1"]
+        options += ["--max-length", "512", "--max-prompt-length", "384", "--tokens-per-microbatch", "1024"]
         # The first start tokenises, and is not counted.
         for number, ranks in enumerate((1, *numbers)):
             found = _started(ranks, *options)
