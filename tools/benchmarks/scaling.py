@@ -287,7 +287,7 @@ def draw(curves: list[Curve], path: Path) -> None:
 
     columns = min(3, len(curves))
     rows = math.ceil(len(curves) / columns)
-    figure = Figure(figsize=(4 * columns, 2.8 * rows), layout="constrained")
+    figure = Figure(figsize=(4 * columns, 3.6 * rows), layout="constrained")
     panels = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axes, curve in zip(panels, curves, strict=False):
         for measure, numbers in curve.found.items():
@@ -296,7 +296,7 @@ def draw(curves: list[Curve], path: Path) -> None:
         in_proportion = [value / curve.values[0] for value in curve.values]
         axes.plot(curve.values, in_proportion, ":", color="gray", linewidth=1, label="in proportion")
         axes.set(xscale="log", yscale="log", title=curve.name, xlabel=curve.against, ylabel="times the first")
-        axes.legend(fontsize=6)
+        axes.legend(fontsize=6, loc="upper center", bbox_to_anchor=(0.5, -0.24))
     for axes in panels[len(curves) :]:
         axes.remove()
     figure.savefig(path, dpi=80)
