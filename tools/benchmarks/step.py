@@ -4,8 +4,6 @@
     python tools/benchmarks/step.py --data pairs.jsonl --num-steps 3 --global-batch-size 16
     python tools/benchmarks/step.py --data pairs.jsonl --methods ours,ours-padded,trl-1,trl-2,trl-8
 
-`ours-norms-again` recomputes the norms in the backward pass.
-
 Both sides train the same Llama (8 layers, hidden 512, 32,000 ids, fp32) with AdamW. They get the same token ids in the
 same global batches, so their losses must agree. `trl-M` takes M pairs a microbatch, and gets them
 better than it would take them itself: each global batch sorted by length, so that a microbatch pads
@@ -43,7 +41,6 @@ SEED = 42
 MIB = 2**20
 OURS = {
     "ours": {},
-    "ours-norms-again": {"recompute_granularity": "selective", "recompute_modules": ("layernorm",)},
     "ours-no-sharing": {"prefix_sharing": False},
     "ours-no-packing": {"packing": False},
     "ours-padded": {"packing": False, "prefix_sharing": False},
