@@ -193,7 +193,8 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, rendered: str) -> list[int]:
 
     Raises: DataError where it begins with two BOS, or with none although the tokenizer adds one to every text.
     """
-    ids: list[int] = tokenizer(rendered, add_special_tokens=False)["input_ids"]
+    # Without transformers' warning of a long text: what is too long for the model is an error, which names the prompt.
+    ids: list[int] = tokenizer(rendered, add_special_tokens=False, verbose=False)["input_ids"]
     bos = tokenizer.bos_token_id
     if bos is None:
         return ids
