@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
-from simpo_megatron.errors import ConfigError
+from simpo_megatron.errors import ConfigError, DataError
 from simpo_megatron.evaluation.benchmarks import BENCHMARKS
 from simpo_megatron.evaluation.evaluated import EvaluatedModel
 from simpo_megatron.evaluation.official import OfficialEnvironment
@@ -123,7 +124,7 @@ def score_model(scorer: OfficialScorer, judge: str) -> Iterator[str]:
     model = scorer.model
     scorer.check()
     with held_folder(model.folder):
-        scored = scorer.score(judge)
+        scored = _finite(scorer.score(judge), judge)
         reasons = reasons_against_comparing(scorer, judge, scored)
         facts = model.facts_of_answers()
         path = model.write_score(
@@ -152,6 +153,22 @@ def score_model(scorer: OfficialScorer, judge: str) -> Iterator[str]:
     yield from (f"note      {note}" for note in scored.notes)
     yield from (f"WARNING   not comparable with published scores: {reason}" for reason in reasons)
     yield f"written   {path}"
+
+
+def _finite(scored: Scored, judge: str) -> Scored:
+    """The scores without those that are no numbers, such as a category's in which no verdict could be read.
+
+    Raises: DataError where the main one is none.
+    """
+    lost = [name for name, metric in scored.metrics.items() if not all(map(math.isfinite, metric.values()))]
+    if next(iter(scored.metrics)) in lost:
+        raise DataError(
+            f"judge: found no score, for {scored.num_missing} verdicts of {judge} could not be read, expected some in "
+            "the benchmark's form; judge with another model"
+        )
+    metrics = {name: metric for name, metric in scored.metrics.items() if name not in lost}
+    notes = (*scored.notes, *(f"no verdict could be read of: {name}" for name in lost))
+    return replace(scored, metrics=metrics, notes=notes)
 
 
 def shown(metric: Metric) -> str:

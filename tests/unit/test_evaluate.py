@@ -15,7 +15,7 @@ import yaml
 from simpo_megatron.commands import evaluate
 from simpo_megatron.demo import prepare_demo
 from simpo_megatron.errors import ConfigError, DataError, GateClosed
-from simpo_megatron.evaluation import reproduction
+from simpo_megatron.evaluation import judging, reproduction
 from simpo_megatron.evaluation.arena_hard import checked_checkout
 from simpo_megatron.evaluation.benchmarks import encodable
 from simpo_megatron.evaluation.gate import paired_difference
@@ -308,3 +308,13 @@ def test_an_official_scorer_and_what_it_started_end_with_the_command(tmp_path, n
         while Path(f"/proc/{pid}/stat").exists() and Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2][1] != "Z":
             assert time.monotonic() < deadline, f"process {pid} runs on"
             time.sleep(0.05)
+
+
+def test_a_score_that_is_no_number_is_none():
+    nan, metrics = float("nan"), {"score of 10": {"value": 5.0, "error": 0.1}, "category math": {"value": float("nan")}}
+    scored = judging._finite(judging.Scored(metrics, 3, notes=("a note",)), "j")
+    assert list(scored.metrics) == ["score of 10"] and scored.num_missing == 3
+    assert scored.notes == ("a note", "no verdict could be read of: category math")
+    for metric in ({"value": nan}, {"value": 5.0, "low": nan, "high": 6.0}, {"value": float("inf")}):
+        with pytest.raises(DataError, match="found no score, for 160 verdicts of j could not be read"):
+            judging._finite(judging.Scored({"score of 10": metric}, 160), "j")
