@@ -189,10 +189,10 @@ class _Replica:
 
 
 def _cause(lines: Sequence[str]) -> str:
-    """The last line, or the last exception before those by which vLLM's processes say that another one failed."""
+    """The last line; where vLLM's processes say that another one failed, the last exception that is not theirs."""
     last = lines[-1] if lines else "nothing"
     raised = [found[0] for line in lines if (found := _RAISED.search(line)) and "root cause" not in found[0]]
-    return raised[-1] if raised and "root cause" in last else last
+    return raised[-1] if raised and any("root cause" in line for line in lines) else last
 
 
 def _devices(replica: int, tensor_parallel_size: int, data_parallel_size: int) -> str | None:
