@@ -323,7 +323,7 @@ class RunConfig:
         600, "Longest time for one step; then the rank that did not arrive is named and the run ends."
     )
     tensorboard_dir: str | None = option(None, "Folder for TensorBoard.", metavar="DIR")
-    verbose: bool = option(False, "Print every option at the start of the run.", everyday=True)
+    verbose: bool = option(False, "Print every option and each phase's time at the start of the run.", everyday=True)
     log_level: Literal["debug", "info", "warning", "error"] = option(
         "info", "Lowest level of the messages that are printed; each names its rank."
     )

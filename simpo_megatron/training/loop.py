@@ -135,7 +135,7 @@ class _Steps:
             )
         self._window.add(step)
         if end_phase("first step"):
-            self._log.say(describe_start())
+            self._log.say(describe_start(every_phase=run.verbose))
         is_last, stop = iteration == self._job.train_iters, due.signal_in(noted)
         saves = run.save is not None and (is_last or stop > 0 or due.at(iteration, noted))
         self._log_step(iteration, grad_norm, learning_rate, is_window_end=saves or is_last)

@@ -41,11 +41,13 @@ def phases() -> dict[str, Elapsed]:
     }
 
 
-def describe_start() -> str:
-    """A line on the times of all phases that have ended."""
+def describe_start(*, every_phase: bool) -> str:
+    """A line on the time to the end of the first step, and on that of the longest phase or of every one."""
     seconds, cpu_seconds = list(_ends.values())[-1]
-    parts = ", ".join(f"{name} {found.seconds:.2f} ({found.cpu_seconds:.2f})" for name, found in phases().items())
-    return (
-        f"start     first step done {seconds:.1f} s after this process began ({cpu_seconds:.1f} s of CPU): "
-        f"{parts}, in s (of CPU)"
-    )
+    told = f"start     first step done {seconds:.1f} s after this process began ({cpu_seconds:.1f} s of CPU)"
+    found = phases()
+    if every_phase:
+        parts = (f"{name} {times.seconds:.2f} ({times.cpu_seconds:.2f})" for name, times in found.items())
+        return f"{told}: {', '.join(parts)}, in s (of CPU)"
+    longest = max(found, key=lambda name: found[name].seconds)
+    return f"{told}; longest phase: {longest}, {found[longest].seconds:.1f} s; --verbose tells all"

@@ -234,7 +234,7 @@ def start_curve(numbers: Iterable[int]) -> Curve:
 
 def _started(ranks: int, *options: str) -> dict[str, float]:
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    printed = _output([*command, str(save.REPOSITORY / "examples/pretrain_simpo.py"), *options])
+    printed = _output([*command, str(save.REPOSITORY / "examples/pretrain_simpo.py"), "--verbose", *options])
     ((seconds, cpu_seconds, phases),) = _START.findall(printed)
     of_phase = {name.strip(): float(cpu) for name, cpu in _PHASE.findall(phases)}
     parts = {f"CPU s a rank: {name}": sum(map(of_phase.__getitem__, parts)) for name, parts in PHASES.items()}
