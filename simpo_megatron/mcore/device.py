@@ -13,7 +13,7 @@ import os
 import torch
 
 from simpo_megatron.config import Machine
-from simpo_megatron.errors import ConfigError
+from simpo_megatron.errors import ConfigError, StoppedBySignal
 from simpo_megatron.loss.products import has_wide_products
 from simpo_megatron.loss.triton_needs import missing_for_triton
 from simpo_megatron.mcore.varlen_kernels import attention_name
@@ -99,6 +99,8 @@ def transformer_engine_failure() -> str | None:
     """The reason why Transformer Engine cannot be loaded, in one line; None where it is loaded."""
     try:
         importlib.import_module("transformer_engine.pytorch")
+    except StoppedBySignal:
+        raise
     except Exception as error:
         # PyPI's bare meta package raises RuntimeError, a build for another CUDA OSError, one without torch ImportError.
         return " ".join(f"{type(error).__name__}: {error}".split())[:_MOST_SHOWN]

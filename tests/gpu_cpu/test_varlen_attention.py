@@ -18,6 +18,7 @@ from counting import Counter
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from simpo_megatron.mcore import attention as attention_module
 from simpo_megatron.mcore import varlen_kernels
 from simpo_megatron.mcore.attention import SegmentedAttention
 from simpo_megatron.mcore.context import ContextShare
@@ -174,6 +175,7 @@ def gpu(monkeypatch):
 
     monkeypatch.setattr(varlen, "varlen_attn", varlen_attn)
     monkeypatch.setattr(varlen_kernels, "_has_flash_attention", lambda query: True)
+    monkeypatch.setattr(attention_module, "cpu_kernel_has", lambda *_: False)
     return calls
 
 
