@@ -284,6 +284,7 @@ def write_table(page: Path, rows: Sequence[str]) -> None:
 def draw(curves: list[Curve], path: Path) -> None:
     """Each measure against what grows, relative to the first point, both on logarithmic axes."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
     columns = min(3, len(curves))
     rows = math.ceil(len(curves) / columns)
@@ -296,6 +297,11 @@ def draw(curves: list[Curve], path: Path) -> None:
         in_proportion = [value / curve.values[0] for value in curve.values]
         axes.plot(curve.values, in_proportion, ":", color="gray", linewidth=1, label="in proportion")
         axes.set(xscale="log", yscale="log", title=curve.name, xlabel=curve.against, ylabel="times the first")
+        axes.set_xticks(curve.values, [f"{value:,.9g}" for value in curve.values], fontsize=7)
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_minor_locator(NullLocator())
         axes.legend(fontsize=6, loc="upper center", bbox_to_anchor=(0.5, -0.24))
     for axes in panels[len(curves) :]:
         axes.remove()
