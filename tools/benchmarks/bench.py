@@ -34,7 +34,7 @@ BENCHMARKS: dict[str, Sequence[str]] = {
     "start": ("start.py", "--rounds", "1"),
     # The compiled methods take longer to compile than all others to run.
     "loss": (
-        *("loss.py", "--rounds", "1", "--shape", "512x16384:520x1024"),
+        *("loss.py", "--rounds", "1", "--shape", "512x16384:4x1024"),
         *("--methods", "ours,princeton,trl,liger,megatron"),
     ),
     "step": ("step.py", "--num-steps", "3", "--global-batch-size", "8", "--methods", "ours,trl-1"),
