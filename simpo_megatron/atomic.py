@@ -121,7 +121,7 @@ def scratch_folder(path: Path) -> Iterator[Path]:
         yield draft
     finally:
         held.release()
-        shutil.rmtree(draft, ignore_errors=True)
+        _remove_draft(draft)
 
 
 def rename(draft: Path, path: Path) -> None:

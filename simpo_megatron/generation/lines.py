@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeGuard
 
 from simpo_megatron import atomic
 from simpo_megatron.errors import ConfigError, DataError
@@ -117,6 +118,11 @@ def read_settings(path: Path) -> dict[str, Any]:
     if not isinstance(settings, dict):
         raise ConfigError(f"{path}: found no settings in it, expected the record of a folder; name another folder")
     return settings
+
+
+def is_finite_number(value: object) -> TypeGuard[float]:
+    """True for a number that is neither a boolean, nor NaN, nor outside the range of a float."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def read_record(path: Path) -> dict[str, Any] | None:

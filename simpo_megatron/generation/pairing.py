@@ -19,6 +19,7 @@ from simpo_megatron.generation.lines import (
     append,
     appending,
     held_folder,
+    is_finite_number,
     keep_settings,
     read_lines,
     read_settings,
@@ -131,7 +132,7 @@ def _read_scores(path: Path) -> dict[tuple[str, int], float | None]:
     scores = {}
     for number, row in enumerate(read_lines(path, id=str, sample=int), 1):
         score = row.get("score")
-        if score is not None and not (type(score) in (int, float) and math.isfinite(score)):
+        if score is not None and not is_finite_number(score):
             raise DataError(
                 f"{path}:{number}: score: found {str(score)[:80]!r}, expected a finite number; remove the line"
             )

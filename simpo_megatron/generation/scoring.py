@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -14,7 +13,7 @@ from simpo_megatron.data import PairOptions, load_tokenizer
 from simpo_megatron.data.records import BadRecord
 from simpo_megatron.data.templates import chat_template_of
 from simpo_megatron.errors import ConfigError, DataError
-from simpo_megatron.generation.lines import read_lines
+from simpo_megatron.generation.lines import is_finite_number, read_lines
 from simpo_megatron.generation.prompts import Message
 from simpo_megatron.generation.server import ChatServer
 
@@ -101,8 +100,8 @@ class Judge(Scorer):
     def score(self, row: Mapping[str, Any]) -> float | None:
         asked = [{"role": "system", "content": _INSTRUCTION}, {"role": "user", "content": _as_text(row["messages"])}]
         said = self._server.chat(asked, max_tokens=_JUDGE_TOKENS, temperature=0.0, seed=0).text
-        rating = float(([0.0] + _RATING.findall(said))[-1])
-        return rating if 1 <= rating <= 10 else None
+        ratings = [float(found) for found in _RATING.findall(said)]
+        return ratings[-1] if ratings and 1 <= ratings[-1] <= 10 else None
 
 
 class ScoresOfFile(Scorer):
@@ -125,7 +124,7 @@ class ScoresOfFile(Scorer):
 
     def score(self, row: Mapping[str, Any]) -> float:
         found = self._scores.get((row["id"], row["sample"]))
-        if isinstance(found, bool) or not isinstance(found, (int, float)) or not math.isfinite(found):
+        if not is_finite_number(found):
             raise DataError(
                 f"{self._path}: found {'no score' if found is None else repr(found)[:80]} of id {row['id']!r}, sample "
                 f"{row['sample']}, expected a finite score of each answer"

@@ -74,7 +74,7 @@ class ForwardStep(MicrobatchStep):
 
 
 class LogProbsStep(MicrobatchStep):
-    """A pass without gradients that keeps what the responses' log-probs are."""
+    """A pass without gradients that keeps the log-probs of the responses."""
 
     def loss(self, log_probs_N: Tensor, microbatch: Microbatch) -> tuple[Tensor, Tensor, ResponseLogProbs]:
         """(0, pairs, the log-probs of the responses)."""

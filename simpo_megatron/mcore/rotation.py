@@ -14,7 +14,7 @@ _NAME = "_rotary_factors"
 def rotated(heads: Tensor, frequencies: Tensor, *, interleaved: bool, factor: float) -> Tensor:
     """`heads` [S, B, A, D], whose first R elements are turned by the angles `frequencies` [S, 1, 1, R], in radians.
 
-    To the last bit megatron's rotation, values and gradients.
+    Values and gradients equal those of megatron's rotation to the last bit.
 
     Args:
         interleaved: element 2i turns with 2i + 1, else i with i + R / 2.
@@ -36,7 +36,7 @@ class _Factors:
 
     @classmethod
     def of(cls, frequencies: Tensor, factor: float, dtype: torch.dtype, interleaved: bool) -> _Factors:
-        """Those of the angles `frequencies`, made once for all layers that are given the same tensor."""
+        """The factors of the angles `frequencies`, made once for all layers that are given the same tensor."""
         known = frequencies.__dict__.setdefault(_NAME, {})
         key = factor, dtype, interleaved
         if key not in known:

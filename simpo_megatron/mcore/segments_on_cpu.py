@@ -45,7 +45,7 @@ def attend_segments(
 
 
 class _Attend(torch.autograd.Function):
-    """autograd alone would keep the keys of a prompt again for each response, and all outputs in two orders."""
+    """The attention; autograd alone would keep a prompt's keys for each response, and outputs in two orders."""
 
     @staticmethod
     def forward(
@@ -60,9 +60,7 @@ class _Attend(torch.autograd.Function):
         outputs, sums = [], []
         for segment, mask_LT in zip(segments, masks, strict=True):
             out_BALD, sum_BAL = _KERNEL(
-                _heads_first(query_SBAD[segment.start : segment.end]),
-                _heads_first(_keys(key_SBGD, segment)),
-                _heads_first(_keys(value_SBGD, segment)),
+                *_inputs(query_SBAD, key_SBGD, value_SBGD, segment),
                 0.0,
                 mask_LT is None,
                 attn_mask=mask_LT,
@@ -87,9 +85,7 @@ class _Attend(torch.autograd.Function):
             own = slice(segment.start, segment.end)
             of_query, of_key, of_value = _KERNEL_BACKWARD(
                 _heads_first(grad_SBAD[own]),
-                _heads_first(query_SBAD[own]),
-                _heads_first(_keys(key_SBGD, segment)),
-                _heads_first(_keys(value_SBGD, segment)),
+                *_inputs(query_SBAD, key_SBGD, value_SBGD, segment),
                 _heads_first(out_SBAD[own]),
                 sum_BAL,
                 0.0,
@@ -101,6 +97,12 @@ class _Attend(torch.autograd.Function):
             _add(key_grad_SBGD, of_key.permute(2, 0, 1, 3), segment)
             _add(value_grad_SBGD, of_value.permute(2, 0, 1, 3), segment)
         return query_grad_SBAD, key_grad_SBGD, value_grad_SBGD, None, None, None
+
+
+def _inputs(query_SBAD: Tensor, key_SBGD: Tensor, value_SBGD: Tensor, segment: Segment) -> list[Tensor]:
+    """Queries [B, A, L, D], keys and values [B, G, T, D] of one segment, as the kernel takes them."""
+    own = query_SBAD[segment.start : segment.end]
+    return [_heads_first(x) for x in (own, _keys(key_SBGD, segment), _keys(value_SBGD, segment))]
 
 
 def _heads_first(x: Tensor) -> Tensor:

@@ -95,6 +95,7 @@ def local_layer_spec(config: ArchitectureConfig, *, num_experts: int | None = No
         normalization=config.normalization,
     )
     if not device.has_cuda():
+        # Only the CPU's norms and activation mark their outputs; on a GPU its hooks would cost time for nothing.
         spec.module = LeanTransformerLayer
     layer = spec.submodules
     layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm

@@ -355,6 +355,7 @@ def test_scores_of_a_file_are_those_in_it_now_and_all_there_before_the_first_is_
 
     assert made("out", 1) == 3 and made("out", 1, float("nan")) == 3 and not (tmp_path / "out").exists()
     assert "found no score of id 'a', sample 1" in (error := capsys.readouterr().err) and "found nan of id 'a'" in error
+    assert made("out", 1, 10**400) == 3 and "found 1000" in capsys.readouterr().err
     assert made("out", 1, 2) == made("out", 1, 2) == 0
     assert made("out", 2, 1) == 2 and "begun with other settings (scores " in capsys.readouterr().err
     assert made("tied", 1, 1) == 3

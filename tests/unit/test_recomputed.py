@@ -13,7 +13,7 @@ from simpo_megatron import parallel
 from simpo_megatron.config import config_from
 from simpo_megatron.data import BatchOptions, TokenizedPair, collate
 from simpo_megatron.mcore import cpu_patches, recomputed
-from simpo_megatron.mcore.batch import to_microbatch
+from simpo_megatron.mcore.batch import output_of, to_microbatch
 from simpo_megatron.mcore.families import describe_hf_config
 from simpo_megatron.mcore.model import build_model, zero_weights
 from simpo_megatron.mcore.recomputed import computed_by, recomputing
@@ -129,13 +129,7 @@ def test_a_layer_keeps_eight_tensors_of_a_pack(sharing, monkeypatch):
         weights = {parameter.data_ptr() for parameter in model.parameters()}
         options = BatchOptions(global_batch_size=len(pairs), prefix_sharing=sharing)
         microbatch = to_microbatch(collate(pairs, range(len(pairs)), options), torch.device("cpu"))
-        out = model(
-            microbatch.tokens_BS,
-            microbatch.position_ids_BS,
-            None,
-            labels=microbatch.labels,
-            packed_seq_params=microbatch.layout,
-        )
+        out = output_of(model, microbatch)
     assert out.requires_grad
     heads, groups_, size, hidden, width = 6, 2, 8, 48, 80
     of_tensors = 2 * hidden + 2 * heads * size + 2 * groups_ * size + 2 * width

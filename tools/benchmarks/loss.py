@@ -14,7 +14,6 @@ triton), both from PyPI.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
 import math
 import os
@@ -27,6 +26,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from results import keep
+
+from simpo_megatron.collector import release_memory
 
 BETA, GAMMA = 2.0, 1.0
 IGNORE = -100
@@ -180,7 +181,7 @@ def worker(args) -> dict:
     # Once without measuring, because some methods compile for a shape. What this leaves in the heap goes back to the
     # system, or memory and time of the second run would profit from it, of each method by another amount.
     gradients(run, hidden, weight, labels, where)
-    ctypes.CDLL(None).malloc_trim(0)
+    release_memory()
     Path("/proc/self/clear_refs").write_text("5")
     base = status_mib("VmRSS")
     start = time.process_time()
