@@ -13,7 +13,7 @@ import shutil
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import BaseFileLock, FileLock, Timeout
@@ -155,16 +155,21 @@ def _publish(draft: Path, path: Path, *, replaces: bool) -> None:
     # Last: without its lock, the draft would soon be taken for one of a killed process.
     (draft / LOCK_FILE).unlink()
     sync(draft)
-    if path.exists() and not replaces:
+    if replaces:
+        _replace(draft, path)
         return
-    replaced = draft_name(path)
-    if path.exists():
-        os.rename(path, replaced)
     try:
         rename(draft, path)
     except OSError:
-        if replaces or not path.exists():
+        if not path.exists():  # otherwise another process was first
             raise
+
+
+def _replace(draft: Path, path: Path) -> None:
+    replaced = draft_name(path)
+    if path.exists():
+        os.rename(path, replaced)
+    rename(draft, path)
     shutil.rmtree(replaced, ignore_errors=True)
 
 
@@ -227,7 +232,10 @@ def _was_abandoned(draft: Path) -> bool:
         return isinstance(error, FileNotFoundError)
     try:
         if file.stat().st_ino != inode:
-            file.unlink()  # made by the lock above, while the draft becomes what it was to be
+            # Made by the lock above, with its folder where that was gone: the draft has become what it was to be.
+            file.unlink()
+            with suppress(OSError):
+                draft.rmdir()
             return False
         # The lock is held meanwhile, so that who made the draft a moment ago does not begin in it.
         shutil.rmtree(draft, ignore_errors=True)
