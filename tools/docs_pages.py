@@ -18,7 +18,7 @@ from simpo_megatron.config import Config
 from simpo_megatron.config.bundled import bundled_configs
 from simpo_megatron.config.options import ALIASES, Option, option_table
 from simpo_megatron.config.presets import PRESETS
-from simpo_megatron.data.findings import FINDINGS
+from simpo_megatron.data.rendering import FINDINGS
 
 PACKAGE = Path(simpo_megatron.__file__).parent
 ROOMS_MARK, FINDINGS_MARK = "<!-- rooms -->", "<!-- findings -->"

@@ -20,20 +20,24 @@ if TYPE_CHECKING:
     from simpo_megatron.data.batch_options import BatchConfig, BatchOptions, check_global_batch_size
     from simpo_megatron.data.batching import (
         PreferenceBatch,
+        Shape,
         StepPlan,
         check_batches,
         check_budget,
         collate,
+        heaviest_step,
         iterate_steps,
+        padding_share,
         pair_tokens,
         plan_evaluation,
         plan_step,
+        plan_tokens,
+        step_shape,
     )
     from simpo_megatron.data.dataset import PreferenceDataset, build_preference_dataset, check_vocabulary, split
-    from simpo_megatron.data.padding import Shape, heaviest_step, padding_share, plan_tokens, step_shape
     from simpo_megatron.data.pair_options import PairOptions
+    from simpo_megatron.data.rendering import chosen_template
     from simpo_megatron.data.sources import METRIC_GROUPS, parse_named_sources
-    from simpo_megatron.data.templates import chosen_template
     from simpo_megatron.data.tokenization import TokenizedPair, load_tokenizer
 
 __all__ = [
@@ -70,13 +74,12 @@ __getattr__, __dir__ = lazy_names(
     __name__,
     {
         "batch_options": "BatchConfig BatchOptions check_global_batch_size",
-        "batching": "PreferenceBatch StepPlan check_batches check_budget collate iterate_steps "
-        "pair_tokens plan_evaluation plan_step",
+        "batching": "PreferenceBatch Shape StepPlan check_batches check_budget collate heaviest_step iterate_steps "
+        "padding_share pair_tokens plan_evaluation plan_step plan_tokens step_shape",
         "dataset": "PreferenceDataset build_preference_dataset check_vocabulary split",
-        "padding": "Shape heaviest_step padding_share plan_tokens step_shape",
         "pair_options": "PairOptions",
         "sources": "METRIC_GROUPS parse_named_sources",
-        "templates": "chosen_template",
+        "rendering": "chosen_template",
         "tokenization": "TokenizedPair load_tokenizer",
     },
 )

@@ -10,11 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from simpo_megatron.data.build_report import BuildReport
 from simpo_megatron.data.pair_options import PairOptions
-from simpo_megatron.data.shards import files_of
-from simpo_megatron.data.sources import Source, parse_sources
-from simpo_megatron.data.store import PairStore, digest_of_tokenizer, open_store
+from simpo_megatron.data.sources import Source, files_of, parse_sources
+from simpo_megatron.data.store import BuildReport, PairStore, digest_of_tokenizer, open_store
 from simpo_megatron.data.tokenization import TokenizedPair
 from simpo_megatron.errors import DataError, listed, require
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from simpo_megatron.data import PairOptions, load_tokenizer
 from simpo_megatron.data.records import BadRecord
-from simpo_megatron.data.templates import chat_template_of
+from simpo_megatron.data.rendering import chat_template_of
 from simpo_megatron.errors import ConfigError, DataError
 from simpo_megatron.generation.prompts import Message
 from simpo_megatron.generation.server import ChatServer

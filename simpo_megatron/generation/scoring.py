@@ -11,7 +11,7 @@ from typing import Any
 
 from simpo_megatron.data import PairOptions, load_tokenizer
 from simpo_megatron.data.records import BadRecord
-from simpo_megatron.data.templates import chat_template_of
+from simpo_megatron.data.rendering import chat_template_of
 from simpo_megatron.errors import ConfigError, DataError
 from simpo_megatron.generation.lines import is_finite_number, read_lines
 from simpo_megatron.generation.prompts import Message

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from simpo_megatron.data.inspect import PARTS, DatasetInspection, ShownPair, histogram
+from simpo_megatron.data.inspection import PARTS, DatasetInspection, ShownPair, histogram
 from simpo_megatron.reporting.rendering import render
 
 

@@ -18,8 +18,7 @@ from simpo_megatron.checkpoint.model_source import (
 )
 from simpo_megatron.config import DEMO, Config
 from simpo_megatron.convert import check_model_files, refuse_existing_export
-from simpo_megatron.data.readers import check_kind
-from simpo_megatron.data.sources import check_readable, parse_named_sources, parse_sources
+from simpo_megatron.data.sources import check_kind, check_readable, parse_named_sources, parse_sources
 from simpo_megatron.demo import demo_version, prepare_demo
 from simpo_megatron.errors import CheckpointError, ConfigError, DataError
 from simpo_megatron.launched import is_launched

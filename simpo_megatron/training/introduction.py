@@ -9,7 +9,7 @@ import torch.distributed as dist
 from simpo_megatron.config import Config, changed_options, lint, to_text
 from simpo_megatron.convert import trained_share
 from simpo_megatron.data import padding_share
-from simpo_megatron.data.inspect import num_leaked, read_as, summary
+from simpo_megatron.data.inspection import num_leaked, read_as, summary
 from simpo_megatron.mcore import device
 from simpo_megatron.mcore.experts import load_balancing_coefficient, times_transformers
 from simpo_megatron.mcore.families import ModelDescription

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, MixtralConfig
 from twin import TwinSettings, batch_loss, train
 
 from simpo_megatron.data import BatchOptions, plan_step
-from simpo_megatron.data.padding import microbatch_shape
+from simpo_megatron.data.batching.padding import microbatch_shape
 
 WORKER = Path(__file__).with_name("layout_worker.py")
 NUM_RANKS, NUM_STEPS, BATCH, COEFFICIENT, EXPERTS, CHOSEN = 4, 2, 8, 0.5, 4, 2

@@ -4,7 +4,7 @@ import os
 import signal
 import time
 
-from simpo_megatron.data.workers import map_in_processes
+from simpo_megatron.data.store.workers import map_in_processes
 
 
 def prepare(number):

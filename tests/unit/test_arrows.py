@@ -122,6 +122,23 @@ MAY_IMPORT = {
     "cli": {"errors", "logs", "stop_signals"},
     "__main__": {"cli"},
 }
+# What each inner room of a large room may import of that room, itself apart.
+INNER_ROOMS = {
+    "data": {
+        "pair_options": set(),
+        "batch_options": set(),
+        "tokenizer_files": set(),
+        "ngrams": set(),
+        "records": {"pair_options"},
+        "sources": {"pair_options", "records"},
+        "rendering": {"pair_options", "tokenizer_files", "records"},
+        "tokenization": {"pair_options", "tokenizer_files", "records", "rendering"},
+        "store": {"pair_options", "records", "sources", "rendering", "tokenization"},
+        "dataset": {"pair_options", "sources", "store", "tokenization"},
+        "batching": {"batch_options", "tokenization", "dataset"},
+        "inspection": {"records", "rendering", "store", "dataset"},
+    },
+}
 # Outside packages that a room must do without, at import and in its functions alike.
 FORBIDDEN = {
     "errors": {"torch", "megatron", "transformers", "yaml", "numpy"},
@@ -185,13 +202,68 @@ def test_every_room_has_its_arrows_stated():
     assert {"loss", "data", "config", "mcore", "training"} <= rooms
 
 
-def test_the_arrows_allowed_have_no_circle():
-    open_rooms, order = dict(MAY_IMPORT), []
+@pytest.mark.parametrize("allowed", [MAY_IMPORT, *INNER_ROOMS.values()], ids=["package", *INNER_ROOMS])
+def test_the_arrows_allowed_have_no_circle(allowed):
+    open_rooms, order = dict(allowed), []
     while open_rooms:
         free = [name for name, others in open_rooms.items() if others <= set(order)]
         assert free, f"a circle among {sorted(open_rooms)}"
         order += free
         open_rooms = {name: others for name, others in open_rooms.items() if name not in free}
+
+
+def inner_room(path):
+    """(room, inner room) of a file in a large room; None of other files, and of a large room's own door."""
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return parts[:2] if parts[0] in INNER_ROOMS and parts[1] != "__init__" else None
+
+
+def inner_arrows(path, tree=None):
+    """(line, inner room) of every import from within the same large room."""
+    large = inner_room(path)[0]
+    for line, name in imported(path, tree):
+        parts = name.split(".")
+        if parts[:2] == [PACKAGE.name, large] and len(parts) > 2:
+            yield line, parts[2]
+
+
+def inner_backward(path, tree=None):
+    large, own = inner_room(path)
+    return [
+        f"{path.name}:{line} {own} imports {other}"
+        for line, other in inner_arrows(path, tree)
+        if other != own and other not in INNER_ROOMS[large][own]
+    ]
+
+
+def past_doors(path, tree=None):
+    """Imports of modules inside an inner room from outside it, where its `__init__` is the door."""
+    for line, name in imported(path, tree):
+        _, *inside = name.split(".")
+        if len(inside) > 2 and inside[0] in INNER_ROOMS and tuple(inside[:2]) != inner_room(path):
+            folder = PACKAGE.joinpath(*inside[:2])
+            if (folder / f"{inside[2]}.py").exists():
+                yield f"{path.relative_to(PACKAGE)}:{line} {name}"
+
+
+@pytest.mark.parametrize("large", INNER_ROOMS)
+def test_inner_rooms_import_in_one_direction(large):
+    paths = [path for path in MODULES if room(path) == large and inner_room(path)]
+    assert {inner_room(path)[1] for path in paths} == set(INNER_ROOMS[large])
+    assert [arrow for path in paths for arrow in inner_backward(path)] == []
+
+
+def test_inner_rooms_are_entered_by_their_doors():
+    assert [arrow for path in MODULES for arrow in past_doors(path)] == []
+
+
+def test_the_walk_sees_arrows_between_inner_rooms():
+    tree = ast.parse("from simpo_megatron.data import store\nfrom simpo_megatron.data.store.chunks import encode_chunk")
+    records = PACKAGE / "data/records/parsing.py"
+    assert len(inner_backward(records, tree)) == 2
+    assert len(list(past_doors(records, tree))) == len(list(past_doors(PACKAGE / "cli.py", tree))) == 1
+    assert inner_backward(PACKAGE / "data/store/chunks.py", tree) == []
+    assert list(past_doors(PACKAGE / "data/store/chunks.py", tree)) == []
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))

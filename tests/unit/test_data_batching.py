@@ -19,8 +19,8 @@ from simpo_megatron.data import (
     plan_evaluation,
     plan_step,
 )
-from simpo_megatron.data.batching import pair_tokens, step_pairs
-from simpo_megatron.data.padding import microbatch_shape, plan_tokens, step_shape
+from simpo_megatron.data.batching import pair_tokens, plan_tokens, step_pairs, step_shape
+from simpo_megatron.data.batching.padding import microbatch_shape
 from simpo_megatron.errors import ConfigError
 
 MODES = list(product((True, False), (True, False)))

@@ -10,9 +10,9 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from simpo_megatron.data import PairOptions
-from simpo_megatron.data.backends import has_byte_tokens
 from simpo_megatron.data.records import PreferenceRecord
 from simpo_megatron.data.tokenization import EncodedPair, PairTokenizer
+from simpo_megatron.data.tokenization.backends import has_byte_tokens
 
 WORDS = ("the", " ans", "\n", "\n\n", "  ", "\u00e9", "e\u0301", "\U0001f600", "<|im_end|>", "12", ":", "\u2028")
 ONE_TOKEN_HEADER = (

@@ -14,9 +14,8 @@ from conversations import rows
 from test_data_rendering import WIDE, templated
 
 from simpo_megatron.data import PairOptions
-from simpo_megatron.data.findings import FINDINGS
-from simpo_megatron.data.messages import UntrainedTurn, as_messages
-from simpo_megatron.data.records import BadRecord, to_record
+from simpo_megatron.data.records import BadRecord, UntrainedTurn, as_messages, to_record
+from simpo_megatron.data.rendering import FINDINGS
 from simpo_megatron.data.tokenization import PairTokenizer
 
 NUM_CONVERSATIONS = int(os.environ.get("SIMPO_NUM_CONVERSATIONS", "120"))

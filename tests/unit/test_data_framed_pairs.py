@@ -8,10 +8,10 @@ from conversations import rows
 from data_tokenizers import gemma_like, llama_like, qwen_like
 from test_data_frames import JOINING
 
-from simpo_megatron.data.framed_pairs import FramedPairs
 from simpo_megatron.data.pair_options import PairOptions
 from simpo_megatron.data.records import BadRecord, to_record
-from simpo_megatron.data.rendered_pairs import PairRenderer, RenderedPair
+from simpo_megatron.data.rendering import PairRenderer, RenderedPair
+from simpo_megatron.data.rendering.framed_pairs import FramedPairs
 
 # Pieces of what templates write, and texts that could be taken for them.
 PIECES = (

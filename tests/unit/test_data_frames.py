@@ -7,8 +7,8 @@ from data_tokenizers import GEMMA_TEMPLATE, LLAMA_TEMPLATE, QWEN_TEMPLATE, qwen_
 
 from simpo_megatron.data.pair_options import PairOptions
 from simpo_megatron.data.records import BadRecord, to_record
-from simpo_megatron.data.template_frames import TemplateFrames, joins_contents
-from simpo_megatron.data.templates import bundled_templates, chat_template_of
+from simpo_megatron.data.rendering import bundled_templates, chat_template_of
+from simpo_megatron.data.rendering.template_frames import TemplateFrames, joins_contents
 
 # In the words of families: Llama 3 and 2, Zephyr.
 LLAMA3 = (

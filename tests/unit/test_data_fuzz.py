@@ -14,9 +14,8 @@ from mutated_records import mutate, mutated_row
 from test_data_rendering import WIDE, templated
 
 from simpo_megatron.data import PairOptions, build_preference_dataset
-from simpo_megatron.data.findings import FINDINGS
-from simpo_megatron.data.messages import UntrainedTurn
-from simpo_megatron.data.records import parse_json, to_record
+from simpo_megatron.data.records import UntrainedTurn, parse_json, to_record
+from simpo_megatron.data.rendering import FINDINGS
 
 NUM_MUTATIONS = int(os.environ.get("SIMPO_NUM_MUTATIONS", "1500"))
 OPTIONS = PairOptions(responses="assistant", bad_record="skip", max_bad_fraction=1, **WIDE)

@@ -12,7 +12,7 @@ from hub_server import REPOSITORY, REVISION, hub_of
 READ = """
 import json, sys
 from simpo_megatron.data import PairOptions
-from simpo_megatron.data.readers import read_raw
+from simpo_megatron.data.sources import read_raw
 from simpo_megatron.errors import DataError
 for name in sys.argv[1:]:
     try:

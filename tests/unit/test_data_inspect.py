@@ -13,9 +13,17 @@ from data_tokenizers import llama_like
 from simpo_megatron.checkpoint.model_source import ModelSource
 from simpo_megatron.commands import inspect
 from simpo_megatron.config import load_config
-from simpo_megatron.data import PairOptions, build_preference_dataset, load_tokenizer, token_scan
-from simpo_megatron.data.findings import FINDINGS, HARMLESS
-from simpo_megatron.data.inspect import histogram, inspect_dataset, num_leaked, read_as, show_pairs, summary
+from simpo_megatron.data import PairOptions, build_preference_dataset, load_tokenizer
+from simpo_megatron.data.inspection import (
+    histogram,
+    inspect_dataset,
+    num_leaked,
+    read_as,
+    show_pairs,
+    summary,
+    token_scan,
+)
+from simpo_megatron.data.rendering import FINDINGS, HARMLESS
 from simpo_megatron.training import setup
 
 ROOT = Path(__file__).parents[2]

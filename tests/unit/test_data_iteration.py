@@ -17,7 +17,7 @@ from simpo_megatron.data import (
     build_preference_dataset,
     iterate_steps,
 )
-from simpo_megatron.data.padding import padding_share
+from simpo_megatron.data.batching import padding_share
 
 
 def write_pairs(path, count):

@@ -9,9 +9,9 @@ from transformers import PreTrainedTokenizerFast
 
 from simpo_megatron.config.presets import PRESETS
 from simpo_megatron.data import PairOptions
-from simpo_megatron.data.findings import findings_of_texts
 from simpo_megatron.data.records import BadRecord, PreferenceRecord, to_record
-from simpo_megatron.data.templates import chat_template_of
+from simpo_megatron.data.rendering import chat_template_of
+from simpo_megatron.data.rendering.findings import findings_of_texts
 from simpo_megatron.data.tokenization import EncodedPair, PairTokenizer, tokenizer_identity
 from simpo_megatron.errors import ConfigError, DataError
 

@@ -14,15 +14,9 @@ from data_stores import build, folders, same, write_pairs
 from data_tokenizers import gemma_like, llama_like, qwen_like
 
 from simpo_megatron import atomic
-from simpo_megatron.data import (
-    PairOptions,
-    check_vocabulary,
-    chunks,
-    read_progress,
-    split,
-    store_writer,
-)
-from simpo_megatron.data import store as store_module
+from simpo_megatron.data import PairOptions, check_vocabulary, split
+from simpo_megatron.data.store import chunks, read_progress, store_writer
+from simpo_megatron.data.store import pair_store as store_module
 from simpo_megatron.errors import ConfigError, DataError
 
 

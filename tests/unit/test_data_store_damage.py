@@ -7,8 +7,8 @@ import pickle
 import pytest
 from data_stores import build, folders, same, write_pairs
 
-from simpo_megatron.data import store as store_module
-from simpo_megatron.data import store_seal
+from simpo_megatron.data.store import pair_store as store_module
+from simpo_megatron.data.store import store_seal
 from simpo_megatron.errors import DataError
 
 DAMAGES = {

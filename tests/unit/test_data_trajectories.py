@@ -9,7 +9,7 @@ from data_tokenizers import gemma_like, llama_like, qwen_like
 from test_data_rendering import CALL, CALLS, TOOL, WIDE, templated
 
 from simpo_megatron.data import BatchOptions, PairOptions, TokenizedPair, build_preference_dataset, collate
-from simpo_megatron.data.inspect import inspect_dataset, show_pairs
+from simpo_megatron.data.inspection import inspect_dataset, show_pairs
 from simpo_megatron.data.records import BadRecord, PreferenceRecord, to_record
 from simpo_megatron.data.tokenization import PairTokenizer
 from simpo_megatron.errors import ConfigError, DataError

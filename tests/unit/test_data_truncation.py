@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from simpo_megatron.data import PairOptions
-from simpo_megatron.data.truncation import kept_tokens, princeton_kept_tokens
+from simpo_megatron.data.tokenization.truncation import kept_tokens, princeton_kept_tokens
 from simpo_megatron.errors import ConfigError
 
 LENGTHS = st.integers(1, 6000)

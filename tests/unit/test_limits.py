@@ -9,7 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from data_tokenizers import llama_like
 
-from simpo_megatron.data import PairOptions, build_preference_dataset, templates
+from simpo_megatron.data import PairOptions, build_preference_dataset
+from simpo_megatron.data.rendering import templates
 from simpo_megatron.errors import DataError, status_line
 from simpo_megatron.limits import LimitError, limited
 

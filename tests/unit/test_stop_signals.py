@@ -140,7 +140,7 @@ MAY_CATCH_A_STOP = {
     "checkpoint/writer.py",
     "reporting/loggers.py",
     "mcore/batch.py",
-    "data/workers.py",
+    "data/store/workers.py",
 }
 
 

@@ -35,8 +35,7 @@ MAX_LENGTH, MAX_PROMPT_LENGTH = 1 << 20, 1 << 19
 def prepare(data: str, count: int, folder: Path) -> None:
     """Writes `count` conversations and a tokenizer trained on them to `folder`."""
     from simpo_megatron.data import PairOptions
-    from simpo_megatron.data.messages import as_messages
-    from simpo_megatron.data.records import BadRecord, parse_json, to_record
+    from simpo_megatron.data.records import BadRecord, as_messages, parse_json, to_record
     from simpo_megatron.data.sources import read_raw
 
     records = []

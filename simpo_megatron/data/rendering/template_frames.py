@@ -15,7 +15,7 @@ from jinja2 import Environment, TemplateError, nodes
 from jinja2.visitor import NodeVisitor
 
 from simpo_megatron.data.records import CONTENT_MARK, BadRecord, Message
-from simpo_megatron.data.templates import ChatTemplate, bounds_of_templates
+from simpo_megatron.data.rendering.templates import ChatTemplate, bounds_of_templates
 from simpo_megatron.limits import LimitError
 
 _MOST_FRAMES = 4096

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from simpo_megatron.data.messages import from_json
 from simpo_megatron.data.pair_options import PairOptions
-from simpo_megatron.data.parsing import BadRecord, kind_of
+from simpo_megatron.data.records.messages import from_json
+from simpo_megatron.data.records.parsing import BadRecord, kind_of
 
 CONVERSATION_COLUMNS = ("messages", "conversations", "conversation")
 SYSTEM_COLUMNS = ("system", "system_prompt")

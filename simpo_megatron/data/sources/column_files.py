@@ -11,9 +11,8 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from simpo_megatron.data.forms import READ_COLUMNS
 from simpo_megatron.data.pair_options import PairOptions
-from simpo_megatron.data.parsing import Unreadable
+from simpo_megatron.data.records import READ_COLUMNS, Unreadable
 from simpo_megatron.errors import DataError, StoppedBySignal
 
 if TYPE_CHECKING:

@@ -6,10 +6,9 @@ from collections.abc import Iterator
 from itertools import chain
 from typing import TYPE_CHECKING
 
-from simpo_megatron.data.backends import encode, has_byte_tokens, problems_named
 from simpo_megatron.data.records import TEMPLATE_MARK
-from simpo_megatron.data.rendered_pairs import RenderedPair
-from simpo_megatron.data.rendered_turns import Spans
+from simpo_megatron.data.rendering import RenderedPair, Spans
+from simpo_megatron.data.tokenization.backends import encode, has_byte_tokens, problems_named
 
 if TYPE_CHECKING:
     from tokenizers import Encoding, Tokenizer

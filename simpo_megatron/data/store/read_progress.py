@@ -9,7 +9,7 @@ import time
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from simpo_megatron.data.shards import COMPRESSIONS, is_on_hub
+from simpo_megatron.data.sources import COMPRESSIONS, is_on_hub
 
 if TYPE_CHECKING:
     from rich.progress import Progress

@@ -11,9 +11,9 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from simpo_megatron.data.messages import Message
-from simpo_megatron.data.template_frames import Frame, TemplateFrames
-from simpo_megatron.data.templates import EndlessTemplateError
+from simpo_megatron.data.records import Message
+from simpo_megatron.data.rendering.template_frames import Frame, TemplateFrames
+from simpo_megatron.data.rendering.templates import EndlessTemplateError
 
 _MOST_SHAPES = 4096
 _REASONING = "think>"

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import re
 
-from simpo_megatron.data.messages import UntrainedTurn
-from simpo_megatron.data.records import Message, PreferenceRecord
+from simpo_megatron.data.records import Message, PreferenceRecord, UntrainedTurn
 
 FINDINGS = {
     "tokenized_apart": "a token would reach across the boundary, so prompt and response are tokenised apart",

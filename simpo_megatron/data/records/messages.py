@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from simpo_megatron.data.parsing import BadRecord, kind_of
+from simpo_megatron.data.records.parsing import BadRecord, kind_of
 
 Message = dict[str, Any]
 """One turn as templates read it: `role`, `content` and, where the turn has them, the keys of EXTRA_KEYS."""

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from simpo_megatron.data.coverage import check_turn
-from simpo_megatron.data.findings import EMPTY_REASONING, split_reasoning
-from simpo_megatron.data.marked_rendering import MarkedRenderer
 from simpo_megatron.data.records import CONTENT_MARK, TEMPLATE_MARK, BadRecord, Message
+from simpo_megatron.data.rendering.coverage import check_turn
+from simpo_megatron.data.rendering.findings import EMPTY_REASONING, split_reasoning
+from simpo_megatron.data.rendering.marked_rendering import MarkedRenderer
 
 Spans = tuple[tuple[int, int], ...]
 """Pieces of a text, (start, end) of each, in order."""

@@ -6,8 +6,8 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from simpo_megatron.data.findings import split_reasoning
 from simpo_megatron.data.records import BadRecord, Message
+from simpo_megatron.data.rendering.findings import split_reasoning
 
 _ANYWHERE = ("system", "developer")
 """Roles whose turn some templates move: into the first turn of the user, or into the last."""

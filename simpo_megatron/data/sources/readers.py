@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from simpo_megatron.data.column_files import arrow_rows, parquet_rows, without_nulls
 from simpo_megatron.data.pair_options import PairOptions
-from simpo_megatron.data.parsing import BadRecord, parse_json, parse_json_array
-from simpo_megatron.data.shards import COMPRESSIONS, HF_PREFIX, HUB_PREFIX, files_of, is_on_hub, plain_name
+from simpo_megatron.data.records import BadRecord, parse_json, parse_json_array
+from simpo_megatron.data.sources.column_files import arrow_rows, parquet_rows, without_nulls
+from simpo_megatron.data.sources.shards import COMPRESSIONS, HF_PREFIX, HUB_PREFIX, files_of, is_on_hub, plain_name
 from simpo_megatron.errors import DataError, listed
 
 _LINES_LOOKED_AT = 5

@@ -9,7 +9,17 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from simpo_megatron.data.backends import (
+from simpo_megatron.data.pair_options import NO_TEMPLATE, PairOptions
+from simpo_megatron.data.records import ENDLESS_TEMPLATE, BadRecord, PreferenceRecord
+from simpo_megatron.data.rendering import (
+    EndlessTemplateError,
+    PairRenderer,
+    RenderedPair,
+    bounds_of_templates,
+    chat_template_of,
+    special_texts,
+)
+from simpo_megatron.data.tokenization.backends import (
     NO_PROBLEMS,
     as_is_backend,
     backend_spec,
@@ -18,13 +28,9 @@ from simpo_megatron.data.backends import (
     marked_backend,
     problems_named,
 )
-from simpo_megatron.data.boundaries import PairSplitter, SplitPair
-from simpo_megatron.data.pair_options import NO_TEMPLATE, PairOptions
-from simpo_megatron.data.records import ENDLESS_TEMPLATE, BadRecord, PreferenceRecord
-from simpo_megatron.data.rendered_pairs import PairRenderer, RenderedPair
-from simpo_megatron.data.templates import EndlessTemplateError, bounds_of_templates, chat_template_of, special_texts
+from simpo_megatron.data.tokenization.boundaries import PairSplitter, SplitPair
+from simpo_megatron.data.tokenization.truncation import kept_tokens, princeton_kept_tokens
 from simpo_megatron.data.tokenizer_files import check_tokenizer_files
-from simpo_megatron.data.truncation import kept_tokens, princeton_kept_tokens
 from simpo_megatron.errors import ConfigError, DataError
 
 if TYPE_CHECKING:

@@ -9,14 +9,9 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
-from simpo_megatron.data.forms import (
-    MEDIA_COLUMNS,
-    SYSTEM_COLUMNS,
-    Columns,
-    holds_text,
-    pair_columns,
-)
-from simpo_megatron.data.messages import (
+from simpo_megatron.data.pair_options import PairOptions
+from simpo_megatron.data.records.forms import MEDIA_COLUMNS, SYSTEM_COLUMNS, Columns, holds_text, pair_columns
+from simpo_megatron.data.records.messages import (
     EXTRA_KEYS,
     Message,
     UntrainedTurn,
@@ -28,9 +23,8 @@ from simpo_megatron.data.messages import (
     to_messages,
     to_tools,
 )
-from simpo_megatron.data.pair_options import PairOptions
-from simpo_megatron.data.parsing import BadRecord, check_row, kind_of, parse_json, parse_json_array
-from simpo_megatron.data.written import read_written
+from simpo_megatron.data.records.parsing import BadRecord, check_row, kind_of, parse_json, parse_json_array
+from simpo_megatron.data.records.written_messages import read_written
 
 __all__ = [
     "EXTRA_KEYS",

@@ -8,13 +8,21 @@ from dataclasses import dataclass, field
 from itertools import chain
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from simpo_megatron.data.coverage import check_turn
-from simpo_megatron.data.findings import findings_of_texts, has_template_marks
-from simpo_megatron.data.marked_rendering import MarkedRenderer
-from simpo_megatron.data.messages import UntrainedTurn, as_messages, is_text_alone, says_more
 from simpo_megatron.data.pair_options import PairOptions
-from simpo_megatron.data.records import CONTENT_MARK, BadRecord, Message, PreferenceRecord
-from simpo_megatron.data.rendered_turns import (
+from simpo_megatron.data.records import (
+    CONTENT_MARK,
+    BadRecord,
+    Message,
+    PreferenceRecord,
+    UntrainedTurn,
+    as_messages,
+    is_text_alone,
+    says_more,
+)
+from simpo_megatron.data.rendering.coverage import check_turn
+from simpo_megatron.data.rendering.findings import findings_of_texts, has_template_marks
+from simpo_megatron.data.rendering.marked_rendering import MarkedRenderer
+from simpo_megatron.data.rendering.rendered_turns import (
     Conversation,
     Spans,
     TurnFinder,
@@ -22,7 +30,7 @@ from simpo_megatron.data.rendered_turns import (
     num_shared,
     reasoning_left_out,
 )
-from simpo_megatron.data.templates import chat_template_of, special_texts
+from simpo_megatron.data.rendering.templates import chat_template_of, special_texts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

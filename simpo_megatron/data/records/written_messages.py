@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import re
 
-from simpo_megatron.data.forms import Columns
-from simpo_megatron.data.messages import is_written_message
-from simpo_megatron.data.parsing import BadRecord
+from simpo_megatron.data.records.forms import Columns
+from simpo_megatron.data.records.messages import is_written_message
+from simpo_megatron.data.records.parsing import BadRecord
 
 # What JSON and Python's notation of messages begin with.
 _OPENS = re.compile(r"\s*[\[{]")

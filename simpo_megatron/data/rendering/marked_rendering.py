@@ -7,10 +7,9 @@ from collections.abc import Sequence
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-from simpo_megatron.data.coverage import check_conversation
-from simpo_megatron.data.messages import says_more
-from simpo_megatron.data.records import CONTENT_MARK, TEMPLATE_MARK, BadRecord, Message
-from simpo_megatron.data.templates import ChatTemplate, EndlessTemplateError, special_texts
+from simpo_megatron.data.records import CONTENT_MARK, TEMPLATE_MARK, BadRecord, Message, says_more
+from simpo_megatron.data.rendering.coverage import check_conversation
+from simpo_megatron.data.rendering.templates import ChatTemplate, EndlessTemplateError, special_texts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -23,8 +22,8 @@ class MarkedRenderer:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, template: ChatTemplate) -> None:
         # They load Jinja.
-        from simpo_megatron.data.framed_pairs import FramedPairs
-        from simpo_megatron.data.template_frames import TemplateFrames
+        from simpo_megatron.data.rendering.framed_pairs import FramedPairs
+        from simpo_megatron.data.rendering.template_frames import TemplateFrames
 
         specials = special_texts(tokenizer)
         self._template = template

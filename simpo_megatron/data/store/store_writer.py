@@ -18,9 +18,9 @@ from pathlib import Path
 import numpy as np
 
 from simpo_megatron.atomic import LOCK_FILE, lock, new_file, rename
-from simpo_megatron.data.build_report import BuildReport
-from simpo_megatron.data.chunks import Chunk
-from simpo_megatron.data.workers import LostWorkersError
+from simpo_megatron.data.store.build_report import BuildReport
+from simpo_megatron.data.store.chunks import Chunk
+from simpo_megatron.data.store.workers import LostWorkersError
 from simpo_megatron.errors import StoppedBySignal
 
 # A part is finished at either of these limits: the most work that a kill costs.

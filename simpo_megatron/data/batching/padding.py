@@ -8,7 +8,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from simpo_megatron.data.batching import BatchOptions, MicrobatchPairs, StepPlan, pair_tokens, plan_step, round_up
+from simpo_megatron.data.batching.step_plans import (
+    BatchOptions,
+    MicrobatchPairs,
+    StepPlan,
+    pair_tokens,
+    plan_step,
+    round_up,
+)
 
 
 class Shape(NamedTuple):

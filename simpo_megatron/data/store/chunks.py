@@ -15,13 +15,13 @@ from zlib import crc32
 
 import numpy as np
 
-from simpo_megatron.data.build_report import BuildReport
-from simpo_megatron.data.findings import FINDINGS
 from simpo_megatron.data.pair_options import PairOptions
 from simpo_megatron.data.records import BadRecord, PreferenceRecord, check_row, parse_json, to_record
+from simpo_megatron.data.rendering import FINDINGS
 from simpo_megatron.data.sources import RawRecord, read_raw, source_identity
+from simpo_megatron.data.store.build_report import BuildReport
+from simpo_megatron.data.store.workers import map_in_processes
 from simpo_megatron.data.tokenization import PairTokenizer, use_one_thread
-from simpo_megatron.data.workers import map_in_processes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from simpo_megatron.data.readers import RawRecord, read_raw
-from simpo_megatron.data.shards import HUB_PREFIX, check_readable, is_on_hub
+from simpo_megatron.data.sources.readers import RawRecord, read_raw
+from simpo_megatron.data.sources.shards import HUB_PREFIX, check_readable, is_on_hub
 from simpo_megatron.errors import ConfigError
 
 __all__ = [

@@ -24,14 +24,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from simpo_megatron.atomic import new_folder, remove_folder
-from simpo_megatron.data.build_report import BuildReport
-from simpo_megatron.data.chunks import encode_chunk, encoded_chunks
 from simpo_megatron.data.pair_options import PairOptions
-from simpo_megatron.data.read_progress import ReadProgress
 from simpo_megatron.data.records import ENDLESS_TEMPLATE, UNUSABLE_REASONS
 from simpo_megatron.data.sources import source_identity
-from simpo_megatron.data.store_seal import DamagedStoreError, damaged, read_sealed, seal
-from simpo_megatron.data.store_writer import StoreWriter, build_folder
+from simpo_megatron.data.store.build_report import BuildReport
+from simpo_megatron.data.store.chunks import encode_chunk, encoded_chunks
+from simpo_megatron.data.store.read_progress import ReadProgress
+from simpo_megatron.data.store.store_seal import DamagedStoreError, damaged, read_sealed, seal
+from simpo_megatron.data.store.store_writer import StoreWriter, build_folder
 from simpo_megatron.data.tokenization import TokenizedPair, tokenizer_identity
 from simpo_megatron.errors import DataError
 

@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from simpo_megatron.data.build_report import BuildReport
 from simpo_megatron.data.dataset import PreferenceDataset
-from simpo_megatron.data.findings import FINDINGS, HARMLESS
-from simpo_megatron.data.forms import MORE_COMPLETIONS
-from simpo_megatron.data.records import UNUSABLE_REASONS
-from simpo_megatron.data.token_scan import edges, pair_hashes
+from simpo_megatron.data.inspection.token_scan import edges, pair_hashes
+from simpo_megatron.data.records import MORE_COMPLETIONS, UNUSABLE_REASONS
+from simpo_megatron.data.rendering import FINDINGS, HARMLESS
+from simpo_megatron.data.store import BuildReport
 from simpo_megatron.errors import listed, visible
 
 if TYPE_CHECKING:
