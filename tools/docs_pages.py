@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import inspect
 import itertools
+import re
 import typing
 from collections import defaultdict
 from pathlib import Path
@@ -21,9 +22,11 @@ from simpo_megatron.config.presets import PRESETS
 from simpo_megatron.data.rendering import FINDINGS
 
 PACKAGE = Path(simpo_megatron.__file__).parent
-ROOMS_MARK, FINDINGS_MARK = "<!-- rooms -->", "<!-- findings -->"
-# Files of the package's top that a reader should know; the others serve one room each.
-_LONE_FILES = ("atomic", "cli", "parallel", "ranks")
+FINDINGS_MARK = "<!-- findings -->"
+# A page asks for the rooms of the package, or of one of its folders: `<!-- rooms -->`, `<!-- rooms of data -->`.
+ROOMS_MARK = re.compile(r"<!-- rooms(?: of (\w+))? -->")
+# Files beside the rooms that a reader should know; the others serve one room each.
+_LONE_FILES = ("atomic", "cli", "parallel", "ranks", "dataset")
 
 
 def on_files(files: typing.Any, config: typing.Any) -> typing.Any:
@@ -38,10 +41,9 @@ def on_files(files: typing.Any, config: typing.Any) -> typing.Any:
 
 def on_page_markdown(markdown: str, **_: typing.Any) -> str:
     """Puts the picture of the rooms, and the table of findings, where a page asks for it."""
-    for mark, make in ((ROOMS_MARK, rooms_picture), (FINDINGS_MARK, findings_table)):
-        if mark in markdown:
-            markdown = markdown.replace(mark, make())
-    return markdown
+    if FINDINGS_MARK in markdown:
+        markdown = markdown.replace(FINDINGS_MARK, findings_table())
+    return ROOMS_MARK.sub(lambda mark: rooms_picture(mark[1]) + (rooms_table(mark[1]) if mark[1] else ""), markdown)
 
 
 def generated_pages() -> dict[str, str]:
@@ -228,33 +230,39 @@ def families_page() -> str:
     return "\n".join(lines) + "\n"
 
 
-def rooms_picture() -> str:
-    """A mermaid graph of the package's rooms: an arrow from each room to those it imports, without shortcuts."""
-    imports = _room_imports()
+def rooms_picture(folder: str | None = None) -> str:
+    """A mermaid graph of the rooms of the package or of a folder of it: arrows of imports, without shortcuts."""
+    base = PACKAGE / (folder or "")
+    imports = _room_imports(base)
     kept = {
         room: {other for other in others if not _reaches(imports, others - {other}, other)}
         for room, others in imports.items()
     }
     lines = ["```mermaid", "graph TD"]
-    shown = sorted(room for room in kept if (PACKAGE / room).is_dir() or room in _LONE_FILES)
+    shown = sorted(room for room in kept if (base / room).is_dir() or room in _LONE_FILES)
     lines += [f"  {room} --> {other}" for room in shown for other in sorted(kept[room]) if other in shown]
     return "\n".join([*lines, "```"])
 
 
-def _room_imports() -> dict[str, set[str]]:
+def rooms_table(folder: str) -> str:
+    """The rooms of a folder of the package, each with the first sentence of its docstring."""
+    doors = sorted((PACKAGE / folder).glob("*/__init__.py"))
+    rows = [(door.parent.name, ast.get_docstring(ast.parse(door.read_text(encoding="utf-8")))) for door in doors]
+    lines = ["", "", "| room | task |", "|---|---|"]
+    return "\n".join([*lines, *(f"| `{name}` | {_cell((text or '').splitlines()[0])} |" for name, text in rows)])
+
+
+def _room_imports(base: Path) -> dict[str, set[str]]:
     found: dict[str, set[str]] = defaultdict(set)
-    for path in PACKAGE.rglob("*.py"):
-        room = _room(path.relative_to(PACKAGE).with_suffix("").parts)
+    above = base.relative_to(PACKAGE.parent).parts
+    for path in base.rglob("*.py"):
+        room = path.relative_to(base).with_suffix("").parts[0]
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("simpo_megatron."):
-                other = _room(tuple((node.module or "").split(".")[1:]))
-                if other != room:
+            if isinstance(node, ast.ImportFrom):
+                *inside, other = (node.module or "").split(".")[: len(above) + 1]
+                if tuple(inside) == above and other != room:
                     found[room].add(other)
     return found
-
-
-def _room(parts: tuple[str, ...]) -> str:
-    return parts[0].removesuffix(".py")
 
 
 def _reaches(imports: dict[str, set[str]], starts: set[str], goal: str) -> bool:
