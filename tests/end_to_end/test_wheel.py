@@ -64,8 +64,9 @@ def test_the_wheel_holds_what_the_commands_need_and_no_developer_script(wheel):
     configs = {path.name for path in (REPOSITORY / "configs").glob("*.yaml")}
     assert {Path(name).name for name in names if name.startswith("simpo_megatron/configs/")} == configs
     assert {"simpo_megatron/py.typed", "simpo_megatron/demo/pairs.jsonl"} <= names
-    templates = REPOSITORY / "simpo_megatron" / "reporting" / "templates"
-    assert {f"simpo_megatron/reporting/templates/{path.name}" for path in templates.glob("*")} <= names
+    templates = [path for path in REPOSITORY.glob("simpo_megatron/**/*templates/*") if path.is_file()]
+    assert {path.suffix for path in templates} >= {".jinja", ".html"}
+    assert {str(path.relative_to(REPOSITORY)) for path in templates} <= names
     assert {name.partition("/")[0].partition("-")[0] for name in names} == {"simpo_megatron"}
     assert [name for name in names if "write_" in name or "topics" in name] == []
 
