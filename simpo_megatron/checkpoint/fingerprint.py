@@ -16,7 +16,7 @@ from simpo_megatron.checkpoint import manifest
 from simpo_megatron.checkpoint.model_source import ModelSource
 from simpo_megatron.errors import CheckpointError
 from simpo_megatron.limits import read_bounded
-from simpo_megatron.mcore.hf_files import MAX_JSON_BYTES
+from simpo_megatron.mcore.hf import MAX_JSON_BYTES
 
 _VERSION = "sha256:"
 _SAMPLES_A_FILE, _SAMPLE_BYTES = 256, 1 << 16

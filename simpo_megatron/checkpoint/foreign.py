@@ -15,8 +15,8 @@ from megatron.core.dist_checkpointing.dict_utils import extract_matching_values
 from simpo_megatron.checkpoint.sharded_state import is_object, sharding_metadata
 from simpo_megatron.checkpoint.tensor_index import refuse_other_names
 from simpo_megatron.checkpoint.torch_dist import CheckpointReader
-from simpo_megatron.mcore.experts import weights_of
 from simpo_megatron.mcore.fp8_weights import awaited_values
+from simpo_megatron.mcore.layers import weights_of
 from simpo_megatron.mcore.lora import ADAPTER_SUFFIX
 from simpo_megatron.mcore.meta_model import StoredPart, stored_parts
 from simpo_megatron.mcore.model import PreferenceGPTModel

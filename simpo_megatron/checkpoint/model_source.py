@@ -17,8 +17,7 @@ from simpo_megatron.checkpoint import manifest
 from simpo_megatron.config.yaml_tree import read_yaml_tree
 from simpo_megatron.convert.peft_files import base_model_of, is_peft_folder
 from simpo_megatron.errors import CheckpointError, ConfigError
-from simpo_megatron.mcore.hf_files import read_hf_json
-from simpo_megatron.mcore.hub import FILES_BESIDE_WEIGHTS, model_folder
+from simpo_megatron.mcore.hf import FILES_BESIDE_WEIGHTS, model_folder, read_hf_json
 
 HASHES_FILE = "hashes.json"
 """The file that keeps the hashes of models' files."""

@@ -37,8 +37,8 @@ from simpo_megatron.checkpoint.tensor_index import read_index, refuse_other_name
 from simpo_megatron.checkpoint.torch_files import read_torch_file
 from simpo_megatron.errors import CheckpointError, StoppedBySignal, listed
 from simpo_megatron.mcore import cpu_patches, device
-from simpo_megatron.mcore.experts import weights_of
 from simpo_megatron.mcore.fp8_weights import awaited_values, quantise_masters, whole_masters
+from simpo_megatron.mcore.layers import weights_of
 from simpo_megatron.mcore.lora import ADAPTER_SUFFIX
 from simpo_megatron.mcore.model import PreferenceGPTModel
 from simpo_megatron.mcore.optimizer import gather_parameters

@@ -23,7 +23,7 @@ from simpo_megatron.config import DEMO, Config, load_config
 from simpo_megatron.data import PreferenceDataset, build_preference_dataset, load_tokenizer, parse_named_sources
 from simpo_megatron.data.inspection import InspectedRow, inspect_dataset, print_inspection, show_pairs
 from simpo_megatron.errors import SimPOError, report_error, visible
-from simpo_megatron.mcore.hub import model_folder
+from simpo_megatron.mcore.hf import model_folder
 from simpo_megatron.reporting.data_page import write_data_page
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from simpo_megatron.convert.peft_files import CONFIG_FILE, PREFIX, WEIGHTS_FILE
 from simpo_megatron.convert.weight_rules import Rule
 from simpo_megatron.errors import CheckpointError, ConfigError, listed
 from simpo_megatron.mcore.families import ModelDescription
-from simpo_megatron.mcore.hf_files import own_file, read_hf_json
+from simpo_megatron.mcore.hf import own_file, read_hf_json
 
 _TENSOR = re.compile(r"(?P<module>.+)\.lora_(?P<part>[AB])\.weight")
 _NOTHING: tuple[Any, ...] = (None, False, "none", "", [], {})

@@ -9,7 +9,7 @@ from typing import Any
 
 from simpo_megatron.errors import CheckpointError
 from simpo_megatron.limits import read_bounded
-from simpo_megatron.mcore.hf_files import MAX_JSON_BYTES, read_hf_json
+from simpo_megatron.mcore.hf import MAX_JSON_BYTES, read_hf_json
 
 CONFIG_FILE = "tokenizer_config.json"
 TEMPLATE_FILE = "chat_template.jinja"

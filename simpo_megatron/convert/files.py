@@ -14,7 +14,7 @@ from torch import Tensor
 
 from simpo_megatron.convert.direct_io import DirectFile
 from simpo_megatron.errors import CheckpointError, NumericsError
-from simpo_megatron.mcore.hf_files import INDEX_FILE, SINGLE_FILE, own_file, read_hf_json
+from simpo_megatron.mcore.hf import INDEX_FILE, SINGLE_FILE, own_file, read_hf_json
 
 DTYPE_NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 """Names of the dtypes that weights are read from and written in."""

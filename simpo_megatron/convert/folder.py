@@ -16,7 +16,7 @@ from simpo_megatron.convert.chat_templates import NAMED_FOLDER, complete_templat
 from simpo_megatron.data.tokenizer_files import MOST_BYTES, TOKENIZER_FILES
 from simpo_megatron.errors import CheckpointError
 from simpo_megatron.limits import check_plain
-from simpo_megatron.mcore.hf_files import INDEX_FILE, SINGLE_FILE, own_file, read_hf_json, without_code
+from simpo_megatron.mcore.hf import INDEX_FILE, SINGLE_FILE, own_file, read_hf_json, without_code
 
 if TYPE_CHECKING:
     from simpo_megatron.convert.files import TensorSpec

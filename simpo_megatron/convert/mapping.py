@@ -14,8 +14,8 @@ from torch import Tensor
 
 from simpo_megatron.convert.weight_layouts import QKV, TensorRank, WeightLayout, query_key_value_runs
 from simpo_megatron.convert.weight_rules import Rule, layer_rules, model_rules
-from simpo_megatron.mcore.experts import weights_of
 from simpo_megatron.mcore.families import ModelDescription
+from simpo_megatron.mcore.layers import weights_of
 from simpo_megatron.mcore.lora import ADAPTER_SUFFIX, Adapter
 
 

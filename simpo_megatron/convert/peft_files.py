@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from simpo_megatron.errors import CheckpointError
-from simpo_megatron.mcore.hf_files import read_hf_json
+from simpo_megatron.mcore.hf import read_hf_json
 
 PREFIX = "base_model.model."
 """The beginning of every tensor's name."""

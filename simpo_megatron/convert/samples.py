@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from simpo_megatron.limits import read_bounded
-from simpo_megatron.mcore.hf_files import INDEX_FILE
+from simpo_megatron.mcore.hf import INDEX_FILE
 
 _WEIGHTS = (".safetensors", ".distcp")
 _WHOLE_FILES = ("config.json", "adapter_config.json", INDEX_FILE, "COMMIT.json")

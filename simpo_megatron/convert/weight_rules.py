@@ -18,8 +18,8 @@ from simpo_megatron.convert.weight_layouts import (
     VOCABULARY,
     WeightLayout,
 )
-from simpo_megatron.mcore.experts import ROUTER_BIAS, has_router_bias
 from simpo_megatron.mcore.families import ModelDescription
+from simpo_megatron.mcore.layers import ROUTER_BIAS, has_router_bias
 
 
 @dataclass(frozen=True)

@@ -83,7 +83,7 @@ class FolderEngine(Engine):
 
     def __init__(self, folder: Path) -> None:
         from simpo_megatron.checkpoint.fingerprint import sampled_fingerprint
-        from simpo_megatron.mcore.hf_files import read_hf_json
+        from simpo_megatron.mcore.hf import read_hf_json
 
         self._tokenizer = load_tokenizer(folder)
         template = chat_template_of(self._tokenizer, PairOptions())
@@ -141,7 +141,7 @@ class TransformersEngine(FolderEngine):
         from transformers import AutoModelForCausalLM, GenerationConfig
 
         from simpo_megatron.mcore import device
-        from simpo_megatron.mcore.hf_files import load_transformers_model
+        from simpo_megatron.mcore.hf import load_transformers_model
 
         super().__init__(folder)
         self._model = load_transformers_model(AutoModelForCausalLM, folder, dtype=dtype)

@@ -52,7 +52,7 @@ class RewardModel(Scorer):
 
         from simpo_megatron.checkpoint.fingerprint import sampled_fingerprint
         from simpo_megatron.mcore import device
-        from simpo_megatron.mcore.hf_files import load_transformers_model
+        from simpo_megatron.mcore.hf import load_transformers_model
 
         self._tokenizer = load_tokenizer(folder)
         template = chat_template_of(self._tokenizer, PairOptions())

@@ -11,7 +11,7 @@ from megatron.core.distributed import DistributedDataParallel
 from simpo_megatron.gpu_check.small_model import microbatch_of, random_model, random_pairs
 from simpo_megatron.gpu_check.timing import median_seconds, relative_error
 from simpo_megatron.gpu_check.verdict import CheckSetting, Verdict
-from simpo_megatron.mcore.batch import Microbatch, output_of
+from simpo_megatron.mcore.microbatch import Microbatch, output_of
 
 FP32_BUDGET, BF16_BUDGET = 2e-5, 3e-2
 """Relative errors of log-probs and of the embedding's gradient; kernels sum in different orders."""

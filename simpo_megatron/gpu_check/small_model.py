@@ -15,8 +15,8 @@ from simpo_megatron.config import config_from
 from simpo_megatron.data import BatchOptions, TokenizedPair, collate
 from simpo_megatron.gpu_check.verdict import CheckSetting
 from simpo_megatron.mcore import cpu_patches, device
-from simpo_megatron.mcore.batch import Microbatch, to_microbatch
 from simpo_megatron.mcore.families import describe_hf_config
+from simpo_megatron.mcore.microbatch import Microbatch, to_microbatch
 from simpo_megatron.mcore.model import build_model, wrap_in_ddp
 from simpo_megatron.parallel_sizes import ParallelSizes
 

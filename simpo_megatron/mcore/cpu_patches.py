@@ -27,8 +27,8 @@ from torch.distributed.checkpoint.metadata import Metadata
 from simpo_megatron.errors import ConfigError
 from simpo_megatron.loss.products import add_product
 from simpo_megatron.mcore import device
+from simpo_megatron.mcore.attention.rotation import rotated
 from simpo_megatron.mcore.patch_table import MODULES_NAMING_CUDA
-from simpo_megatron.mcore.rotation import rotated
 
 CONFIGURATIONS = "transformers.models.llama.configuration_llama"
 """A module whose imports are those of every model's configuration."""

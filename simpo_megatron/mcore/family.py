@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from simpo_megatron.errors import ConfigError
-from simpo_megatron.mcore.hf_config import FULL, LARGEST_COUNT, MOST, WINDOWED
+from simpo_megatron.mcore.hf import FULL, LARGEST_COUNT, MOST, WINDOWED
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

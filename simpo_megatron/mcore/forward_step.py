@@ -17,7 +17,7 @@ from simpo_megatron.loss import (
     monitored_sums,
     preference_loss,
 )
-from simpo_megatron.mcore.batch import Microbatch, output_of
+from simpo_megatron.mcore.microbatch import Microbatch, output_of
 
 LossFunction = Callable[[Tensor], tuple[Tensor, Tensor, Any]]
 

@@ -12,8 +12,8 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 from torch import Tensor
 
 from simpo_megatron.config import config_from
-from simpo_megatron.mcore.experts import weights_of
 from simpo_megatron.mcore.families import ModelDescription, padded_vocab_size
+from simpo_megatron.mcore.layers import weights_of
 from simpo_megatron.mcore.model import PreferenceGPTModel, transformer_config
 from simpo_megatron.mcore.specs import block_spec
 from simpo_megatron.parallel import ParallelGroups

@@ -22,13 +22,12 @@ from simpo_megatron.config import Config
 from simpo_megatron.loss import ResponseTokens, VocabShard, fused_linear_log_probs
 from simpo_megatron.mcore import device
 from simpo_megatron.mcore.architecture import ArchitectureConfig
-from simpo_megatron.mcore.embedding import MainGradEmbedding
-from simpo_megatron.mcore.experts import load_balancing_coefficient
+from simpo_megatron.mcore.attention.rotary import concentration, scaled_frequencies
 from simpo_megatron.mcore.families import ModelDescription, padded_vocab_size
-from simpo_megatron.mcore.layout import MicrobatchLayout
+from simpo_megatron.mcore.layers import MainGradEmbedding, load_balancing_coefficient
 from simpo_megatron.mcore.lora import add_adapters
+from simpo_megatron.mcore.microbatch import MicrobatchLayout
 from simpo_megatron.mcore.precision import precision_options
-from simpo_megatron.mcore.rotary import concentration, scaled_frequencies
 from simpo_megatron.mcore.specs import block_spec
 from simpo_megatron.parallel import ParallelGroups
 

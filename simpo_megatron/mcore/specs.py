@@ -20,11 +20,16 @@ from megatron.core.transformer.transformer_layer import TransformerLayerSubmodul
 
 from simpo_megatron.mcore import device
 from simpo_megatron.mcore.architecture import ArchitectureConfig
-from simpo_megatron.mcore.attention import SegmentedAttention, TwoRotarySelfAttention
-from simpo_megatron.mcore.experts import LoadBalancedRouter
-from simpo_megatron.mcore.grouped_experts import GroupedExperts, has_grouped_product
-from simpo_megatron.mcore.latent_attention import LatentAttention, LatentAttentionSubmodules
-from simpo_megatron.mcore.lean_layers import LeanTransformerLayer, RMSNorm, SwiGLU
+from simpo_megatron.mcore.attention.latent_attention import LatentAttention, LatentAttentionSubmodules
+from simpo_megatron.mcore.attention.segmented_attention import SegmentedAttention, TwoRotarySelfAttention
+from simpo_megatron.mcore.layers import (
+    GroupedExperts,
+    LeanTransformerLayer,
+    LoadBalancedRouter,
+    RMSNorm,
+    SwiGLU,
+    has_grouped_product,
+)
 
 
 @functools.cache
@@ -125,7 +130,7 @@ def transformer_engine_layer_spec(
     Without `fuse_norms` the norms before attention and MLP are separate layers. Adapters need that: a layer that fuses
     its norm does not expose the normed input.
     """
-    from simpo_megatron.mcore.te_attention import TESegmentedAttention
+    from simpo_megatron.mcore.attention.te_attention import TESegmentedAttention
 
     spec = get_gpt_layer_with_transformer_engine_spec(
         num_experts=num_experts,

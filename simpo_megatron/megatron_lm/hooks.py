@@ -16,7 +16,7 @@ from torch import Tensor
 from simpo_megatron.loss import ResponseTokens, average_log_probs, preference_loss
 from simpo_megatron.mcore import device
 from simpo_megatron.mcore.architecture import ArchitectureConfig
-from simpo_megatron.mcore.batch import output_of, to_microbatch
+from simpo_megatron.mcore.microbatch import output_of, to_microbatch
 from simpo_megatron.mcore.model import PreferenceGPTModel
 from simpo_megatron.mcore.specs import block_spec
 from simpo_megatron.megatron_lm.arguments import check_pipeline, objective_of, true_vocab_size

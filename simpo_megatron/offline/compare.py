@@ -17,7 +17,7 @@ from simpo_megatron.config import config_from
 from simpo_megatron.convert.files import TensorSpec
 from simpo_megatron.data import PairOptions, PreferenceDataset, build_preference_dataset, load_tokenizer
 from simpo_megatron.mcore.families import ModelDescription
-from simpo_megatron.mcore.hf_files import load_transformers_model
+from simpo_megatron.mcore.hf import load_transformers_model
 from simpo_megatron.mcore.model import build_model
 from simpo_megatron.offline.weights import AdaptedWeights, HfWeights, Weights
 from simpo_megatron.parallel import ParallelGroups

@@ -31,7 +31,7 @@ from simpo_megatron.convert.mapping import dtype_in_folder, pieces_of
 from simpo_megatron.convert.weight_layouts import ALONE
 from simpo_megatron.errors import CheckpointError, ConfigError
 from simpo_megatron.logs import LOGGER
-from simpo_megatron.mcore.hub import hub_name
+from simpo_megatron.mcore.hf import hub_name
 from simpo_megatron.mcore.meta_model import MetaModel
 from simpo_megatron.offline.progress import Transfer
 from simpo_megatron.offline.weights import AdaptedWeights, MegatronWeights, Weights

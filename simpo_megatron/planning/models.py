@@ -9,8 +9,7 @@ from typing import Any
 from simpo_megatron.config import PRESETS
 from simpo_megatron.errors import CheckpointError, ConfigError
 from simpo_megatron.mcore.families import ModelDescription, describe_hf_config, describe_hf_model
-from simpo_megatron.mcore.hf_files import read_hf_json
-from simpo_megatron.mcore.hub import model_folder
+from simpo_megatron.mcore.hf import model_folder, read_hf_json
 
 
 def _published(model_type: str, *sizes: int, **more: Any) -> dict[str, Any]:

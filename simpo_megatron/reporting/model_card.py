@@ -11,7 +11,7 @@ import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from simpo_megatron.config import Config, config_from, options_in_force, to_yaml
-from simpo_megatron.mcore.hub import file_of_model, hub_name
+from simpo_megatron.mcore.hf import file_of_model, hub_name
 from simpo_megatron.mcore.precision import dtype_name, parameter_dtype
 from simpo_megatron.reporting.hub_facts import facts_of_card
 from simpo_megatron.reporting.rendering import render

@@ -23,7 +23,7 @@ from simpo_megatron.config import Config
 from simpo_megatron.convert.folder import copy_model_files, write_config
 from simpo_megatron.errors import CheckpointError, NumericsError
 from simpo_megatron.limits import read_bounded
-from simpo_megatron.mcore.hub import hub_name
+from simpo_megatron.mcore.hf import hub_name
 from simpo_megatron.mcore.precision import parameter_dtype
 from simpo_megatron.ranks import on_first_rank, sync_status
 from simpo_megatron.reporting.loggers import METRICS_FILE, RunLog

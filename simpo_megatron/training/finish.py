@@ -12,7 +12,7 @@ from simpo_megatron.convert import export_adapter, export_hf, origin_of
 from simpo_megatron.convert.peft_files import CONFIG_FILE
 from simpo_megatron.errors import SimPOError
 from simpo_megatron.mcore.fp8_weights import whole_masters
-from simpo_megatron.mcore.hub import hub_name, push_folder, revision_of
+from simpo_megatron.mcore.hf import hub_name, push_folder, revision_of
 from simpo_megatron.mcore.optimizer import gather_parameters
 from simpo_megatron.mcore.precision import export_dtype, parameter_dtype, rounding
 from simpo_megatron.reporting.loggers import METRICS_FILE, RunLog

@@ -22,8 +22,7 @@ from simpo_megatron.data.sources import check_kind, check_readable, parse_named_
 from simpo_megatron.demo import demo_version, prepare_demo
 from simpo_megatron.errors import CheckpointError, ConfigError, DataError
 from simpo_megatron.launched import is_launched
-from simpo_megatron.mcore.hf_files import read_hf_json
-from simpo_megatron.mcore.hub import is_hub_name
+from simpo_megatron.mcore.hf import is_hub_name, read_hf_json
 from simpo_megatron.reporting.loggers import check_sinks
 
 STARTS_AGAIN = "SIMPO_STARTS_AGAIN"

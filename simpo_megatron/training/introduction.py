@@ -11,8 +11,8 @@ from simpo_megatron.convert import trained_share
 from simpo_megatron.data import padding_share
 from simpo_megatron.data.inspection import num_leaked, read_as, summary
 from simpo_megatron.mcore import device
-from simpo_megatron.mcore.experts import load_balancing_coefficient, times_transformers
 from simpo_megatron.mcore.families import ModelDescription
+from simpo_megatron.mcore.layers import load_balancing_coefficient, times_transformers
 from simpo_megatron.reporting.loggers import RunLog
 from simpo_megatron.training.environment import prepare_environment
 from simpo_megatron.training.setup import Job

@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from simpo_megatron.config import Config
 from simpo_megatron.mcore import device
-from simpo_megatron.mcore.experts import LOAD_BALANCING_LOSS
+from simpo_megatron.mcore.layers import LOAD_BALANCING_LOSS
 from simpo_megatron.planning.gpus import peak_bf16_flops
 from simpo_megatron.planning.shapes import ModelShape
 from simpo_megatron.planning.speed import pairs_flops

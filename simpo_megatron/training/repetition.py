@@ -16,9 +16,8 @@ from torch import Tensor
 from simpo_megatron.data import PreferenceDataset
 from simpo_megatron.data.batching import round_up
 from simpo_megatron.mcore import device
-from simpo_megatron.mcore.batch import Microbatch, read_pairs
 from simpo_megatron.mcore.forward_step import MicrobatchStep
-from simpo_megatron.mcore.layout import MicrobatchLayout
+from simpo_megatron.mcore.microbatch import Microbatch, MicrobatchLayout, read_pairs
 from simpo_megatron.parallel import ParallelGroups
 from simpo_megatron.ranks import raise_on_all_ranks
 from simpo_megatron.training.step import Trainer, run_schedule

@@ -30,7 +30,7 @@ from simpo_megatron.config.optimizer_section import OptimizerConfig
 from simpo_megatron.config.sections import OBJECTIVES
 from simpo_megatron.data.tokenization import tokenizer_identity
 from simpo_megatron.errors import CheckpointError, listed
-from simpo_megatron.mcore.hub import hub_name
+from simpo_megatron.mcore.hf import hub_name
 from simpo_megatron.ranks import on_first_rank, raise_on_all_ranks
 from simpo_megatron.reporting.loggers import METRICS_FILE
 from simpo_megatron.training.inputs import hashes_file

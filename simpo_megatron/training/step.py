@@ -32,9 +32,9 @@ from simpo_megatron.data import (
 from simpo_megatron.errors import NumericsError, SimPOError
 from simpo_megatron.loss import PreferenceObjective
 from simpo_megatron.mcore import device
-from simpo_megatron.mcore.batch import Microbatch, read_pairs, to_microbatch
-from simpo_megatron.mcore.experts import take_load_balancing_loss, weigh_load_balancing
 from simpo_megatron.mcore.forward_step import ForwardStep, MicrobatchStep
+from simpo_megatron.mcore.layers import take_load_balancing_loss, weigh_load_balancing
+from simpo_megatron.mcore.microbatch import Microbatch, read_pairs, to_microbatch
 from simpo_megatron.mcore.optimizer import update, zero_gradients
 from simpo_megatron.parallel import ParallelGroups
 from simpo_megatron.ranks import sync_status

@@ -32,8 +32,8 @@ from simpo_megatron.checkpoint.initial_weights import fill_model, fill_weights  
 from simpo_megatron.checkpoint.model_source import find_model  # noqa: E402
 from simpo_megatron.config import config_from  # noqa: E402
 from simpo_megatron.convert import load_hf_weights  # noqa: E402
-from simpo_megatron.mcore.experts import weights_of  # noqa: E402
 from simpo_megatron.mcore.families import describe_hf_model  # noqa: E402
+from simpo_megatron.mcore.layers import weights_of  # noqa: E402
 from simpo_megatron.mcore.model import build_model  # noqa: E402
 
 

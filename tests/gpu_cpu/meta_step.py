@@ -78,9 +78,9 @@ from simpo_megatron.config import Config, config_from  # noqa: E402
 from simpo_megatron.data import BatchOptions, PreferenceBatch, TokenizedPair, collate  # noqa: E402
 from simpo_megatron.gpu_check.small_model import microbatch_of, random_model, random_pairs  # noqa: E402
 from simpo_megatron.gpu_check.verdict import CheckSetting  # noqa: E402
-from simpo_megatron.mcore.batch import Microbatch, output_of, to_microbatch  # noqa: E402
 from simpo_megatron.mcore.families import describe_hf_model  # noqa: E402
 from simpo_megatron.mcore.forward_step import ForwardStep  # noqa: E402
+from simpo_megatron.mcore.microbatch import Microbatch, output_of, to_microbatch  # noqa: E402
 from simpo_megatron.mcore.model import build_model, wrap_in_ddp  # noqa: E402
 from simpo_megatron.parallel import ParallelGroups  # noqa: E402
 

@@ -20,10 +20,10 @@ from simpo_megatron import parallel
 from simpo_megatron.config import Config, Machine, config_from, resolve
 from simpo_megatron.data import TokenizedPair, collate
 from simpo_megatron.loss import SimPOObjective
-from simpo_megatron.mcore.batch import to_microbatch
-from simpo_megatron.mcore.experts import LoadBalancedRouter
 from simpo_megatron.mcore.families import ModelDescription, describe_hf_config
 from simpo_megatron.mcore.forward_step import ForwardStep
+from simpo_megatron.mcore.layers import LoadBalancedRouter
+from simpo_megatron.mcore.microbatch import to_microbatch
 from simpo_megatron.mcore.model import build_model, transformer_config, zero_weights
 from simpo_megatron.mcore.optimizer import update, zero_gradients
 from simpo_megatron.training.setup import build_trainer

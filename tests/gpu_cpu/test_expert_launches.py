@@ -10,7 +10,7 @@ from tiny_experts import experts_of
 
 from simpo_megatron import parallel
 from simpo_megatron.mcore import cpu_patches
-from simpo_megatron.mcore.grouped_experts import GroupedExperts
+from simpo_megatron.mcore.layers import GroupedExperts
 
 # A layer of Qwen3-30B-A3B, and 4,096 tokens.
 EXPERTS, HIDDEN, WIDTH, CHOSEN, TOKENS = 128, 2048, 768, 8, 4096

@@ -9,7 +9,8 @@ from torch import Tensor
 from torch._decomp import decomposition_table
 
 from simpo_megatron.mcore.architecture import ArchitectureConfig
-from simpo_megatron.mcore.lean_layers import RMSNorm, _WidenedRows
+from simpo_megatron.mcore.layers import RMSNorm
+from simpo_megatron.mcore.layers.lean_layers import _WidenedRows
 
 META = torch.device("meta")
 H, EPS = 64, 1e-5

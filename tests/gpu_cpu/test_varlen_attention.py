@@ -18,11 +18,11 @@ from counting import Counter
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from simpo_megatron.mcore import attention as attention_module
 from simpo_megatron.mcore import varlen_kernels
-from simpo_megatron.mcore.attention import SegmentedAttention
-from simpo_megatron.mcore.context import ContextShare
-from simpo_megatron.mcore.layout import MicrobatchLayout, Segment
+from simpo_megatron.mcore.attention import segmented_attention as attention_module
+from simpo_megatron.mcore.attention.segmented_attention import SegmentedAttention
+from simpo_megatron.mcore.microbatch import MicrobatchLayout, Segment
+from simpo_megatron.mcore.microbatch.context import ContextShare
 from simpo_megatron.mcore.varlen_kernels import Scores, varlen_kernel
 
 varlen = pytest.importorskip("torch.nn.attention.varlen", reason="torch has variable-length attention from 2.10 on")

@@ -138,6 +138,41 @@ INNER_ROOMS = {
         "batching": {"batch_options", "tokenization", "dataset"},
         "inspection": {"records", "rendering", "store", "dataset"},
     },
+    "mcore": {
+        "expert_choice": set(),
+        "fp32_weights": set(),
+        "fp8_weights": set(),
+        "hf": set(),
+        "latent_sizes": set(),
+        "lora": set(),
+        "microbatch": set(),
+        "patch_table": set(),
+        "precision": set(),
+        "userbuffers": set(),
+        "varlen_kernels": set(),
+        "architecture": {"expert_choice", "latent_sizes"},
+        "device": {"varlen_kernels"},
+        "family": {"hf"},
+        "forward_step": {"microbatch"},
+        "attention": {"hf", "microbatch", "varlen_kernels", "architecture", "device"},
+        "optimizer": {"fp32_weights", "fp8_weights", "precision", "device"},
+        "cpu_patches": {"patch_table", "device", "attention"},
+        "families": {"expert_choice", "hf", "latent_sizes", "family", "attention"},
+        "layers": {"expert_choice", "microbatch", "architecture", "families"},
+        "specs": {"architecture", "device", "attention", "layers"},
+        "model": {
+            "lora",
+            "microbatch",
+            "precision",
+            "architecture",
+            "device",
+            "attention",
+            "families",
+            "layers",
+            "specs",
+        },
+        "meta_model": {"families", "layers", "specs", "model"},
+    },
 }
 # Outside packages that a room must do without, at import and in its functions alike.
 FORBIDDEN = {
@@ -237,12 +272,12 @@ def inner_backward(path, tree=None):
 
 
 def past_doors(path, tree=None):
-    """Imports of modules inside an inner room from outside it, where its `__init__` is the door."""
+    """Imports of modules inside an inner room from outside it, where its `__init__` is a door: it has an `__all__`."""
     for line, name in imported(path, tree):
         _, *inside = name.split(".")
         if len(inside) > 2 and inside[0] in INNER_ROOMS and tuple(inside[:2]) != inner_room(path):
-            folder = PACKAGE.joinpath(*inside[:2])
-            if (folder / f"{inside[2]}.py").exists():
+            door = PACKAGE.joinpath(*inside[:2], "__init__.py")
+            if door.with_name(f"{inside[2]}.py").exists() and "__all__" in door.read_text():
                 yield f"{path.relative_to(PACKAGE)}:{line} {name}"
 
 

@@ -20,8 +20,8 @@ from simpo_megatron import parallel
 from simpo_megatron.config import config_from
 from simpo_megatron.data import BatchOptions, TokenizedPair, collate
 from simpo_megatron.mcore import cpu_patches
-from simpo_megatron.mcore.attention import SegmentedAttention
-from simpo_megatron.mcore.layout import MicrobatchLayout, Segment
+from simpo_megatron.mcore.attention.segmented_attention import SegmentedAttention
+from simpo_megatron.mcore.microbatch import MicrobatchLayout, Segment
 
 # First and last rows: a segment of one token, prefixes of none, one and many tokens, one token behind a long
 # prefix, two segments with the same prefix, and a padding tail.
@@ -213,7 +213,7 @@ def ragged_pairs() -> list[TokenizedPair]:
 
 def log_probs_of(model, pairs, **options) -> torch.Tensor:
     """Log-probs of all response tokens in the order of pairs, chosen and rejected, tokens."""
-    from simpo_megatron.mcore.batch import output_of, to_microbatch
+    from simpo_megatron.mcore.microbatch import output_of, to_microbatch
 
     batch = collate(pairs, range(len(pairs)), BatchOptions(global_batch_size=len(pairs), **options))
     microbatch = to_microbatch(batch, torch.device("cpu"))

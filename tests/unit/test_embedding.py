@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from simpo_megatron.mcore import cpu_patches
 from simpo_megatron.mcore.architecture import ArchitectureConfig
-from simpo_megatron.mcore.embedding import MainGradEmbedding
+from simpo_megatron.mcore.layers import MainGradEmbedding
 
 cpu_patches.install()
 

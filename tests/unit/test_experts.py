@@ -61,7 +61,7 @@ def balance(router_logits: torch.Tensor) -> torch.Tensor:
 
 
 def test_routers_are_pulled_to_balance_by_the_mean_over_microbatches(models):
-    from simpo_megatron.mcore.experts import take_load_balancing_loss, weigh_load_balancing
+    from simpo_megatron.mcore.layers import take_load_balancing_loss, weigh_load_balancing
 
     model, twin = models
     num_pairs, microbatches = 7, torch.randint(131, (2, 3, 11), generator=torch.Generator().manual_seed(5))
@@ -97,8 +97,8 @@ def test_routers_are_pulled_to_balance_by_the_mean_over_microbatches(models):
 def test_when_nothing_is_said_the_loss_weighs_what_it_weighs_in_transformers(models, asks):
     from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
-    from simpo_megatron.mcore.experts import load_balancing_coefficient, times_transformers
     from simpo_megatron.mcore.families import describe_hf_config
+    from simpo_megatron.mcore.layers import load_balancing_coefficient, times_transformers
 
     _, twin = models
     description = describe_hf_config({**twin.config.to_dict(), "output_router_logits": asks}, "config.json")
@@ -127,7 +127,7 @@ def test_padding_counts_in_no_loss_and_no_statistic_and_loads_all_experts_alike(
 
     from simpo_megatron.mcore.architecture import ArchitectureConfig
     from simpo_megatron.mcore.expert_choice import ExpertChoice
-    from simpo_megatron.mcore.experts import LoadBalancedRouter
+    from simpo_megatron.mcore.layers import LoadBalancedRouter
 
     options = dict(ROUTERS[kind])
     if "expert_choice" in options:

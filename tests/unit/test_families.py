@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from simpo_megatron.errors import CheckpointError, ConfigError
+from simpo_megatron.mcore.attention.rotary import concentration, scaled_frequencies
 from simpo_megatron.mcore.families import FAMILIES, describe_hf_model, padded_vocab_size
-from simpo_megatron.mcore.hf_files import MAX_JSON_BYTES
-from simpo_megatron.mcore.rotary import concentration, scaled_frequencies
+from simpo_megatron.mcore.hf import MAX_JSON_BYTES
 
 LLAMA = {
     "model_type": "llama",

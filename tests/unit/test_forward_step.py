@@ -10,8 +10,8 @@ import torch
 
 from simpo_megatron.data import BatchOptions, TokenizedPair, collate
 from simpo_megatron.loss import SimPOObjective
-from simpo_megatron.mcore.batch import Microbatch, to_microbatch
 from simpo_megatron.mcore.forward_step import ForwardStep
+from simpo_megatron.mcore.microbatch import Microbatch, to_microbatch
 
 
 def microbatch_of(num_pairs: int) -> Microbatch:

@@ -104,7 +104,7 @@ def error(found: Tensor, expected: Tensor) -> float:
 # Products of 24 and 16 in fp32; exact loops in the place of the kernel in float64, which torch's does not take.
 @pytest.mark.parametrize(("dtype", "budget"), [(torch.float32, 2e-6), (torch.float64, 1e-14)])
 def test_values_and_gradients_are_those_of_one_by_one(experts, monkeypatch, dtype, budget, how, is_fused):
-    from simpo_megatron.mcore import grouped_experts
+    from simpo_megatron.mcore.layers import grouped_experts
 
     calls = []
     real = grouped_experts.grouped_product
@@ -129,7 +129,7 @@ def test_values_and_gradients_are_those_of_one_by_one(experts, monkeypatch, dtyp
 
 
 def test_weights_that_lie_unevenly_are_multiplied_one_by_one(experts, monkeypatch):
-    from simpo_megatron.mcore import grouped_experts
+    from simpo_megatron.mcore.layers import grouped_experts
 
     monkeypatch.setattr(grouped_experts, "grouped_product", lambda *_: pytest.fail("they do not lie together"))
     grouped = experts(grouped_experts.GroupedExperts, torch.float64)
@@ -139,7 +139,7 @@ def test_weights_that_lie_unevenly_are_multiplied_one_by_one(experts, monkeypatc
 
 
 def test_experts_with_a_bias_are_computed_one_by_one(experts):
-    from simpo_megatron.mcore.grouped_experts import GroupedExperts
+    from simpo_megatron.mcore.layers import GroupedExperts
 
     for has_bias, step in ((False, 1), (True, None)):
         made = experts(GroupedExperts, torch.float32, has_bias=has_bias)
@@ -147,7 +147,7 @@ def test_experts_with_a_bias_are_computed_one_by_one(experts):
 
 
 def test_what_ddp_does_before_a_layer_is_done_before_each_weight_is_read(experts):
-    from simpo_megatron.mcore.grouped_experts import GroupedExperts
+    from simpo_megatron.mcore.layers import GroupedExperts
 
     grouped, seen = experts(GroupedExperts, torch.float32), []
     for name, module in grouped.named_modules():
@@ -160,7 +160,7 @@ def test_what_ddp_does_before_a_layer_is_done_before_each_weight_is_read(experts
 def test_checkpoints_name_the_same_tensors(experts):
     from megatron.core.transformer.moe.experts import SequentialMLP
 
-    from simpo_megatron.mcore.grouped_experts import GroupedExperts
+    from simpo_megatron.mcore.layers import GroupedExperts
 
     described = [
         {
@@ -193,8 +193,8 @@ MIXTRAL = {
 @pytest.mark.parametrize("distributed", [False, True], ids=["own weights", "distributed optimizer"])
 def test_under_megatrons_ddp_a_model_takes_them_and_has_the_same_gradients(groups, monkeypatch, distributed):
     """bf16, as on a GPU; the distributed optimizer's buffer has the last expert first."""
-    from simpo_megatron.mcore import grouped_experts
     from simpo_megatron.mcore.families import describe_hf_config
+    from simpo_megatron.mcore.layers import grouped_experts
     from simpo_megatron.mcore.model import build_model, wrap_in_ddp
 
     calls, gradients, logits = [], [], []
@@ -227,6 +227,6 @@ def test_under_megatrons_ddp_a_model_takes_them_and_has_the_same_gradients(group
     ("capability", "expected"), [(None, False), ((8, 0), False), ((9, 0), True), ((10, 0), True), ((12, 0), False)]
 )
 def test_only_where_torch_has_a_kernel(capability, expected):
-    from simpo_megatron.mcore.grouped_experts import has_grouped_product
+    from simpo_megatron.mcore.layers import has_grouped_product
 
     assert has_grouped_product(capability) is expected

@@ -15,7 +15,7 @@ from planning_cases import HF_CONFIG
 from simpo_megatron.commands import plan as plan_command
 from simpo_megatron.config import config_from
 from simpo_megatron.errors import CheckpointError, ConfigError
-from simpo_megatron.mcore.hub import hub_name, model_folder
+from simpo_megatron.mcore.hf import hub_name, model_folder
 from simpo_megatron.training import finish
 from simpo_megatron.training.inputs import locate_sources
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from simpo_megatron.mcore.architecture import ArchitectureConfig
-from simpo_megatron.mcore.lean_layers import RMSNorm, SwiGLU
+from simpo_megatron.mcore.layers import RMSNorm, SwiGLU
 
 H, EPS = 37, 1e-5
 # A few roundings of the dtype's eps: a sum of H squares, its root, two products, and the same again on the way back.

@@ -20,8 +20,8 @@ def installed():
 def error_of(logit_dtype: str | None, folder) -> float:
     """The relative error of a bf16 model's log-probs against float64 log-probs from the same hidden states."""
     from simpo_megatron import parallel
-    from simpo_megatron.mcore.batch import output_of, to_microbatch
     from simpo_megatron.mcore.families import describe_hf_model
+    from simpo_megatron.mcore.microbatch import output_of, to_microbatch
     from simpo_megatron.mcore.model import build_model
 
     LlamaConfig(

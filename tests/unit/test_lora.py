@@ -20,7 +20,7 @@ from simpo_megatron.config import Machine, config_from, lint, resolve  # noqa: E
 from simpo_megatron.config.lora_section import LORA_TARGETS  # noqa: E402
 from simpo_megatron.errors import ConfigError  # noqa: E402
 from simpo_megatron.mcore.architecture import ArchitectureConfig  # noqa: E402
-from simpo_megatron.mcore.attention import SegmentedAttention  # noqa: E402
+from simpo_megatron.mcore.attention.segmented_attention import SegmentedAttention  # noqa: E402
 from simpo_megatron.mcore.families import describe_hf_model  # noqa: E402
 from simpo_megatron.mcore.lora import Adapter  # noqa: E402
 from simpo_megatron.mcore.model import build_model, wrap_in_ddp  # noqa: E402

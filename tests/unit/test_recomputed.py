@@ -12,11 +12,12 @@ from torch import Tensor
 from simpo_megatron import parallel
 from simpo_megatron.config import config_from
 from simpo_megatron.data import BatchOptions, TokenizedPair, collate
-from simpo_megatron.mcore import cpu_patches, recomputed
-from simpo_megatron.mcore.batch import output_of, to_microbatch
+from simpo_megatron.mcore import cpu_patches
 from simpo_megatron.mcore.families import describe_hf_config
+from simpo_megatron.mcore.layers import recomputed
+from simpo_megatron.mcore.layers.recomputed import computed_by, recomputing
+from simpo_megatron.mcore.microbatch import output_of, to_microbatch
 from simpo_megatron.mcore.model import build_model, zero_weights
-from simpo_megatron.mcore.recomputed import computed_by, recomputing
 
 CALLS: list[int] = []
 

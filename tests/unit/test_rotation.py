@@ -13,7 +13,7 @@ cpu_patches.install()
 
 from megatron.core.models.common.embeddings import rope_utils  # noqa: E402
 
-from simpo_megatron.mcore.rotation import rotated  # noqa: E402
+from simpo_megatron.mcore.attention.rotation import rotated  # noqa: E402
 
 MEGATRONS = rope_utils._apply_rotary_pos_emb_bshd.__wrapped__
 S, B, A, D = 11, 2, 3, 10

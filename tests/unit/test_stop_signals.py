@@ -139,7 +139,7 @@ MAY_CATCH_A_STOP = {
     "training/checkpoint_manager.py",
     "checkpoint/writer.py",
     "reporting/loggers.py",
-    "mcore/batch.py",
+    "mcore/microbatch/batch.py",
     "data/store/workers.py",
 }
 

@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from megatron.core.extensions import transformer_engine
 
 from simpo_megatron.loss import ResponseTokens
-from simpo_megatron.mcore.attention import SegmentedAttention
-from simpo_megatron.mcore.context import ContextShare
-from simpo_megatron.mcore.layout import MicrobatchLayout, Segment
+from simpo_megatron.mcore.attention.segmented_attention import SegmentedAttention
+from simpo_megatron.mcore.microbatch import MicrobatchLayout, Segment
+from simpo_megatron.mcore.microbatch.context import ContextShare
 
 HEADS, GROUPS, SIZE = 4, 2, 8
 SEGMENTS = (
@@ -72,11 +72,11 @@ class MegatronWrapper(Kernel):
 @pytest.fixture
 def attention(monkeypatch):
     monkeypatch.setattr(transformer_engine, "TEDotProductAttention", MegatronWrapper)
-    monkeypatch.delitem(sys.modules, "simpo_megatron.mcore.te_attention", raising=False)
-    yield importlib.import_module("simpo_megatron.mcore.te_attention").TESegmentedAttention(
+    monkeypatch.delitem(sys.modules, "simpo_megatron.mcore.attention.te_attention", raising=False)
+    yield importlib.import_module("simpo_megatron.mcore.attention.te_attention").TESegmentedAttention(
         attention_type="self"  # as megatron's SelfAttention asks for it
     )
-    sys.modules.pop("simpo_megatron.mcore.te_attention", None)
+    sys.modules.pop("simpo_megatron.mcore.attention.te_attention", None)
 
 
 def configuration(window_size):

@@ -7,9 +7,7 @@ import pytest
 import torch
 
 from simpo_megatron.data import BatchOptions, TokenizedPair, collate
-from simpo_megatron.mcore import transfer
-from simpo_megatron.mcore.batch import to_microbatch
-from simpo_megatron.mcore.transfer import copied_together
+from simpo_megatron.mcore.microbatch import copied_together, to_microbatch, transfer
 
 CPU = torch.device("cpu")
 TENSORS = (

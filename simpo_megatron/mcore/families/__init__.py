@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from simpo_megatron.errors import ConfigError
+from simpo_megatron.mcore.attention.rotary import check_rope
 from simpo_megatron.mcore.family import Family, WeightNames, count, refuse, shared_options
-from simpo_megatron.mcore.hf_config import check_counts, configuration, rope_parameters
-from simpo_megatron.mcore.hf_files import read_hf_json
-from simpo_megatron.mcore.rotary import check_rope
+from simpo_megatron.mcore.hf import check_counts, configuration, read_hf_json, rope_parameters
 
 __all__ = [
     "FAMILIES",

@@ -19,7 +19,7 @@ from simpo_megatron.mcore.family import (
     require_count,
     same_window_everywhere,
 )
-from simpo_megatron.mcore.hf_config import rope_parameters
+from simpo_megatron.mcore.hf import rope_parameters
 from simpo_megatron.mcore.latent_sizes import LatentSizes
 
 if TYPE_CHECKING:

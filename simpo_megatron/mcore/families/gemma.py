@@ -18,7 +18,7 @@ from simpo_megatron.mcore.family import (
     same_window_everywhere,
     sliding_window,
 )
-from simpo_megatron.mcore.hf_config import WINDOWED, windowed_rope_parameters
+from simpo_megatron.mcore.hf import WINDOWED, windowed_rope_parameters
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

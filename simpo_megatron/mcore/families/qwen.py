@@ -14,7 +14,7 @@ from simpo_megatron.mcore.family import (
     same_window_everywhere,
     sliding_window,
 )
-from simpo_megatron.mcore.hf_config import FULL
+from simpo_megatron.mcore.hf import FULL
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

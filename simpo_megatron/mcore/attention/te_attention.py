@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from simpo_megatron.data.batching import round_up
-from simpo_megatron.mcore.layout import MicrobatchLayout
+from simpo_megatron.mcore.microbatch import MicrobatchLayout
 
 # Length bounds are rounded up to this step: Transformer Engine selects a backend anew for each new bound.
 _BOUND_MULTIPLE = 256

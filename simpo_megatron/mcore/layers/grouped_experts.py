@@ -22,7 +22,7 @@ from torch import Tensor
 
 from simpo_megatron.loss.main_grad import gradient_already_added
 from simpo_megatron.loss.products import add_product
-from simpo_megatron.mcore.transfer import copied_together
+from simpo_megatron.mcore.microbatch import copied_together
 
 # The rows of the operands must start at multiples of 16 bytes.
 _MULTIPLE = 8

@@ -15,7 +15,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
 from simpo_megatron.mcore.architecture import ArchitectureConfig
-from simpo_megatron.mcore.recomputed import computed_by, recomputing
+from simpo_megatron.mcore.layers.recomputed import computed_by, recomputing
 
 
 class LeanTransformerLayer(TransformerLayer):

@@ -21,7 +21,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
 
 from simpo_megatron.mcore.architecture import ArchitectureConfig
-from simpo_megatron.mcore.layout import MicrobatchLayout
+from simpo_megatron.mcore.microbatch import MicrobatchLayout
 
 NORM_EPSILON = 1e-6
 """The epsilon of the norms of latents; other norms may have another one.

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from simpo_megatron.mcore import device
 from simpo_megatron.mcore.architecture import ArchitectureConfig
-from simpo_megatron.mcore.layout import MicrobatchLayout, Segment
-from simpo_megatron.mcore.segments_on_cpu import attend_segments, cpu_kernel_has
+from simpo_megatron.mcore.attention.segments_on_cpu import attend_segments, cpu_kernel_has
+from simpo_megatron.mcore.microbatch import MicrobatchLayout, Segment
 from simpo_megatron.mcore.varlen_kernels import Kernel, Scores, prepare_torch, varlen_kernel
 
 

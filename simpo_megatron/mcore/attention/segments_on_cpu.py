@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from simpo_megatron.mcore.layout import Segment
+from simpo_megatron.mcore.microbatch import Segment
 from simpo_megatron.mcore.varlen_kernels import Scores
 
 _KERNEL = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu

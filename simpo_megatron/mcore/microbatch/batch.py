@@ -16,9 +16,9 @@ from simpo_megatron import faults
 from simpo_megatron.data import PreferenceBatch, PreferenceDataset, TokenizedPair
 from simpo_megatron.errors import DataError, SimPOError
 from simpo_megatron.loss import ResponseTokens
-from simpo_megatron.mcore.context import ContextShare
-from simpo_megatron.mcore.layout import MicrobatchLayout, Segment
-from simpo_megatron.mcore.transfer import copied_together
+from simpo_megatron.mcore.microbatch.context import ContextShare
+from simpo_megatron.mcore.microbatch.layout import MicrobatchLayout, Segment
+from simpo_megatron.mcore.microbatch.transfer import copied_together
 
 
 def read_pairs(

@@ -15,8 +15,8 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
-from simpo_megatron.mcore.context import ContextShare
-from simpo_megatron.mcore.transfer import copied_together
+from simpo_megatron.mcore.microbatch.context import ContextShare
+from simpo_megatron.mcore.microbatch.transfer import copied_together
 
 
 class Segment(NamedTuple):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from simpo_megatron.errors import ConfigError
-from simpo_megatron.mcore.hf_config import configuration, kind_of_rope, rope_parameters
+from simpo_megatron.mcore.hf import configuration, kind_of_rope, rope_parameters
 
 SCALED = ("linear", "llama3", "yarn", "longrope")
 """Types that change the frequencies once and for all; `default` leaves them as they are."""
