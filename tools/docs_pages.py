@@ -26,7 +26,7 @@ FINDINGS_MARK = "<!-- findings -->"
 # A page asks for the rooms of the package, or of one of its folders: `<!-- rooms -->`, `<!-- rooms of data -->`.
 ROOMS_MARK = re.compile(r"<!-- rooms(?: of (\w+))? -->")
 # Files beside the rooms that a reader should know; the others serve one room each.
-_LONE_FILES = ("atomic", "cli", "parallel", "ranks", "dataset")
+_LONE_FILES = ("atomic", "cli", "parallel", "ranks", "dataset", "model", "specs", "device")
 
 
 def on_files(files: typing.Any, config: typing.Any) -> typing.Any:
@@ -239,8 +239,8 @@ def rooms_picture(folder: str | None = None) -> str:
         for room, others in imports.items()
     }
     lines = ["```mermaid", "graph TD"]
-    shown = sorted(room for room in kept if (base / room).is_dir() or room in _LONE_FILES)
-    lines += [f"  {room} --> {other}" for room in shown for other in sorted(kept[room]) if other in shown]
+    shown = {path.stem for path in base.iterdir() if path.is_dir() or path.stem in _LONE_FILES}
+    lines += [f"  {room} --> {other}" for room in sorted(shown & set(kept)) for other in sorted(kept[room] & shown)]
     return "\n".join([*lines, "```"])
 
 
