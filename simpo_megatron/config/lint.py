@@ -41,9 +41,11 @@ def lint(config: Config) -> list[str]:
 def _simpo_warnings(objective: SimPOObjective) -> list[str]:
     """The findings on the constants of SimPO itself."""
     warnings = []
-    if objective.beta < 1:
+    if objective.length_normalization == "none":
+        warnings.append("length_normalization none: published runs use mean; rewards that are sums depend on length")
+    elif objective.beta < 1:
         warnings.append(f"beta {objective.beta:g}: published runs use 2 to 10; 0.1 is DPO's scale, not SimPO's")
-    if objective.gamma_beta_ratio > 1:
+    if objective.gamma_beta_ratio > 1 and objective.length_normalization == "mean":
         warnings.append(
             f"gamma_beta_ratio {objective.gamma_beta_ratio:g}: published runs use 0.1 to 0.8. It counts in "
             f"units of beta: the margin here is {objective.gamma:g}; to state the margin itself, write gamma"

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 LossType = Literal["sigmoid", "hinge"]
+LengthNormalization = Literal["mean", "none"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +52,11 @@ class SimPOObjective(PreferenceObjective):
         "Reward shape of AlphaPO (arXiv 2501.03884): r = (1 - p**-alpha) / alpha for p = exp(average "
         "log-probability). 0 is SimPO itself.",
     )
+    length_normalization: LengthNormalization = option(
+        "mean",
+        "Log-probability that the reward is beta times: mean is over the tokens of a response, none is their sum, the "
+        "paper's ablation, for which beta is smaller by a response's length.",
+    )
 
     @property
     def gamma(self) -> float:
@@ -62,14 +68,17 @@ class SimPOObjective(PreferenceObjective):
         return self.gamma
 
     def compare(self, chosen: Responses, rejected: Responses) -> Comparison:
-        chosen_reward_P = self.beta * self._shaped(chosen.avg_P)
-        rejected_reward_P = self.beta * self._shaped(rejected.avg_P)
+        chosen_reward_P, rejected_reward_P = self._reward(chosen), self._reward(rejected)
         loss_P = self._loss(chosen_reward_P - rejected_reward_P - self.gamma)
         return Comparison(loss_P, chosen_reward_P, rejected_reward_P)
 
     def describe(self) -> str:
         ratio = f"gamma_beta_ratio {self.gamma_beta_ratio:g}"
-        return f"{self.loss_type}, beta {self.beta:g}, gamma {self.gamma:g} ({ratio})"
+        sums = ", rewards of summed log-probs" if self.length_normalization == "none" else ""
+        return f"{self.loss_type}, beta {self.beta:g}, gamma {self.gamma:g} ({ratio}){sums}"
+
+    def _reward(self, responses: Responses) -> Tensor:
+        return self.beta * (responses.sum_P if self.length_normalization == "none" else self._shaped(responses.avg_P))
 
     def _shaped(self, avg_P: Tensor) -> Tensor:
         """AlphaPO's reward of an average log-probability; the log-probability itself at alpha 0, its limit."""
@@ -84,7 +93,12 @@ class SimPOObjective(PreferenceObjective):
     def _check(self) -> None:
         require(self.beta > 0, "beta", self.beta, "a number > 0")
         require(self.gamma_beta_ratio >= 0, "gamma_beta_ratio", self.gamma_beta_ratio, "a number >= 0")
-        for key, choice in (("loss_type", LossType), ("sft_normalization", SftNormalization)):
+        choices = {
+            "loss_type": LossType,
+            "sft_normalization": SftNormalization,
+            "length_normalization": LengthNormalization,
+        }
+        for key, choice in choices.items():
             found, allowed = getattr(self, key), get_args(choice)
             require(found in allowed, key, found, " or ".join(allowed))
         require(0 <= self.label_smoothing < 0.5, "label_smoothing", self.label_smoothing, "in [0, 0.5)")
@@ -95,3 +109,5 @@ class SimPOObjective(PreferenceObjective):
             "0 with loss_type hinge, which has no smoothed form",
         )
         require(self.sft_weight >= 0, "sft_weight", self.sft_weight, "a number >= 0")
+        is_mean = self.length_normalization == "mean"
+        require(is_mean or self.alpha == 0, "alpha", self.alpha, "0 with length_normalization none")

@@ -169,7 +169,8 @@ def _gap_lines(found: Ranking) -> list[str]:
     shown = ", ".join(f"{gap:+.3f} at {share:.0%}" for share, gap in zip(GAP_QUANTILES, at, strict=True))
     said = [f"initial gap (chosen less rejected, nats per token): {shown}"]
     objectives = [run.config.objective for row in found.rows for run in row.runs]
-    simpo = [one for one in objectives if isinstance(one, SimPOObjective)]
+    # gamma and beta are of nats per token where rewards are averages.
+    simpo = [one for one in objectives if isinstance(one, SimPOObjective) and one.length_normalization == "mean"]
     for ratio in sorted({one.gamma_beta_ratio for one in simpo}):
         said.append(f"gamma_beta_ratio {ratio:g} was reached by {found.beyond(ratio):.0%} of the pairs before training")
     for beta in sorted({one.beta for one in simpo}):

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from simpo_megatron import parallel
 from simpo_megatron.config import Config, PrecisionConfig
-from simpo_megatron.errors import ConfigError
+from simpo_megatron.errors import ConfigError, require
 from simpo_megatron.loss import SimPOObjective
 from simpo_megatron.mcore import cpu_patches, device
 
@@ -146,6 +146,8 @@ def check(config: Config, recipe: Recipe, num_pairs: int) -> None:
 
     if not isinstance(config.objective, SimPOObjective):
         raise ConfigError(f"objective: found {config.objective.objective}, expected simpo, which has a target margin")
+    sums = config.objective.length_normalization
+    require(sums == "mean", "length_normalization", sums, "mean, for noise is measured in nats per token")
     is_emulated = not device.has_cuda()
     if is_emulated and recipe == "delayed":
         raise ConfigError("recipe: found delayed, expected tensorwise or blockwise: a history is not emulated")

@@ -26,10 +26,12 @@ def twin(logps, objective):
     for chosen, rejected in logps:
         rewards = []
         for response in (chosen, rejected):
-            average = response.sum() / max(len(response), 1)
+            log_prob = response.sum()
+            if objective.length_normalization == "mean":
+                log_prob = log_prob / max(len(response), 1)
             if objective.alpha:
-                average = (1 - average.exp() ** -objective.alpha) / objective.alpha
-            rewards.append(objective.beta * average)
+                log_prob = (1 - log_prob.exp() ** -objective.alpha) / objective.alpha
+            rewards.append(objective.beta * log_prob)
         z = rewards[0] - rewards[1] - objective.beta * objective.gamma_beta_ratio
         if objective.loss_type == "hinge":
             total = total + torch.clamp(1 - z, min=0)
@@ -73,6 +75,8 @@ OBJECTIVES = {
     "sft by sum": {"sft_weight": 0.01, "sft_normalization": "sum"},
     "alphapo": {"alpha": 0.25, "beta": 2.5},
     "alphapo, negative": {"alpha": -0.5},
+    "summed": {"length_normalization": "none", "beta": 0.1, "gamma_beta_ratio": 5.0},
+    "summed hinge with sft": {"length_normalization": "none", "beta": 0.05, "loss_type": "hinge", "sft_weight": 0.3},
     "all": {"label_smoothing": 0.05, "sft_weight": 0.1, "alpha": 0.1},
 }
 
@@ -216,6 +220,8 @@ def test_small_alpha_approaches_simpo():
         {"sft_weight": -1.0},
         {"sft_normalization": "batch"},
         {"alpha": math.inf},
+        {"alpha": 0.1, "length_normalization": "none"},
+        {"length_normalization": "token"},
     ],
     ids=str,
 )
