@@ -20,7 +20,8 @@ from pathlib import Path
 
 from simpo_megatron.commands.generate import add_engine_options, engine_of
 from simpo_megatron.commands.parsing import CommandParser
-from simpo_megatron.errors import ConfigError, GateClosed, SimPOError, report_error, require, visible
+from simpo_megatron.commands.printing import print_lines
+from simpo_megatron.errors import ConfigError, GateClosed, require
 from simpo_megatron.evaluation.benchmarks import BENCHMARKS
 from simpo_megatron.evaluation.evaluated import EvaluatedModel, read_evaluated, read_scores
 from simpo_megatron.evaluation.judging import JudgeServer, OfficialScorer, judge_model, score_model
@@ -150,12 +151,7 @@ def main(argv: Sequence[str], prog: str = "simpo evaluate") -> int:
         "leaderboard": _leaderboard,
         "serve-judge": _serve_judge,
     }[getattr(arguments, "step", arguments.what)]
-    try:
-        for line in work(arguments):
-            print(visible(line), flush=True)
-    except SimPOError as error:
-        return report_error(error)
-    return 0
+    return print_lines(work(arguments))
 
 
 def _generate(arguments: argparse.Namespace) -> Iterator[str]:

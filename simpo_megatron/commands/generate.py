@@ -12,12 +12,13 @@ turns or text; preference pairs serve, too. The same command continues where it 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 
 from simpo_megatron.commands.parsing import CommandParser
-from simpo_megatron.errors import ConfigError, SimPOError, report_error, require, visible
+from simpo_megatron.commands.printing import print_lines
+from simpo_megatron.errors import ConfigError, require
 from simpo_megatron.generation.answering import Decoding, answer_prompts
 from simpo_megatron.generation.engines import Engine, ServerEngine, TransformersEngine
 from simpo_megatron.generation.server import ChatServer
@@ -80,21 +81,19 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
 
 def main(argv: Sequence[str], prog: str = "simpo generate") -> int:
     """The exit code: 0 when every prompt is answered, else that of the error, which is printed."""
-    arguments = parse_arguments(argv, prog)
-    try:
-        decoding = Decoding(
-            max_new_tokens=arguments.max_new_tokens,
-            temperature=arguments.temperature,
-            temperatures=dict(map(_temperature, arguments.temperature_of)),
-            seed=arguments.seed,
-            num_samples=arguments.samples,
-        )
-        with closing(engine_of(arguments)) as engine:
-            for line in answer_prompts(engine, arguments.prompts, arguments.out, decoding):
-                print(visible(line), flush=True)
-    except SimPOError as error:
-        return report_error(error)
-    return 0
+    return print_lines(_generate(parse_arguments(argv, prog)))
+
+
+def _generate(arguments: argparse.Namespace) -> Iterator[str]:
+    decoding = Decoding(
+        max_new_tokens=arguments.max_new_tokens,
+        temperature=arguments.temperature,
+        temperatures=dict(map(_temperature, arguments.temperature_of)),
+        seed=arguments.seed,
+        num_samples=arguments.samples,
+    )
+    with closing(engine_of(arguments)) as engine:
+        yield from answer_prompts(engine, arguments.prompts, arguments.out, decoding)
 
 
 def engine_of(arguments: argparse.Namespace) -> Engine:

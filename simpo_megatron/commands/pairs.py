@@ -12,11 +12,12 @@ continues where it was stopped.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from simpo_megatron.commands.parsing import CommandParser
-from simpo_megatron.errors import SimPOError, report_error, require, visible
+from simpo_megatron.commands.printing import print_lines
+from simpo_megatron.errors import require
 from simpo_megatron.generation.pairing import Pairing, make_pairs
 from simpo_megatron.generation.scoring import Judge, RewardModel, Scorer, ScoresOfFile
 from simpo_megatron.generation.server import ChatServer
@@ -33,6 +34,9 @@ def parse_arguments(argv: Sequence[str], prog: str) -> argparse.Namespace:
     by.add_argument("--scores", type=Path, metavar="FILE", help="JSON Lines of id, sample and score")
     parser.add_argument("--judge", default="", metavar="NAME", help="name of the judge's model")
     parser.add_argument(
+        "--at-once", type=int, default=16, metavar="N", help="requests to the judge at a time, default 16"
+    )
+    parser.add_argument(
         "--min-score-gap",
         type=float,
         default=0.0,
@@ -45,16 +49,14 @@ def parse_arguments(argv: Sequence[str], prog: str) -> argparse.Namespace:
 
 def main(argv: Sequence[str], prog: str = "simpo pairs") -> int:
     """The exit code: 0 with the pairs written, else that of the error, which is printed."""
-    arguments = parse_arguments(argv, prog)
-    try:
-        gap = arguments.min_score_gap
-        require(gap >= 0, "min_score_gap", gap, "a number not below 0")
-        pairing = Pairing(min_score_gap=gap, keeps_cut=arguments.keep_cut)
-        for line in make_pairs(_scorer(arguments), arguments.answers, arguments.out, pairing):
-            print(visible(line), flush=True)
-    except SimPOError as error:
-        return report_error(error)
-    return 0
+    return print_lines(_pairs(parse_arguments(argv, prog)))
+
+
+def _pairs(arguments: argparse.Namespace) -> Iterator[str]:
+    gap = arguments.min_score_gap
+    require(gap >= 0, "min_score_gap", gap, "a number not below 0")
+    pairing = Pairing(min_score_gap=gap, keeps_cut=arguments.keep_cut)
+    yield from make_pairs(_scorer(arguments), arguments.answers, arguments.out, pairing)
 
 
 def _scorer(arguments: argparse.Namespace) -> Scorer:
@@ -63,4 +65,4 @@ def _scorer(arguments: argparse.Namespace) -> Scorer:
     if arguments.scores is not None:
         return ScoresOfFile(arguments.scores)
     require(bool(arguments.judge), "judge", arguments.judge, "the name of the judge's model; add --judge NAME")
-    return Judge(ChatServer(arguments.judge_url, arguments.judge))
+    return Judge(ChatServer(arguments.judge_url, arguments.judge), max(1, arguments.at_once))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+from collections.abc import Generator
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -63,7 +64,7 @@ class AlpacaEvalScorer(OfficialScorer):
     def num_left(self, judge: str) -> int:
         return 0 if self._is_annotated(judge) else len(self.model.rows())
 
-    def judge(self, judge: JudgeServer) -> None:
+    def judge(self, judge: JudgeServer) -> Generator[None]:
         folder = self._folder(judge.name)
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / "configs.yaml", yaml.safe_dump(self._annotator(judge.name), sort_keys=False))
@@ -72,7 +73,7 @@ class AlpacaEvalScorer(OfficialScorer):
         write_text(clients, yaml.safe_dump({"default": [{"base_url": judge.url}]}))
         variables = {**judge.variables, "OPENAI_CLIENT_CONFIG_PATH": str(clients)}
         variables["OPENAI_MAX_CONCURRENCY"] = str(judge.num_at_once)
-        self._evaluate(judge.name, ["--fn_metric", "get_winrate", "--sort_by", "win_rate"], variables)
+        yield from self._evaluating(judge.name, ["--fn_metric", "get_winrate", "--sort_by", "win_rate"], variables)
 
     def score(self, judge: str) -> Scored:
         if not self._is_annotated(judge):
@@ -87,7 +88,8 @@ class AlpacaEvalScorer(OfficialScorer):
         else:
             # The regression's weights are kept here, not among the package's own files, which is its default.
             options = ["--metric_kwargs", json.dumps({"save_weights_dir": str(self._folder(judge) / "weights")})]
-        self._evaluate(judge, options, {"OPENAI_API_KEY": "none"})
+        for _ in self._evaluating(judge, options, {"OPENAI_API_KEY": "none"}):
+            pass
         with (self._folder(judge) / "leaderboard.csv").open(encoding="utf-8", newline="") as file:
             (row,) = csv.DictReader(file)
         metrics: dict[str, Metric] = {}
@@ -125,7 +127,7 @@ class AlpacaEvalScorer(OfficialScorer):
         config["completions_kwargs"] |= {"model_name": judge, "requires_chatml": True}
         return {_ANNOTATOR if judge == _JUDGE else slug(judge): config}
 
-    def _evaluate(self, judge: str, options: list[str], variables: dict[str, str]) -> None:
+    def _evaluating(self, judge: str, options: list[str], variables: dict[str, str]) -> Generator[None]:
         folder = self._folder(judge)
         paths = {
             "model_outputs": self._outputs,
@@ -134,7 +136,7 @@ class AlpacaEvalScorer(OfficialScorer):
             "output_path": folder,
         }
         try:
-            self.environment.run(
+            yield from self.environment.running(
                 "alpaca_eval",
                 [
                     *(

@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -106,7 +106,7 @@ class ArenaHardScorer(OfficialScorer):
     def num_left(self, judge: str) -> int:
         return 2 * (len(self.model.rows()) - sum(map(_has_come, self._judgments(judge))))
 
-    def judge(self, judge: JudgeServer) -> None:
+    def judge(self, judge: JudgeServer) -> Generator[None]:
         self._lay_out()
         self._forget_what_never_came(judge.name)
         settings = yaml.safe_load((self._checkout / "config" / f"{self._version}.yaml").read_text(encoding="utf-8"))
@@ -116,7 +116,7 @@ class ArenaHardScorer(OfficialScorer):
         files = {"arena-hard.yaml": settings, "api_config.yaml": {judge.name: endpoint}}
         for name, content in files.items():
             write_text(self.model.folder / name, yaml.safe_dump(content, sort_keys=False))
-        self.environment.run(
+        yield from self.environment.running(
             "gen_judgment",
             [
                 self._checkout / "gen_judgment.py",

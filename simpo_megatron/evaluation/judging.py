@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
@@ -13,9 +14,11 @@ from typing import ClassVar
 from simpo_megatron.errors import ConfigError, DataError
 from simpo_megatron.evaluation.benchmarks import BENCHMARKS
 from simpo_megatron.evaluation.evaluated import EvaluatedModel
+from simpo_megatron.evaluation.judge_watch import JudgeWatch
 from simpo_megatron.evaluation.official import OfficialEnvironment
 from simpo_megatron.evaluation.published import PUBLISHED
 from simpo_megatron.generation.lines import appending, held_folder
+from simpo_megatron.generation.progress import Progress
 from simpo_megatron.generation.server import API_KEY, ChatServer
 
 _MOST_MISSING = 0.01
@@ -82,8 +85,8 @@ class OfficialScorer(ABC):
         """The number of missing verdicts."""
 
     @abstractmethod
-    def judge(self, judge: JudgeServer) -> None:
-        """Asks the judge for the missing verdicts.
+    def judge(self, judge: JudgeServer) -> Generator[None]:
+        """Asks the judge for the missing verdicts; yields every few seconds. Closing the iterator ends the asking.
 
         Raises: DataError where the official code fails.
         """
@@ -109,11 +112,23 @@ def judge_model(scorer: OfficialScorer, judge: JudgeServer) -> Iterator[str]:
         if left:
             _probe(judge, needs_logprobs=scorer.needs_logprobs)
             yield f"judging   {left:,} verdicts by {judge.name} at {judge.url}; {scorer.model.log} has the output"
-            scorer.judge(judge)
+            yield from _asking(scorer, judge, left)
             left = scorer.num_left(judge.name)
     if left:
         yield f"WARNING   {left:,} verdicts are missing; the same command asks for them again"
     yield f"judged    by {judge.name}; simpo evaluate {scorer.benchmark} score --out {scorer.model.folder}"
+
+
+def _asking(scorer: OfficialScorer, judge: JudgeServer, num_asked: int) -> Iterator[str]:
+    """Asks for `num_asked` verdicts; yields lines of progress, and on a judge that does not answer.
+
+    Raises: DataError, as `OfficialScorer.judge` and `JudgeWatch.lines` do.
+    """
+    watch, progress = JudgeWatch(judge.server), Progress("judging", "verdicts", num_asked)
+    with closing(scorer.judge(judge)) as asking:
+        for _ in asking:
+            yield from watch.lines()
+            yield from progress.lines(lambda: num_asked - scorer.num_left(judge.name))
 
 
 def score_model(scorer: OfficialScorer, judge: str) -> Iterator[str]:

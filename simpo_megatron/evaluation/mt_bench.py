@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Generator
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -45,9 +46,9 @@ class MTBenchScorer(OfficialScorer):
         done = {(row["question_id"], row["turn"]) for row in self._judgments(judge) if row["score"] != -1}
         return 2 * len(self.model.rows()) - len(done)
 
-    def judge(self, judge: JudgeServer) -> None:
+    def judge(self, judge: JudgeServer) -> Generator[None]:
         cut_half_line(self._judgments_file(judge.name))
-        self.environment.run(
+        yield from self.environment.running(
             "gen_judgment",
             [
                 *("-m", "fastchat.llm_judge.scripts.gen_judgment"),

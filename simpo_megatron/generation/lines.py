@@ -13,6 +13,7 @@ from simpo_megatron import atomic
 from simpo_megatron.errors import ConfigError, DataError
 from simpo_megatron.limits import read_bounded
 
+_MOST_SHOWN = 60
 MOST_BYTES = 1 << 30
 """Size of the largest file of prompts, answers or scores that is read."""
 
@@ -96,7 +97,7 @@ def keep_settings(path: Path, settings: Mapping[str, Any]) -> None:
     if path.exists():
         before = read_settings(path)
         changed = [
-            f"{name} {before.get(name)!r} before, {now.get(name)!r} now"
+            f"{name} {_shown(before.get(name))} before, {_shown(now.get(name))} now"
             for name in sorted(before.keys() | now.keys())
             if before.get(name) != now.get(name)
         ]
@@ -107,6 +108,12 @@ def keep_settings(path: Path, settings: Mapping[str, Any]) -> None:
             )
         return
     write_record(path, {"settings": now})
+
+
+def _shown(value: Any) -> str:
+    """The value, its middle left out where it is long: a prompt, or a hash."""
+    text = repr(value)
+    return text if len(text) <= _MOST_SHOWN else f"{text[: _MOST_SHOWN // 2]} ... {text[-_MOST_SHOWN // 2 :]}"
 
 
 def read_settings(path: Path) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from simpo_megatron.generation.lines import (
     read_settings,
     write_record,
 )
+from simpo_megatron.generation.progress import Progress, work_through
 from simpo_megatron.generation.prompts import is_unicode
 from simpo_megatron.generation.scoring import Scorer
 
@@ -67,6 +69,11 @@ def make_pairs(scorer: Scorer, answers: Path, folder: Path, pairing: Pairing) ->
         scores = {key: score for key, score in scored.items() if score is not None}
         if len(scores) < len(scored):
             yield f"scores    {len(scored) - len(scores):,} of {len(scored):,} answers got none and are left out"
+        if not scores:
+            raise DataError(
+                f"{folder / SCORES_FILE}: found no score of any answer, expected some; score with another model, into "
+                "another folder"
+            )
         pairs, became = pair_up(rows, scores, pairing)
         write_text(folder / PAIRS_FILE, "".join(json.dumps(pair) + "\n" for pair in pairs))
         settings = {"answers": provenance, **scorer.identity()}
@@ -97,7 +104,8 @@ def pair_up(
         usable = [row for row in ended if (identity, row["sample"]) in scores]
         distinct = list({row["answers"][0]: row for row in reversed(usable)}.values())[::-1]
         if len(distinct) < 2:
-            became["without two answers that end and differ"] += 1
+            has_answers = len({row["answers"][0] for row in ended}) > 1
+            became["without two scores" if has_answers else "without two answers that end and differ"] += 1
             continue
         scored = [(scores[identity, row["sample"]], -row["sample"], row) for row in distinct]
         best, worst = max(scored, key=lambda one: one[:2]), min(scored, key=lambda one: (one[0], -one[1]))
@@ -141,17 +149,22 @@ def _read_scores(path: Path) -> dict[tuple[str, int], float | None]:
 
 
 def _score(scorer: Scorer, rows: Sequence[Mapping[str, Any]], path: Path) -> Iterator[str]:
-    """Appends the score of each answer without a line."""
+    """Appends the score of each answer without a line; yields lines of progress."""
     known = _read_scores(path).keys()
     rows = [row for row in rows if is_unicode(*row["answers"])]
     left = [row for row in rows if (row["id"], row["sample"]) not in known]
     if len(left) < len(rows):
         yield f"resume    {len(rows) - len(left):,} of {len(rows):,} scores are there already"
+    writing = threading.Lock()
     with appending(path) as file:
-        for row in left:
+
+        def work(row: Mapping[str, Any]) -> None:
             score = scorer.score(row)
             if score is not None and not math.isfinite(score):
                 raise DataError(
                     f"{row['id']}: found the score {score} of sample {row['sample']}, expected a finite one"
                 )
-            append(file, {"id": row["id"], "sample": row["sample"], "score": score})
+            with writing:
+                append(file, {"id": row["id"], "sample": row["sample"], "score": score})
+
+        yield from work_through(work, left, scorer.num_at_once, Progress("scores", "answers", len(left)))

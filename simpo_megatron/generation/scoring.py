@@ -18,6 +18,8 @@ from simpo_megatron.generation.prompts import Message
 from simpo_megatron.generation.server import ChatServer
 
 _JUDGE_TOKENS = 1024
+_FIRST_REPLIES = 16
+"""Replies of a judge that rates nothing, after which it is asked no more."""
 _RATING = re.compile(r"\[\[\s*(\d+(?:\.\d+)?)\s*\]\]")
 _INSTRUCTION = (
     "You judge answers. Below stands a conversation that ends with an answer of the assistant. Rate that answer for "
@@ -28,6 +30,9 @@ _INSTRUCTION = (
 
 class Scorer(ABC):
     """A judge of answers; a higher score is better."""
+
+    num_at_once = 1
+    """Answers that are scored at a time, by calls of `score` in several threads."""
 
     @abstractmethod
     def identity(self) -> dict[str, Any]:
@@ -41,7 +46,10 @@ class Scorer(ABC):
 
     @abstractmethod
     def score(self, row: Mapping[str, Any]) -> float | None:
-        """The score of one line of the answers, whose conversation ends with the answer; None where it gets none."""
+        """The score of one line of the answers, whose conversation ends with the answer; None where it gets none.
+
+        Raises: DataError.
+        """
 
 
 class RewardModel(Scorer):
@@ -91,8 +99,9 @@ class RewardModel(Scorer):
 class Judge(Scorer):
     """A chat model that rates an answer from 1 to 10, greedily."""
 
-    def __init__(self, server: ChatServer) -> None:
-        self._server = server
+    def __init__(self, server: ChatServer, num_at_once: int = 16) -> None:
+        self._server, self.num_at_once = server, num_at_once
+        self._num_unread, self._has_rated = 0, False
 
     def identity(self) -> dict[str, Any]:
         return {"scorer": "judge", "url": self._server.url, "model": self._server.model}
@@ -101,7 +110,16 @@ class Judge(Scorer):
         asked = [{"role": "system", "content": _INSTRUCTION}, {"role": "user", "content": _as_text(row["messages"])}]
         said = self._server.chat(asked, max_tokens=_JUDGE_TOKENS, temperature=0.0, seed=0).text
         ratings = [float(found) for found in _RATING.findall(said)]
-        return ratings[-1] if ratings and 1 <= ratings[-1] <= 10 else None
+        if ratings and 1 <= ratings[-1] <= 10:
+            self._has_rated = True
+            return ratings[-1]
+        self._num_unread += 1
+        if self._num_unread >= _FIRST_REPLIES and not self._has_rated:
+            raise DataError(
+                f"judge: found no rating in {self._num_unread} replies of {self._server.model}, the last "
+                f"{said[:80]!r}, expected [[1]] to [[10]]; judge with another model"
+            )
+        return None
 
 
 class ScoresOfFile(Scorer):

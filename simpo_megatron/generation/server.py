@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from simpo_megatron.errors import ConfigError, DataError
@@ -18,6 +19,9 @@ API_KEY = "OPENAI_API_KEY"
 _TRIES, _FIRST_PAUSE_SECONDS, _TIMEOUT_SECONDS = 5, 1.0, 600.0
 _WORTH_ANOTHER_TRY = (408, 409, 429, 500, 502, 503, 504)
 _MOST_SHOWN = 200
+_GATEWAY_ERRORS = (502, 503, 504)
+_LOOK_SECONDS = 10.0
+_LOGGER = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,8 @@ class ChatServer:
 
     url: str
     model: str
+    _told: set[str] = field(default_factory=set, init=False, repr=False, compare=False)
+    """The failures that were told, each once however many requests meet it."""
 
     def __post_init__(self) -> None:
         if not self.url.startswith(("http://", "https://")):
@@ -68,6 +74,19 @@ class ChatServer:
         except (KeyError, IndexError, TypeError):
             return 0
 
+    def failure(self) -> str | None:
+        """The reason why nothing answers at the URL; None where something does, if only to say that it is busy."""
+        try:
+            with urllib.request.urlopen(f"{self.url.rstrip('/')}/models", timeout=_LOOK_SECONDS):  # noqa: S310
+                return None
+        except urllib.error.HTTPError as error:
+            return str(error) if error.code in _GATEWAY_ERRORS else None
+        except TimeoutError:
+            # It was connected: a server that has one thread is at work on an answer.
+            return None
+        except (OSError, ValueError) as error:
+            return str(error)
+
     def _asked(self, messages: Sequence[Message], max_tokens: int) -> dict[str, Any]:
         return {"model": self.model, "messages": [dict(turn) for turn in messages], "max_tokens": max_tokens}
 
@@ -81,6 +100,7 @@ class ChatServer:
         said = ""
         for attempt in range(_TRIES):
             if attempt:
+                self._tell(said)
                 time.sleep(_FIRST_PAUSE_SECONDS * 2 ** (attempt - 1))
             try:
                 with urllib.request.urlopen(request, timeout=_TIMEOUT_SECONDS) as reply:  # noqa: S310
@@ -98,3 +118,9 @@ class ChatServer:
                         "or ask it less at once"
                     ) from None
         raise DataError(f"{self.url}: found {said} in {_TRIES} tries, expected an answer; start the server")
+
+    def _tell(self, said: str) -> None:
+        if said not in self._told:
+            self._told.add(said)
+            pauses = sum(_FIRST_PAUSE_SECONDS * 2**attempt for attempt in range(_TRIES - 1))
+            _LOGGER.warning("%s: found %s; trying again for %.0f s", self.url, said, pauses)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -11,16 +12,19 @@ from pathlib import Path
 
 import pytest
 import yaml
+from stub_judge import stub_judge
 
 from simpo_megatron.commands import evaluate
 from simpo_megatron.demo import prepare_demo
 from simpo_megatron.errors import ConfigError, DataError, GateClosed
-from simpo_megatron.evaluation import judging, reproduction
+from simpo_megatron.evaluation import judge_watch, judging, reproduction
 from simpo_megatron.evaluation.arena_hard import checked_checkout
 from simpo_megatron.evaluation.benchmarks import encodable
 from simpo_megatron.evaluation.gate import paired_difference
+from simpo_megatron.generation import progress
 from simpo_megatron.generation.engines import Engine
 from simpo_megatron.generation.lines import read_lines
+from simpo_megatron.generation.server import ChatServer
 
 MT_BENCH = [
     {"question_id": 81, "category": "writing", "turns": ["Write a poem.", "Make it rhyme."]},
@@ -318,3 +322,51 @@ def test_a_score_that_is_no_number_is_none():
     for metric in ({"value": nan}, {"value": 5.0, "low": nan, "high": 6.0}, {"value": float("inf")}):
         with pytest.raises(DataError, match="found no score, for 160 verdicts of j could not be read"):
             judging._finite(judging.Scored({"score of 10": metric}, 160), "j")
+
+
+class EndlessScorer:
+    """Asks for ever, as an official scorer does that tries a dead server again; one of four verdicts has come."""
+
+    is_closed = False
+
+    def judge(self, judge):
+        try:
+            while True:
+                yield
+        finally:
+            self.is_closed = True
+
+    def num_left(self, judge):
+        return 3
+
+
+def test_a_judge_that_stays_away_is_told_and_ends_the_scorer(monkeypatch):
+    for module, name in (
+        (judge_watch, "_SECONDS_BETWEEN_LOOKS"),
+        (judge_watch, "_MOST_SECONDS_AWAY"),
+        (progress, "_SECONDS_BETWEEN_LINES"),
+    ):
+        monkeypatch.setattr(module, name, 0.0)
+    scorer, url, told = EndlessScorer(), "http://127.0.0.1:1/v1", []
+    with pytest.raises(DataError, match=f"judge: found no answer of {url} in 0 s .* run the same command again"):
+        told.extend(judging._asking(scorer, judging.JudgeServer("j", url), 4))
+    assert scorer.is_closed
+
+    looks = iter(["refused", None, None])
+    monkeypatch.setattr(ChatServer, "failure", lambda _: next(looks))
+    asking = judging._asking(EndlessScorer(), judging.JudgeServer("j", url), 4)
+    told = [next(asking) for _ in range(5)]
+    assert told[0] == f"WARNING   {url} does not answer (refused); judging ends after 0 s of this"
+    assert told[1].startswith("judging   1 of 4 verdicts in 0:00:00, about 0:00:0")
+    assert told[2] == f"judge     {url} answers again" and told[3][:9] == told[4][:9] == "judging  "
+
+
+def test_a_server_answers_even_if_it_is_busy_or_knows_no_models(monkeypatch):
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setattr("simpo_megatron.generation.server._LOOK_SECONDS", 0.5)
+    with stub_judge() as stub:
+        assert ChatServer(stub.url, "j").failure() is None, "a stub without GET"
+    assert "refused" in str(ChatServer(stub.url, "j").failure())
+    # It takes the connection and answers nothing.
+    with socket.create_server(("127.0.0.1", 0)) as busy:
+        assert ChatServer(f"http://127.0.0.1:{busy.getsockname()[1]}/v1", "j").failure() is None

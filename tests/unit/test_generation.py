@@ -256,7 +256,8 @@ def server(monkeypatch):
         thread.join()
 
 
-def test_a_server_answers_with_settings_as_given_and_is_asked_again(server, tmp_path):
+def test_a_server_answers_with_settings_as_given_and_is_asked_again(server, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("simpo_megatron.generation.progress._SECONDS_BETWEEN_LINES", 0.0)
     prompts = written(tmp_path / "prompts.jsonl", *({"id": n, "prompt": f"question {n}"} for n in range(5)))
     options = ["--model", "served", "--url", server, "--prompts", str(prompts), "--out", str(tmp_path / "out")]
     assert generate.main([*options, "--temperature", "0.3", "--max-new-tokens", "9", "--at-once", "3"]) == 0
@@ -265,6 +266,9 @@ def test_a_server_answers_with_settings_as_given_and_is_asked_again(server, tmp_
     assert all(row["is_cut"] and row["num_tokens"] == 5 for row in rows) and len(Stub.asked) == 6
     assert {(one["model"], one["temperature"], one["max_tokens"]) for one in Stub.asked} == {("served", 0.3, 9)}
     assert {one["seed"] for one in Stub.asked} == {row["seed"] for row in rows}
+    said = capsys.readouterr()
+    assert said.err.count(f"WARNING simpo_megatron: {server}: found 503") == 1, said.err
+    assert said.out.count(" of 5 answers in 0:0") == 5 and "answers   1 of 5 answers" in said.out
     assert generate.main(["--model", "nobody", *options[2:-1], str(tmp_path / "other")]) == 2
 
 
@@ -284,6 +288,13 @@ def test_scores_come_from_a_reward_model_a_judge_or_a_file(reward_model, server,
             "simpo_megatron.generation.server.ChatServer.chat", lambda *_, s=said, **__: Reply(f"[[{s}]]", 1, None)
         )
         assert judge.score(row) is None
+    # Sixteen such replies and no rating: the rest would be asked, and paid, for nothing.
+    unread = Judge(ChatServer(server, "judge"))
+    for _ in range(15):
+        assert unread.score(row) is None
+    with pytest.raises(DataError, match=r"found no rating in 16 replies of judge, the last '\[\[-3\]\]'"):
+        unread.score(row)
+    assert [judge.score(row) for _ in range(20)] == [None] * 20, "it has rated one"
     monkeypatch.undo()
     assert "[assistant]\nIn water, for eight minutes." in Stub.asked[-1]["messages"][1]["content"]
     scores = ScoresOfFile(written(tmp_path / "s.jsonl", {"id": "a", "sample": 0, "score": -2}))
