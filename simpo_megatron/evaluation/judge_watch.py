@@ -20,6 +20,11 @@ class JudgeWatch:
         self._looked = time.monotonic()
         self._away_since: float | None = None
 
+    @property
+    def is_away(self) -> bool:
+        """True since a look that found no answer."""
+        return self._away_since is not None
+
     def lines(self) -> Iterator[str]:
         """The line on a server that has gone or come back, at the looks that see it.
 
@@ -31,7 +36,7 @@ class JudgeWatch:
         self._looked, url = now, self._server.url
         failure = self._server.failure()
         if failure is None:
-            if self._away_since is not None:
+            if self.is_away:
                 yield f"judge     {url} answers again"
             self._away_since = None
         elif self._away_since is None:

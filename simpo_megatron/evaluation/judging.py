@@ -17,8 +17,8 @@ from simpo_megatron.evaluation.evaluated import EvaluatedModel
 from simpo_megatron.evaluation.judge_watch import JudgeWatch
 from simpo_megatron.evaluation.official import OfficialEnvironment
 from simpo_megatron.evaluation.published import PUBLISHED
+from simpo_megatron.generation.item_progress import Progress
 from simpo_megatron.generation.lines import appending, held_folder
-from simpo_megatron.generation.progress import Progress
 from simpo_megatron.generation.server import API_KEY, ChatServer
 
 _MOST_MISSING = 0.01
@@ -128,7 +128,8 @@ def _asking(scorer: OfficialScorer, judge: JudgeServer, num_asked: int) -> Itera
     with closing(scorer.judge(judge)) as asking:
         for _ in asking:
             yield from watch.lines()
-            yield from progress.lines(lambda: num_asked - scorer.num_left(judge.name))
+            if not watch.is_away:
+                yield from progress.lines(lambda: num_asked - scorer.num_left(judge.name))
 
 
 def score_model(scorer: OfficialScorer, judge: str) -> Iterator[str]:

@@ -14,8 +14,8 @@ from typing import Any
 from simpo_megatron.data.ngrams import repetition
 from simpo_megatron.errors import DataError, require
 from simpo_megatron.generation.engines import Completion, Engine
+from simpo_megatron.generation.item_progress import Progress, work_through
 from simpo_megatron.generation.lines import append, appending, held_folder, keep_settings, read_lines, write_record
-from simpo_megatron.generation.progress import Progress, work_through
 from simpo_megatron.generation.prompts import PromptItem, read_prompts
 
 ANSWERS_FILE, RECORD_FILE = "answers.jsonl", "generation.json"

@@ -16,6 +16,7 @@ from simpo_megatron.atomic import write_text
 from simpo_megatron.errors import DataError
 from simpo_megatron.generation.answering import ANSWERS_FILE, read_answers
 from simpo_megatron.generation.answering import RECORD_FILE as ANSWERS_RECORD
+from simpo_megatron.generation.item_progress import Progress, work_through
 from simpo_megatron.generation.lines import (
     append,
     appending,
@@ -26,7 +27,6 @@ from simpo_megatron.generation.lines import (
     read_settings,
     write_record,
 )
-from simpo_megatron.generation.progress import Progress, work_through
 from simpo_megatron.generation.prompts import is_unicode
 from simpo_megatron.generation.scoring import Scorer
 

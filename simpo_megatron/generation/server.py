@@ -85,7 +85,7 @@ class ChatServer:
             # It was connected: a server that has one thread is at work on an answer.
             return None
         except (OSError, ValueError) as error:
-            return str(error)
+            return str(getattr(error, "reason", error))
 
     def _asked(self, messages: Sequence[Message], max_tokens: int) -> dict[str, Any]:
         return {"model": self.model, "messages": [dict(turn) for turn in messages], "max_tokens": max_tokens}
@@ -110,7 +110,7 @@ class ChatServer:
                 if error.code not in _WORTH_ANOTHER_TRY:
                     raise ConfigError(f"{self.url}: found {said}, expected an answer of model {self.model}") from None
             except (OSError, ValueError) as error:
-                said = str(error)
+                said = str(getattr(error, "reason", error))
                 if isinstance(error, TimeoutError):
                     # A server that takes so long would be asked the same five times, in silence.
                     raise DataError(

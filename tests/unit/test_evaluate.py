@@ -21,7 +21,7 @@ from simpo_megatron.evaluation import judge_watch, judging, reproduction
 from simpo_megatron.evaluation.arena_hard import checked_checkout
 from simpo_megatron.evaluation.benchmarks import encodable
 from simpo_megatron.evaluation.gate import paired_difference
-from simpo_megatron.generation import progress
+from simpo_megatron.generation import item_progress
 from simpo_megatron.generation.engines import Engine
 from simpo_megatron.generation.lines import read_lines
 from simpo_megatron.generation.server import ChatServer
@@ -344,7 +344,7 @@ def test_a_judge_that_stays_away_is_told_and_ends_the_scorer(monkeypatch):
     for module, name in (
         (judge_watch, "_SECONDS_BETWEEN_LOOKS"),
         (judge_watch, "_MOST_SECONDS_AWAY"),
-        (progress, "_SECONDS_BETWEEN_LINES"),
+        (item_progress, "_SECONDS_BETWEEN_LINES"),
     ):
         monkeypatch.setattr(module, name, 0.0)
     scorer, url, told = EndlessScorer(), "http://127.0.0.1:1/v1", []
@@ -352,13 +352,13 @@ def test_a_judge_that_stays_away_is_told_and_ends_the_scorer(monkeypatch):
         told.extend(judging._asking(scorer, judging.JudgeServer("j", url), 4))
     assert scorer.is_closed
 
-    looks = iter(["refused", None, None])
+    looks = iter(["refused", None, None, None])
     monkeypatch.setattr(ChatServer, "failure", lambda _: next(looks))
     asking = judging._asking(EndlessScorer(), judging.JudgeServer("j", url), 4)
-    told = [next(asking) for _ in range(5)]
+    told = [next(asking) for _ in range(4)]
     assert told[0] == f"WARNING   {url} does not answer (refused); judging ends after 0 s of this"
-    assert told[1].startswith("judging   1 of 4 verdicts in 0:00:00, about 0:00:0")
-    assert told[2] == f"judge     {url} answers again" and told[3][:9] == told[4][:9] == "judging  "
+    assert told[1] == f"judge     {url} answers again"
+    assert told[2].startswith("judging   1 of 4 verdicts in 0:00:00, about 0:00:0") and told[3][:9] == "judging  "
 
 
 def test_a_server_answers_even_if_it_is_busy_or_knows_no_models(monkeypatch):

@@ -257,7 +257,7 @@ def server(monkeypatch):
 
 
 def test_a_server_answers_with_settings_as_given_and_is_asked_again(server, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("simpo_megatron.generation.progress._SECONDS_BETWEEN_LINES", 0.0)
+    monkeypatch.setattr("simpo_megatron.generation.item_progress._SECONDS_BETWEEN_LINES", 0.0)
     prompts = written(tmp_path / "prompts.jsonl", *({"id": n, "prompt": f"question {n}"} for n in range(5)))
     options = ["--model", "served", "--url", server, "--prompts", str(prompts), "--out", str(tmp_path / "out")]
     assert generate.main([*options, "--temperature", "0.3", "--max-new-tokens", "9", "--at-once", "3"]) == 0
