@@ -58,3 +58,6 @@ class ArchitectureConfig(TransformerConfig):
 
     moe_aux_loss_scale: float = 1.0
     """Factor of a microbatch's load-balancing loss; set anew for every step."""
+
+    logs_balance_to_megatron: bool = False
+    """Record load-balancing losses where Megatron-LM's own loop looks for them."""

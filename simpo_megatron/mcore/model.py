@@ -254,7 +254,7 @@ def build_model(description: ModelDescription, config: Config, groups: ParallelG
             **description.gpt,
         )
         _mark_divided_weights(chunk)
-        _mark_experts(chunk)
+        mark_experts(chunk)
         if config.lora.lora_rank is not None:
             add_adapters(chunk, config.lora, tp_group=groups.tp, seed=config.run.seed)
         chunks.append(chunk.to(device.current_device()))
@@ -285,7 +285,7 @@ def _mark_divided_weights(chunk: PreferenceGPTModel) -> None:
             set_tensor_model_parallel_attributes(module.weight, True, dimension, 1)
 
 
-def _mark_experts(chunk: PreferenceGPTModel) -> None:
+def mark_experts(chunk: PreferenceGPTModel) -> None:
     """Mark experts for DDP and optimizer: their replicas are on other ranks than those of dense weights.
 
     megatron marks them only under expert parallelism. But without it, too, every tensor-parallel rank has a replica of

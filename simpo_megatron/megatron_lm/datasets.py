@@ -4,20 +4,27 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+import numpy as np
 
 from simpo_megatron.data import (
     BatchOptions,
     PreferenceBatch,
     PreferenceDataset,
+    StepPlan,
     build_preference_dataset,
     check_batches,
     check_vocabulary,
     collate,
+    padding_share,
     plan_step,
+    plan_tokens,
+    step_shape,
 )
+from simpo_megatron.data.batching import round_up
 from simpo_megatron.errors import ConfigError
-from simpo_megatron.megatron_lm.arguments import batch_options, pair_options, true_vocab_size
+from simpo_megatron.megatron_lm.arguments import batch_options, num_microbatches, pair_options, true_vocab_size
 from simpo_megatron.parallel import data_parallel_rank
 from simpo_megatron.ranks import build_on_first_ranks
 
@@ -41,7 +48,7 @@ def train_valid_test_datasets_provider(
 
     Raises: ConfigError, DataError: a mistake in arguments or files, on every rank alike.
     """
-    from megatron.training import get_args
+    from megatron.training import get_args, print_rank_0
 
     args = get_args()
     if not args.simpo_data:
@@ -50,21 +57,22 @@ def train_valid_test_datasets_provider(
         raise ConfigError(
             f"--eval-iters: found {args.eval_iters}, expected validation steps with --simpo-valid-data and 0 without"
         )
-    options = batch_options(args)
+    division = Division(batch_options(args), dp_size=args.data_parallel_size, num_microbatches=num_microbatches(args))
 
-    def endless(files: list[str], consumed_pairs: int) -> Iterator[Sample]:
+    def endless(name: str, files: list[str], consumed_pairs: int, num_steps: int) -> Iterator[Sample]:
         dataset = _dataset(files, args)
-        check_batches(dataset.lengths, options, dp_size=args.data_parallel_size)
-        return _samples(
-            dataset,
-            options,
-            dp_rank=data_parallel_rank(),
-            dp_size=args.data_parallel_size,
-            consumed_pairs=consumed_pairs,
-        )
+        division.check(dataset.lengths, consumed_pairs, num_steps)
+        if division.options.fixed_pack_length:
+            print_rank_0(f"{name} rows: {division.described(dataset.lengths)}")
+        return _samples(dataset, division, dp_rank=data_parallel_rank(), consumed_pairs=consumed_pairs)
 
-    train = endless(args.simpo_data, args.consumed_train_samples)
-    valid = endless(args.simpo_valid_data, args.consumed_valid_samples) if args.simpo_valid_data else None
+    num_left = args.train_iters - args.consumed_train_samples // args.global_batch_size
+    train = endless("training", args.simpo_data, args.consumed_train_samples, num_left)
+    if not args.simpo_valid_data:
+        return train, None, None
+    # One evaluation each `eval_interval` steps and one at the end.
+    num_evaluations = args.train_iters // args.eval_interval + 1
+    valid = endless("validation", args.simpo_valid_data, args.consumed_valid_samples, num_evaluations * args.eval_iters)
     return train, valid, None
 
 
@@ -84,14 +92,61 @@ def _dataset(files: list[str], args: argparse.Namespace) -> PreferenceDataset:
     return dataset
 
 
-def _samples(
-    dataset: PreferenceDataset, options: BatchOptions, *, dp_rank: int, dp_size: int, consumed_pairs: int
-) -> Iterator[Sample]:
+@dataclass(frozen=True)
+class Division:
+    """The rule by which pairs of a step become microbatches, as many on each rank as Megatron-LM asks for."""
+
+    options: BatchOptions
+    dp_size: int
+    num_microbatches: int
+    """Of each data-parallel rank."""
+
+    def plan(self, lengths: np.ndarray, consumed_pairs: int) -> StepPlan:
+        """The pairs of each rank's microbatches, for the step after the first `consumed_pairs` pairs."""
+        return plan_step(
+            lengths, consumed_pairs, self.options, dp_size=self.dp_size, microbatch_multiple=self.num_microbatches
+        )
+
+    def check(self, lengths: np.ndarray, consumed_pairs: int, num_steps: int) -> None:
+        """Refuses pairs that do not fill microbatches, or rows of the next `num_steps` steps that do not fit.
+
+        A rank would find a row too long in the middle of a step, while other stages wait for its output.
+
+        Raises: ConfigError, on every rank alike.
+        """
+        fixed, unbound = self.options, self
+        if fixed.fixed_pack_length:
+            # Each row is then as long as its pairs are, and no step is cut into more rows.
+            own_lengths = replace(fixed, fixed_pack_length=False, tokens_per_microbatch=2**40, sequence_multiple=1)
+            unbound = replace(self, options=own_lengths)
+        check_batches(lengths, unbound.options, dp_size=self.dp_size, microbatch_multiple=self.num_microbatches)
+        if not fixed.fixed_pack_length:
+            return
+        for step in range(num_steps):
+            plan = unbound.plan(lengths, consumed_pairs + step * fixed.global_batch_size)
+            longest = max(max(tokens) for tokens in plan_tokens(lengths, plan, unbound.options))
+            if longest > fixed.tokens_per_microbatch:
+                at_once = fixed.micro_batch_size
+                needed = round_up(-(-longest // at_once), fixed.sequence_multiple)
+                raise ConfigError(
+                    f"--seq-length: found {fixed.tokens_per_microbatch // at_once} x --micro-batch-size {at_once} = "
+                    f"{fixed.tokens_per_microbatch} tokens of a microbatch, expected at least {longest}, for step "
+                    f"{step + 1} from here has such a one; raise it to {needed}, or lower --simpo-max-length"
+                )
+
+    def described(self, lengths: np.ndarray) -> str:
+        """A line on rows of one length, with the share of padding in the first steps."""
+        share = padding_share(lengths, self.options, dp_size=self.dp_size, microbatch_multiple=self.num_microbatches)
+        return f"{self.options.tokens_per_microbatch:,} tokens each, {share:.0%} of them padding"
+
+
+def _samples(dataset: PreferenceDataset, division: Division, *, dp_rank: int, consumed_pairs: int) -> Iterator[Sample]:
     while True:
-        plan = plan_step(dataset.lengths, consumed_pairs, options, dp_size=dp_size)
+        plan = division.plan(dataset.lengths, consumed_pairs)
         step = [pair for rank in plan for microbatch in rank for pair in microbatch]
         pairs_per_chosen_token = len(step) / int(dataset.counted[step, 0].sum())
+        shape = step_shape(dataset.lengths, plan, division.options)
         for microbatch in plan[dp_rank]:
-            batch = collate([dataset[pair] for pair in microbatch], microbatch, options)
+            batch = collate([dataset[pair] for pair in microbatch], microbatch, division.options, shape)
             yield Sample(batch, pairs_per_chosen_token)
         consumed_pairs += len(step)

@@ -11,16 +11,48 @@ from typing import Any
 
 import torch
 from megatron.core.transformer import TransformerConfig
+from megatron.core.utils import make_viewless_tensor
 from torch import Tensor
 
 from simpo_megatron.loss import ResponseTokens, average_log_probs, preference_loss
 from simpo_megatron.mcore import device
 from simpo_megatron.mcore.architecture import ArchitectureConfig
+from simpo_megatron.mcore.layers import weigh_load_balancing
 from simpo_megatron.mcore.microbatch import output_of, to_microbatch
-from simpo_megatron.mcore.model import PreferenceGPTModel
+from simpo_megatron.mcore.model import PreferenceGPTModel, mark_experts
 from simpo_megatron.mcore.specs import block_spec
-from simpo_megatron.megatron_lm.arguments import check_pipeline, objective_of, true_vocab_size
+from simpo_megatron.megatron_lm.arguments import (
+    check_experts,
+    check_pipeline,
+    num_microbatches,
+    objective_of,
+    true_vocab_size,
+)
 from simpo_megatron.megatron_lm.datasets import Sample
+
+
+class StageModel(PreferenceGPTModel):
+    """A model chunk whose messages to other pipeline stages have the shape that Megatron-LM's schedules announce.
+
+    That is [S, B, H] with B samples of a microbatch. Ours is one row of all their tokens, [S * B, 1, H].
+    """
+
+    def __init__(self, *args: Any, micro_batch_size: int, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._micro_batch_size = micro_batch_size
+
+    def set_input_tensor(self, input_tensor: Any) -> None:
+        """Take the hidden states of the stage before; None on the first."""
+        (received,) = input_tensor if isinstance(input_tensor, list) else [input_tensor]
+        super().set_input_tensor(None if received is None else received.view(-1, 1, received.size(-1)))
+
+    def _postprocess(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        output = super()._postprocess(hidden_states, *args, **kwargs)
+        if self.post_process:
+            return output
+        # Schedules free what was sent, which they refuse for a view.
+        message = output.view(-1, self._micro_batch_size, output.size(-1))
+        return make_viewless_tensor(message, requires_grad=message.requires_grad, keep_graph=True)
 
 
 def model_provider(
@@ -29,7 +61,7 @@ def model_provider(
     vp_stage: int | None = None,
     config: TransformerConfig | None = None,
     pg_collection: Any = None,
-) -> PreferenceGPTModel:
+) -> StageModel:
     """Megatron-LM's GPT model of its arguments; its last stage returns log-probs, never logits.
 
     `config` is always built here, because our layers read more of its fields than Megatron-LM's do.
@@ -39,11 +71,18 @@ def model_provider(
 
     args = get_args()
     config = core_transformer_config_from_args(args, ArchitectureConfig)
-    # Rows differ in length; Megatron-LM's arguments cannot say so.
-    config.variable_seq_lengths = args.pipeline_model_parallel_size > 1
     check_pipeline(config)
+    check_experts(config)
+    # Synchronises the device after every message, for a bug in versions of torch older than ours.
+    config.batch_p2p_sync = False
+    weigh_load_balancing(
+        config,
+        num_pairs=args.global_batch_size,
+        num_microbatches=num_microbatches(args) * args.data_parallel_size,
+    )
+    config.logs_balance_to_megatron = True
     uses_transformer_engine = args.transformer_impl == "transformer_engine"
-    return PreferenceGPTModel(
+    model = StageModel(
         config,
         block_spec(config, vp_stage, transformer_engine=uses_transformer_engine),
         args.padded_vocab_size,
@@ -59,7 +98,10 @@ def model_provider(
         vp_stage=vp_stage,
         pg_collection=pg_collection,
         true_vocab_size=true_vocab_size(args),
+        micro_batch_size=args.micro_batch_size,
     )
+    mark_experts(model)
+    return model
 
 
 def forward_step(data_iterator: Iterator[Sample], model: torch.nn.Module) -> tuple[Tensor, Callable]:

@@ -31,6 +31,9 @@ TRAINING = """--micro-batch-size 2 --global-batch-size 8 --train-iters 3 --lr 1e
 # Megatron-LM insists on the last of them for sequence parallelism.
 ENVIRONMENT = {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
 TWO_RANKS = ("--tensor-model-parallel-size", "2", "--sequence-parallel")
+# Rows of one length, shorter than two of the longest pairs that the tokenizer may make.
+TWO_STAGES = ("--pipeline-model-parallel-size", "2", "--num-layers-per-virtual-pipeline-stage", "1")
+TWO_STAGES += ("--seq-length", "96", "--simpo-max-length", "512")
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +67,7 @@ def steps(printed: str) -> dict[int, tuple[float, float]]:
     return {int(iteration): (float(loss), float(norm)) for iteration, loss, norm in found}
 
 
-def test_pretrain_trains_saves_and_resumes_alike_on_one_rank_and_two(pretrain, tmp_path: Path):
+def test_pretrain_trains_saves_and_resumes_alike_on_one_rank_two_and_two_stages(pretrain, tmp_path: Path):
     held_out = ["--simpo-valid-data", str(REPOSITORY / "simpo_megatron" / "demo" / "validation_pairs.jsonl")]
     printed = pretrain(1, *held_out, "--eval-iters", "2")
     alone = steps(printed)
@@ -73,7 +76,9 @@ def test_pretrain_trains_saves_and_resumes_alike_on_one_rank_and_two(pretrain, t
 
     checkpoints = ("--save", str(tmp_path), "--load", str(tmp_path), "--save-interval", "2")
     first = steps(pretrain(2, *TWO_RANKS, *checkpoints, "--exit-interval", "2"))
-    second = steps(pretrain(2, *TWO_RANKS, *checkpoints))
+    printed = pretrain(2, *TWO_STAGES, *checkpoints)
+    second = steps(printed)
+    assert re.search(r"training rows: 192 tokens each, \d\d% of them padding", printed)
     assert (sorted(first), sorted(second)) == ([1, 2], [3])
     for iteration, numbers in {**first, **second}.items():
         assert numbers == pytest.approx(alone[iteration], rel=1e-3)

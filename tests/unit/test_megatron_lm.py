@@ -7,27 +7,40 @@ import math
 import sys
 from types import ModuleType, SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoTokenizer
 
-from simpo_megatron.data import build_preference_dataset
+from simpo_megatron.data import TokenizedPair, build_preference_dataset
 from simpo_megatron.demo import prepare_demo
 from simpo_megatron.errors import ConfigError, DataError
 from simpo_megatron.loss import ResponseTokens
 from simpo_megatron.megatron_lm import add_simpo_args, forward_step, loss_func, pretrain_arguments
-from simpo_megatron.megatron_lm.arguments import batch_options, check_pipeline, objective_of, pair_options
-from simpo_megatron.megatron_lm.datasets import _dataset, _samples
+from simpo_megatron.megatron_lm.arguments import (
+    batch_options,
+    check_experts,
+    check_pipeline,
+    num_microbatches,
+    objective_of,
+    pair_options,
+)
+from simpo_megatron.megatron_lm.datasets import Division, _dataset, _samples
 
 MEGATRON = dict(seq_length=512, micro_batch_size=2, global_batch_size=8, data_parallel_size=2, rampup_batch_size=None)
 MEGATRON |= dict(fp8=None, fp8_recipe="delayed", tensor_model_parallel_size=2, sequence_parallel=True, seed=7)
-MEGATRON |= dict(context_parallel_size=1, expert_model_parallel_size=1)
+MEGATRON |= dict(context_parallel_size=1, expert_model_parallel_size=1, pipeline_model_parallel_size=1)
+MEGATRON |= dict(tp_comm_overlap=False)
 
 
 def parsed(*flags: str, **megatron) -> argparse.Namespace:
     """Our arguments as Megatron-LM parses them, between some of its own."""
     args = add_simpo_args(argparse.ArgumentParser()).parse_args(flags)
     return argparse.Namespace(**{**vars(args), **MEGATRON, **megatron})
+
+
+def division_of(args: argparse.Namespace) -> Division:
+    return Division(batch_options(args), dp_size=args.data_parallel_size, num_microbatches=num_microbatches(args))
 
 
 @pytest.fixture
@@ -56,6 +69,79 @@ def test_batches_that_do_not_divide_are_refused():
         batch_options(parsed(context_parallel_size=2))
     with pytest.raises(ConfigError, match="beta: found -1"):
         objective_of(parsed("--simpo-beta", "-1"))
+    with pytest.raises(ConfigError, match="--eval-micro-batch-size: found 4, expected 2"):
+        batch_options(parsed(eval_micro_batch_size=4))
+    with pytest.raises(ConfigError, match="--seq-length: found 511, expected a multiple of 2"):
+        batch_options(parsed(seq_length=511, pipeline_model_parallel_size=2))
+
+
+def test_the_length_of_a_pair_is_an_argument_beside_that_of_a_row():
+    pairs = pair_options(parsed("--simpo-max-length", "1024", pipeline_model_parallel_size=2))
+    assert (pairs.max_length, pairs.max_prompt_length) == (1024, 900)
+
+
+LENGTHS = np.array([[5, 1 + index % 7, 3 + index % 4] for index in range(24)])
+
+
+@pytest.mark.parametrize("known_by", [{"pipeline_model_parallel_size": 2}, {"tp_comm_overlap": True}])
+def test_rows_have_the_length_that_megatron_lm_announces(known_by):
+    args = parsed(seq_length=20, **known_by)
+    division = division_of(args)
+    division.check(LENGTHS, 0, num_steps=6)
+    pairs = [
+        TokenizedPair.from_marked(*(np.ones(length, np.int32) for length in lengths)) for lengths in LENGTHS.tolist()
+    ]
+    dataset = type("Pairs", (), {"lengths": LENGTHS, "counted": LENGTHS[:, 1:], "__getitem__": lambda _, i: pairs[i]})()
+    ranks = [_samples(dataset, division, dp_rank=rank, consumed_pairs=0) for rank in range(2)]
+    for _ in range(3):
+        step = [next(rank).batch for rank in ranks for _ in range(num_microbatches(args))]
+        assert {tuple(batch.tokens_BS.shape) for batch in step} == {(1, 20 * args.micro_batch_size)}
+        assert sum(batch.num_pairs for batch in step) == args.global_batch_size
+
+
+def test_a_row_too_long_for_its_stages_is_refused_before_the_first_step():
+    shortest = next(
+        length
+        for length in range(2, 100, 2)
+        if not refused(parsed(seq_length=length, pipeline_model_parallel_size=2))
+    )
+    # Two pairs a row, so rows hold twice as many tokens; a row of the longest pairs has them all.
+    tokens = LENGTHS.sum(axis=1)
+    assert tokens.mean() < shortest <= tokens.max() + 1
+    message = refused(parsed(seq_length=shortest - 2, pipeline_model_parallel_size=2))
+    assert f"--seq-length: found {shortest - 2} x --micro-batch-size 2 = {2 * shortest - 4} tokens" in message
+    assert f"raise it to {shortest}, or lower --simpo-max-length" in message
+
+
+def refused(args: argparse.Namespace) -> str:
+    try:
+        division_of(args).check(LENGTHS, 0, num_steps=6)
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize(
+    ("options", "refused"),
+    [
+        ({}, None),
+        ({"moe_router_load_balancing_type": "none"}, None),
+        ({"moe_router_load_balancing_type": "seq_aux_loss"}, "--moe-router-load-balancing-type: found seq_aux_loss"),
+        ({"moe_z_loss_coeff": 1e-3}, "--moe-z-loss-coeff: found 0.001"),
+        ({"tensor_model_parallel_size": 2}, "--expert-tensor-parallel-size: found 2"),
+    ],
+)
+def test_experts_and_losses_of_routers_that_would_go_wrong_are_refused(options, refused):
+    from megatron.core.transformer import TransformerConfig
+
+    shape = {"num_layers": 2, "hidden_size": 8, "num_attention_heads": 2}
+    check_experts(TransformerConfig(**shape, **options))
+    config = TransformerConfig(**shape, num_moe_experts=4, moe_ffn_hidden_size=8, add_bias_linear=False, **options)
+    if refused is None:
+        check_experts(config)
+    else:
+        with pytest.raises(ConfigError, match=refused):
+            check_experts(config)
 
 
 @pytest.mark.parametrize(
@@ -115,7 +201,7 @@ def test_microbatches_of_all_ranks_are_the_pairs_of_each_step_and_a_resumed_run_
 
     def steps(consumed_pairs: int, count: int) -> list[list]:
         ranks = [
-            _samples(dataset, batch_options(args), dp_rank=rank, dp_size=2, consumed_pairs=consumed_pairs)
+            _samples(dataset, division_of(args), dp_rank=rank, consumed_pairs=consumed_pairs)
             for rank in range(2)
         ]
         return [[next(rank) for rank in ranks for _ in range(2)] for _ in range(count)]
@@ -155,7 +241,7 @@ def test_forward_step_hands_the_model_a_pack_and_the_loss_its_tokens(megatron_ar
     demo = prepare_demo(tmp_path / "demo")
     tokenizer = AutoTokenizer.from_pretrained(demo.model_dir)
     dataset = build_preference_dataset([str(demo.train_file)], tokenizer, pair_options(args), tmp_path / "cache")
-    samples = _samples(dataset, batch_options(args), dp_rank=0, dp_size=2, consumed_pairs=0)
+    samples = _samples(dataset, division_of(args), dp_rank=0, consumed_pairs=0)
 
     def model(tokens_BS, position_ids_BS, attention_mask, labels, packed_seq_params):
         assert tokens_BS.shape == position_ids_BS.shape and attention_mask is None and packed_seq_params.is_pack

@@ -8,9 +8,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler, compute_routing_scores_for_aux_loss
+from megatron.core.transformer.moe.moe_utils import (
+    MoEAuxLossAutoScaler,
+    compute_routing_scores_for_aux_loss,
+    save_to_aux_losses_tracker,
+)
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from simpo_megatron.mcore.architecture import ArchitectureConfig
 from simpo_megatron.mcore.expert_choice import ExpertChoice
@@ -132,10 +137,20 @@ class LoadBalancedRouter(TopKRouter):
         super()._apply_expert_bias(routing_map)
 
     def attach_and_log_load_balancing_loss(
-        self, activation: Tensor, aux_loss_coeff: float, aux_loss: Tensor, *_: Any, **__: Any
+        self,
+        activation: Tensor,
+        aux_loss_coeff: float,
+        aux_loss: Tensor,
+        aux_loss_name: str,
+        reduce_group: ProcessGroup,
+        **_: Any,
     ) -> Tensor:
         """`activation`, in whose backward pass the auxiliary loss gets the gradient of its share."""
         unweighted = aux_loss.detach() / aux_loss_coeff
+        if self.config.logs_balance_to_megatron:
+            save_to_aux_losses_tracker(
+                aux_loss_name, unweighted, self.layer_number, self.config.num_layers, reduce_group=reduce_group
+            )
         self.logged_loss = unweighted if self.logged_loss is None else self.logged_loss + unweighted
         return MoEAuxLossAutoScaler.apply(activation, aux_loss * self.config.moe_aux_loss_scale)
 
