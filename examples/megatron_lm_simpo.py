@@ -10,7 +10,8 @@
         --save checkpoints/simpo --save-interval 100
 
 Needs CUDA, and Megatron-LM's training: megatron-core has it from 0.17 on, with Python 3.12. `--help` lists Megatron's
-arguments and, under SimPO, ours. A sample is a pair, and `--seq-length` holds a prompt with one of its responses.
+arguments and, under SimPO, ours. A sample is a pair, and `--seq-length` holds a prompt with one of its responses. With
+pipeline stages it is a row's tokens for each of its pairs, and `--simpo-max-length` limits a prompt with one response.
 
 A script of your own needs no more than the hooks:
 

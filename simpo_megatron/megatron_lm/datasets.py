@@ -99,7 +99,7 @@ class Division:
     options: BatchOptions
     dp_size: int
     num_microbatches: int
-    """Of each data-parallel rank."""
+    """Microbatches of each data-parallel rank."""
 
     def plan(self, lengths: np.ndarray, consumed_pairs: int) -> StepPlan:
         """The pairs of each rank's microbatches, for the step after the first `consumed_pairs` pairs."""
@@ -122,17 +122,17 @@ class Division:
         check_batches(lengths, unbound.options, dp_size=self.dp_size, microbatch_multiple=self.num_microbatches)
         if not fixed.fixed_pack_length:
             return
-        for step in range(num_steps):
-            plan = unbound.plan(lengths, consumed_pairs + step * fixed.global_batch_size)
-            longest = max(max(tokens) for tokens in plan_tokens(lengths, plan, unbound.options))
-            if longest > fixed.tokens_per_microbatch:
-                at_once = fixed.micro_batch_size
-                needed = round_up(-(-longest // at_once), fixed.sequence_multiple)
-                raise ConfigError(
-                    f"--seq-length: found {fixed.tokens_per_microbatch // at_once} x --micro-batch-size {at_once} = "
-                    f"{fixed.tokens_per_microbatch} tokens of a microbatch, expected at least {longest}, for step "
-                    f"{step + 1} from here has such a one; raise it to {needed}, or lower --simpo-max-length"
-                )
+        steps = range(consumed_pairs, consumed_pairs + num_steps * fixed.global_batch_size, fixed.global_batch_size)
+        tokens = (plan_tokens(lengths, unbound.plan(lengths, consumed), unbound.options) for consumed in steps)
+        longest = max((max(map(max, of_step)) for of_step in tokens), default=0)
+        if longest > fixed.tokens_per_microbatch:
+            at_once = fixed.micro_batch_size
+            raise ConfigError(
+                f"--seq-length: found {fixed.tokens_per_microbatch // at_once} x --micro-batch-size {at_once} = "
+                f"{fixed.tokens_per_microbatch} tokens of a microbatch, expected at least {longest}, which the longest "
+                f"one of {num_steps} steps has; raise it to "
+                f"{round_up(-(-longest // at_once), fixed.sequence_multiple)}, or lower --simpo-max-length"
+            )
 
     def described(self, lengths: np.ndarray) -> str:
         """A line on rows of one length, with the share of padding in the first steps."""

@@ -52,7 +52,7 @@ def refuse_exchanged_shapes() -> None:
 
 
 def balance_logged() -> list[float]:
-    """What megatron's own log has recorded of each layer here since the last call."""
+    """The losses of each layer here that megatron's own log has recorded since the last call."""
     tracked = getattr(moe_utils, "get_moe_layer_wise_logging_tracker", None)
     if tracked is None:
         from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker

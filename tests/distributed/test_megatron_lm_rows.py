@@ -1,5 +1,6 @@
-"""Under pipelines the hooks for Megatron-LM give rows of one length, no stage asks for a shape, and the run is the twin's.
+"""Under pipelines the hooks for Megatron-LM give rows of one length, and the run is the twin's.
 
+No stage asks for a shape.
 Budget: as in test_load_balancing, 1e-5 relative.
 """
 

@@ -101,9 +101,7 @@ def test_rows_have_the_length_that_megatron_lm_announces(known_by):
 
 def test_a_row_too_long_for_its_stages_is_refused_before_the_first_step():
     shortest = next(
-        length
-        for length in range(2, 100, 2)
-        if not refused(parsed(seq_length=length, pipeline_model_parallel_size=2))
+        length for length in range(2, 100, 2) if not refused(parsed(seq_length=length, pipeline_model_parallel_size=2))
     )
     # Two pairs a row, so rows hold twice as many tokens; a row of the longest pairs has them all.
     tokens = LENGTHS.sum(axis=1)
@@ -200,10 +198,7 @@ def test_microbatches_of_all_ranks_are_the_pairs_of_each_step_and_a_resumed_run_
     dataset = build_preference_dataset([str(demo.train_file)], tokenizer, pair_options(args), tmp_path / "cache")
 
     def steps(consumed_pairs: int, count: int) -> list[list]:
-        ranks = [
-            _samples(dataset, division_of(args), dp_rank=rank, consumed_pairs=consumed_pairs)
-            for rank in range(2)
-        ]
+        ranks = [_samples(dataset, division_of(args), dp_rank=rank, consumed_pairs=consumed_pairs) for rank in range(2)]
         return [[next(rank) for rank in ranks for _ in range(2)] for _ in range(count)]
 
     first, second = steps(0, 2)
