@@ -6,6 +6,7 @@ from simpo_megatron.config.reading import config_from, load_config, read_yaml
 from simpo_megatron.config.resolving import (
     Layout,
     Machine,
+    check_layout,
     num_train_iters,
     resolve,
     schedule_steps,
@@ -22,6 +23,7 @@ __all__ = [
     "Machine",
     "PrecisionConfig",
     "changed_options",
+    "check_layout",
     "config_from",
     "lint",
     "load_config",

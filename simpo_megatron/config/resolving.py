@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -51,6 +51,15 @@ def resolve(config: Config, *, world_size: int, model: Mapping[str, Any], machin
 
     Raises: ConfigError naming the options that ranks, model or machine cannot serve.
     """
+    return _resolved(config, world_size, model, machine)
+
+
+def check_layout(config: Config, *, world_size: int, model: Mapping[str, Any]) -> None:
+    """Raises ConfigError as `resolve`, for all that does not depend on the machine, which takes torch to know."""
+    _resolved(config, world_size, model, None)
+
+
+def _resolved(config: Config, world_size: int, model: Mapping[str, Any], machine: Machine | None) -> Layout:
     _check_inputs_are_named(config)
     refusals = Refusals()
     for check in (
@@ -61,9 +70,7 @@ def resolve(config: Config, *, world_size: int, model: Mapping[str, Any], machin
         lambda: _check_exports(config),
         lambda: _check_lora(config, model),
         lambda: _check_fp8_weights(config, model),
-        lambda: _check_fp8(config, model, machine),
-        lambda: _check_tp_comm_overlap(config, model, machine),
-        lambda: _check_profiling(config, world_size, machine),
+        *_checks_of_machine(config, world_size, model, machine),
     ):
         with refusals.collected():
             check()
@@ -75,7 +82,7 @@ def resolve(config: Config, *, world_size: int, model: Mapping[str, Any], machin
         context_parallel_size=sizes.context,
     )
     rows_are_padded = not config.batch.packing and not config.batch.prefix_sharing
-    if rows_are_padded and machine.has_cuda and machine.has_transformer_engine:
+    if rows_are_padded and machine is not None and machine.has_cuda and machine.has_transformer_engine:
         multiple = math.lcm(multiple, PLANNED_WIDTH_MULTIPLE)
     layout = Layout(
         data_parallel_size=world_size // sizes.model,
@@ -85,6 +92,18 @@ def resolve(config: Config, *, world_size: int, model: Mapping[str, Any], machin
     )
     _check_batches(config, layout)
     return layout
+
+
+def _checks_of_machine(
+    config: Config, world_size: int, model: Mapping[str, Any], machine: Machine | None
+) -> tuple[Callable[[], None], ...]:
+    if machine is None:
+        return ()
+    return (
+        lambda: _check_fp8(config, model, machine),
+        lambda: _check_tp_comm_overlap(config, model, machine),
+        lambda: _check_profiling(config, world_size, machine),
+    )
 
 
 def num_train_iters(config: Config, num_pairs: int) -> int:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from simpo_megatron.config.lora_section import LORA_PARTS, LoRAConfig
 from simpo_megatron.convert.export import Files, export_tensors
-from simpo_megatron.convert.files import TensorSpec, open_safetensors, write_safetensors
+from simpo_megatron.convert.files import TensorSpec, write_safetensors
 from simpo_megatron.convert.folder import copy_tokenizer, mark, write_json
 from simpo_megatron.convert.mapping import (
     Piece,
@@ -30,6 +30,7 @@ from simpo_megatron.convert.mapping import (
     shapes_by_rule,
 )
 from simpo_megatron.convert.peft_files import CONFIG_FILE, PREFIX, WEIGHTS_FILE
+from simpo_megatron.convert.stored_tensors import open_safetensors
 from simpo_megatron.convert.weight_layouts import COLUMNS, REPLICATED, TensorRank, WeightLayout
 from simpo_megatron.convert.weight_rules import Rule, layer_rules
 from simpo_megatron.errors import require

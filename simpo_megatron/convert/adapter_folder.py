@@ -12,9 +12,9 @@ from torch import Tensor
 
 from simpo_megatron.config.lora_section import LORA_PARTS, LORA_TARGETS, OF_LATENT_ATTENTION, LoRAConfig
 from simpo_megatron.convert.adapter import adapter_tensors
-from simpo_megatron.convert.files import open_safetensors
 from simpo_megatron.convert.mapping import rules_of_layers
 from simpo_megatron.convert.peft_files import CONFIG_FILE, PREFIX, WEIGHTS_FILE
+from simpo_megatron.convert.stored_tensors import open_safetensors
 from simpo_megatron.convert.weight_rules import Rule
 from simpo_megatron.errors import CheckpointError, ConfigError, listed
 from simpo_megatron.mcore.families import ModelDescription

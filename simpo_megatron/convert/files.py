@@ -1,4 +1,4 @@
-"""Safetensors files of a Hugging Face folder: listing them, reading their headers, writing one as a stream."""
+"""Safetensors files as they are written: a stream, one tensor in memory at a time, of finite values alone."""
 
 from __future__ import annotations
 
@@ -9,18 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from simpo_megatron.convert.direct_io import DirectFile
-from simpo_megatron.errors import CheckpointError, NumericsError
-from simpo_megatron.mcore.hf import INDEX_FILE, SINGLE_FILE, own_file, read_hf_json
+from simpo_megatron.errors import NumericsError
 
 DTYPE_NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 """Names of the dtypes that weights are read from and written in."""
-
-
-_MAX_NAME = 200
 
 
 @dataclass(frozen=True)
@@ -33,77 +28,6 @@ class TensorSpec:
     @property
     def num_bytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """The place of one tensor in a folder, by its file's header."""
-
-    file: Path
-    shape: tuple[int, ...]
-    dtype: str
-
-
-def stored_tensors(folder: str | Path) -> dict[str, StoredTensor]:
-    """Every tensor in the safetensors files of `folder`, from their headers alone.
-
-    Raises:
-        CheckpointError: no safetensors; a file missing, damaged or outside the folder; a tensor in two files.
-    """
-    found: dict[str, StoredTensor] = {}
-    for path in weight_files(Path(folder)):
-        with open_safetensors(path) as file:
-            for name in sorted(file.keys()):
-                header = file.get_slice(name)
-                if name in found:
-                    raise CheckpointError(
-                        f"{path}: found tensor {name} also in {found[name].file.name}, expected it once"
-                    )
-                found[name] = StoredTensor(path, tuple(header.get_shape()), header.get_dtype())
-    return found
-
-
-def open_safetensors(path: Path) -> safe_open:
-    """`path` opened for reading slices; only the header is read yet.
-
-    Raises:
-        CheckpointError: the file is missing or not whole.
-    """
-    try:
-        return safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: found {str(error)!r}, expected a readable safetensors file") from None
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model's `folder`; links that lead outside are refused.
-
-    Raises:
-        CheckpointError: there is none, or one is missing or outside the folder.
-    """
-    if (folder / SINGLE_FILE).is_file():
-        names = {SINGLE_FILE}
-    elif (folder / INDEX_FILE).is_file():
-        weight_map = read_hf_json(folder, INDEX_FILE).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise CheckpointError(
-                f"{folder / INDEX_FILE}: found no weight_map or an empty one, expected the file of each tensor"
-            )
-        names = set(map(str, weight_map.values()))
-    else:
-        pickles = sorted(path.name for path in folder.glob("*.bin"))
-        hint = f"; pickled weights ({pickles[0]}) are never read, save them as safetensors" if pickles else ""
-        raise CheckpointError(f"{folder}: found no weights, expected {SINGLE_FILE} or {INDEX_FILE}{hint}")
-    for name in sorted(names):
-        if Path(name).name != name or not name.endswith(".safetensors") or len(name) > _MAX_NAME:
-            raise CheckpointError(
-                f"{folder / INDEX_FILE}: found {name!r}, expected a safetensors file inside the folder"
-            )
-        if not own_file(folder, name).is_file():
-            raise CheckpointError(
-                f"{folder / name}: found no such file, expected the tensors that {INDEX_FILE} puts into it"
-            )
-    return [folder / name for name in sorted(names)]
 
 
 def header_bytes(specs: Mapping[str, TensorSpec]) -> bytes:

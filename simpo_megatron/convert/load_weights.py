@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
-from simpo_megatron.convert.files import DTYPE_NAMES, StoredTensor, open_safetensors, require_finite, stored_tensors
+from simpo_megatron.convert.files import DTYPE_NAMES, require_finite
 from simpo_megatron.convert.mapping import Piece, hf_tensors, pieces
+from simpo_megatron.convert.stored_tensors import StoredTensor, open_safetensors, stored_tensors
 from simpo_megatron.convert.weight_layouts import TensorRank
 from simpo_megatron.errors import CheckpointError, listed
 from simpo_megatron.mcore.families import ModelDescription

@@ -24,14 +24,17 @@ TOKENIZER_FILES = (
 )
 """Patterns of their names."""
 
+_WITH_TOKENS = ("tokenizer.json", "vocab.*", "*.model", "*.tiktoken", "tekken.json")
+
 MOST_BYTES = 256 << 20
 """Size of the largest such file that is read; a vocabulary of 256,000 tokens has 34 MB."""
 
 
 def check_tokenizer_files(folder: Path) -> None:
-    """Returns if each of them that is in `folder` is a file; whoever reads them would pass over most that are none.
+    """Returns if `folder` has a tokenizer's files, each of them a file; its reader would pass over most that are none.
 
-    Raises: ConfigError, naming the first that is a folder, a pipe, a link to nothing, empty, or larger than MOST_BYTES.
+    Raises: ConfigError: there is none that holds tokens, or one is a folder, a pipe, a link to nothing, empty, or
+        larger than MOST_BYTES.
     """
     entries = [*folder.iterdir(), *(folder / "additional_chat_templates").glob("*")]
     for path in sorted(entries):
@@ -45,3 +48,8 @@ def check_tokenizer_files(folder: Path) -> None:
                 raise ConfigError(
                     f"{path}: cannot be read ({problem}), expected a file of the tokenizer; replace or remove it"
                 )
+    if not any(path.match(pattern) for path in entries for pattern in _WITH_TOKENS):
+        raise ConfigError(
+            f"model: found no tokenizer in {folder} (no {', no '.join(_WITH_TOKENS)}), expected one that transformers "
+            "loads"
+        )

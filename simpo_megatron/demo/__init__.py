@@ -41,6 +41,12 @@ def demo_version() -> str:
     return digest.hexdigest()[:12]
 
 
+def demo_files(folder: str | Path) -> DemoAssets:
+    """The paths of a demo in `folder`, where its model may not be written yet."""
+    bundled = Path(__file__).parent
+    return DemoAssets(Path(folder) / "tiny-llama", bundled / "pairs.jsonl", bundled / "validation_pairs.jsonl")
+
+
 def prepare_demo(folder: str | Path) -> DemoAssets:
     """The bundled preference pairs, and the demo's model, written to `folder` unless it is there.
 
@@ -48,8 +54,7 @@ def prepare_demo(folder: str | Path) -> DemoAssets:
 
     Raises: OSError when it cannot be written.
     """
-    bundled = Path(__file__).parent
-    assets = DemoAssets(Path(folder) / "tiny-llama", bundled / "pairs.jsonl", bundled / "validation_pairs.jsonl")
+    assets = demo_files(folder)
     if not assets.model_dir.is_dir():
         with new_folder(assets.model_dir, first_wins=True) as draft:
             try:

@@ -5,11 +5,12 @@ Shapes: N tokens, E experts.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +40,8 @@ class ExpertChoice:
 
         The weights are in fp32 at least.
         """
+        import torch  # not above, for a family's rule is read before torch is loaded
+
         wide_NE = logits_NE.to(torch.promote_types(logits_NE.dtype, torch.float32))
         scores_NE = wide_NE.softmax(dim=-1) if self.scores == "softmax" else wide_NE.sigmoid()
         with torch.no_grad():
@@ -54,10 +57,12 @@ class ExpertChoice:
             groups_NGe = ranked_NE.unflatten(-1, (self.num_groups, -1))
             best_NG = groups_NGe.topk(self.num_best, dim=-1).values.sum(dim=-1)
             is_open_NG = _largest(best_NG, self.num_chosen_groups)
-            ranked_NE = groups_NGe.masked_fill(~is_open_NG[..., None], -torch.inf).flatten(-2)
+            ranked_NE = groups_NGe.masked_fill(~is_open_NG[..., None], -math.inf).flatten(-2)
         return _largest(ranked_NE, self.num_chosen)
 
 
 def _largest(values: Tensor, number: int) -> Tensor:
     """True for the `number` largest of the last dimension."""
+    import torch
+
     return torch.zeros_like(values, dtype=torch.bool).scatter_(-1, values.topk(number, dim=-1).indices, True)

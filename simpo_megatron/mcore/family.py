@@ -1,4 +1,7 @@
-"""The parts of a model family's file, and the options of megatron-core that families have in common."""
+"""The parts of a model family's file, and the options of megatron-core that families have in common.
+
+All but the activations themselves is found without torch, so that a layout is checked before torch is loaded.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +9,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch.nn.functional as F
-from torch import Tensor
-
 from simpo_megatron.errors import ConfigError
 from simpo_megatron.mcore.hf import FULL, LARGEST_COUNT, MOST, WINDOWED
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PretrainedConfig
 
 TINY_MODEL: Mapping[str, Any] = {
@@ -85,7 +86,7 @@ class Family:
 
 
 def shared_options(config: PretrainedConfig) -> dict[str, Any]:
-    """Options that all families share: pre-norm blocks of RMSNorm, grouped-query attention and a gated SiLU MLP.
+    """Options that all families share: pre-norm blocks of RMSNorm, grouped-query attention and a gated MLP.
 
     Raises:
         ConfigError: a size is no number, or the sizes do not fit together.
@@ -110,7 +111,6 @@ def shared_options(config: PretrainedConfig) -> dict[str, Any]:
         "normalization": "RMSNorm",
         "layernorm_epsilon": epsilon,
         "gated_linear_unit": True,
-        "activation_func": activation(config, "hidden_act"),
         "add_bias_linear": False,
         "add_qkv_bias": False,
         "qk_layernorm": False,
@@ -119,35 +119,36 @@ def shared_options(config: PretrainedConfig) -> dict[str, Any]:
 
 def gelu_tanh(gate: Tensor) -> Tensor:
     """The gelu that transformers calls `gelu_pytorch_tanh`."""
-    return F.gelu(gate, approximate="tanh")
+    from torch.nn.functional import gelu
+
+    return gelu(gate, approximate="tanh")
 
 
 def squared_relu(inputs: Tensor) -> Tensor:
     """The square of a ReLU, which transformers calls `relu2`."""
-    return F.relu(inputs).square()
+    return inputs.relu().square()
 
 
-ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
-    "silu": F.silu,
-    "swish": F.silu,
-    "gelu_pytorch_tanh": gelu_tanh,
-    "relu2": squared_relu,
-}
+_ACTIVATIONS = {"gelu_pytorch_tanh": gelu_tanh, "relu2": squared_relu}
+_SILU = ("silu", "swish")
 
 
 def activation(config: PretrainedConfig, key: str) -> Callable[[Tensor], Tensor]:
-    """The activation that `key` of config.json names.
+    """The activation that `key` of config.json names; silu where it names none.
 
     Raises:
-        ConfigError: it is not one of ACTIVATIONS.
+        ConfigError: it is one that was not compared.
     """
     found = getattr(config, key, None)
     # Families whose key is another one leave this one out.
-    if found is None and key == "hidden_act":
-        return F.silu
-    if not isinstance(found, str) or found not in ACTIVATIONS:
-        raise ConfigError(f"{key}: found {found!r}, expected one of {', '.join(ACTIVATIONS)}")
-    return ACTIVATIONS[found]
+    if found in _SILU or (found is None and key == "hidden_act"):
+        # megatron-core looks for this very function, to fuse it.
+        from torch.nn.functional import silu
+
+        return silu
+    if not isinstance(found, str) or found not in _ACTIVATIONS:
+        raise ConfigError(f"{key}: found {found!r}, expected one of {', '.join((*_SILU, *_ACTIVATIONS))}")
+    return _ACTIVATIONS[found]
 
 
 def attention_and_mlp_biases(config: PretrainedConfig) -> dict[str, Any]:

@@ -21,11 +21,12 @@ from simpo_megatron.checkpoint.model_source import find_model, has_tokenizer
 from simpo_megatron.checkpoint.tensor_index import refuse_other_weights
 from simpo_megatron.checkpoint.torch_dist import CheckpointReader
 from simpo_megatron.convert.export import gather_tensor
-from simpo_megatron.convert.files import DTYPE_NAMES, TensorSpec, open_safetensors
+from simpo_megatron.convert.files import DTYPE_NAMES, TensorSpec
 from simpo_megatron.convert.folder import check_model_files
 from simpo_megatron.convert.load_adapters import merged, names_of
 from simpo_megatron.convert.load_weights import checked_tensors
 from simpo_megatron.convert.mapping import hf_tensors, pieces_of
+from simpo_megatron.convert.stored_tensors import open_safetensors
 from simpo_megatron.convert.weight_layouts import ALONE
 from simpo_megatron.errors import CheckpointError
 from simpo_megatron.mcore.families import ModelDescription, describe_hf_model

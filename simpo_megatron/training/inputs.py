@@ -1,4 +1,4 @@
-"""The model and the pairs of a run: where they are, and what is wrong with their names; torch is not needed for it."""
+"""The model and the pairs of a run: their places, and the checks of their names; torch is not needed for it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from simpo_megatron.checkpoint.manifest import list_resumable
 from simpo_megatron.checkpoint.model_source import (
     HASHES_FILE,
     ModelSource,
@@ -17,13 +16,10 @@ from simpo_megatron.checkpoint.model_source import (
     hf_config_of,
 )
 from simpo_megatron.config import DEMO, Config
-from simpo_megatron.convert import check_model_files, refuse_existing_export
-from simpo_megatron.data.sources import check_kind, check_readable, parse_named_sources, parse_sources
+from simpo_megatron.convert import refuse_existing_export
+from simpo_megatron.data.sources import check_readable, parse_named_sources, parse_sources
 from simpo_megatron.demo import demo_version, prepare_demo
-from simpo_megatron.errors import CheckpointError, ConfigError, DataError
-from simpo_megatron.launched import is_launched
-from simpo_megatron.mcore.hf import is_hub_name, read_hf_json
-from simpo_megatron.reporting.loggers import check_sinks
+from simpo_megatron.errors import ConfigError, DataError, require
 
 STARTS_AGAIN = "SIMPO_STARTS_AGAIN"
 """Set by a launcher whose scheduler starts a job again that was stopped."""
@@ -56,50 +52,15 @@ class Sources:
         return replace(self.model_source, adapters=self.folders[1:]).tokenizer
 
 
-def check_inputs(config: Config) -> None:
-    """Return if what `config` names is there, as far as it is on this machine and not the embedded default.
-
-    It takes no torch, so that a wrong name is told at once. `plan_run` looks again, and at all of it.
-
-    Raises:
-        ConfigError: no model or no data was named, a job that starts again could not continue, or a package that logs
-            is not installed.
-        CheckpointError: the model's folder is not one, an export would overwrite something, or the checkpoint to resume
-            from is not there.
-        DataError: a preference file is not there or cannot be read.
-    """
-    check_sinks(config)
-    check_starting_again(config)
-    model, train, valid = _named(config)
-    here = None if model is None or model == DEMO or is_hub_name(model) else model
-    if here is not None and not os.path.exists(here):
-        read_hf_json(here, "config.json")
-    for files in (train, *parse_named_sources(valid).values()):
-        if DEMO not in files:
-            check_files(files)
-            if not is_launched():
-                for source in parse_sources(files):
-                    check_kind(source.path)
-    folders: list[Path] = []
-    if here is not None:
-        found = find_model(here, config.model.hf_config)
-        folders = [found.files, found.base, *found.adapters]
-        read_hf_json(found.files, "config.json")
-        for folder in {found.files, found.tokenizer}:
-            check_model_files(folder)
-    check_exports(config, *folders)
-    # Of many ranks rank 0 alone looks, once they have met.
-    if config.run.save is not None and not is_launched():
-        _check_save(Path(config.run.save), config.run.resume)
-
-
-def _check_save(save: Path, resume: str) -> None:
-    above = next(path for path in (save, *save.absolute().parents) if path.exists())
-    if not (above.is_dir() and os.access(above, os.W_OK)):
-        raise CheckpointError(
-            f"save: found {save}, which cannot be written, expected a folder that can be written; name another"
-        )
-    list_resumable(save, resume)
+def require_positions(config: Config, most_positions: int, folder: Path) -> None:
+    """Raises ConfigError where pairs may be longer than the model in `folder` has positions."""
+    require(
+        config.pairs.max_length <= most_positions,
+        "max_length",
+        config.pairs.max_length,
+        f"at most {most_positions}, the positions of the model in {folder}; lower it, and "
+        f"max_prompt_length ({config.pairs.max_prompt_length}) below it",
+    )
 
 
 def check_starting_again(config: Config) -> None:
@@ -148,7 +109,7 @@ def check_files(files: Sequence[str]) -> None:
         check_readable(source.path)
 
 
-def _named(config: Config) -> tuple[str | None, tuple[str, ...], tuple[str, ...]]:
+def named_inputs(config: Config) -> tuple[str | None, tuple[str, ...], tuple[str, ...]]:
     """(The model, training files, validation files) as they are named; None for the model that adapters name.
 
     Raises: ConfigError, when the model or all training files are missing.
@@ -168,9 +129,9 @@ def locate_sources(config: Config) -> Sources:
         DataError: the embedded demo cannot be written.
         CheckpointError: the model is a hub id that cannot be downloaded.
     """
-    model, train, valid = _named(config)
+    model, train, valid = named_inputs(config)
     if model == DEMO or DEMO in train:
-        folder = cache_folder(config) / f"demo-{demo_version()}"
+        folder = demo_folder(config)
         try:
             assets = prepare_demo(folder)
         except OSError as error:
@@ -188,6 +149,11 @@ def locate_sources(config: Config) -> Sources:
     assert model is not None, "adapters name their model"
     source = find_model(model, hf_config)
     return Sources(model_source=source, adapter=adapter, train=train, valid=parse_named_sources(valid))
+
+
+def demo_folder(config: Config) -> Path:
+    """The folder of the embedded default, as this version of the package writes it."""
+    return cache_folder(config) / f"demo-{demo_version()}"
 
 
 def cache_folder(config: Config) -> Path:

@@ -25,7 +25,6 @@ from simpo_megatron.errors import SimPOError, StoppedBySignal, report_error, sta
 from simpo_megatron.launched import has_agent
 from simpo_megatron.logs import ignore_known_warnings
 from simpo_megatron.nemo import load_nemo_command, names_nemo_config
-from simpo_megatron.training.inputs import check_inputs
 from simpo_megatron.training.telling import errors_told
 
 if TYPE_CHECKING:
@@ -115,7 +114,7 @@ def _read_training(argv: Sequence[str]) -> RankJob:
     """The training run of a command line, or the explanation of a NeMo file."""
     if not names_nemo_config(argv):
         config = load_config(argv)
-        check_inputs(config)
+        _check_inputs(config)
         return RankJob(config, lambda: _train(config))
     command = load_nemo_command(argv)
 
@@ -131,8 +130,15 @@ def _read_training(argv: Sequence[str]) -> RankJob:
         # One rank explains as well as many, and needs no model.
         return RankJob(Config(), explain)
     with command.spelling.told():
-        check_inputs(command.config)
+        _check_inputs(command.config)
     return RankJob(command.config, work, command.spelling.told)
+
+
+def _check_inputs(config: Config) -> None:
+    # Only now, for it takes model families and readers of data: a mistake in the command line is told before.
+    from simpo_megatron.training.early_checks import check_inputs
+
+    check_inputs(config)
 
 
 def _train(config: Config) -> None:

@@ -9,11 +9,18 @@ from simpo_megatron.checkpoint.model_source import base_of, find_adapter
 from simpo_megatron.config import Config, Layout, resolve
 from simpo_megatron.config.lora_section import LoRAConfig
 from simpo_megatron.convert import check_model_files
-from simpo_megatron.errors import ConfigError, Refusals, require
+from simpo_megatron.errors import ConfigError, Refusals
 from simpo_megatron.mcore import device
 from simpo_megatron.mcore.families import ModelDescription, describe_hf_model
 from simpo_megatron.reporting.loggers import check_sinks
-from simpo_megatron.training.inputs import Sources, check_exports, check_files, check_starting_again, locate_sources
+from simpo_megatron.training.inputs import (
+    Sources,
+    check_exports,
+    check_files,
+    check_starting_again,
+    locate_sources,
+    require_positions,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,15 +56,9 @@ def plan_run(config: Config, world_size: int) -> RunPlan:
         from simpo_megatron.convert import require_targets
 
         require_targets(description, config.lora)
-    most_positions, refusals = description.gpt["max_sequence_length"], Refusals()
+    refusals = Refusals()
     with refusals.collected():
-        require(
-            config.pairs.max_length <= most_positions,
-            "max_length",
-            config.pairs.max_length,
-            f"at most {most_positions}, the positions of the model in {sources.model}; lower it, and "
-            f"max_prompt_length ({config.pairs.max_prompt_length}) below it",
-        )
+        require_positions(config, description.gpt["max_sequence_length"], sources.model)
     with refusals.collected():
         layout = resolve(config, world_size=world_size, model=description.transformer, machine=device.machine())
     refusals.raise_any()

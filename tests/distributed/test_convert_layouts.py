@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from tiny_models import DENSE, FIRST_MOES, MOES, VOCAB, tokenizer_of_bytes, write_model
 from transformers import AutoModelForCausalLM
 
-from simpo_megatron.convert.files import stored_tensors
+from simpo_megatron.convert.stored_tensors import stored_tensors
 from simpo_megatron.data import PairOptions, build_preference_dataset
 from simpo_megatron.mcore.families import FAMILIES
 

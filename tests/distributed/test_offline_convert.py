@@ -30,7 +30,7 @@ cpu_patches.install()
 
 from simpo_megatron.atomic import draft_of  # noqa: E402
 from simpo_megatron.checkpoint import manifest, torch_dist  # noqa: E402
-from simpo_megatron.convert.files import stored_tensors  # noqa: E402
+from simpo_megatron.convert.stored_tensors import stored_tensors  # noqa: E402
 from simpo_megatron.errors import CheckpointError  # noqa: E402
 from simpo_megatron.offline.convert import to_hf, to_mcore  # noqa: E402
 from simpo_megatron.offline.weights import open_weights  # noqa: E402

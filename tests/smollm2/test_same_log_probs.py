@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from simpo_megatron.convert.files import stored_tensors
+from simpo_megatron.convert.stored_tensors import stored_tensors
 
 pytestmark = pytest.mark.slow
 WORKER = REPOSITORY / "tests" / "distributed" / "convert_worker.py"

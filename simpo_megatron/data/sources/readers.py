@@ -18,6 +18,7 @@ from simpo_megatron.data.sources.shards import COMPRESSIONS, HF_PREFIX, HUB_PREF
 from simpo_megatron.errors import DataError, listed
 
 _LINES_LOOKED_AT = 5
+_MOST_BYTES_READ_TWICE = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -46,14 +47,18 @@ def read_raw(path: str, options: PairOptions) -> Iterator[RawRecord]:
             yield from _read_file(file, options)
 
 
-def check_kind(path: str) -> None:
-    """Returns if the local files of `path` are of kinds that are read; of text only the first lines are looked at.
+def first_records(path: str, options: PairOptions) -> Iterator[tuple[str, RawRecord | None]]:
+    """Yields each file of `path` that is here, and its first record, None where it has none.
 
-    Raises: DataError: one is not.
+    Of a large list in JSON or table of parquet, which take long to begin, only the kind is looked at.
+
+    Raises: DataError: a file is of a kind that is not read, or damaged.
     """
     for file in files_of(path):
         if not (is_on_hub(file) or os.path.isdir(file)):
-            _read_file(file, PairOptions())
+            records = _read_file(file, options)
+            if not plain_name(file).endswith((".json", ".parquet")) or os.path.getsize(file) <= _MOST_BYTES_READ_TWICE:
+                yield file, next(iter(records), None)
 
 
 def _read_file(path: str, options: PairOptions) -> Iterator[RawRecord]:

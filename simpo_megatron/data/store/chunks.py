@@ -59,23 +59,7 @@ class Chunk:
 
 def encode_chunk(raw: list[RawRecord], path: str, pair_tokenizer: PairTokenizer, options: PairOptions) -> Chunk:
     """Returns the tokens of some consecutive raw records, and the report on them."""
-    report = BuildReport(num_lines=len(raw))
-    lines: list[int] = []
-    records: list[PreferenceRecord] = []
-    bad: dict[int, BadRecord] = {}
-    for item in raw:
-        try:
-            if isinstance(item.row, BadRecord):
-                raise item.row
-            if item.row is None:
-                raise BadRecord("too_long_record", f"more than max_record_bytes = {options.max_record_bytes} bytes")
-            row = parse_json(item.row, item.last) if isinstance(item.row, bytes) else check_row(item.row)
-            record = to_record(row, options)
-            report.note_reading(record.reading, f"{path}:{item.line}")
-            records.append(record)
-            lines.append(item.line)
-        except BadRecord as error:
-            bad[item.line] = error
+    report, lines, records, bad = _parsed(raw, path, options)
     tokens = array("i")
     lengths, rows = [], []
     for line, record, encoded in zip(lines, records, pair_tokenizer.encode(records), strict=True):
@@ -93,13 +77,48 @@ def encode_chunk(raw: list[RawRecord], path: str, pair_tokenizer: PairTokenizer,
         if any(encoded.lost):
             report.notes.update(f"with a cut {name}" for name, lost in zip(_PARTS, encoded.lost, strict=True) if lost)
     report.num_used = len(rows)
-    for line, problem in sorted(bad.items()):
-        report.dropped[problem.reason] += 1
-        report.first.setdefault(problem.reason, f"{path}:{line}: {problem.reason}: {problem.detail}")
+    _note_dropped(report, bad, path)
     num_bytes = sum(len(item.row) for item in raw if isinstance(item.row, bytes))
     return Chunk(
         np.array(tokens, np.int32), np.array(lengths, np.int32).reshape(-1, 3), _pairs(rows), report, num_bytes
     )
+
+
+def report_on_records(raw: list[RawRecord], path: str, options: PairOptions) -> BuildReport:
+    """Returns the report on some raw records as far as it is known before they are tokenised."""
+    report, _, _, bad = _parsed(raw, path, options)
+    _note_dropped(report, bad, path)
+    return report
+
+
+def _parsed(
+    raw: list[RawRecord], path: str, options: PairOptions
+) -> tuple[BuildReport, list[int], list[PreferenceRecord], dict[int, BadRecord]]:
+    """Returns (the report without what is dropped, lines and records of pairs, the problem of each other line)."""
+    report = BuildReport(num_lines=len(raw))
+    lines: list[int] = []
+    records: list[PreferenceRecord] = []
+    bad: dict[int, BadRecord] = {}
+    for item in raw:
+        try:
+            if isinstance(item.row, BadRecord):
+                raise item.row
+            if item.row is None:
+                raise BadRecord("too_long_record", f"more than max_record_bytes = {options.max_record_bytes} bytes")
+            row = parse_json(item.row, item.last) if isinstance(item.row, bytes) else check_row(item.row)
+            record = to_record(row, options)
+            report.note_reading(record.reading, f"{path}:{item.line}")
+            records.append(record)
+            lines.append(item.line)
+        except BadRecord as error:
+            bad[item.line] = error
+    return report, lines, records, bad
+
+
+def _note_dropped(report: BuildReport, bad: dict[int, BadRecord], path: str) -> None:
+    for line, problem in sorted(bad.items()):
+        report.dropped[problem.reason] += 1
+        report.first.setdefault(problem.reason, f"{path}:{line}: {problem.reason}: {problem.detail}")
 
 
 def _pairs(rows: list[tuple]) -> np.ndarray:

@@ -26,9 +26,9 @@ import numpy as np
 from simpo_megatron.atomic import new_folder, remove_folder
 from simpo_megatron.data.pair_options import PairOptions
 from simpo_megatron.data.records import ENDLESS_TEMPLATE, UNUSABLE_REASONS
-from simpo_megatron.data.sources import source_identity
+from simpo_megatron.data.sources import first_records, source_identity
 from simpo_megatron.data.store.build_report import BuildReport
-from simpo_megatron.data.store.chunks import encode_chunk, encoded_chunks
+from simpo_megatron.data.store.chunks import encode_chunk, encoded_chunks, report_on_records
 from simpo_megatron.data.store.read_progress import ReadProgress
 from simpo_megatron.data.store.store_seal import DamagedStoreError, damaged, read_sealed, seal
 from simpo_megatron.data.store.store_writer import StoreWriter, build_folder
@@ -155,6 +155,18 @@ def open_store(
             "node wrote; give the ranks of a node one data_cache, and one copy of the file"
         )
     return PairStore(folder, verify=False)
+
+
+def check_first_records(path: str, options: PairOptions) -> None:
+    """Raises DataError as a build would for a file without records, or one whose first record stops the build.
+
+    It takes neither a tokenizer nor torch, and looks at files that are here.
+    """
+    for file, first in first_records(path, options):
+        if first is None:
+            _check_use(BuildReport(), file, options)
+        else:
+            _check_policy(report_on_records([first], file, options), options)
 
 
 def digest_of_tokenizer(tokenizer: PreTrainedTokenizerBase, options: PairOptions) -> str:

@@ -7,11 +7,11 @@ import pkgutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from simpo_megatron.errors import ConfigError
-from simpo_megatron.mcore.attention.rotary import check_rope
-from simpo_megatron.mcore.family import Family, WeightNames, count, refuse, shared_options
+from simpo_megatron.mcore.family import Family, WeightNames, activation, count, refuse, shared_options
 from simpo_megatron.mcore.hf import check_counts, configuration, read_hf_json, rope_parameters
 
 __all__ = [
@@ -20,6 +20,8 @@ __all__ = [
     "describe_hf_config",
     "describe_hf_model",
     "padded_vocab_size",
+    "require_family",
+    "stated_sizes",
 ]
 
 FAMILIES: Mapping[str, Family] = {
@@ -41,6 +43,9 @@ _REFUSALS = {
     ),
 }
 """Keys that are refused in any family."""
+
+_OTHER_NAMES = {"num_experts": "num_local_experts", "num_experts_per_tok": "moe_k"}
+"""Keys that some classes of transformers write by another name (their `attribute_map`)."""
 
 _ELSEWHERE = {"kimi_k2": "deepseek_v3"}
 """Names that only code in the folder knows, by the family that the code copies.
@@ -102,15 +107,56 @@ def describe_hf_config(config: dict[str, Any], where: str) -> ModelDescription:
         ) from None
 
 
-def _described(config: dict[str, Any], where: str) -> ModelDescription:
+def require_family(config: Mapping[str, Any], where: str) -> Family:
+    """The family of `config`, the object in a config.json; `where` begins a refusal.
+
+    Raises:
+        ConfigError: it is of none.
+    """
     family = FAMILIES.get(str(config.get("model_type")))
     if family is None:
         raise ConfigError(f"{where}: model_type: found {_of_no_family(config)}")
+    return family
+
+
+def stated_sizes(config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Layers, heads, widths and experts that `config`, the object in a config.json, states itself, by megatron's names.
+
+    They are those of its description, which needs transformers and torch for what a config.json leaves out. None where
+    that has to say more. The positions of the model are `max_position_embeddings`.
+    """
+    # Classes differ in what they take for this one.
+    if config.get("num_key_value_heads") is None:
+        return None
+    stated: Any = SimpleNamespace(**config)
+    for name, written in _OTHER_NAMES.items():
+        if written in config:
+            setattr(stated, name, config.get(name, config[written]))
+    try:
+        check_counts(config)
+        options = {**shared_options(stated), **FAMILIES[str(config["model_type"])].options(stated)}
+        options["max_position_embeddings"] = count(stated, "max_position_embeddings")
+    # Whatever is not there or not right is told by who describes the model.
+    except (ConfigError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError):
+        return None
+    if config.get("head_dim") is None and "latent" not in options:
+        del options["kv_channels"]
+    return options
+
+
+def _described(config: dict[str, Any], where: str) -> ModelDescription:
+    from simpo_megatron.mcore.attention.rotary import check_rope
+
+    family = require_family(config, where)
     try:
         check_counts(config)
         normalised = configuration(config)
         refuse(normalised, _REFUSALS)
-        transformer = {**shared_options(normalised), **family.options(normalised)}
+        transformer = {
+            **shared_options(normalised),
+            "activation_func": activation(normalised, "hidden_act"),
+            **family.options(normalised),
+        }
         rope = rope_parameters(normalised)
         fraction = rope.get("partial_rotary_factor") or 1.0
         if fraction != 1 and not family.turns_in_part:
@@ -131,7 +177,7 @@ def _described(config: dict[str, Any], where: str) -> ModelDescription:
     return ModelDescription(family.model_type, transformer, gpt, vocab_size, config, rope)
 
 
-def _of_no_family(config: dict[str, Any]) -> str:
+def _of_no_family(config: Mapping[str, Any]) -> str:
     """The model_type, and what is expected in its place."""
     found = config.get("model_type")
     if found in _ELSEWHERE:

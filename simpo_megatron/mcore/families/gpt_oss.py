@@ -5,12 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
 from simpo_megatron.mcore.family import Family, WeightNames, experts, number, refuse, sliding_window
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PretrainedConfig
 
 _REFUSALS = {
@@ -40,7 +38,7 @@ class Swish:
 
     def __call__(self, inputs: Tensor) -> Tensor:
         """The function of each element."""
-        return inputs * torch.sigmoid(self.alpha * inputs)
+        return inputs * (self.alpha * inputs).sigmoid()
 
 
 _MIXTURE = {"head_dim": 16, "num_local_experts": 6, "num_experts_per_tok": 3, "intermediate_size": 24}
