@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +13,7 @@ from simpo_megatron.checkpoint.model_source import find_model
 from simpo_megatron.config import DEMO, Config, check_layout
 from simpo_megatron.convert import check_model_files
 from simpo_megatron.convert.stored_tensors import stored_tensors
-from simpo_megatron.data.sources import parse_named_sources, parse_sources
+from simpo_megatron.data.sources import check_kind, parse_named_sources, parse_sources
 from simpo_megatron.data.store import check_first_records
 from simpo_megatron.data.tokenizer_files import check_tokenizer_files
 from simpo_megatron.demo import demo_files
@@ -46,16 +47,15 @@ def check_inputs(config: Config) -> None:
     """
     check_sinks(config)
     check_starting_again(config)
-    looks_inside = not is_launched() or os.environ.get("RANK") == "0"
+    skips_content = is_launched() and os.environ.get("RANK") != "0"
     model, train, valid = _named_here(config)
     if model is not None and not os.path.exists(model):
         read_hf_json(model, "config.json")
-    for files in (train, *parse_named_sources(valid).values()):
-        if DEMO not in files:
-            check_files(files)
-            if looks_inside:
-                for source in parse_sources(files):
-                    check_first_records(source.path, config.pairs)
+    named_files = [files for files in (train, *parse_named_sources(valid).values()) if DEMO not in files]
+    for files in named_files:
+        check_files(files)
+        for source in () if skips_content else parse_sources(files):
+            check_kind(source.path)
     found = None if model is None else find_model(model, config.model.hf_config)
     if found is not None:
         hf_config = read_hf_json(found.files, "config.json")
@@ -67,11 +67,15 @@ def check_inputs(config: Config) -> None:
         _check_save(Path(config.run.save), config.run.resume)
     if found is not None:
         _check_fit(config, found.files, hf_config)
-        if looks_inside:
-            # Adapters that go on training may bring a tokenizer of their own.
-            if config.lora.adapter is None:
-                check_tokenizer_files(found.tokenizer)
-            _check_weights(found.base, config)
+    if skips_content:
+        return
+    if found is not None:
+        # Adapters that go on training may bring a tokenizer of their own.
+        if config.lora.adapter is None:
+            check_tokenizer_files(found.tokenizer)
+        _check_weights(found.base, config)
+    for source in itertools.chain(*map(parse_sources, named_files)):
+        check_first_records(source.path, config.pairs)
 
 
 def _named_here(config: Config) -> tuple[str | None, tuple[str, ...], tuple[str, ...]]:

@@ -15,7 +15,7 @@ from data_tokenizers import gemma_like, llama_like, qwen_like
 
 from simpo_megatron import atomic
 from simpo_megatron.data import PairOptions, check_vocabulary, split
-from simpo_megatron.data.store import chunks, read_progress, store_writer
+from simpo_megatron.data.store import check_first_records, chunks, read_progress, store_writer
 from simpo_megatron.data.store import pair_store as store_module
 from simpo_megatron.errors import ConfigError, DataError
 
@@ -48,6 +48,42 @@ def test_megatron_writes_the_same_index_and_tokens(tmp_path):
     builder.finalize(str(tmp_path / "theirs.idx"))
     for suffix in ("bin", "idx"):
         assert (folders(tmp_path)[0] / f"pairs.{suffix}").read_bytes() == (tmp_path / f"theirs.{suffix}").read_bytes()
+
+
+FIRST_RECORDS = {
+    "empty.jsonl": b"",
+    "empty.json": b"[]",
+    "text.jsonl": b"Dear diary,\n",
+    "no_object.jsonl": b'["a"]\n{"prompt": "a", "chosen": "b", "rejected": "c"}\n',
+    "columns.jsonl": b'{"question": "a", "good": "b", "bad": "c"}\n',
+    "columns.csv": b"question,good,bad\na,b,c\n",
+    "ragged.csv": b"prompt,chosen,rejected\na,b\n",
+    "a_number.jsonl": b'{"prompt": "a", "chosen": 3, "rejected": "c"}\n',
+}
+
+
+@pytest.mark.parametrize("name", FIRST_RECORDS)
+def test_a_first_record_that_stops_a_build_is_told_before_it_in_the_same_words(tmp_path, name):
+    path = tmp_path / name
+    path.write_bytes(FIRST_RECORDS[name])
+    with pytest.raises(DataError) as built:
+        build(path, tmp_path)
+    with pytest.raises(DataError) as told:
+        check_first_records(str(path), PairOptions())
+    assert str(told.value) == str(built.value)
+
+
+def test_a_first_record_that_a_build_passes_over_is_no_mistake(tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    good = b'{"prompt": "a", "chosen": "b", "rejected": "c"}\n'
+    for first, options in (
+        (b"\n", PairOptions(bad_record="skip")),
+        (b"{}\n", PairOptions(bad_record="skip", max_bad_fraction=0.5)),
+        (good.replace(b'"c"', b'"b"'), PairOptions()),
+    ):
+        path.write_bytes(first + good)
+        check_first_records(str(path), options)
+        assert len(build(path, tmp_path, options=options)) == 1
 
 
 def test_a_store_is_built_once_and_again_when_anything_changed(tmp_path):

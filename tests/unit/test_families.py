@@ -12,7 +12,14 @@ import torch
 
 from simpo_megatron.errors import CheckpointError, ConfigError
 from simpo_megatron.mcore.attention.rotary import concentration, scaled_frequencies
-from simpo_megatron.mcore.families import FAMILIES, describe_hf_model, padded_vocab_size
+from simpo_megatron.mcore.families import (
+    FAMILIES,
+    describe_hf_config,
+    describe_hf_model,
+    padded_vocab_size,
+    stated_sizes,
+)
+from simpo_megatron.mcore.family import TINY_MODEL
 from simpo_megatron.mcore.hf import MAX_JSON_BYTES
 
 LLAMA = {
@@ -77,6 +84,24 @@ def test_longrope_takes_the_frequencies_of_the_longest_sequence_of_a_run(tmp_pat
     found = describe(tmp_path, model_type="phi3", rope_parameters=rope, original_max_position_embeddings=4096)
     inverse = scaled_frequencies(found.hf_config, max_length).inverse
     assert torch.allclose(inverse * factor, 1 / 1e4 ** (torch.arange(0, 128, 2) / 128))
+
+
+MODELS = [(family, name) for family in FAMILIES.values() for name in family.tests]
+
+
+@pytest.mark.parametrize(("family", "name"), MODELS, ids=[name for _, name in MODELS])
+def test_sizes_that_a_config_json_states_are_those_of_its_description(family, name) -> None:
+    from transformers import CONFIG_MAPPING
+
+    keys = {**TINY_MODEL, **family.tests[name], "model_type": family.model_type}
+    written = json.loads(CONFIG_MAPPING[family.model_type].from_dict(keys).to_json_string())
+    found, described = stated_sizes(written), describe_hf_config(written, name)
+    assert found.pop("max_position_embeddings") == described.gpt["max_sequence_length"]
+    assert {"num_layers", "num_attention_heads", "num_query_groups", "hidden_size", "ffn_hidden_size"} <= found.keys()
+    assert found == {key: described.transformer[key] for key in found}
+    assert described.transformer.keys() - found.keys() <= {"activation_func", "kv_channels"}
+    for key in ("num_key_value_heads", "num_hidden_layers", "max_position_embeddings", "intermediate_size"):
+        assert stated_sizes({**written, key: None}) is None, f"without {key} transformers has to say it"
 
 
 @pytest.mark.parametrize("factor", [1.0, 0.7, 1.1386, 2.5])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,10 +16,12 @@ from ranks import REPOSITORY
 
 import simpo_megatron.training.loop  # noqa: F401  # where it is first imported, megatron starts a process
 from simpo_megatron import parallel
-from simpo_megatron.config import Config
+from simpo_megatron.checkpoint.manifest import RECORD_FILE
+from simpo_megatron.config import Config, load_config
 from simpo_megatron.demo import prepare_demo
-from simpo_megatron.errors import DataError, GateClosed, SimPOError, StoppedByMonitor, StoppedBySignal
+from simpo_megatron.errors import CheckpointError, DataError, GateClosed, SimPOError, StoppedByMonitor, StoppedBySignal
 from simpo_megatron.training import environment, launch, run
+from simpo_megatron.training.early_checks import check_inputs
 
 SCRIPT = "examples/pretrain_simpo.py"
 
@@ -128,6 +131,18 @@ def test_a_mistake_gives_one_line_and_its_exit_code_before_any_rank_speaks(
     assert re.search(expected, line), line
 
 
+def test_a_run_that_continues_needs_no_weights_of_its_model(tmp_path, demo, damaged_models):
+    """A checkpoint replaces them, and the model may be gone since."""
+    argv = ["--model", str(damaged_models["no_weights"]), "--data", str(demo.train_file), "--max-length", "512"]
+    config = load_config([*argv, "--max-prompt-length", "400", "--save", str(tmp_path / "run")])
+    with pytest.raises(CheckpointError, match="found no weights"):
+        check_inputs(config)
+    committed = tmp_path / "run" / "iter_0000003"
+    committed.mkdir(parents=True)
+    (committed / RECORD_FILE).touch()
+    check_inputs(config)
+
+
 def test_peers_leave_the_word_to_the_first_rank(monkeypatch, capfd):
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -230,8 +245,25 @@ def test_help_is_not_an_error(capsys):
     assert "--tp" in capsys.readouterr().out
 
 
+@pytest.fixture
+def damaged_models(tmp_path, demo):
+    """Copies of the demo's model by what is wrong with them."""
+    folders = {name: tmp_path / name for name in ("no_weights", "half_weights", "no_tokenizer", "experts", "mamba")}
+    for folder in folders.values():
+        shutil.copytree(demo.model_dir, folder)
+    (folders["no_weights"] / "model.safetensors").unlink()
+    weights = folders["half_weights"] / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    (folders["no_tokenizer"] / "tokenizer.json").unlink()
+    config = json.loads((demo.model_dir / "config.json").read_text())
+    of_experts = {"model_type": "mixtral", "num_local_experts": 6, "num_experts_per_tok": 2, "sliding_window": None}
+    for name, keys in (("experts", of_experts), ("mamba", {"model_type": "mamba"})):
+        (folders[name] / "config.json").write_text(json.dumps({**config, **keys}))
+    return folders
+
+
 @pytest.mark.processes
-def test_help_and_mistakes_are_told_before_torch_is_imported(tmp_path):
+def test_help_and_mistakes_are_told_before_torch_is_imported(tmp_path, demo, damaged_models):
     """Its import takes five times as long as all that precedes it, and megatron's three times as long again."""
     pairs, none = str(tmp_path / "pairs.jsonl"), str(tmp_path / "none")
     Path(pairs).write_text("{}\n")
@@ -257,6 +289,26 @@ def test_help_and_mistakes_are_told_before_torch_is_imported(tmp_path):
         "an export over other files": (["--export-hf", str(tmp_path)], 4),
         "an export into the run": (["--save", none, "--export-hf", none], 2),
     }
+    short = ["--max-length", "512", "--max-prompt-length", "400"]
+    of_demo = ["--model", str(demo.model_dir), "--data", str(demo.train_file), *short]
+    of_files = {
+        "heads over tp": ([*of_demo, "--tp", "3"], 2),
+        "layers over pp": ([*of_demo, "--pp", "3"], 2),
+        "layers over vpp": ([*of_demo, "--pp", "2", "--vpp", "3"], 2),
+        "no experts": ([*of_demo, "--ep", "2"], 2),
+        "positions": ([*of_demo, "--max-length", "4096"], 2),
+        "another family": ([*of_demo, "--model", str(damaged_models["mamba"])], 2),
+        "experts over ep": ([*of_demo, "--model", str(damaged_models["experts"]), "--ep", "4"], 2),
+        "no tokenizer": ([*of_demo, "--model", str(damaged_models["no_tokenizer"])], 2),
+        "no weights": ([*of_demo, "--model", str(damaged_models["no_weights"])], 4),
+        "half of the weights": ([*of_demo, "--model", str(damaged_models["half_weights"])], 4),
+        "no record": ([*of_demo, "--valid-data", str(tmp_path / "empty.jsonl")], 3),
+        "no JSON": ([*of_demo, "--data", str(tmp_path / "text.jsonl")], 3),
+        "no such columns": ([*of_demo, "--data", str(tmp_path / "columns.csv")], 3),
+    }
+    (tmp_path / "empty.jsonl").touch()
+    (tmp_path / "text.jsonl").write_text("Dear diary,\n")
+    (tmp_path / "columns.csv").write_text("question,good,bad\na,b,c\n")
     script = f"""
 import contextlib, io, sys
 from simpo_megatron.cli import COMMANDS, main
@@ -268,15 +320,22 @@ def code_of(*argv):
         except SystemExit as ended:
             return ended.code
 
-print([code_of("train", *argv) for argv, _ in {list(asked.values())!r}])
+print([code_of("train", *argv) for argv, _ in {list(asked.values())[:3]!r}])
 print([name for name in ("torch", "numpy", "megatron", "transformers", "datasets") if name in sys.modules])
+print(len(sys.modules))
+print([code_of("train", *argv) for argv, _ in {list((asked | of_files).values())!r}])
+print([name for name in ("torch", "megatron", "transformers", "datasets") if name in sys.modules])
 print(len(sys.modules))
 print(sum(code_of(command, "--help") for command in COMMANDS))
 print([name for name in ("torch", "megatron", "transformers", "datasets") if name in sys.modules])
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=REPOSITORY)
-    codes, loaded, num_modules, *of_all_commands = done.stdout.splitlines()
-    assert codes == str([code for _, code in asked.values()])
-    assert loaded == "[]"
-    check_counts("modules", {"a wrong option": int(num_modules)}, may_rise=1 / 7)
+    codes, loaded, num_modules, all_codes, all_loaded, num_all_modules, *of_all_commands = done.stdout.splitlines()
+    assert codes == str([code for _, code in list(asked.values())[:3]])
+    assert dict(zip(asked | of_files, json.loads(all_codes), strict=True)) == {
+        name: code for name, (_, code) in (asked | of_files).items()
+    }
+    assert loaded == all_loaded == "[]"
+    counts = {"a wrong option": int(num_modules), "a mistake that a file tells": int(num_all_modules)}
+    check_counts("modules", counts, may_rise=1 / 7)
     assert of_all_commands == ["0", "[]"], "the help of every command"

@@ -6,7 +6,7 @@ out with their line numbers and are not yet parsed as pairs. Which sources a run
 """
 
 from simpo_megatron.data.sources.blend import METRIC_GROUPS, Source, parse_named_sources, parse_sources, source_identity
-from simpo_megatron.data.sources.readers import RawRecord, first_records, read_raw
+from simpo_megatron.data.sources.readers import RawRecord, check_kind, first_records, read_raw
 from simpo_megatron.data.sources.shards import COMPRESSIONS, check_readable, files_of, is_on_hub
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "METRIC_GROUPS",
     "RawRecord",
     "Source",
+    "check_kind",
     "check_readable",
     "files_of",
     "first_records",

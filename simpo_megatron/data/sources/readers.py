@@ -47,6 +47,15 @@ def read_raw(path: str, options: PairOptions) -> Iterator[RawRecord]:
             yield from _read_file(file, options)
 
 
+def check_kind(path: str) -> None:
+    """Returns if the local files of `path` are of kinds that are read; of text only the first lines are looked at.
+
+    Raises: DataError: one is not.
+    """
+    for _ in _local_files(path, PairOptions()):
+        pass
+
+
 def first_records(path: str, options: PairOptions) -> Iterator[tuple[str, RawRecord | None]]:
     """Yields each file of `path` that is here, and its first record, None where it has none.
 
@@ -54,11 +63,16 @@ def first_records(path: str, options: PairOptions) -> Iterator[tuple[str, RawRec
 
     Raises: DataError: a file is of a kind that is not read, or damaged.
     """
+    for file, records in _local_files(path, options):
+        if not plain_name(file).endswith((".json", ".parquet")) or os.path.getsize(file) <= _MOST_BYTES_READ_TWICE:
+            yield file, next(iter(records), None)
+
+
+def _local_files(path: str, options: PairOptions) -> Iterator[tuple[str, Iterator[RawRecord]]]:
+    """Yields each file of `path` that is here and no folder, and its records, of which none is read yet."""
     for file in files_of(path):
         if not (is_on_hub(file) or os.path.isdir(file)):
-            records = _read_file(file, options)
-            if not plain_name(file).endswith((".json", ".parquet")) or os.path.getsize(file) <= _MOST_BYTES_READ_TWICE:
-                yield file, next(iter(records), None)
+            yield file, _read_file(file, options)
 
 
 def _read_file(path: str, options: PairOptions) -> Iterator[RawRecord]:
