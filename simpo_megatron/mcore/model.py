@@ -76,12 +76,14 @@ class PreferenceGPTModel(GPTModel):
         true_vocab_size: int,
         logit_dtype: torch.dtype | None = None,
         inverse_frequencies: Tensor | None = None,
+        padding_idx: int | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         # GPTModel builds the embedding and the output layer itself and takes no other classes for them.
         if self.pre_process:
             self.embedding.word_embeddings.__class__ = MainGradEmbedding
+            self.embedding.word_embeddings.padding_idx = padding_idx
         if self.post_process:
             self.output_layer.__class__ = LogProbHead
             self.output_layer.true_vocab_size = true_vocab_size
@@ -251,6 +253,7 @@ def build_model(description: ModelDescription, config: Config, groups: ParallelG
             true_vocab_size=description.vocab_size,
             logit_dtype=None if config.precision.logit_dtype is None else torch.float32,
             inverse_frequencies=None if rotary is None else rotary.inverse,
+            padding_idx=description.padding_idx,
             **description.gpt,
         )
         _mark_divided_weights(chunk)

@@ -70,9 +70,12 @@ def folder(tmp_path_factory) -> Path:
 
 def write_job(folder: Path, name: str, config: PretrainedConfig, layouts: dict[str, dict]) -> None:
     """A model of random weights, the worker's job, and what the twin makes of the same steps."""
-    # transformers gives the embedding of the padding token, 0, no gradient.
-    most = config.vocab_size - 1
-    pairs = [[[1 + (id - 1) % most for id in ids] for ids in pair] for pair in random_pairs(NUM_STEPS * BATCH)]
+    # Each prompt has the padding token, whose row of the embedding transformers gives no gradient.
+    most, pad = config.vocab_size, config.pad_token_id
+    pairs = [
+        [[pad, *(id % most for id in prompt)], *([id % most for id in ids] for ids in responses)]
+        for prompt, *responses in random_pairs(NUM_STEPS * BATCH)
+    ]
     lengths = np.array([[len(ids) for ids in pair] for pair in pairs])
     options = SETTINGS.of_trainer(batch_size=BATCH, num_steps=NUM_STEPS) | {
         "beta": SETTINGS.beta, "gamma_beta_ratio": SETTINGS.gamma_beta_ratio,

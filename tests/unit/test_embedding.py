@@ -85,6 +85,20 @@ def test_values_and_gradients_are_megatrons_without_main_grad(make):
     assert torch.equal(embedding.weight.grad, plain.weight.grad)
 
 
+@pytest.mark.parametrize("has_main_grad", [True, False])
+def test_the_row_of_padding_gets_no_gradient_as_in_torch(make, has_main_grad):
+    embedding = make(MainGradEmbedding, torch.float32)
+    embedding.padding_idx = 5
+    if has_main_grad:
+        embedding.weight.main_grad, embedding.weight.grad_added_to_main_grad = torch.zeros(V, H), False
+    plain = torch.nn.Embedding(V, H, padding_idx=5, _weight=embedding.weight.detach().clone())
+    for layer in (embedding, plain):
+        backward(layer, range(1))
+    found = embedding.weight.main_grad if has_main_grad else embedding.weight.grad
+    assert not found[5].any() and found[4].any()
+    torch.testing.assert_close(found, plain.weight.grad, rtol=1e-6, atol=1e-6)
+
+
 def test_a_frozen_embedding_passes_no_gradient(make):
     embedding = make(MainGradEmbedding, torch.float32)
     embedding.weight.requires_grad_(False).main_grad = torch.ones(V, H)

@@ -254,6 +254,7 @@ def test_each_family_says_what_it_adds(tmp_path: Path, changes: dict, expected: 
         ({"num_hidden_layers": True}, "'num_hidden_layers' expected int"),
         ({"intermediate_size": -1}, "intermediate_size: found -1"),
         ({"rms_norm_eps": 2.0}, "rms_norm_eps: found 2.0"),
+        ({"pad_token_id": 128256}, "pad_token_id: found 128256, expected null or an id below the vocab_size 128256"),
     ],
 )
 def test_what_cannot_be_computed_alike_is_refused_by_name(tmp_path: Path, changes: dict, named: str) -> None:
@@ -262,6 +263,11 @@ def test_what_cannot_be_computed_alike_is_refused_by_name(tmp_path: Path, change
     assert named in str(caught.value)
     assert str(caught.value).startswith(f"{tmp_path / 'config.json'}: ")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("pad", "row"), [(None, None), (0, 0), (128_255, 128_255), (-1, 128_255)])
+def test_the_row_of_padding_is_that_of_transformers(tmp_path: Path, pad: int | None, row: int | None) -> None:
+    assert describe(tmp_path, pad_token_id=pad).padding_idx == row
 
 
 @pytest.mark.parametrize(

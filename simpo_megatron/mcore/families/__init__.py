@@ -8,11 +8,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from simpo_megatron.errors import ConfigError
 from simpo_megatron.mcore.family import Family, WeightNames, activation, count, refuse, shared_options
 from simpo_megatron.mcore.hf import check_counts, configuration, read_hf_json, rope_parameters
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 __all__ = [
     "FAMILIES",
@@ -70,6 +73,8 @@ class ModelDescription:
     """config.json as read."""
     rope: dict[str, Any]
     """The rotary embedding, by transformers' names: rope_type, rope_theta, partial_rotary_factor, ..."""
+    padding_idx: int | None = None
+    """The token id whose row of the embedding gets no gradient as an input, as in transformers; None: no id's."""
 
     def is_moe_layer(self, layer: int) -> bool:
         """True where the layer, counted from zero, has experts in the place of an MLP."""
@@ -172,9 +177,28 @@ def _described(config: dict[str, Any], where: str) -> ModelDescription:
             "max_sequence_length": count(normalised, "max_position_embeddings"),
         }
         vocab_size = count(normalised, "vocab_size")
+        padding_idx = _padding_idx(normalised, vocab_size)
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from None
-    return ModelDescription(family.model_type, transformer, gpt, vocab_size, config, rope)
+    return ModelDescription(family.model_type, transformer, gpt, vocab_size, config, rope, padding_idx)
+
+
+def _padding_idx(config: PretrainedConfig, vocab_size: int) -> int | None:
+    """`pad_token_id`, which every family of transformers gives to its torch.nn.Embedding.
+
+    Raises:
+        ConfigError: it is no row of the embedding, which torch refuses.
+    """
+    found = config.pad_token_id
+    if found is None:
+        return None
+    if isinstance(found, bool) or not isinstance(found, int) or not -vocab_size <= found < vocab_size:
+        raise ConfigError(
+            f"pad_token_id: found {found!r}, expected null or an id below the vocab_size {vocab_size}; transformers "
+            "cannot load it either"
+        )
+    # As torch counts: from the end where it is negative.
+    return found % vocab_size
 
 
 def _of_no_family(config: Mapping[str, Any]) -> str:
