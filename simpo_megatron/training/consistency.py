@@ -33,7 +33,7 @@ _MAX_SHOWN = 6
 def startup_facts(config: Config) -> dict[str, Any]:
     """Facts that every rank is started with: each option, the seed, and the versions of the code."""
     versions = {name: version(name) for name in ("torch", "megatron-core")}
-    return {**config.flat(), "simpo_megatron": _code_hash(), **versions}
+    return {**config.flat(), "simpo_megatron": code_hash(), **versions}
 
 
 def job_facts(job: Job) -> dict[str, Any]:
@@ -253,7 +253,7 @@ def _ranks_by_value(values: Sequence[str], ranks: Sequence[int] | None = None) -
     return listed(parts, _MAX_SHOWN)
 
 
-def _code_hash() -> str:
+def code_hash() -> str:
     """16 hex digits of the package's own source, as this rank sees it."""
     package, sha256 = Path(simpo_megatron.__file__).parent, hashlib.sha256()
     for path in sorted(package.rglob("*.py")):

@@ -11,7 +11,9 @@ import json
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,7 +27,9 @@ from simpo_megatron.data.batching import StepPlan
 from simpo_megatron.errors import DataError, NumericsError
 from simpo_megatron.logs import LOGGER
 from simpo_megatron.mcore import device
+from simpo_megatron.mcore.attention.rotary import scaled_frequencies
 from simpo_megatron.ranks import on_first_rank, raise_on_all_ranks, sync_status
+from simpo_megatron.training.consistency import code_hash
 from simpo_megatron.training.evaluation import gather_averages, log_probs_of
 from simpo_megatron.training.inputs import cache_folder, hashes_file
 from simpo_megatron.training.setup import Job, fill_initial_weights
@@ -55,11 +59,12 @@ def with_reference(config: Config, job: Job, *, has_initial_weights: bool) -> tu
     is_first = dist.get_rank() == 0
     memory = hashes_file(config)
     model = on_first_rank(lambda: "+".join(_fingerprints(job, memory)))
+    computation = _computation(config, job, model)
     notes: list[str] = []
 
     def with_cached_logps(dataset: PreferenceDataset) -> PreferenceDataset:
         nonlocal has_initial_weights
-        path = _cache_path(config, model, dataset)
+        path = _cache_path(config, {**computation, "data": dataset.fingerprint})
         avg = _broadcast(raise_on_all_ranks(lambda: _read(path, len(dataset)) if is_first else None), len(dataset))
         if avg is not None:
             notes.append(f"reference {len(dataset)} pairs, from {path}")
@@ -123,13 +128,24 @@ def _fingerprints(job: Job, memory: Path) -> list[str]:
     return [model_fingerprint(folder, memory) for folder in job.plan.sources.folders]
 
 
-def _cache_path(config: Config, model: str, dataset: PreferenceDataset) -> Path:
-    identity = {
+def _computation(config: Config, job: Job, model: str) -> dict[str, Any]:
+    """Everything but the pairs that a log-prob depends on; layouts round differently and are left out."""
+    description = job.plan.description
+    # Those of a longrope model depend on the longest sequence.
+    rotary = scaled_frequencies(description.hf_config, config.pairs.max_length)
+    return {
         "format": FORMAT_VERSION,
+        "code": code_hash(),
+        "megatron-core": version("megatron-core"),
         "model": model,
-        "data": dataset.fingerprint,
+        # Beside the weights of Megatron-LM there is none that the fingerprint could have.
+        "hf_config": description.hf_config,
+        "rotary": None if rotary is None else [rotary.attention_factor, *rotary.inverse.tolist()],
         "precision": asdict(config.precision),
     }
+
+
+def _cache_path(config: Config, identity: dict[str, Any]) -> Path:
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
     return _cache(config) / f"{digest[:24]}.npy"
 
