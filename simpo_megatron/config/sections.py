@@ -67,7 +67,7 @@ class ModelConfig:
         "huggingface_hub's own; what fails costs a warning.",
         metavar="NAME",
     )
-    hub_private_repo: bool = option(False, "Make that repository a private one, if it is not there yet.")
+    hub_private_repo: bool = option(False, "Make that repository a private one; push to no public one.")
     hidden_dropout: float = option(
         0.0, "Dropout after attention and MLP. Off by default: it makes the two responses of a pair incomparable."
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 import torch
@@ -10,7 +11,7 @@ import torch.distributed as dist
 from simpo_megatron.config import Config
 from simpo_megatron.convert import export_adapter, export_hf, origin_of
 from simpo_megatron.convert.peft_files import CONFIG_FILE
-from simpo_megatron.errors import SimPOError
+from simpo_megatron.errors import SimPOError, visible
 from simpo_megatron.mcore.fp8_weights import whole_masters
 from simpo_megatron.mcore.hf import hub_name, push_folder, revision_of
 from simpo_megatron.mcore.optimizer import gather_parameters
@@ -52,7 +53,6 @@ def finish(config: Config, job: Job, log: RunLog) -> None:
     if config.lora.export_adapter is not None:
         _export_adapters(config, job, config.lora.export_adapter, curves, origin, log)
     _report(config, log)
-    _push(config, log)
 
 
 def _export_adapters(
@@ -86,19 +86,20 @@ def _export_adapters(
         )
 
 
-def _push(config: Config, log: RunLog) -> None:
+def push(config: Config, log: RunLog) -> None:
     """Push what was exported to the hub, which is worth a warning where it fails: the export is safe."""
     name, folder = config.model.push_to_hub, config.model.export_hf or config.lora.export_adapter
     if name is None or folder is None or dist.get_rank() != 0:
         return
+    private = config.model.hub_private_repo
     try:
-        log.say(f"hub       {push_folder(folder, name, private=config.model.hub_private_repo)}")
+        log.say(f"hub       {push_folder(folder, name, private=private)}")
     except Exception as error:
         # Of an answer of the server, its first line; no text of these errors holds the token.
-        reason = str(error).strip().partition("\n")[0]
+        reason = visible(str(error).strip().partition("\n")[0])
         log.say(
             f"WARNING   {folder} was not pushed to {name}: {type(error).__name__}: {reason}; "
-            f"hf upload {name} {folder} does it"
+            f"hf upload {name} {shlex.quote(folder)}{' --private' if private else ''} does it later"
         )
 
 

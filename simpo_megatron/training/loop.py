@@ -20,7 +20,7 @@ from simpo_megatron.reporting.validation_pairs import keep_validation_pairs
 from simpo_megatron.training.checkpoint_manager import Saver
 from simpo_megatron.training.consistency import check_replicas, check_same, check_same_model, job_facts, unchanged_model
 from simpo_megatron.training.evaluation import evaluate, validation_log_probs
-from simpo_megatron.training.finish import finish
+from simpo_megatron.training.finish import finish, push
 from simpo_megatron.training.introduction import introduce
 from simpo_megatron.training.log_window import LogWindow
 from simpo_megatron.training.memory_check import probe_memory
@@ -88,6 +88,9 @@ def run_in(
             if stopped is None:
                 watchdog.enter_phase("the end", timeout=LONG_SECONDS)
                 finish(config, job, log)
+                # An upload of a large model takes longer than any other phase, and no rank waits for it.
+                watchdog.enter_phase("the push to the hub", timeout=float("inf"))
+                push(config, log)
                 saver.require_last(config.model.export_hf or config.lora.export_adapter)
     return stopped, evaluations
 

@@ -74,6 +74,10 @@ class StandIn(BaseHTTPRequestHandler):
         self.server.asked.append((self.path, self.headers.get("Authorization"), body))
         self.server.answer(self, body)
 
+    def do_GET(self) -> None:
+        self.server.asked.append((self.path, self.headers.get("Authorization"), ""))
+        self.reply({"id": "me/model", "private": self.server.private, "siblings": []})
+
     def reply(self, answer: dict, code: int = 200) -> None:
         content = json.dumps(answer).encode()
         self.send_response(code)
@@ -102,6 +106,7 @@ def hub(monkeypatch) -> Iterator[ThreadingHTTPServer]:
     """A stand-in for the hub on this machine, and a token for it."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), StandIn)
     server.url, server.asked, server.answer = f"http://127.0.0.1:{server.server_port}", [], takes_everything
+    server.private = True
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", server.url)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
@@ -133,15 +138,15 @@ def config_of_push(folder: Path):
 
 def test_an_export_is_pushed_with_the_librarys_token(hub, exported: Path) -> None:
     said = Said()
-    finish._push(config_of_push(exported), said)
+    finish.push(config_of_push(exported), said)
     paths = [path for path, _, _ in hub.asked]
     preupload, commit = "/api/models/me/model/preupload/main", "/api/models/me/model/commit/main"
-    assert paths == ["/api/repos/create", "/api/validate-yaml", preupload, commit]
+    assert paths == ["/api/repos/create", "/api/models/me/model", "/api/validate-yaml", preupload, commit]
     assert {token for _, token, _ in hub.asked} == {"Bearer hf_secret"}
     made = json.loads(hub.asked[0][2])
     assert made.get("private") is True or made.get("visibility") == "private"
     assert made["name"] == "model" and made["organization"] == "me"
-    committed = [json.loads(line) for line in hub.asked[3][2].splitlines()]
+    committed = [json.loads(line) for line in hub.asked[4][2].splitlines()]
     files = {line["value"]["path"]: line["value"]["content"] for line in committed if line["key"] == "file"}
     assert files.keys() == {"README.md", "config.json"}
     assert base64.b64decode(files["README.md"]) == b"# a card\n"
@@ -151,10 +156,23 @@ def test_an_export_is_pushed_with_the_librarys_token(hub, exported: Path) -> Non
 def test_a_push_that_fails_costs_a_warning_without_the_token(hub, exported: Path) -> None:
     hub.answer = lambda request, body: request.reply({"error": "no such owner"}, 403)
     said = Said()
-    finish._push(config_of_push(exported), said)
+    finish.push(config_of_push(exported), said)
     assert len(said) == 1 and said[0].startswith(f"WARNING   {exported} was not pushed to me/model: ")
-    assert f"hf upload me/model {exported} does it" in said[0]
+    assert f"hf upload me/model {exported} --private does it" in said[0]
     assert "hf_secret" not in said[0] and "\n" not in said[0]
+
+
+def test_a_repository_is_public_only_by_its_owners_default(hub, exported: Path) -> None:
+    finish.push(config_from(model="m", data=("d",), export_hf=str(exported), push_to_hub="me/model"), Said())
+    assert json.loads(hub.asked[0][2]) == {"name": "model", "organization": "me"}
+    assert hub.asked[-1][0].endswith("/commit/main")
+
+
+def test_what_must_be_private_is_not_pushed_to_a_public_repository(hub, exported: Path) -> None:
+    hub.private, said = False, Said()
+    finish.push(config_of_push(exported), said)
+    assert not [path for path, _, _ in hub.asked if "commit" in path]
+    assert "ConfigError: hub_private_repo: found me/model, which is public, expected a private one; make it" in said[0]
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from simpo_megatron.errors import CheckpointError, StoppedBySignal
+from simpo_megatron.errors import CheckpointError, ConfigError, StoppedBySignal
 
 _NAME = re.compile(r"(?P<repository>[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95})(@(?P<revision>[\w./-]{1,200}))?")
 _CACHED = re.compile(r"models--([\w.-]+?)--([\w.-]+)")
@@ -109,10 +109,19 @@ def revision_of(model: str) -> str | None:
 def push_folder(folder: str | Path, name: str, *, private: bool) -> str:
     """The page of the hub's model `name` after the files of `folder` were pushed to it; it is made where it is not.
 
-    Raises: what huggingface_hub raises.
+    Args:
+        private: whether it must be private. False leaves a new one to its owner's default.
+
+    Raises:
+        ConfigError: it must be private and is public.
+        Exception: what huggingface_hub raises.
     """
     from huggingface_hub import HfApi
 
     api = HfApi()
-    repository = api.create_repo(name, private=private, exist_ok=True).repo_id
+    repository = api.create_repo(name, private=private or None, exist_ok=True).repo_id
+    if private and not api.model_info(repository).private:
+        raise ConfigError(
+            f"hub_private_repo: found {repository}, which is public, expected a private one; make it private"
+        )
     return str(api.upload_folder(folder_path=folder, repo_id=repository, commit_message="Upload by simpo_megatron"))
