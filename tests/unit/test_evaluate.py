@@ -340,6 +340,12 @@ class EndlessScorer:
         return 3
 
 
+def failing():
+    """An official scorer that ends with an error."""
+    raise DataError("gen_judgment: found exit code 1")
+    yield
+
+
 def test_a_judge_that_stays_away_is_told_and_ends_the_scorer(monkeypatch):
     for module, name in (
         (judge_watch, "_SECONDS_BETWEEN_LOOKS"),
@@ -348,9 +354,16 @@ def test_a_judge_that_stays_away_is_told_and_ends_the_scorer(monkeypatch):
     ):
         monkeypatch.setattr(module, name, 0.0)
     scorer, url, told = EndlessScorer(), "http://127.0.0.1:1/v1", []
-    with pytest.raises(DataError, match=f"judge: found no answer of {url} in 0 s .* run the same command again"):
+    with pytest.raises(DataError, match=f"judge: found no answer of {url} .* run the same command again"):
         told.extend(judging._asking(scorer, judging.JudgeServer("j", url), 4))
     assert scorer.is_closed
+
+    scorer.judge = lambda _: failing()
+    with pytest.raises(DataError, match=f"judge: found no answer of {url} "):
+        list(judging._asking(scorer, judging.JudgeServer("j", url), 4))
+    monkeypatch.setattr(ChatServer, "failure", lambda _: None)
+    with pytest.raises(DataError, match="gen_judgment: found exit code 1"):
+        list(judging._asking(scorer, judging.JudgeServer("j", url), 4))
 
     looks = iter(["refused", None, None, None])
     monkeypatch.setattr(ChatServer, "failure", lambda _: next(looks))
