@@ -22,6 +22,7 @@ from simpo_megatron.commands.parsing import CommandParser
 from simpo_megatron.config import DEMO, Config, load_config
 from simpo_megatron.data import PreferenceDataset, build_preference_dataset, load_tokenizer, parse_named_sources
 from simpo_megatron.data.inspection import InspectedRow, inspect_dataset, print_inspection, show_pairs
+from simpo_megatron.data.tokenization import torch_left_out
 from simpo_megatron.errors import SimPOError, report_error, visible
 from simpo_megatron.mcore.hf import model_folder
 from simpo_megatron.reporting.data_page import write_data_page
@@ -75,8 +76,8 @@ def main(argv: Sequence[str], prog: str = "simpo inspect") -> int:
         if DEMO in (config.model.model, *config.data.data):
             config = _with_demo(config)
         assert config.model.model is not None, "--model is required"
-        tokenizer = load_tokenizer(model_folder(config.model.model))
-        with tempfile.TemporaryDirectory() as scratch:
+        with torch_left_out(), tempfile.TemporaryDirectory() as scratch:
+            tokenizer = load_tokenizer(model_folder(config.model.model))
             dataset, valid = _read(config, tokenizer, config.data.data_cache or scratch)
             inspection = inspect_dataset(dataset, tokenizer, valid, arguments.padded_batch)
             inspection = replace(inspection, sections={"Read": _reading(config)} | inspection.sections)

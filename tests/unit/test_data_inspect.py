@@ -127,8 +127,8 @@ def test_shown_pairs_are_decoded_from_the_ids_that_are_trained_on(values):
     assert first.pieces[3][1] == "no 0<|eot_id|>"
 
 
-def run_tool(arguments, folder):
-    environment = {"PYTHONPATH": str(ROOT), "COLUMNS": "120"}
+def run_tool(arguments, folder, **variables):
+    environment = {"PYTHONPATH": str(ROOT), "COLUMNS": "120", **variables}
     command = [sys.executable, str(TOOL), *arguments]
     return subprocess.run(
         command, cwd=folder, capture_output=True, text=True, timeout=120, env=environment, check=False
@@ -141,8 +141,10 @@ def test_the_tool_prints_the_inspection_and_writes_a_page(tmp_path):
     sick_file(tmp_path / "sick.jsonl")
     arguments = ["--model", "model", "--data", "sick.jsonl", "--valid-data", "held=sick.jsonl", "--show", "2"]
     arguments += ["--html", "page.html", "--preset", "mistral-base", "--max-length", "64", "--max-prompt-length", "32"]
-    run = run_tool(arguments, tmp_path)
+    run = run_tool(arguments, tmp_path, PYTHONPROFILEIMPORTTIME="1")
     assert run.returncode == 0, run.stderr
+    imported = set(re.findall(r"^import time: .* (\w+)[\w.]*$", run.stderr, re.MULTILINE))
+    assert "transformers" in imported and not imported & {"torch", "megatron", "datasets"}
     assert re.search(r"files +sick.jsonl\b", run.stdout) and re.search(r"max_length +64\b", run.stdout)
     assert re.search(r"template_mode +princeton\b", run.stdout), "what the preset says"
     assert re.search(r"pairs used +12\b", run.stdout)

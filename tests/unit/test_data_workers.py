@@ -1,6 +1,7 @@
 """A worker that fails or is killed is named with the records it had, and no worker outlives its parent."""
 
 import os
+import pickle
 import subprocess
 import sys
 
@@ -10,6 +11,8 @@ import pytest
 from data_tokenizers import llama_like
 
 from simpo_megatron.data import PairOptions, build_preference_dataset
+from simpo_megatron.data.store import chunks
+from simpo_megatron.data.store.workers import map_in_processes
 from simpo_megatron.errors import DataError
 
 pytestmark = pytest.mark.processes
@@ -54,6 +57,40 @@ def test_a_build_whose_workers_die_names_the_lines_of_the_file_and_leaves_nothin
     with pytest.raises(DataError, match=rf"^{path}:1 to \d+: found that worker process \d+ ended \(exit code 3\)"):
         build_preference_dataset([str(path)], tokenizer, PairOptions(), tmp_path / "cache", num_workers=2)
     assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_a_worker_that_tokenises_does_without_torch(tmp_path):
+    arguments = (pickle.dumps(llama_like()), "pairs.jsonl", PairOptions())
+    found = map_in_processes(
+        jobs.is_loaded,
+        iter(["transformers", "torch"]),
+        num_workers=1,
+        prepare=chunks._start_worker,
+        arguments=arguments,
+        describe=jobs.describe,
+    )
+    assert list(found) == [True, False]
+
+
+def test_a_tokenizer_is_the_same_without_torch_and_transformers_has_torch_again_behind_it(tmp_path):
+    llama_like().save_pretrained(tmp_path)
+    script = f"""
+import sys
+from simpo_megatron.data import PairOptions, load_tokenizer
+from simpo_megatron.data.tokenization import tokenizer_identity, torch_left_out
+
+with torch_left_out():
+    without = tokenizer_identity(load_tokenizer({str(tmp_path)!r}), PairOptions())
+print("torch" in sys.modules)
+print(tokenizer_identity(load_tokenizer({str(tmp_path)!r}), PairOptions()) == without)
+print("torch" in sys.modules)
+with torch_left_out():
+    from transformers.utils import is_torch_available
+print(is_torch_available())
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "True", "True", "True"]
+    assert done.stderr == ""
 
 
 def test_workers_end_with_a_parent_that_was_killed():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import pickle
 from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from simpo_megatron.data.rendering import FINDINGS
 from simpo_megatron.data.sources import RawRecord, read_raw, source_identity
 from simpo_megatron.data.store.build_report import BuildReport
 from simpo_megatron.data.store.workers import map_in_processes
-from simpo_megatron.data.tokenization import PairTokenizer, use_one_thread
+from simpo_megatron.data.tokenization import PairTokenizer, leave_out_torch, use_one_thread
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -151,7 +152,8 @@ def encoded_chunks(
         chunks,
         num_workers=num_workers,
         prepare=_start_worker,
-        arguments=(tokenizer, path, options),
+        # As bytes: what it takes is imported where they are read.
+        arguments=(pickle.dumps(tokenizer), path, options),
         describe=partial(_lines, path),
     )
 
@@ -160,10 +162,11 @@ def encoded_chunks(
 _worker: tuple[str, PairTokenizer, PairOptions]
 
 
-def _start_worker(tokenizer: PreTrainedTokenizerBase, path: str, options: PairOptions) -> None:
+def _start_worker(tokenizer: bytes, path: str, options: PairOptions) -> None:
     global _worker
     use_one_thread()
-    _worker = (path, PairTokenizer(tokenizer, options), options)
+    leave_out_torch()
+    _worker = (path, PairTokenizer(pickle.loads(tokenizer), options), options)  # noqa: S301 - of the parent
 
 
 def _work(chunk: list[RawRecord]) -> Chunk:

@@ -8,12 +8,15 @@ from simpo_megatron.data.tokenization.pair_tokenizer import (
     tokenizer_identity,
     use_one_thread,
 )
+from simpo_megatron.data.tokenization.without_torch import leave_out_torch, torch_left_out
 
 __all__ = [
     "EncodedPair",
     "PairTokenizer",
     "TokenizedPair",
+    "leave_out_torch",
     "load_tokenizer",
     "tokenizer_identity",
+    "torch_left_out",
     "use_one_thread",
 ]
