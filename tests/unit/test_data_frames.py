@@ -5,6 +5,7 @@ from chat_templates import SHAPES, with_tools
 from conversations import rows
 from data_tokenizers import GEMMA_TEMPLATE, LLAMA_TEMPLATE, QWEN_TEMPLATE, qwen_like
 
+from simpo_megatron.data import bounded_dict
 from simpo_megatron.data.pair_options import PairOptions
 from simpo_megatron.data.records import BadRecord, to_record
 from simpo_megatron.data.rendering import bundled_templates, chat_template_of
@@ -117,3 +118,12 @@ def test_turns_that_are_more_than_text_have_no_frame():
     turn = {"role": "user", "content": "a"}
     assert frames.render([turn], add_generation_prompt=False) == "<|im_start|>user\na<|im_end|>\n"
     assert frames.render([turn | {"name": "b"}], add_generation_prompt=False) is None
+
+
+def test_a_dict_that_is_full_forgets_what_it_holds(monkeypatch):
+    monkeypatch.setattr(bounded_dict, "MOST_KEPT", 2)
+    kept = bounded_dict.BoundedDict()
+    for number in range(5):
+        kept[number] = -number
+        assert kept[number] == -number and len(kept) <= 2
+    assert kept == {4: -4}

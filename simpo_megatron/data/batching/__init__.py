@@ -1,17 +1,15 @@
 """Batches of pairs: which pairs each step, rank and microbatch holds, and the tensors of one microbatch."""
 
+from simpo_megatron.data.batching.microbatches import PreferenceBatch, collate, round_up
 from simpo_megatron.data.batching.padding import Shape, heaviest_step, padding_share, plan_tokens, step_shape
 from simpo_megatron.data.batching.step_plans import (
-    PreferenceBatch,
     StepPlan,
     check_batches,
     check_budget,
-    collate,
     iterate_steps,
     pair_tokens,
     plan_evaluation,
     plan_step,
-    round_up,
     step_pairs,
 )
 

@@ -8,14 +8,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from simpo_megatron.data.batching.step_plans import (
-    BatchOptions,
-    MicrobatchPairs,
-    StepPlan,
-    pair_tokens,
-    plan_step,
-    round_up,
-)
+from simpo_megatron.data.batch_options import BatchOptions
+from simpo_megatron.data.batching.microbatches import round_up
+from simpo_megatron.data.batching.step_plans import MicrobatchPairs, StepPlan, pair_tokens, plan_step
 
 
 class Shape(NamedTuple):

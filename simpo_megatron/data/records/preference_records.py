@@ -12,7 +12,6 @@ from typing import Any
 from simpo_megatron.data.pair_options import PairOptions
 from simpo_megatron.data.records.forms import MEDIA_COLUMNS, SYSTEM_COLUMNS, Columns, holds_text, pair_columns
 from simpo_megatron.data.records.messages import (
-    EXTRA_KEYS,
     Message,
     UntrainedTurn,
     as_messages,
@@ -23,21 +22,8 @@ from simpo_megatron.data.records.messages import (
     to_messages,
     to_tools,
 )
-from simpo_megatron.data.records.parsing import BadRecord, check_row, kind_of, parse_json, parse_json_array
+from simpo_megatron.data.records.parsing import BadRecord, kind_of
 from simpo_megatron.data.records.written_messages import read_written
-
-__all__ = [
-    "EXTRA_KEYS",
-    "UNUSABLE_REASONS",
-    "BadRecord",
-    "Message",
-    "PreferenceRecord",
-    "Reading",
-    "check_row",
-    "parse_json",
-    "parse_json_array",
-    "to_record",
-]
 
 # Faults of the pair rather than of its text: dropped and counted under any `bad_record`.
 UNUSABLE_REASONS = frozenset(

@@ -11,11 +11,11 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from simpo_megatron.data.bounded_dict import BoundedDict
 from simpo_megatron.data.records import Message
 from simpo_megatron.data.rendering.template_frames import Frame, TemplateFrames
 from simpo_megatron.data.rendering.templates import EndlessTemplateError
 
-_MOST_SHAPES = 4096
 _REASONING = "think>"
 
 
@@ -42,7 +42,7 @@ class FramedPairs:
     def __init__(self, frames: TemplateFrames, specials: Sequence[str], mark: str) -> None:
         self._frames, self._specials, self._mark = frames, specials, mark
         self._special = re.compile("|".join(map(re.escape, specials)) or r"(?!)")
-        self._of_roles: dict[tuple[str, ...], _Frame | None] = {}
+        self._of_roles: BoundedDict[tuple[str, ...], _Frame | None] = BoundedDict()
 
     def join(self, prompt: Sequence[Message], chosen: Message, rejected: Message) -> tuple[str, str, str] | None:
         """Returns prompt, chosen and rejected as text, special tokens marked, the assistant's header in the prompt.
@@ -56,8 +56,6 @@ class FramedPairs:
             return None
         roles = tuple([turn["role"] for turn in prompt])
         if roles not in self._of_roles:
-            if len(self._of_roles) >= _MOST_SHAPES:
-                self._of_roles.clear()
             self._of_roles[roles] = self._frame(roles)
         frame = self._of_roles[roles]
         if frame is None:

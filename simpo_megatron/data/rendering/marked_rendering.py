@@ -7,14 +7,13 @@ from collections.abc import Sequence
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
+from simpo_megatron.data.bounded_dict import BoundedDict
 from simpo_megatron.data.records import CONTENT_MARK, TEMPLATE_MARK, BadRecord, Message, says_more
 from simpo_megatron.data.rendering.coverage import check_conversation
 from simpo_megatron.data.rendering.templates import ChatTemplate, EndlessTemplateError, special_texts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-_MAX_SHAPES = 4096
 
 
 class MarkedRenderer:
@@ -35,7 +34,7 @@ class MarkedRenderer:
         """A special token, with its mark."""
         self.closing = re.compile(rf"(?:\s*(?:{marked}))+\s*\Z")
         """The end of a turn: special tokens and blanks, with nothing behind them."""
-        self._left_out: dict[tuple, frozenset[int]] = {}
+        self._left_out: BoundedDict[tuple, frozenset[int]] = BoundedDict()
 
     def as_text(self, value: Any) -> Any:
         """Returns JSON values in which the texts of special tokens are broken, so that they stay text."""
@@ -107,8 +106,6 @@ class MarkedRenderer:
         """Returns which turns the template has no place for, whatever they say; asked once for each order of roles."""
         shape = (bool(tools), *((turn["role"], bool(turn["content"].strip()), says_more(turn)) for turn in messages))
         if shape not in self._left_out:
-            if len(self._left_out) >= _MAX_SHAPES:
-                self._left_out.clear()
             names = {
                 i: f"{CONTENT_MARK}{i}{CONTENT_MARK}" for i, turn in enumerate(messages) if turn["content"].strip()
             }

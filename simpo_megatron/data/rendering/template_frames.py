@@ -14,11 +14,11 @@ from enum import Enum, auto
 from jinja2 import Environment, TemplateError, nodes
 from jinja2.visitor import NodeVisitor
 
+from simpo_megatron.data.bounded_dict import BoundedDict
 from simpo_megatron.data.records import CONTENT_MARK, BadRecord, Message
 from simpo_megatron.data.rendering.templates import ChatTemplate, bounds_of_templates
 from simpo_megatron.limits import LimitError
 
-_MOST_FRAMES = 4096
 # A blank that `trim` takes away.
 _BLANK = "\u2003"
 _MARKED = re.compile(rf"({_BLANK}?){CONTENT_MARK}(\d+){CONTENT_MARK}({_BLANK}?)")
@@ -33,7 +33,7 @@ class TemplateFrames:
     def __init__(self, template: ChatTemplate) -> None:
         self._template = template
         self._joins = joins_contents(template.default)
-        self._frames: dict[tuple, Frame | None] = {}
+        self._frames: BoundedDict[tuple, Frame | None] = BoundedDict()
 
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str | None:
         """Returns what the template renders of turns that are text alone; None where no frame is proven.
@@ -57,8 +57,6 @@ class TemplateFrames:
             return None
         shape = (add_generation_prompt, roles)
         if shape not in self._frames:
-            if len(self._frames) >= _MOST_FRAMES:
-                self._frames.clear()
             self._frames[shape] = self._frame(roles, add_generation_prompt)
         return self._frames[shape]
 

@@ -6,21 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from simpo_megatron.data.sources.readers import RawRecord, read_raw
-from simpo_megatron.data.sources.shards import HUB_PREFIX, check_readable, is_on_hub
+from simpo_megatron.data.sources.shards import check_readable, is_on_hub
 from simpo_megatron.errors import ConfigError
-
-__all__ = [
-    "HUB_PREFIX",
-    "METRIC_GROUPS",
-    "RawRecord",
-    "Source",
-    "check_readable",
-    "parse_named_sources",
-    "parse_sources",
-    "read_raw",
-    "source_identity",
-]
 
 METRIC_GROUPS = frozenset({"rewards", "logps", "response_length"})
 """First parts of the names of metrics, as in `eval/rewards/chosen`; no validation set can have such a name."""

@@ -28,7 +28,7 @@ from simpo_megatron.data.pair_options import PairOptions
 from simpo_megatron.data.records import ENDLESS_TEMPLATE, UNUSABLE_REASONS
 from simpo_megatron.data.sources import first_records, source_identity
 from simpo_megatron.data.store.build_report import BuildReport
-from simpo_megatron.data.store.chunks import encode_chunk, encoded_chunks, report_on_records
+from simpo_megatron.data.store.chunks import encoded_chunks, report_on_records
 from simpo_megatron.data.store.read_progress import ReadProgress
 from simpo_megatron.data.store.store_seal import DamagedStoreError, damaged, read_sealed, seal
 from simpo_megatron.data.store.store_writer import StoreWriter, build_folder
@@ -48,8 +48,6 @@ READING_VERSION = 3
 INDEX_MAGIC = b"MMIDIDX\x00\x00"
 INDEX_VERSION = 1
 INT32_CODE = 4
-
-__all__ = ["FORMAT_VERSION", "INDEX_MAGIC", "PairStore", "encode_chunk", "open_store"]
 
 
 class PairStore:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from itertools import chain
 from typing import TYPE_CHECKING
 
+from simpo_megatron.data.bounded_dict import BoundedDict
 from simpo_megatron.data.records import TEMPLATE_MARK
 from simpo_megatron.data.rendering import RenderedPair, Spans
 from simpo_megatron.data.tokenization.backends import encode, has_byte_tokens, problems_named
@@ -18,8 +19,8 @@ SplitPair = tuple[list[int], list[int], list[int], tuple[str, ...]]
 
 # Characters that seldom share a token with the next one.
 _BEFORE = "\n:0"
-# Headers of templates are short, and few; others are not worth keeping.
-_LONGEST_HEADER, _MOST_HEADERS = 100, 1000
+# Headers of templates are short; others are not worth keeping.
+_LONGEST_HEADER = 100
 
 
 class PairSplitter:
@@ -33,7 +34,7 @@ class PairSplitter:
             for token in backend.get_added_tokens_decoder().values()
         )
         self._has_byte_tokens = self._cut_at_specials and has_byte_tokens(backend)
-        self._headers: dict[str, list[int]] = {}
+        self._headers: BoundedDict[str, list[int]] = BoundedDict()
 
     def split(self, pairs: list[RenderedPair]) -> list[SplitPair]:
         """Returns the ids of each pair."""
@@ -75,8 +76,6 @@ class PairSplitter:
 
     def _ids_of_header(self, header: str) -> list[int]:
         if header not in self._headers:
-            if len(self._headers) >= _MOST_HEADERS:
-                self._headers.clear()
             [encoding] = encode(self._backend, [header])
             self._headers[header] = encoding.ids
         return self._headers[header]
