@@ -26,7 +26,20 @@ FINDINGS_MARK = "<!-- findings -->"
 # A page asks for the rooms of the package, or of one of its folders: `<!-- rooms -->`, `<!-- rooms of data -->`.
 ROOMS_MARK = re.compile(r"<!-- rooms(?: of (\w+))? -->")
 # Files beside the rooms that a reader should know; the others serve one room each.
-_LONE_FILES = ("atomic", "cli", "parallel", "ranks", "dataset", "model", "specs", "device")
+_LONE_FILES = (
+    "atomic",
+    "cli",
+    "parallel",
+    "ranks",
+    "dataset",
+    "model",
+    "specs",
+    "device",
+    "launch",
+    "run",
+    "session",
+    "loop",
+)
 
 
 def on_files(files: typing.Any, config: typing.Any) -> typing.Any:

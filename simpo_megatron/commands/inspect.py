@@ -93,7 +93,7 @@ def main(argv: Sequence[str], prog: str = "simpo inspect") -> int:
 
 def _with_demo(config: Config) -> Config:
     """`config` with files in place of the embedded default's name."""
-    from simpo_megatron.training.inputs import locate_sources
+    from simpo_megatron.training.start.inputs import locate_sources
 
     sources = locate_sources(config)
     return replace(

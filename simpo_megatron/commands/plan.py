@@ -74,6 +74,6 @@ def _config(arguments: argparse.Namespace, of_the_trainer: list[str]) -> Config:
     if config.lora.adapter is None:
         return config
     from simpo_megatron.planning.models import find_model
-    from simpo_megatron.training.run_plan import with_adapter_of
+    from simpo_megatron.training.start.run_plan import with_adapter_of
 
     return with_adapter_of(config, config.lora.adapter, find_model(arguments.model))

@@ -19,7 +19,7 @@ from simpo_megatron.errors import SimPOError, report_error, visible
 from simpo_megatron.planning.gpus import GPUS
 from simpo_megatron.sweep.request import Sweep, read_sweep
 from simpo_megatron.training import launch
-from simpo_megatron.training.early_checks import check_inputs
+from simpo_megatron.training.start.early_checks import check_inputs
 
 
 def parse_arguments(argv: Sequence[str], prog: str) -> tuple[argparse.Namespace, list[str]]:

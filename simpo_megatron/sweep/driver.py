@@ -25,11 +25,11 @@ from simpo_megatron.sweep.page import PAGE_FILE, lines, write_results
 from simpo_megatron.sweep.points import Point
 from simpo_megatron.sweep.request import Sweep
 from simpo_megatron.sweep.rounds import Round, next_round
-from simpo_megatron.training.consistency import check_same
 from simpo_megatron.training.loop import run_in
-from simpo_megatron.training.run_plan import plan_run
+from simpo_megatron.training.peers.consistency import check_same
 from simpo_megatron.training.session import LONG_SECONDS, Session, open_session
-from simpo_megatron.training.setup import load_data
+from simpo_megatron.training.start.run_plan import plan_run
+from simpo_megatron.training.start.setup import load_data
 
 _POLL_SECONDS = 5.0
 

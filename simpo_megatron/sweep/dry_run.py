@@ -15,8 +15,8 @@ from simpo_megatron.planning.layouts import PlanRequest, plan_one
 from simpo_megatron.planning.shapes import Pack
 from simpo_megatron.sweep.points import Point
 from simpo_megatron.sweep.request import Sweep
-from simpo_megatron.training.inputs import Sources, locate_sources
-from simpo_megatron.training.run_plan import with_adapter_settings
+from simpo_megatron.training.start.inputs import Sources, locate_sources
+from simpo_megatron.training.start.run_plan import with_adapter_settings
 
 _MOST_SHOWN = 40
 

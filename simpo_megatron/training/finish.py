@@ -18,7 +18,7 @@ from simpo_megatron.mcore.optimizer import gather_parameters
 from simpo_megatron.mcore.precision import export_dtype, parameter_dtype, rounding
 from simpo_megatron.reporting.loggers import METRICS_FILE, RunLog
 from simpo_megatron.reporting.run_report import Curves, read_curves, write_report
-from simpo_megatron.training.setup import Job
+from simpo_megatron.training.start.setup import Job
 
 
 def finish(config: Config, job: Job, log: RunLog) -> None:

@@ -141,8 +141,8 @@ def check(config: Config, recipe: Recipe, num_pairs: int) -> None:
     """Judge the first `num_pairs` training pairs in both formats, on the ranks that torchrun started, and print it."""
     cpu_patches.install()
     from simpo_megatron.training.reference import reference_log_probs
-    from simpo_megatron.training.run_plan import plan_run
-    from simpo_megatron.training.setup import build_job
+    from simpo_megatron.training.start.run_plan import plan_run
+    from simpo_megatron.training.start.setup import build_job
 
     if not isinstance(config.objective, SimPOObjective):
         raise ConfigError(f"objective: found {config.objective.objective}, expected simpo, which has a target margin")

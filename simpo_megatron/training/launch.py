@@ -25,7 +25,7 @@ from simpo_megatron.errors import SimPOError, StoppedBySignal, report_error, sta
 from simpo_megatron.launched import has_agent
 from simpo_megatron.logs import ignore_known_warnings
 from simpo_megatron.nemo import load_nemo_command, names_nemo_config
-from simpo_megatron.training.telling import errors_told
+from simpo_megatron.training.peers.telling import errors_told
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -67,7 +67,7 @@ def launch(argv: Sequence[str], read: Callable[[Sequence[str]], RankJob], *progr
         starts_ranks = _world_size() == 1 and num_ranks > 1
         _prepare_process(config, starts_ranks)
         if starts_ranks:
-            from simpo_megatron.training.run_plan import plan_run
+            from simpo_megatron.training.start.run_plan import plan_run
 
             with told():
                 plan_run(config, num_ranks)
@@ -96,7 +96,7 @@ def _prepare_process(config: Config, starts_ranks: bool) -> None:
     # processes that tokenise, which import the script again, do without.
     with collector_at_rest():
         from simpo_megatron.mcore import cpu_patches, device
-        from simpo_megatron.training.environment import prepare_environment
+        from simpo_megatron.training.start.environment import prepare_environment
 
         if starts_ranks:
             cpu_patches.import_uncompiled(cpu_patches.CONFIGURATIONS)
@@ -136,7 +136,7 @@ def _read_training(argv: Sequence[str]) -> RankJob:
 
 def _check_inputs(config: Config) -> None:
     # Only now, for it takes model families and readers of data: a mistake in the command line is told before.
-    from simpo_megatron.training.early_checks import check_inputs
+    from simpo_megatron.training.start.early_checks import check_inputs
 
     check_inputs(config)
 

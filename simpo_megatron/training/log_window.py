@@ -13,10 +13,19 @@ from simpo_megatron.mcore.layers import LOAD_BALANCING_LOSS
 from simpo_megatron.planning.gpus import peak_bf16_flops
 from simpo_megatron.planning.shapes import ModelShape
 from simpo_megatron.planning.speed import pairs_flops
-from simpo_megatron.training.metrics import memory_use, reduce_sums, throughput, utilization
-from simpo_megatron.training.setup import Job
-from simpo_megatron.training.step import Pass
-from simpo_megatron.training.step_times import DATA, FORWARD, PHASES, gather_paces, slowest_rank
+from simpo_megatron.training.start.setup import Job
+from simpo_megatron.training.step import (
+    DATA,
+    FORWARD,
+    PHASES,
+    Pass,
+    gather_paces,
+    memory_use,
+    reduce_sums,
+    slowest_rank,
+    throughput,
+    utilization,
+)
 
 
 class LogWindow:

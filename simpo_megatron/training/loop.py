@@ -17,18 +17,23 @@ from simpo_megatron.ranks import sync_status
 from simpo_megatron.reporting.continuations import keep_samples
 from simpo_megatron.reporting.loggers import RunLog, Sink, open_run_log
 from simpo_megatron.reporting.validation_pairs import keep_validation_pairs
-from simpo_megatron.training.checkpoint_manager import Saver
-from simpo_megatron.training.consistency import check_replicas, check_same, check_same_model, job_facts, unchanged_model
-from simpo_megatron.training.evaluation import evaluate, validation_log_probs
 from simpo_megatron.training.finish import finish, push
-from simpo_megatron.training.introduction import introduce
 from simpo_megatron.training.log_window import LogWindow
 from simpo_megatron.training.memory_check import probe_memory
-from simpo_megatron.training.monitor_memory import NUM_SKIPPED
 from simpo_megatron.training.monitors import Monitors
+from simpo_megatron.training.peers.consistency import (
+    check_replicas,
+    check_same,
+    check_same_model,
+    job_facts,
+    unchanged_model,
+)
 from simpo_megatron.training.profiling import Profiler, describe_profile
 from simpo_megatron.training.reference import with_reference
-from simpo_megatron.training.resume import (
+from simpo_megatron.training.saving import (
+    NUM_SKIPPED,
+    Saver,
+    SaveSchedule,
     Start,
     continuing,
     find_checkpoint,
@@ -36,12 +41,12 @@ from simpo_megatron.training.resume import (
     how_to_continue,
     start_run,
 )
-from simpo_megatron.training.run_plan import RunPlan
-from simpo_megatron.training.save_schedule import SaveSchedule
 from simpo_megatron.training.session import LONG_SECONDS, Session
-from simpo_megatron.training.setup import Job
-from simpo_megatron.training.start_times import describe_start, end_phase
-from simpo_megatron.training.step import Step, train_step
+from simpo_megatron.training.start.introduction import introduce
+from simpo_megatron.training.start.run_plan import RunPlan
+from simpo_megatron.training.start.setup import Job
+from simpo_megatron.training.start.start_times import describe_start, end_phase
+from simpo_megatron.training.step import Step, evaluate, train_step, validation_log_probs
 
 Stopped = StoppedBySignal | StoppedByMonitor
 

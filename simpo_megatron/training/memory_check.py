@@ -11,10 +11,9 @@ from simpo_megatron.data import PreferenceDataset, plan_tokens
 from simpo_megatron.errors import ConfigError
 from simpo_megatron.mcore import device
 from simpo_megatron.mcore.optimizer import reserve_moments, zero_gradients
-from simpo_megatron.training.metrics import peak_memory_bytes
-from simpo_megatron.training.resume import Start
-from simpo_megatron.training.setup import Job
-from simpo_megatron.training.step import StepPlan, Trainer, run_pass
+from simpo_megatron.training.saving import Start
+from simpo_megatron.training.start.setup import Job
+from simpo_megatron.training.step import StepPlan, Trainer, peak_memory_bytes, run_pass
 
 _MAX_SHOWN = 8
 

@@ -24,10 +24,9 @@ from simpo_megatron.errors import ConfigError, StoppedByMonitor
 from simpo_megatron.ranks import sync_status
 from simpo_megatron.reporting.loggers import RunLog
 from simpo_megatron.reporting.metric_names import EVALUATION_PREFIX
-from simpo_megatron.training.monitor_memory import CHOSEN, LINES, PAIRS, REPETITION_AT_START, START, TOLD
 from simpo_megatron.training.repetition import first_prompts, greedy_samples
-from simpo_megatron.training.resume import Start
-from simpo_megatron.training.setup import Job
+from simpo_megatron.training.saving import CHOSEN, LINES, PAIRS, REPETITION_AT_START, START, TOLD, Start
+from simpo_megatron.training.start.setup import Job
 
 DISPLACEMENT = EVALUATION_PREFIX + "logps/chosen_displacement"
 REPETITION = EVALUATION_PREFIX + "repetition"

@@ -29,11 +29,10 @@ from simpo_megatron.logs import LOGGER
 from simpo_megatron.mcore import device
 from simpo_megatron.mcore.attention.rotary import scaled_frequencies
 from simpo_megatron.ranks import on_first_rank, raise_on_all_ranks, sync_status
-from simpo_megatron.training.consistency import code_hash
-from simpo_megatron.training.evaluation import gather_averages, log_probs_of
-from simpo_megatron.training.inputs import cache_folder, hashes_file
-from simpo_megatron.training.setup import Job, fill_initial_weights
-from simpo_megatron.training.step import Trainer
+from simpo_megatron.training.peers.consistency import code_hash
+from simpo_megatron.training.start.inputs import cache_folder, hashes_file
+from simpo_megatron.training.start.setup import Job, fill_initial_weights
+from simpo_megatron.training.step import Trainer, gather_averages, log_probs_of
 
 FORMAT_VERSION = 1
 _SECONDS_BETWEEN_LINES = 30.0

@@ -9,7 +9,7 @@ from simpo_megatron.collector import collector_at_rest
 from simpo_megatron.config import Config
 from simpo_megatron.reporting.loggers import Sink
 from simpo_megatron.training.result import RunResult, result_of
-from simpo_megatron.training.start_times import end_phase
+from simpo_megatron.training.start.start_times import end_phase
 
 
 def load_libraries() -> None:

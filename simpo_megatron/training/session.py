@@ -17,16 +17,16 @@ from simpo_megatron.logs import logged
 from simpo_megatron.mcore import cpu_patches, device
 from simpo_megatron.mcore.userbuffers import userbuffers
 from simpo_megatron.stop_signals import StopSignals
-from simpo_megatron.training.consistency import check_same, startup_facts
-from simpo_megatron.training.environment import deterministic, prepare_environment
-from simpo_megatron.training.evaluation import LogProbs, validation_log_probs
-from simpo_megatron.training.meeting import meet
-from simpo_megatron.training.resume import how_to_continue
-from simpo_megatron.training.run_plan import RunPlan, plan_run
-from simpo_megatron.training.setup import Job, WarmPieces, build_job, warm_pieces
-from simpo_megatron.training.start_times import end_phase
-from simpo_megatron.training.telling import errors_told
-from simpo_megatron.training.watchdog import Watchdog
+from simpo_megatron.training.peers.consistency import check_same, startup_facts
+from simpo_megatron.training.peers.meeting import meet
+from simpo_megatron.training.peers.telling import errors_told
+from simpo_megatron.training.peers.watchdog import Watchdog
+from simpo_megatron.training.saving import how_to_continue
+from simpo_megatron.training.start.environment import deterministic, prepare_environment
+from simpo_megatron.training.start.run_plan import RunPlan, plan_run
+from simpo_megatron.training.start.setup import Job, WarmPieces, build_job, warm_pieces
+from simpo_megatron.training.start.start_times import end_phase
+from simpo_megatron.training.step import LogProbs, validation_log_probs
 
 # The others wait this long for what one rank does alone, such as tokenising.
 _GROUP_TIMEOUT_MINUTES = 60.0

@@ -31,7 +31,7 @@ from simpo_megatron.errors import CheckpointError  # noqa: E402
 from simpo_megatron.mcore.families import describe_hf_model  # noqa: E402
 from simpo_megatron.mcore.model import build_model  # noqa: E402
 from simpo_megatron.training.reference import reference_log_probs  # noqa: E402
-from simpo_megatron.training.setup import build_trainer  # noqa: E402
+from simpo_megatron.training.start.setup import build_trainer  # noqa: E402
 from simpo_megatron.training.step import batch_options  # noqa: E402
 
 

@@ -33,8 +33,8 @@ from simpo_megatron.convert import export_hf, load_hf_weights  # noqa: E402
 from simpo_megatron.mcore.families import describe_hf_model  # noqa: E402
 from simpo_megatron.mcore.fp8_weights import awaited_values, whole_masters  # noqa: E402
 from simpo_megatron.mcore.model import build_model, zero_weights  # noqa: E402
-from simpo_megatron.training.consistency import check_replicas  # noqa: E402
-from simpo_megatron.training.setup import build_trainer  # noqa: E402
+from simpo_megatron.training.peers.consistency import check_replicas  # noqa: E402
+from simpo_megatron.training.start.setup import build_trainer  # noqa: E402
 from simpo_megatron.training.step import Trainer, batch_options, train_step  # noqa: E402
 
 OPTIONS = {

@@ -25,8 +25,9 @@ from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBucketG
 from simpo_megatron.checkpoint import manifest
 from simpo_megatron.checkpoint.writer import begin_write
 from simpo_megatron.errors import SimPOError
-from simpo_megatron.training import loop, step
-from simpo_megatron.training.watchdog import Watchdog
+from simpo_megatron.training import loop
+from simpo_megatron.training.peers.watchdog import Watchdog
+from simpo_megatron.training.step import passes as step
 
 
 def record_pairs(path: Path) -> None:

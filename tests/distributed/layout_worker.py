@@ -28,11 +28,15 @@ from simpo_megatron.errors import NumericsError  # noqa: E402
 from simpo_megatron.mcore.families import describe_hf_model  # noqa: E402
 from simpo_megatron.mcore.model import build_model  # noqa: E402
 from simpo_megatron.mcore.optimizer import gather_parameters  # noqa: E402
-from simpo_megatron.training.metrics import reduce_sums  # noqa: E402
 from simpo_megatron.training.reference import reference_log_probs  # noqa: E402
 from simpo_megatron.training.repetition import greedy_samples  # noqa: E402
-from simpo_megatron.training.setup import build_trainer  # noqa: E402
-from simpo_megatron.training.step import Trainer, batch_options, train_step  # noqa: E402
+from simpo_megatron.training.start.setup import build_trainer  # noqa: E402
+from simpo_megatron.training.step import (  # noqa: E402
+    Trainer,
+    batch_options,
+    reduce_sums,
+    train_step,
+)
 
 
 class ListDataset:

@@ -27,8 +27,9 @@ from simpo_megatron import parallel  # noqa: E402
 from simpo_megatron.config import config_from, resolve  # noqa: E402
 from simpo_megatron.mcore.forward_step import ForwardStep  # noqa: E402
 from simpo_megatron.mcore.model import build_model  # noqa: E402
-from simpo_megatron.training.setup import build_trainer  # noqa: E402
-from simpo_megatron.training.step import Trainer, _materialise, batch_options, train_step  # noqa: E402
+from simpo_megatron.training.start.setup import build_trainer  # noqa: E402
+from simpo_megatron.training.step import Trainer, batch_options, train_step  # noqa: E402
+from simpo_megatron.training.step.passes import _materialise  # noqa: E402
 
 
 def build(case: dict, world_size: int) -> Trainer:

@@ -18,8 +18,8 @@ from simpo_megatron.config import config_from
 from simpo_megatron.data import load_tokenizer
 from simpo_megatron.errors import DataError
 from simpo_megatron.mcore import cpu_patches
-from simpo_megatron.training.inputs import Sources
-from simpo_megatron.training.setup import load_data
+from simpo_megatron.training.start.inputs import Sources
+from simpo_megatron.training.start.setup import load_data
 
 cpu_patches.install()
 

@@ -26,8 +26,9 @@ from megatron.core.optimizer import MegatronOptimizer  # noqa: E402
 from simpo_megatron.config import Config, Machine, load_config  # noqa: E402
 from simpo_megatron.sweep import driver  # noqa: E402
 from simpo_megatron.sweep.request import read_sweep  # noqa: E402
-from simpo_megatron.training import run_plan, session, setup  # noqa: E402
+from simpo_megatron.training import session  # noqa: E402
 from simpo_megatron.training.run import train  # noqa: E402
+from simpo_megatron.training.start import run_plan, setup  # noqa: E402
 
 
 def stand_in_for_fp8(config: Config) -> None:

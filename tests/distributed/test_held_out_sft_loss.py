@@ -13,9 +13,9 @@ from simpo_megatron.config import Machine, config_from, resolve
 from simpo_megatron.convert import load_hf_weights
 from simpo_megatron.mcore.families import describe_hf_model
 from simpo_megatron.mcore.model import build_model
-from simpo_megatron.training.evaluation import Evaluation, evaluate, validation_log_probs
-from simpo_megatron.training.setup import build_trainer
-from simpo_megatron.training.step import batch_options
+from simpo_megatron.training.start.setup import build_trainer
+from simpo_megatron.training.step import batch_options, evaluate, validation_log_probs
+from simpo_megatron.training.step.evaluation import Evaluation
 
 
 def evaluation(folder: str, pairs: ListDataset, groups: parallel.ParallelGroups, **batch: int) -> Evaluation:

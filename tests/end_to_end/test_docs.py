@@ -20,7 +20,7 @@ import yaml
 from simpo_megatron.cli import COMMANDS
 from simpo_megatron.config.options import find_option
 from simpo_megatron.data.records import ENDLESS_TEMPLATE, UNUSABLE_REASONS
-from simpo_megatron.training.metrics import SUMMED
+from simpo_megatron.training.step.metrics import SUMMED
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"

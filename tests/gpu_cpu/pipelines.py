@@ -26,7 +26,7 @@ from simpo_megatron.mcore.layers import LoadBalancedRouter
 from simpo_megatron.mcore.microbatch import to_microbatch
 from simpo_megatron.mcore.model import build_model, transformer_config, zero_weights
 from simpo_megatron.mcore.optimizer import update, zero_gradients
-from simpo_megatron.training.setup import build_trainer
+from simpo_megatron.training.start.setup import build_trainer
 from simpo_megatron.training.step import batch_options, run_schedule
 
 _HIDDEN, _LENGTH = 16, 8

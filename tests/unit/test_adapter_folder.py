@@ -23,7 +23,7 @@ from simpo_megatron.config.lora_section import LoRAConfig  # noqa: E402
 from simpo_megatron.convert import require_targets  # noqa: E402
 from simpo_megatron.errors import CheckpointError, ConfigError, SimPOError  # noqa: E402
 from simpo_megatron.mcore.families import describe_hf_model  # noqa: E402
-from simpo_megatron.training.run_plan import plan_run  # noqa: E402
+from simpo_megatron.training.start.run_plan import plan_run  # noqa: E402
 
 peft = pytest.importorskip("peft", reason="peft is not installed: pip install peft")
 

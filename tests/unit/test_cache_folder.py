@@ -12,7 +12,7 @@ from simpo_megatron.mcore import cpu_patches
 
 cpu_patches.install()
 
-from simpo_megatron.training import inputs  # noqa: E402
+from simpo_megatron.training.start import inputs  # noqa: E402
 
 
 @pytest.mark.parametrize(

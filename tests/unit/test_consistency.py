@@ -9,7 +9,7 @@ import torch
 
 from simpo_megatron.config import Config
 from simpo_megatron.errors import CheckpointError, NumericsError
-from simpo_megatron.training.consistency import (
+from simpo_megatron.training.peers.consistency import (
     _not_finite,
     _ranks_by_value,
     _sum_of_bits,

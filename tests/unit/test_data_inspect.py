@@ -24,7 +24,7 @@ from simpo_megatron.data.inspection import (
     token_scan,
 )
 from simpo_megatron.data.rendering import FINDINGS, HARMLESS
-from simpo_megatron.training import setup
+from simpo_megatron.training.start import setup
 
 ROOT = Path(__file__).parents[2]
 TOOL = ROOT / "tools" / "inspect_data.py"

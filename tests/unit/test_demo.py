@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from simpo_megatron.config import load_config
 from simpo_megatron.demo import MAX_LENGTH, VOCAB_SIZE, DemoAssets, prepare_demo
 from simpo_megatron.errors import DataError
-from simpo_megatron.training.inputs import locate_sources
+from simpo_megatron.training.start.inputs import locate_sources
 from tools.write_demo_pairs import write_pairs
 
 

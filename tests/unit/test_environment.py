@@ -13,8 +13,8 @@ import torch
 from simpo_megatron.config import config_from
 from simpo_megatron.errors import ConfigError
 from simpo_megatron.mcore import device
-from simpo_megatron.training import environment
-from simpo_megatron.training.environment import deterministic, prepare_environment
+from simpo_megatron.training.start import environment
+from simpo_megatron.training.start.environment import deterministic, prepare_environment
 
 HOPPER, BLACKWELL = (9, 0), (10, 0)
 ALLOCATOR = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}

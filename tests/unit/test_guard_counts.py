@@ -11,7 +11,7 @@ import pytest
 from counts import check_counts
 
 from simpo_megatron.checkpoint.writer import Writing
-from simpo_megatron.training import meeting, watchdog
+from simpo_megatron.training.peers import meeting, watchdog
 from tools.benchmarks.fake_ranks import (
     WORLDS,
     bytes_of_guards,

@@ -17,7 +17,7 @@ from simpo_megatron.config import config_from
 from simpo_megatron.errors import CheckpointError, ConfigError
 from simpo_megatron.mcore.hf import hub_name, model_folder
 from simpo_megatron.training import finish
-from simpo_megatron.training.inputs import locate_sources
+from simpo_megatron.training.start.inputs import locate_sources
 
 NEWEST, EARLIER = "a" * 40, "b" * 40
 

@@ -20,8 +20,9 @@ from simpo_megatron.checkpoint.manifest import RECORD_FILE
 from simpo_megatron.config import Config, load_config
 from simpo_megatron.demo import prepare_demo
 from simpo_megatron.errors import CheckpointError, DataError, GateClosed, SimPOError, StoppedByMonitor, StoppedBySignal
-from simpo_megatron.training import environment, launch, run
-from simpo_megatron.training.early_checks import check_inputs
+from simpo_megatron.training import launch, run
+from simpo_megatron.training.start import environment
+from simpo_megatron.training.start.early_checks import check_inputs
 
 SCRIPT = "examples/pretrain_simpo.py"
 

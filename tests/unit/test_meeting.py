@@ -13,8 +13,8 @@ import torch.distributed as dist
 from ranks import free_port
 
 from simpo_megatron.errors import ConfigError, DataError, ParallelError, PeerFailedError
-from simpo_megatron.training import meeting
-from simpo_megatron.training.telling import errors_told
+from simpo_megatron.training.peers import meeting
+from simpo_megatron.training.peers.telling import errors_told
 
 pytestmark = pytest.mark.processes
 

@@ -8,7 +8,8 @@ import torch.distributed as dist
 from simpo_megatron.data import METRIC_GROUPS
 from simpo_megatron.parallel import ParallelGroups
 from simpo_megatron.parallel_sizes import ParallelSizes
-from simpo_megatron.training.metrics import SUMMED, memory_use, peak_memory_bytes, reduce_sums, throughput, utilization
+from simpo_megatron.training.step import memory_use, peak_memory_bytes, reduce_sums, throughput, utilization
+from simpo_megatron.training.step.metrics import SUMMED
 
 
 @pytest.fixture(scope="module")

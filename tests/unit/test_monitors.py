@@ -20,7 +20,7 @@ from simpo_megatron.reporting.loggers import RunLog
 from simpo_megatron.reporting.terminal import Terminal
 from simpo_megatron.training.monitors import DISPLACEMENT, Monitors, spike_limit
 from simpo_megatron.training.repetition import first_prompts
-from simpo_megatron.training.resume import Start
+from simpo_megatron.training.saving import Start
 
 OPTIONS = BatchOptions(global_batch_size=4, seed=5)
 STEADY = [1.30, 1.31, 1.29, 1.30, 1.32, 1.28, 1.30, 1.31]

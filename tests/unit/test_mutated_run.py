@@ -42,9 +42,10 @@ from simpo_megatron.reporting.loggers import JsonLines  # noqa: E402
 from simpo_megatron.reporting.validation_pairs import VALIDATION_PAIRS_FILE, read_validation_pairs  # noqa: E402
 from simpo_megatron.sweep.journal import JOURNAL_FILE, Journal, Outcome, read_outcome  # noqa: E402
 from simpo_megatron.sweep.points import grid, parse_axes  # noqa: E402
-from simpo_megatron.training.monitor_memory import check_remembered  # noqa: E402
 from simpo_megatron.training.monitors import Monitors  # noqa: E402
-from simpo_megatron.training.resume import Start, _refuse_changes, _with_present_fingerprints  # noqa: E402
+from simpo_megatron.training.saving import Start  # noqa: E402
+from simpo_megatron.training.saving.monitor_memory import check_remembered  # noqa: E402
+from simpo_megatron.training.saving.resume import _refuse_changes, _with_present_fingerprints  # noqa: E402
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,8 @@ from simpo_megatron.config import Machine, config_from, resolve
 from simpo_megatron.errors import ConfigError
 from simpo_megatron.training import profiling
 from simpo_megatron.training.profiling import Profiler, describe_profile
-from simpo_megatron.training.step_times import FORWARD, Pace, StepTimes, gather_paces, slowest_rank
+from simpo_megatron.training.step import FORWARD, gather_paces, slowest_rank
+from simpo_megatron.training.step.step_times import Pace, StepTimes
 
 MODEL = {"num_layers": 4, "num_attention_heads": 8, "hidden_size": 64, "ffn_hidden_size": 128}
 

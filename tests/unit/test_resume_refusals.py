@@ -20,7 +20,7 @@ cpu_patches.install()
 
 from simpo_megatron.checkpoint import tensor_index  # noqa: E402
 from simpo_megatron.checkpoint.manifest import Checkpoint  # noqa: E402
-from simpo_megatron.training import resume  # noqa: E402
+from simpo_megatron.training.saving import resume  # noqa: E402
 
 MODEL = {
     "model_type": "llama",

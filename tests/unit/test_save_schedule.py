@@ -6,7 +6,7 @@ import signal
 
 import pytest
 
-from simpo_megatron.training.save_schedule import SaveSchedule
+from simpo_megatron.training.saving import SaveSchedule
 
 
 class Signals:

@@ -13,7 +13,7 @@ from simpo_megatron.config import (
     to_yaml,
 )
 from simpo_megatron.errors import ConfigError
-from simpo_megatron.training.resume import _with_later_options
+from simpo_megatron.training.saving.resume import _with_later_options
 
 
 def config(**options):

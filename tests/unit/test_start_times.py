@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from simpo_megatron.training import start_times
+from simpo_megatron.training.start import start_times
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools" / "benchmarks"))
 import save

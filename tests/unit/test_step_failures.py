@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from simpo_megatron.errors import listed
-from simpo_megatron.training.step import _not_finite
+from simpo_megatron.training.step.passes import _not_finite
 
 DATASET = SimpleNamespace(places=lambda indices, most: f"at {listed(indices, most)}")
 

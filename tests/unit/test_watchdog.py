@@ -9,7 +9,7 @@ import pytest
 import torch.distributed as dist
 
 from simpo_megatron.errors import CheckpointError, NumericsError
-from simpo_megatron.training.watchdog import _is_lost_connection, _waits, verdict
+from simpo_megatron.training.peers.watchdog import _is_lost_connection, _waits, verdict
 
 
 def answer(number=3, line="loop.py:1 (f)", waits=True):

@@ -39,9 +39,9 @@ from simpo_megatron.config import Config
 from simpo_megatron.mcore import cpu_patches
 from simpo_megatron.parallel_sizes import ParallelSizes
 from simpo_megatron.ranks import gather_on_first_rank, names_of_all_ranks, on_first_rank, sync_status
-from simpo_megatron.training import meeting
-from simpo_megatron.training.consistency import check_same, check_same_model, startup_facts, unchanged_model
-from simpo_megatron.training.watchdog import Watchdog, poll_seconds
+from simpo_megatron.training.peers import meeting
+from simpo_megatron.training.peers.consistency import check_same, check_same_model, startup_facts, unchanged_model
+from simpo_megatron.training.peers.watchdog import Watchdog, poll_seconds
 
 WORLDS = (2, 16, 64, 256)
 NUM_TENSORS = 3000

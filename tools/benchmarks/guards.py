@@ -23,10 +23,10 @@ from results import keep
 from simpo_megatron.config import load_config
 from simpo_megatron.ranks import sync_status
 from simpo_megatron.training import loop
-from simpo_megatron.training.consistency import check_replicas, check_same, job_facts, startup_facts
+from simpo_megatron.training.peers.consistency import check_replicas, check_same, job_facts, startup_facts
+from simpo_megatron.training.peers.watchdog import Watchdog
 from simpo_megatron.training.run import train
 from simpo_megatron.training.step import train_step
-from simpo_megatron.training.watchdog import Watchdog
 
 NUM_CALLS = 30
 

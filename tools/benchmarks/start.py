@@ -42,7 +42,7 @@ def ours(folder: Path) -> None:
 
     class AfterFirstStep:
         def write(self, record: dict) -> None:
-            from simpo_megatron.training.start_times import phases
+            from simpo_megatron.training.start.start_times import phases
 
             if "grad_norm" in record:
                 tell(phases())

@@ -160,10 +160,9 @@ def run_ours(job: dict, options: dict) -> dict:
 
     cpu_patches.install()
     from simpo_megatron import parallel
-    from simpo_megatron.training.metrics import reduce_sums
-    from simpo_megatron.training.run_plan import plan_run
-    from simpo_megatron.training.setup import build_job
-    from simpo_megatron.training.step import train_step
+    from simpo_megatron.training.start.run_plan import plan_run
+    from simpo_megatron.training.start.setup import build_job
+    from simpo_megatron.training.step import reduce_sums, train_step
 
     meter = Meter()
     config = config_of(job, **options)

@@ -14,8 +14,8 @@ from simpo_megatron.data import PreferenceDataset, StepPlan
 from simpo_megatron.mcore import device
 from simpo_megatron.mcore.forward_step import LogProbsStep, ResponseLogProbs, loss_and_sums
 from simpo_megatron.reporting.metric_names import set_prefix
-from simpo_megatron.training.metrics import reduce_sums
-from simpo_megatron.training.step import Trainer, pairs_per_token, run_microbatches
+from simpo_megatron.training.step.metrics import reduce_sums
+from simpo_megatron.training.step.passes import Trainer, pairs_per_token, run_microbatches
 
 ACCURACY = "rewards/accuracies"
 

@@ -33,9 +33,9 @@ from simpo_megatron.errors import CheckpointError, listed
 from simpo_megatron.mcore.hf import hub_name
 from simpo_megatron.ranks import on_first_rank, raise_on_all_ranks
 from simpo_megatron.reporting.loggers import METRICS_FILE
-from simpo_megatron.training.inputs import hashes_file
-from simpo_megatron.training.monitor_memory import check_remembered
-from simpo_megatron.training.setup import Job
+from simpo_megatron.training.saving.monitor_memory import check_remembered
+from simpo_megatron.training.start.inputs import hashes_file
+from simpo_megatron.training.start.setup import Job
 
 _NEVER_CHANGES = ("model", "precision")
 _CHANGES_IF_TOLD = ("inputs", "training")

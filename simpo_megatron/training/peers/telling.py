@@ -18,7 +18,7 @@ def errors_told() -> Iterator[None]:
         yield
     except Exception as error:
         if is_launched():
-            from simpo_megatron.training.meeting import tell
+            from simpo_megatron.training.peers.meeting import tell
 
             tell(error)
         raise

@@ -14,8 +14,8 @@ from simpo_megatron.mcore import device
 from simpo_megatron.mcore.families import ModelDescription
 from simpo_megatron.mcore.layers import load_balancing_coefficient, times_transformers
 from simpo_megatron.reporting.loggers import RunLog
-from simpo_megatron.training.environment import prepare_environment
-from simpo_megatron.training.setup import Job
+from simpo_megatron.training.start.environment import prepare_environment
+from simpo_megatron.training.start.setup import Job
 
 
 def introduce(config: Config, job: Job, notes: Sequence[str], log: RunLog, told: set[str]) -> None:

@@ -29,9 +29,9 @@ from simpo_megatron.mcore.model import PreferenceGPTModel, build_model, wrap_in_
 from simpo_megatron.mcore.optimizer import build_optimizer, forget_optimizer, gather_parameters
 from simpo_megatron.parallel import ParallelGroups
 from simpo_megatron.ranks import build_on_first_ranks, raise_on_all_ranks
-from simpo_megatron.training.inputs import Sources, cache_folder, hashes_file
-from simpo_megatron.training.run_plan import RunPlan
-from simpo_megatron.training.start_times import end_phase
+from simpo_megatron.training.start.inputs import Sources, cache_folder, hashes_file
+from simpo_megatron.training.start.run_plan import RunPlan
+from simpo_megatron.training.start.start_times import end_phase
 from simpo_megatron.training.step import Trainer, batch_options
 
 if TYPE_CHECKING:

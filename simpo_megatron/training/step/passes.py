@@ -38,7 +38,7 @@ from simpo_megatron.mcore.microbatch import Microbatch, read_pairs, to_microbatc
 from simpo_megatron.mcore.optimizer import update, zero_gradients
 from simpo_megatron.parallel import ParallelGroups
 from simpo_megatron.ranks import sync_status
-from simpo_megatron.training.step_times import DATA, FORWARD, FORWARD_BACKWARD, OPTIMIZER, StepTimes
+from simpo_megatron.training.step.step_times import DATA, FORWARD, FORWARD_BACKWARD, OPTIMIZER, StepTimes
 
 _MAX_PAIRS_SHOWN = 32
 

@@ -32,7 +32,7 @@ from simpo_megatron.errors import (
 )
 from simpo_megatron.launched import PARENT, has_agent, is_launched
 from simpo_megatron.stop_signals import StopSignals
-from simpo_megatron.training.meeting import Meeting
+from simpo_megatron.training.peers.meeting import Meeting
 
 _PACKAGE = Path(__file__).parents[1]
 _ALARM, _TOLD, _ANSWERS = "alarm", "told", "answers"

@@ -27,9 +27,9 @@ from simpo_megatron.mcore.hf import hub_name
 from simpo_megatron.mcore.precision import parameter_dtype
 from simpo_megatron.ranks import on_first_rank, sync_status
 from simpo_megatron.reporting.loggers import METRICS_FILE, RunLog
-from simpo_megatron.training.resume import describe_run
-from simpo_megatron.training.setup import Job
-from simpo_megatron.training.watchdog import Watchdog
+from simpo_megatron.training.peers.watchdog import Watchdog
+from simpo_megatron.training.saving.resume import describe_run
+from simpo_megatron.training.start.setup import Job
 
 _MOST_METRICS = 1 << 28
 

@@ -13,7 +13,7 @@ from simpo_megatron.errors import ConfigError, Refusals
 from simpo_megatron.mcore import device
 from simpo_megatron.mcore.families import ModelDescription, describe_hf_model
 from simpo_megatron.reporting.loggers import check_sinks
-from simpo_megatron.training.inputs import (
+from simpo_megatron.training.start.inputs import (
     Sources,
     check_exports,
     check_files,

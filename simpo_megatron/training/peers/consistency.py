@@ -24,7 +24,7 @@ from simpo_megatron.mcore.fp8_weights import plain
 from simpo_megatron.mcore.optimizer import gather_parameters
 from simpo_megatron.parallel import ParallelGroups
 from simpo_megatron.ranks import are_equal, gather_or_raise, raise_on_all_ranks, sync_status
-from simpo_megatron.training.setup import Job
+from simpo_megatron.training.start.setup import Job
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32}
 _MAX_SHOWN = 6

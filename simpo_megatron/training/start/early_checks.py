@@ -22,7 +22,7 @@ from simpo_megatron.launched import is_launched
 from simpo_megatron.mcore.families import require_family, stated_sizes
 from simpo_megatron.mcore.hf import is_hub_name, read_hf_json
 from simpo_megatron.reporting.loggers import check_sinks
-from simpo_megatron.training.inputs import (
+from simpo_megatron.training.start.inputs import (
     check_exports,
     check_files,
     check_starting_again,
