@@ -7,6 +7,7 @@ its name.
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import re
 import shutil
@@ -105,7 +106,7 @@ def new_folder(path: Path, *, first_wins: bool = False) -> Iterator[Path]:
         _publish(draft, path, replaces=not first_wins)
     finally:
         held.release()
-        _remove_draft(draft)
+        shutil.rmtree(draft, ignore_errors=True)
 
 
 @contextmanager
@@ -121,7 +122,7 @@ def scratch_folder(path: Path) -> Iterator[Path]:
         yield draft
     finally:
         held.release()
-        _remove_draft(draft)
+        shutil.rmtree(draft, ignore_errors=True)
 
 
 def rename(draft: Path, path: Path) -> None:
@@ -134,10 +135,22 @@ def rename(draft: Path, path: Path) -> None:
     sync(path.parent)
 
 
-def remove_folder(path: Path) -> None:
-    """Rename the folder `path` to a draft's name, then delete it; after a kill, only a draft is left."""
+def remove_folder(path: Path, *, inode: int | None = None) -> None:
+    """Rename the folder `path` to a draft's name, then delete it; after a kill, only a draft is left.
+
+    Args:
+        inode: of the folder that is meant; another one, which a process has put there meanwhile, stays.
+
+    Raises:
+        FileNotFoundError: the folder that is meant is gone.
+        OSError: it cannot be renamed.
+    """
     doomed = draft_name(path)
     os.rename(path, doomed)
+    if inode not in (None, doomed.stat().st_ino):
+        with suppress(OSError):  # where there is a third one by now
+            os.rename(doomed, path)
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
     shutil.rmtree(doomed, ignore_errors=True)
 
 
@@ -173,15 +186,6 @@ def _replace(draft: Path, path: Path) -> None:
     shutil.rmtree(replaced, ignore_errors=True)
 
 
-def _remove_draft(draft: Path) -> None:
-    """Delete `draft`, which may be gone already."""
-    for _ in range(_MOST_ATTEMPTS):
-        shutil.rmtree(draft, ignore_errors=True)
-        if not draft.exists():
-            return
-        # Whoever looks for abandoned drafts has just made a lock in it.
-
-
 def _remove_abandoned(path: Path, *, apart_from: Path) -> list[Path]:
     """The drafts of `path` that living processes write; removes those that killed ones have left."""
     living = []
@@ -215,32 +219,30 @@ def _locked_draft(path: Path) -> tuple[Path, BaseFileLock]:
 
 def _was_abandoned(draft: Path) -> bool:
     """Removes a draft that no living process writes; False where one does."""
-    file = draft / LOCK_FILE
     try:
-        inode = file.stat().st_ino
+        # Opened, never made: who writes it may give the draft its name meanwhile, and a new lock would stay in it.
+        descriptor = os.open(draft / LOCK_FILE, os.O_RDWR | os.O_NOFOLLOW)
+    except FileNotFoundError:
+        return _was_left_without_lock(draft)
     except OSError:
-        try:
-            if time.time() - draft.stat().st_mtime < _LOCKED_WITHIN_SECONDS:
-                return False
-        except OSError:
-            return True
-        shutil.rmtree(draft, ignore_errors=True)
-        return True
+        return False
     try:
-        held = lock(file)
-    except OSError as error:
-        return isinstance(error, FileNotFoundError)
-    try:
-        if file.stat().st_ino != inode:
-            # Made by the lock above, with its folder where that was gone: the draft has become what it was to be.
-            file.unlink()
-            with suppress(OSError):
-                draft.rmdir()
-            return False
-        # The lock is held meanwhile, so that who made the draft a moment ago does not begin in it.
+        # The lock that `lock` takes, too.
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # It is held meanwhile, so that who made the draft a moment ago does not begin in it.
         shutil.rmtree(draft, ignore_errors=True)
     except OSError:
-        return True
+        return False
     finally:
-        held.release()
+        os.close(descriptor)
+    return True
+
+
+def _was_left_without_lock(draft: Path) -> bool:
+    try:
+        if time.time() - draft.stat().st_mtime < _LOCKED_WITHIN_SECONDS:
+            return False
+    except OSError:
+        return True  # it has become what it was to be
+    shutil.rmtree(draft, ignore_errors=True)
     return True

@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import shutil
 import sys
 import time
@@ -267,28 +268,59 @@ def test_what_a_killed_build_has_left_is_removed_by_a_later_one_and_a_living_bui
     assert folders(tmp_path) == sorted((store, just_begun, living))
 
 
-def test_two_builders_at_once_end_with_one_good_store(tmp_path):
+@pytest.fixture
+def delayed_files(monkeypatch):
+    """Other threads come in between any two steps, above all between calls that look up, make and rename files."""
+
+    def delayed(call):
+        def called(*arguments, **named):
+            time.sleep(random.choice([0, 0, random.uniform(0, 1e-3)]))
+            return call(*arguments, **named)
+
+        return called
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    for name in ("open", "stat", "rename", "unlink", "mkdir"):
+        monkeypatch.setattr(os, name, delayed(getattr(os, name)))
+    yield
+    sys.setswitchinterval(before)
+
+
+@pytest.mark.parametrize("is_damaged", [False, True])
+def test_several_builders_at_once_end_with_one_good_store(is_damaged, tmp_path, delayed_files):
     path = write_pairs(tmp_path / "pairs.jsonl", 300)
+    if is_damaged:
+        build(path, tmp_path)
+        (folders(tmp_path)[0] / "pairs.bin").write_bytes(b"1234")
     with ThreadPoolExecutor(4) as pool:
         datasets = list(pool.map(lambda _: build(path, tmp_path, num_workers=1), range(4)))
     assert len({dataset.fingerprint for dataset in datasets}) == 1
     assert len(folders(tmp_path)) == 1
 
 
-def test_drafts_of_one_folder_never_take_each_other_for_abandoned(tmp_path):
+def test_drafts_of_one_folder_never_take_each_other_for_abandoned(tmp_path, delayed_files):
     def make(path):
         with atomic.new_folder(path, first_wins=True) as draft:
             (draft / "file").write_text("whole")
 
-    before = sys.getswitchinterval()
-    sys.setswitchinterval(1e-5)  # another thread in between any two steps
-    try:
-        with ThreadPoolExecutor(4) as pool:
-            for number in range(40):
-                list(pool.map(make, [tmp_path / f"{number}"] * 4))
-    finally:
-        sys.setswitchinterval(before)
+    with ThreadPoolExecutor(4) as pool:
+        for number in range(40):
+            list(pool.map(make, [tmp_path / f"{number}"] * 4))
     assert {path.name for path in tmp_path.iterdir()} == set(map(str, range(40)))
+    assert {path.name for path in tmp_path.glob("*/*")} == {"file"}
+
+
+def test_a_folder_that_was_made_anew_is_not_removed_for_the_one_before(tmp_path):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    before = folder.stat().st_ino
+    folder.rename(tmp_path / "kept, so that its inode is not used again")
+    folder.mkdir()
+    with pytest.raises(FileNotFoundError):
+        atomic.remove_folder(folder, inode=before)
+    atomic.remove_folder(folder, inode=folder.stat().st_ino)
+    assert len(list(tmp_path.iterdir())) == 1
 
 
 def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path, monkeypatch):
@@ -378,5 +410,6 @@ def test_memory_does_not_grow_with_the_number_of_pairs(tmp_path):
         return size
 
     peak(1)  # caches of the template and the tokenizer
-    # The texts alone of the 18 chunks of difference are 1.3 MB; the index and the table of pairs are 0.05 MB.
-    assert peak(20) - peak(2) < 300_000
+    # The texts alone of the 18 chunks of difference are 1.3 MB; the index and the table of pairs are 0.05 MB, and from
+    # one build to the next caches and threads take up to 0.3 MB more or less.
+    assert peak(20) - peak(2) < 650_000

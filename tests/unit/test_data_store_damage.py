@@ -42,7 +42,7 @@ def test_a_damaged_store_that_cannot_be_removed_is_one_line(tmp_path, monkeypatc
     path = write_pairs(tmp_path / "pairs.jsonl", 10)
     build(path, tmp_path)
     (folders(tmp_path)[0] / "pairs.bin").write_bytes(b"")
-    monkeypatch.setattr(store_module, "remove_folder", lambda folder: os.rename(folder, "/proc/none"))
+    monkeypatch.setattr(store_module, "remove_folder", lambda folder, inode: os.rename(folder, "/proc/none"))
     with pytest.raises(DataError, match="delete the folder, and the next run builds it anew$"):
         build(path, tmp_path)
 

@@ -12,6 +12,7 @@ import torch.distributed as dist
 import simpo_megatron.training.loop  # noqa: F401  # its import is not what is timed
 from simpo_megatron.demo import prepare_demo
 from simpo_megatron.training import launch
+from simpo_megatron.training.peers import meeting
 
 SCRIPT = "examples/pretrain_simpo.py"
 BUSY = "the port of somebody else"
@@ -43,9 +44,10 @@ def test_ranks_that_cannot_meet_say_why_in_one_line(case, cache, tmp_path, monke
             else:
                 monkeypatch.setenv(name, value.replace(BUSY, str(busy.getsockname()[1])))
         monkeypatch.delenv("LOCAL_RANK", raising=False)
+        monkeypatch.setattr(meeting, "_OUTLIVES_SECONDS", 0.5)
         started = time.monotonic()
         options = ["--tp", environment.get("WORLD_SIZE", "1"), "--data-cache", str(cache)]
         code = launch.main([*options, "--save", str(tmp_path / "run")], SCRIPT)
     (line,) = [line for line in capfd.readouterr().err.splitlines() if not line.startswith("[W")]
     assert code == 2 and line.startswith("ERROR simpo_megatron rank") and re.search(expected, line), line
-    assert time.monotonic() - started < 15 and not dist.is_initialized()
+    assert time.monotonic() - started < meeting.MEETING_SECONDS / 2 and not dist.is_initialized()

@@ -73,10 +73,12 @@ def test_a_thread_that_works_does_not_count_as_waiting_and_one_in_a_wait_does():
     for thread in threads:
         thread.start()
     started.wait()
-    frames = sys._current_frames()
-    working, waiting = (frames[thread.ident] for thread in threads)
-    while waiting.f_code is not wait.__code__:
-        waiting = waiting.f_back
+    waiting = None
+    while waiting is None:  # a thread that was started may not have got there yet
+        frames = sys._current_frames()
+        working, waiting = (frames[thread.ident] for thread in threads)
+        while waiting is not None and waiting.f_code is not wait.__code__:
+            waiting = waiting.f_back
     found = _waits(working), _waits(waiting)
     ends.set()
     for thread in threads:

@@ -174,13 +174,17 @@ def digest_of_tokenizer(tokenizer: PreTrainedTokenizerBase, options: PairOptions
 
 def _opened(folder: Path) -> PairStore | None:
     """Returns the store in `folder`; None where there is none, or only a damaged one, which then is gone."""
-    if not folder.exists():
+    try:
+        found = folder.stat().st_ino
+    except FileNotFoundError:
         return None
     try:
         return PairStore(folder)
     except DamagedStoreError as error:
         try:
-            remove_folder(folder)
+            remove_folder(folder, inode=found)
+        except FileNotFoundError:
+            return None  # another process has found it damaged, too
         except OSError:
             raise error from None
         _LOGGER.warning("%s: removed, and built anew from its source", str(error).rpartition("; ")[0])

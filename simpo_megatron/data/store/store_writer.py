@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
 
@@ -47,13 +47,21 @@ def build_folder(store: Path, draft: Path) -> Iterator[Path]:
     except BaseException as error:
         is_stop = isinstance(error, (StoppedBySignal, LostWorkersError)) or not isinstance(error, Exception)
         if not (is_stop and any(folder.glob("part-*"))):
-            shutil.rmtree(folder, ignore_errors=True)
+            with suppress(OSError):
+                _discard(folder, draft)
         raise
     else:
-        shutil.rmtree(folder, ignore_errors=True)
+        _discard(folder, draft)
     finally:
         if held is not None:
             held.release()
+
+
+def _discard(folder: Path, draft: Path) -> None:
+    """Deletes `folder` inside `draft`: under its own name, another build could begin in it meanwhile."""
+    discarded = draft / "discarded"
+    rename(folder, discarded)
+    shutil.rmtree(discarded)
 
 
 class StoreWriter:

@@ -35,6 +35,8 @@ _POLL_SECONDS = 0.3
 _FIRST_PAUSE_SECONDS, _LAST_PAUSE_SECONDS, _PAUSE_GROWS = 0.05, 1.0, 1.5
 _ARRIVED, _NUM_ARRIVED, _NUM_PRESENT = "arrived", "num_arrived", "num_present"
 _OUTCOME, _ALL_MET = "outcome", "met"
+# The time at which the rank 0 that started the store has ended; a key of the store, not of a run.
+_FIRST_RANK_ENDED = "simpo_megatron/first_rank_ended"
 _MAX_NAMED = 8
 
 # Each run of a process has its own keys in the store, the same on all ranks.
@@ -226,15 +228,25 @@ def _connection(seconds: float) -> dist.Store:
         _is_kept_here = True
     deadline = time.monotonic() + seconds
     while True:
-        # torch would print several lines a second until the store listens, and would not handle signals meanwhile.
         try:
+            # torch would print several lines a second until the store listens, and would not handle signals meanwhile.
             socket.create_connection((host, port), 2.0).close()
-            break
-        except OSError as error:
-            if time.monotonic() > deadline:
-                raise _unreachable(f"{error.strerror or error}, for {seconds:.0f} s") from None
+            store = dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=MEETING_SECONDS))
+            if has_agent() or not _is_of_an_earlier_start(store):
+                return store
+            why = "the store of a run that has ended is still there"
+        except (OSError, dist.DistError) as error:
+            why = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        if time.monotonic() > deadline:
+            raise _unreachable(f"{why}, for {seconds:.0f} s")
         time.sleep(_POLL_SECONDS)
-    return dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=MEETING_SECONDS))
+
+
+def _is_of_an_earlier_start(store: dist.Store) -> bool:
+    """True when the rank 0 that started `store` had ended before this process began."""
+    if not store.check([_FIRST_RANK_ENDED]):
+        return False
+    return float(store.get(_FIRST_RANK_ENDED)) < psutil.Process().create_time()
 
 
 def _keep_store(port: int) -> None:
@@ -268,7 +280,7 @@ def _serve(port: int, world: int, answers: int, lives: int) -> None:
         # Close the inherited output, so that readers of rank 0's output see its end when rank 0 ends.
         os.dup2(nowhere, descriptor)
     _allow_connections(os.getpid())
-    deadline = time.monotonic() + _OUTLIVES_SECONDS
+    deadline = time.monotonic() + 1.5 * _OUTLIVES_SECONDS
     while True:
         # The store of a run that has just ended stays for some seconds.
         try:
@@ -281,6 +293,7 @@ def _serve(port: int, world: int, answers: int, lives: int) -> None:
             time.sleep(_POLL_SECONDS)
     os.close(answers)
     os.read(lives, 1)
+    store.set(_FIRST_RANK_ENDED, repr(time.time()))
     deadline, first = time.monotonic() + _OUTLIVES_SECONDS, _of_run(store, 0)
     while time.monotonic() < deadline:
         all_came = first.add(_NUM_ARRIVED, 0) >= world
