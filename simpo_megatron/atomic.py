@@ -23,7 +23,7 @@ LOCK_FILE = ".lock"
 _DRAFT = re.compile(r"(.+)\.tmp-[0-9a-f]{32}")
 # A draft is locked within this time; an older one without a lock was left by a process that has ended.
 _LOCKED_WITHIN_SECONDS = 60.0
-_MOST_ATTEMPTS = 10
+_MAX_ATTEMPTS = 10
 
 
 def sync(path: Path) -> None:
@@ -203,7 +203,7 @@ def _literal(name: str) -> str:
 
 def _locked_draft(path: Path) -> tuple[Path, BaseFileLock]:
     """Returns a new draft of `path` and its lock."""
-    for attempt in range(_MOST_ATTEMPTS):
+    for attempt in range(_MAX_ATTEMPTS):
         draft = draft_name(path)
         draft.mkdir(parents=True)
         try:
@@ -212,7 +212,7 @@ def _locked_draft(path: Path) -> tuple[Path, BaseFileLock]:
         except BaseException as error:
             shutil.rmtree(draft, ignore_errors=True)
             # Such a process may have been the first to lock it, and has removed it.
-            if not isinstance(error, FileNotFoundError) or attempt == _MOST_ATTEMPTS - 1:
+            if not isinstance(error, FileNotFoundError) or attempt == _MAX_ATTEMPTS - 1:
                 raise
     raise AssertionError("the last attempt returns or raises")
 

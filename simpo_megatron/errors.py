@@ -16,7 +16,7 @@ from contextlib import contextmanager
 _UNSEEN = re.compile(
     "[\x00-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ud800-\udfff\U000e0000-\U000e007f]"
 )
-_MOST_CHARACTERS = 500
+_MAX_CHARACTERS = 500
 _END_CHARACTERS = 140
 
 
@@ -144,9 +144,9 @@ def status_line(kind: str, text: object, rank: int | None = None) -> str:
     Beyond 500 characters the middle is cut: the beginning and the end, which says what to do, stay.
     """
     line = visible(f"{kind} simpo_megatron{'' if rank is None else f' rank {rank}'}: {text}")
-    if len(line) <= _MOST_CHARACTERS:
+    if len(line) <= _MAX_CHARACTERS:
         return line
-    return f"{line[: _MOST_CHARACTERS - _END_CHARACTERS - 5]} ... {line[-_END_CHARACTERS:]}"
+    return f"{line[: _MAX_CHARACTERS - _END_CHARACTERS - 5]} ... {line[-_END_CHARACTERS:]}"
 
 
 def report_error(error: BaseException, *, rank: int | None = None, kind: str | None = None) -> int:

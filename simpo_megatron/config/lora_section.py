@@ -30,7 +30,7 @@ OF_LATENT_ATTENTION = (
 """Layers that latent attention has, some of them, in the place of linear_qkv."""
 
 
-_MOST_RANK = 1 << 20
+_MAX_RANK = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,8 +87,8 @@ class LoRAConfig:
     def __post_init__(self) -> None:
         require_positive(self, "lora_rank", "lora_alpha")
         # Files of others say them too, as JSON of any type and size.
-        is_count = self.lora_rank is None or (type(self.lora_rank) is int and self.lora_rank <= _MOST_RANK)
-        require(is_count, "lora_rank", self.lora_rank, f"a whole number up to {_MOST_RANK}")
+        is_count = self.lora_rank is None or (type(self.lora_rank) is int and self.lora_rank <= _MAX_RANK)
+        require(is_count, "lora_rank", self.lora_rank, f"a whole number up to {_MAX_RANK}")
         is_finite = self.lora_alpha is None or math.isfinite(self.lora_alpha)
         require(is_finite, "lora_alpha", self.lora_alpha, "a finite number")
         require_writable_name(self, "export_adapter")

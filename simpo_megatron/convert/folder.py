@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from simpo_megatron import __version__, atomic
 from simpo_megatron.convert.chat_templates import NAMED_FOLDER, complete_templates
-from simpo_megatron.data.tokenizer_files import MOST_BYTES, TOKENIZER_FILES
+from simpo_megatron.data.tokenizer_files import MAX_TOKENIZER_BYTES, TOKENIZER_FILES
 from simpo_megatron.errors import CheckpointError
 from simpo_megatron.limits import check_plain
 from simpo_megatron.mcore.hf import INDEX_FILE, SINGLE_FILE, own_file, read_hf_json, without_code
@@ -223,7 +223,7 @@ def _files_to_copy(folder: Path, patterns: Sequence[str]) -> list[tuple[Path, Pa
     files = [(path, own_file(folder, path.relative_to(folder))) for path in found]
     for path, own in files:
         try:
-            check_plain(own, MOST_BYTES)
+            check_plain(own, MAX_TOKENIZER_BYTES)
         except OSError as error:
             raise CheckpointError(
                 f"{path}: cannot be read ({error.strerror}), expected a file of the model; replace or remove it"

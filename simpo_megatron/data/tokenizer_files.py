@@ -26,7 +26,7 @@ TOKENIZER_FILES = (
 
 _WITH_TOKENS = ("tokenizer.json", "vocab.*", "*.model", "*.tiktoken", "tekken.json")
 
-MOST_BYTES = 256 << 20
+MAX_TOKENIZER_BYTES = 256 << 20
 """Size of the largest such file that is read; a vocabulary of 256,000 tokens has 34 MB."""
 
 
@@ -34,13 +34,13 @@ def check_tokenizer_files(folder: Path) -> None:
     """Returns if `folder` has a tokenizer's files, each of them a file; its reader would pass over most that are none.
 
     Raises: ConfigError: there is none that holds tokens, or one is a folder, a pipe, a link to nothing, empty, or
-        larger than MOST_BYTES.
+        larger than MAX_TOKENIZER_BYTES.
     """
     entries = [*folder.iterdir(), *(folder / "additional_chat_templates").glob("*")]
     for path in sorted(entries):
         if any(path.match(pattern) for pattern in ("config.json", *TOKENIZER_FILES)):
             try:
-                check_plain(path, MOST_BYTES)
+                check_plain(path, MAX_TOKENIZER_BYTES)
                 problem = None if path.stat().st_size else "it is empty"
             except OSError as error:
                 problem = error.strerror

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from simpo_megatron.errors import DataError
 from simpo_megatron.generation.server import ChatServer
 
-_MOST_SECONDS_AWAY = 60.0
+_MAX_SECONDS_AWAY = 60.0
 _SECONDS_BETWEEN_LOOKS = 10.0
 
 
@@ -41,8 +41,8 @@ class JudgeWatch:
             self._away_since = None
         elif self._away_since is None:
             self._away_since = now
-            yield f"WARNING   {url} does not answer ({failure}); judging ends after {_MOST_SECONDS_AWAY:.0f} s of this"
-        elif now - self._away_since >= _MOST_SECONDS_AWAY:
+            yield f"WARNING   {url} does not answer ({failure}); judging ends after {_MAX_SECONDS_AWAY:.0f} s of this"
+        elif now - self._away_since >= _MAX_SECONDS_AWAY:
             raise self._no_answer(failure)
 
     def cause_of(self, error: DataError) -> DataError:

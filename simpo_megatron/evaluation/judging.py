@@ -21,7 +21,7 @@ from simpo_megatron.generation.item_progress import Progress
 from simpo_megatron.generation.lines import appending, held_folder
 from simpo_megatron.generation.server import API_KEY, ChatServer
 
-_MOST_MISSING = 0.01
+_MAX_MISSING = 0.01
 """Largest share of unreadable verdicts in a score; published leaderboards have some, too."""
 Metric = Mapping[str, float]
 """`value`, with `error` (a standard error) or with `low` and `high`; in percent, for MT-Bench from 1 to 10."""
@@ -206,7 +206,7 @@ def reasons_against_comparing(scorer: OfficialScorer, judge: str, scored: Scored
         reasons.append(f"the judge is {judge}, theirs is {' or '.join(scorer.published_judges)}")
     if not model.is_whole():
         reasons.append(f"{len(model.rows())} questions are only a part of {model.benchmark}")
-    if scored.num_missing > _MOST_MISSING * len(model.rows()):
+    if scored.num_missing > _MAX_MISSING * len(model.rows()):
         reasons.append(f"{scored.num_missing} verdicts could not be read and are left out")
     limits = {BENCHMARKS[model.benchmark].max_new_tokens} | {
         run.max_new_tokens for run in PUBLISHED.get(model.benchmark, {}).values()

@@ -13,8 +13,8 @@ from simpo_megatron import atomic
 from simpo_megatron.errors import ConfigError, DataError
 from simpo_megatron.limits import read_bounded
 
-_MOST_SHOWN = 60
-MOST_BYTES = 1 << 30
+_MAX_SHOWN = 60
+MAX_BYTES = 1 << 30
 """Size of the largest file of prompts, answers or scores that is read."""
 
 
@@ -29,7 +29,7 @@ def read_lines(path: Path, **fields: type) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     try:
-        whole, _, _ = read_bounded(path, MOST_BYTES).decode("utf-8").rpartition("\n")
+        whole, _, _ = read_bounded(path, MAX_BYTES).decode("utf-8").rpartition("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read ({error}), expected a JSON Lines file") from None
     rows = []
@@ -113,7 +113,7 @@ def keep_settings(path: Path, settings: Mapping[str, Any]) -> None:
 def _shown(value: Any) -> str:
     """The value, its middle left out where it is long: a prompt, or a hash."""
     text = repr(value)
-    return text if len(text) <= _MOST_SHOWN else f"{text[: _MOST_SHOWN // 2]} ... {text[-_MOST_SHOWN // 2 :]}"
+    return text if len(text) <= _MAX_SHOWN else f"{text[: _MAX_SHOWN // 2]} ... {text[-_MAX_SHOWN // 2 :]}"
 
 
 def read_settings(path: Path) -> dict[str, Any]:
@@ -135,7 +135,7 @@ def is_finite_number(value: object) -> TypeGuard[float]:
 def read_record(path: Path) -> dict[str, Any] | None:
     """The object in the JSON file `path`; None where it is no such file."""
     try:
-        record = json.loads(read_bounded(path, MOST_BYTES))
+        record = json.loads(read_bounded(path, MAX_BYTES))
     except (OSError, ValueError, RecursionError):
         return None
     return record if isinstance(record, dict) else None

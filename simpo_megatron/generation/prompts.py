@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from simpo_megatron.errors import DataError
-from simpo_megatron.generation.lines import MOST_BYTES
+from simpo_megatron.generation.lines import MAX_BYTES
 from simpo_megatron.limits import read_bounded
 
 Message = Mapping[str, str]
@@ -69,7 +69,7 @@ def read_rows(path: Path) -> list[Any]:
     Raises: DataError when it cannot be read.
     """
     try:
-        text = read_bounded(path, MOST_BYTES).decode("utf-8")
+        text = read_bounded(path, MAX_BYTES).decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read ({error}), expected a JSON or JSON Lines file of prompts") from None
     try:

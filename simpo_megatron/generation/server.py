@@ -18,7 +18,7 @@ from simpo_megatron.generation.prompts import Message
 API_KEY = "OPENAI_API_KEY"
 _TRIES, _FIRST_PAUSE_SECONDS, _TIMEOUT_SECONDS = 5, 1.0, 600.0
 _WORTH_ANOTHER_TRY = (408, 409, 429, 500, 502, 503, 504)
-_MOST_SHOWN = 200
+_MAX_SHOWN = 200
 _GATEWAY_ERRORS = (502, 503, 504)
 _LOOK_SECONDS = 10.0
 _LOGGER = logging.getLogger(__name__)
@@ -60,7 +60,7 @@ class ChatServer:
             num_tokens = int((found.get("usage") or {}).get("completion_tokens", 0))
             return Reply(text, num_tokens, choice.get("finish_reason"))
         except (KeyError, IndexError, TypeError, ValueError):
-            shown = json.dumps(found)[:_MOST_SHOWN]
+            shown = json.dumps(found)[:_MAX_SHOWN]
             raise DataError(f"{self.url}: found {shown}, expected a chat completion") from None
 
     def top_logprobs(self, messages: Sequence[Message], num: int) -> int:
@@ -106,7 +106,7 @@ class ChatServer:
                 with urllib.request.urlopen(request, timeout=_TIMEOUT_SECONDS) as reply:  # noqa: S310
                     return json.loads(reply.read())
             except urllib.error.HTTPError as error:
-                said = f"{error.code} {error.read(_MOST_SHOWN).decode(errors='replace')}"
+                said = f"{error.code} {error.read(_MAX_SHOWN).decode(errors='replace')}"
                 if error.code not in _WORTH_ANOTHER_TRY:
                     raise ConfigError(f"{self.url}: found {said}, expected an answer of model {self.model}") from None
             except (OSError, ValueError) as error:

@@ -18,7 +18,7 @@ from simpo_megatron.loss.products import has_wide_products
 from simpo_megatron.loss.triton_needs import missing_for_triton
 from simpo_megatron.mcore.varlen_kernels import attention_name
 
-_MOST_SHOWN = 160
+_MAX_SHOWN = 160
 
 
 def has_cuda() -> bool:
@@ -103,7 +103,7 @@ def transformer_engine_failure() -> str | None:
         raise
     except Exception as error:
         # PyPI's bare meta package raises RuntimeError, a build for another CUDA OSError, one without torch ImportError.
-        return " ".join(f"{type(error).__name__}: {error}".split())[:_MOST_SHOWN]
+        return " ".join(f"{type(error).__name__}: {error}".split())[:_MAX_SHOWN]
     return None
 
 

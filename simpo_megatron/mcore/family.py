@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from simpo_megatron.errors import ConfigError
-from simpo_megatron.mcore.hf import FULL, LARGEST_COUNT, MOST, WINDOWED
+from simpo_megatron.mcore.hf import FULL, MAX_COUNT, MAX_COUNTS, WINDOWED
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -263,7 +263,7 @@ def require_count(key: str, value: Any, *, least: int = 1) -> int:
     Raises:
         ConfigError: it is not; `key` is named.
     """
-    most = MOST.get(key, LARGEST_COUNT)
+    most = MAX_COUNTS.get(key, MAX_COUNT)
     if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
         raise ConfigError(f"{key}: found {value!r}, expected an integer of at least {least} and at most {most}")
     return value

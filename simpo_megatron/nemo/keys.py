@@ -38,7 +38,7 @@ _ENVIRONMENT = (
 _LARGEST = 2**63
 _MAX_PARENTS = 32
 _CPU_SECONDS = 10.0
-_MOST_BYTES = 1 << 30
+_MAX_BYTES = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def read_flat(source: str | Path | DictConfig, overrides: Sequence[str]) -> dict
     """
     omegaconf, place = _omegaconf(), place_of(source)
     try:
-        with _resolvers(omegaconf), limited(cpu_seconds=_CPU_SECONDS, num_bytes=_MOST_BYTES):
+        with _resolvers(omegaconf), limited(cpu_seconds=_CPU_SECONDS, num_bytes=_MAX_BYTES):
             if isinstance(source, str | Path):
                 config = _read_with_parents(omegaconf, Path(source), ())
             else:  # in a copy, for hydra's own takes no new keys

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from simpo_megatron.errors import listed
 
-_MOST_KEYS = 4
+_MAX_KEYS = 4
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class TranslationReport:
         plain = {key: reason for key, reason in self.ignored.items() if key not in self.differs}
         if every_key:
             return lines + _by_reason("differs", self.differs) + _by_reason("ignored", plain)
-        lines += _by_reason("differs", self.differs, _MOST_KEYS)
+        lines += _by_reason("differs", self.differs, _MAX_KEYS)
         return [*lines, f"  ignored     {len(plain)} keys; --explain-config names them and why"] if plain else lines
 
 

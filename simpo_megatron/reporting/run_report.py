@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 PICTURE_FILE = "loss.png"
 PAGE_FILE = "report.html"
-_MAX_LINE, _MOST_BYTES = 1 << 20, 1 << 28
-_MOST_STEPS = 1 << 53
+_MAX_LINE, _MAX_BYTES = 1 << 20, 1 << 28
+_MAX_STEPS = 1 << 53
 _LARGEST = 1e100
 
 Point = tuple[int, float]
@@ -127,7 +127,7 @@ def read_curves(path: Path) -> Curves:
     Raises: ConfigError when the file is missing or holds no record.
     """
     try:
-        lines = read_bounded(path, _MOST_BYTES).decode("utf-8", "replace").split("\n")
+        lines = read_bounded(path, _MAX_BYTES).decode("utf-8", "replace").split("\n")
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}), expected the metrics of a run") from None
     # By (set, metric), so that names of an earlier version continue in the same curve.
@@ -157,7 +157,7 @@ def _record(line: str) -> dict[str, float]:
         return {}
     if not isinstance(record, dict) or type(record.get("iteration")) is not int:
         return {}
-    if not 0 <= record["iteration"] < _MOST_STEPS:
+    if not 0 <= record["iteration"] < _MAX_STEPS:
         return {}
     return {name: float(value) for name, value in record.items() if _is_number(value)}
 

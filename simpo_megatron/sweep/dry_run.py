@@ -18,7 +18,7 @@ from simpo_megatron.sweep.request import Sweep
 from simpo_megatron.training.start.inputs import Sources, locate_sources
 from simpo_megatron.training.start.run_plan import with_adapter_settings
 
-_MOST_SHOWN = 40
+_MAX_SHOWN = 40
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def dry_run(sweep: Sweep, *, num_gpus: int, gpu: str) -> Iterator[str]:
                 config = sweep.config_of(point, sweep.steps_of(point, full_steps))
                 cost = _cost(config, sources, dataset, num_gpus, gpu, planned=why is None)
                 costs.append(cost)
-                if number == 0 and len(shown) < _MOST_SHOWN:
+                if number == 0 and len(shown) < _MAX_SHOWN:
                     shown.append(
                         f"  {point.folder}: {cost.steps:,} steps, {cost.tokens / 1e6:,.2f}M tokens{_time(cost)}"
                     )

@@ -121,7 +121,7 @@ def test_turns_that_are_more_than_text_have_no_frame():
 
 
 def test_a_dict_that_is_full_forgets_what_it_holds(monkeypatch):
-    monkeypatch.setattr(bounded_dict, "MOST_KEPT", 2)
+    monkeypatch.setattr(bounded_dict, "MAX_KEPT", 2)
     kept = bounded_dict.BoundedDict()
     for number in range(5):
         kept[number] = -number

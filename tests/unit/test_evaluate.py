@@ -349,7 +349,7 @@ def failing():
 def test_a_judge_that_stays_away_is_told_and_ends_the_scorer(monkeypatch):
     for module, name in (
         (judge_watch, "_SECONDS_BETWEEN_LOOKS"),
-        (judge_watch, "_MOST_SECONDS_AWAY"),
+        (judge_watch, "_MAX_SECONDS_AWAY"),
         (item_progress, "_SECONDS_BETWEEN_LINES"),
     ):
         monkeypatch.setattr(module, name, 0.0)

@@ -28,7 +28,7 @@ FASTER = 10
 @pytest.fixture(autouse=True)
 def faster(monkeypatch):
     monkeypatch.setattr(watchdog, "_POLL_SECONDS", watchdog._POLL_SECONDS / FASTER)
-    monkeypatch.setattr(watchdog, "_MOST_POLLS_A_SECOND", watchdog._MOST_POLLS_A_SECOND * FASTER)
+    monkeypatch.setattr(watchdog, "_MAX_POLLS_A_SECOND", watchdog._MAX_POLLS_A_SECOND * FASTER)
     monkeypatch.setattr(meeting, "_LAST_PAUSE_SECONDS", meeting._LAST_PAUSE_SECONDS / FASTER)
 
 

@@ -121,7 +121,7 @@ def build(tmp_path, template, **options):
 @pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES)
 def test_a_template_without_bounds_is_one_error_on_its_first_record(template, tmp_path, monkeypatch):
     monkeypatch.setattr(templates, "_CPU_SECONDS", 0.3)
-    monkeypatch.setattr(templates, "_MOST_BYTES", 200 * MIB)
+    monkeypatch.setattr(templates, "_MAX_BYTES", 200 * MIB)
     # Whether malformed records are skipped or not: each of a million would take as long.
     with pytest.raises(DataError, match=r"pairs\.jsonl:1: (endless_template|template_refused): ") as error:
         build(tmp_path, template, bad_record="skip", max_bad_fraction=0.9)
@@ -131,7 +131,7 @@ def test_a_template_without_bounds_is_one_error_on_its_first_record(template, tm
 @pytest.mark.parametrize("kind", ["a loop", "a doubled text"])
 def test_a_template_is_bounded_in_another_thread(kind, tmp_path, monkeypatch):
     monkeypatch.setattr(templates, "_CPU_SECONDS", 0.3)
-    monkeypatch.setattr(templates, "_MOST_BYTES", 200 * MIB)
+    monkeypatch.setattr(templates, "_MAX_BYTES", 200 * MIB)
     with pytest.raises(DataError, match="endless_template"):
         in_a_thread(lambda: build(tmp_path, TEMPLATES[kind]))
 

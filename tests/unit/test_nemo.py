@@ -308,7 +308,7 @@ BOMBS = {
 @pytest.mark.parametrize("text", BOMBS.values(), ids=BOMBS)
 def test_a_file_that_grows_without_end_is_refused(text, tmp_path, monkeypatch):
     monkeypatch.setattr("simpo_megatron.nemo.keys._CPU_SECONDS", 0.5)
-    monkeypatch.setattr("simpo_megatron.nemo.keys._MOST_BYTES", 200 << 20)
+    monkeypatch.setattr("simpo_megatron.nemo.keys._MAX_BYTES", 200 << 20)
     lines = [line.replace("&N", f"&a{number}") for number, line in enumerate(text.splitlines())]
     path = tmp_path / "bomb.yaml"
     path.write_text("\n".join(lines) + "\nmodel: {mcore_gpt: true}\ntrainer: {max_steps: 1}\n")

@@ -28,7 +28,7 @@ from results import VARIABLE
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-MOST_SECONDS = 400
+MAX_SECONDS = 400
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 BENCHMARKS: dict[str, Sequence[str]] = {
     "start": ("start.py", "--rounds", "1"),
@@ -67,7 +67,7 @@ def run(name: str, kept: Path, triton_python: str | None) -> float | None:
     }
     begun = time.perf_counter()
     try:
-        subprocess.run([python, *launcher, HERE / script, *options], env=environment, check=True, timeout=MOST_SECONDS)
+        subprocess.run([python, *launcher, HERE / script, *options], env=environment, check=True, timeout=MAX_SECONDS)
     except subprocess.SubprocessError as error:
         print(f"{name}: {error}", file=sys.stderr, flush=True)
         return None

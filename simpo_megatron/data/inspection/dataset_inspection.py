@@ -25,8 +25,8 @@ _STYLES = {"prompt": "dim", "context": "dim", "chosen": "green", "rejected": "re
 LENGTH_BIAS_LIMIT = 0.6
 # A correlation of scores with length above this suggests that scores reward length.
 LENGTH_CORRELATION_LIMIT = 0.4
-_MOST_FORMS = 3
-_MOST_COLUMNS = 8
+_MAX_FORMS = 3
+_MAX_COLUMNS = 8
 
 
 @dataclass(frozen=True)
@@ -85,14 +85,14 @@ def read_as(dataset: PreferenceDataset, name: str = "") -> list[str]:
     report = dataset.report
     forms = "; ".join(
         form if count == report.forms.total() else f"{form} ({count:,} of {report.forms.total():,})"
-        for form, count in report.forms.most_common(_MOST_FORMS)
+        for form, count in report.forms.most_common(_MAX_FORMS)
     )
     lines = [f"read as:  {name}{forms}"] if forms else []
     if texts := report.extra_texts:
-        shown = listed((_unread(report, key) for key in texts), _MOST_COLUMNS)
+        shown = listed((_unread(report, key) for key in texts), _MAX_COLUMNS)
         lines.append(f"WARNING   {name}columns with text that are not read: {shown}")
     if others := sorted(set(report.extra_keys) - set(texts)):
-        lines.append(f"columns   {name}not read, without text: {listed(others, _MOST_COLUMNS)}")
+        lines.append(f"columns   {name}not read, without text: {listed(others, _MAX_COLUMNS)}")
     if count := report.notes[MORE_COMPLETIONS]:
         place = report.place(MORE_COMPLETIONS)
         lines.append(f"ranked    {name}{count:,} of more than two completions: best and worst taken (first at {place})")
@@ -117,7 +117,7 @@ def summary(dataset: PreferenceDataset, name: str = "") -> list[str]:
     ]
     shares = dataset.shares()
     if len(shares) > 1:
-        taken = listed((f"{count:,} of {of:,} pairs of {file}" for file, count, of in shares), _MOST_COLUMNS)
+        taken = listed((f"{count:,} of {of:,} pairs of {file}" for file, count, of in shares), _MAX_COLUMNS)
         lines.append(f"files     {name}{taken}")
     if lost.any():
         counts = [_cut(dataset, part) for part in range(3)]

@@ -38,7 +38,7 @@ READ_COLUMNS = frozenset(
 )
 """Names of all columns that some form of rows reads."""
 
-_MOST_PREFERRED = 3  # HelpSteer3's scale
+_MAX_PREFERRED = 3  # HelpSteer3's scale
 
 _BLANKS: tuple[Any, ...] = ("", [])
 
@@ -196,9 +196,9 @@ def _ranked(row: dict) -> Columns:
 def _compared(row: dict) -> Columns:
     """HelpSteer3's form: two responses and how much the second one is preferred, from -3 to 3."""
     preference = _number(row["overall_preference"])
-    if not abs(preference) <= _MOST_PREFERRED:
+    if not abs(preference) <= _MAX_PREFERRED:
         found = kind_of(row["overall_preference"]) if math.isnan(preference) else f"{preference:g}"
-        detail = f"overall_preference is {found}, expected a number from -{_MOST_PREFERRED} to {_MOST_PREFERRED}"
+        detail = f"overall_preference is {found}, expected a number from -{_MAX_PREFERRED} to {_MAX_PREFERRED}"
         raise BadRecord("bad_type:overall_preference", detail)
     if preference == 0:
         raise BadRecord("tie", "overall_preference is 0: neither response is preferred")

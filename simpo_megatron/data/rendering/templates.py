@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from simpo_megatron.data.pair_options import NO_TEMPLATE, PairOptions
 from simpo_megatron.data.records import BadRecord, Message
-from simpo_megatron.data.tokenizer_files import MOST_BYTES
+from simpo_megatron.data.tokenizer_files import MAX_TOKENIZER_BYTES
 from simpo_megatron.errors import DataError, StoppedBySignal
 from simpo_megatron.limits import LimitError, limited, read_bounded
 
@@ -27,8 +27,8 @@ PINNED_DATE = date(2024, 7, 26)
 
 # Limits of one rendering: a conversation of megabytes takes a second and a few times its size.
 _CPU_SECONDS = 10.0
-_MOST_BYTES = 1 << 30
-_MOST_CHARACTERS = 16 << 20
+_MAX_BYTES = 1 << 30
+_MAX_CHARACTERS = 16 << 20
 
 # Text that a template contains, but not a name or a path.
 _JINJA = re.compile(r"\{[{%]")
@@ -43,7 +43,7 @@ class EndlessTemplateError(DataError):
 
 def bounds_of_templates() -> AbstractContextManager[None]:
     """The limits of one rendering; used around a loop as well, it makes those inside cost nothing."""
-    return limited(cpu_seconds=_CPU_SECONDS, num_bytes=_MOST_BYTES)
+    return limited(cpu_seconds=_CPU_SECONDS, num_bytes=_MAX_BYTES)
 
 
 @dataclass(frozen=True)
@@ -83,14 +83,14 @@ class ChatTemplate:
         try:
             with bounds_of_templates():
                 rendered = self._apply(list(messages), tools, add_generation_prompt)
-                if len(rendered) > _MOST_CHARACTERS:
+                if len(rendered) > _MAX_CHARACTERS:
                     raise LimitError("it writes too much")
         except TemplateSyntaxError as error:
             raise DataError(f"chat_template: found {error.message!r} in it, expected a Jinja template") from None
         except (LimitError, MemoryError) as error:
             raise EndlessTemplateError(
                 f"chat_template: found one that does not come to an end ({error or 'it takes too much memory'}), "
-                f"expected at most {_CPU_SECONDS:g} s, {_MOST_BYTES >> 20} MiB and {_MOST_CHARACTERS} characters for "
+                f"expected at most {_CPU_SECONDS:g} s, {_MAX_BYTES >> 20} MiB and {_MAX_CHARACTERS} characters for "
                 "one conversation; give another one"
             ) from None
         except StoppedBySignal:
@@ -114,7 +114,7 @@ class ChatTemplate:
         try:
             with bounds_of_templates():
                 rendered: list[str] = self._apply(list(map(list, conversations)), None, add_generation_prompt)
-                if any(len(text) > _MOST_CHARACTERS for text in rendered):
+                if any(len(text) > _MAX_CHARACTERS for text in rendered):
                     raise LimitError("it writes too much")
         except StoppedBySignal:
             raise
@@ -232,7 +232,7 @@ def _read(name: str) -> str:
         return name
     path = bundled_templates().get(name, Path(name))
     try:
-        return read_bounded(path, MOST_BYTES).decode("utf-8")
+        return read_bounded(path, MAX_TOKENIZER_BYTES).decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"chat_template: found {name} ({error}), expected a readable Jinja file") from None
 

@@ -18,7 +18,7 @@ from simpo_megatron.data.sources.shards import COMPRESSIONS, HF_PREFIX, HUB_PREF
 from simpo_megatron.errors import DataError, listed
 
 _LINES_LOOKED_AT = 5
-_MOST_BYTES_READ_TWICE = 64 << 20
+_MAX_BYTES_READ_TWICE = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def first_records(path: str, options: PairOptions) -> Iterator[tuple[str, RawRec
     Raises: DataError: a file is of a kind that is not read, or damaged.
     """
     for file, records in _local_files(path, options):
-        if not plain_name(file).endswith((".json", ".parquet")) or os.path.getsize(file) <= _MOST_BYTES_READ_TWICE:
+        if not plain_name(file).endswith((".json", ".parquet")) or os.path.getsize(file) <= _MAX_BYTES_READ_TWICE:
             yield file, next(iter(records), None)
 
 

@@ -5,8 +5,8 @@ Nothing here needs torch or Megatron when it is imported.
 
 from simpo_megatron.mcore.hf.hf_config import (
     FULL,
-    LARGEST_COUNT,
-    MOST,
+    MAX_COUNT,
+    MAX_COUNTS,
     WINDOWED,
     check_counts,
     configuration,
@@ -37,9 +37,9 @@ __all__ = [
     "FILES_BESIDE_WEIGHTS",
     "FULL",
     "INDEX_FILE",
-    "LARGEST_COUNT",
+    "MAX_COUNT",
+    "MAX_COUNTS",
     "MAX_JSON_BYTES",
-    "MOST",
     "SINGLE_FILE",
     "WINDOWED",
     "check_counts",

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 FULL, WINDOWED = "full_attention", "sliding_attention"
 """Kinds of a layer's attention, as `layer_types` of config.json has them."""
 
-LARGEST_COUNT = 1 << 31
-MOST = {
+MAX_COUNT = 1 << 31
+MAX_COUNTS = {
     "num_hidden_layers": 1024,
     "num_local_experts": 1024,
     "num_experts": 1024,
@@ -36,7 +36,7 @@ def check_counts(hf_config: Mapping[str, Any]) -> None:
     Raises:
         ConfigError: one is larger.
     """
-    for key, most in MOST.items():
+    for key, most in MAX_COUNTS.items():
         found = hf_config.get(key)
         if isinstance(found, int | float) and not -most <= found <= most:
             raise ConfigError(f"{key}: found {found!r}, expected an integer of at least 1 and at most {most}")

@@ -38,7 +38,7 @@ _PACKAGE = Path(__file__).parents[1]
 _ALARM, _TOLD, _ANSWERS = "alarm", "told", "answers"
 _POLL_SECONDS = 1.0
 # More ranks than that ask the store less often: it answers some ten thousand questions a second, and has more to do.
-_MOST_POLLS_A_SECOND, _MOST_POLL_SECONDS = 1000, 4.0
+_MAX_POLLS_A_SECOND, _MAX_POLL_SECONDS = 1000, 4.0
 # A rank that has seen an alarm answers within this time.
 _ANSWER_SECONDS = 3.0
 # A rank whose peer failed ends by itself within this time, or twice of it.
@@ -244,7 +244,7 @@ def _leave(exit_code: int) -> None:
 
 def poll_seconds(world: int) -> float:
     """Seconds after which a rank of `world` asks the store again whether there is an alarm."""
-    return min(max(_POLL_SECONDS, world / _MOST_POLLS_A_SECOND), _MOST_POLL_SECONDS)
+    return min(max(_POLL_SECONDS, world / _MAX_POLLS_A_SECOND), _MAX_POLL_SECONDS)
 
 
 def verdict(answers: dict[int, dict[str, Any]], silent: dict[int, str]) -> str:

@@ -31,7 +31,7 @@ from simpo_megatron.training.peers.watchdog import Watchdog
 from simpo_megatron.training.saving.resume import describe_run
 from simpo_megatron.training.start.setup import Job
 
-_MOST_METRICS = 1 << 28
+_MAX_METRICS = 1 << 28
 
 
 @dataclass(frozen=True)
@@ -247,7 +247,7 @@ def _add_small_files(save: Path, folder: Path, job: Job) -> None:
     metrics = b""
     # If metrics cannot be read, only a later report misses them.
     with suppress(OSError):
-        metrics = read_bounded(save / METRICS_FILE, _MOST_METRICS)
+        metrics = read_bounded(save / METRICS_FILE, _MAX_METRICS)
     if metrics:
         (folder / METRICS_FILE).write_bytes(metrics)
     copy_model_files(

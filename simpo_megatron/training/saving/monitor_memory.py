@@ -14,7 +14,7 @@ TOLD, START, NUM_SKIPPED = "told", "start", "num_skipped_steps"
 CHOSEN, PAIRS, REPETITION_AT_START = "chosen", "pairs", "repetition"
 """Keys of START, the evaluation before step 1: log-prob of chosen responses, fingerprint of the pairs, repetition."""
 
-_MOST = 1 << 32
+_MAX_COUNT = 1 << 32
 
 
 def check_remembered(found: Mapping[str, Any], folder: Path) -> None:
@@ -30,7 +30,7 @@ def check_remembered(found: Mapping[str, Any], folder: Path) -> None:
     checks += [
         (TOLD, told, _are_names, "names of monitors"),
         (START, start, _is_start, "numbers of an evaluation and the fingerprint of its pairs"),
-        (NUM_SKIPPED, skipped, lambda value: type(value) is int and 0 <= value < _MOST, "a number of steps"),
+        (NUM_SKIPPED, skipped, lambda value: type(value) is int and 0 <= value < _MAX_COUNT, "a number of steps"),
     ]
     for name, value, is_right, expected in checks:
         if not is_right(value):
@@ -56,4 +56,4 @@ def _is_start(value: Any) -> bool:
 
 def _is_number(value: Any) -> bool:
     # NaN and infinity are below nothing.
-    return type(value) in (int, float) and abs(value) < _MOST
+    return type(value) in (int, float) and abs(value) < _MAX_COUNT
