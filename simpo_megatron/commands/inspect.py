@@ -22,6 +22,7 @@ from simpo_megatron.commands.parsing import CommandParser
 from simpo_megatron.config import DEMO, Config, load_config
 from simpo_megatron.data import PreferenceDataset, build_preference_dataset, load_tokenizer, parse_named_sources
 from simpo_megatron.data.inspection import InspectedRow, inspect_dataset, print_inspection, show_pairs
+from simpo_megatron.data.rendering import lacks_template
 from simpo_megatron.data.tokenization import torch_left_out
 from simpo_megatron.errors import SimPOError, report_error, visible
 from simpo_megatron.mcore.hf import model_folder
@@ -80,7 +81,7 @@ def main(argv: Sequence[str], prog: str = "simpo inspect") -> int:
             tokenizer = load_tokenizer(model_folder(config.model.model))
             dataset, valid = _read(config, tokenizer, config.data.data_cache or scratch)
             inspection = inspect_dataset(dataset, tokenizer, valid, arguments.padded_batch)
-            inspection = replace(inspection, sections={"Read": _reading(config)} | inspection.sections)
+            inspection = replace(inspection, sections={"Read": _reading(config, tokenizer)} | inspection.sections)
             shown = show_pairs(dataset, tokenizer, arguments.show) if arguments.show else []
     except SimPOError as error:
         return report_error(error)
@@ -112,11 +113,14 @@ def _read(
     return dataset, build_preference_dataset(validation, tokenizer, options, cache) if validation else None
 
 
-def _reading(config: Config) -> list[InspectedRow]:
+def _reading(config: Config, tokenizer: PreTrainedTokenizerBase) -> list[InspectedRow]:
     """The settings of the inspection: files, tokenizer, and every option that changes tokens."""
     findings = [InspectedRow("files", " ".join(config.data.data)), InspectedRow("tokenizer", str(config.model.model))]
     for option in fields(config.pairs):
         value = getattr(config.pairs, option.name)
         if value != option.default or option.name in ("max_length", "max_prompt_length", "template_mode"):
             findings.append(InspectedRow(option.name, str(value)))
+    if lacks_template(tokenizer, config.pairs):
+        joined = "none in the tokenizer: prompt and response are joined as they are"
+        findings.append(InspectedRow("chat_template", joined, warning=True))
     return findings

@@ -1,10 +1,12 @@
 """The inspection of data: its numbers are right on data made to be sick, and the tool prints and writes them."""
 
+import copy
 import json
 import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,7 +26,7 @@ from simpo_megatron.data.inspection import (
     token_scan,
 )
 from simpo_megatron.data.rendering import FINDINGS, HARMLESS
-from simpo_megatron.training.start import setup
+from simpo_megatron.training.start import introduction, setup
 
 ROOT = Path(__file__).parents[2]
 TOOL = ROOT / "tools" / "inspect_data.py"
@@ -154,6 +156,20 @@ def test_the_tool_prints_the_inspection_and_writes_a_page(tmp_path):
     assert "identical_pair" in page
     assert "no 0&lt;|eot_id|&gt;" in page
     assert len(re.search(r'base64,([^"]+)"', page).group(1)) > 10_000
+
+
+def test_a_tokenizer_without_a_template_is_told(tmp_path, capsys):
+    tokenizer = copy.deepcopy(llama_like())
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(tmp_path / "model")
+    told = ["--model", str(tmp_path / "model"), "--data", str(sick_file(tmp_path / "sick.jsonl"))]
+    for options, is_told in (([], True), (["--chat-template", "none"], False)):
+        assert inspect.main([*told, *options]) == 0
+        assert ("none in the tokenizer: prompt and response" in capsys.readouterr().out) == is_told
+        lines = introduction._describe_template(load_config([*told, *options]), SimpleNamespace(tokenizer=tokenizer))
+        assert [line[:34] for line in lines] == ["WARNING   chat_template: found none"[:34]] * is_told
+    lines = introduction._describe_template(load_config(told), SimpleNamespace(tokenizer=llama_like()))
+    assert lines == []
 
 
 @pytest.mark.processes

@@ -13,6 +13,7 @@ from simpo_megatron.data.rendering.templates import (
     bundled_templates,
     chat_template_of,
     chosen_template,
+    lacks_template,
     special_texts,
 )
 
@@ -27,5 +28,6 @@ __all__ = [
     "bundled_templates",
     "chat_template_of",
     "chosen_template",
+    "lacks_template",
     "special_texts",
 ]

@@ -153,6 +153,11 @@ class ChatTemplate:
         return False
 
 
+def lacks_template(tokenizer: PreTrainedTokenizerBase, options: PairOptions) -> bool:
+    """Returns whether conversations are concatenated for want of a template, not because chat_template says none."""
+    return not (options.chat_template or tokenizer.chat_template)
+
+
 def chat_template_of(tokenizer: PreTrainedTokenizerBase, options: PairOptions) -> ChatTemplate | None:
     """Returns what renders conversations, or None for plain concatenation.
 
