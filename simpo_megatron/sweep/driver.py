@@ -67,6 +67,8 @@ class _Driver:
         self._journal = raise_on_all_ranks(lambda: Journal(sweep.folder, sweep.settings) if self._is_first else None)
         self._claim: Claim | None = None
         self._full_steps = self._count_steps()
+        if self._journal is not None and (ended := self._journal.outcomes()):
+            _say(f"resume    {len(ended)} trials of {sweep.folder} have ended already")
 
     def _count_steps(self) -> int:
         """The optimizer steps of a whole trial, if the sweep has shorter ones; else 0, unused."""
@@ -173,7 +175,8 @@ class _Driver:
             options[setting.name] = setting.options
             bad = [(point, ended[point]) for point in of_setting if ended[point].status != "done"]
             if bad:
-                failed[setting.name] = "; ".join(f"{point.name} {end.status}: {end.why}" for point, end in bad)
+                of_seed = {point: f"{point.name} " if len(of_setting) > 1 else "" for point, _ in bad}
+                failed[setting.name] = "; ".join(f"{of_seed[point]}{end.status}: {end.why}" for point, end in bad)
             else:
                 settings[setting.name] = tuple(read_evidence(self._sweep.folder / one.folder) for one in of_setting)
         return compare(settings, options=options, failed=failed)

@@ -54,7 +54,7 @@ def draw_heat_map(
 def draw_scatter(rows: Sequence[Row], start: Standing | None) -> Figure:
     """Accuracy of every setting, with its interval, against the change of the chosen responses' log-prob.
 
-    The model they started from, if it is known, is a hollow circle.
+    The model they started from, if it is known, is a hollow circle. The numbers are the settings' places in `rows`.
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import PercentFormatter
@@ -70,6 +70,9 @@ def draw_scatter(rows: Sequence[Row], start: Standing | None) -> Figure:
         errors = [[one.mean - one.low for one in accuracies], [one.high - one.mean for one in accuracies]]
         moved = [row.displacement or 0.0 for row in shown]
         axis.errorbar(moved, means, yerr=errors, fmt="o", color=color, label=verdict, capsize=3, elinewidth=1)
+    for number, row in enumerate(rows, 1):
+        place = (row.displacement or 0.0, row.standing.accuracy.mean)
+        axis.annotate(str(number), place, xytext=(5, 3), textcoords="offset points", fontsize=9)
     if start is not None:
         one = start.accuracy
         error = [[one.mean - one.low], [one.high - one.mean]]

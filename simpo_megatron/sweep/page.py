@@ -85,7 +85,8 @@ def _scatter(found: Ranking) -> Picture:
 
 def lines(found: Ranking) -> list[str]:
     """The comparison for the terminal: a table and notes."""
-    table: list[tuple[str, ...]] = [("setting", "accuracy", "behind", "by chance", "gap", "chosen moved", "verdict")]
+    heads = ("setting", "accuracy", "points behind", "by chance", "gap", "chosen moved", "verdict")
+    table: list[tuple[str, ...]] = [heads]
     for row in found.rows:
         shown = cells(row)
         table.append(tuple(shown[name] for name in ("name", "accuracy", "behind", "chance", "gap", "moved", "verdict")))

@@ -82,3 +82,23 @@ def test_sentences_of_help_texts_are_short() -> None:
         if len(sentence.split()) > MAX_WORDS
     ]
     assert not odd, "\n".join(odd)
+
+
+def _prose(page: str) -> list[str]:
+    """The paragraphs and items of a page, without code, tables and the addresses of links."""
+    text = re.sub(r"```.*?```|<!--.*?-->|^\|.*?$", "", page, flags=re.S | re.M)
+    text = re.sub(r"\]\([^)]*\)", "]", re.sub(r"`[^`]*`", "X", text))
+    return re.split(r"\n\s*\n|\n(?=\s*(?:[-*]|\d+\.)\s)", text)
+
+
+def test_sentences_of_the_pages_that_users_read_are_short() -> None:
+    pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("[!r]*/*.md")), ROOT / "docs" / "index.md"]
+    assert len(pages) > 25
+    odd = [
+        f"{page.relative_to(ROOT)}: {len(words)} words: {' '.join(words)}"
+        for page in pages
+        for paragraph in _prose(page.read_text(encoding="utf-8"))
+        for sentence in _sentences(paragraph)
+        if len(words := sentence.split()) > MAX_WORDS
+    ]
+    assert not odd, "\n".join(odd)
