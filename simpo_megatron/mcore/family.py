@@ -165,7 +165,14 @@ def attention_and_mlp_biases(config: PretrainedConfig) -> dict[str, Any]:
             "mlp_bias: found True with attention_bias False, expected both or none: megatron-core's MLP has biases "
             "only where all linear layers have"
         )
-    return {"add_qkv_bias": True, "attention_output_bias": True} if in_attention else {}
+    return attention_biases(config)
+
+
+def attention_biases(config: PretrainedConfig) -> dict[str, Any]:
+    """Biases of the four attention matrices by `attention_bias`, for families whose MLP has none."""
+    if not getattr(config, "attention_bias", False):
+        return {}
+    return {"add_qkv_bias": True, "attention_output_bias": True}
 
 
 def same_window_everywhere(config: PretrainedConfig, window: int | None) -> dict[str, Any]:

@@ -180,7 +180,7 @@ def test_rank_scale_layers_and_model_come_from_the_adapters(folder):
     lora = found.config.lora
     assert (lora.lora_rank, lora.lora_alpha, lora.lora_targets) == (4, 6, ("linear_q", "linear_v"))
     assert found.config.model.model == str(folder / "base")
-    again = planned(folder, lora_rank=4, lora_alpha=6.0, lora_targets=("linear_q", "linear_v"))
+    again = planned(folder, lora_rank=4, lora_alpha=6.0, lora_targets=("linear_v", "linear_q"))
     assert again.config.lora == lora
     for options, said in (
         ({"lora_rank": 8}, "lora_rank: found 8, expected 4, that of the adapters in"),

@@ -131,6 +131,8 @@ def test_a_llama_without_optional_keys_has_their_defaults(tmp_path: Path) -> Non
     ("changes", "expected"),
     [
         ({"model_type": "qwen2"}, {"add_qkv_bias": True, "qk_layernorm": False}),
+        # No key of this family, so transformers builds an MLP without.
+        ({"model_type": "qwen3", "mlp_bias": True, "attention_bias": True}, {"add_bias_linear": False}),
         ({"model_type": "qwen3", "head_dim": 128}, {"qk_layernorm": True, "kv_channels": 128}),
         ({"model_type": "mistral", "sliding_window": None, "head_dim": 64}, {"kv_channels": 64}),
         ({"model_type": "mistral", "sliding_window": 131072}, {"add_bias_linear": False}),
@@ -224,6 +226,7 @@ def test_each_family_says_what_it_adds(tmp_path: Path, changes: dict, expected: 
         ({"model_type": "gpt_oss", "attention_bias": False}, "attention_bias: found False"),
         ({"model_type": "gpt_oss", "quantization_config": {"quant_method": "mxfp4"}}, "Mxfp4Config(dequantize=True)"),
         ({"is_causal": False}, "is_causal: found False"),
+        ({"is_causal": None}, "is_causal: found None"),
         ({"model_type": "mixtral", "router_jitter_noise": 0.1}, "router_jitter_noise"),
         ({"model_type": "mixtral", "num_local_experts": 2, "num_experts_per_tok": 3}, "num_experts_per_tok: found 3"),
         ({"model_type": "qwen3_moe", "decoder_sparse_step": 40}, "without a layer of experts"),

@@ -40,10 +40,6 @@ _REFUSALS = {
         "quantized weights cannot be trained; give the original ones, or dequantized ones (of mxfp4: from_pretrained "
         "with Mxfp4Config(dequantize=True), then save_pretrained)",
     ),
-    "is_causal": (
-        lambda is_causal: is_causal in (None, True),
-        "a model that looks ahead cannot be trained to predict the next token",
-    ),
 }
 """Keys that are refused in any family."""
 
@@ -157,6 +153,7 @@ def _described(config: dict[str, Any], where: str) -> ModelDescription:
         check_counts(config)
         normalised = configuration(config)
         refuse(normalised, _REFUSALS)
+        _require_causal(normalised)
         transformer = {
             **shared_options(normalised),
             "activation_func": activation(normalised, "hidden_act"),
@@ -181,6 +178,15 @@ def _described(config: dict[str, Any], where: str) -> ModelDescription:
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from None
     return ModelDescription(family.model_type, transformer, gpt, vocab_size, config, rope, padding_idx)
+
+
+def _require_causal(config: PretrainedConfig) -> None:
+    # transformers takes null for False.
+    if not (found := getattr(config, "is_causal", True)):
+        raise ConfigError(
+            f"is_causal: found {found!r}, expected true or no such key: a model that looks ahead cannot be trained to "
+            "predict the next token"
+        )
 
 
 def _padding_idx(config: PretrainedConfig, vocab_size: int) -> int | None:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from simpo_megatron.mcore.family import (
     Family,
-    attention_and_mlp_biases,
+    attention_biases,
     count,
     dense_layers,
     experts,
@@ -40,7 +40,7 @@ def _qwen3_moe(config: PretrainedConfig) -> dict[str, Any]:
     window = config.sliding_window if config.use_sliding_window else None
     return {
         "qk_layernorm": True,
-        **attention_and_mlp_biases(config),
+        **attention_biases(config),
         **_mixture(config),
         **same_window_everywhere(config, window),
     }
@@ -83,7 +83,7 @@ FAMILIES = (
     ),
     Family(
         model_type="qwen3",
-        options=lambda config: {"qk_layernorm": True, **attention_and_mlp_biases(config), **_window(config)},
+        options=lambda config: {"qk_layernorm": True, **attention_biases(config), **_window(config)},
         examples=("Qwen/Qwen3-8B", "Qwen/Qwen3-4B-Instruct-2507"),
         tests={"qwen3": {"head_dim": 16}, "qwen3_biases_of_attention": {"head_dim": 12, "attention_bias": True}},
     ),

@@ -103,7 +103,8 @@ def _settings_of(folder: Path, asked: LoRAConfig, description: ModelDescription)
     for key in ("lora_rank", "lora_alpha", "use_rslora", "lora_targets"):
         value, expected = getattr(asked, key), getattr(found, key)
         is_unset = value is None or (key != "lora_rank" and value == getattr(unset, key))
-        if not is_unset and value != expected:
+        is_same = set(value) == set(expected) if key == "lora_targets" else value == expected
+        if not is_unset and not is_same:
             raise ConfigError(
                 f"{key}: found {value}, expected {expected}, that of the adapters in {folder}; leave it out"
             )
