@@ -319,7 +319,7 @@ def _check_tp_comm_overlap(config: Config, model: Mapping[str, Any], machine: Ma
     rows = config.batch.tokens_per_microbatch // (sizes.context * sizes.tensor)
     for holds, expected in (
         (machine.has_cuda and machine.has_transformer_engine, "Transformer Engine on a GPU; leave it out without"),
-        (not model.get("num_moe_experts"), "a dense model; layers of experts are not known to share its buffers"),
+        (model.get("latent") is None, "plain attention; its buffers have no place for matrices of latent attention"),
         (config.batch.fixed_pack_length, "fixed_pack_length with it; its buffers have the shape of one microbatch"),
         (config.precision.bf16, "bf16; its buffers hold nothing wider"),
         (config.lora.lora_rank is None, "no lora_rank beside it; adapters gather their inputs themselves"),

@@ -141,14 +141,6 @@ def test_all_that_cannot_be_had_of_model_and_machine_is_told():
     assert "expert_model_parallel_size: found 2" in told and "lora_rank: found 500" in told
 
 
-def test_overlapped_collectives_of_an_moe_are_refused_as_such():
-    options = {"tp": 2, "sequence_parallel": True, "fixed_pack_length": True, "tp_comm_overlap": True}
-    moe = {"num_moe_experts": 4, "moe_ffn_hidden_size": 64}
-    assert "tp_comm_overlap: found True, expected a dense model" in refusal(
-        world_size=2, model=SMALL | moe, machine=H100, **options
-    )
-
-
 def test_a_preset_without_a_model_says_what_its_runs_started_from():
     with pytest.raises(ConfigError, match=r"model: found none.*Meta-Llama-3-8B-Instruct.*add --model DIR"):
         resolve(config_from(preset="llama3-instruct"), world_size=1, model=SMALL, machine=Machine())

@@ -110,10 +110,40 @@ def test_the_userbuffers_have_our_names_and_arguments(sources):
     assert "NONE = " in modes and "FP8 = " in modes
 
 
+def test_there_is_a_buffer_for_every_layer_of_an_moe_that_asks_for_one(sources):
+    """Experts ask for none: their layers are told so by megatron, and a grouped one refuses to be told otherwise."""
+    named = {
+        node.value
+        for node in ast.walk(sources.definition(userbuffers._MODULE, "initialize_ub"))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    }
+    kinds = {"attention.py": {"qkv", "proj"}, "mlp.py": {"fc1", "fc2"}, "multi_latent_attention.py": {"proj"}}
+    for file, expected in kinds.items():
+        tree = ast.parse((MEGATRON / "transformer" / file).read_text())
+        given = {
+            key.value.value
+            for call in ast.walk(tree)
+            if isinstance(call, ast.Call)
+            for key in call.keywords
+            if key.arg == "tp_comm_buffer_name" and isinstance(key.value, ast.Constant)
+        }
+        known = {name for name in given if {f"{name}_fprop", f"{name}_dgrad"} <= named}
+        assert known == expected and (given > known) == file.startswith("multi_latent")
+    layers = {node.name: node for node in ast.walk(ast.parse(EXTENSION.read_text())) if isinstance(node, ast.ClassDef)}
+    without = [
+        ast.unparse(line)
+        for branch in ast.walk(layers["TELinear"])
+        if isinstance(branch, ast.If) and ast.unparse(branch.test) == "is_expert"
+        for line in branch.body
+    ]
+    assert {f"extra_kwargs['ub_overlap_{kind}'] = False" for kind in ("ag", "rs")} <= set(without)
+    assert "GroupedLinear doesn't support Userbuffer overlap" in ast.unparse(sources.definition(TORCH, "GroupedLinear"))
+
+
 def test_attention_has_the_arguments_of_a_pack(sources):
     attention = sources.definition(TORCH, "DotProductAttention")
     methods = {node.name: node.args for node in attention.body if isinstance(node, ast.FunctionDef)}
-    tree = ast.parse((REPOSITORY / "simpo_megatron" / "mcore" / "te_attention.py").read_text())
+    tree = ast.parse((REPOSITORY / "simpo_megatron" / "mcore" / "attention" / "te_attention.py").read_text())
     calls = {ast.unparse(node.func): node for node in ast.walk(tree) if isinstance(node, ast.Call)}
     pack = calls["super(TEDotProductAttention, self).forward"]
     bound = signature(methods["forward"]).bind("self", *pack.args, **dict.fromkeys(keywords(pack)))

@@ -141,13 +141,14 @@ def test_where_it_cannot_be_it_is_refused_by_name(options, machine, message):
     assert "tp_comm_overlap: found True, expected " in str(refused.value) and message in str(refused.value)
 
 
-def test_an_moe_refuses_it_but_not_its_pack_length():
-    moe = SHAPE | {"num_moe_experts": 4}
-    with pytest.raises(ConfigError, match="^tp_comm_overlap: .*expected a dense model"):
-        resolve(config_from(**OPTIONS), world_size=8, model=moe, machine=HOPPER)
-    resolve(config_from(**OPTIONS | {"tp_comm_overlap": False}), world_size=8, model=moe, machine=HOPPER)
-
-
+@pytest.mark.parametrize("moe", [{}, {"num_moe_experts": 4, "moe_ffn_hidden_size": 64}])
 @pytest.mark.parametrize(("options", "machine"), [({}, HOPPER), ({"fp8": "mxfp8"}, BLACKWELL)])
-def test_where_it_can_be_it_is_taken(options, machine):
-    resolve(config_from(**OPTIONS | options), world_size=8, model=SHAPE, machine=machine)
+def test_where_it_can_be_it_is_taken(options, machine, moe):
+    resolve(config_from(**OPTIONS | options), world_size=8, model=SHAPE | moe, machine=machine)
+
+
+def test_latent_attention_refuses_it_but_not_its_pack_length():
+    latent = SHAPE | {"latent": object()}
+    with pytest.raises(ConfigError, match="^tp_comm_overlap: .*expected plain attention"):
+        resolve(config_from(**OPTIONS), world_size=8, model=latent, machine=HOPPER)
+    resolve(config_from(**OPTIONS | {"tp_comm_overlap": False}), world_size=8, model=latent, machine=HOPPER)
