@@ -99,6 +99,11 @@ class ModelShape:
         return self.num_attention_heads * self.head_size
 
     @property
+    def value_size(self) -> int:
+        """Width of the values that all query heads sum."""
+        return self.num_attention_heads * (self.kv_channels if self.latent is None else self.latent.v_head_dim)
+
+    @property
     def key_size(self) -> int:
         """Width of all keys; the values' is the same."""
         return self.num_query_groups * self.head_size
@@ -167,8 +172,13 @@ class ModelShape:
     @property
     def num_active_parameters(self) -> int:
         """The share of these weights that one token meets."""
+        return self.num_active_weights + self._tables
+
+    @property
+    def num_active_weights(self) -> int:
+        """These without the tables of the vocabulary."""
         every = self.layer_matrices + self.router
-        return self.num_layers * every - self.num_dense_layers * (every - self._dense_layer) + self._tables
+        return self.num_layers * every - self.num_dense_layers * (every - self._dense_layer)
 
     @property
     def _dense_layer(self) -> int:

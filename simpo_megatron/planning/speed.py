@@ -93,8 +93,10 @@ def pairs_flops(
 
 
 def _flops(shape: ModelShape, products: int, *, tokens: float, attended: float, response_rows: float) -> float:
-    layers = shape.num_layers * (products * tokens * shape.layer_matrices + 12 * attended * shape.query_size)
-    return layers + products * response_rows * shape.vocab_size * shape.hidden_size
+    # Scores and their sums of values, forward; backward takes twice as many. A value may be narrower than a key.
+    attention = 6 * attended * (shape.query_size + shape.value_size) * shape.num_layers
+    matrices = products * tokens * shape.num_active_weights
+    return matrices + attention + products * response_rows * shape.vocab_size * shape.hidden_size
 
 
 def _forward_backward(load: Workload, share: float, gpu: Gpu, assumed: Assumptions) -> dict[str, float]:

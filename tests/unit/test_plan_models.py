@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from planning_cases import HF_CONFIG
@@ -13,6 +14,7 @@ from simpo_megatron.planning.gpus import peak_bf16_flops
 from simpo_megatron.planning.models import PUBLISHED, find_model, source_of
 from simpo_megatron.planning.parameters import stage_parameters
 from simpo_megatron.planning.shapes import ModelShape
+from simpo_megatron.planning.speed import pairs_flops
 
 
 @pytest.mark.parametrize(
@@ -38,6 +40,51 @@ def test_a_published_model_has_the_parameters_its_name_promises(model, billions,
     second_table = shape.vocab_size * shape.hidden_size / 1e9 if shape.tied else 0
     summed = 4 * sum(stage_parameters(shape, many, stage) for stage in range(2)) / 1e9
     assert summed == pytest.approx(billions + second_table, rel=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("model", "matrices", "heads", "vocab"),
+    [
+        # By config.json: [layers, weights of the matrices that a token meets there].
+        ("Meta-Llama-3-8B-Instruct", [(32, 4096 * (2 * 4096 + 2 * 1024) + 3 * 4096 * 14336)], (32, 256), 128256),
+        ("Llama-3.1-70B-Instruct", [(80, 8192 * (2 * 8192 + 2 * 1024) + 3 * 8192 * 28672)], (64, 256), 128256),
+        # Two of eight experts, and the router.
+        (
+            "Mixtral-8x7B-Instruct-v0.1",
+            [(32, 4096 * (2 * 4096 + 2 * 1024) + 2 * 3 * 4096 * 14336 + 8 * 4096)],
+            (32, 256),
+            32000,
+        ),
+        # Latent attention: queries of 192, values of 128, a latent of 512 + 64. The first layer has a dense MLP, the
+        # others two shared experts and six of 64.
+        (
+            "DeepSeek-V2-Lite-Chat",
+            [
+                (27, 2048 * 16 * 192 + 2048 * 576 + 512 * 16 * 256 + 16 * 128 * 2048),
+                (1, 3 * 2048 * 10944),
+                (26, 8 * 3 * 2048 * 1408 + 64 * 2048),
+            ],
+            (16, 320),
+            102400,
+        ),
+    ],
+)
+def test_the_operations_of_a_pair_are_those_counted_from_config_json(model, matrices, heads, vocab):
+    """Six a weight and token, three times those of scores and sums for a query and a key that it sees, and the head's.
+
+    `heads`: their number, and the width of a query and a value together.
+    """
+    prompt, chosen, rejected = 30, 40, 50
+    seen = sum(range(1, prompt + chosen + 1)) + sum(range(prompt + 1, prompt + rejected + 1))
+    layers = sum(number for number, _ in matrices[:1])
+    expected = 6 * 120 * sum(number * weights for number, weights in matrices)
+    expected += 3 * 2 * layers * seen * heads[0] * heads[1]
+    expected += 6 * 90 * vocab * find_model(model).transformer["hidden_size"]
+    lengths = np.array([[prompt, chosen, rejected]])
+    shape = ModelShape.of(find_model(model))
+    found = pairs_flops(shape, lengths, lengths[:, 1:], prefix_sharing=True, freezes_weights=False)
+    # Causally half a key a query is missed.
+    assert found == pytest.approx(expected, rel=1e-4)
 
 
 # The weights of the files on the hub, as their metadata or the models' own reports count them; where a report rounds,
