@@ -95,6 +95,14 @@ def has_transformer_engine() -> bool:
     return importlib.util.find_spec("transformer_engine") is not None and transformer_engine_failure() is None
 
 
+def uses_transformer_engine(*, bf16: bool) -> bool:
+    """True where layers are Transformer Engine's: on a GPU, in bf16.
+
+    In fp32, up to 2.9 at least, it has no attention for a pack, and its products round their inputs to TF32.
+    """
+    return has_cuda() and bf16 and has_transformer_engine()
+
+
 def transformer_engine_failure() -> str | None:
     """The reason why Transformer Engine cannot be loaded, in one line; None where it is loaded."""
     try:
@@ -107,11 +115,11 @@ def transformer_engine_failure() -> str | None:
     return None
 
 
-def kernels() -> str:
-    """A line on the installed implementations of layers, Adam and, on a GPU, the loss, and on weight gradients."""
-    layers = "Transformer Engine" if has_cuda() and has_transformer_engine() else "torch"
+def kernels(*, bf16: bool) -> str:
+    """A line on the implementations of layers, Adam and, on a GPU, the loss, and on weight gradients."""
+    layers = "Transformer Engine" if uses_transformer_engine(bf16=bf16) else "torch"
     if has_cuda() and layers == "torch":
-        layers += f", attention: {attention_name()}"
+        layers += f", attention: {attention_name() if bf16 else 'torch, a call a segment'}"
     optimizer = {"transformer_engine": "Transformer Engine", "apex": "apex"}.get(
         adam().__module__.split(".")[0], "torch"
     )

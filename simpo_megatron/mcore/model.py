@@ -205,7 +205,7 @@ def _moe(description: ModelDescription, config: Config) -> dict[str, Any]:
         "moe_router_load_balancing_type": "aux_loss",
         "moe_router_dtype": "fp32" if config.precision.bf16 else None,
         # All experts of a rank in one kernel, which only Transformer Engine has.
-        "moe_grouped_gemm": has_engine,
+        "moe_grouped_gemm": device.uses_transformer_engine(bf16=config.precision.bf16),
         # Without its kernels, megatron's permutation of tokens waits for the device twice a layer to learn the number
         # of its outputs. They are not known to be deterministic.
         "moe_permute_fusion": has_engine and not config.run.deterministic,
@@ -233,7 +233,7 @@ def _fusions(description: ModelDescription, config: Config, attention_factor: fl
 def build_model(description: ModelDescription, config: Config, groups: ParallelGroups) -> list[PreferenceGPTModel]:
     """This rank's model chunks, one per virtual pipeline stage, with weights allocated and not yet set."""
     mcore_config = transformer_config(description, config)
-    machine, rotary = device.machine(), scaled_frequencies(description.hf_config, config.pairs.max_length)
+    rotary = scaled_frequencies(description.hf_config, config.pairs.max_length)
     num_chunks = groups.sizes.virtual_pipeline or 1
     chunks = []
     for stage in range(num_chunks):
@@ -243,7 +243,7 @@ def build_model(description: ModelDescription, config: Config, groups: ParallelG
             block_spec(
                 mcore_config,
                 vp_stage,
-                transformer_engine=machine.has_cuda and machine.has_transformer_engine,
+                transformer_engine=device.uses_transformer_engine(bf16=config.precision.bf16),
                 fuse_norms=config.lora.lora_rank is None,
             ),
             padded_vocab_size(description.vocab_size, groups.tp.size()),

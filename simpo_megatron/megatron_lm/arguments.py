@@ -93,6 +93,18 @@ def check_pipeline(config: TransformerConfig) -> None:
             )
 
 
+def check_precision(config: TransformerConfig, *, transformer_engine: bool) -> None:
+    """Refuses Transformer Engine in fp32, where up to 2.9 at least it has no attention for a row of several sequences.
+
+    Raises: ConfigError without `--bf16` and `--fp16`.
+    """
+    if transformer_engine and not (config.bf16 or config.fp16):
+        raise ConfigError(
+            "--transformer-impl: found transformer_engine in fp32, in which it has no attention for rows of several "
+            "sequences, expected local, or --bf16"
+        )
+
+
 def check_experts(config: TransformerConfig) -> None:
     """Refuses losses of an MoE's routers that would get a wrong weight, and experts divided over ranks.
 

@@ -24,6 +24,7 @@ from simpo_megatron.mcore.specs import block_spec
 from simpo_megatron.megatron_lm.arguments import (
     check_experts,
     check_pipeline,
+    check_precision,
     num_microbatches,
     objective_of,
     true_vocab_size,
@@ -82,6 +83,7 @@ def model_provider(
     )
     config.logs_balance_to_megatron = True
     uses_transformer_engine = args.transformer_impl == "transformer_engine"
+    check_precision(config, transformer_engine=uses_transformer_engine)
     model = StageModel(
         config,
         block_spec(config, vp_stage, transformer_engine=uses_transformer_engine),

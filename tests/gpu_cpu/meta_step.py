@@ -227,7 +227,7 @@ def play(folder: Path, case: dict) -> dict:
             "work": work.operations if work else [],
             "tokens": batch.num_tokens,
             "segments": len(microbatch.layout.segments or ()),
-            "kernels": device.kernels(),
+            "kernels": device.kernels(bf16=True),
         }
     finally:
         parallel.shut_down()

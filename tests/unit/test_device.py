@@ -29,18 +29,20 @@ def test_what_computes_is_told_by_what_is_installed(gpu, monkeypatch):
     optimizer = importlib.import_module("megatron.core.optimizer")
     of_torch = "layers: torch, attention: FlashAttention 2, Adam: torch, grad accumulation fusion:"
     monkeypatch.setattr(device, "missing_for_triton", lambda: "a C compiler")
-    assert device.kernels() == f"{of_torch} on, loss: torch, for Triton lacks a C compiler"
+    assert device.kernels(bf16=True) == f"{of_torch} on, loss: torch, for Triton lacks a C compiler"
     monkeypatch.setattr(device, "has_wide_products", lambda: False)
     monkeypatch.setattr(device, "missing_for_triton", lambda: None)
-    assert device.kernels() == f"{of_torch} off, loss: Triton"
+    assert device.kernels(bf16=True) == f"{of_torch} off, loss: Triton"
     monkeypatch.setattr(device, "has_transformer_engine", lambda: True)
     monkeypatch.setattr(optimizer, "Adam", TransformerEnginesAdam)
     engines = "layers: Transformer Engine, Adam: Transformer Engine, grad accumulation fusion:"
-    assert device.kernels() == f"{engines} off, loss: Triton"
+    assert device.kernels(bf16=True) == f"{engines} off, loss: Triton"
     monkeypatch.setattr(device, "has_apex", lambda: True)
-    assert device.kernels() == f"{engines} on, loss: Triton"
+    assert device.kernels(bf16=True) == f"{engines} on, loss: Triton"
+    # Its attention has no fp32, and its products would be TF32.
+    assert device.kernels(bf16=False).startswith("layers: torch, attention: torch, a call a segment, Adam: ")
     monkeypatch.setattr(device, "has_cuda", lambda: False)
-    assert device.kernels() == "layers: torch, Adam: Transformer Engine, grad accumulation fusion: off"
+    assert device.kernels(bf16=True) == "layers: torch, Adam: Transformer Engine, grad accumulation fusion: off"
 
 
 def test_triton_needs_a_compiler_and_pythons_header(tmp_path, monkeypatch):

@@ -21,6 +21,7 @@ from simpo_megatron.megatron_lm.arguments import (
     batch_options,
     check_experts,
     check_pipeline,
+    check_precision,
     num_microbatches,
     objective_of,
     pair_options,
@@ -169,6 +170,16 @@ def test_pipelines_that_would_hang_are_refused(options, refused):
     else:
         with pytest.raises(ConfigError, match=f"^{refused}: found with pipeline stages, expected without"):
             check_pipeline(config)
+
+
+def test_transformer_engine_is_refused_where_it_has_no_attention_for_rows():
+    from megatron.core.transformer import TransformerConfig
+
+    shape = {"num_layers": 2, "hidden_size": 8, "num_attention_heads": 1}
+    check_precision(TransformerConfig(**shape, bf16=True), transformer_engine=True)
+    check_precision(TransformerConfig(**shape), transformer_engine=False)
+    with pytest.raises(ConfigError, match="--transformer-impl: found transformer_engine in fp32"):
+        check_precision(TransformerConfig(**shape), transformer_engine=True)
 
 
 def test_an_id_inside_the_padding_of_the_vocabulary_is_refused(megatron_args, world_of_one, tmp_path):

@@ -58,7 +58,7 @@ def describe_job(config: Config, job: Job) -> list[str]:
         f"ranks     {dist.get_world_size()} ({device.backend()}): tp {sizes.tensor} x pp {sizes.pipeline} x cp "
         f"{sizes.context} x dp {job.plan.layout.data_parallel_size}"
         + (f", experts over {sizes.expert}" if "num_moe_experts" in shape else "")
-        + f"; {device.kernels()}",
+        + f"; {device.kernels(bf16=config.precision.bf16)}",
         f"steps     {job.train_iters:,}, of {batch.global_batch_size} pairs each" + _padding(job),
     ]
 
