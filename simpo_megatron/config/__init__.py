@@ -1,11 +1,11 @@
 """Options of a run: read from presets, YAML and the command line, checked, printed and saved."""
 
 from simpo_megatron.config.lint import lint
+from simpo_megatron.config.machine import Machine
 from simpo_megatron.config.presets import PRESETS
 from simpo_megatron.config.reading import config_from, load_config, read_yaml
 from simpo_megatron.config.resolving import (
     Layout,
-    Machine,
     check_layout,
     num_train_iters,
     resolve,

@@ -7,25 +7,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from simpo_megatron.config.fp8_checks import FP8_MULTIPLE, check_fp8, check_fp8_recompute, check_fp8_weights
+from simpo_megatron.config.machine import Machine
 from simpo_megatron.config.presets import PRESETS
 from simpo_megatron.config.sections import Config
 from simpo_megatron.data import BatchOptions, check_global_batch_size
 from simpo_megatron.errors import ConfigError, DataError, Refusals, require
 
-# Transformer Engine's FP8 matrix products need rows and columns in multiples of this.
-FP8_MULTIPLE = {"delayed": 16, "tensorwise": 16, "mxfp8": 32, "blockwise": 128}
 # Widths of padded rows under Transformer Engine are rounded up to this: cuDNN builds a plan for each new width.
 PLANNED_WIDTH_MULTIPLE = 128
-_FP8_COMPUTE_CAPABILITY = {"delayed": (8, 9), "tensorwise": (8, 9), "blockwise": (9, 0), "mxfp8": (10, 0)}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Machine:
-    """The facts of a rank's machine."""
-
-    has_cuda: bool = False
-    has_transformer_engine: bool = False
-    compute_capability: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +59,8 @@ def _resolved(config: Config, world_size: int, model: Mapping[str, Any], machine
         lambda: _check_experts(config, model),
         lambda: _check_exports(config),
         lambda: _check_lora(config, model),
-        lambda: _check_fp8_weights(config, model),
+        lambda: check_fp8_recompute(config),
+        lambda: check_fp8_weights(config, model),
         *_checks_of_machine(config, world_size, model, machine),
     ):
         with refusals.collected():
@@ -100,7 +91,7 @@ def _checks_of_machine(
     if machine is None:
         return ()
     return (
-        lambda: _check_fp8(config, model, machine),
+        lambda: check_fp8(config, model, machine),
         lambda: _check_tp_comm_overlap(config, model, machine),
         lambda: _check_profiling(config, world_size, machine),
     )
@@ -292,25 +283,6 @@ def _check_batches(config: Config, layout: Layout) -> None:
     BatchOptions(**asdict(config.batch), sequence_multiple=layout.sequence_multiple)
 
 
-def _check_fp8(config: Config, model: Mapping[str, Any], machine: Machine) -> None:
-    recipe = config.precision.fp8_recipe
-    if recipe is None:
-        return
-    key = "fp8_recipe"
-    require(machine.has_cuda, key, recipe, "a CUDA device, and none is there; leave --fp8 out to train in bf16")
-    # Without Transformer Engine megatron-core accepts the recipe and computes in full precision, silently.
-    engine = "Transformer Engine, which cannot be imported; pip install 'simpo-megatron[te]'"
-    require(machine.has_transformer_engine, key, recipe, engine)
-    needed, found = _FP8_COMPUTE_CAPABILITY[recipe], machine.compute_capability
-    if found is not None:
-        require(found >= needed, key, recipe, "compute capability {}.{}, found {}.{}".format(*needed, *found))
-    multiple = FP8_MULTIPLE[recipe]
-    # Experts are not sharded.
-    width = model.get("moe_ffn_hidden_size") or model["ffn_hidden_size"] // config.parallel.tensor_model_parallel_size
-    for name, size in (("hidden size", model["hidden_size"]), ("MLP width per rank", width)):
-        require(size % multiple == 0, key, recipe, f"the model's {name}, {size}, to be a multiple of {multiple}")
-
-
 def _check_tp_comm_overlap(config: Config, model: Mapping[str, Any], machine: Machine) -> None:
     """Userbuffers are Transformer Engine's, have the shape of a microbatch, and know two kinds of FP8 tensors."""
     if not config.parallel.tp_comm_overlap:
@@ -346,17 +318,6 @@ def _check_profiling(config: Config, world_size: int, machine: Machine) -> None:
         traces,
     )
     require(is_placed or not has_history, "record_memory_history", True, "save with it; there is no folder for it")
-
-
-def _check_fp8_weights(config: Config, model: Mapping[str, Any]) -> None:
-    if not config.precision.fp8_param_gather:
-        return
-    for holds, expected in (
-        (config.parallel.use_distributed_optimizer, "use_distributed_optimizer with it, which keeps the fp32 masters"),
-        (config.lora.lora_rank is None, "no lora_rank beside it; frozen weights have no fp32 masters"),
-        (not model.get("num_moe_experts"), "a dense model; FP8 weights of experts are not supported yet"),
-    ):
-        require(holds, "fp8_param_gather", True, expected)
 
 
 def _microbatch_multiple(config: Config) -> int:

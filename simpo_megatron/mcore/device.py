@@ -72,8 +72,16 @@ def machine() -> Machine:
     return Machine(
         has_cuda=has_cuda(),
         has_transformer_engine=has_transformer_engine(),
+        cuda=_cuda_version(),
         compute_capability=torch.cuda.get_device_capability(own_gpu()) if has_cuda() else None,
     )
+
+
+def _cuda_version() -> tuple[int, int] | None:
+    if torch.version.cuda is None:
+        return None
+    major, minor, *_ = torch.version.cuda.split(".")
+    return int(major), int(minor)
 
 
 def own_gpu() -> int:

@@ -157,6 +157,16 @@ def test_a_preset_without_a_model_says_what_its_runs_started_from():
             Machine(has_cuda=True, has_transformer_engine=True, compute_capability=(8, 9)),
             "9.0, found 8.9",
         ),
+        (
+            "blockwise",
+            Machine(has_cuda=True, has_transformer_engine=True, compute_capability=(9, 0), cuda=(12, 8)),
+            "a torch built with CUDA 12.9 or later, found 12.8",
+        ),
+        (
+            "mxfp8",
+            Machine(has_cuda=True, has_transformer_engine=True, compute_capability=(12, 0)),
+            "compute capability below 12.0, found 12.0",
+        ),
     ],
 )
 def test_fp8_is_an_error_where_it_would_silently_not_happen(recipe, machine, expected):
@@ -169,3 +179,21 @@ def test_fp8_is_refused_for_widths_its_kernels_cannot_take():
     assert layout(machine=H100, fp8="blockwise").sequence_multiple == 128
     narrow = refusal(machine=H100, fp8="blockwise", world_size=8, tp=8)
     assert "MLP width per rank, 64" in narrow
+    odd = refusal(machine=H100, fp8="tensorwise", world_size=4, tp=4, model=SMALL | {"kv_channels": 20})
+    assert "query width per rank, 40" in odd
+    # As in DeepSeek-V2-Lite, whose first layer is dense: 10,944 over 8 ranks.
+    moe = SMALL | {"num_moe_experts": 4, "moe_ffn_hidden_size": 1408, "ffn_hidden_size": 10_944}
+    eight = {"machine": H100, "fp8": "tensorwise", "world_size": 8, "tp": 8, "sequence_parallel": True}
+    layout(model=moe, **eight)
+    assert "MLP width per rank, 1368" in refusal(model=moe | {"moe_layer_freq": [0] + [1] * 11}, **eight)
+    assert "shared experts per rank, 88" in refusal(model=moe | {"moe_shared_expert_intermediate_size": 704}, **eight)
+
+
+@pytest.mark.parametrize("module", ["layernorm", "moe_act"])
+def test_delayed_scaling_refuses_recomputed_norms_and_activations(module):
+    moe = SMALL | {"num_moe_experts": 4, "moe_ffn_hidden_size": 64}
+    options = {"recompute": "selective", "recompute_modules": (module,), "world_size": 1, "machine": H100}
+    layout(model=moe, fp8="tensorwise", **options)
+    assert f"recompute_modules: found '{module}', expected another fp8_recipe than delayed" in refusal(
+        model=moe, fp8="delayed", **options
+    )

@@ -66,11 +66,13 @@ def test_weight_gradients_are_added_in_fp32_where_torchs_kernel_takes_it(monkeyp
         assert products.has_wide_products.__wrapped__() is expected, version
 
 
-def test_the_device_of_a_machine_without_cuda():
+def test_the_device_of_a_machine_without_cuda(monkeypatch):
     assert (device.backend(), device.current_device()) == ("gloo", torch.device("cpu"))
     assert device.machine() == Machine(
         has_cuda=False, has_transformer_engine=device.has_transformer_engine(), compute_capability=None
     )
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    assert device.machine().cuda == (12, 8)
     device.require_local_ranks(1000)
 
 
