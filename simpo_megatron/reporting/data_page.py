@@ -9,7 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from simpo_megatron.data.inspection import PARTS, DatasetInspection, ShownPair, histogram
+from simpo_megatron.data.inspection import DatasetInspection, ShownPair, histogram
+from simpo_megatron.data.tokenization import PARTS
 from simpo_megatron.reporting.rendering import render
 
 

@@ -133,7 +133,7 @@ INNER_ROOMS = {
         "store": {"pair_options", "records", "sources", "rendering", "tokenization"},
         "dataset": {"pair_options", "sources", "store", "tokenization"},
         "batching": {"batch_options", "tokenization", "dataset"},
-        "inspection": {"records", "rendering", "store", "dataset"},
+        "inspection": {"records", "rendering", "tokenization", "store", "dataset"},
     },
     "mcore": {
         "expert_choice": set(),

@@ -9,24 +9,23 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from simpo_megatron.data.dataset import PreferenceDataset
+from simpo_megatron.data.inspection.pair_counts import cut_pairs, lost_tokens, unread_column
+from simpo_megatron.data.inspection.shown_pairs import ShownPair
 from simpo_megatron.data.inspection.token_scan import edges, pair_hashes
 from simpo_megatron.data.records import MORE_COMPLETIONS, UNUSABLE_REASONS
 from simpo_megatron.data.rendering import FINDINGS, HARMLESS
-from simpo_megatron.data.store import BuildReport
-from simpo_megatron.errors import listed, visible
+from simpo_megatron.data.tokenization import PARTS
+from simpo_megatron.errors import visible
 
 if TYPE_CHECKING:
     from rich.console import Console
     from transformers import PreTrainedTokenizerBase
 
-PARTS = ("prompt", "chosen", "rejected")
 _STYLES = {"prompt": "dim", "context": "dim", "chosen": "green", "rejected": "red", "cut": "yellow"}
 # If length alone predicts the preference this often, the model may learn length instead of quality.
 LENGTH_BIAS_LIMIT = 0.6
 # A correlation of scores with length above this suggests that scores reward length.
 LENGTH_CORRELATION_LIMIT = 0.4
-_MAX_FORMS = 3
-_MAX_COLUMNS = 8
 
 
 @dataclass(frozen=True)
@@ -46,15 +45,6 @@ class DatasetInspection:
     """Lines under their headings."""
     lengths: np.ndarray
     """int32 [num_pairs, 3]: tokens of prompt, chosen and rejected, those of context left out, for histograms."""
-
-
-@dataclass(frozen=True)
-class ShownPair:
-    """A pair as the model sees it: its place, and its text in pieces."""
-
-    where: str
-    pieces: tuple[tuple[str, str], ...]
-    """(name, text) of each, in order: prompt, chosen, rejected; `context` between the turns of a response; `cut`."""
 
 
 def inspect_dataset(
@@ -80,78 +70,9 @@ def inspect_dataset(
     return DatasetInspection(sections, spoken)
 
 
-def read_as(dataset: PreferenceDataset, name: str = "") -> list[str]:
-    """Returns lines on the forms in which the records were read, and on the columns that were not read."""
-    report = dataset.report
-    forms = "; ".join(
-        form if count == report.forms.total() else f"{form} ({count:,} of {report.forms.total():,})"
-        for form, count in report.forms.most_common(_MAX_FORMS)
-    )
-    lines = [f"read as:  {name}{forms}"] if forms else []
-    if texts := report.extra_texts:
-        shown = listed((_unread(report, key) for key in texts), _MAX_COLUMNS)
-        lines.append(f"WARNING   {name}columns with text that are not read: {shown}")
-    if others := sorted(set(report.extra_keys) - set(texts)):
-        lines.append(f"columns   {name}not read, without text: {listed(others, _MAX_COLUMNS)}")
-    if count := report.notes[MORE_COMPLETIONS]:
-        place = report.place(MORE_COMPLETIONS)
-        lines.append(f"ranked    {name}{count:,} of more than two completions: best and worst taken (first at {place})")
-    return lines
-
-
-def _unread(report: BuildReport, key: str) -> str:
-    return f"{key} (in {report.extra_texts[key]:,}, first at {report.place(key)})"
-
-
-def summary(dataset: PreferenceDataset, name: str = "") -> list[str]:
-    """Returns lines on the records that were used and dropped, and on the tokens that truncation removed."""
-    report, lost = dataset.report, dataset.lost
-    dropped = ", ".join(
-        f"{count:,} {reason} (first at {report.place(reason)})" for reason, count in report.dropped.most_common()
-    )
-    lines = [f"records   {name}{report.num_lines:,}: {report.num_used:,} used, dropped {dropped or 'none'}"]
-    lines += [
-        f"noted     {name}{count:,} {note} (first at {report.place(note)}): {FINDINGS[note]}"
-        for note, count in report.notes.most_common()
-        if note in FINDINGS and note not in HARMLESS
-    ]
-    shares = dataset.shares()
-    if len(shares) > 1:
-        taken = listed((f"{count:,} of {of:,} pairs of {file}" for file, count, of in shares), _MAX_COLUMNS)
-        lines.append(f"files     {name}{taken}")
-    if lost.any():
-        counts = [_cut(dataset, part) for part in range(3)]
-        names = ("prompts", "chosen", "rejected")
-        parts = ", ".join(text.replace(" cut", f" {name}", 1) for text, name in zip(counts, names, strict=True) if text)
-        lines.append(f"cut       {name}{parts}: {_lost(lost, dataset.lengths)}")
-    return lines
-
-
 def num_leaked(dataset: PreferenceDataset, validation: PreferenceDataset) -> int:
     """Returns how many pairs of `validation` have a prompt that `dataset` has too."""
     return int(np.isin(validation.prompt_keys, dataset.prompt_keys).sum())
-
-
-def show_pairs(dataset: PreferenceDataset, tokenizer: PreTrainedTokenizerBase, count: int) -> list[ShownPair]:
-    """Returns `count` pairs, spread evenly over the dataset, decoded from the ids that are trained on."""
-    shown = []
-    for index in np.unique(np.linspace(0, len(dataset) - 1, count).astype(int)).tolist():
-        pair, (name, line) = dataset[index], dataset.where(index)
-        lost = [("cut", f"{count:,} tokens of {part}") if count else None
-                for part, count in zip(PARTS, dataset.lost[index].tolist(), strict=True)]  # fmt: skip
-        pieces = [lost[0], ("prompt", _text(tokenizer, pair.prompt_ids))]
-        for part, (ids, mask), cut in zip(PARTS[1:], pair.responses, lost[1:], strict=True):
-            counts = np.ones(len(ids), bool) if mask is None else mask
-            edges = np.flatnonzero(np.diff(counts)) + 1
-            pieces += [(part if counts[run[0]] else "context", _text(tokenizer, ids[run]))
-                       for run in np.split(np.arange(len(ids)), edges)]  # fmt: skip
-            pieces.append(cut)
-        shown.append(ShownPair(f"{name}:{line}", tuple(piece for piece in pieces if piece)))
-    return shown
-
-
-def _text(tokenizer: PreTrainedTokenizerBase, ids: np.ndarray) -> str:
-    return str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
 
 
 def histogram(lengths: np.ndarray, num_bins: int = 12) -> tuple[np.ndarray, np.ndarray]:
@@ -176,7 +97,7 @@ def _records(dataset: PreferenceDataset) -> list[InspectedRow]:
     rows += [InspectedRow("read as", f"{form}: {count:,}") for form, count in report.forms.most_common()]
     if report.extra_keys:
         rows.append(InspectedRow("columns not read", ", ".join(sorted(report.extra_keys)), bool(report.extra_texts)))
-    rows += [InspectedRow("  with text", _unread(report, key), True) for key in report.extra_texts]
+    rows += [InspectedRow("  with text", unread_column(report, key), True) for key in report.extra_texts]
     if count := report.notes[MORE_COMPLETIONS]:
         place = report.place(MORE_COMPLETIONS)
         text = f"{count:,}, best and worst taken, first at {place}"
@@ -212,21 +133,9 @@ def _truncation(dataset: PreferenceDataset) -> list[InspectedRow]:
     rows = []
     for part, name in enumerate(PARTS):
         lost = dataset.lost[:, part]
-        text = f"{_cut(dataset, part) or '0 cut'}, {_lost(lost, dataset.lengths[:, part])}"
+        text = f"{cut_pairs(dataset, part) or '0 cut'}, {lost_tokens(lost, dataset.lengths[:, part])}"
         rows.append(InspectedRow(name, text, bool((lost > 0).mean() > 0.05)))
     return rows
-
-
-def _cut(dataset: PreferenceDataset, part: int) -> str:
-    """`3 cut (first at pairs:7)`: how many prompts, chosen or rejected responses are; empty for none."""
-    indices = np.flatnonzero(dataset.lost[:, part] > 0)
-    return f"{len(indices):,} cut (first at {dataset.places(indices[:1].tolist(), 1)})" if len(indices) else ""
-
-
-def _lost(lost: np.ndarray, lengths: np.ndarray) -> str:
-    """`lengths` are those that are left."""
-    num_lost = lost.sum(dtype=np.int64)
-    return f"{num_lost:,} tokens lost ({num_lost / max(num_lost + lengths.sum(dtype=np.int64), 1):.1%})"
 
 
 def _length_bias(lengths: np.ndarray) -> list[InspectedRow]:

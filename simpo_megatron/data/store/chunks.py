@@ -22,7 +22,7 @@ from simpo_megatron.data.rendering import FINDINGS
 from simpo_megatron.data.sources import RawRecord, read_raw, source_identity
 from simpo_megatron.data.store.build_report import BuildReport
 from simpo_megatron.data.store.workers import map_in_processes
-from simpo_megatron.data.tokenization import PairTokenizer, leave_out_torch, use_one_thread
+from simpo_megatron.data.tokenization import PARTS, PairTokenizer, leave_out_torch, use_one_thread
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -76,7 +76,7 @@ def encode_chunk(raw: list[RawRecord], path: str, pair_tokenizer: PairTokenizer,
             report.notes[note] += 1
             report.first.setdefault(note, f"{path}:{line}: {note}: {FINDINGS.get(note, note)}")
         if any(encoded.lost):
-            report.notes.update(f"with a cut {name}" for name, lost in zip(_PARTS, encoded.lost, strict=True) if lost)
+            report.notes.update(f"with a cut {name}" for name, lost in zip(PARTS, encoded.lost, strict=True) if lost)
     report.num_used = len(rows)
     _note_dropped(report, bad, path)
     num_bytes = sum(len(item.row) for item in raw if isinstance(item.row, bytes))
@@ -128,9 +128,6 @@ def _pairs(rows: list[tuple]) -> np.ndarray:
     for name, column in zip(PAIR_DTYPE.names or (), zip(*rows, strict=True), strict=False):
         pairs[name] = np.array(column, PAIR_DTYPE[name].base)
     return pairs
-
-
-_PARTS = ("prompt", "chosen", "rejected")
 
 
 def encoded_chunks(

@@ -1,6 +1,7 @@
 """The token ids of a pair: its rendered text encoded, cut where the responses begin, and truncated by one rule."""
 
 from simpo_megatron.data.tokenization.pair_tokenizer import (
+    PARTS,
     EncodedPair,
     PairTokenizer,
     TokenizedPair,
@@ -11,6 +12,7 @@ from simpo_megatron.data.tokenization.pair_tokenizer import (
 from simpo_megatron.data.tokenization.without_torch import leave_out_torch, torch_left_out
 
 __all__ = [
+    "PARTS",
     "EncodedPair",
     "PairTokenizer",
     "TokenizedPair",

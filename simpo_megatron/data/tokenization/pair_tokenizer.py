@@ -37,6 +37,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+PARTS = ("prompt", "chosen", "rejected")
+"""The texts of a pair, in the order in which its ids, lengths and cut tokens are listed."""
+
 _LONGEST_SPECIAL = 1000
 
 
