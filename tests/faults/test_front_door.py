@@ -99,7 +99,7 @@ def test_a_killed_rank_ends_the_run_the_same_command_continues_it_and_its_ranks_
         wait_for_steps(tmp_path, job, steps + 2)
         ranks = psutil.Process(job.pid).children()
         job.kill()
-        _, alive = psutil.wait_procs(ranks, timeout=15)
+        _, alive = psutil.wait_procs(ranks, timeout=60)
         for rank in alive:
             rank.kill()
         assert len(ranks) == 2 and alive == []

@@ -60,7 +60,7 @@ def folder(tmp_path_factory):
         "probe_memory": False,
     }
     runs = json.loads(json.dumps(RUNS).replace("EXPORT", str(folder / "export")))
-    runs = [{**run, "options": {**options, **run["options"]}, "grace_seconds": 20} for run in runs]
+    runs = [{**run, "options": {**options, **run["options"]}, "grace_seconds": 60} for run in runs]
     (folder / "runs.json").write_text(json.dumps(runs))
     run_ranks(WORKER, 1, str(folder), timeout=400)
     return folder

@@ -104,7 +104,7 @@ def test_workers_end_with_a_parent_that_was_killed():
     assert len(processes) >= 2
     parent.kill()
     parent.wait()
-    _, alive = psutil.wait_procs(processes, timeout=10)
+    _, alive = psutil.wait_procs(processes, timeout=60)
     for process in alive:
         process.kill()
     assert alive == []
