@@ -231,10 +231,21 @@ def _was_abandoned(draft: Path) -> bool:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         # It is held meanwhile, so that who made the draft a moment ago does not begin in it.
         shutil.rmtree(draft, ignore_errors=True)
-    except OSError:
-        return False
+    except OSError as error:
+        # Where the file system has no such lock, the file is one, with its process in it, which filelock looks for.
+        return error.errno == errno.ENOSYS and _was_left_by_a_dead_process(draft)
     finally:
         os.close(descriptor)
+    return True
+
+
+def _was_left_by_a_dead_process(draft: Path) -> bool:
+    try:
+        held = lock(draft / LOCK_FILE)
+    except OSError:
+        return False
+    shutil.rmtree(draft, ignore_errors=True)
+    held.release()
     return True
 
 

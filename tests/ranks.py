@@ -121,6 +121,11 @@ def _end_with_parent() -> None:
     os.killpg(0, signal.SIGKILL)
 
 
+def within(seconds: float) -> float:
+    """The time for what takes at most `seconds` where each process has a core: tests beside this one have some, too."""
+    return seconds * max(2.0, os.getloadavg()[0] / len(os.sched_getaffinity(0)))
+
+
 def python_output(*command: str, timeout: float = 400.0) -> str:
     """The output of `python COMMAND` in the repository's folder, an error unless it ends well."""
     done = subprocess.run(

@@ -88,6 +88,8 @@ class Run:
     """Seconds in which ranks must end by themselves after one has failed; torchrun gives 30."""
     vanish: list | None = None
     """[rank, n]: that rank removes the run's folder at the start of its nth step."""
+    read_only: list | None = None
+    """[rank, n]: that rank makes the run's folder a read-only file system at the start of its nth step, as root."""
     by_command: bool = False
     """Through the command line, which prints errors and turns them into exit codes."""
     folders: list | None = None
@@ -139,6 +141,8 @@ def do(run: Run, folder: Path) -> None:
         injections.flip_byte(folder / run.name / run.flip)
     if run.rename:
         injections.rename_tensor(folder / run.name / run.rename[0], *run.rename[1:])
+    if run.read_only:
+        injections.mount_for_this_process_alone()
     started = time.monotonic()
     outcome = start(run, folder)
     seconds = time.monotonic() - started
@@ -231,6 +235,8 @@ def fork_rank(rank: int, run: Run, folder: Path) -> int:
             injections.signal_store_at_step(*run.signal_store)
         if run.vanish and run.vanish[0] == rank:
             injections.remove_at_step(run.vanish[1], Path(run.options["save"]))
+        if run.read_only and run.read_only[0] == rank:
+            injections.make_read_only_at_step(run.read_only[1], Path(run.options["save"]))
         if run.file_limit and run.file_limit[0] == rank:
             resource.setrlimit(resource.RLIMIT_FSIZE, (run.file_limit[1], run.file_limit[1]))
         if run.memory_limit and run.memory_limit[0] == rank:

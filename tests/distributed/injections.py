@@ -5,6 +5,7 @@ To be imported after `cpu_patches.install()`.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import pickle
@@ -15,8 +16,10 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -28,6 +31,8 @@ from simpo_megatron.errors import SimPOError
 from simpo_megatron.training import loop
 from simpo_megatron.training.peers.watchdog import Watchdog
 from simpo_megatron.training.step import passes as step
+
+_CLONE_NEWNS = 0x20000
 
 
 def record_pairs(path: Path) -> None:
@@ -196,16 +201,36 @@ def signal_store_at_step(nth: int, name: str, with_rank: bool = False) -> None:
 
 
 def remove_at_step(nth: int, folder: Path) -> None:
+    do_at_step(nth, lambda: shutil.rmtree(folder))
+
+
+def mount_for_this_process_alone() -> None:
+    """What this process and its children mount from now on, nobody else sees; for root."""
+    if ctypes.CDLL(None, use_errno=True).unshare(_CLONE_NEWNS):
+        raise OSError(ctypes.get_errno(), "unshare")
+    subprocess.run(["mount", "--make-rprivate", "/"], check=True)
+
+
+def make_read_only_at_step(nth: int, folder: Path) -> None:
+    def mount() -> None:
+        # Over the folder: where a file of it is open to be written, as the metrics are, it cannot become read-only.
+        subprocess.run(["mount", "--bind", str(folder), str(folder)], check=True)
+        subprocess.run(["mount", "-o", "remount,ro,bind", str(folder)], check=True)
+
+    do_at_step(nth, mount)
+
+
+def do_at_step(nth: int, work: Callable[[], Any]) -> None:
     train_step, count = loop.train_step, 0
 
-    def removed(*arguments):
+    def stepped(*arguments):
         nonlocal count
         count += 1
         if count == nth:
-            shutil.rmtree(folder)
+            work()
         return train_step(*arguments)
 
-    loop.train_step = removed
+    loop.train_step = stepped
 
 
 def limit_memory(num_bytes: int) -> None:

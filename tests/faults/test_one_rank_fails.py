@@ -12,7 +12,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from ranks import run_ranks
+from ranks import run_ranks, within
 from safetensors import safe_open
 from safetensors.torch import save_file
 from small_runs import small_run
@@ -268,9 +268,7 @@ def test_all_ranks_end_and_the_cause_is_named(folder, name):
     assert outcome["codes"] == codes, logs
     limit = what.get("options", {}).get("distributed_timeout_seconds_after_init", 0)
     ends = [seconds for seconds, code in zip(outcome["since_phase"], codes, strict=True) if code != KILLED]
-    # The promise is 15 s for ranks that need not wait for a core; tests beside this one have ranks, too.
-    crowd = max(2.0, os.getloadavg()[0] / len(os.sched_getaffinity(0)))
-    assert max(ends) < limit + 15 * crowd, "the last phase began before whatever went wrong"
+    assert max(ends) < limit + within(15), "the last phase began before whatever went wrong"
     for rank, pattern in expected.items():
         said = "\n".join(logs) if rank is None else logs[rank]
         assert re.search(pattern, said, re.MULTILINE), said[-3000:]

@@ -72,10 +72,11 @@ def test_an_error_on_one_rank_is_one_line_with_its_place_and_torchrun_reports_it
     )
 
 
-def test_a_signal_to_torchrun_leaves_a_whole_checkpoint_of_the_last_whole_step(tmp_path, cache):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_to_torchrun_leaves_a_whole_checkpoint_of_the_last_whole_step(number, tmp_path, cache):
     job = start(tmp_path, cache, "--train-iters", "500", "--save", str(tmp_path / "run"))
     wait_for_steps(tmp_path, job)
-    job.send_signal(signal.SIGTERM)
+    job.send_signal(number)
     finish(job, 120)
     metrics = tmp_path / "run" / "metrics.jsonl"
     num_steps = metrics.read_text().count("grad_norm")
@@ -83,7 +84,7 @@ def test_a_signal_to_torchrun_leaves_a_whole_checkpoint_of_the_last_whole_step(t
     assert committed.name == f"iter_{num_steps:07d}" and num_steps < 500
     assert (committed / "COMMIT.json").is_file()
     said = re.findall("^STOPPED simpo_megatron.*", (tmp_path / "err").read_text(), re.MULTILINE)
-    assert f"SIGTERM: stopped after step {num_steps}, saved in" in said[0]
+    assert f"{number.name}: stopped after step {num_steps}, saved in" in said[0]
     # Once when it is so, and once more after the pages that torchrun prints.
     deadline = time.monotonic() + 60
     while (tmp_path / "err").read_text().splitlines()[-1] != said[0]:

@@ -1,5 +1,7 @@
 """The store and the dataset: megatron reads the files, nothing is built twice or half, splits hold."""
 
+import errno
+import fcntl
 import json
 import os
 import random
@@ -309,6 +311,29 @@ def test_drafts_of_one_folder_never_take_each_other_for_abandoned(tmp_path, dela
             list(pool.map(make, [tmp_path / f"{number}"] * 4))
     assert {path.name for path in tmp_path.iterdir()} == set(map(str, range(40)))
     assert {path.name for path in tmp_path.glob("*/*")} == {"file"}
+
+
+@pytest.mark.processes
+@pytest.mark.filterwarnings("ignore:flock not supported on this filesystem")
+def test_where_there_is_no_flock_a_draft_of_a_dead_process_goes_and_that_of_a_living_one_stays(tmp_path, monkeypatch):
+    def flock(*_):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    path = tmp_path / "folder"
+    with pytest.raises(BlockingIOError), atomic.new_folder(path), atomic.new_folder(path):
+        pass
+    assert list(tmp_path.iterdir()) == []
+    process = os.fork()
+    if process == 0:
+        making = atomic.new_folder(path)
+        making.__enter__()
+        os._exit(0)
+    os.waitpid(process, 0)
+    assert len(list(tmp_path.iterdir())) == 1
+    with atomic.new_folder(path):
+        pass
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_a_folder_that_was_made_anew_is_not_removed_for_the_one_before(tmp_path):
