@@ -205,7 +205,7 @@ def remove_at_step(nth: int, folder: Path) -> None:
 
 
 def mount_for_this_process_alone() -> None:
-    """What this process and its children mount from now on, nobody else sees; for root."""
+    """Hide from all others what this process and its children mount from now on; for root."""
     if ctypes.CDLL(None, use_errno=True).unshare(_CLONE_NEWNS):
         raise OSError(ctypes.get_errno(), "unshare")
     subprocess.run(["mount", "--make-rprivate", "/"], check=True)
