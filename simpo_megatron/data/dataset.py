@@ -104,12 +104,13 @@ class PreferenceDataset:
 
 def build_preference_dataset(
     files: Sequence[str | float | Mapping[str, Any]],
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | None,
     options: PairOptions,
     cache_dir: str | Path,
     *,
     build: bool = True,
     num_workers: int = 0,
+    tokenizer_digest: str = "",
 ) -> PreferenceDataset:
     """Returns the pairs of `files` (see `parse_sources`), tokenised once and kept under `cache_dir`.
 
@@ -117,10 +118,16 @@ def build_preference_dataset(
     an epoch takes a share of each file and repeats no pair: the smallest file for its weight gives all its pairs, the
     others as many as the weights allow, chosen by hash.
 
+    Args:
+        tokenizer: None with `build=False`, where its digest is known.
+        tokenizer_digest: that of `digest_of_tokenizer`, where it is known.
+
     Raises: ConfigError: wrong files or weights; DataError: an error in a file.
     """
     sources = parse_sources(files)
-    digest = digest_of_tokenizer(tokenizer, options)
+    if not tokenizer_digest:
+        assert tokenizer is not None, "its digest is not known"
+        tokenizer_digest = digest_of_tokenizer(tokenizer, options)
     groups = [
         [
             open_store(
@@ -130,7 +137,7 @@ def build_preference_dataset(
                 str(cache_dir),
                 build=build,
                 num_workers=num_workers,
-                tokenizer_digest=digest,
+                tokenizer_digest=tokenizer_digest,
             )
             for file in files_of(source.path)
         ]

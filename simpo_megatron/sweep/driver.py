@@ -15,7 +15,6 @@ import torch.distributed as dist
 from simpo_megatron.atomic import remove_folder
 from simpo_megatron.checkpoint import manifest
 from simpo_megatron.config import num_train_iters
-from simpo_megatron.data import load_tokenizer
 from simpo_megatron.errors import ConfigError, NumericsError, StoppedByMonitor, StoppedBySignal, visible
 from simpo_megatron.ranks import on_first_rank, raise_on_all_ranks
 from simpo_megatron.sweep.comparison import Ranking, compare
@@ -29,6 +28,7 @@ from simpo_megatron.training.loop import run_in
 from simpo_megatron.training.peers.consistency import check_same
 from simpo_megatron.training.session import LONG_SECONDS, Session, open_session
 from simpo_megatron.training.start.run_plan import plan_run
+from simpo_megatron.training.start.run_tokenizer import share_tokenizer
 from simpo_megatron.training.start.setup import load_data
 
 _POLL_SECONDS = 5.0
@@ -75,7 +75,7 @@ class _Driver:
         if self._sweep.halving is None:
             return 0
         config, sources = self._sweep.base, self._session.plan.sources
-        train_data, _ = load_data(config, sources, load_tokenizer(sources.tokenizer))
+        train_data, _ = load_data(config, sources, share_tokenizer(sources.tokenizer, config.pairs))
         return num_train_iters(config, len(train_data))
 
     def run(self) -> StoppedBySignal | None:

@@ -159,7 +159,7 @@ class Monitors:
             end_ids=self._prompts.end_ids,
             vocab_size=self._job.plan.description.vocab_size,
         )
-        decode = self._job.tokenizer.decode
+        decode = self._job.tokenizer.loaded.decode
         texts = (map(decode, ids) for ids in (self._prompts.ids, samples))
         self.samples = list(zip(*texts, strict=True))
         share, limit = fmean(map(repetition, samples)), self._settings.max_repetition

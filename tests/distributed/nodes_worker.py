@@ -15,22 +15,24 @@ import torch.distributed as dist
 
 from simpo_megatron.checkpoint.model_source import ModelSource
 from simpo_megatron.config import config_from
-from simpo_megatron.data import load_tokenizer
 from simpo_megatron.errors import DataError
 from simpo_megatron.mcore import cpu_patches
 from simpo_megatron.training.start.inputs import Sources
+from simpo_megatron.training.start.run_tokenizer import share_tokenizer
 from simpo_megatron.training.start.setup import load_data
 
 cpu_patches.install()
 
 
-def load(cache: Path, file: str, local_rank: str) -> tuple[str, int, list[str]]:
-    """(fingerprint, pairs, stores that this rank sees) of `file` with its tokens in `cache`."""
+def load(cache: Path, file: str, local_rank: str) -> tuple[str, int, list[str], bool]:
+    """(fingerprint, pairs, stores that this rank sees, whether it read the tokenizer) of `file` with this `cache`."""
     os.environ["LOCAL_RANK"] = local_rank
     config = config_from(model=str(folder / "model"), data=(file,), data_cache=str(cache))
     sources = Sources(model_source=ModelSource(folder / "model"), train=(file,), valid={})
-    dataset, _ = load_data(config, sources, load_tokenizer(folder / "model"))
-    return dataset.fingerprint, len(dataset), sorted(path.name for path in (cache / "pairs").iterdir())
+    tokenizer = share_tokenizer(folder / "model", config.pairs)
+    dataset, _ = load_data(config, sources, tokenizer)
+    stores = sorted(path.name for path in (cache / "pairs").iterdir())
+    return dataset.fingerprint, len(dataset), stores, "loaded" in vars(tokenizer)
 
 
 def refusal(cache: Path, file: str) -> str:

@@ -22,9 +22,10 @@ def test_each_node_builds_its_own_store_or_sees_the_one_of_rank_0(tmp_path):
     run_ranks(WORKER, 3, str(tmp_path), timeout=120)
     found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(3)]
     apart = [rank["apart"] for rank in found]
-    assert {(fingerprint, count) for fingerprint, count, _ in apart} == {(apart[0][0], 5)}
+    assert {(fingerprint, count) for fingerprint, count, *_ in apart} == {(apart[0][0], 5)}
     assert len(apart[0][2]) == len(apart[1][2]) == 1 and apart[1][2] == apart[2][2] != apart[0][2]
-    shared = [rank["shared"] for rank in found]
+    assert [rank["apart"][3] for rank in found] == [True, True, False], "ranks that have read the tokenizer"
+    shared = [rank["shared"][:3] for rank in found]
     assert shared[0] == shared[1] == shared[2] and len(shared[0][2]) == 1
     # A rank whose folder its node's first rank did not write in: told what to share, not that a file changed.
     for rank in found:

@@ -15,7 +15,7 @@ from data_tokenizers import llama_like
 from simpo_megatron.checkpoint.model_source import ModelSource
 from simpo_megatron.commands import inspect
 from simpo_megatron.config import load_config
-from simpo_megatron.data import PairOptions, build_preference_dataset, load_tokenizer
+from simpo_megatron.data import PairOptions, build_preference_dataset
 from simpo_megatron.data.inspection import (
     histogram,
     inspect_dataset,
@@ -27,6 +27,7 @@ from simpo_megatron.data.inspection import (
 )
 from simpo_megatron.data.rendering import FINDINGS, HARMLESS
 from simpo_megatron.training.start import introduction, setup
+from simpo_megatron.training.start.run_tokenizer import RunTokenizer
 
 ROOT = Path(__file__).parents[2]
 TOOL = ROOT / "tools" / "inspect_data.py"
@@ -166,10 +167,12 @@ def test_a_tokenizer_without_a_template_is_told(tmp_path, capsys):
     for options, is_told in (([], True), (["--chat-template", "none"], False)):
         assert inspect.main([*told, *options]) == 0
         assert ("none in the tokenizer: prompt and response" in capsys.readouterr().out) == is_told
-        lines = introduction._describe_template(load_config([*told, *options]), SimpleNamespace(tokenizer=tokenizer))
+        of_run = RunTokenizer(tmp_path / "model", load_config([*told, *options]).pairs)
+        lines = introduction._describe_template(SimpleNamespace(tokenizer=of_run))
         assert [line[:34] for line in lines] == ["WARNING   chat_template: found none"[:34]] * is_told
-    lines = introduction._describe_template(load_config(told), SimpleNamespace(tokenizer=llama_like()))
-    assert lines == []
+    llama_like().save_pretrained(tmp_path / "model")
+    of_run = RunTokenizer(tmp_path / "model", load_config(told).pairs)
+    assert introduction._describe_template(SimpleNamespace(tokenizer=of_run)) == []
 
 
 @pytest.mark.processes
@@ -228,7 +231,7 @@ def test_an_inspection_and_a_run_give_the_same_numbers(tmp_path, capsys, monkeyp
     told += ["--bad-record", "skip", "--max-bad-fraction", "0.9"]
     config = load_config(told)
     sources = setup.Sources(model_source=ModelSource(tmp_path / "model"), train=config.data.data, valid={})
-    of_run, _ = setup.load_data(config, sources, load_tokenizer(tmp_path / "model"))
+    of_run, _ = setup.load_data(config, sources, RunTokenizer(tmp_path / "model", config.pairs))
     run = read_as(of_run) + summary(of_run)
 
     assert inspect.main(told) == 0

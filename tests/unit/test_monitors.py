@@ -177,7 +177,7 @@ def test_repetition_is_told_only_where_there_is_more_than_before_training(monkey
     monkeypatch.setattr(f"{module}.greedy_samples", lambda *_, **__: [samples.pop(0)])
     working = job()
     working.trainer.groups = None
-    working.tokenizer = SimpleNamespace(decode=str)
+    working.tokenizer = SimpleNamespace(loaded=SimpleNamespace(decode=str))
     working.plan = SimpleNamespace(description=SimpleNamespace(vocab_size=9))
     config = config_from(model="m", repetition_prompts=1, max_repetition=0.5)
     watching = Monitors(config, working, Start())

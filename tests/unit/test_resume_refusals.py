@@ -4,6 +4,7 @@ import copy
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from tokenizers import Tokenizer
 
 from simpo_megatron.config import config_from
 from simpo_megatron.data import PairOptions, build_preference_dataset
+from simpo_megatron.data.store import digest_of_tokenizer
 from simpo_megatron.errors import CheckpointError
 from simpo_megatron.mcore import cpu_patches
 from simpo_megatron.mcore.families import describe_hf_model
@@ -81,7 +83,8 @@ def describe(folder: Path, *, model=None, tokenizer=None, pairs=None, **options)
     config = config_from(model=str(folder), data=(str(folder / "pairs.jsonl"),), **{**OPTIONS, **options})
     tokenizer = tokenizer or llama_like()
     data = build_preference_dataset([str(folder / "pairs.jsonl")], tokenizer, PairOptions(), folder / "cache")
-    job = Job(Plan(describe_hf_model(folder)), tokenizer, data, config.optimizer.train_iters, None)
+    of_run = SimpleNamespace(facts=SimpleNamespace(digest=digest_of_tokenizer(tokenizer, config.pairs)))
+    job = Job(Plan(describe_hf_model(folder)), of_run, data, config.optimizer.train_iters, None)
     return resume.describe_run(config, job)
 
 

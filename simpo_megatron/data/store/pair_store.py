@@ -118,7 +118,7 @@ class PairStore:
 
 def open_store(
     path: str,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | None,
     options: PairOptions,
     cache_dir: str,
     *,
@@ -132,20 +132,25 @@ def open_store(
     this format and the way records are read are all unchanged, and all its bytes are as they were built; a damaged
     one is built anew. `build=False`, for the ranks that come after the one that built, never writes and trusts what
     that one has verified. `num_workers` processes tokenise; 0 takes one for every 16 MiB, up to the number of cores.
-    `tokenizer_digest` is that of `digest_of_tokenizer`, which takes a third of a second, where it is known.
+    `tokenizer_digest` is that of `digest_of_tokenizer`, which takes up to a second, where it is known; with it,
+    `build=False` needs no tokenizer.
 
     Raises: DataError for a bad record (`file:line`), a file without a single pair, a missing store with
     `build=False`, or a cache that cannot be written.
     """
+    if not tokenizer_digest:
+        assert tokenizer is not None, "its digest is not known"
+        tokenizer_digest = digest_of_tokenizer(tokenizer, options)
     identity = {
         "format": FORMAT_VERSION,
         "reading": READING_VERSION,
         "source": source_identity(path),
         "options": _identity_of(options),
-        "tokenizer": tokenizer_digest or digest_of_tokenizer(tokenizer, options),
+        "tokenizer": tokenizer_digest,
     }
     folder = Path(cache_dir) / f"{_safe_name(path)}-{_digest(identity)[:16]}"
     if build:
+        assert tokenizer is not None, "there is nothing to tokenise with"
         return _opened(folder) or _build_store(folder, path, tokenizer, options, num_workers, identity)
     if not folder.exists():
         raise DataError(

@@ -6,7 +6,6 @@ An error on one rank is raised on all.
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -28,7 +27,6 @@ from simpo_megatron.checkpoint.verification import read_verified
 from simpo_megatron.config import Config
 from simpo_megatron.config.optimizer_section import OptimizerConfig
 from simpo_megatron.config.sections import OBJECTIVES
-from simpo_megatron.data.tokenization import tokenizer_identity
 from simpo_megatron.errors import CheckpointError, listed
 from simpo_megatron.mcore.hf import hub_name
 from simpo_megatron.ranks import on_first_rank, raise_on_all_ranks
@@ -182,14 +180,13 @@ def _tidy(save: Path, checkpoint: Checkpoint | None) -> list[str]:
 def describe_run(config: Config, job: Job) -> dict[str, Any]:
     """The facts of a run as JSON values: those that a resume compares, the layout, and all options."""
     description, options = job.plan.description, config.flat()
-    identity = json.dumps(tokenizer_identity(job.tokenizer, config.pairs), sort_keys=True)
     training = ("hidden_dropout", "attention_dropout", "lora_dropout", "global_batch_size", "seed")
     schedule = {key: value for key, value in asdict(config.optimizer).items() if key != "epochs"}
     facts = {
         "model": {**model_facts(description), **_describe_adapters(config, job)},
         "precision": {key: options[key] for key in ("bf16", "use_distributed_optimizer")},
         "inputs": {
-            "tokenizer": manifest.hash_text(identity),
+            "tokenizer": job.tokenizer.facts.digest,
             "data": job.train_data.fingerprint,
             "num_pairs": len(job.train_data),
             "reference_model": job.reference_model,

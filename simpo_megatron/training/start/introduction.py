@@ -10,7 +10,6 @@ from simpo_megatron.config import Config, changed_options, lint, to_text
 from simpo_megatron.convert import trained_share
 from simpo_megatron.data import padding_share
 from simpo_megatron.data.inspection import num_leaked, read_as, summary
-from simpo_megatron.data.rendering import lacks_template
 from simpo_megatron.mcore import device
 from simpo_megatron.mcore.families import ModelDescription
 from simpo_megatron.mcore.layers import load_balancing_coefficient, times_transformers
@@ -52,7 +51,7 @@ def describe_job(config: Config, job: Job) -> list[str]:
         f"objective {config.objective.title}: {config.objective.describe()}",
         f"pairs     {len(job.train_data):,} to train on, "
         + (", ".join(validation) or "none for validation to tell whether it learns"),
-        *_describe_template(config, job),
+        *_describe_template(job),
         *_describe_files(job),
         *_load_balancing(config, job),
         f"ranks     {dist.get_world_size()} ({device.backend()}): tp {sizes.tensor} x pp {sizes.pipeline} x cp "
@@ -99,8 +98,8 @@ def _padding(job: Job) -> str:
     return f"; microbatches are padded to {of}, {share:.1%} of all tokens"
 
 
-def _describe_template(config: Config, job: Job) -> list[str]:
-    if not lacks_template(job.tokenizer, config.pairs):
+def _describe_template(job: Job) -> list[str]:
+    if not job.tokenizer.facts.lacks_template:
         return []
     return [
         "WARNING   chat_template: found none in the tokenizer, so prompt and response are joined as they are; give one "

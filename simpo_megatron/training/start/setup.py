@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel
@@ -20,8 +19,6 @@ from simpo_megatron.data import (
     build_preference_dataset,
     check_batches,
     check_vocabulary,
-    chosen_template,
-    load_tokenizer,
     split,
 )
 from simpo_megatron.mcore.lora import redraw_adapters
@@ -31,11 +28,9 @@ from simpo_megatron.parallel import ParallelGroups
 from simpo_megatron.ranks import build_on_first_ranks, raise_on_all_ranks
 from simpo_megatron.training.start.inputs import Sources, cache_folder, hashes_file
 from simpo_megatron.training.start.run_plan import RunPlan
+from simpo_megatron.training.start.run_tokenizer import RunTokenizer, share_tokenizer
 from simpo_megatron.training.start.start_times import end_phase
 from simpo_megatron.training.step import Trainer, batch_options
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +38,7 @@ class Job:
     """A run, ready to step."""
 
     plan: RunPlan
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: RunTokenizer
     train_data: PreferenceDataset
     valid_data: Mapping[str, PreferenceDataset]
     """Validation pairs by the name of their set, "" for the only one that has none; the best checkpoint, the curves and
@@ -63,7 +58,7 @@ class Job:
 class WarmPieces:
     """The pieces of a run that a next one of the same model, pairs and layout takes over."""
 
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: RunTokenizer
     train_data: PreferenceDataset
     valid_data: Mapping[str, PreferenceDataset]
     model: list[PreferenceGPTModel]
@@ -73,7 +68,7 @@ class WarmPieces:
 
 
 def load_data(
-    config: Config, sources: Sources, tokenizer: PreTrainedTokenizerBase
+    config: Config, sources: Sources, tokenizer: RunTokenizer
 ) -> tuple[PreferenceDataset, dict[str, PreferenceDataset]]:
     """(training pairs, validation pairs by the name of their set), tokenised unless the cache has them.
 
@@ -85,7 +80,15 @@ def load_data(
 
     def load(files: Sequence[str]) -> PreferenceDataset:
         return build_on_first_ranks(
-            lambda build: build_preference_dataset(files, tokenizer, config.pairs, cache, build=build)
+            lambda build: build_preference_dataset(
+                files,
+                tokenizer.loaded if build else None,
+                config.pairs,
+                cache,
+                build=build,
+                # A rank that may tokenise, on another machine, goes by the files that it has.
+                tokenizer_digest=(tokenizer.own_facts if build else tokenizer.facts).digest,
+            )
         )
 
     train_data = load(sources.train)
@@ -118,11 +121,11 @@ def build_job(
     """
     sources, description, layout = plan.sources, plan.description, plan.layout
     if warm is None:
-        tokenizer = load_tokenizer(sources.tokenizer)
+        tokenizer = share_tokenizer(sources.tokenizer, config.pairs)
         train_data, valid_data = load_data(config, sources, tokenizer)
     else:
         tokenizer, train_data, valid_data = warm.tokenizer, warm.train_data, dict(warm.valid_data)
-    options = batch_options(config, layout, _pad_id(tokenizer))
+    options = batch_options(config, layout, tokenizer.facts.pad_id)
     for dataset in (train_data, *valid_data.values()):
         check_vocabulary(dataset, description.vocab_size)
     train_iters = num_train_iters(config, len(train_data))
@@ -156,7 +159,7 @@ def build_job(
         trainer=trainer,
         train_iters=train_iters,
         eval_interval=steps_between_evaluations(config, len(train_data)),
-        chat_template=chosen_template(tokenizer, config.pairs),
+        chat_template=tokenizer.facts.chat_template,
     )
 
 
@@ -228,8 +231,3 @@ def build_trainer(
         batch_options=options,
         layout=layout,
     )
-
-
-def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """An id for padding. Any id will do: no response token attends to padding, and no metric counts it."""
-    return next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)
