@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from simpo_megatron.config.lora_section import LORA_PARTS
 from simpo_megatron.errors import ConfigError
 from simpo_megatron.nemo.rules import Asked, Different, Only, Rule, Translated
 from simpo_megatron.nemo.translations import each
@@ -43,8 +44,8 @@ def megatron_lora(switch: str, prefix: str, example: str) -> dict[str, Rule]:
             raise ConfigError(f"found {prefix}dropout {dropout} and position post, expected pre: before the adapter")
         targets = asked.get(f"{prefix}target_modules")
         settings = {
-            "lora_rank": asked.get(f"{prefix}dim") or _BY_DEFAULT,
-            "lora_alpha": asked.get(f"{prefix}alpha") or _BY_DEFAULT,
+            "lora_rank": _or(_BY_DEFAULT, asked.get(f"{prefix}dim")),
+            "lora_alpha": _or(_BY_DEFAULT, asked.get(f"{prefix}alpha")),
             "lora_dropout": dropout,
         }
         if targets == []:  # peft/module_matcher.py of Megatron-Bridge
@@ -68,15 +69,18 @@ def nemo1_lora(prefix: str) -> dict[str, Rule]:
         if asked.get(f"{tuning}adapter_dropout"):
             raise ConfigError(f"found {tuning}adapter_dropout above 0, expected 0: NeMo 1 drops what leaves an adapter")
         named = asked.get(f"{tuning}target_modules") or ["attention_qkv"]
+        if not isinstance(named, list):
+            raise ConfigError(f"found {named!r} as {tuning}target_modules, expected a list of {', '.join(_LAYERS)}")
         unknown = [name for name in named if name not in _LAYERS]
         if unknown:
             raise ConfigError(f"found {unknown[0]!r} in {tuning}target_modules, expected {', '.join(_LAYERS)}")
-        rank = asked.get(f"{tuning}adapter_dim") or _BY_DEFAULT
-        return {
-            "lora_rank": rank,
-            "lora_alpha": asked.get(f"{tuning}alpha") or rank,
-            "lora_targets": [layer for name in named for layer in _LAYERS[name]],
-        }
+        layers = [layer for name in named for layer in _LAYERS[name]]
+        if (variant := asked.get(f"{tuning}variant")) == "canonical":
+            layers = [part for layer in layers for part in LORA_PARTS.get(layer, (layer,))]
+        elif variant not in (None, "nemo"):
+            raise ConfigError(f"found {variant!r} as {tuning}variant, expected nemo or canonical")
+        rank = _or(_BY_DEFAULT, asked.get(f"{tuning}adapter_dim"))
+        return {"lora_rank": rank, "lora_alpha": _or(rank, asked.get(f"{tuning}alpha")), "lora_targets": layers}
 
     return {
         f"{prefix}peft_scheme": Translated(adapters, _OPTIONS, (f"{prefix}*",), "lora"),
@@ -85,6 +89,11 @@ def nemo1_lora(prefix: str) -> dict[str, Rule]:
         f"{tuning}weight_tying": Only((False,), "layers do not share adapters"),
         **each(prefix, "restore_from_ckpt.*", Only((None,), "adapters are not read from NeMo's checkpoints")),
     }
+
+
+def _or(default: int, value: Any) -> Any:
+    """`value`, 0 among others, which an option refuses, or `default` where there is none."""
+    return default if value is None else value
 
 
 def _require_lora(value: Any) -> None:

@@ -34,6 +34,13 @@ _OF_FP8: tuple[str, ...] = (
     "fp8_amax_history_len",
 )
 _OF_FP8 += ("fp8_amax_compute_algo", "reduce_amax")
+# Values that are those of the recipe here: `simpo_megatron.mcore.precision` passes them to megatron-core.
+_DELAYED = {
+    "fp8_margin": (None, 0),
+    "fp8_interval": (None, 1),
+    "fp8_amax_history_len": (None, 1024),
+    "fp8_amax_compute_algo": (None, "max"),
+}
 _IDLE = (0, 1, 1024, True, False, "most_recent", "max")
 
 
@@ -77,10 +84,13 @@ def _betas(value: Any, asked: Asked) -> dict[str, Any]:
 def _fp8(value: Any, asked: Asked) -> dict[str, Any] | Different | str:
     if not value:
         return "no FP8"
-    settings = {"fp8_recipe": "delayed"}
+    settings = {"fp8_recipe": "delayed"} | ({"fp8_param_gather": True} if asked.get("model.fp8_params") else {})
+    others = [f"{name} {found}" for name, here in _DELAYED.items() if (found := asked.get(f"model.{name}")) not in here]
     if asked.get("model.fp8_e4m3"):
-        return Different("fp8_e4m3 there; the delayed recipe here is hybrid", settings)
-    return settings
+        others.insert(0, "fp8_e4m3")
+    if not others:
+        return settings
+    return Different(f"{', '.join(others)} there; the delayed recipe here is hybrid, of a history of 1024", settings)
 
 
 def _columns(value: Any, asked: Asked) -> dict[str, Any] | str:
@@ -111,11 +121,11 @@ _TRAINER: Mapping[str, Rule] = {
     "trainer.max_epochs": to.EPOCHS,
     "trainer.dpo.max_steps": to.TRAIN_ITERS,
     "trainer.dpo.max_epochs": to.EPOCHS,
-    "trainer.gradient_clip_val": "clip_grad",
-    "trainer.dpo.gradient_clip_val": "clip_grad",
+    "trainer.gradient_clip_val": to.clip_of("trainer.dpo.gradient_clip_val"),
+    "trainer.dpo.gradient_clip_val": to.clip_of("trainer.gradient_clip_val"),
     "trainer.log_every_n_steps": "log_interval",
-    "trainer.val_check_interval": to.EVAL_INTERVAL,
-    "trainer.dpo.val_check_interval": to.EVAL_INTERVAL,
+    "trainer.val_check_interval": to.VAL_CHECK_INTERVAL,
+    "trainer.dpo.val_check_interval": to.VAL_CHECK_INTERVAL,
     "trainer.dpo.save_interval": "save_interval",
     "trainer.accumulate_grad_batches": Only((1,), "the batch sizes decide how gradients accumulate"),
     **to.every_batch("trainer.dpo.limit_train_batches"),

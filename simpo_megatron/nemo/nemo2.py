@@ -37,10 +37,10 @@ _TRAINER: dict[str, Rule] = {
     "trainer.max_steps": to.TRAIN_ITERS,
     "trainer.max_epochs": to.EPOCHS,
     "trainer.log_every_n_steps": "log_interval",
-    "trainer.val_check_interval": to.EVAL_INTERVAL,
+    "trainer.val_check_interval": to.VAL_CHECK_INTERVAL,
     "trainer.accumulate_grad_batches": Only((1,), "the batch sizes decide how gradients accumulate"),
     **to.every_batch("trainer.limit_train_batches"),
-    "trainer.gradient_clip_val": "clip_grad",
+    "trainer.gradient_clip_val": to.clip_of(),
     **to.ignored(to.OF_THE_MACHINE, "trainer.", "devices num_nodes accelerator"),
     **to.ignored(to.OF_EVALUATION, "trainer.", "limit_val_batches limit_test_batches num_sanity_val_steps"),
     **to.ignored(

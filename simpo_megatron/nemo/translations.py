@@ -57,7 +57,7 @@ PRECISION = Translated(number_format, ("bf16",))
 
 def train_iters(value: Any, asked: Asked) -> dict[str, Any] | str:
     """Steps; NeMo writes -1 for no limit."""
-    return {"train_iters": value} if _is_count(value) else "no limit of steps"
+    return "no limit of steps" if _is_no_limit(value) else {"train_iters": value}
 
 
 TRAIN_ITERS = Translated(train_iters, ("train_iters",))
@@ -68,7 +68,7 @@ def epochs(value: Any, asked: Asked) -> dict[str, Any] | Different | str:
 
     Source: NeMo-RL algorithms/dpo.py (total_train_iters), NeMo-Aligner algorithms/dpo.py (set_max_steps), Lightning.
     """
-    if not _is_count(value):
+    if _is_no_limit(value):
         return "no limit of epochs"
     here = (
         "what does not fill a global batch at the end of an epoch is left out there, and comes first in the next here"
@@ -77,6 +77,10 @@ def epochs(value: Any, asked: Asked) -> dict[str, Any] | Different | str:
 
 
 EPOCHS = Translated(epochs, ("epochs",))
+
+
+def _is_no_limit(value: Any) -> bool:
+    return isinstance(value, int) and value == -1
 
 
 def _is_count(value: Any) -> bool:
@@ -102,12 +106,14 @@ def micro_batch_of(*lengths: str) -> Translated:
     def micro_batch(value: Any, asked: Asked) -> dict[str, Any] | str:
         if asked.simpo.get("packing") is False:
             return {"micro_batch_size": value}
+        if not _is_count(value):
+            raise ConfigError(f"found {value!r}, expected a number of pairs")
         length = asked.simpo.get("max_length") or asked.get(*lengths)
-        if _is_count(value) and _is_count(length):
+        if _is_count(length):
             return {"tokens_per_microbatch": 2 * value * length}
         return "packs hold as many pairs as fit into tokens_per_microbatch"
 
-    return Translated(micro_batch, ("micro_batch_size", "tokens_per_microbatch"), lengths)
+    return Translated(micro_batch, ("micro_batch_size", "tokens_per_microbatch"), lengths, "N")
 
 
 def sequence_parallel_of(tensor_parallel: str) -> Translated:
@@ -204,13 +210,34 @@ SEQUENCES_AS_PAIRS = Translated(sequences_as_pairs, ("global_batch_size",))
 
 
 def eval_interval(value: Any, asked: Asked) -> dict[str, Any] | str:
-    """Lightning counts steps with a whole number and parts of an epoch with a fraction; 0 and -1 are never."""
-    if isinstance(value, float):
-        return {"eval_epochs": value}
+    """Steps; 0 and -1 are never."""
     return "evaluated before and after training only" if value in (0, -1) else {"eval_interval": value}
 
 
 EVAL_INTERVAL = Translated(eval_interval, ("eval_interval",))
+
+
+def val_check_interval(value: Any, asked: Asked) -> dict[str, Any] | str:
+    """Lightning counts steps with a whole number, and with a fraction the share of an epoch."""
+    if not isinstance(value, float) or value == 0:
+        return eval_interval(value, asked)
+    if not 0 < value <= 1:
+        raise ConfigError(f"found {value}, expected a whole number of steps, or a share of an epoch up to 1.0")
+    return {"eval_epochs": value}
+
+
+VAL_CHECK_INTERVAL = Translated(val_check_interval, ("eval_interval",))
+
+
+def clip_of(*others: str) -> Translated:
+    """Lightning's norm to clip at; null, unless one of `others` has a number, clips nothing."""
+
+    def clip(value: Any, asked: Asked) -> dict[str, Any] | str:
+        if value is None and asked.get(*others) is not None:
+            return f"{others[0]} decides"
+        return {"clip_grad": 0.0 if value is None else value}
+
+    return Translated(clip, ("clip_grad",), others, takes_null=True)
 
 
 def keep_checkpoints(value: Any, asked: Asked) -> dict[str, Any] | Different:

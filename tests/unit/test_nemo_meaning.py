@@ -154,6 +154,13 @@ MEANINGS = {
          OVERLAPS),
         ([], {"chat_template": "none", "epochs": 3, "train_iters": 400}),
         (["trainer.dpo.val_check_interval=0.1"], {"eval_epochs": 0.1, "eval_interval": None}),
+        (["trainer.dpo.max_steps=-1"], {"epochs": 3, "train_iters": None}),
+        # Lightning clips nothing without a number.
+        (["trainer.dpo.gradient_clip_val=null"], {"clip_grad": 0.0}),
+        (["trainer.gradient_clip_val=null"], {"clip_grad": 0.5}),
+        (["model.peft.peft_scheme=lora", "model.peft.lora_tuning.variant=canonical",
+          "model.peft.lora_tuning.adapter_dim=4"],
+         {"lora_rank": 4, "lora_alpha": 4, "lora_targets": ("linear_q", "linear_k", "linear_v")}),
         (["model.optim.sched.constant_steps=50"], {"lr_decay_iters": 350}),
         (["model.simpo.beta=null", "model.simpo.gamma=null", "model.simpo.objective=dpo",
           "model.dpo.sft_loss_weight=1"], {"beta": 0.2, "sft_weight": 1.0, "sft_normalization": "sum"}),
@@ -206,6 +213,15 @@ REFUSED = {
         ["data.validation.dataset_name=PreferenceDataset", "data.validation.data_path=null"],
         "data.validation.data_path=FILE",
     ),
+    "a number that is none": ("aligner_dpo.yaml", ["trainer.dpo.max_steps=1e2"], "model.simpo.train_iters=N"),
+    "half an epoch": ("nemo2_finetune.yaml", ["trainer.max_epochs=0.5"], "simpo.epochs=N"),
+    "no pair": ("aligner_dpo.yaml", ["model.micro_batch_size=0"], "model.micro_batch_size=N"),
+    "a hundred epochs": (
+        "aligner_dpo.yaml", ["trainer.dpo.val_check_interval=100.0"], "model.simpo.eval_interval=N",
+    ),
+    "shares of an epoch where steps are counted": ("rl_megatron.yaml", ["dpo.val_period=0.5"], "simpo.eval_interval=N"),
+    "no rank": ("bridge_container.yaml", ["peft={_target_: bridge.LoRA, dim: 0}"], "simpo.lora_rank=N"),
+    "no scale": ("rl_megatron.yaml", [f"{MEGATRON}peft.enabled=true", f"{MEGATRON}peft.alpha=0"], "simpo.lora_alpha=X"),
     "no model": ("rl_megatron.yaml", ["policy.model_name=null"], "simpo.model=DIR"),
 }  # fmt: skip
 
@@ -293,6 +309,8 @@ def test_fp8_that_a_recipe_has_otherwise_is_told():
     assert "fp8 hybrid (e4m3 here)" in report.differs[f"{MEGATRON}fp8_cfg.enabled"]
     _, report = load("nemo2_finetune.yaml", "trainer.plugins.first_last_layers_bf16=false")
     assert "first_last_layers_bf16 false" in report.differs["trainer.plugins.fp8"]
+    _, report = load("aligner_dpo.yaml", "model.fp8_amax_history_len=16", "model.fp8_margin=0")
+    assert report.differs["model.fp8"].startswith("fp8_amax_history_len 16 there; ")
 
 
 def test_ignored_keys_are_counted_and_named_when_asked_for():
