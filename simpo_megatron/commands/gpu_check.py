@@ -4,7 +4,8 @@ simpo gpu-check                         every check, on the first GPU
 simpo gpu-check --only A1 C1 C3         some of them, by name
 simpo gpu-check --rehearse              every check at tiny size on the CPU; no speed is judged
 
-Results are written after each check, one JSON object a line, so that nothing is lost when the run is ended. One GPU
+Results are written after each check, one JSON object a line, so that nothing is lost when the run is ended. Beside them
+a file that ends in .log has what checks and their runs printed, and the traceback of a check that failed. One GPU
 cannot tell of parallelism over NCCL, Transformer Engine's FP8, or several nodes.
 """
 
@@ -59,8 +60,11 @@ def _run(only: Sequence[str] | None, out: Path, seconds: float, *, rehearse: boo
         f"{len(chosen)} checks, at most {seconds if rehearse else allowed:.0f} s; seconds of each: {limits}", flush=True
     )
     started = time.monotonic()
+    log = out.with_suffix(".log").absolute()
     with working_folder() as folder, open_results(out) as results:
-        setting = CheckSetting(folder=folder, rehearse=rehearse)
+        log.write_text("", encoding="utf-8")
+        setting = CheckSetting(folder=folder, log=log, rehearse=rehearse)
         num_failed = run_checks(chosen, setting, results, seconds, lambda line: print(line, flush=True))
-    print(f"{len(chosen)} checks, {num_failed} failed, {time.monotonic() - started:.0f} s; {out}")
+    files = f"{out}, {out.with_suffix('.log')}" if num_failed else out
+    print(f"{len(chosen)} checks, {num_failed} failed, {time.monotonic() - started:.0f} s; {files}")
     return int(num_failed > 0)

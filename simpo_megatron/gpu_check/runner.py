@@ -26,7 +26,6 @@ _REHEARSAL_SECONDS = 900
 """A check's time limit in a rehearsal, on any machine under any load."""
 _LONGEST_START_SECONDS = 120
 _LEAST_SECONDS = 5
-_LOG = "log.txt"
 
 
 def run_checks(
@@ -85,9 +84,7 @@ class _Worker:
         except (EOFError, BrokenPipeError):
             self._process.join()
             code = self._process.exitcode
-            return Verdict(
-                "FAIL", f"its process ended with exit code {code}; {self._setting.folder / _LOG}", "a verdict"
-            )
+            return Verdict("FAIL", f"its process ended with exit code {code}; {self._setting.log}", "a verdict")
         return verdict
 
     def _start(self, deadline: float) -> None:
@@ -117,7 +114,7 @@ class _Worker:
 def _serve(connection: Connection, setting: CheckSetting) -> None:
     """Runs the checks that it receives and sends their verdicts, until the other end is closed."""
     os.setsid()
-    log = os.open(setting.folder / _LOG, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    log = os.open(setting.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
     threading.Thread(target=_end_with_parent, daemon=True).start()

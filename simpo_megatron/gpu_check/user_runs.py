@@ -35,13 +35,17 @@ def train(setting: CheckSetting, run: SmallRun) -> Ended:
     environment |= {} if run.fault is None else {faults.VARIABLE: run.fault}
     environment |= {} if run.compiles else {"TORCH_COMPILE_DISABLE": "1"}
     cache = ["--data-cache", str(setting.folder / "cache")]
-    return subprocess.run(  # noqa: S603 - our own command
-        [sys.executable, "-m", "simpo_megatron", "train", *run.options, *cache, "--save", str(run.folder)],
-        cwd=setting.folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
+    command = [sys.executable, "-m", "simpo_megatron", "train", *run.options, *cache, "--save", str(run.folder)]
+    lines = []
+    with subprocess.Popen(  # noqa: S603 - our own command
+        command, cwd=setting.folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            # Into the log at once: a run that hangs is ended together with this process.
+            print(line, end="", flush=True)
+            lines.append(line)
+    return Ended(command, process.returncode, "".join(lines))
 
 
 def train_side_by_side(setting: CheckSetting, *runs: SmallRun) -> list[Ended]:
@@ -57,6 +61,7 @@ def records(folder: Path) -> list[dict[str, Any]]:
 
 
 def last_line(done: Ended) -> str:
-    """The last line of stderr, or of stdout where stderr is empty."""
-    lines = (done.stderr.strip() or done.stdout.strip()).splitlines()
-    return lines[-1][:300] if lines else ""
+    """The last line of a run that begins with ERROR, or else its last one."""
+    lines = [line for line in done.stdout.splitlines() if line.strip()]
+    errors = [line for line in lines if line.startswith("ERROR")]
+    return [*lines, *errors][-1][:300] if lines else ""

@@ -18,6 +18,8 @@ class CheckSetting:
 
     folder: Path
     """Folder for the checks' files alone."""
+    log: Path
+    """File to which all is added that checks, and the runs that they start, print."""
     rehearse: bool = False
     """True for tiny sizes on a CPU, where no speed is judged."""
 

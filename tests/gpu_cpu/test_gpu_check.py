@@ -19,6 +19,7 @@ from simpo_megatron.commands import gpu_check
 from simpo_megatron.gpu_check import large_model, whole_runs
 from simpo_megatron.gpu_check.listing import CHECKS, START_SECONDS
 from simpo_megatron.gpu_check.runner import _Worker, run_checks
+from simpo_megatron.gpu_check.user_runs import last_line
 from simpo_megatron.gpu_check.verdict import Check, CheckSetting
 
 pytestmark = pytest.mark.processes
@@ -39,6 +40,8 @@ def test_every_check_passes_at_tiny_size_and_has_a_line(tmp_path):
     assert len(results["C1"]["details"]["errors"]) == 12
     assert {"ours ms", "TRL ms", "megatron CE ms"} <= set(results["C3"]["details"]["shapes"]["tiny"])
     assert "CCE" in results["C3"]["details"]["missing"]
+    printed = out.with_suffix(".log").read_text()
+    assert "--- E1" in printed and "On 96 validation pairs" in printed, "what runs print is kept as well"
 
 
 def test_all_checks_together_have_eight_minutes_and_stand_in_the_documentation():
@@ -64,7 +67,7 @@ def run(folder: Path, *functions, seconds: float = 600) -> tuple[int, list[dict]
     checks = [Check(f"T{number}", "a test", 20, function) for number, function in enumerate(functions)]
     said: list[str] = []
     with (folder / "results.jsonl").open("w") as out:
-        setting = CheckSetting(folder=folder)
+        setting = CheckSetting(folder=folder, log=folder / "log.txt")
         num_failed = run_checks(checks, setting, out, seconds, said.append)
     return num_failed, [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()], said
 
@@ -78,6 +81,7 @@ def test_a_check_that_hangs_dies_or_raises_fails_alone(tmp_path, monkeypatch):
     assert results[4]["value"] == "no verdict after 20 s" and 20 <= results[4]["seconds"] < 60
     assert len({results[place]["value"] for place in (0, 3, 5)}) == 3, "each failure but one cost a process"
     assert processes_of(tmp_path) == [], "what a check started ends with it"
+    assert "ValueError: a sentence\nand more" in (tmp_path / "log.txt").read_text()
 
 
 def test_of_a_killed_command_results_stay_nothing_runs_on_and_the_next_one_removes_its_folder(tmp_path):
@@ -90,7 +94,8 @@ def test_of_a_killed_command_results_stay_nothing_runs_on_and_the_next_one_remov
         "    folder = Path(sys.argv[1])\n"
         "    checks = [Check(str(n), '', 200, f) for n, f in enumerate((odd_checks.passes, odd_checks.hangs))]\n"
         "    with scratch_folder(folder / 'work') as work:\n"
-        "        run_checks(checks, CheckSetting(folder=work), (folder / 'out').open('w'), 600, print)\n"
+        "        setting = CheckSetting(folder=work, log=work / 'log.txt')\n"
+        "        run_checks(checks, setting, (folder / 'out').open('w'), 600, print)\n"
     )
     (tmp_path / "script.py").write_text(script)
     path = os.pathsep.join([str(Path(__file__).parent), os.environ["PYTHONPATH"]])
@@ -125,7 +130,7 @@ def test_checks_that_the_time_does_not_reach_are_skipped_by_name(tmp_path):
 
 
 def test_no_process_is_started_when_the_time_is_over(tmp_path):
-    worker = _Worker(CheckSetting(folder=tmp_path))
+    worker = _Worker(CheckSetting(folder=tmp_path, log=tmp_path / "log.txt"))
     assert worker.run(Check("T0", "a test", 20, passes), 20, time.monotonic() - 1).result == "SKIP"
     assert worker._process is None
 
@@ -140,7 +145,7 @@ def large_run(folder: Path, *, steps: int, pairs_per_second: float = 32) -> Chec
     step = {"cat": "user_annotation", "name": "step 9", "ts": 0, "dur": 9e6}
     trace = {"traceEvents": [step, {"cat": "cpu_op", "name": "mm", "ts": 0, "dur": 9e6}, *kernels]}
     (folder / "large" / "profile" / "rank0000.1.pt.trace.json").write_text(json.dumps(trace))
-    return CheckSetting(folder=folder)
+    return CheckSetting(folder=folder, log=folder / "log.txt")
 
 
 @pytest.mark.parametrize(("pairs_per_second", "result"), [(34, "PASS"), (32, "FAIL")])
@@ -155,9 +160,16 @@ def test_a_gpu_is_busy_by_its_kernels_and_the_time_of_steps_without_the_profiler
 def test_a_large_run_that_ends_otherwise_than_after_its_steps_fails(code, steps, monkeypatch, tmp_path):
     setting = large_run(tmp_path, steps=steps)
     monkeypatch.setattr(large_model, "model_options", lambda _: [])
-    monkeypatch.setattr(large_model, "train", lambda *_: subprocess.CompletedProcess([], code, "", "a reason"))
+    monkeypatch.setattr(large_model, "train", lambda *_: subprocess.CompletedProcess([], code, "a reason"))
     verdict = large_model.measure_steps(setting)
     assert verdict.result == "FAIL" and verdict.value == f"exit code {code} after {steps} steps: a reason"
+
+
+def test_the_reason_of_a_run_is_its_error_and_not_what_was_printed_after_it():
+    printed = "step 1\nERROR simpo_megatron: data: found none\n\nW0101 a warning at the end\n"
+    assert last_line(subprocess.CompletedProcess([], 3, printed)) == "ERROR simpo_megatron: data: found none"
+    assert last_line(subprocess.CompletedProcess([], 1, "step 1\nRuntimeError: a reason\n")) == "RuntimeError: a reason"
+    assert last_line(subprocess.CompletedProcess([], 1, "")) == ""
 
 
 @pytest.mark.parametrize(
@@ -178,7 +190,7 @@ def ended(monkeypatch):
 
     def arrange(*codes):
         left = iter(codes)
-        ends = lambda *_, **__: subprocess.CompletedProcess([], next(left), "", "")  # noqa: E731
+        ends = lambda *_, **__: subprocess.CompletedProcess([], next(left), "")  # noqa: E731
         monkeypatch.setattr(whole_runs, "train", ends)
         monkeypatch.setattr(whole_runs, "train_side_by_side", lambda _, *runs: [ends() for _ in runs])
         monkeypatch.setattr(whole_runs, "_small", lambda _: ())
@@ -189,13 +201,15 @@ def ended(monkeypatch):
 @pytest.mark.parametrize(("code", "result"), [(5, "PASS"), (0, "FAIL"), (1, "FAIL")])
 def test_another_exit_code_than_the_documented_one_fails(code, result, ended, tmp_path):
     ended(code)
-    assert whole_runs.check_ends(CheckSetting(folder=tmp_path, rehearse=True)).result == result
+    assert (
+        whole_runs.check_ends(CheckSetting(folder=tmp_path, log=tmp_path / "log.txt", rehearse=True)).result == result
+    )
 
 
 @pytest.mark.parametrize("codes", [(0, 0, 0), (0, 75, 1), (4, 75, 0)])
 def test_a_resume_that_ends_otherwise_fails_with_the_codes(codes, ended, tmp_path):
     ended(*codes)
-    verdict = whole_runs.check_resume(CheckSetting(folder=tmp_path, rehearse=True))
+    verdict = whole_runs.check_resume(CheckSetting(folder=tmp_path, log=tmp_path / "log.txt", rehearse=True))
     assert verdict.result == "FAIL" and str(list(codes)) in verdict.value
 
 
@@ -205,4 +219,6 @@ def test_a_resume_that_is_off_by_a_bit_fails(resumed, result, ended, monkeypatch
     ends = {"straight": 0.5, "stopped": resumed}
     record = lambda folder: [{"iteration": 4, "loss": ends[folder.name], "grad_norm": 1.0, "rewards/margins": 0.0}]  # noqa: E731
     monkeypatch.setattr(whole_runs, "records", record)
-    assert whole_runs.check_resume(CheckSetting(folder=tmp_path, rehearse=True)).result == result
+    assert (
+        whole_runs.check_resume(CheckSetting(folder=tmp_path, log=tmp_path / "log.txt", rehearse=True)).result == result
+    )
