@@ -64,6 +64,8 @@ def test_the_wheel_holds_what_the_commands_need_and_no_developer_script(wheel):
     configs = {path.name for path in (REPOSITORY / "configs").glob("*.yaml")}
     assert {Path(name).name for name in names if name.startswith("simpo_megatron/configs/")} == configs
     assert {"simpo_megatron/py.typed", "simpo_megatron/demo/pairs.jsonl"} <= names
+    modules = (REPOSITORY / "simpo_megatron").rglob("*.py")
+    assert {str(path.relative_to(REPOSITORY)) for path in modules} <= names
     templates = [path for path in REPOSITORY.glob("simpo_megatron/**/*templates/*") if path.is_file()]
     assert {path.suffix for path in templates} >= {".jinja", ".html"}
     assert {str(path.relative_to(REPOSITORY)) for path in templates} <= names
