@@ -17,6 +17,7 @@ from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules, get_transformer_layer_offset
+from megatron.core.utils import is_te_min_version
 
 from simpo_megatron.mcore import device
 from simpo_megatron.mcore.architecture import ArchitectureConfig
@@ -139,9 +140,7 @@ def transformer_engine_layer_spec(
     )
     layer = spec.submodules
     attention = layer.self_attention.submodules
-    # Transformer Engine's kernels have no soft cap; torch's operations, which write the scores out, have.
-    is_capped = config.attn_logit_softcapping is not None
-    attention.core_attention = SegmentedAttention if is_capped else TESegmentedAttention
+    attention.core_attention = TESegmentedAttention if _engine_has_scores_of(config) else SegmentedAttention
     if not fuse_norms:
         layer.input_layernorm, attention.linear_qkv = TENorm, TEColumnParallelLinear
     if num_experts is not None:
@@ -157,6 +156,15 @@ def transformer_engine_layer_spec(
         set_latent_attention(layer, TEColumnParallelLinear, TERowParallelLinear, TENorm, core)
     add_to_residual(config, layer, TERowParallelLinear, TENorm)
     return spec
+
+
+def _engine_has_scores_of(config: ArchitectureConfig) -> bool:
+    """False for a soft cap, and for sinks before 2.20: only torch's operations, which write the scores out, have them.
+
+    Source: get_attention_backend of Transformer Engine 2.9 and 2.20, for packs.
+    """
+    has_sinks = config.softmax_type != "vanilla"
+    return config.attn_logit_softcapping is None and (not has_sinks or is_te_min_version("2.20.0"))
 
 
 def set_latent_attention(

@@ -13,12 +13,14 @@ cpu_patches.install()
 
 from megatron.core.extensions import transformer_engine  # noqa: E402
 from megatron.core.models.gpt import gpt_layer_specs  # noqa: E402
+from packaging.version import Version  # noqa: E402
 from transformers import Gemma2Config, LlamaConfig  # noqa: E402
 
 from simpo_megatron import parallel  # noqa: E402
 from simpo_megatron.config import Machine, config_from, lint, resolve  # noqa: E402
 from simpo_megatron.config.lora_section import LORA_TARGETS  # noqa: E402
 from simpo_megatron.errors import ConfigError  # noqa: E402
+from simpo_megatron.mcore import specs  # noqa: E402
 from simpo_megatron.mcore.architecture import ArchitectureConfig  # noqa: E402
 from simpo_megatron.mcore.attention.segmented_attention import SegmentedAttention  # noqa: E402
 from simpo_megatron.mcore.families import describe_hf_model  # noqa: E402
@@ -187,6 +189,14 @@ def test_transformer_engines_layers_leave_the_norm_outside_for_adapters(monkeypa
     config.attn_logit_softcapping = 50.0
     attention = transformer_engine_layer_spec(config).submodules.self_attention.submodules
     assert attention.core_attention is SegmentedAttention
+    # Sinks, which 2.9 has for no pack.
+    config.attn_logit_softcapping, config.softmax_type = None, "learnable"
+    for version, is_torchs in (("2.9.0", True), ("2.20.2", False)):
+        monkeypatch.setattr(
+            specs, "is_te_min_version", lambda least, version=version: Version(version) >= Version(least)
+        )
+        attention = transformer_engine_layer_spec(config).submodules.self_attention.submodules
+        assert (attention.core_attention is SegmentedAttention) == is_torchs
 
 
 @pytest.mark.parametrize(
