@@ -77,7 +77,8 @@ def apply(
     asked = Asked(values, {name: setting.value for name, setting in layer.items()})
     decided = set(layer).union(*(group for group in ALTERNATIVES if set(group) & set(layer)))
     report.differs.update(dialect.remarks(asked))
-    unread = {key.removeprefix(dialect.simpo) for key in values if key.startswith(dialect.simpo)}
+    given = [key for key, value in values.items() if value is not None]
+    unread = {key.removeprefix(dialect.simpo) for key in given if key.startswith(dialect.simpo)}
     unread = {ALIASES.get(name, name) for name in unread} - set(layer)
     for key, rule in _rules(dialect, values).items():
         with obstacles.collected():
@@ -101,10 +102,10 @@ def _checked(layer: Layer, unread: set[str], spelling: Spelling, obstacles: _Obs
     refusals = Refusals()
     with refusals.collected():
         return config_of(layer)
-    for error in refusals.found:
-        if unread.isdisjoint(re.findall(r"[a-z_0-9]+", str(error))):
-            remedy = spelling.remedy(error)
-            obstacles.found.append(Obstacle(str(error), *([remedy] if remedy else [])))
+    of_read = [error for error in refusals.found if unread.isdisjoint(re.findall(r"[a-z_0-9]+", str(error)))]
+    for error in of_read if of_read or obstacles.found else refusals.found:
+        remedy = spelling.remedy(error)
+        obstacles.found.append(Obstacle(str(error), *([remedy] if remedy else [])))
     return None
 
 
@@ -303,6 +304,8 @@ def _setting(name: str, value: Any, where: str, key: str) -> Setting:
 
 def _parse(option: Option, value: Any, where: str) -> Any:
     """A value of YAML's types, checked against the type of the option; text is not a number here either."""
+    if isinstance(value, list | dict):
+        raise ConfigError(f"{where}: {option.name}: found {cut(repr(value))}, expected {option.expected}")
     return option.parse(_text(value), where, quoted=isinstance(value, str))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from simpo_megatron.errors import ConfigError
 from simpo_megatron.nemo import translations as to
 from simpo_megatron.nemo.adapters import megatron_lora
 from simpo_megatron.nemo.megatron_keys import fp8, megatron_ddp, megatron_optimizer, transformer
@@ -27,6 +28,8 @@ def dataset_folder(validation: str) -> Translated:
     """NeMo's folder of training.jsonl and validation.jsonl; `validation` false leaves the second alone."""
 
     def files(value: Any, asked: Asked) -> dict[str, Any]:
+        if not isinstance(value, str):
+            raise ConfigError(f"found {value!r}, expected one folder")
         validation_files = {} if asked.get(validation) is False else {"valid_data": f"{value}/validation.jsonl"}
         return {"data": f"{value}/training.jsonl"} | validation_files
 

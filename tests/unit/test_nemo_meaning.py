@@ -222,6 +222,9 @@ REFUSED = {
     "shares of an epoch where steps are counted": ("rl_megatron.yaml", ["dpo.val_period=0.5"], "simpo.eval_interval=N"),
     "no rank": ("bridge_container.yaml", ["peft={_target_: bridge.LoRA, dim: 0}"], "simpo.lora_rank=N"),
     "no scale": ("rl_megatron.yaml", [f"{MEGATRON}peft.enabled=true", f"{MEGATRON}peft.alpha=0"], "simpo.lora_alpha=X"),
+    "two folders": ("bridge_container.yaml", ["dataset.dataset_root=[a, b]"], "simpo.data=FILE"),
+    "two models": ("rl_megatron.yaml", ["policy.model_name=[a, b]"], "simpo.model=DIR"),
+    "a beta of none": ("rl_megatron.yaml", [*DPO, "dpo.reference_policy_kl_penalty=0"], "simpo.beta=X"),
     "no model": ("rl_megatron.yaml", ["policy.model_name=null"], "simpo.model=DIR"),
 }  # fmt: skip
 
