@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 _MAX_DEPTH = 32
+_MAX_STACK = 100_000  # a writer puts a thousand items on it, and then into their list
 _MAX_VALUES = 2_000_000
 _MAX_BITS = 256  # numpy's generators have states of 128
 # Sets and byte arrays, which no checkpoint has; one of these allocates as many bytes as the file asks for.
@@ -68,10 +69,24 @@ def _with_checked_keys(load: Callable[[Any], None], keys: slice) -> Callable[[An
     return checked
 
 
+def _on_a_small_stack(load: Callable[[Any], None]) -> Callable[[Any], None]:
+    """Returns `load` behind a check of the stack's size: each byte of a file may be a list, which takes 64."""
+
+    def checked(unpickler: Any) -> None:
+        if max(len(unpickler.stack), len(unpickler.metastack)) > _MAX_STACK:
+            raise pickle.UnpicklingError(f"it has more than {_MAX_STACK} values that are in nothing")
+        load(unpickler)
+
+    return checked
+
+
 _PYTHONS: Any = pickle._Unpickler
 _OPERATIONS = {
     **_PYTHONS.dispatch,
     **dict.fromkeys((operation[0] for operation in _REFUSED), _refuse),
+    pickle.MARK[0]: _on_a_small_stack(_PYTHONS.load_mark),
+    pickle.EMPTY_LIST[0]: _on_a_small_stack(_PYTHONS.load_empty_list),
+    pickle.EMPTY_DICT[0]: _on_a_small_stack(_PYTHONS.load_empty_dictionary),
     pickle.SETITEM[0]: _with_checked_keys(_PYTHONS.load_setitem, slice(-2, -1)),
     pickle.SETITEMS[0]: _with_checked_keys(_PYTHONS.load_setitems, slice(None, None, 2)),
     pickle.DICT[0]: _with_checked_keys(_PYTHONS.load_dict, slice(None, None, 2)),

@@ -8,6 +8,7 @@ gets the file.
 from __future__ import annotations
 
 import pickle
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,12 @@ def _metadata(root: Any, sizes: Mapping[str, int]) -> Metadata:
     """
     fields = _state(root, "Metadata")
     storage = {_place(key): _stored(info, sizes) for key, info in _dict(fields.get("storage_data")).items()}
+    used: Counter[str] = Counter()
+    for info in storage.values():
+        used[info.relative_path] += info.length
+    for file, num_bytes in used.items():
+        if num_bytes > sizes[file]:
+            raise pickle.UnpicklingError(f"its entries share bytes of {file}")
     described = _dict(fields.get("state_dict_metadata"))
     # A pickle may refer to one list many times, and each reference would copy it.
     if sum(map(_num_chunks, described.values())) > len(storage):

@@ -31,7 +31,7 @@ from simpo_megatron.checkpoint.inert_pickle import (
 )
 from simpo_megatron.errors import StoppedBySignal
 
-_MAX_PICKLE_BYTES = 64 << 20
+_MAX_PICKLE_BYTES = 16 << 20
 _LOCAL_HEADER_BYTES = 30
 _REBUILDS = {"_rebuild_tensor_v2", "_rebuild_tensor_v3"}
 _DTYPES = {
@@ -103,7 +103,11 @@ class _Archive:
     def __init__(self, file: IO[bytes]) -> None:
         self._file = _Seekable(file)
         with zipfile.ZipFile(self._file) as archive:
-            self._entries = {info.filename.partition("/")[2]: info for info in archive.infolist()}
+            entries = archive.infolist()
+        self._entries = {info.filename.partition("/")[2]: info for info in entries}
+        self._storages: dict[str, Tensor] = {}
+        if sum(info.file_size for info in entries) > self._file.size:
+            raise pickle.UnpicklingError("its entries have more bytes than the file")
         if "byteorder" in self._entries and bytes(self._read("byteorder").numpy()).decode() != sys.byteorder:
             raise pickle.UnpicklingError("its numbers have the other byte order")
 
@@ -129,7 +133,9 @@ class _Archive:
         dtype = given[0] if given and isinstance(given[0], torch.dtype) else _DTYPES.get(kind)
         if dtype is None:
             raise pickle.UnpicklingError(f"a tensor is stored as {kind or shown(pid[1])}")
-        values = self._read(f"data/{pid[2]}").view(dtype)
+        if pid[2] not in self._storages:
+            self._storages[pid[2]] = self._read(f"data/{pid[2]}")
+        values = self._storages[pid[2]].view(dtype)
         shape = size_of(size)
         if math.prod(shape) > values.numel():
             # With strides of 0, a file of some bytes would be a tensor of any size.

@@ -149,6 +149,13 @@ def test_values_of_another_type_or_beyond_the_file_are_refused(tmp_path, changes
         check(tmp_path, damaged)
 
 
+def test_entries_that_share_bytes_of_a_file_are_refused(tmp_path):
+    shared = index()
+    shared.storage_data[MetadataIndex("weight", [2])] = _StorageInfo("__0_0.distcp", 0, 16)
+    with pytest.raises(CheckpointError, match="its entries share bytes of __0_0.distcp"):
+        check(tmp_path, shared)
+
+
 @pytest.mark.parametrize("file", ["../../secret", "/etc/passwd", "folder/__0_0.distcp", ".."])
 def test_a_file_elsewhere_is_refused(tmp_path, file):
     with pytest.raises(CheckpointError, match="refers to the file"):

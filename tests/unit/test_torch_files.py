@@ -1,5 +1,6 @@
 """Files of torch.save read as values alone: equal to torch's own reading, and refused where they would do anything."""
 
+import copy
 import io
 import os
 import pickle
@@ -123,6 +124,9 @@ BOMBS = {
     "build on a table's class": b"ccollections\nOrderedDict\nN}Vx\nI1\ns\x86b.",
     "an object of a module's class": b"(ios\nmkdir\n.",
     "more dimensions than strides": tensor_pickle(size=(1, 1)),
+    "a million marks": b"(" * 1_000_000,
+    "a million lists": b"]" * 1_000_000 + b".",
+    "a million tables": b"}" * 1_000_000 + b".",
     "no dtype": tensor_pickle(kind=b"torch\nStorage"),
     "a module for a storage": tensor_pickle(kind=b"os\nStorage"),
 }
@@ -140,6 +144,21 @@ def test_a_file_that_would_call_build_or_grow_is_refused(content, tmp_path, monk
 
 def test_a_tensor_of_the_bytes_beside_it_is_read():
     assert read_torch_file(io.BytesIO(with_pickle(tensor_pickle()))).tolist() == [0.0]
+
+
+def test_entries_that_share_their_bytes_are_refused_and_tensors_that_do_are_read_once():
+    tensor = tensor_pickle()[:-1]
+    several = b"(" + 9 * tensor + b"l."
+    tensors = read_torch_file(io.BytesIO(with_pickle(several)))
+    assert len(tensors) == 9 and len({values.data_ptr() for values in tensors}) == 1
+    buffer = io.BytesIO(with_pickle(several, size=10_000))
+    with zipfile.ZipFile(buffer, "a") as archive:
+        entry = copy.copy(archive.getinfo("archive/data/0"))
+        entry.filename = "archive/data/1"
+        archive.filelist.append(entry)
+        archive.writestr("archive/version", b"3")
+    with pytest.raises(pickle.UnpicklingError, match="more bytes than the file"):
+        read_torch_file(buffer)
 
 
 @pytest.mark.parametrize("end", [0, 1, 100, -1, -30])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import threading
 
@@ -9,7 +10,7 @@ import pytest
 import torch.distributed as dist
 
 from simpo_megatron.errors import CheckpointError, NumericsError
-from simpo_megatron.training.peers.watchdog import _is_lost_connection, _waits, verdict
+from simpo_megatron.training.peers.watchdog import _innermost, _is_lost_connection, _own_line, _waits, verdict
 
 
 def answer(number=3, line="loop.py:1 (f)", waits=True):
@@ -56,6 +57,12 @@ def test_the_rank_that_did_not_arrive_is_named(case):
 def test_a_thousand_silent_ranks_make_one_readable_line():
     said = verdict({0: answer()}, dict.fromkeys(range(1, 1000), "step 2"))
     assert len(said) < 500 and "and 991 more" in said
+
+
+def test_a_place_is_named_from_the_package_down():
+    with pytest.raises(ValueError) as raised:
+        verdict({}, {})
+    assert re.fullmatch(r"simpo_megatron/training/peers/watchdog.py:\d+ \(verdict\)", _own_line(_innermost(raised.tb)))
 
 
 def test_a_thread_that_works_does_not_count_as_waiting_and_one_in_a_wait_does():

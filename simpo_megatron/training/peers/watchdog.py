@@ -21,6 +21,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+import simpo_megatron
 from simpo_megatron.errors import (
     ParallelError,
     PeerFailedError,
@@ -34,7 +35,7 @@ from simpo_megatron.launched import PARENT, has_agent, is_launched
 from simpo_megatron.stop_signals import StopSignals
 from simpo_megatron.training.peers.meeting import Meeting
 
-_PACKAGE = Path(__file__).parents[1]
+_PACKAGE = Path(simpo_megatron.__file__).parent
 _ALARM, _TOLD, _ANSWERS = "alarm", "told", "answers"
 _POLL_SECONDS = 1.0
 # More ranks than that ask the store less often: it answers some ten thousand questions a second, and has more to do.
