@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -62,15 +62,14 @@ class AlpacaEvalScorer(OfficialScorer):
             )
 
     def num_left(self, judge: str) -> int:
-        if self._is_annotated(judge):
-            return 0
-        kept = self._kept(judge)
-        asked = [(row["instruction"], row["output"]) for row in read_rows(self._outputs)]
-        return max(1, sum(one not in kept for one in asked))
+        come = {(row["instruction"], row["output_2"]) for row in self._kept(judge) if _has_come(row)}
+        left = sum((row["instruction"], row["output"]) not in come for row in read_rows(self._outputs))
+        return left if self._is_annotated(judge) else max(1, left)
 
     def judge(self, judge: JudgeServer) -> Generator[None]:
         folder = self._folder(judge.name)
         folder.mkdir(parents=True, exist_ok=True)
+        self._forget_what_never_came(judge.name)
         write_text(folder / "configs.yaml", yaml.safe_dump(self._annotator(judge.name), sort_keys=False))
         clients = folder / "clients.yaml"
         # The client takes the key from the environment.
@@ -171,16 +170,30 @@ class AlpacaEvalScorer(OfficialScorer):
         path = self._folder(judge) / "annotations.json"
         return read_rows(path) if path.is_file() else []
 
-    def _kept(self, judge: str) -> set[tuple[str, str]]:
-        """The instructions and outputs whose verdicts the package has kept, in chunks of 128, to continue from."""
-        path = self._folder(judge) / "annotations_seed0_configs.json"
+    def _kept(self, judge: str) -> list[dict[str, Any]]:
+        """The verdicts that the package has kept, in chunks of 128, to continue from."""
+        path = self._cache_file(judge)
         try:
-            return {(row["instruction"], row["output_2"]) for row in read_rows(path)} if path.is_file() else set()
+            return read_rows(path) if path.is_file() else []
         except DataError:
             # It is being written.
-            return set()
+            return []
+
+    def _forget_what_never_came(self, judge: str) -> None:
+        """Removes kept verdicts that the judge never gave, as under a rate limit, so that they are asked for again."""
+        kept = self._kept(judge)
+        if not all(map(_has_come, kept)):
+            write_text(self._cache_file(judge), json.dumps(list(filter(_has_come, kept)), indent=2))
+
+    def _cache_file(self, judge: str) -> Path:
+        return self._folder(judge) / "annotations_seed0_configs.json"
 
     def _is_annotated(self, judge: str) -> bool:
         """True when every answer has a verdict."""
         found = [(row["instruction"], row["output_2"]) for row in self._annotations(judge)]
         return found == [(row["instruction"], row["output"]) for row in read_rows(self._outputs)]
+
+
+def _has_come(row: Mapping[str, Any]) -> bool:
+    """True for a verdict that the judge gave, be it readable or not; identical outputs need none."""
+    return row.get("preference_raw_completion") is not None or row["output_1"] == row["output_2"]

@@ -166,6 +166,14 @@ def test_alpaca_eval(judge, tmp_path, monkeypatch, capsys):
     assert run("alpaca-eval", "judge", "--out", out, "--judge", NAME, "--judge-url", judge.url) == 0
     assert len(judge.asked) - begun == 1 + 3 and "judging   3 verdicts by" in capsys.readouterr().out
 
+    # A verdict that never came, because of a rate limit, was kept as -1 and would be missing for good.
+    kept = json.loads(cache.read_text())
+    kept[2] |= {"preference": -1.0, "preference_raw_completion": None}
+    cache.write_text(json.dumps(kept))
+    begun = len(judge.asked)
+    assert run("alpaca-eval", "judge", "--out", out, "--judge", NAME, "--judge-url", judge.url) == 0
+    assert len(judge.asked) - begun == 1 + 1 and json.loads(cache.read_text())[2]["preference"] > 0
+
     # Judging again asks nothing; the whole benchmark's rate asks for the file of the hub, and gets it.
     monkeypatch.setattr(AlpacaEval, "counts", (number,))
     begun = len(judge.asked)

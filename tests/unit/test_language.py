@@ -92,7 +92,12 @@ def _prose(page: str) -> list[str]:
 
 
 def test_sentences_of_the_pages_that_users_read_are_short() -> None:
-    pages = [ROOT / "README.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").glob("[!r]*/*.md")), ROOT / "docs" / "index.md"]
+    pages = [
+        ROOT / "README.md",
+        ROOT / "SECURITY.md",
+        *sorted((ROOT / "docs").glob("[!r]*/*.md")),
+        ROOT / "docs" / "index.md",
+    ]
     assert len(pages) > 25
     odd = [
         f"{page.relative_to(ROOT)}: {len(words)} words: {' '.join(words)}"
