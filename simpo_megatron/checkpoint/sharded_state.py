@@ -21,9 +21,7 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing import ShardedObject, ShardedTensor
 from megatron.core.dist_checkpointing.dict_utils import extract_matching_values, nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
-from megatron.core.dist_checkpointing.serialization import get_default_save_sharded_strategy
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
-from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
@@ -33,6 +31,7 @@ from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata
 
 from simpo_megatron.checkpoint.manifest import Checkpoint
+from simpo_megatron.checkpoint.save_strategy import SaveStrategy
 from simpo_megatron.checkpoint.tensor_index import read_index, refuse_other_names, refuse_other_weights
 from simpo_megatron.checkpoint.torch_files import read_torch_file
 from simpo_megatron.errors import CheckpointError, StoppedBySignal, listed
@@ -69,7 +68,7 @@ class RunState:
 
 
 def request_write(
-    state: RunState, iteration: int, folder: Path, *, validates: bool = True
+    state: RunState, iteration: int, folder: Path, strategy: SaveStrategy
 ) -> tuple[AsyncRequest, set[int]]:
     """(a request to write this rank's share of the run's tensors into the empty `folder`, the storages it reads).
 
@@ -77,10 +76,9 @@ def request_write(
     step changes them.
 
     Args:
-        validates: let megatron compare which rank writes which part of which tensor; every rank then gets what all
-            ranks say of theirs. The answer is the same at every save of a run.
+        strategy: that of the run's earlier saves.
 
-    Collectives: megatron's, world.
+    Collectives: megatron's and that of `SaveStrategy.of_save`, world.
 
     Raises:
         FailedAloneError: on this rank.
@@ -88,13 +86,14 @@ def request_write(
     gather_parameters(state.chunks)
     cpu_patches.write_checkpoints_in_threads()
     cpu_patches.drop_warning_of_incomplete_folder()
-    strategy = FullyParallelSaveStrategyWrapper(get_default_save_sharded_strategy(), state.groups.dp_cp)
     sharded = {"checkpoint_version": 3.0, "iteration": iteration, **_sharded_state(state)}
     _put_in_place(sharded, whole_masters(state.optimizer))
     sharded["opt_param_scheduler"] = state.scheduler.state_dict()
     sharded["rng"] = _sharded_rng()
-    held = [tensor.data for tensor in _tensors(sharded)]
+    tensors = list(_tensors(sharded))
+    held = [tensor.data for tensor in tensors]
     storages = {data.untyped_storage().data_ptr() for data in held if data.device.type == "cpu"}
+    of_save, validates = strategy.of_save(tensors)
     # megatron-core 0.17 and newer would try NVIDIA's resiliency package first.
     takes_strategy = "async_strategy" in inspect.signature(dist_checkpointing.save).parameters
     options = {"async_strategy": "mcore"} if takes_strategy else {}
@@ -102,7 +101,7 @@ def request_write(
         request = dist_checkpointing.save(
             sharded,
             str(folder),
-            strategy,
+            of_save,
             validate_access_integrity=validates,
             async_sharded_save=True,
             content_metadata=_content(),

@@ -13,28 +13,29 @@ import torch
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 
 from simpo_megatron.checkpoint.manifest import Digest, digest_file
+from simpo_megatron.checkpoint.save_strategy import SaveStrategy
 from simpo_megatron.checkpoint.sharded_state import RunState, described, request_write
 from simpo_megatron.errors import CheckpointError
 from simpo_megatron.ranks import gather_on_first_rank, raise_on_all_ranks, sum_over_ranks
 
 
 def begin_write(
-    state: RunState, iteration: int, folder: Path, *, in_background: bool, validates: bool = True
+    state: RunState, iteration: int, folder: Path, strategy: SaveStrategy, *, in_background: bool
 ) -> Writing:
     """Starts writing the run's present tensors into the empty `folder`, which all ranks see.
 
     In the background, the host's memory holds a copy of this rank's shards until they are written.
 
     Args:
-        validates: as `request_write` has it.
+        strategy: as `request_write` has it.
 
-    Collectives: megatron's, that of `raise_on_all_ranks` and one all-reduce of 8 bytes, world.
+    Collectives: those of `request_write`, that of `raise_on_all_ranks` and one all-reduce of 8 bytes, world.
 
     Raises:
         CheckpointError: on every rank alike, memory did not suffice for the copies.
         FailedAloneError: on this rank.
     """
-    request, live = request_write(state, iteration, folder, validates=validates)
+    request, live = request_write(state, iteration, folder, strategy)
     arguments: list[Any] = []
 
     def stage() -> int:

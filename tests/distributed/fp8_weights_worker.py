@@ -26,6 +26,7 @@ from safetensors.torch import load_file  # noqa: E402
 
 from simpo_megatron import parallel  # noqa: E402
 from simpo_megatron.checkpoint.manifest import Checkpoint, digest_file  # noqa: E402
+from simpo_megatron.checkpoint.save_strategy import SaveStrategy  # noqa: E402
 from simpo_megatron.checkpoint.sharded_state import read_state, read_weights  # noqa: E402
 from simpo_megatron.checkpoint.writer import begin_write  # noqa: E402
 from simpo_megatron.config import Machine, config_from, resolve  # noqa: E402
@@ -148,7 +149,7 @@ def check_resume(job: Job, chunks, trainer: Trainer, saved: Path) -> None:
     if dist.get_rank() == 0:
         saved.mkdir()
     dist.barrier()
-    begin_write(trainer.state, 2, saved, in_background=False).finish()
+    begin_write(trainer.state, 2, saved, SaveStrategy(trainer.groups.dp_cp), in_background=False).finish()
     masters = masters_by_name(chunks, trainer)
 
     resumed = job.model(job.fp8)

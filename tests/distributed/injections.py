@@ -26,6 +26,7 @@ import torch
 from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBucketGroup as BucketGroup
 
 from simpo_megatron.checkpoint import manifest
+from simpo_megatron.checkpoint.save_strategy import SaveStrategy
 from simpo_megatron.checkpoint.writer import begin_write
 from simpo_megatron.errors import SimPOError
 from simpo_megatron.training import loop
@@ -55,7 +56,9 @@ def write_after_start(target: Path) -> None:
     def start_and_write(config, job, found):
         start = start_run(config, job, found)
         target.mkdir(exist_ok=True)
-        begin_write(job.trainer.state, start.iteration, target, in_background=False).finish()
+        begin_write(
+            job.trainer.state, start.iteration, target, SaveStrategy(job.trainer.groups.dp_cp), in_background=False
+        ).finish()
         return start
 
     loop.start_run = start_and_write

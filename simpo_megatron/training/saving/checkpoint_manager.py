@@ -17,6 +17,7 @@ from simpo_megatron import faults
 from simpo_megatron.atomic import draft_of
 from simpo_megatron.checkpoint import manifest, retention
 from simpo_megatron.checkpoint.run_config import write_run_config
+from simpo_megatron.checkpoint.save_strategy import SaveStrategy
 from simpo_megatron.checkpoint.sharded_state import FailedAloneError
 from simpo_megatron.checkpoint.writer import Writing, begin_write
 from simpo_megatron.config import Config
@@ -61,7 +62,7 @@ class Saver:
         self._goes_on, self._is_last = config.run.on_save_failure == "continue", False
         self._num_failed = 0
         self._failure: CheckpointError | None = None
-        self._is_validated = False
+        self._strategy = SaveStrategy(job.trainer.groups.dp_cp)
 
     def save(
         self,
@@ -178,10 +179,7 @@ class Saver:
         with _whole_or_removed(folder):
             faults.at("save")
             on_first_rank(lambda: _add_small_files(save, folder, job), wrap=CheckpointError)
-            writing = begin_write(
-                job.trainer.state, iteration, folder, in_background=in_background, validates=not self._is_validated
-            )
-        self._is_validated = True
+            writing = begin_write(job.trainer.state, iteration, folder, self._strategy, in_background=in_background)
         waited = time.perf_counter() - began
         return _Draft(folder, iteration, facts, writing, began, waited)
 
@@ -218,6 +216,8 @@ class Saver:
             if isinstance(error, FailedAloneError) or not (self._goes_on or self._is_last):
                 raise told from error
             self._num_failed += 1
+            # Ranks may have come to different places of it.
+            self._strategy = SaveStrategy(self._job.trainer.groups.dp_cp)
             self._failure = told
             then = "ends without it" if self._is_last else f"goes on ({self._num_failed} not saved so far)"
             self._log.say(f"WARNING   {told}; the run {then}")
