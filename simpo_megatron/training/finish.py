@@ -11,7 +11,7 @@ import torch.distributed as dist
 from simpo_megatron.config import Config
 from simpo_megatron.convert import export_adapter, export_hf, origin_of
 from simpo_megatron.convert.peft_files import CONFIG_FILE
-from simpo_megatron.errors import SimPOError, visible
+from simpo_megatron.errors import SimPOError, StoppedBySignal, visible
 from simpo_megatron.mcore.fp8_weights import whole_masters
 from simpo_megatron.mcore.hf import hub_name, push_folder, revision_of
 from simpo_megatron.mcore.optimizer import gather_parameters
@@ -95,6 +95,8 @@ def push(config: Config, log: RunLog) -> None:
     try:
         log.say(f"hub       {push_folder(folder, name, private=private)}")
     except Exception as error:
+        if isinstance(error, StoppedBySignal):
+            error = InterruptedError("a signal stopped it")
         # Of an answer of the server, its first line; no text of these errors holds the token.
         reason = visible(str(error).strip().partition("\n")[0])
         log.say(

@@ -14,7 +14,7 @@ from planning_cases import HF_CONFIG
 
 from simpo_megatron.commands import plan as plan_command
 from simpo_megatron.config import config_from
-from simpo_megatron.errors import CheckpointError, ConfigError
+from simpo_megatron.errors import CheckpointError, ConfigError, StoppedBySignal
 from simpo_megatron.mcore.hf import hub_name, model_folder
 from simpo_megatron.training import finish
 from simpo_megatron.training.start.inputs import locate_sources
@@ -160,6 +160,17 @@ def test_a_push_that_fails_costs_a_warning_without_the_token(hub, exported: Path
     assert len(said) == 1 and said[0].startswith(f"WARNING   {exported} was not pushed to me/model: ")
     assert f"hf upload me/model {exported} --private does it" in said[0]
     assert "hf_secret" not in said[0] and "\n" not in said[0]
+
+
+def test_a_signal_while_pushing_costs_a_warning(exported: Path, monkeypatch) -> None:
+    def stopped(*_: object, **__: object) -> str:
+        raise StoppedBySignal("SIGTERM: stopped between steps; the same command continues")
+
+    said = Said()
+    monkeypatch.setattr(finish, "push_folder", stopped)
+    monkeypatch.setattr(finish.dist, "get_rank", lambda: 0)
+    finish.push(config_of_push(exported), said)
+    assert "not pushed to me/model: InterruptedError: a signal stopped it; hf upload me/model" in said[0]
 
 
 def test_a_repository_is_public_only_by_its_owners_default(hub, exported: Path) -> None:
