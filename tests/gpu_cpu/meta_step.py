@@ -242,7 +242,7 @@ class OnMeta(CheckSetting):
 def play_check() -> dict:
     """The second pass through gpu-check's own model, and what it asked; the first one may ask for anything."""
     device.backend = lambda: "fake"
-    setting = OnMeta(folder=Path())
+    setting = OnMeta(folder=Path(), log=Path())
     with norms_of_a_gpu(), random_model(setting, bf16=True) as model:
         pack = microbatch_of(random_pairs(setting, 8, 300), setting)
         output_of(model, pack).sum().backward()
