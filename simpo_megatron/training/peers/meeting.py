@@ -102,8 +102,8 @@ class Meeting:
 def meet() -> Meeting:
     """The ranks of this run, once all have arrived.
 
-    Costs: two connections to the store, the other one for `another_connection`, and five messages; while ranks are
-    missing, one a second.
+    Costs: two connections to the store, the other one for `another_connection`, and five messages, without torchrun's
+    agent one more a connection; while ranks are missing, one a second.
 
     Raises:
         ConfigError: the environment is incomplete, or rank 0 cannot listen at its port.
