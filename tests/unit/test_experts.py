@@ -227,7 +227,7 @@ def test_fp8_looks_at_the_width_of_an_expert_which_no_rank_divides():
     options = dict(model="m", data=("d",), tp=2, sequence_parallel=True)
     machine = Machine(has_cuda=True, has_transformer_engine=True, compute_capability=(9, 0))
     resolve(config_from(**options, fp8="tensorwise"), world_size=2, model=shape, machine=machine)
-    with pytest.raises(ConfigError, match="MLP width per rank, 192, to be a multiple of 128"):
+    with pytest.raises(ConfigError, match="width of an expert, 192, to be a multiple of 128"):
         resolve(config_from(**options, fp8="blockwise"), world_size=2, model=shape, machine=machine)
 
 
