@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-from itertools import accumulate
 from pathlib import Path
 
 from simpo_megatron.mcore import cpu_patches, device
@@ -21,6 +20,7 @@ import torch  # noqa: E402
 from layout_worker import ListDataset  # noqa: E402
 from planning_cases import description_of, pairs_of  # noqa: E402
 from ranks import leave_groups  # noqa: E402
+from torch._C._profiler import _EventType  # noqa: E402
 from torch.profiler import ProfilerActivity, profile  # noqa: E402
 
 from simpo_megatron import parallel  # noqa: E402
@@ -64,9 +64,23 @@ def peak_bytes(trainer: Trainer, dataset: ListDataset) -> int:
 
 
 def levels(profiled: profile) -> list[int]:
-    """The allocator's bytes after each event, above those at the start."""
-    events = profiled.profiler.kineto_results.events()
-    return list(accumulate(event.nbytes() for event in events if event.name() == "[memory]"))
+    """The bytes allocated since the start and not yet freed, after each event."""
+    found, ahead = [], list(profiled.profiler.kineto_results.experimental_event_tree())
+    while ahead:
+        event = ahead.pop()
+        ahead += event.children
+        if event.tag == _EventType.Allocation:
+            found.append((event.start_time_ns, event.extra_fields.ptr, event.extra_fields.alloc_size))
+    held: dict[int, int] = {}
+    level, of_events = 0, []
+    # torch takes the size of a freed block from its address, also where another block was there in an earlier profile.
+    for _, address, size in sorted(found, key=lambda entry: entry[0]):
+        change = size if size > 0 else -held.pop(address, 0)
+        if size > 0:
+            held[address] = size
+        level += change
+        of_events.append(level)
+    return of_events
 
 
 def measure(case: dict, world_size: int) -> dict[str, int]:
@@ -75,8 +89,6 @@ def measure(case: dict, world_size: int) -> dict[str, int]:
     train_step(trainer, dataset, trainer.plan_step(dataset, 0))  # allocates the optimizer's state
     measured = {"peak": peak_bytes(trainer, dataset)}
     if world_size == 1:
-        # Experts hold tensors of a step until the next one. Those of a profiled step would count as freed.
-        train_step(trainer, dataset, trainer.plan_step(dataset, 0))
         measured["kept"] = kept_bytes(trainer, dataset)
     measured["microbatches"] = len(trainer.plan_step(dataset, 0)[0])
     return measured
