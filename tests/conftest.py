@@ -22,6 +22,8 @@ _INHERITED = [str(REPOSITORY), str(REPOSITORY / "tests"), *filter(None, [os.envi
 os.environ["PYTHONPATH"] = os.pathsep.join(_INHERITED)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# At its import newer megatron-core would start git for its version, also in a test that may start no process.
+os.environ["NO_VCS_VERSION"] = "1"
 
 # These folders exist for tests of several processes; elsewhere a test bears the mark itself.
 _FOLDERS_OF_PROCESSES = {"distributed", "faults", "end_to_end", "slurm", "smollm2"}

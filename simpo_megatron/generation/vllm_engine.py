@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import re
@@ -66,6 +65,7 @@ class VllmEngine(FolderEngine):
         }
         log.parent.mkdir(parents=True, exist_ok=True)
         devices = [_devices(number, tensor_parallel_size, data_parallel_size) for number in range(data_parallel_size)]
+        self._choosing = threading.Lock()
         self._replicas = [_Replica(python, engine_args, log, own) for own in devices]
         versions = [replica.version() for replica in self._replicas]
         self._version = versions[0]
@@ -89,8 +89,10 @@ class VllmEngine(FolderEngine):
             "detokenize": False,
         }
         prompt = self.prompt_of(messages, max_new_tokens)
-        replica = min(self._replicas, key=lambda one: one.num_open)
-        return self.completion_of(replica.ask(prompt, sampling).result())
+        with self._choosing:  # or threads that ask at once would all find the same one idle
+            replica = min(self._replicas, key=lambda one: (one.num_open, one.num_asked))
+            asked = replica.ask(prompt, sampling)
+        return self.completion_of(asked.result())
 
     def close(self) -> None:
         for replica in self._replicas:
@@ -101,7 +103,9 @@ class _Replica:
     """One process of vLLM."""
 
     def __init__(self, python: Path, engine_args: Mapping[str, Any], log: Path, devices: str | None) -> None:
-        self._log, self._numbers, self._lock = log, itertools.count(), threading.Lock()
+        self._log = log
+        self.num_asked = 0
+        """The number of requests so far."""
         self._open: dict[str, Future[list[int]]] = {}
         self._started: Future[str] = Future()
         replies, reply_end = os.pipe()
@@ -133,21 +137,21 @@ class _Replica:
         return self._started.result()
 
     def ask(self, prompt: Sequence[int], sampling: Mapping[str, Any]) -> Future[list[int]]:
-        """The token ids of an answer; waits for them.
+        """The token ids of an answer, once it is there.
 
         Raises: DataError where the process has ended.
         """
         asked: Future[list[int]] = Future()
-        with self._lock:
-            name = str(next(self._numbers))
-            self._open[name] = asked
-            line = json.dumps({"id": name, "prompt_token_ids": list(prompt), "sampling": sampling})
-            assert self._process.stdin is not None
-            try:
-                self._process.stdin.write(line + "\n")
-                self._process.stdin.flush()
-            except OSError:
-                raise self._ended() from None
+        name = str(self.num_asked)
+        self.num_asked += 1
+        self._open[name] = asked
+        line = json.dumps({"id": name, "prompt_token_ids": list(prompt), "sampling": sampling})
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(line + "\n")
+            self._process.stdin.flush()
+        except OSError:
+            raise self._ended() from None
         return asked
 
     def close(self) -> None:

@@ -68,6 +68,7 @@ def test_weight_gradients_are_added_in_fp32_where_torchs_kernel_takes_it(monkeyp
 
 def test_the_device_of_a_machine_without_cuda(monkeypatch):
     assert (device.backend(), device.current_device()) == ("gloo", torch.device("cpu"))
+    monkeypatch.setattr(torch.version, "cuda", None)
     assert device.machine() == Machine(
         has_cuda=False, has_transformer_engine=device.has_transformer_engine(), compute_capability=None
     )
