@@ -124,10 +124,10 @@ def folder(tmp_path_factory):
         "eval_interval": 2,
     }
     shutil.copytree(folder / "model", folder / "bare", ignore=shutil.ignore_patterns("*.safetensors"))
-    shutil.copytree(folder / "bare", folder / "moe")
+    shutil.copytree(folder / "bare", folder / "moe_model")
     moe = copy.deepcopy(MOES["ernie4_5_moe"][0])
     moe.update({"vocab_size": 1100, "num_hidden_layers": 2})
-    AutoModelForCausalLM.from_config(moe).save_pretrained(folder / "moe")
+    AutoModelForCausalLM.from_config(moe).save_pretrained(folder / "moe_model")
     runs = [{**run, "options": {**options, **run["options"]}} for run in RUNS]
     for run in runs:
         if run["options"]["data"] == "other":
@@ -137,7 +137,7 @@ def folder(tmp_path_factory):
         if run["options"]["model"] == "without weights":
             run["options"]["model"] = str(folder / "bare")
         if run["options"]["model"] == "moe":
-            run["options"]["model"] = str(folder / "moe")
+            run["options"]["model"] = str(folder / "moe_model")
     (folder / "runs.json").write_text(json.dumps(runs))
     run_ranks(WORKER, 1, str(folder), timeout=900)
     return folder
