@@ -232,7 +232,7 @@ def _was_abandoned(draft: Path) -> bool:
         # It is held meanwhile, so that who made the draft a moment ago does not begin in it.
         shutil.rmtree(draft, ignore_errors=True)
     except OSError as error:
-        # Where the file system has no such lock, the file is one, with its process in it, which filelock looks for.
+        # Without flock filelock writes the number of its process into the file, and looks whether that one lives.
         return error.errno == errno.ENOSYS and _was_left_by_a_dead_process(draft)
     finally:
         os.close(descriptor)

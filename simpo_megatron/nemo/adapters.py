@@ -44,8 +44,8 @@ def megatron_lora(switch: str, prefix: str, example: str) -> dict[str, Rule]:
             raise ConfigError(f"found {prefix}dropout {dropout} and position post, expected pre: before the adapter")
         targets = asked.get(f"{prefix}target_modules")
         settings = {
-            "lora_rank": _or(_BY_DEFAULT, asked.get(f"{prefix}dim")),
-            "lora_alpha": _or(_BY_DEFAULT, asked.get(f"{prefix}alpha")),
+            "lora_rank": _unless_none(asked.get(f"{prefix}dim"), _BY_DEFAULT),
+            "lora_alpha": _unless_none(asked.get(f"{prefix}alpha"), _BY_DEFAULT),
             "lora_dropout": dropout,
         }
         if targets == []:  # peft/module_matcher.py of Megatron-Bridge
@@ -79,8 +79,12 @@ def nemo1_lora(prefix: str) -> dict[str, Rule]:
             layers = [part for layer in layers for part in LORA_PARTS.get(layer, (layer,))]
         elif variant not in (None, "nemo"):
             raise ConfigError(f"found {variant!r} as {tuning}variant, expected nemo or canonical")
-        rank = _or(_BY_DEFAULT, asked.get(f"{tuning}adapter_dim"))
-        return {"lora_rank": rank, "lora_alpha": _or(rank, asked.get(f"{tuning}alpha")), "lora_targets": layers}
+        rank = _unless_none(asked.get(f"{tuning}adapter_dim"), _BY_DEFAULT)
+        return {
+            "lora_rank": rank,
+            "lora_alpha": _unless_none(asked.get(f"{tuning}alpha"), rank),
+            "lora_targets": layers,
+        }
 
     return {
         f"{prefix}peft_scheme": Translated(adapters, _OPTIONS, (f"{prefix}*",), "lora"),
@@ -91,8 +95,8 @@ def nemo1_lora(prefix: str) -> dict[str, Rule]:
     }
 
 
-def _or(default: int, value: Any) -> Any:
-    """`value`, 0 among others, which an option refuses, or `default` where there is none."""
+def _unless_none(value: Any, default: int) -> Any:
+    """`value`, or `default` where it is None; a 0 stays, and its option refuses it."""
     return default if value is None else value
 
 

@@ -5,25 +5,23 @@ Budget: as in test_layouts, 1e-5 relative, of which two steps use less than ten 
 
 from __future__ import annotations
 
-import copy
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from balanced_twin import CHOSEN, COEFFICIENT, EXPERTS, relative_difference, train_balanced, weights_in
 from ranks import run_ranks
-from safetensors.torch import load_file
 from test_layouts import RELATIVE, TINY, random_pairs
-from torch import Tensor
 from transformers import AutoModelForCausalLM, MixtralConfig
-from twin import TwinSettings, batch_loss, train
+from twin import TwinSettings
 
 from simpo_megatron.data import BatchOptions, plan_step
 from simpo_megatron.data.batching.padding import microbatch_shape
 
 WORKER = Path(__file__).with_name("layout_worker.py")
-NUM_RANKS, NUM_STEPS, BATCH, COEFFICIENT, EXPERTS, CHOSEN = 4, 2, 8, 0.5, 4, 2
+NUM_RANKS, NUM_STEPS, BATCH = 4, 2, 8
 SETTINGS = TwinSettings()
 PIPELINE = {"pipeline_model_parallel_size": 2}
 TENSOR = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
@@ -41,25 +39,6 @@ LAYOUTS = {
     "tp2_dp2_fixed_pack_length": TENSOR | {"fixed_pack_length": True},
     "cp2_dp2_ep2": {"context_parallel_size": 2, "expert_model_parallel_size": 2},
 }
-
-
-def balance(logits_NE: Tensor) -> Tensor:
-    """experts * sum over experts of (share of the choices * mean probability) (arXiv 2101.03961)."""
-    share = torch.zeros(EXPERTS, dtype=torch.float64)
-    for row in logits_NE:
-        share[row.topk(CHOSEN).indices] += 1 / (len(logits_NE) * CHOSEN)
-    return EXPERTS * (share * logits_NE.softmax(dim=-1).mean(dim=0)).sum()
-
-
-def of_microbatch(model: torch.nn.Module, pairs: list) -> Tensor:
-    """The loss of each layer [layers], over tokens of which each pair's prompt counts once."""
-    by_layer: list[list[Tensor]] = [[] for _ in range(TINY["num_hidden_layers"])]
-    for prompt, chosen, rejected in pairs:
-        for response, first in ((chosen, 0), (rejected, len(prompt))):
-            logits = model(torch.tensor([[*prompt, *response]]), output_router_logits=True).router_logits
-            for layer, of_layer in zip(by_layer, logits, strict=True):
-                layer.append(of_layer[first:])
-    return torch.stack([balance(torch.cat(layer)) for layer in by_layer])
 
 
 @pytest.fixture(scope="module")
@@ -88,17 +67,8 @@ def runs(tmp_path_factory):
         widths = {microbatch_shape(lengths[list(microbatch)], batch).width for microbatch in plans[0][0]}
         assert len(widths) > 1, "packs of a step differ in length, so that some are padded"
         steps.append([[pairs[index] for index in microbatch] for microbatch in plans[0][0]])
-    twin, logged = copy.deepcopy(model).double(), []
-
-    def loss_of(model: torch.nn.Module, microbatches: list, settings: TwinSettings) -> tuple[Tensor, float]:
-        loss, margin = batch_loss(model, [pair for microbatch in microbatches for pair in microbatch], settings)
-        of_microbatches = torch.stack([of_microbatch(model, microbatch) for microbatch in microbatches])
-        logged.append((loss.item(), of_microbatches.mean().item()))
-        return loss + COEFFICIENT * of_microbatches.sum(dim=1).mean(), margin
-
-    record = train(twin, steps, SETTINGS, loss_of)
-    twin.save_pretrained(folder / "twin")
-    return (*zip(*logged, strict=True), record.grad_norm), load_file(folder / "twin" / "model.safetensors"), folder
+    logged, record, weights = train_balanced(model, steps, SETTINGS, folder / "twin")
+    return (*zip(*logged, strict=True), record.grad_norm), weights, folder
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -107,12 +77,8 @@ def test_every_layout_has_the_twins_losses_and_gradients_and_padding_counts_nowh
     steps = json.loads((folder / f"{layout}.json").read_text())
     for key, values in zip(("loss", "load_balancing_loss", "grad_norm"), expected, strict=True):
         assert [step[key] for step in steps] == pytest.approx(values, rel=RELATIVE), key
-    found = {
-        name: tensor for file in (folder / layout).glob("*.safetensors") for name, tensor in load_file(file).items()
-    }
+    found = weights_in(folder / layout)
     assert found.keys() == weights.keys()
     for part in ("gate", "experts", ""):
         names = [name for name in weights if part in name]
-        squares = [((found[n] - weights[n]).double().pow(2).sum(), weights[n].pow(2).sum()) for n in names]
-        of_difference, of_weights = torch.tensor(squares).sum(0).sqrt()
-        assert names and float(of_difference / of_weights) <= RELATIVE, part
+        assert names and relative_difference(found, weights, names) <= RELATIVE, part

@@ -6,20 +6,17 @@ Budget: as in test_load_balancing, 1e-5 relative.
 
 from __future__ import annotations
 
-import copy
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from balanced_twin import CHOSEN, COEFFICIENT, EXPERTS, relative_difference, train_balanced, weights_in
 from ranks import run_ranks
-from safetensors.torch import load_file
 from test_layouts import RELATIVE, TINY, random_pairs
-from test_load_balancing import CHOSEN, COEFFICIENT, EXPERTS, of_microbatch
-from torch import Tensor
 from transformers import AutoModelForCausalLM, MixtralConfig
-from twin import TwinSettings, batch_loss, train
+from twin import TwinSettings
 
 from simpo_megatron.data import BatchOptions, plan_step
 
@@ -66,18 +63,9 @@ def runs(tmp_path_factory):
         assert len(microbatches) == BATCH // MICRO_BATCH
         steps.append([[pairs[index] for index in microbatch] for microbatch in microbatches])
     assert len({len(microbatch) for step in steps for microbatch in step}) > 1, "rows differ in their pairs"
-    twin, logged = copy.deepcopy(model).double(), []
-
-    def loss_of(model: torch.nn.Module, microbatches: list, settings: TwinSettings) -> tuple[Tensor, float]:
-        loss, margin = batch_loss(model, [pair for microbatch in microbatches for pair in microbatch], settings)
-        of_microbatches = torch.stack([of_microbatch(model, microbatch) for microbatch in microbatches])
-        logged.append((loss.item(), of_microbatches.mean().item()))
-        return loss + COEFFICIENT * of_microbatches.sum(dim=1).mean(), margin
-
-    record = train(twin, steps, SETTINGS, loss_of)
-    twin.save_pretrained(folder / "twin")
+    logged, record, weights = train_balanced(model, steps, SETTINGS, folder / "twin")
     expected = [(*of_step, norm) for of_step, norm in zip(logged, record.grad_norm, strict=True)]
-    return expected, load_file(folder / "twin" / "model.safetensors"), folder
+    return expected, weights, folder
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -87,10 +75,6 @@ def test_every_layout_has_the_twins_losses_and_weights(runs, layout):
     assert len(found_steps) == NUM_STEPS
     for found, of_twin in zip(found_steps, expected, strict=True):
         assert found == pytest.approx(of_twin, rel=RELATIVE)
-    found = {
-        name: tensor for file in (folder / layout).glob("*.safetensors") for name, tensor in load_file(file).items()
-    }
+    found = weights_in(folder / layout)
     assert found.keys() == weights.keys()
-    squares = [((found[n] - weights[n]).double().pow(2).sum(), weights[n].pow(2).sum()) for n in weights]
-    of_difference, of_weights = torch.tensor(squares).sum(0).sqrt()
-    assert float(of_difference / of_weights) <= RELATIVE
+    assert relative_difference(found, weights, list(weights)) <= RELATIVE

@@ -124,7 +124,7 @@ def open_store(
     *,
     build: bool = True,
     num_workers: int = 0,
-    tokenizer_digest: str = "",
+    tokenizer_digest: str,
 ) -> PairStore:
     """Returns the PairStore of `path` (see `Source`), building it under `cache_dir` when it is not there.
 
@@ -132,15 +132,11 @@ def open_store(
     this format and the way records are read are all unchanged, and all its bytes are as they were built; a damaged
     one is built anew. `build=False`, for the ranks that come after the one that built, never writes and trusts what
     that one has verified. `num_workers` processes tokenise; 0 takes one for every 16 MiB, up to the number of cores.
-    `tokenizer_digest` is that of `digest_of_tokenizer`, which takes up to a second, where it is known; with it,
-    `build=False` needs no tokenizer.
+    `tokenizer_digest` is that of `digest_of_tokenizer`, which takes up to a second; `build=False` needs no tokenizer.
 
     Raises: DataError for a bad record (`file:line`), a file without a single pair, a missing store with
     `build=False`, or a cache that cannot be written.
     """
-    if not tokenizer_digest:
-        assert tokenizer is not None, "its digest is not known"
-        tokenizer_digest = digest_of_tokenizer(tokenizer, options)
     identity = {
         "format": FORMAT_VERSION,
         "reading": READING_VERSION,

@@ -124,7 +124,7 @@ def stated_sizes(config: Mapping[str, Any]) -> dict[str, Any] | None:
     """Layers, heads, widths and experts that `config`, the object in a config.json, states itself, by megatron's names.
 
     They are those of its description, which needs transformers and torch for what a config.json leaves out. None where
-    that has to say more. The positions of the model are `max_position_embeddings`.
+    one is left out or wrong. The positions of the model are `max_position_embeddings`.
     """
     # Classes differ in what they take for this one.
     if config.get("num_key_value_heads") is None:
